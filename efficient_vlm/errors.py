@@ -1,0 +1,52 @@
+"""The one exception for a user's mistake, and the "did you mean" behind it."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; the command line prints it and exits with code 2.
+
+    The message has at most three lines: what is wrong (field and value), what is allowed, how to
+    mend it.
+
+    Args:
+      problem: one line naming the field and the value.
+      allowed: the allowed set or range, or None.
+      fix: what to type or change, or None.
+    """
+
+    def __init__(self, problem: str, *, allowed: str | None = None, fix: str | None = None):
+        lines = [problem]
+        if allowed:
+            lines.append(f"  allowed: {allowed}")
+        if fix:
+            lines.append(f"  fix: {fix}")
+        # A value can hold line breaks; the promise of three lines cannot.
+        super().__init__("\n".join(" ".join(line.splitlines()) for line in lines))
+
+
+def closest(name: str, options: Iterable[str]) -> str | None:
+    """The option that `name` was most likely meant to be, or None."""
+    matches = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
+    return matches[0] if matches else None
+
+
+def unknown(field: str, value: str, options: Iterable[str]) -> UserError:
+    """The error for a name outside a known set, with the nearest name as the fix."""
+    options = sorted(options)
+    guess = closest(value, options)
+    return UserError(
+        f"{field}: unknown name {value!r}",
+        allowed=", ".join(options),
+        fix=f"did you mean {guess!r}?" if guess else f"choose one of the names above for {field}",
+    )
+
+
+def check_fields(field: str, given: Mapping[str, Any], allowed: Iterable[str]) -> None:
+    """Raises UserError if `given` has a key outside `allowed`."""
+    allowed = list(allowed)
+    for key in given:
+        if key not in allowed:
+            raise unknown(field, key, allowed)

@@ -1,0 +1,135 @@
+"""The base of every compressor: its two common fields and the questions one can ask of it.
+
+A compressor is a Linen module called as `module(tokens, signals, rng=key)`. It works under `jit`,
+for any batch with its own padding per row, and gives `budget` tokens whatever the data:
+
+* kept tokens in source order (merged ones in the order of their cells or queries);
+* its input unchanged if it already has `budget` tokens;
+* padding (mask False, size 0, in no patch's `source`) where a row has too few real tokens;
+* nothing of what the padding of the input carries reaches the output or a gradient.
+"""
+
+import operator
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from efficient_vlm.compressors import grids
+from efficient_vlm.compressors.tokens import NO_SIGNALS, Signals, VisualTokens
+from efficient_vlm.errors import UserError
+
+
+def positive_int(field: str, value: Any) -> int:
+    """`value` as a Python int above 0; UserError naming `field` if it is not one."""
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise UserError(f"{field}: {value!r} is not a positive integer", allowed="1, 2, 3, ...")
+    return number
+
+
+def describe(budgets: tuple[int, ...]) -> str:
+    """Budgets for a message: `1 to 64`, or `1, 4, 16`, shortened if there are many."""
+    budgets = tuple(sorted(budgets))
+    parts, start = [], 0
+    for i in range(1, len(budgets) + 1):
+        if i == len(budgets) or budgets[i] != budgets[i - 1] + 1:
+            run = budgets[start:i]
+            parts.extend([f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run))
+            start = i
+    if len(parts) > 12:
+        parts = [*parts[:5], "...", *parts[-6:]]
+    return ", ".join(parts)
+
+
+class Compressor(nn.Module):
+    """Base class. Subclasses give `__call__`, and `reachable` if not every budget will do.
+
+    Attributes:
+      budget: static number of tokens to give back, T.
+      grid: static (rows, columns) of the patches of the source image; None for a square.
+
+    Class attributes:
+      label: the method's name in configs.
+      needs: names of the Signals that `__call__` reads.
+    """
+
+    budget: int
+    grid: grids.Grid | None = None
+
+    label = ""
+    needs = frozenset()
+
+    def __post_init__(self):
+        # Before Linen's own, which freezes the module: lists from a config file become tuples.
+        if self.budget is not None or self.label != "none":
+            object.__setattr__(self, "budget", positive_int("compressor.budget", self.budget))
+        if self.grid is not None:
+            object.__setattr__(self, "grid", grids.as_grid("compressor.grid", self.grid))
+        super().__post_init__()
+        self.check_options()
+
+    @nn.nowrap
+    def check_options(self) -> None:
+        """Raises UserError for an option that is wrong whatever the input."""
+
+    @nn.nowrap
+    def reachable(self, grid: grids.Grid) -> tuple[int, ...]:
+        """The budgets this method can give on a grid of patches, largest first."""
+        return tuple(range(grid[0] * grid[1], 0, -1))
+
+    @nn.nowrap
+    def image_grid(self, grid: grids.Grid) -> grids.Grid:
+        """The grid on which the encoder should run for an image of `grid` patches."""
+        return tuple(grid)
+
+    @nn.nowrap
+    def flops(self, num_tokens: int, width: int, text_width: int = 0) -> int:
+        """Matmul FLOPs for one image: 2 per multiply-add, projections and dot products.
+
+        Norms, softmax, sorting, gathers and the adds of pooling count as 0.
+
+        Args:
+          num_tokens: tokens that enter the compressor.
+          width: D, their width.
+          text_width: Dt, width of `Signals.text`.
+        """
+        del num_tokens, width, text_width
+        return 0
+
+    @nn.nowrap
+    def check_call(self, tokens: VisualTokens, signals: Signals, *, needs_grid: bool) -> grids.Grid:
+        """Checks budget and signals against the input, at trace time.
+
+        Returns:
+          The grid of the input; (1, T) for a method that has no use for one.
+
+        Raises:
+          UserError: the budget cannot be reached from this input, or a signal is missing.
+        """
+        num_tokens = tokens.embed.shape[1]
+        grid = grids.resolve(self.grid, num_tokens) if needs_grid else (1, num_tokens)
+        if self.budget not in (reachable := self.reachable(grid)):
+            where = f"on a {grid[0]} x {grid[1]} grid" if needs_grid else f"of {num_tokens} tokens"
+            raise UserError(
+                f"compressor.budget: {self.label} cannot give {self.budget} tokens {where}",
+                allowed=describe(reachable),
+                fix=f"compressor.budget={min(reachable, key=lambda b: (abs(b - self.budget), b))}",
+            )
+        for name in sorted(self.needs):
+            if getattr(signals, name) is None:
+                raise UserError(
+                    f"signals.{name}: None, but {self.label} needs it",
+                    allowed="an array; the module's `needs` names what the model has to compute",
+                    fix="give the signal, or a compressor without needs, such as average_pool",
+                )
+        return grid
+
+    def __call__(
+        self, tokens: VisualTokens, signals: Signals = NO_SIGNALS, *, rng: jax.Array | None = None
+    ) -> VisualTokens:
+        """Compresses [B, T, D] tokens to [B, budget, D]; `rng` is used by random methods only."""
+        raise NotImplementedError(f"{type(self).__name__}.__call__")

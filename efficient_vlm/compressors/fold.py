@@ -1,0 +1,51 @@
+"""Folds: what becomes of the tokens, given a selection or a grid. Pure functions.
+
+`drop` forgets the rest of a selection; `pool` merges the cells of a regular grid. Merging by an
+assignment that depends on the data is `tokens.merge`.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from efficient_vlm.compressors import grids
+from efficient_vlm.compressors.tokens import VisualTokens, remap, take, weighted_means
+
+
+def drop(tokens: VisualTokens, selection: tuple[jax.Array, jax.Array]) -> VisualTokens:
+    """Keeps the selection, in source order, and drops the rest."""
+    indices, valid = selection
+    return take(tokens, indices, valid)
+
+
+def pool(tokens: VisualTokens, grid: grids.Grid, cells: grids.Grid) -> VisualTokens:
+    """Size-weighted means over the cells of a coarser grid; padding has no part in them.
+
+    Where the cells do not divide the grid, a token belongs to several cells in proportion to the
+    area (area resampling), sizes are areas, and `source` names the cell that covers most of a patch.
+
+    Args:
+      tokens: h*w tokens a row, in raster order of `grid`.
+      grid: (h, w).
+      cells: (h', w') with h' <= h and w' <= w; the result has h'*w' tokens in raster order. A cell
+        without real tokens is padding, and stays in its place.
+    """
+    (rows, columns), (cell_rows, cell_columns) = grid, cells
+
+    if rows % cell_rows == 0 and columns % cell_columns == 0:
+        split = (cell_rows, rows // cell_rows, cell_columns, columns // cell_columns)
+
+        def sums(x):
+            x = x.reshape(x.shape[0], *split, x.shape[-1]).sum(axis=(2, 4))
+            return x.reshape(x.shape[0], -1, x.shape[-1])
+    else:
+        down = jnp.asarray(grids.overlap(rows, cell_rows), jnp.float32)
+        across = jnp.asarray(grids.overlap(columns, cell_columns), jnp.float32)
+
+        def sums(x):
+            x = x.reshape(x.shape[0], rows, columns, x.shape[-1])
+            x = jnp.einsum("ih,bhwc->biwc", down, x, precision=jax.lax.Precision.HIGHEST)
+            x = jnp.einsum("jw,biwc->bijc", across, x, precision=jax.lax.Precision.HIGHEST)
+            return x.reshape(x.shape[0], -1, x.shape[-1])
+
+    holder = jnp.broadcast_to(jnp.asarray(grids.holders(grid, cells)), tokens.mask.shape)
+    return VisualTokens(**weighted_means(tokens, sums), source=remap(tokens.source, holder))

@@ -1,0 +1,78 @@
+"""The table of methods, and `build`: a name, a budget and options to a module."""
+
+import dataclasses
+from typing import Any
+
+from efficient_vlm.compressors import pooling, selectors
+from efficient_vlm.compressors.base import Compressor
+from efficient_vlm.compressors.grids import Grid, as_grid
+from efficient_vlm.compressors.resampler import Resampler
+from efficient_vlm.errors import check_fields, unknown
+
+METHODS: dict[str, type[Compressor]] = {
+    method.label: method
+    for method in (
+        selectors.Identity,
+        pooling.AveragePool,
+        pooling.PixelShuffle,
+        Resampler,
+        pooling.Downsample,
+        selectors.Random,
+        selectors.Stride,
+        selectors.TextTopK,
+    )
+}
+
+
+def names() -> tuple[str, ...]:
+    """The names that `build` knows."""
+    return tuple(METHODS)
+
+
+def find(name: str) -> type[Compressor]:
+    """The module class of a method; UserError with the nearest name if there is none."""
+    if not isinstance(name, str) or name not in METHODS:
+        raise unknown("compressor.name", str(name), METHODS)
+    return METHODS[name]
+
+
+def options(name: str) -> tuple[str, ...]:
+    """The options of a method beside `budget`: the fields of its module."""
+    own = {"budget", "parent", "name"}
+    return tuple(f.name for f in dataclasses.fields(find(name)) if f.name not in own)
+
+
+def needs(name: str) -> frozenset[str]:
+    """The Signals that a method reads."""
+    return find(name).needs
+
+
+def build(name: str, *, budget: int | None = None, **settings: Any) -> Compressor:
+    """A compressor from its name.
+
+    Args:
+      name: one of `names()`.
+      budget: tokens to give back, T; only `none` can do without.
+      **settings: any of `options(name)`; `grid=(rows, columns)` is one of all methods. `parent` is
+        passed on to Linen (None for an unbound module inside another module's method).
+
+    Raises:
+      UserError: unknown name or option, or a value that is wrong whatever the image.
+    """
+    check_fields(
+        f"compressor {name}", {k: v for k, v in settings.items() if k != "parent"}, options(name)
+    )
+    return find(name)(budget=budget, **settings)
+
+
+def reachable(name: str, grid: Grid, **settings: Any) -> tuple[int, ...]:
+    """The budgets that a method can give on a grid of patches, largest first.
+
+    Args:
+      name: one of `names()`.
+      grid: (rows, columns) of the image's patches.
+      **settings: options that bear on it (`num_queries` of resampler); a `budget` is passed over.
+    """
+    settings = {k: v for k, v in settings.items() if k not in ("budget", "budgets")}
+    module = build(name, budget=1, **{"parent": None, **settings})
+    return module.reachable(as_grid("grid", grid))

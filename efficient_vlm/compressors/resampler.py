@@ -1,0 +1,140 @@
+"""resampler: learned queries that read the patches with one cross-attention."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from efficient_vlm.compressors.base import Compressor, positive_int
+from efficient_vlm.compressors.score import rms_normalise
+from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, remap, zero_padding
+from efficient_vlm.errors import UserError
+
+
+class Resampler(Compressor):
+    """`resampler`: token t = query_t + W_o attention(W_q query_t; W_k (n(x) + position), W_v n(x)).
+
+    n is division by the root mean square, the position a fixed 2-D sine code. Only the first
+    `budget` of `num_queries` queries are used (the nested queries of MQT-LLaVA, but with content in
+    the keys, which the published code leaves out), so one checkpoint serves every budget.
+
+    Book-keeping, all from a_tn, the attention of query t to patch n averaged over heads, and none
+    of it carrying a gradient: the position of a token is the mean of the patches' under a; each
+    patch is shared among the queries in proportion to a, its shares add up to the sizes (so sizes
+    sum to the number of real patches, and none is 0), and `source` names the query with the
+    largest. In a row with r < budget real patches only the first r queries are real.
+
+    At the full budget the tokens pass unchanged; the parameters exist all the same.
+
+    Attributes:
+      num_queries: learned queries, the largest budget below the full one.
+      num_heads: must divide the width.
+    """
+
+    num_queries: int = 64
+    num_heads: int = 4
+
+    label = "resampler"
+
+    @nn.nowrap
+    def check_options(self):
+        positive_int("compressor.num_queries", self.num_queries)
+        positive_int("compressor.num_heads", self.num_heads)
+
+    @nn.nowrap
+    def reachable(self, grid):
+        num_tokens = grid[0] * grid[1]
+        budgets = range(min(self.num_queries, num_tokens), 0, -1)
+        return (num_tokens, *(b for b in budgets if b != num_tokens))
+
+    @nn.nowrap
+    def flops(self, num_tokens, width, text_width=0):
+        if self.budget == num_tokens:
+            return 0
+        projections = 2 * width * width * (2 * self.budget + 2 * num_tokens)
+        attention = 2 * 2 * self.budget * num_tokens * width
+        return projections + attention + 2 * self.budget * num_tokens * 2  # ... and positions.
+
+    @nn.compact
+    def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
+        self.check_call(tokens, signals, needs_grid=False)
+        num_tokens, width = tokens.embed.shape[1:]
+        if width % self.num_heads:
+            raise UserError(
+                f"compressor.num_heads: {self.num_heads} does not divide the width {width}",
+                allowed=f"a divisor of {width}",
+            )
+
+        def param(name, init, axes, shape):
+            init = nn.with_logical_partitioning(init, axes)
+            return self.param(name, init, shape, jnp.float32).astype(tokens.embed.dtype)
+
+        matrix, square = nn.initializers.lecun_normal(), (width, width)
+        normal = nn.initializers.normal(1.0)
+        queries = param("queries", normal, (None, "embed"), (self.num_queries, width))
+        query_kernel = param("query", matrix, ("embed", "heads"), square)
+        key_kernel = param("key", matrix, ("embed", "heads"), square)
+        value_kernel = param("value", matrix, ("embed", "heads"), square)
+        out_kernel = param("out", matrix, ("heads", "embed"), square)
+        if self.budget == num_tokens:
+            return tokens
+
+        tokens = zero_padding(tokens)
+        queries = queries[: self.budget]
+        x = rms_normalise(tokens.embed)
+        code = position_code(tokens.position, width)
+        dtype = tokens.embed.dtype
+
+        def heads(y):
+            return y.reshape(*y.shape[:-1], self.num_heads, width // self.num_heads)
+
+        q = heads(queries @ query_kernel)
+        k = heads((x + code).astype(dtype) @ key_kernel)
+        v = heads(x.astype(dtype) @ value_kernel)
+        logits = jnp.einsum("qhd,bthd->bhqt", q, k, preferred_element_type=jnp.float32)
+        logits = logits * (width // self.num_heads) ** -0.5
+        if tokens.bias is not None:
+            logits = logits + tokens.bias[:, None, None, :]
+        # A finite floor: a row without real patches gets a uniform softmax, no NaN, and is zeroed.
+        logits = jnp.where(tokens.mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
+        attention = jax.nn.softmax(logits, axis=-1)
+        mixed = jnp.einsum("bhqt,bthd->bqhd", attention.astype(dtype), v)
+        embed = queries + mixed.reshape(*mixed.shape[:2], width) @ out_kernel
+        return self._tokens(tokens, embed, jax.lax.stop_gradient(attention.mean(axis=1)))
+
+    @nn.nowrap
+    def _tokens(self, tokens: VisualTokens, embed: jax.Array, attention: jax.Array) -> VisualTokens:
+        """The result for `embed` [B, K, D] read with `attention` [B, K, T], rows summing to 1."""
+        real = jnp.sum(tokens.mask, axis=1, keepdims=True)
+        mask = jnp.arange(self.budget)[None, :] < real
+        tiny = jnp.finfo(jnp.float32).tiny  # A patch that no query looks at is shared equally.
+        share = jnp.where(mask[..., None], jnp.maximum(attention, tiny), 0.0)
+        holder = jnp.argmax(share, axis=1).astype(jnp.int32)
+        share = share / jnp.maximum(share.sum(axis=1, keepdims=True), tiny)
+        position = jnp.einsum(
+            "bkt,btc->bkc", attention, tokens.position, precision=jax.lax.Precision.HIGHEST
+        )
+        return VisualTokens(
+            embed=jnp.where(mask[..., None], embed, 0),
+            position=jnp.where(mask[..., None], position, 0.0),
+            size=jnp.where(mask, jnp.sum(share * tokens.size[:, None, :], axis=-1), 0.0),
+            mask=mask,
+            source=remap(tokens.source, jnp.where(tokens.mask, holder, -1)),
+        )
+
+
+def position_code(position: jax.Array, width: int) -> jax.Array:
+    """Sines and cosines of row and column, float32 [..., width].
+
+    A quarter of the width each for sin(row w), cos(row w), sin(column w), cos(column w), with w from
+    1 down to 1/10000 in geometric steps; what is left of the width is 0.
+
+    Args:
+      position: float32 [..., 2], in patches; fractions are allowed.
+      width: D.
+    """
+    quarter = width // 4
+    frequency = 10000.0 ** (-jnp.arange(quarter, dtype=jnp.float32) / max(quarter, 1))
+    angle = position[..., None] * frequency  # [..., 2, quarter]
+    code = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-2)  # [..., 2, 2, quarter]
+    code = code.reshape(*position.shape[:-1], 4 * quarter)
+    return jnp.pad(code, [(0, 0)] * (code.ndim - 1) + [(0, width - 4 * quarter)])

@@ -1,0 +1,35 @@
+"""Scores: one float32 number per token, higher is kept. Pure functions, [B, T].
+
+Scores ignore the mask; `select` does not.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def rms_normalise(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+    """x / rms(x) over the last axis, in float32 and without parameters (a matrix follows it)."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
+
+
+def random(rng: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Uniform scores: their top K are a uniform draw without replacement."""
+    return jax.random.uniform(rng, shape, jnp.float32)
+
+
+def text_relevance(query: jax.Array, keys: jax.Array) -> jax.Array:
+    """Relevance of each token to the instruction, by scaled dot products.
+
+    With one head this is <q, k> / sqrt(d). With several it is their soft maximum, log mean exp,
+    because a plain mean of dot products would again be one dot product.
+
+    Args:
+      query: float32 [B, heads, d].
+      keys: float32 [B, T, heads, d].
+    """
+    heads, depth = query.shape[-2:]
+    scores = jnp.einsum("bhd,bthd->bth", query, keys) / jnp.sqrt(jnp.float32(depth))
+    if heads == 1:
+        return scores[..., 0]
+    return jax.nn.logsumexp(scores, axis=-1) - jnp.log(jnp.float32(heads))

@@ -1,0 +1,161 @@
+"""Methods that keep some tokens as they are and drop the rest: none, random, stride, text_topk."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from efficient_vlm.compressors import fold, score, select
+from efficient_vlm.compressors.base import Compressor, positive_int
+from efficient_vlm.compressors.tokens import NO_SIGNALS
+from efficient_vlm.errors import UserError, unknown
+
+BIASES = ("add", "straight_through", "none")
+
+
+class Identity(Compressor):
+    """`none`: every patch becomes a token. The budget is None, or the number of patches."""
+
+    budget: int | None = None
+
+    label = "none"
+
+    @nn.nowrap
+    def reachable(self, grid):
+        return (grid[0] * grid[1],)
+
+    def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
+        if self.budget is not None:
+            self.check_call(tokens, signals, needs_grid=False)
+        return tokens
+
+
+class Random(Compressor):
+    """`random`: a uniform draw without replacement from the real tokens of each row.
+
+    The baseline that many published methods do not beat. Draws are independent between rows.
+
+    Attributes:
+      seed: of the key used when the call gives no `rng`; the same tokens are then kept each time.
+    """
+
+    seed: int = 0
+
+    label = "random"
+
+    @nn.nowrap
+    def check_options(self):
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise UserError(f"compressor.seed: {self.seed!r} is not an integer")
+
+    def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
+        self.check_call(tokens, signals, needs_grid=False)
+        if self.budget == tokens.mask.shape[1]:
+            return tokens
+        rng = jax.random.key(self.seed) if rng is None else rng
+        scores = score.random(rng, tokens.mask.shape)
+        return fold.drop(tokens, select.top_k(scores, tokens.mask, self.budget))
+
+
+class Stride(Compressor):
+    """`stride`: tokens evenly spaced in raster order over the real tokens of each row."""
+
+    label = "stride"
+
+    def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
+        self.check_call(tokens, signals, needs_grid=False)
+        if self.budget == tokens.mask.shape[1]:
+            return tokens
+        return fold.drop(tokens, select.stride(tokens.mask, self.budget))
+
+
+class TextTopK(Compressor):
+    """`text_topk`: the tokens most relevant to the instruction.
+
+    score_t = <W_q n(text), W_k n(token_t)> / sqrt(d), n = division by the root mean square; the
+    `budget` best are kept. A selection has no gradient, so the score is trained through the
+    attention bias of the kept tokens:
+
+    * "add": `tokens.bias` is the score, in value and gradient: a token that is more relevant is
+      also attended to more.
+    * "straight_through": the bias is exactly 0 and has the gradient of the score.
+    * "none": no bias and no gradient (for a frozen scorer).
+
+    At the full budget "add" acts as "straight_through": the tokens are unchanged in value, and a
+    full-budget step of elastic training still trains the scorer.
+
+    Attributes:
+      bias: see above.
+      dim: inner width of the two projections over all heads; None for the width of the tokens.
+      num_heads: several heads are joined by their soft maximum (`score.text_relevance`).
+    """
+
+    bias: str = "add"
+    dim: int | None = None
+    num_heads: int = 1
+
+    label = "text_topk"
+    needs = frozenset({"text"})
+
+    @nn.nowrap
+    def check_options(self):
+        if self.bias not in BIASES:
+            raise unknown("compressor.bias", str(self.bias), BIASES)
+        heads = positive_int("compressor.num_heads", self.num_heads)
+        if self.dim is not None and positive_int("compressor.dim", self.dim) % heads:
+            raise UserError(
+                f"compressor.dim: {self.dim} does not split into {heads} heads",
+                allowed=f"a multiple of {heads}",
+                fix=f"compressor.dim={-(-self.dim // heads) * heads}",
+            )
+
+    @nn.nowrap
+    def _dim(self, width: int) -> int:
+        dim = self.dim or width
+        if dim % self.num_heads:
+            raise UserError(
+                f"compressor.num_heads: a width of {width} does not split into {self.num_heads}",
+                allowed=f"a divisor of {width}",
+                fix="give compressor.dim, a multiple of compressor.num_heads",
+            )
+        return dim
+
+    @nn.nowrap
+    def flops(self, num_tokens, width, text_width=0):
+        if self.bias == "none" and self.budget == num_tokens:
+            return 0
+        dim = self._dim(width)
+        return 2 * text_width * dim + 2 * num_tokens * width * dim + 2 * num_tokens * dim
+
+    @nn.compact
+    def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
+        self.check_call(tokens, signals, needs_grid=False)
+        embed, num_tokens = tokens.embed, tokens.embed.shape[1]
+        dim = self._dim(embed.shape[-1])
+        init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "heads"))
+        query_kernel = self.param("query", init, (signals.text.shape[-1], dim), jnp.float32)
+        key_kernel = self.param("key", init, (embed.shape[-1], dim), jnp.float32)
+
+        heads = (self.num_heads, dim // self.num_heads)
+        query = score.rms_normalise(signals.text) @ query_kernel
+        real = jnp.where(tokens.mask[..., None], embed, 0)
+        keys = score.rms_normalise(real) @ key_kernel
+        scores = score.text_relevance(
+            query.reshape(*query.shape[:-1], *heads), keys.reshape(*keys.shape[:-1], *heads)
+        )
+        scores = jnp.where(tokens.mask, scores, 0.0)
+
+        full = self.budget == num_tokens
+        if self.bias == "none":
+            bias = tokens.bias
+        else:
+            bias = scores if self.bias == "add" and not full else straight_through(scores)
+            bias = bias if tokens.bias is None else tokens.bias + bias
+        tokens = tokens.replace(bias=bias)
+        if full:
+            return tokens
+        return fold.drop(tokens, select.top_k(scores, tokens.mask, self.budget))
+
+
+def straight_through(x: jax.Array) -> jax.Array:
+    """Exactly 0 in value, with the gradient of x."""
+    return x - jax.lax.stop_gradient(x)

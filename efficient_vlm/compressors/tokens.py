@@ -1,0 +1,213 @@
+"""The types every compressor speaks: VisualTokens and Signals, and their two book-keepers.
+
+Notation: B images, T tokens now, N patches of the source grid, D width. One invariant runs through
+all methods: `source` says where each patch went, `size` how many patches a token stands for.
+"""
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efficient_vlm.compressors import grids
+
+
+@flax.struct.dataclass
+class VisualTokens:
+    """A batch of visual tokens, real or padding.
+
+    Attributes:
+      embed: [B, T, D], any float dtype.
+      position: float32 [B, T, 2], (row, column) in patch units of the source grid; the size-weighted
+        mean for merged tokens.
+      size: float32 [B, T], how many patches the token stands for; 0 for padding.
+      mask: bool [B, T], True for real tokens.
+      source: int32 [B, N], for each patch the index of the token that holds it, -1 if no token does
+        (dropped, or the patch itself was padding).
+      bias: float32 [B, T] to add to the attention logits of these tokens as keys, or None.
+    """
+
+    embed: jax.Array
+    position: jax.Array
+    size: jax.Array
+    mask: jax.Array
+    source: jax.Array
+    bias: jax.Array | None = None
+
+    @classmethod
+    def from_grid(
+        cls,
+        embed: jax.Array,
+        grid: grids.Grid,
+        source_grid: grids.Grid | None = None,
+        mask: jax.Array | None = None,
+    ) -> "VisualTokens":
+        """Tokens of an encoder that ran on `grid`.
+
+        Args:
+          embed: [B, h*w, D] in raster order.
+          grid: (h, w).
+          source_grid: (H, W) of the image before it was resized, at least `grid`; None if it was
+            not. A token then covers H*W / (h*w) patches, its position is the mean of the patches
+            it covers, weighted by the covered area, and each patch belongs to the token that covers
+            most of it.
+          mask: bool [B, h*w], None for all real.
+
+        Raises:
+          ValueError: the shapes do not fit.
+        """
+        fine, coarse = tuple(source_grid or grid), tuple(grid)
+        batch, num_tokens, _ = embed.shape
+        if num_tokens != coarse[0] * coarse[1]:
+            raise ValueError(f"embed has {num_tokens} tokens, the grid {coarse} another number")
+        if fine[0] < coarse[0] or fine[1] < coarse[1]:
+            raise ValueError(f"source_grid {fine} is smaller than the grid {coarse}")
+        if mask is None:
+            mask = jnp.ones((batch, num_tokens), bool)
+        centres = []
+        for f, c in zip(fine, coarse, strict=True):
+            cover = grids.overlap(f, c)
+            centres.append(cover @ np.arange(f) / cover.sum(axis=1))
+        position = np.stack(np.meshgrid(*centres, indexing="ij"), axis=-1).reshape(-1, 2)
+        covered = fine[0] * fine[1] / num_tokens
+        holder = jnp.asarray(grids.holders(fine, coarse))
+        held = mask if fine == coarse else mask[:, holder]
+        return cls(
+            embed=embed,
+            position=jnp.broadcast_to(jnp.asarray(position, jnp.float32), (batch, num_tokens, 2)),
+            size=jnp.where(mask, jnp.float32(covered), 0.0),
+            mask=mask,
+            source=jnp.where(held, holder, -1),
+        )
+
+
+@flax.struct.dataclass
+class Signals:
+    """What a compressor may look at beside the tokens; only what it declares in `needs` is set.
+
+    Attributes:
+      attention_row: [B, N] attention of one query (CLS, or the last text token) to the tokens.
+      keys: [B, N, Dk] attention keys of the encoder's last layer.
+      text: [B, Dt] one embedding of the instruction per row.
+      hidden: [B, N, D] tokens of a second, earlier layer.
+    """
+
+    attention_row: jax.Array | None = None
+    keys: jax.Array | None = None
+    text: jax.Array | None = None
+    hidden: jax.Array | None = None
+
+
+NO_SIGNALS = Signals()
+
+
+def zero_padding(tokens: VisualTokens) -> VisualTokens:
+    """Zeroes all that padding carries, so that not even a NaN there can reach a value or gradient."""
+    mask = tokens.mask
+    return tokens.replace(
+        embed=jnp.where(mask[..., None], tokens.embed, 0),
+        position=jnp.where(mask[..., None], tokens.position, 0),
+        size=jnp.where(mask, tokens.size, 0),
+        bias=None if tokens.bias is None else jnp.where(mask, tokens.bias, 0),
+    )
+
+
+def remap(source: jax.Array, holder: jax.Array) -> jax.Array:
+    """Follows patches through one more step.
+
+    Args:
+      source: int32 [B, N], patch -> token before the step, -1 for none.
+      holder: int32 [B, T], token before -> token after the step, -1 for dropped.
+
+    Returns:
+      int32 [B, N], patch -> token after the step.
+    """
+    after = jnp.take_along_axis(holder, jnp.maximum(source, 0), axis=1)
+    return jnp.where(source >= 0, after, -1)
+
+
+def take(tokens: VisualTokens, indices: jax.Array, valid: jax.Array) -> VisualTokens:
+    """Keeps the tokens at `indices` and drops the others.
+
+    Args:
+      tokens: T tokens a row.
+      indices: int32 [B, K] in any order, distinct where valid.
+      valid: bool [B, K]; the other slots become padding (zeros, size 0), after the valid ones.
+
+    Returns:
+      K tokens a row in source order, whatever the order of `indices`.
+    """
+    num_tokens, kept = tokens.mask.shape[1], indices.shape[1]
+    valid = valid & jnp.take_along_axis(tokens.mask, indices, axis=1)
+    # T is past every real index, so one sort gives source order with the padding last.
+    slots = jnp.sort(jnp.where(valid, indices, num_tokens), axis=1)
+    rows = jnp.arange(slots.shape[0])[:, None]
+    holder = jnp.full((slots.shape[0], num_tokens), -1, jnp.int32)
+    holder = holder.at[rows, slots].set(jnp.arange(kept, dtype=jnp.int32), mode="drop")
+    index = jnp.minimum(slots, num_tokens - 1)
+
+    def gather(x):
+        return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)
+
+    return zero_padding(
+        VisualTokens(
+            embed=gather(tokens.embed),
+            position=gather(tokens.position),
+            size=gather(tokens.size),
+            mask=slots < num_tokens,
+            source=remap(tokens.source, holder),
+            bias=None if tokens.bias is None else gather(tokens.bias),
+        )
+    )
+
+
+def weighted_means(tokens: VisualTokens, sums) -> dict[str, jax.Array | None]:
+    """The fields of tokens merged by a linear map: size-weighted means, summed sizes, mask.
+
+    Args:
+      tokens: T tokens a row.
+      sums: function from float32 [B, T, C] to [B, K, C], adding up the members of each new token.
+
+    Returns:
+      embed (in the dtype of the input), position, size, mask and bias of the K tokens; a token
+      without real members is padding (zeros).
+    """
+    tokens = zero_padding(tokens)
+    weight = tokens.size[..., None]
+    total = sums(weight)
+    real = total > 0
+    divisor = jnp.where(real, total, 1.0)
+
+    def mean(x):
+        return jnp.where(real, sums(x.astype(jnp.float32) * weight) / divisor, 0.0)
+
+    bias = tokens.bias
+    return {
+        "embed": mean(tokens.embed).astype(tokens.embed.dtype),
+        "position": mean(tokens.position),
+        "size": total[..., 0],
+        "mask": real[..., 0],
+        "bias": None if bias is None else mean(bias[..., None])[..., 0],
+    }
+
+
+def merge(tokens: VisualTokens, assignment: jax.Array, num_out: int) -> VisualTokens:
+    """Merges tokens by assignment: size-weighted means of embed and position, sizes summed.
+
+    The sums are a one-hot matrix product in float32: differentiable, without a scatter, and exact
+    for the sizes.
+
+    Args:
+      tokens: T tokens a row.
+      assignment: int32 [B, T], the new token of each token, -1 to drop it.
+      num_out: K, static. New tokens without real members are padding, and stay in their place.
+    """
+    assignment = jnp.where(tokens.mask, assignment, -1)
+    member = jax.nn.one_hot(assignment, num_out, dtype=jnp.float32, axis=1)  # -1 is all zeros.
+
+    def sums(x):
+        return jnp.einsum("bkt,btc->bkc", member, x, precision=jax.lax.Precision.HIGHEST)
+
+    return VisualTokens(
+        **weighted_means(tokens, sums), source=remap(tokens.source, assignment.astype(jnp.int32))
+    )

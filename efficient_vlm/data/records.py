@@ -1,0 +1,76 @@
+"""What one sample is before it becomes arrays."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+class BadRecord(Exception):
+    """A sample that cannot be used; it is skipped and counted under `reason`.
+
+    Args:
+      reason: one of `REASONS`.
+      detail: what a person needs to find the sample (file name, length, ...).
+    """
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+
+REASONS = {
+    "malformed": "row without usable conversations",
+    "missing": "image file not found or not readable",
+    "corrupt": "image damaged or truncated",
+    "too_large": "image above the pixel or byte limit",
+    "format": "not a PNG, JPEG, WEBP, GIF or BMP image",
+    "too_many_images": "more images than data.max_images",
+    "too_long": "conversation longer than data.max_length tokens",
+    "no_label": "no answer to learn from",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """Turns of (user text, assistant text) about the images of one record.
+
+    Attributes:
+      turns: at least one pair.
+      task: name under which results are grouped.
+    """
+
+    turns: tuple[tuple[str, str], ...]
+    task: str = "conversation"
+
+    @classmethod
+    def single(cls, prompt: str, answer: str, task: str = "conversation") -> "Conversation":
+        """One question and one answer."""
+        return cls(turns=((prompt, answer),), task=task)
+
+    @property
+    def prompt(self) -> str:
+        """Text of the first question."""
+        return self.turns[0][0]
+
+    @property
+    def answer(self) -> str:
+        """Text of the first answer."""
+        return self.turns[0][1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """Images and the independent conversations about them.
+
+    Attributes:
+      id: name in the source.
+      images: encoded files (PNG, JPEG, ...); empty for a text-only sample.
+      conversations: each sees the images and itself, none sees another.
+      meta: whatever the source knows beside (glyph cells of a scene, ...).
+    """
+
+    id: str
+    images: tuple[bytes, ...]
+    conversations: tuple[Conversation, ...]
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -1,0 +1,46 @@
+"""The key-value cache: explicit, with one static length per decoder segment."""
+
+from flax import struct
+import jax
+
+
+@struct.dataclass
+class SegmentCache:
+    """Keys and values of the layers of one segment.
+
+    Slots: [visual tokens of this segment | prompt, padded | generated].
+
+    Attributes:
+      key, value: [layers, B, S, Hkv, Dh]; keys are already rotated.
+      live: bool [B, S], slots that hold a token.
+      bias: float32 [B, S], added to the attention logits of each key.
+      start: slot of the first generated token (static).
+      text_offset: rotary position of the first text token (static).
+    """
+
+    key: jax.Array
+    value: jax.Array
+    live: jax.Array
+    bias: jax.Array
+    start: int = struct.field(pytree_node=False)
+    text_offset: int = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class KVCache:
+    """All segments, and how far each row has come.
+
+    Attributes:
+      segments: one cache per decoder segment.
+      lengths: int32 [B], prompt tokens of each row.
+      generated: int32 scalar, tokens written since the prompt.
+    """
+
+    segments: tuple[SegmentCache, ...]
+    lengths: jax.Array
+    generated: jax.Array
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(s.key.nbytes + s.value.nbytes for s in self.segments)

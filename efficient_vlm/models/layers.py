@@ -1,0 +1,284 @@
+"""Building blocks that the encoder and the decoder share. All parameters carry logical axes."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from efficient_vlm.errors import unknown
+
+Dtype = jnp.dtype | str
+
+# Keys of this segment are seen by the queries of every segment of the row: the visual tokens.
+SHARED_SEGMENT = 0
+PADDING_SEGMENT = -1
+
+_NEGATIVE = -1e30  # finite, so that a row with no live key gives a mean and never NaN
+
+
+def logical(init, *axes: str | None):
+    """`init` with logical axis names attached, for `sharding.py` to map onto a mesh."""
+    return nn.with_logical_partitioning(init, axes)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation (arXiv 1910.07467) over the last axis, in float32."""
+
+    axis: str = "embed"
+    epsilon: float = 1e-6
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param(
+            "scale", logical(nn.initializers.ones, self.axis), x.shape[-1:], jnp.float32
+        )
+        x32 = x.astype(jnp.float32)
+        x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
+        return (x32 * scale).astype(self.dtype)
+
+
+class Linear(nn.Module):
+    """A product over the last `len(inputs)` axes of x; no bias.
+
+    Attributes:
+      inputs: logical names of the contracted axes.
+      features: sizes of the new axes.
+      outputs: logical names of the new axes.
+      scale: standard deviation of the initial kernel times sqrt(fan-in).
+    """
+
+    inputs: Sequence[str | None]
+    features: Sequence[int]
+    outputs: Sequence[str | None]
+    scale: float = 1.0
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        contracted = x.shape[-len(self.inputs) :]
+        init = nn.initializers.variance_scaling(
+            self.scale**2,
+            "fan_in",
+            "normal",
+            in_axis=tuple(range(len(contracted))),
+            out_axis=tuple(range(len(contracted), len(contracted) + len(self.features))),
+        )
+        kernel = self.param(
+            "kernel",
+            logical(init, *self.inputs, *self.outputs),
+            (*contracted, *self.features),
+            jnp.float32,
+        )
+        return jnp.tensordot(
+            x.astype(self.dtype), kernel.astype(self.dtype), axes=len(contracted)
+        )
+
+
+def rope(x: jax.Array, positions: jax.Array, theta: float, fraction: float = 1.0) -> jax.Array:
+    """Rotary position embedding (arXiv 2104.09864), in halves, as Llama does it.
+
+    Args:
+      x: [B, S, H, Dh].
+      positions: float or int [B, S]; fractional positions (merged tokens) are fine.
+      theta: base of the frequencies.
+      fraction: share of Dh that is rotated, the rest is left as it is.
+    """
+    rotated = int(x.shape[-1] * fraction) // 2 * 2
+    if rotated == 0:
+        return x
+    frequency = theta ** (-jnp.arange(0, rotated, 2, dtype=jnp.float32) / rotated)
+    angle = positions.astype(jnp.float32)[..., None, None] * frequency
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    first, second, rest = jnp.split(x.astype(jnp.float32), [rotated // 2, rotated], axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin, rest]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def attention_mask(
+    q_index: jax.Array,
+    kv_index: jax.Array,
+    q_segments: jax.Array,
+    kv_segments: jax.Array,
+    *,
+    causal: bool = True,
+    prefix_length: int = 0,
+    window: int | None = None,
+) -> jax.Array:
+    """The one place where masks are made: (causal OR same block) AND window AND valid AND segment.
+
+    Args:
+      q_index: int [Sq] or [B, Sq], place of each query in the sequence (not its rotary position).
+      kv_index: int [Skv] or [B, Skv], likewise for keys.
+      q_segments: int [B, Sq]; queries see keys of their own segment and of SHARED_SEGMENT.
+      kv_segments: int [B, Skv]; PADDING_SEGMENT keys are never seen.
+      causal: keys after the query are hidden, except inside the prefix.
+      prefix_length: the first tokens form one block in which everyone sees everyone.
+      window: a query sees this many keys up to and including its own place; the prefix stays.
+
+    Returns:
+      bool [B, Sq, Skv].
+    """
+    q, k = q_index[..., :, None], kv_index[..., None, :]
+    q_seg, k_seg = q_segments[..., :, None], kv_segments[..., None, :]
+    visible = (k_seg == q_seg) | (k_seg == SHARED_SEGMENT)
+    visible &= k_seg != PADDING_SEGMENT
+    if causal:
+        visible &= (k <= q) | ((q < prefix_length) & (k < prefix_length))
+    if window is not None:
+        visible &= (k > q - window) | (k < prefix_length)
+    return visible
+
+
+def dot_product_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float,
+    mask: jax.Array | None = None,
+    key_bias: jax.Array | None = None,
+) -> jax.Array:
+    """Softmax attention with grouped keys; logits and softmax in float32.
+
+    Args:
+      q: [B, Sq, H, Dh].
+      k, v: [B, Skv, Hkv, Dh], H a multiple of Hkv.
+      scale: multiplies the logits.
+      mask: bool [B, Sq, Skv], True where a key is seen.
+      key_bias: float [B, Skv], added to the logits of a key (log of a merged token's size).
+
+    Returns:
+      [B, Sq, H, Dh] in the dtype of v.
+    """
+    batch, queries, heads, dim = q.shape
+    groups = heads // k.shape[2]
+    q = (q * jnp.asarray(scale, q.dtype)).reshape(batch, queries, k.shape[2], groups, dim)
+    logits = jnp.einsum("bqhgd,bkhd->bhgqk", q, k, preferred_element_type=jnp.float32)
+    if key_bias is not None:
+        logits += key_bias[:, None, None, None, :].astype(jnp.float32)
+    if mask is not None:
+        logits = jnp.where(mask[:, None, None], logits, _NEGATIVE)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    out = jnp.einsum("bhgqk,bkhd->bqhgd", weights, v)
+    return out.reshape(batch, queries, heads, dim)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped keys, optional QK-norm and rotary positions.
+
+    `qk_scale` multiplies the usual 1/sqrt(Dh). With QK-norm the logits are bounded by
+    qk_scale * sqrt(Dh), and a value above 1 is what lets small heads look up one token among many.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    qk_norm: bool = False
+    qk_scale: float = 1.0
+    rope_theta: float | None = None
+    rope_fraction: float = 1.0
+    out_scale: float = 1.0
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array | None = None,
+        *,
+        mask: jax.Array | None = None,
+        key_bias: jax.Array | None = None,
+        cache: tuple[jax.Array, jax.Array] | None = None,
+        write_index: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Attends from x [B, S, D] to itself, or to a cache that x is first written into.
+
+        Args:
+          x: [B, S, D].
+          positions: [B, S], rotary positions; None where there are none.
+          mask: bool [B, S, Skv].
+          key_bias: float [B, Skv].
+          cache: keys and values, each [B, Skv, Hkv, Dh].
+          write_index: scalar, the place in the cache of the first of the S tokens; None for an
+            empty cache, into whose first places they are written while they see only each other.
+
+        Returns:
+          [B, S, D], and {"query" [B, S, H, Dh], "key" [B, S, Hkv, Dh]} with "cache": what came
+          in, with the S tokens written, or None.
+        """
+
+        def heads(count: int, axis: str, name: str):
+            shape, axes = (count, self.head_dim), (axis, "head_dim")
+            return Linear(("embed",), shape, axes, dtype=self.dtype, name=name)(x)
+
+        q = heads(self.num_heads, "heads", "query")
+        k = heads(self.num_kv_heads, "kv_heads", "key")
+        v = heads(self.num_kv_heads, "kv_heads", "value")
+        if self.qk_norm:
+            q = RMSNorm("head_dim", dtype=self.dtype, name="query_norm")(q)
+            k = RMSNorm("head_dim", dtype=self.dtype, name="key_norm")(k)
+        if self.rope_theta is not None and positions is not None:
+            q = rope(q, positions, self.rope_theta, self.rope_fraction)
+            k = rope(k, positions, self.rope_theta, self.rope_fraction)
+        inner = {"query": q, "key": k}
+        if cache is not None:
+            at = (0, 0 if write_index is None else write_index, 0, 0)
+            cache = tuple(
+                jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
+                for old, new in zip(cache, (k, v), strict=True)
+            )
+            if write_index is not None:
+                k, v = cache
+        inner["cache"] = cache
+        scale = self.qk_scale * self.head_dim**-0.5
+        out = dot_product_attention(q, k, v, scale=scale, mask=mask, key_bias=key_bias)
+        out = Linear(
+            ("heads", "head_dim"),
+            (x.shape[-1],),
+            ("embed",),
+            scale=self.out_scale,
+            dtype=self.dtype,
+            name="out",
+        )(out)
+        return out, inner
+
+
+def scan_layers(
+    block: type[nn.Module],
+    length: int,
+    in_axes,
+    *,
+    remat: str = "none",
+    unroll: int = 1,
+    rngs: tuple[str, ...] = (),
+) -> type[nn.Module]:
+    """`block` repeated `length` times with parameters stacked on axis 0 (logical axis "layers").
+
+    Args:
+      block: a module whose call is (carry, *inputs) -> (carry, outputs).
+      length: number of layers.
+      in_axes: per input, 0 to give each layer its slice or nn.broadcast.
+      remat: what the backward pass computes again: "none", "full" (everything) or "dots" (all but
+        matrix products).
+      unroll: layers per loop iteration; `length` removes the loop, which a CPU prefers.
+      rngs: random streams to split between the layers.
+    """
+    policies = {
+        "full": jax.checkpoint_policies.nothing_saveable,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    }
+    if remat != "none":
+        if remat not in policies:
+            raise unknown("remat", remat, ["none", *policies])
+        block = nn.remat(block, prevent_cse=False, policy=policies[remat])
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, **{name: True for name in rngs}},
+        in_axes=in_axes,
+        length=length,
+        unroll=min(unroll, length),
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )

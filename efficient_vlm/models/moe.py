@@ -1,0 +1,152 @@
+"""Feed-forward layers of the decoder: dense SwiGLU, and a dropless mixture of experts."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from efficient_vlm.errors import UserError, check_fields
+from efficient_vlm.kernels.grouped_matmul import grouped_matmul
+from efficient_vlm.models.layers import Dtype, Linear, logical
+
+# A loss is a sum with its denominator, so that micro-batches and devices add up exactly.
+Ratio = tuple[jax.Array, jax.Array]
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    mlp_dim: int
+    out_scale: float = 1.0
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def wide(name: str):
+            return Linear(("embed",), (self.mlp_dim,), ("mlp",), dtype=self.dtype, name=name)(x)
+
+        hidden = nn.silu(wide("gate")) * wide("up")
+        hidden = nn.with_logical_constraint(hidden, ("batch", None, "mlp"))
+        return Linear(
+            ("mlp",),
+            (x.shape[-1],),
+            ("embed",),
+            scale=self.out_scale,
+            dtype=self.dtype,
+            name="down",
+        )(hidden)
+
+
+class MoE(nn.Module):
+    """Top-k mixture of SwiGLU experts; no token is dropped.
+
+    The router is a softmax over all experts in float32, of which the `top_k` largest are kept
+    (and, with `normalize`, rescaled to sum to one). Losses follow Switch (arXiv 2101.03961, eq. 4)
+    and ST-MoE (arXiv 2202.08906, eq. 5).
+
+    Attributes:
+      num_experts, top_k: experts, and experts per token.
+      expert_dim: hidden width of one expert.
+      shared_dim: hidden width of a dense SwiGLU that every token also takes; 0 for none.
+      normalize: whether the weights of the chosen experts sum to one.
+    """
+
+    num_experts: int
+    top_k: int
+    expert_dim: int
+    shared_dim: int = 0
+    normalize: bool = True
+    out_scale: float = 1.0
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, valid: jax.Array) -> tuple[jax.Array, dict[str, Ratio]]:
+        """Applies the layer.
+
+        Args:
+          x: [B, S, D].
+          valid: bool [B, S]; padding is computed (shapes are static) but counted nowhere.
+
+        Returns:
+          [B, S, D], and {"load_balance", "router_z"} as (sum, denominator) scalars with
+          "expert_load": ([E] tokens sent to each expert, their total).
+        """
+        experts, k = self.num_experts, self.top_k
+        shape, width = x.shape, x.shape[-1]
+        x = x.reshape(-1, width)
+        counted = valid.reshape(-1).astype(jnp.float32)
+
+        router = Linear(("embed",), (experts,), ("experts_router",), name="router")
+        logits = router(x.astype(jnp.float32))
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        weights, chosen = jax.lax.top_k(probabilities, k)
+        if self.normalize:
+            weights = weights / weights.sum(axis=-1, keepdims=True)
+
+        # Sort the k copies of every token by expert, multiply, put them back and add them up.
+        flat = chosen.reshape(-1)
+        order = jnp.argsort(flat, stable=True)
+        sizes = jnp.bincount(flat, length=experts)
+        rows = x.astype(self.dtype)[order // k]
+        rows = self._experts(rows, sizes)
+        back = jnp.argsort(order)
+        y = rows[back].reshape(-1, k, width)
+        y = jnp.einsum("tkd,tk->td", y, weights.astype(self.dtype))
+        if self.shared_dim:
+            dense = SwiGLU(self.shared_dim, self.out_scale, self.dtype, name="shared")
+            y = y + dense(x.reshape(shape)).reshape(-1, width)
+
+        total = counted.sum()
+        routed = jnp.einsum("tke,t->e", jax.nn.one_hot(chosen, experts), counted)
+        fraction = routed / jnp.maximum(total * k, 1)
+        mean_probability = jnp.einsum("te,t->e", probabilities, counted) / jnp.maximum(total, 1)
+        balance = experts * jnp.sum(jax.lax.stop_gradient(fraction) * mean_probability)
+        z = jnp.sum(jax.nn.logsumexp(logits, axis=-1) ** 2 * counted)
+        stats = {
+            "load_balance": (balance * total, total),
+            "router_z": (z, total),
+            "expert_load": (routed, total * k),
+        }
+        return y.reshape(shape), stats
+
+    def _experts(self, rows: jax.Array, sizes: jax.Array) -> jax.Array:
+        """[M, D] sorted by expert -> [M, D], each row through the SwiGLU of its expert."""
+        width = rows.shape[-1]
+
+        def weight(name: str, inner: int, outer: int, axes: tuple[str, str], scale: float):
+            init = nn.initializers.variance_scaling(
+                scale**2, "fan_in", "normal", in_axis=1, out_axis=2, batch_axis=0
+            )
+            value = self.param(
+                name, logical(init, "experts", *axes), (self.num_experts, inner, outer)
+            )
+            return value.astype(self.dtype)
+
+        wide = ("embed", "expert_mlp")
+        gate = weight("gate", width, self.expert_dim, wide, 1.0)
+        up = weight("up", width, self.expert_dim, wide, 1.0)
+        down = weight("down", self.expert_dim, width, wide[::-1], self.out_scale)
+        # One product for gate and up: the rows are laid out in blocks once.
+        both = grouped_matmul(rows, jnp.concatenate([gate, up], axis=-1), sizes)
+        hidden, linear = jnp.split(both, 2, axis=-1)
+        return grouped_matmul(nn.silu(hidden) * linear, down, sizes)
+
+
+def check_moe(moe: Mapping | None) -> None:
+    """Raises UserError for a mixture that cannot be built."""
+    if moe is None:
+        return
+    check_fields("model.decoder.moe", moe, moe_fields())
+    for name in ("num_experts", "top_k", "expert_dim"):
+        if name not in moe:
+            raise UserError(f"model.decoder.moe.{name}: missing", fix="set it, or moe=None")
+    if not 1 <= moe["top_k"] <= moe["num_experts"]:
+        raise UserError(
+            f"model.decoder.moe.top_k: {moe['top_k']}",
+            allowed=f"1 to num_experts={moe['num_experts']}",
+        )
+
+
+def moe_fields() -> tuple[str, ...]:
+    return ("num_experts", "top_k", "expert_dim", "shared_dim", "normalize")

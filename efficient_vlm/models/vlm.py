@@ -1,0 +1,309 @@
+"""The whole model: encoder -> token compressor -> connector -> decoder."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from efficient_vlm import compressors
+from efficient_vlm.compressors import Signals, VisualTokens
+from efficient_vlm.errors import UserError
+from efficient_vlm.inference.cache import KVCache
+from efficient_vlm.models.build import construct
+from efficient_vlm.models.decoder import Decoder
+from efficient_vlm.models.layers import PADDING_SEGMENT, Dtype, Linear
+from efficient_vlm.models.vit import ViT
+
+
+@struct.dataclass
+class Output:
+    """What a training forward pass gives back.
+
+    Attributes:
+      logits: float32 [B, Q, L, vocab].
+      stats: layer statistics as (sum, denominator), each with a leading axis over the layers; empty
+        for a dense decoder.
+    """
+
+    logits: jax.Array
+    stats: dict[str, Any]
+
+
+class Layout(NamedTuple):
+    """The static shape of a row's images: how many, and the patch grid of each."""
+
+    images: int
+    rows: int
+    columns: int
+
+
+class Connector(nn.Module):
+    """Encoder width to decoder width: one product, or with `hidden_dim` two and a GELU between."""
+
+    features: int
+    hidden_dim: int | None = None
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.hidden_dim is not None:
+            x = Linear(("vision",), (self.hidden_dim,), ("mlp",), dtype=self.dtype, name="up")(x)
+            x = nn.gelu(x)
+        axis = "vision" if self.hidden_dim is None else "mlp"
+        return Linear((axis,), (self.features,), ("embed",), dtype=self.dtype, name="out")(x)
+
+
+class VisionLanguageModel(nn.Module):
+    """A vision-language model with one fixed token budget; other budgets share its parameters.
+
+    Attributes:
+      vocab_size: entries of the tokenizer.
+      encoder: fields of `vit.ViT`.
+      compressor: name, budget (visual tokens per image) and options of `compressors.build`.
+      decoder: fields of `decoder.Decoder`.
+      connector: fields of `Connector`.
+      dtype: of activations ("bfloat16" for mixed precision); parameters, norms, logits and softmax
+        stay float32.
+    """
+
+    vocab_size: int
+    encoder: Mapping[str, Any]
+    compressor: Mapping[str, Any]
+    decoder: Mapping[str, Any]
+    connector: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    dtype: Dtype = jnp.float32
+
+    def setup(self):
+        self.vit = self.make_encoder()
+        self.reduce = self.make_compressor()
+        self.language = self.make_decoder()
+        self.connect = construct(
+            Connector,
+            self.connector,
+            "model.connector",
+            features=self.language.width,
+            dtype=self.dtype,
+        )
+
+    def make_encoder(self) -> ViT:
+        """The encoder of this configuration, unbound."""
+        return construct(ViT, self.encoder, "model.encoder", dtype=self.dtype, parent=None)
+
+    def make_decoder(self) -> Decoder:
+        """The decoder of this configuration, unbound."""
+        fields = {"vocab_size": self.vocab_size, "dtype": self.dtype, "parent": None}
+        return construct(Decoder, self.decoder, "model.decoder", **fields)
+
+    def make_compressor(self) -> nn.Module:
+        """The compressor of this configuration, unbound."""
+        options = dict(self.compressor)
+        for name in ("name", "budget"):
+            if name not in options:
+                raise UserError(f"model.compressor.{name}: missing", fix="set it in the config")
+        options.setdefault("grid", self.make_encoder().grid)
+        return compressors.build(options.pop("name"), parent=None, **options)
+
+    def with_compressor(self, name: str, budget: int, **options: Any) -> "VisionLanguageModel":
+        """The same model with another compressor; parameters carry over where shapes agree."""
+        if name == self.compressor["name"]:
+            options = {**self.compressor, **options}
+        return self.clone(compressor={**options, "name": name, "budget": budget})
+
+    @property
+    def selects_by_text(self) -> bool:
+        """Whether different questions about one image get different visual tokens."""
+        rows, columns = self.make_encoder().grid
+        if "text" in self.make_compressor().needs and self.compressor["budget"] < rows * columns:
+            return True
+        inner = [s["compressor"]["name"] for s in self.decoder["segments"] if s.get("compressor")]
+        return any("text" in compressors.needs(name) for name in inner)
+
+    def layout(self, images: jax.Array) -> Layout:
+        """The layout of images [B, M, H, W, 3]."""
+        patch = self.make_encoder().patch_size
+        return Layout(images.shape[1], images.shape[2] // patch, images.shape[3] // patch)
+
+    # --- stages ------------------------------------------------------------------------------
+
+    def encode(self, images: jax.Array, image_mask: jax.Array) -> tuple[VisualTokens, Signals]:
+        """Images to patch tokens, each image on its own.
+
+        Args:
+          images: uint8 [B, M, H, W, 3].
+          image_mask: bool [B, M]; a missing image gives padding tokens.
+
+        Returns:
+          Tokens with a leading axis B*M, and the signals that the compressor needs.
+        """
+        _, *source_grid = self.layout(images)
+        images = images.reshape(-1, *images.shape[2:])
+        grid = self.reduce.image_grid(tuple(source_grid))
+        if grid != tuple(source_grid):
+            images = _resize(images, [side * self.vit.patch_size for side in grid])
+        asked = {"keys": "keys/-1", "attention_row": "attention_row/-1", "hidden": "features/-2"}
+        asked = {name: value for name, value in asked.items() if name in self.reduce.needs}
+        features, found = self.vit(images, intermediates=tuple(asked.values()))
+        mask = jnp.broadcast_to(image_mask.reshape(-1, 1), features.shape[:2])
+        tokens = VisualTokens.from_grid(features, grid, tuple(source_grid), mask)
+        return tokens, Signals(**{name: found[value] for name, value in asked.items()})
+
+    def compress(
+        self,
+        tokens: VisualTokens,
+        signals: Signals,
+        instruction: jax.Array,
+        layout: Layout,
+        rng: jax.Array | None = None,
+    ) -> VisualTokens:
+        """N tokens of each image to `budget` tokens, projected to the decoder's width.
+
+        Args:
+          tokens: from `encode`, leading axis R*M.
+          signals: from `encode`.
+          instruction: [R, width], from `instruction`.
+          layout: from `layout`.
+          rng: key for random compressors.
+
+        Returns:
+          Tokens [R, M*budget, ...]; the images of a row lie below each other in one tall grid.
+        """
+        images, rows, _ = layout
+        if "text" in self.reduce.needs:
+            signals = signals.replace(text=jnp.repeat(instruction, images, axis=0))
+        tokens = self.reduce(tokens, signals, rng=rng)
+        count = tokens.embed.shape[1]
+        image = jnp.tile(jnp.arange(images), tokens.embed.shape[0] // images)
+        below = jnp.stack([image * rows, jnp.zeros_like(image)], axis=-1)
+        source = jnp.where(tokens.source < 0, -1, tokens.source + (image * count)[:, None])
+        tokens = tokens.replace(
+            embed=self.connect(tokens.embed),
+            position=tokens.position + below[:, None].astype(jnp.float32),
+            source=source,
+        )
+        return jax.tree.map(lambda x: x.reshape(-1, images * x.shape[1], *x.shape[2:]), tokens)
+
+    def instruction(self, tokens: jax.Array, prompt_lengths: jax.Array) -> jax.Array:
+        """[..., L] prompts -> [..., width], the mean embedding of each prompt."""
+        inside = jnp.arange(tokens.shape[-1]) < prompt_lengths[..., None]
+        embedded = self.language.embed(tokens) * inside[..., None].astype(self.dtype)
+        return embedded.sum(axis=-2) / jnp.maximum(prompt_lengths, 1)[..., None].astype(self.dtype)
+
+    def prefill(
+        self,
+        visual: VisualTokens,
+        prompts: jax.Array,
+        lengths: jax.Array,
+        layout: Layout,
+        *,
+        new_tokens: int,
+        rng: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache]:
+        """Reads prompts behind visual tokens.
+
+        Args:
+          visual: from `compress`, one row per prompt.
+          prompts: int32 [R, P], padded on the right.
+          lengths: int32 [R].
+          layout: from `layout`.
+          new_tokens: room to leave in the cache.
+          rng: key for random compressors between segments.
+
+        Returns:
+          float32 logits [R, vocab] behind the last prompt token, and the cache.
+        """
+        place = jnp.arange(prompts.shape[1])
+        hidden, _, segments = self.language(
+            visual,
+            self.language.embed(prompts),
+            jnp.broadcast_to(place, prompts.shape),
+            jnp.where(place < lengths[:, None], 1, PADDING_SEGMENT),
+            columns=layout.columns,
+            signals=Signals(text=self.instruction(prompts, lengths)),
+            rng=rng,
+            cache_slots=new_tokens,
+        )
+        last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
+        cache = KVCache(segments, lengths, jnp.zeros((), jnp.int32))
+        return self.language.logits(last[:, 0]), cache
+
+    def decode(self, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """One token for every row: int32 [R] -> (float32 logits [R, vocab], the longer cache)."""
+        return self.language.step(tokens, cache)
+
+    # --- training ----------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        images: jax.Array,
+        image_mask: jax.Array,
+        tokens: jax.Array,
+        lengths: jax.Array,
+        prompt_lengths: jax.Array,
+        *,
+        rng: jax.Array | None = None,
+    ) -> Output:
+        """Next-token logits of Q conversations about the same images.
+
+        The conversations of a row are packed behind one copy of its visual tokens; each sees the
+        images and itself only. A compressor that looks at the text chooses tokens for each
+        conversation: then each gets a row of its own.
+
+        Args:
+          images: uint8 [B, M, H, W, 3].
+          image_mask: bool [B, M].
+          tokens: int32 [B, Q, L].
+          lengths: int32 [B, Q], tokens that are not padding; 0 for an empty slot.
+          prompt_lengths: int32 [B, Q], tokens before the first answer.
+          rng: key for random compressors.
+        """
+        batch, questions, length = tokens.shape
+        layout = self.layout(images)
+        visual, signals = self.encode(images, image_mask)
+        instruction = self.instruction(tokens, prompt_lengths)
+        if self.selects_by_text:
+            visual, signals = repeat_rows((visual, signals), layout.images, questions)
+            instruction = instruction.reshape(batch * questions, -1)
+            tokens, lengths = tokens.reshape(-1, 1, length), lengths.reshape(-1, 1)
+        else:
+            # No choice depends on it here: it only lets parameters be created.
+            instruction = instruction.mean(axis=1)
+        visual = self.compress(visual, signals, instruction, layout, rng)
+        if not self.selects_by_text:
+            visual = visual.replace(bias=None)
+        rows, packed = tokens.shape[:2]
+        place = jnp.arange(length)
+        valid = place < lengths[..., None]
+        segments = jnp.where(valid, 1 + jnp.arange(packed)[:, None], PADDING_SEGMENT)
+        hidden, stats, _ = self.language(
+            visual,
+            self.language.embed(tokens.reshape(rows, -1)),
+            jnp.broadcast_to(place, tokens.shape).reshape(rows, -1),
+            segments.reshape(rows, -1),
+            columns=layout.columns,
+            signals=Signals(text=instruction),
+            rng=rng,
+        )
+        logits = self.language.logits(hidden)
+        return Output(logits.reshape(batch, questions, length, -1), stats)
+
+
+def repeat_rows(tree: Any, images: int, questions: int) -> Any:
+    """Leading axis B*M -> B*Q*M: the images of each row once for every question."""
+
+    def repeat(x):
+        grouped = jnp.repeat(x.reshape(-1, images, *x.shape[1:]), questions, axis=0)
+        return grouped.reshape(-1, *x.shape[1:])
+
+    return jax.tree.map(repeat, tree)
+
+
+def _resize(images: jax.Array, size: list[int]) -> jax.Array:
+    """uint8 or float [B, H, W, 3] -> float32 in [0, 1] [B, h, w, 3], bilinear, antialiased."""
+    top = 255 if jnp.issubdtype(images.dtype, jnp.integer) else 1
+    images = images.astype(jnp.float32) / top
+    shape = (images.shape[0], *size, images.shape[3])
+    return jax.image.resize(images, shape, "linear", antialias=True)

@@ -1,0 +1,382 @@
+"""Guards of a run: stop signals, steps that are not finite, and the config of a workdir.
+
+The lock of a workdir is in `efficient_vlm.train.lock` and can be imported from here as well.
+"""
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efficient_vlm.errors import UserError
+from efficient_vlm.train.checkpoint import print_warning
+from efficient_vlm.train.lock import WorkdirLock
+from efficient_vlm.train.manifest import write_atomic
+
+__all__ = [
+    "NonFiniteGuard",
+    "StopSignal",
+    "TrainingDiverged",
+    "WorkdirLock",
+    "all_finite",
+    "check_workdir_config",
+    "compare_config",
+    "select_finite",
+]
+
+
+class StopSignal:
+    """Turns SIGTERM and SIGINT into a flag that the loop reads between steps.
+
+    The first signal sets the flag and prints one line; the loop finishes its step, saves and exits
+    with `exit_code`. A second signal ends the process at once with that code, even while the main
+    thread is inside a long compilation, where Python's own handlers cannot run: a thread listens
+    on the wake-up descriptor. Repeats within `debounce` seconds count as one, because `timeout`
+    and process managers send the same signal to the process and to its group.
+
+    Outside the main thread this does nothing: `requested` stays False. In a notebook, where the
+    event loop owns the wake-up descriptor, the flag works and the second signal waits for Python.
+
+    Args:
+      signals: what to catch.
+      debounce: seconds.
+      exit: replaces `os._exit` in tests.
+
+    Attributes:
+      signum: the first signal caught, or None.
+    """
+
+    def __init__(
+        self,
+        signals: Iterable[int] = (signal.SIGTERM, signal.SIGINT),
+        *,
+        debounce: float = 0.25,
+        exit: Callable[[int], Any] = os._exit,
+    ):
+        self.signum: int | None = None
+        self._signals, self._debounce, self._exit = tuple(signals), debounce, exit
+        self._first = 0.0
+        self._old: dict[int, Any] = {}
+        self._sockets: tuple[socket.socket, socket.socket] | None = None
+        self._old_descriptor = -1
+        self._lock = threading.RLock()  # re-entrant: a handler may interrupt itself
+
+    @property
+    def requested(self) -> bool:
+        """True once a signal has come."""
+        return self.signum is not None
+
+    @property
+    def exit_code(self) -> int | None:
+        """143 after SIGTERM, 130 after SIGINT, None without a signal."""
+        return None if self.signum is None else 128 + self.signum
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        for number in self._signals:
+            self._old[number] = signal.signal(number, self._handle)
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        self._old_descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        if self._old_descriptor != -1:
+            signal.set_wakeup_fd(self._old_descriptor)
+            reader.close()
+            writer.close()
+        else:
+            self._sockets = (reader, writer)
+            threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._old.items():
+            # None: the handler was not installed from Python and cannot be put back from here.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._old = {}
+        if self._sockets is not None:
+            signal.set_wakeup_fd(-1)
+            self._sockets[1].close()  # ends the thread
+            self._sockets = None
+
+    def _handle(self, number: int, frame: Any) -> None:
+        # With a listening thread this runs second, and only makes sure that the flag is set before
+        # the main thread's next line.
+        self._count(number, again=self._sockets is None)
+
+    def _listen(self, reader: socket.socket) -> None:
+        with reader:
+            while numbers := reader.recv(64):
+                for number in numbers:
+                    if number in self._signals:
+                        self._count(number, again=True)
+
+    def _count(self, number: int, *, again: bool) -> None:
+        now = time.monotonic()
+        with self._lock:
+            first = self.signum is None
+            if first:
+                self.signum, self._first = number, now
+        name = signal.Signals(number).name
+        if first:
+            _write_stderr(f"\n{name}: finishing this step, then saving; once more to quit at once\n")
+        elif again and now - self._first > self._debounce:
+            _write_stderr(f"\n{name} again: quitting at once, the last committed checkpoint stays\n")
+            self._exit(128 + number)
+
+
+def _write_stderr(text: str) -> None:
+    # Not print: a handler may interrupt a print, and buffered files do not allow re-entry.
+    try:
+        os.write(2, text.encode())
+    except OSError:
+        pass
+
+
+# ---- steps that are not finite -----------------------------------------------------------------
+
+
+class TrainingDiverged(UserError):
+    """Loss or gradient was not finite for too many steps in a row; no bad update was applied.
+
+    Attributes:
+      step: the last bad step.
+      records: record numbers of its batch.
+    """
+
+    def __init__(self, step: int, limit: int, records: list[int], dump: Path | None, last: int | None):
+        shown = ", ".join(map(str, records[:8])) + (", ..." if len(records) > 8 else "")
+        where = f"; batch in {dump}" if dump else ""
+        super().__init__(
+            f"training diverged: loss or gradient not finite for {limit} steps in a row, up to step "
+            f"{step} (records {shown or 'unknown'}{where})",
+            fix="lower the learning rate, clip gradients or look at the batch; "
+            + (f"re-running resumes from step {last}" if last is not None else "no checkpoint yet"),
+        )
+        self.step, self.records = step, records
+
+
+class NonFiniteGuard:
+    """Counts skipped steps on the host, dumps their batches, and ends a run that only skips.
+
+    The update itself is kept away from the weights on the device, by `select_finite`.
+
+    Args:
+      workdir: batches go to `<workdir>/bad_batches/step_<n>.npz`.
+      limit: consecutive bad steps after which training ends.
+      max_dumps: batches written at most by one process.
+      warn: receives one line per bad step.
+
+    Attributes:
+      consecutive: bad steps since the last good one.
+      total: bad steps of the run (the metric `skipped`).
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        limit: int = 3,
+        *,
+        max_dumps: int = 10,
+        warn: Callable[[str], None] | None = None,
+    ):
+        if limit < 1:
+            raise UserError(f"train.nonfinite_limit={limit}", allowed="an integer >= 1")
+        self.directory = Path(workdir) / "bad_batches"
+        self.limit, self.consecutive, self.total = limit, 0, 0
+        self._dumps_left, self._warn = max_dumps, warn or print_warning
+
+    def update(
+        self,
+        step: int,
+        ok: Any,
+        batch: Mapping[str, Any] | None = None,
+        *,
+        last_checkpoint: int | None = None,
+    ) -> bool:
+        """Takes the flag of one step.
+
+        Args:
+          step: its number.
+          ok: bool, NumPy bool or device scalar; waiting for it is the only cost of a good step.
+          batch: the batch of that step (a flat mapping; `index` int [B] names the records).
+          last_checkpoint: newest committed step, for the message.
+
+        Returns:
+          `ok` as a bool.
+
+        Raises:
+          TrainingDiverged: this was the `limit`-th bad step in a row.
+        """
+        if bool(ok):
+            self.consecutive = 0
+            return True
+        self.consecutive += 1
+        self.total += 1
+        batch = batch or {}
+        records = [int(each) for each in np.ravel(np.asarray(batch.get("index", [])))]
+        dump = self._dump(step, batch)
+        if self.consecutive >= self.limit:
+            raise TrainingDiverged(step, self.limit, records, dump, last_checkpoint)
+        self._warn(
+            f"step {step}: loss or gradient not finite, update skipped "
+            f"({self.consecutive} of {self.limit} in a row; {self.total} in all)"
+        )
+        return False
+
+    def state(self) -> dict[str, int]:
+        """Counters for the metadata of a checkpoint."""
+        return {"consecutive": self.consecutive, "total": self.total}
+
+    def load(self, state: Mapping[str, int]) -> None:
+        """Continues from what `state` gave."""
+        self.consecutive, self.total = int(state["consecutive"]), int(state["total"])
+
+    def _dump(self, step: int, batch: Mapping[str, Any]) -> Path | None:
+        if self._dumps_left <= 0 or not batch:
+            return None
+        self._dumps_left -= 1
+        path = self.directory / f"step_{step}.npz"
+        try:
+            arrays = {name: np.asarray(value) for name, value in batch.items()}
+            # bfloat16 and friends have no name in the npz format; objects would need pickle.
+            arrays = {
+                name: value.astype(np.float32) if value.dtype.kind == "V" else value
+                for name, value in arrays.items()
+                if not value.dtype.hasobject
+            }
+            self.directory.mkdir(parents=True, exist_ok=True)
+            np.savez_compressed(path, **arrays)
+        except (OSError, ValueError, TypeError) as error:
+            path.unlink(missing_ok=True)
+            self._warn(f"batch of step {step} was not written to {path}: {error}")
+            return None
+        return path
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """bool []: no floating-point leaf of `tree` holds NaN or Inf. Can be jitted."""
+    flags = [
+        jnp.isfinite(leaf).all()
+        for leaf in jax.tree.leaves(tree)
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    ]
+    return jnp.stack(flags).all() if flags else jnp.array(True)
+
+
+def select_finite(ok: jax.Array, new_tree: Any, old_tree: Any) -> Any:
+    """`new_tree` where `ok` (bool []), else `old_tree`, leaf by leaf; can be jitted and donated.
+
+    A select, not a multiplication by zero: NaN times zero is NaN. Typed PRNG keys are allowed.
+    """
+    return jax.tree.map(lambda new, old: jnp.where(ok, new, old), new_tree, old_tree)
+
+
+# ---- the config of a workdir -------------------------------------------------------------------
+
+
+def _plain(value: Any) -> Any:
+    """What comes back after JSON: tuples are lists, keys are strings."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)
+
+
+def _dotted(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and (value or not prefix):
+        return {k: v for key, each in value.items() for k, v in _dotted(each, f"{prefix}.{key}").items()}
+    return {prefix[1:]: value}
+
+
+def compare_config(
+    stored: Mapping[str, Any], current: Mapping[str, Any], *, ignore: Iterable[str] = ()
+) -> list[str]:
+    """The fields in which two configs differ.
+
+    Args:
+      stored: the config of the workdir.
+      current: the config asked for.
+      ignore: dotted fields, or dotted prefixes, that may differ.
+
+    Returns:
+      Lines like "model.width: 64 in the workdir, 128 now", sorted by field; [] if none differ.
+    """
+    old, new = _dotted(_plain(stored)), _dotted(_plain(current))
+    ignore = tuple(ignore)
+    lines = []
+    for field in sorted(old.keys() | new.keys()):
+        if any(field == name or field.startswith(f"{name}.") for name in ignore):
+            continue
+        # json: NaN equals NaN, and True does not equal 1.
+        before, after = (
+            json.dumps(side[field], sort_keys=True) if field in side else "absent"
+            for side in (old, new)
+        )
+        if before != after:
+            lines.append(f"{field}: {_short(before)} in the workdir, {_short(after)} now")
+    return lines
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_workdir_config(
+    workdir: str | os.PathLike[str], config: Mapping[str, Any], *, ignore: Iterable[str] = ()
+) -> bool:
+    """Writes `<workdir>/config.json` on first use; later, refuses a config that differs from it.
+
+    Args:
+      workdir: created if needed.
+      config: nested mapping (a ConfigDict's `to_dict()`).
+      ignore: dotted fields that may change between runs.
+
+    Returns:
+      True on first use.
+
+    Raises:
+      UserError: names the differing fields, or config.json cannot be read or written.
+    """
+    path = Path(workdir) / "config.json"
+    try:
+        stored = json.loads(path.read_text())
+        if not isinstance(stored, dict):
+            raise ValueError("not an object")
+    except FileNotFoundError:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(_plain(config), indent=2, sort_keys=True)
+            write_atomic(path, (text + "\n").encode())
+        except OSError as error:
+            raise UserError(
+                f"--workdir={workdir}: cannot be written ({error.strerror or error})",
+                fix="choose another --workdir",
+            ) from None
+        return True
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: not a readable config ({error})",
+            fix="restore it, or use another --workdir",
+        ) from None
+    lines = compare_config(stored, config, ignore=ignore)
+    if lines:
+        more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
+        raise UserError(
+            f"--workdir={workdir} belongs to another config: {'; '.join(lines[:3])}{more}",
+            fix="use another --workdir, or the values of its config.json",
+        )
+    return False

@@ -1,0 +1,225 @@
+"""One writer per workdir.
+
+The lock is `flock` on `<workdir>/.lock`: the kernel frees it the moment its owner dies, SIGKILL
+included, and there is no moment between looking and taking. Some network file systems keep `flock`
+to one machine; therefore the file also holds who owns it, and its modification time is a heartbeat
+that a process on another machine respects.
+"""
+
+import datetime
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from efficient_vlm.errors import UserError
+
+LOCK = ".lock"
+_held: set[int] = set()  # descriptors of this process, closed in forked children
+
+
+def _close_in_child() -> None:
+    # A forked data worker that outlives its killed parent would otherwise keep the lock.
+    for descriptor in list(_held):
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+def process_start(pid: int) -> str | None:
+    """A token that differs between two processes that had the same pid; None if unknown."""
+    try:
+        # Field 22 of /proc/<pid>/stat; the command in field 2 may itself hold brackets.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def _boot() -> str | None:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+
+
+def _alive(info: dict[str, Any]) -> bool:
+    """Whether the owner's process runs on this machine."""
+    try:
+        os.kill(int(info["pid"]), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, KeyError, ValueError, OverflowError):
+        pass
+    started = process_start(int(info.get("pid", -1)))
+    return started is None or info.get("started") in (None, started)
+
+
+class WorkdirLock:
+    """Context manager that holds the lock of a workdir, or refuses.
+
+    Args:
+      workdir: created if needed.
+      heartbeat: seconds between heartbeats.
+      stale_after: seconds without a heartbeat after which an owner on another machine counts as
+        dead. On this machine no waiting is needed.
+      warn: receives one line when a stale lock is taken over; default stderr.
+
+    Raises (on entry):
+      UserError: another live process holds the lock: which one, since when, what to do.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        heartbeat: float = 15.0,
+        stale_after: float = 120.0,
+        warn: Callable[[str], None] | None = None,
+    ):
+        self.path = Path(workdir) / LOCK
+        self._heartbeat, self._stale_after, self._warn = heartbeat, stale_after, warn
+        self._descriptor: int | None = None
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> "WorkdirLock":
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            exclusive = self._take()
+        except OSError as error:
+            raise UserError(
+                f"--workdir={self.path.parent}: cannot be locked ({error.strerror or error})",
+                fix="choose a --workdir that can be written",
+            ) from None
+        info = self._read()
+        if not exclusive:
+            self._close()
+            raise self._refusal(info)
+        if info:
+            self._take_over(info)
+        self._write(
+            {
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "boot": _boot(),
+                "started": process_start(os.getpid()),
+                "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            }
+        )
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._beat, daemon=True, name="workdir-lock")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._descriptor is not None:
+            # Emptied, not removed: another process may have it open already, and would lock a
+            # file that nobody else finds.
+            try:
+                os.ftruncate(self._descriptor, 0)
+            except OSError:
+                pass
+            self._close()
+
+    def _take(self) -> bool:
+        """Opens and locks the file. False if another process holds it."""
+        while True:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._descriptor = descriptor
+            _held.add(descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    return False
+                self._close()
+                raise
+            try:
+                if os.path.samestat(os.stat(self.path), os.fstat(descriptor)):
+                    return True
+            except FileNotFoundError:
+                pass
+            self._close()  # removed by hand in between: lock the file that is there now
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            _held.discard(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            info = json.loads(os.pread(self._descriptor, 4096, 0))
+            return info if isinstance(info, dict) else {}
+        except ValueError:
+            return {}
+
+    def _write(self, info: dict[str, Any]) -> None:
+        try:
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, (json.dumps(info) + "\n").encode(), 0)
+        except OSError as error:  # full disk: the lock itself holds
+            self._tell(f"{self.path}: owner not written ({error.strerror or error})")
+
+    def _take_over(self, info: dict[str, Any]) -> None:
+        """Decides about the owner that left its name though the kernel gave us the lock."""
+        here, boot = socket.gethostname(), _boot()
+        same_kernel = boot is not None and info.get("boot") == boot
+        same_host = info.get("host") == here and here not in ("", "localhost")
+        if not same_kernel and not same_host:
+            age = time.time() - os.fstat(self._descriptor).st_mtime
+            if age < self._stale_after:
+                self._close()
+                raise self._refusal(info, age)
+        elif same_kernel and boot is not None and info.get("host") == here and _alive(info):
+            # Alive, yet without its lock: it is closing down, or the file system ignores flock.
+            if info.get("pid") != os.getpid():
+                self._close()
+                raise self._refusal(info)
+        self._tell(
+            f"{self.path.parent}: taking over from {_owner(info)}, which ended without cleaning up"
+        )
+
+    def _refusal(self, info: dict[str, Any], age: float | None = None) -> UserError:
+        same = info.get("host") in (None, socket.gethostname())
+        how = f"stop it (kill {info.get('pid', '<pid>')})" if same else "stop it there"
+        if age is not None:
+            left = max(1, round(self._stale_after - age))
+            how += f", or if that machine is gone wait {left} s"
+        return UserError(
+            f"--workdir={self.path.parent}: in use by {_owner(info)}",
+            fix=f"{how}, or use another --workdir",
+        )
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self._heartbeat):
+            try:
+                os.utime(self._descriptor)
+            except OSError:
+                pass
+
+    def _tell(self, message: str) -> None:
+        if self._warn is None:
+            from efficient_vlm.train.checkpoint import print_warning
+
+            print_warning(message)
+        else:
+            self._warn(message)
+
+
+def _owner(info: dict[str, Any]) -> str:
+    if not info:
+        return "another process"
+    return f"process {info.get('pid')} on {info.get('host')} since {info.get('since')}"

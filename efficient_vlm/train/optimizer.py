@@ -1,0 +1,171 @@
+"""Optimizers from a config: schedules, parameter groups by path, freezing, decay masks."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import optax
+from flax import linen as nn
+
+from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.models.build import construct
+
+# Axes along which a parameter is a stack of independent matrices.
+_STACKED = ("layers", "experts")
+# Tables are looked up row by row: they have no input and output side to orthogonalise.
+_TABLES = ("vocab", "rows", "columns", "queries")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """How parameters are updated.
+
+    Attributes:
+      name: "muon" (matrices by Muon, everything else by AdamW) or "adamw".
+      learning_rate: peak, of the matrices with Muon.
+      adam_learning_rate: peak of what AdamW updates beside Muon; None for `learning_rate`.
+      schedule: "cosine" (to 0), "linear" (to 0) or "constant", after a linear warm-up.
+      warmup_steps: length of the warm-up.
+      weight_decay: decoupled, times the learning rate; only for matrices (and stacks of them).
+      clip_norm: largest global norm of the gradient; None for no clipping.
+      b1, b2: moments of AdamW.
+      groups: parameter groups, first match wins: {"pattern": regular expression found in the path,
+        "scale": factor on the learning rate, "freeze": True for no update and no optimizer state}.
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 1e-3
+    adam_learning_rate: float | None = None
+    schedule: str = "cosine"
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    clip_norm: float | None = 1.0
+    b1: float = 0.9
+    b2: float = 0.99
+    groups: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """One entry of `OptimizerConfig.groups`."""
+
+    pattern: str
+    scale: float = 1.0
+    freeze: bool = False
+
+
+def schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
+    """The learning rate at each step of a run of `steps`."""
+    warmup = min(config.warmup_steps, max(steps - 1, 0))
+    rest = max(steps - warmup, 1)
+    shapes = {
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
+        "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
+        "constant": lambda: optax.constant_schedule(peak),
+    }
+    if config.schedule not in shapes:
+        raise unknown("train.optimizer.schedule", config.schedule, shapes)
+    warm = optax.linear_schedule(0.0, peak, max(warmup, 1))
+    return optax.join_schedules([warm, shapes[config.schedule]()], [warmup])
+
+
+def make_optimizer(
+    config: OptimizerConfig, steps: int, boxed_params: Any
+) -> optax.GradientTransformation:
+    """Builds the optimizer for parameters that still carry their logical axes.
+
+    Args:
+      config: the settings.
+      steps: optimizer steps of the whole run, for the schedule.
+      boxed_params: parameters (or their shapes) as `model.init` gives them, with logical axes.
+
+    Raises:
+      UserError: unknown names, or a group that matches no parameter.
+    """
+    paths = jax.tree_util.tree_flatten_with_path(boxed_params, is_leaf=_is_box)[0]
+    axes = {_path(path): _axes(leaf) for path, leaf in paths}
+    groups = [
+        construct(Group, group, f"train.optimizer.groups[{i}]")
+        for i, group in enumerate(config.groups)
+    ]
+    labels = _labels(groups, axes)
+
+    transforms = {"freeze": optax.set_to_zero()}
+    for label, scale in {"default": 1.0, **{str(i): g.scale for i, g in enumerate(groups)}}.items():
+        transforms[label] = _update(config, steps, scale, axes)
+    tx = optax.partition(transforms, lambda params: _by_path(params, labels))
+    if config.clip_norm is not None:
+        tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
+    return tx
+
+
+def _update(config, steps, scale, axes) -> optax.GradientTransformation:
+    rate = schedule(config, steps, config.learning_rate * scale)
+
+    def decay_mask(params):
+        return _by_path(params, {path: _matrix(names) is not None for path, names in axes.items()})
+
+    adamw = optax.adamw(
+        rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=decay_mask
+    )
+    if config.name == "adamw":
+        return adamw
+    if config.name != "muon":
+        raise unknown("train.optimizer.name", config.name, ("adamw", "muon"))
+    peak = config.learning_rate if config.adam_learning_rate is None else config.adam_learning_rate
+    return optax.contrib.muon(
+        rate,
+        weight_decay=config.weight_decay,
+        adam_learning_rate=schedule(config, steps, peak * scale),
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        muon_weight_dimension_numbers=lambda params: _by_path(
+            params, {path: _matrix(names) for path, names in axes.items()}
+        ),
+    )
+
+
+def _matrix(names: tuple[str | None, ...]) -> Any:
+    """Which axes of a parameter are the input and the output of a matrix; None if it is none."""
+    inner = [i for i, name in enumerate(names) if name not in _STACKED]
+    if len(inner) < 2 or any(name in _TABLES for name in names):
+        return None
+    contracted = 2 if names[inner[0]] in ("heads", "kv_heads") else 1
+    return optax.contrib.MuonDimensionNumbers(tuple(inner[:contracted]), tuple(inner[contracted:]))
+
+
+def _labels(groups: Sequence[Group], axes: Mapping[str, Any]) -> dict[str, str]:
+    labels, used = {}, set()
+    for path in axes:
+        labels[path] = "default"
+        for i, group in enumerate(groups):
+            if re.search(group.pattern, path):
+                labels[path] = "freeze" if group.freeze else str(i)
+                used.add(i)
+                break
+    for i, group in enumerate(groups):
+        if i not in used:
+            raise UserError(
+                f"train.optimizer.groups[{i}].pattern: {group.pattern!r} matches no parameter",
+                allowed=f"parts of paths such as {', '.join(sorted(axes)[:3])}",
+            )
+    return labels
+
+
+def _is_box(leaf: Any) -> bool:
+    return isinstance(leaf, nn.Partitioned)
+
+
+def _axes(leaf: Any) -> tuple[str | None, ...]:
+    return tuple(leaf.names) if _is_box(leaf) else (None,) * leaf.ndim
+
+
+def _path(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _by_path(params: Any, values: Mapping[str, Any]) -> Any:
+    """A tree like `params` with, at each leaf, the value of its path."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: values[_path(path)], params)

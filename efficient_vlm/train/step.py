@@ -1,0 +1,157 @@
+"""The training state, and one jitted step around a readable loss."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from efficient_vlm.models.vlm import VisionLanguageModel
+from efficient_vlm.train.losses import ratio, token_cross_entropy
+
+State = dict[str, Any]  # params, opt, step, skipped, and ema if it is on
+
+MODEL_INPUTS = ("images", "image_mask", "tokens", "lengths", "prompt_lengths")
+
+
+def init_params(models: list[VisionLanguageModel], batch: Mapping[str, Any], seed: int) -> Any:
+    """Parameters, with logical axes, that serve every one of `models`.
+
+    Args:
+      models: one model at several budgets or compressors.
+      batch: a batch, or its shapes.
+      seed: of the initial values.
+    """
+    shapes = {name: jax.ShapeDtypeStruct(batch[name].shape, batch[name].dtype) for name in MODEL_INPUTS}
+
+    def init(key):
+        zeros = {name: jnp.zeros(s.shape, s.dtype) for name, s in shapes.items()}
+        params = {}
+        for model in models:
+            params = _union(params, model.init(key, **zeros)["params"])
+        return params
+
+    return jax.jit(init)(jax.random.key(seed))
+
+
+def _union(first: Any, second: Any) -> Any:
+    if not isinstance(first, dict) or not isinstance(second, dict):
+        return first
+    return {
+        key: _union(first[key], second[key]) if key in first and key in second
+        else first.get(key, second.get(key))
+        for key in [*first, *(k for k in second if k not in first)]
+    }
+
+
+def init_state(params: Any, tx: optax.GradientTransformation, *, ema: bool = False) -> State:
+    """A fresh state from parameters (with or without their logical axes)."""
+    params = nn.unbox(params)
+    state = {
+        "params": params,
+        "opt": jax.jit(tx.init)(params),
+        "step": jnp.zeros((), jnp.int32),
+        "skipped": jnp.zeros((), jnp.int32),
+    }
+    if ema:
+        state["ema"] = jax.tree.map(jnp.copy, params)
+    return state
+
+
+def loss_fn(
+    model: VisionLanguageModel,
+    params: Any,
+    batch: Mapping[str, jax.Array],
+    rng: jax.Array,
+    aux: Mapping[str, float],
+) -> tuple[jax.Array, dict[str, Any]]:
+    """The sum of token losses, plus router losses weighted so that their mean is what counts.
+
+    Args:
+      model: the model at one budget.
+      params: its parameters.
+      batch: arrays of the data pipeline.
+      rng: key for random compressors.
+      aux: weights of "load_balance" and "router_z".
+
+    Returns:
+      A scalar to divide by the number of targets, and metrics as (sum, denominator).
+    """
+    inputs = {name: batch[name] for name in MODEL_INPUTS}
+    out = model.apply({"params": params}, **inputs, rng=rng)
+    metrics = token_cross_entropy(out.logits, batch["tokens"], batch["loss_mask"])
+    total, targets = metrics["loss"]
+    for name, weight in aux.items():
+        if name in out.stats:
+            # Routing is balanced per micro-batch: a ratio of its own, weighted by its targets.
+            total += weight * targets * ratio(out.stats[name]).mean()
+    return total, {**metrics, **out.stats}
+
+
+def make_train_step(
+    model: VisionLanguageModel,
+    tx: optax.GradientTransformation,
+    *,
+    seed: int = 0,
+    accumulate: int = 1,
+    aux: Mapping[str, float] | None = None,
+    ema: float | None = None,
+) -> Callable[[State, Mapping[str, Any]], tuple[State, dict[str, jax.Array]]]:
+    """A jitted step(state, batch) -> (state, metrics) for one budget; the state is donated.
+
+    A step whose loss or gradient norm is not finite leaves parameters, optimizer and average as
+    they were, and counts in `skipped`.
+
+    Args:
+      model: the model at one budget.
+      tx: the optimizer.
+      seed: of random compressors.
+      accumulate: micro-batches per step; they divide the batch. The gradient is that of the mean
+        over all targets of the step, however they are spread over the micro-batches.
+      aux: weights of router losses.
+      ema: decay of an average of the parameters kept in state["ema"]; None for none.
+    """
+    aux = dict(aux or {})
+    gradient = jax.value_and_grad(functools.partial(loss_fn, model, aux=aux), has_aux=True)
+
+    def accumulated(params, batch, rng):
+        if accumulate == 1:
+            return gradient(params, batch, rng)
+        parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), dict(batch))
+        keys = jax.random.split(rng, accumulate)
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, gradient(params, part[0], part[1])), None
+
+        first = jax.tree.map(lambda x: x[0], (parts, keys))
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype),
+            jax.eval_shape(gradient, params, first[0], first[1]),
+        )
+        return jax.lax.scan(add, zeros, (parts, keys))[0]
+
+    def step(state, batch):
+        rng = jax.random.fold_in(jax.random.key(seed), state["step"])
+        (_, metrics), grads = accumulated(state["params"], batch, rng)
+        targets = jnp.maximum(metrics["loss"][1], 1)
+        grads = jax.tree.map(lambda g: g / targets, grads)
+        norm = optax.global_norm(grads)
+        updates, opt = tx.update(grads, state["opt"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        new = {"params": params, "opt": opt}
+        if ema is not None:
+            new["ema"] = optax.incremental_update(params, state["ema"], 1 - ema)
+        ok = jnp.isfinite(norm) & jnp.isfinite(ratio(metrics["loss"]))
+        new = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, {k: state[k] for k in new})
+        new["step"] = state["step"] + 1
+        new["skipped"] = state["skipped"] + jnp.where(ok, 0, 1)
+        load = metrics.pop("expert_load", None)
+        scalars = {name: ratio(pair).mean() for name, pair in metrics.items()}
+        if load is not None:
+            scalars["expert_load"] = load[0] / jnp.maximum(load[1], 1)[:, None]
+        return new, {**scalars, "grad_norm": norm, "ok": ok}
+
+    return jax.jit(step, donate_argnums=0)

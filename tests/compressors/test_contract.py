@@ -1,0 +1,262 @@
+"""The contract of every compressor, as one class: a new method adds a row to CASES."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from efficient_vlm.compressors import Signals, VisualTokens, build, names, reachable
+
+BATCH, WIDTH, TEXT_WIDTH = 3, 8, 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One method with options.
+
+    Attributes:
+      name: of the method.
+      selects: True if it keeps tokens as they are, False if it merges them.
+      options: from the grid to options of `build`.
+      random: the result depends on the row's place in the batch.
+    """
+
+    name: str
+    selects: bool
+    options: Callable[[tuple[int, int]], dict] = lambda grid: {}
+    random: bool = False
+    note: str = ""
+
+    def __str__(self):
+        return self.name + self.note
+
+
+CASES = [
+    Case("none", True),
+    Case("average_pool", False),
+    Case("pixel_shuffle", False, lambda grid: {"budgets": reachable("pixel_shuffle", grid)}),
+    Case("resampler", False, lambda grid: {"num_queries": 8, "num_heads": 2}),
+    Case("downsample", False),
+    Case("random", True, random=True),
+    Case("stride", True),
+    Case("text_topk", True),
+    Case("text_topk", True, lambda grid: {"bias": "straight_through"}, note="-straight"),
+    Case("text_topk", True, lambda grid: {"bias": "none", "num_heads": 2}, note="-heads"),
+]
+SQUARE, WIDE = (4, 4), (2, 6)
+
+
+def budgets_of(case: Case, grid: tuple[int, int]) -> tuple[int, ...]:
+    """The full budget, one in the middle and the smallest."""
+    options = case.options(grid)
+    reach = reachable(case.name, grid, **options)
+    below = [b for b in reach if b < reach[0]]
+    picked = {reach[0], *below[len(below) // 2 :][:1]} | ({reach[-1]} if grid == SQUARE else set())
+    return tuple(sorted(picked, reverse=True))
+
+
+TRIPLES = [
+    pytest.param(case, grid, budget, id=f"{case}-{grid[0]}x{grid[1]}-{budget}")
+    for case in CASES
+    for grid in (SQUARE, WIDE)
+    for budget in budgets_of(case, grid)
+]
+SHRINKING = [t for t in TRIPLES if t.values[2] < t.values[1][0] * t.values[1][1]]
+
+
+@functools.cache
+def compiled(case: Case, grid: tuple[int, int], budget: int, dtype: str = "float32"):
+    """(parameters, jitted function from arrays to (tokens out, gradients))."""
+    module = build(case.name, budget=budget, grid=grid, **case.options(grid))
+
+    def forward(params, embed, text, mask):
+        tokens = VisualTokens.from_grid(embed, grid, mask=mask)
+        return module.apply(params, tokens, Signals(text=text), rng=jax.random.key(1))
+
+    def loss(params, embed, text, mask):
+        out = forward(params, embed, text, mask)
+        weight = jnp.cos(jnp.arange(out.embed.size, dtype=jnp.float32)).reshape(out.embed.shape)
+        total = jnp.sum(out.embed.astype(jnp.float32) * weight * out.mask[..., None])
+        if out.bias is not None:
+            total += jnp.sum(jnp.where(out.mask, out.bias, 0) * weight[..., 0])
+        return total, out
+
+    embed = jnp.ones((BATCH, grid[0] * grid[1], WIDTH), dtype)
+    tokens = VisualTokens.from_grid(embed, grid)
+    signals = Signals(text=jnp.ones((BATCH, TEXT_WIDTH), dtype))
+    params = jax.jit(module.init)(jax.random.key(0), tokens, signals)
+    return params, jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+
+
+def run(case, grid, budget, inputs, dtype="float32"):
+    """The tokens as NumPy arrays, and the gradients."""
+    params, function = compiled(case, grid, budget, dtype)
+    embed, text, mask = inputs
+    (_, out), gradients = function(
+        params, jnp.asarray(embed, dtype), jnp.asarray(text, dtype), mask
+    )
+    return jax.tree.map(np.asarray, out), gradients
+
+
+@st.composite
+def batches(draw, num_tokens):
+    """(embed, text, mask): few values so that ties and equal tokens are common, any padding."""
+    seed = draw(st.integers(0, 2**16))
+    levels = draw(st.sampled_from([1, 2, 3, 1000]))
+    rng = np.random.default_rng(seed)
+    embed = rng.integers(-levels, levels + 1, (BATCH, num_tokens, WIDTH)).astype(np.float32)
+    if draw(st.booleans()):
+        embed[:, 1:] = embed[:, :1]  # all tokens of a row are equal
+    text = rng.normal(size=(BATCH, TEXT_WIDTH)).astype(np.float32)
+    counts = draw(st.lists(st.integers(0, num_tokens), min_size=BATCH, max_size=BATCH))
+    mask = np.zeros((BATCH, num_tokens), bool)
+    for row, count in enumerate(counts):
+        mask[row, rng.permutation(num_tokens)[:count]] = True
+    return embed, text, mask
+
+
+def sample(num_tokens, seed=0):
+    """One batch with a full row, a half padded row and a fully padded row."""
+    rng = np.random.default_rng(seed)
+    mask = np.ones((BATCH, num_tokens), bool)
+    mask[1] = rng.permutation(num_tokens) < num_tokens // 2
+    mask[2] = False
+    embed = rng.normal(size=(BATCH, num_tokens, WIDTH)).astype(np.float32)
+    return embed, rng.normal(size=(BATCH, TEXT_WIDTH)).astype(np.float32), mask
+
+
+def assert_same(actual: VisualTokens, expected: VisualTokens, **tolerance):
+    for field in dataclasses.fields(VisualTokens):
+        a, e = getattr(actual, field.name), getattr(expected, field.name)
+        assert (a is None) == (e is None), field.name
+        if a is not None:
+            np.testing.assert_allclose(a, e, **tolerance, err_msg=field.name)
+
+
+def test_every_method_has_a_case():
+    assert {case.name for case in CASES} == set(names())
+
+
+@pytest.mark.parametrize(("case", "grid", "budget"), TRIPLES)
+class TestContract:
+    def test_holds_for_any_batch(self, case, grid, budget):
+        num_tokens = grid[0] * grid[1]
+
+        @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+        @given(batches(num_tokens))
+        def check(inputs):
+            out, gradients = run(case, grid, budget, inputs)
+            self.check_shapes(out, budget, num_tokens, np.float32)
+            assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((out, gradients)))
+            for row in range(BATCH):
+                self.check_ledger(case, out, row, inputs[2][row], grid)
+
+        check()
+        assert compiled(case, grid, budget)[1]._cache_size() == 1
+
+    def check_shapes(self, out, budget, num_tokens, dtype):
+        assert out.embed.shape == (BATCH, budget, WIDTH) and out.embed.dtype == dtype
+        assert out.position.shape == (BATCH, budget, 2) and out.position.dtype == np.float32
+        assert out.size.shape == (BATCH, budget) and out.size.dtype == np.float32
+        assert out.mask.shape == (BATCH, budget) and out.mask.dtype == bool
+        assert out.source.shape == (BATCH, num_tokens) and out.source.dtype == np.int32
+        if out.bias is not None:
+            assert out.bias.shape == (BATCH, budget) and out.bias.dtype == np.float32
+
+    def check_ledger(self, case, out, row, real, grid):
+        source, kept, size = out.source[row], out.mask[row], out.size[row]
+        budget, num_real = len(kept), int(real.sum())
+        assert (size[~kept] == 0).all() and (size[kept] > 0).all()
+        assert (source >= -1).all() and (source < budget).all()
+        assert (source[~real] == -1).all(), "a padded patch has a holder"
+        assert kept[source[source >= 0]].all(), "a patch is held by padding"
+        if out.bias is not None:
+            assert (out.bias[row][~kept] == 0).all()
+        if case.selects:
+            assert kept.sum() == min(budget, num_real) == size.sum()
+            patches = [int(np.flatnonzero(source == t)[0]) for t in np.flatnonzero(kept)]
+            assert patches == sorted(patches), "kept tokens are not in source order"
+            assert (np.bincount(source[source >= 0], minlength=budget) == kept).all()
+            expected = [divmod(p, grid[1]) for p in patches]
+            assert out.position[row][kept].tolist() == [list(map(float, e)) for e in expected]
+            if budget < len(source):
+                assert not kept[num_real:].any(), "padding stands before a real token"
+        else:
+            assert size.sum() == pytest.approx(num_real, rel=1e-5)
+            assert (source[real] >= 0).all(), "a merging method lost a patch"
+
+    def test_padding_has_no_influence(self, case, grid, budget):
+        embed, text, mask = sample(grid[0] * grid[1])
+        if budget == mask.shape[1]:
+            pytest.skip("the input passes unchanged, padding and all")
+        clean, clean_gradients = run(case, grid, budget, (embed, text, mask))
+        for poison in (np.nan, np.inf, 1e30):
+            dirty = np.where(mask[..., None], embed, np.float32(poison))
+            out, gradients = run(case, grid, budget, (dirty, text, mask))
+            assert_same(out, clean, rtol=0)
+            jax.tree.map(np.testing.assert_array_equal, gradients, clean_gradients)
+        assert not np.asarray(clean_gradients[1])[~mask].any()
+
+    def test_rows_do_not_see_each_other(self, case, grid, budget):
+        inputs = sample(grid[0] * grid[1])
+        order = np.array([2, 0, 1])
+        straight, _ = run(case, grid, budget, inputs)
+        if case.random:  # a row's draw goes with its place; its contents must not matter to others
+            changed = tuple(x.copy() for x in inputs)
+            changed[0][1:], changed[2][1:] = 7.0, True
+            other, _ = run(case, grid, budget, changed)
+            first = jax.tree.map(lambda x: x[:1], (straight, other))
+            assert_same(*first, rtol=0)
+        else:
+            turned, _ = run(case, grid, budget, tuple(x[order] for x in inputs))
+            assert_same(turned, jax.tree.map(lambda x: x[order], straight), rtol=1e-6, atol=1e-6)
+
+    def test_full_budget_is_the_identity(self, case, grid, budget):
+        embed, text, mask = sample(grid[0] * grid[1])
+        if budget != mask.shape[1]:
+            pytest.skip("a smaller budget")
+        out, _ = run(case, grid, budget, (embed, text, mask))
+        given_tokens = VisualTokens.from_grid(jnp.asarray(embed), grid, mask=jnp.asarray(mask))
+        bias = None if out.bias is None else np.zeros_like(out.bias)
+        assert_same(out, given_tokens.replace(bias=bias), rtol=0)
+
+
+@pytest.mark.parametrize(("case", "grid", "budget"), [t for t in SHRINKING if t.values[1] == WIDE])
+def test_bfloat16(case, grid, budget):
+    inputs = sample(grid[0] * grid[1])
+    out, gradients = run(case, grid, budget, inputs, "bfloat16")
+    TestContract().check_shapes(out, budget, grid[0] * grid[1], jnp.bfloat16)
+    leaves = [np.asarray(x, np.float32) for x in jax.tree.leaves((out, gradients))]
+    assert all(np.isfinite(leaf).all() for leaf in leaves)
+    for row in range(BATCH):
+        TestContract().check_ledger(case, out, row, inputs[2][row], grid)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_one_checkpoint_serves_every_budget(case):
+    shapes = set()
+    for budget in reachable(case.name, SQUARE, **case.options(SQUARE)):
+        module = build(case.name, budget=budget, **case.options(SQUARE))
+        tokens = VisualTokens.from_grid(jnp.ones((1, 16, WIDTH)), SQUARE)
+        signals = Signals(text=jnp.ones((1, TEXT_WIDTH)))
+        params = jax.eval_shape(module.init, jax.random.key(0), tokens, signals)
+        shapes.add(str(jax.tree.map(lambda x: x.shape, params)))
+        for leaf in jax.tree.leaves(params, is_leaf=lambda x: hasattr(x, "names")):
+            assert len(leaf.names) == len(leaf.value.shape), "a parameter without logical axes"
+    assert len(shapes) == 1
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_one_patch(case):
+    tokens = VisualTokens.from_grid(
+        jnp.ones((2, 1, WIDTH)), (1, 1), mask=jnp.array([[True], [False]])
+    )
+    signals = Signals(text=jnp.ones((2, TEXT_WIDTH)))
+    out, _ = build(case.name, budget=1).init_with_output(jax.random.key(0), tokens, signals)
+    assert out.mask.tolist() == [[True], [False]] and out.source.tolist() == [[0], [-1]]

@@ -19,12 +19,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from efficient_vlm import compressors
+from efficient_vlm.audit.records import STAGES
 from efficient_vlm.errors import UserError
 from efficient_vlm.models.decoder import Decoder
 from efficient_vlm.models.vit import ViT
 from efficient_vlm.models.vlm import VisionLanguageModel
 
-STAGES = ("encoder", "compressor", "decoder", "head")
 _CHANNELS = 3
 
 
@@ -76,7 +76,7 @@ def dense(tokens: int, inputs: int, outputs: int) -> int:
 def attention(
     queries: int, keys: int, width: int, num_heads: int, num_kv_heads: int, head_dim: int
 ) -> int:
-    """FLOPs of an attention layer: projections of the queries' tokens, QK^T and PV over all keys."""
+    """FLOPs of an attention layer: projections of the queries' tokens, QK^T and PV over keys."""
     heads = num_heads * head_dim
     projections = dense(queries, width, heads + 2 * num_kv_heads * head_dim)
     return projections + 2 * dense(queries, heads, keys) + dense(queries, heads, width)
@@ -181,14 +181,15 @@ def model_cost(
     if "attention_row" in compressor.needs:
         # The scan over layers computes the row in each of them, though only the last is used.
         between += vit.depth * dense(1, vit.width, patches)
-    between += _connector(model.connector, vit.width, decoder.width, compressor.budget)
+    joined = getattr(compressor, "features", None) or vit.width  # Width of what it gives out.
+    between += _connector(model.connector, joined, decoder.width, compressor.budget)
     between *= images
 
     visual = compressor.budget * images
     entering, layers, prefill, decode, kv_tokens = visual, [], 0, 0, 0
     for index, segment in enumerate(decoder.segments):
         if segment.get("compressor"):
-            inner = compressors.build(**segment["compressor"])
+            inner = compressors.build(**segment["compressor"], parent=None)
             between += inner.flops(visual, decoder.width, decoder.width)
             visual = inner.budget
         count, length = segment["layers"], visual + text_tokens

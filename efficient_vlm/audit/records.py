@@ -17,6 +17,11 @@ KNOWN = ("config.json", "results.json", "metrics.jsonl", "predictions", "maps", 
 # More predictions than this are sampled from the front: a report has seconds, not minutes.
 _MAX_PREDICTION_BYTES = 64 << 20
 
+# Files of answers without the evidence end so; they are no answers of the method.
+_CONTROLS = ("-blank", "-shuffled")
+
+STAGES = ("encoder", "compressor", "decoder", "head")  # Of FLOPs, in the order they run.
+
 Setting = tuple[str, int]  # (compressor, budget)
 
 
@@ -28,7 +33,7 @@ class Run:
       name: last part of the workdir's path.
       config, results: parsed files, {} if missing.
       metrics: lines of metrics.jsonl, last writer wins per (split, step), in order of steps.
-      predictions: lines of predictions/*.jsonl.
+      predictions: lines of predictions/*.jsonl, without those of controls.
       maps: content of maps/maps.json with "file" and "image" made absolute paths.
       problems: what was unreadable, one sentence each.
     """
@@ -64,7 +69,9 @@ def read_run(workdir: str | os.PathLike) -> Run:
     run.config = _json(folder / "config.json", dict, run.problems)
     run.results = _json(folder / "results.json", dict, run.problems)
     run.metrics = _metrics(_lines([folder / "metrics.jsonl"], run.problems))
-    run.predictions = _lines(sorted((folder / "predictions").glob("*.jsonl")), run.problems)
+    answers = sorted((folder / "predictions").glob("*.jsonl"))
+    answers = [path for path in answers if not path.stem.endswith(_CONTROLS)]
+    run.predictions = _lines(answers, run.problems)
     for entry in _json(folder / "maps" / "maps.json", list, run.problems):
         if isinstance(entry, dict):
             run.maps.append(_inside(folder / "maps", entry))

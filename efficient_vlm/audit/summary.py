@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 
 from efficient_vlm.audit import records
-STAGES = ("encoder", "compressor", "decoder", "head")
 
 
 def summary_table(results: Mapping[str, Any]) -> Table:
@@ -31,6 +30,7 @@ def summary_table(results: Mapping[str, Any]) -> Table:
         title_style="bold",
         title_justify="left",
         pad_edge=False,
+        collapse_padding=True,
     )
     table.add_column("compressor", no_wrap=True)
     table.add_column("tokens", justify="right")
@@ -39,22 +39,21 @@ def summary_table(results: Mapping[str, Any]) -> Table:
         table.add_column(task, justify="right", no_wrap=len(tasks) <= 4)
     table.add_column("MFLOPs", justify="right")
     table.add_column("prefill ms", justify="right")
-    previous = None
     settings = list(evals) + [s for s in costs if s not in evals]
-    for setting in sorted(settings, key=lambda s: -s[1]):
-        name, budget = setting
-        if previous not in (None, budget):
+    settings.sort(key=lambda s: -s[1])
+    rows = [(costs.get(s) or [{}])[0] for s in settings]
+    work = _column([records.stage(row, "flops", *records.STAGES) / 1e6 for row in rows])
+    time = _column([records.stage(row, "ms", "prefill") for row in rows])
+    for k, (name, budget) in enumerate(settings):
+        if k and settings[k - 1][1] != budget:
             table.add_section()
-        previous = budget
-        scores = records.by_task(evals.get(setting, []))
-        cost = (costs.get(setting) or [{}])[0]
-        tokens = cost.get("visual_tokens", budget)
+        scores = records.by_task(evals.get((name, budget), []))
         table.add_row(
             name,
-            str(tokens),
+            str(rows[k].get("visual_tokens", budget)),
             *(_score(scores.get(task), digits) for task in tasks),
-            _fixed(records.stage(cost, "flops", *STAGES) / 1e6),
-            _fixed(records.stage(cost, "ms", "prefill")),
+            work[k],
+            time[k],
         )
     return table
 
@@ -75,8 +74,9 @@ def _score(score: Mapping[str, float] | None, digits: int) -> str:
     return f"{mean} ±{half:.{digits}f}" if math.isfinite(half) else mean
 
 
-def _fixed(value: float) -> str:
-    if not math.isfinite(value):
-        return "-"
-    digits = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 1
-    return f"{value:,.{min(digits, 3)}f}"
+def _column(values: list[float]) -> list[str]:
+    """All values with the decimals that the smallest needs for three digits, at most two."""
+    positive = [v for v in values if math.isfinite(v) and v > 0]
+    digits = 2 - math.floor(math.log10(min(positive))) if positive else 0
+    digits = min(max(digits, 0), 2)
+    return [f"{v:,.{digits}f}" if math.isfinite(v) else "-" for v in values]

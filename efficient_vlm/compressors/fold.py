@@ -21,7 +21,8 @@ def pool(tokens: VisualTokens, grid: grids.Grid, cells: grids.Grid) -> VisualTok
     """Size-weighted means over the cells of a coarser grid; padding has no part in them.
 
     Where the cells do not divide the grid, a token belongs to several cells in proportion to the
-    area (area resampling), sizes are areas, and `source` names the cell that covers most of a patch.
+    area (area resampling), sizes are areas, and `source` names the cell that covers most of the
+    token (ties: the lowest).
 
     Args:
       tokens: h*w tokens a row, in raster order of `grid`.

@@ -166,7 +166,7 @@ class PixelShuffle(Compressor):
 
 
 def space_to_depth(x: jax.Array, grid: grids.Grid, cells: grids.Grid) -> jax.Array:
-    """[B, h*w, D] to [B, h'*w', r*c*D] with r = h / h', c = w / w'; (row, column, feature) order."""
+    """[B, h*w, D] to [B, h'*w', r*c*D] with r = h / h', c = w / w', in (row, column, D) order."""
     (rows, columns), (cell_rows, cell_columns) = grid, cells
     r, c = rows // cell_rows, columns // cell_columns
     x = x.reshape(x.shape[0], cell_rows, r, cell_columns, c, x.shape[-1])

@@ -125,8 +125,8 @@ class Resampler(Compressor):
 def position_code(position: jax.Array, width: int) -> jax.Array:
     """Sines and cosines of row and column, float32 [..., width].
 
-    A quarter of the width each for sin(row w), cos(row w), sin(column w), cos(column w), with w from
-    1 down to 1/10000 in geometric steps; what is left of the width is 0.
+    A quarter of the width each for sin(row w), cos(row w), sin(column w), cos(column w), with w
+    falling from 1 towards 1/10000 in geometric steps; what is left of the width is 0.
 
     Args:
       position: float32 [..., 2], in patches; fractions are allowed.

@@ -18,8 +18,8 @@ class VisualTokens:
 
     Attributes:
       embed: [B, T, D], any float dtype.
-      position: float32 [B, T, 2], (row, column) in patch units of the source grid; the size-weighted
-        mean for merged tokens.
+      position: float32 [B, T, 2], (row, column) in patch units of the source grid; the
+        size-weighted mean for merged tokens.
       size: float32 [B, T], how many patches the token stands for; 0 for padding.
       mask: bool [B, T], True for real tokens.
       source: int32 [B, N], for each patch the index of the token that holds it, -1 if no token does
@@ -102,7 +102,7 @@ NO_SIGNALS = Signals()
 
 
 def zero_padding(tokens: VisualTokens) -> VisualTokens:
-    """Zeroes all that padding carries, so that not even a NaN there can reach a value or gradient."""
+    """Zeroes all that padding carries: not even a NaN there can reach a value or a gradient."""
     mask = tokens.mask
     return tokens.replace(
         embed=jnp.where(mask[..., None], tokens.embed, 0),

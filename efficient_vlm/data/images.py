@@ -5,6 +5,7 @@ orientation applied, alpha composited on white, 16-bit grey rescaled to 8 bit, f
 animation, RGB, Pillow bicubic with antialiasing.
 """
 
+import contextlib
 import io
 import os
 import struct
@@ -50,9 +51,7 @@ def read(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> bytes:
     return data
 
 
-def decode(
-    data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES
-) -> np.ndarray:
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> np.ndarray:
     """Decodes one image by the standard in the module docstring.
 
     Args:
@@ -99,10 +98,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """Orientation, alpha on white, 16 to 8 bit, then RGB."""
     if image.mode == "RGB" and not image.info:
         return image
-    try:
+    with contextlib.suppress(Exception):  # A broken EXIF block says nothing about the pixels.
         image = ImageOps.exif_transpose(image)
-    except Exception:  # noqa: S110  A broken EXIF block says nothing about the pixels.
-        pass
     if image.mode.startswith("I"):
         # convert("RGB") would clip 16-bit grey at 255 and give a white image.
         grey = np.asarray(image).astype(np.float64) / 257.0

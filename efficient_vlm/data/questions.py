@@ -89,10 +89,10 @@ def _absent(colours: np.ndarray, rng: np.random.Generator) -> tuple[str, str]:
 
 def _relation(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     """Is one needle left of, or above, another? The answer is drawn first."""
-    axis, yes = int(rng.integers(2)), bool(rng.integers(2))
+    preferred, yes = int(rng.integers(2)), bool(rng.integers(2))
     place = scene.glyphs[:NEEDLES, :2]
     # Five different cells cannot agree in both coordinates: one of the two axes has a pair.
-    for axis in (axis, 1 - axis):
+    for axis in (preferred, 1 - preferred):
         first, second = np.nonzero(place[:, axis][:, None] < place[:, axis][None])
         if len(first):
             break

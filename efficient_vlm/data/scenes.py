@@ -8,16 +8,15 @@ Everything is a pure function of (config.seed, split, index).
 
 import dataclasses
 import functools
-import gzip
 import hashlib
-import importlib.util
 import json
-from pathlib import Path
+import statistics
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from efficient_vlm.data.glyphs import FONTS, SOURCE_PIXELS, TRAIN_GLYPHS, font, glyph_table
 from efficient_vlm.errors import UserError, unknown
 
 COLOURS = ("red", "green", "blue", "yellow", "magenta", "cyan", "orange", "grey")
@@ -48,13 +47,10 @@ TASKS = (
 )
 NEEDLES = 5  # Colours that occur exactly once.
 SPLITS = ("train", "test")
-TRAIN_GLYPHS = 1400  # Source glyphs 0..1399 are for training, the rest for testing.
-SOURCE_PIXELS = 8
 MAX_CANVAS = 512
 MAX_GRID = 64
 # O and I look like 0 and 1 at six pixels: a reader could not be right.
 ALPHABET = "ABCDEFGHJKLMNPQRSTUVWXYZ0123456789"
-FONTS = ("DejaVuSans.ttf", "DejaVuSansMono.ttf", "DejaVuSerif.ttf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +173,7 @@ def check(config: SceneConfig) -> None:
     free = config.cells**2 - (_most_text_cells(config) if "dense" in config.tasks else 0)
     if config.most_glyphs > free:
         raise UserError(
-            f"data.max_count, data.clutter: {config.most_glyphs} digits do not fit into {free} cells",
+            f"data.max_count, data.clutter: {config.most_glyphs} digits do not fit {free} cells",
             fix="lower data.max_count or data.clutter, or raise data.grid",
         )
 
@@ -194,7 +190,8 @@ def compose(config: SceneConfig, split: str, index: int) -> tuple[Scene, np.rand
     side, px = config.canvas, config.glyph
 
     background = int(rng.integers(len(COLOURS)))
-    image = rng.standard_normal((side, side, 3), dtype=np.float32)
+    # Normal noise by quantile: a table look-up is four times as fast as drawing normal numbers.
+    image = _quantiles()[rng.integers(0, 2**16, (side, side, 3), dtype=np.uint16)]
     image *= np.float32(config.noise)
     image += np.float32(config.tint) * RGB[background]
 
@@ -245,59 +242,30 @@ def compose(config: SceneConfig, split: str, index: int) -> tuple[Scene, np.rand
     return scene, rng
 
 
-@functools.lru_cache(maxsize=8)
-def glyph_table(px: int) -> tuple[np.ndarray, np.ndarray]:
-    """The handwritten digits of scikit-learn (Alpaydin and Kaynak, 1998) at `px` x `px`.
-
-    Returns:
-      float32 [1797, px, px] in 0..1, and their labels, int64 [1797].
-    """
-    with gzip.open(glyph_file(), "rt") as file:
-        table = np.loadtxt(file, delimiter=",", dtype=np.int64)
-    labels = table[:, -1]
-    pixels = (table[:, :-1].reshape(-1, SOURCE_PIXELS, SOURCE_PIXELS) / 16).astype(np.float32)
-    if px != SOURCE_PIXELS:
-        bicubic = Image.Resampling.BICUBIC
-        pixels = np.stack([np.asarray(Image.fromarray(p).resize((px, px), bicubic)) for p in pixels])
-        pixels = np.clip(pixels, 0, 1)
-    pixels.setflags(write=False)
-    return pixels, labels
+@functools.lru_cache(maxsize=1)
+def _quantiles() -> np.ndarray:
+    """float32 [65536]: equally likely values of a standard normal variable."""
+    normal = statistics.NormalDist()
+    half = np.array([normal.inv_cdf((i + 0.5) / 2**16) for i in range(2**15)], np.float32)
+    return np.concatenate([half, -half[::-1]])
 
 
-def glyph_file() -> Path:
-    """The CSV of digits inside the scikit-learn package (which is not imported: that is slow)."""
-    return _package_file("sklearn", "scikit-learn", "datasets/data/digits.csv.gz")
-
-
-def _package_file(module: str, package: str, path: str) -> Path:
-    spec = importlib.util.find_spec(module)
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    for folder in folders:
-        if (Path(folder) / path).is_file():
-            return Path(folder) / path
-    raise UserError(f"{package} with {path} is needed to build token_bench", fix=f"pip install {package}")
-
-
-@functools.lru_cache(maxsize=64)
-def _font(name: str, px: int) -> ImageFont.FreeTypeFont:
-    path = _package_file("matplotlib", "matplotlib", f"mpl-data/fonts/ttf/{name}")
-    # The basic layout engine is in every Pillow; Raqm is not, and would give other pixels.
-    return ImageFont.truetype(str(path), px, layout_engine=ImageFont.Layout.BASIC)
-
-
-def _draw_text(config: SceneConfig, rng: np.random.Generator):
+def _draw_text(
+    config: SceneConfig, rng: np.random.Generator
+) -> tuple[str, np.ndarray, tuple[int, int, int, int]]:
     """A random string: (text, mask float32 [h, w] in 0..1, box)."""
     text = "".join(ALPHABET[i] for i in rng.integers(0, len(ALPHABET), config.dense_length))
-    font = _font(FONTS[rng.integers(len(FONTS))], int(rng.integers(*config.dense_px, endpoint=True)))
-    x0, y0, x1, y1 = (int(v) for v in font.getbbox(text))
+    name = FONTS[rng.integers(len(FONTS))]
+    face = font(name, int(rng.integers(*config.dense_px, endpoint=True)))
+    x0, y0, x1, y1 = (int(v) for v in face.getbbox(text))
     height, width = y1 - y0, x1 - x0
     if height > config.canvas or width > config.canvas:
         raise UserError(
-            f"data.dense_length: {config.dense_length} characters do not fit into {config.canvas} px",
+            f"data.dense_length: {config.dense_length} characters do not fit {config.canvas} px",
             fix="lower data.dense_length or data.dense_px, or raise data.canvas",
         )
     mask = Image.new("L", (width, height))
-    ImageDraw.Draw(mask).text((-x0, -y0), text, fill=255, font=font)
+    ImageDraw.Draw(mask).text((-x0, -y0), text, fill=255, font=face)
     top = int(rng.integers(0, config.canvas - height + 1))
     left = int(rng.integers(0, config.canvas - width + 1))
     return text, np.asarray(mask, np.float32) / 255, (top, left, height, width)
@@ -318,7 +286,7 @@ def _covered(config: SceneConfig, box: tuple[int, int, int, int]) -> np.ndarray:
 def _most_text_cells(config: SceneConfig) -> int:
     """Upper bound of the cells that a text can touch."""
     px = config.dense_px[1]
-    boxes = [_font(name, px).getbbox("W" * config.dense_length) for name in FONTS]
+    boxes = [font(name, px).getbbox("W" * config.dense_length) for name in FONTS]
     pitch = config.canvas // config.cells
     span = [max(int(b[k + 2] - b[k]) for b in boxes) for k in (0, 1)]
     columns, rows = (min(config.cells, (s - 2) // pitch + 2) for s in span)

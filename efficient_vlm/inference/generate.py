@@ -1,66 +1,139 @@
-"""Greedy generation: encode once per image, compress, prefill, then decode token by token."""
+"""Greedy generation in four stages, each one program: encode, compress, prefill, decode.
+
+The stages are separate programs because they are measured separately, and because they are shared:
+two compressors with one budget use the same prefill and decode, all use the same encoder.
+"""
 
 import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import struct
 
 from efficient_vlm.compressors import VisualTokens
-from efficient_vlm.models.vlm import VisionLanguageModel, repeat_rows
+from efficient_vlm.inference.cache import KVCache
+from efficient_vlm.models.vlm import Layout, VisionLanguageModel, repeat_rows
+
+STAGES = ("encode", "compress", "prefill", "decode")
 
 
-def make_generate(
-    model: VisionLanguageModel, *, new_tokens: int, eos_id: int
-) -> Callable[..., tuple[jax.Array, VisualTokens]]:
-    """A jitted greedy generator for one model, that is for one compressor at one budget.
+@struct.dataclass
+class Generated:
+    """Answers to a batch of questions.
 
-    Args:
-      model: the model; its parameters are an argument of the result.
-      new_tokens: the most tokens to generate per prompt.
-      eos_id: the token that ends an answer; everything behind it is `eos_id` too.
-
-    Returns:
-      f(params, images [B, M, H, W, 3], image_mask [B, M], prompts int32 [B, Q, P],
-      lengths int32 [B, Q], rng) -> (tokens int32 [B, Q, new_tokens], the visual tokens of each
-      question with a leading axis B*Q).
+    Attributes:
+      tokens: int32 [B, Q, new_tokens] (NumPy); behind the end token everything is the end token.
+      visual: the visual tokens behind each question, leading axis B*Q.
+      kv_bytes: of the whole batch's cache.
+      seconds: per stage; "decode" is a list, one entry per step.
     """
 
-    @jax.jit
-    def generate(params, images, image_mask, prompts, lengths, rng=None):
-        questions = prompts.shape[1]
-        apply = functools.partial(model.apply, {"params": params})
-        layout = model.layout(images)
-        visual, signals = apply(images, image_mask, method="encode")
-        visual, signals = repeat_rows((visual, signals), layout.images, questions)
-        rows, row_lengths = prompts.reshape(-1, prompts.shape[-1]), lengths.reshape(-1)
-        instruction = apply(rows, row_lengths, method="instruction")
-        visual = apply(visual, signals, instruction, layout, rng, method="compress")
-        logits, cache = apply(
-            visual, rows, row_lengths, layout, new_tokens=new_tokens, rng=rng, method="prefill"
-        )
-        tokens = decode_greedily(apply, logits, cache, new_tokens, eos_id)
-        return tokens.reshape(*prompts.shape[:2], new_tokens), visual
-
-    return generate
+    tokens: np.ndarray
+    visual: VisualTokens
+    kv_bytes: int
+    seconds: dict[str, Any] = struct.field(pytree_node=False)
 
 
-def decode_greedily(
-    apply: Callable[..., Any], logits: jax.Array, cache: Any, new_tokens: int, eos_id: int
-) -> jax.Array:
-    """The most likely token at each step, from the logits behind the prompt: int32 [R, new]."""
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(model: VisionLanguageModel, params, images, image_mask):
+    return model.apply({"params": params}, images, image_mask, method="encode")
 
-    def choose(logits, done):
-        token = jnp.where(done, eos_id, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
-        return token, done | (token == eos_id)
 
-    def body(carry, _):
-        token, done, cache = carry
-        logits, cache = apply(token, cache, method="decode")
-        token, done = choose(logits, done)
-        return (token, done, cache), token
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _compress(model: VisionLanguageModel, layout: Layout, params, visual, signals, prompts, lengths, rng):
+    apply = functools.partial(model.apply, {"params": params})
+    visual, signals = repeat_rows((visual, signals), layout.images, prompts.shape[1])
+    rows, row_lengths = prompts.reshape(-1, prompts.shape[-1]), lengths.reshape(-1)
+    instruction = apply(rows, row_lengths, method="instruction")
+    return apply(visual, signals, instruction, layout, rng, method="compress")
 
-    first, done = choose(logits, jnp.zeros(logits.shape[0], bool))
-    _, rest = jax.lax.scan(body, (first, done, cache), length=new_tokens - 1)
-    return jnp.concatenate([first[:, None], rest.swapaxes(0, 1)], axis=1)
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _prefill(model, layout: Layout, new_tokens: int, params, visual, prompts, lengths, rng):
+    rows, row_lengths = prompts.reshape(-1, prompts.shape[-1]), lengths.reshape(-1)
+    logits, cache = model.apply(
+        {"params": params},
+        visual,
+        rows,
+        row_lengths,
+        layout,
+        new_tokens=new_tokens,
+        rng=rng,
+        method="prefill",
+    )
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _decode(model, params, tokens, cache: KVCache):
+    logits, cache = model.apply({"params": params}, tokens, cache, method="decode")
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
+
+
+def generate(
+    model: VisionLanguageModel,
+    params: Any,
+    images: Any,
+    image_mask: Any,
+    prompts: Any,
+    lengths: Any,
+    *,
+    new_tokens: int,
+    eos_id: int,
+    rng: jax.Array | None = None,
+) -> Generated:
+    """The most likely answer to each question, token by token.
+
+    Args:
+      model: the model at one budget.
+      params: its parameters.
+      images: uint8 [B, M, H, W, 3].
+      image_mask: bool [B, M].
+      prompts: int32 [B, Q, P], padded on the right.
+      lengths: int32 [B, Q]; 0 for an empty slot.
+      new_tokens: the most tokens to generate, at least 1.
+      eos_id: the token that ends an answer.
+      rng: key for random compressors.
+    """
+    seconds: dict[str, Any] = {"decode": []}
+    layout = model.layout(images)
+    decoder = model.with_compressor("none", layout.rows * layout.columns)
+    # An encoder that gives no signals and sees the whole image is the same for every compressor.
+    reduce = model.make_compressor()
+    whole = reduce.image_grid((layout.rows, layout.columns)) == (layout.rows, layout.columns)
+    encoder = decoder if whole and not reduce.needs - {"text"} else model
+
+    visual, signals = _timed(seconds, "encode", _encode, encoder, params, images, image_mask)
+    visual = _timed(
+        seconds, "compress", _compress, model, layout, params, visual, signals, prompts, lengths, rng
+    )
+    token, cache = _timed(
+        seconds, "prefill", _prefill, decoder, layout, new_tokens, params, visual, prompts, lengths, rng
+    )
+    kv_bytes = cache.nbytes
+    answers = np.full((token.shape[0], new_tokens), eos_id, np.int32)
+    done = np.asarray(lengths).reshape(-1) == 0
+    for step in range(new_tokens):
+        chosen = np.where(done, eos_id, np.asarray(token))
+        answers[:, step] = chosen
+        done |= chosen == eos_id
+        if done.all() or step == new_tokens - 1:
+            break
+        token, cache = _timed(seconds, "decode", _decode, decoder, params, chosen, cache)
+    shape = (*np.shape(prompts)[:2], new_tokens)
+    return Generated(answers.reshape(shape), visual, kv_bytes, seconds)
+
+
+def _timed(seconds: dict[str, Any], stage: str, function: Callable, *args: Any) -> Any:
+    start = time.perf_counter()
+    result = jax.block_until_ready(function(*args))
+    elapsed = time.perf_counter() - start
+    if isinstance(seconds.get(stage), list):
+        seconds[stage].append(elapsed)
+    else:
+        seconds[stage] = elapsed
+    return result

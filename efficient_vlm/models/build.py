@@ -4,6 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from flax import linen as nn
+from flax.core import FrozenDict
+
 from efficient_vlm.errors import UserError, check_fields
 
 T = TypeVar("T")
@@ -21,7 +24,8 @@ def construct(cls: type[T], config: Mapping[str, Any], where: str, **extra: Any)
     Raises:
       UserError: for an unknown or a missing field, naming it.
     """
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init and f.name not in _LINEN}
+    hidden = ("parent", "name") if issubclass(cls, nn.Module) else ()
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init and f.name not in hidden}
     check_fields(where, config, fields)
     values = {**extra, **config}
     absent = dataclasses.MISSING
@@ -31,4 +35,10 @@ def construct(cls: type[T], config: Mapping[str, Any], where: str, **extra: Any)
     return cls(**values)
 
 
-_LINEN = ("parent", "name")
+def frozen(value: Any) -> Any:
+    """Mappings and lists as FrozenDicts and tuples, all the way down: a module must be hashable."""
+    if isinstance(value, Mapping):
+        return FrozenDict({key: frozen(item) for key, item in value.items()})
+    if isinstance(value, list | tuple):
+        return tuple(frozen(item) for item in value)
+    return value

@@ -115,10 +115,8 @@ class Decoder(nn.Module):
             for i, segment in enumerate(self.segments)
         ]
         self.reducers = [
-            compressors.build(**segment["compressor"], name=f"compressor_{i}")
-            if segment.get("compressor")
-            else None
-            for i, segment in enumerate(self.segments)
+            compressors.build(**segment["compressor"]) if segment.get("compressor") else None
+            for segment in self.segments
         ]
         self.norm = RMSNorm(dtype=self.dtype)
         if not self.tie_embeddings:
@@ -208,7 +206,8 @@ class Decoder(nn.Module):
           (sum, denominator) with a leading axis over all layers; the caches.
         """
         stats, caches = [], []
-        for i, (block, reducer) in enumerate(zip(self.blocks, self.reducers, strict=True)):
+        for i, segment in enumerate(self.segments):
+            block, reducer = self.blocks[i], self.reducers[i]
             if reducer is not None:
                 key = None if rng is None else jax.random.fold_in(rng, i)
                 visual = reducer(visual, signals, rng=key)
@@ -225,7 +224,7 @@ class Decoder(nn.Module):
             x = jnp.concatenate([visual.embed.astype(self.dtype), text], axis=1)
             empty = None
             if cache_slots is not None:
-                room = (block.length, x.shape[0], x.shape[1] + cache_slots, self.kv_heads, self.dim)
+                room = (segment["layers"], x.shape[0], x.shape[1] + cache_slots, self.kv_heads, self.dim)
                 empty = (jnp.zeros(room, self.dtype), jnp.zeros(room, self.dtype))
             x, (kv, layer_stats) = block(x, places, mask, bias, live, empty, None)
             visual, text = visual.replace(embed=x[:, :count]), x[:, count:]

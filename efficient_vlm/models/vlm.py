@@ -11,9 +11,10 @@ from flax import struct
 
 from efficient_vlm import compressors
 from efficient_vlm.compressors import Signals, VisualTokens
+from efficient_vlm.compressors.methods import METHODS
 from efficient_vlm.errors import UserError
 from efficient_vlm.inference.cache import KVCache
-from efficient_vlm.models.build import construct
+from efficient_vlm.models.build import construct, frozen
 from efficient_vlm.models.decoder import Decoder
 from efficient_vlm.models.layers import PADDING_SEGMENT, Dtype, Linear
 from efficient_vlm.models.vit import ViT
@@ -77,6 +78,11 @@ class VisionLanguageModel(nn.Module):
     connector: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     dtype: Dtype = jnp.float32
 
+    def __post_init__(self):
+        for name in ("encoder", "compressor", "decoder", "connector"):
+            object.__setattr__(self, name, frozen(getattr(self, name)))
+        super().__post_init__()
+
     def setup(self):
         self.vit = self.make_encoder()
         self.reduce = self.make_compressor()
@@ -120,7 +126,7 @@ class VisionLanguageModel(nn.Module):
         if "text" in self.make_compressor().needs and self.compressor["budget"] < rows * columns:
             return True
         inner = [s["compressor"]["name"] for s in self.decoder["segments"] if s.get("compressor")]
-        return any("text" in compressors.needs(name) for name in inner)
+        return any("text" in METHODS[name].needs for name in inner if name in METHODS)
 
     def layout(self, images: jax.Array) -> Layout:
         """The layout of images [B, M, H, W, 3]."""

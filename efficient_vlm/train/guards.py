@@ -1,9 +1,10 @@
-"""Guards of a run: stop signals, steps that are not finite, and the config of a workdir.
+"""Guards of a run: stop signals and steps that are not finite.
 
-The lock of a workdir is in `efficient_vlm.train.lock` and can be imported from here as well.
+The guards of a workdir (its lock and its config) have files of their own and can be imported from
+here as well.
 """
 
-import json
+import contextlib
 import os
 import signal
 import socket
@@ -18,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_vlm.errors import UserError
-from efficient_vlm.train.checkpoint import print_warning
 from efficient_vlm.train.lock import WorkdirLock
-from efficient_vlm.train.manifest import write_atomic
+from efficient_vlm.train.progress import print_warning
+from efficient_vlm.train.workdir_config import check_workdir_config, compare_config
 
 __all__ = [
     "NonFiniteGuard",
@@ -127,18 +128,20 @@ class StopSignal:
                 self.signum, self._first = number, now
         name = signal.Signals(number).name
         if first:
-            _write_stderr(f"\n{name}: finishing this step, then saving; once more to quit at once\n")
+            _write_stderr(
+                f"\n{name}: finishing this step, then saving; once more to quit at once\n"
+            )
         elif again and now - self._first > self._debounce:
-            _write_stderr(f"\n{name} again: quitting at once, the last committed checkpoint stays\n")
+            _write_stderr(
+                f"\n{name} again: quitting at once, the last committed checkpoint stays\n"
+            )
             self._exit(128 + number)
 
 
 def _write_stderr(text: str) -> None:
     # Not print: a handler may interrupt a print, and buffered files do not allow re-entry.
-    try:
+    with contextlib.suppress(OSError):
         os.write(2, text.encode())
-    except OSError:
-        pass
 
 
 # ---- steps that are not finite -----------------------------------------------------------------
@@ -152,12 +155,14 @@ class TrainingDiverged(UserError):
       records: record numbers of its batch.
     """
 
-    def __init__(self, step: int, limit: int, records: list[int], dump: Path | None, last: int | None):
+    def __init__(
+        self, step: int, limit: int, records: list[int], dump: Path | None, last: int | None
+    ):
         shown = ", ".join(map(str, records[:8])) + (", ..." if len(records) > 8 else "")
         where = f"; batch in {dump}" if dump else ""
         super().__init__(
-            f"training diverged: loss or gradient not finite for {limit} steps in a row, up to step "
-            f"{step} (records {shown or 'unknown'}{where})",
+            f"training diverged: loss or gradient not finite for {limit} steps in a row, up to "
+            f"step {step} (records {shown or 'unknown'}{where})",
             fix="lower the learning rate, clip gradients or look at the batch; "
             + (f"re-running resumes from step {last}" if last is not None else "no checkpoint yet"),
         )
@@ -256,7 +261,8 @@ class NonFiniteGuard:
             self.directory.mkdir(parents=True, exist_ok=True)
             np.savez_compressed(path, **arrays)
         except (OSError, ValueError, TypeError) as error:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
             self._warn(f"batch of step {step} was not written to {path}: {error}")
             return None
         return path
@@ -278,105 +284,3 @@ def select_finite(ok: jax.Array, new_tree: Any, old_tree: Any) -> Any:
     A select, not a multiplication by zero: NaN times zero is NaN. Typed PRNG keys are allowed.
     """
     return jax.tree.map(lambda new, old: jnp.where(ok, new, old), new_tree, old_tree)
-
-
-# ---- the config of a workdir -------------------------------------------------------------------
-
-
-def _plain(value: Any) -> Any:
-    """What comes back after JSON: tuples are lists, keys are strings."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    if isinstance(value, np.generic):
-        return value.item()
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return str(value)
-
-
-def _dotted(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict) and (value or not prefix):
-        return {k: v for key, each in value.items() for k, v in _dotted(each, f"{prefix}.{key}").items()}
-    return {prefix[1:]: value}
-
-
-def compare_config(
-    stored: Mapping[str, Any], current: Mapping[str, Any], *, ignore: Iterable[str] = ()
-) -> list[str]:
-    """The fields in which two configs differ.
-
-    Args:
-      stored: the config of the workdir.
-      current: the config asked for.
-      ignore: dotted fields, or dotted prefixes, that may differ.
-
-    Returns:
-      Lines like "model.width: 64 in the workdir, 128 now", sorted by field; [] if none differ.
-    """
-    old, new = _dotted(_plain(stored)), _dotted(_plain(current))
-    ignore = tuple(ignore)
-    lines = []
-    for field in sorted(old.keys() | new.keys()):
-        if any(field == name or field.startswith(f"{name}.") for name in ignore):
-            continue
-        # json: NaN equals NaN, and True does not equal 1.
-        before, after = (
-            json.dumps(side[field], sort_keys=True) if field in side else "absent"
-            for side in (old, new)
-        )
-        if before != after:
-            lines.append(f"{field}: {_short(before)} in the workdir, {_short(after)} now")
-    return lines
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def check_workdir_config(
-    workdir: str | os.PathLike[str], config: Mapping[str, Any], *, ignore: Iterable[str] = ()
-) -> bool:
-    """Writes `<workdir>/config.json` on first use; later, refuses a config that differs from it.
-
-    Args:
-      workdir: created if needed.
-      config: nested mapping (a ConfigDict's `to_dict()`).
-      ignore: dotted fields that may change between runs.
-
-    Returns:
-      True on first use.
-
-    Raises:
-      UserError: names the differing fields, or config.json cannot be read or written.
-    """
-    path = Path(workdir) / "config.json"
-    try:
-        stored = json.loads(path.read_text())
-        if not isinstance(stored, dict):
-            raise ValueError("not an object")
-    except FileNotFoundError:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(_plain(config), indent=2, sort_keys=True)
-            write_atomic(path, (text + "\n").encode())
-        except OSError as error:
-            raise UserError(
-                f"--workdir={workdir}: cannot be written ({error.strerror or error})",
-                fix="choose another --workdir",
-            ) from None
-        return True
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: not a readable config ({error})",
-            fix="restore it, or use another --workdir",
-        ) from None
-    lines = compare_config(stored, config, ignore=ignore)
-    if lines:
-        more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
-        raise UserError(
-            f"--workdir={workdir} belongs to another config: {'; '.join(lines[:3])}{more}",
-            fix="use another --workdir, or the values of its config.json",
-        )
-    return False

@@ -6,6 +6,7 @@ numbers, empty arrays) are described in a table of our own, and compared before 
 """
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import warnings
@@ -41,7 +42,7 @@ class Leaf:
 
 
 def leaf_path(key_path: Any) -> str:
-    """"a/0/b" for the key path of a leaf, whatever containers it goes through."""
+    """ "a/0/b" for the key path of a leaf, whatever containers it goes through."""
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
@@ -239,7 +240,9 @@ def load_leaves(folder: Path, stored: list[dict], abstract_state: Any) -> Any:
       and Python numbers come back as such.
     """
     rows = {row["path"]: row for row in stored}
-    wanted = {leaf_path(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(abstract_state)}
+    wanted = {
+        leaf_path(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(abstract_state)
+    }
     request = {}
     for path, row in rows.items():
         shape, dtype = row.get("data_shape", row["shape"]), row.get("data_dtype", row["dtype"])
@@ -263,19 +266,26 @@ def load_leaves(folder: Path, stored: list[dict], abstract_state: Any) -> Any:
         row = rows[path]
         value = loaded.get(path)
         if value is None:
-            value = np.zeros(row.get("data_shape", row["shape"]), jnp.dtype(row.get("data_dtype", row["dtype"])))
+            value = np.zeros(
+                row.get("data_shape", row["shape"]), jnp.dtype(row.get("data_dtype", row["dtype"]))
+            )
         if row["kind"] == "python":
             return value.item()
-        if row["kind"] == "key":
-            value = jax.random.wrap_key_data(jnp.array(value), impl=row["impl"])
-        elif isinstance(target, np.generic):
-            return value[()]
-        elif isinstance(target, np.ndarray) or isinstance(value, jax.Array):
-            return value
         sharding = _sharding(target)
-        if sharding is not None:
-            return jax.device_put(value, sharding)
-        return value if row["kind"] == "key" else jnp.array(value)
+        if row["kind"] == "key":
+            if sharding is not None and not sharding.is_fully_addressable:
+                # device_put cannot reach other processes; a computation can.
+                wrap = functools.partial(jax.random.wrap_key_data, impl=row["impl"])
+                return jax.jit(wrap, out_shardings=sharding)(value)
+            value = jax.random.wrap_key_data(jnp.array(value), impl=row["impl"])
+            return value if sharding is None else jax.device_put(value, sharding)
+        if isinstance(target, np.generic):
+            return value[()]
+        if isinstance(target, np.ndarray) or isinstance(value, jax.Array):
+            return value
+        if sharding is None:
+            return jnp.array(value)
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
     return jax.tree_util.tree_map_with_path(finish, abstract_state)
 

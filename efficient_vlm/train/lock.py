@@ -3,9 +3,11 @@
 The lock is `flock` on `<workdir>/.lock`: the kernel frees it the moment its owner dies, SIGKILL
 included, and there is no moment between looking and taking. Some network file systems keep `flock`
 to one machine; therefore the file also holds who owns it, and its modification time is a heartbeat
-that a process on another machine respects.
+that a process on another machine respects. Where `flock` does not work at all, the owner's process
+(pid and start time) is looked up instead.
 """
 
+import contextlib
 import datetime
 import errno
 import fcntl
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from efficient_vlm.errors import UserError
+from efficient_vlm.train.progress import print_warning
 
 LOCK = ".lock"
 _held: set[int] = set()  # descriptors of this process, closed in forked children
@@ -51,15 +54,14 @@ def _boot() -> str | None:
 
 
 def _alive(info: dict[str, Any]) -> bool:
-    """Whether the owner's process runs on this machine."""
+    """Whether the owner's process still runs on this machine (not another with its number)."""
     try:
-        os.kill(int(info["pid"]), 0)
+        os.kill(info["pid"], 0)
     except ProcessLookupError:
         return False
-    except (PermissionError, KeyError, ValueError, OverflowError):
+    except (PermissionError, KeyError, TypeError, OverflowError):
         pass
-    started = process_start(int(info.get("pid", -1)))
-    return started is None or info.get("started") in (None, started)
+    return info.get("started") in (None, process_start(info.get("pid", -1)))
 
 
 class WorkdirLock:
@@ -85,7 +87,9 @@ class WorkdirLock:
         warn: Callable[[str], None] | None = None,
     ):
         self.path = Path(workdir) / LOCK
-        self._heartbeat, self._stale_after, self._warn = heartbeat, stale_after, warn
+        self._heartbeat, self._stale_after = heartbeat, stale_after
+        self._warn = warn or print_warning
+        self._flock = True
         self._descriptor: int | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -127,10 +131,8 @@ class WorkdirLock:
         if self._descriptor is not None:
             # Emptied, not removed: another process may have it open already, and would lock a
             # file that nobody else finds.
-            try:
+            with contextlib.suppress(OSError):
                 os.ftruncate(self._descriptor, 0)
-            except OSError:
-                pass
             self._close()
 
     def _take(self) -> bool:
@@ -144,6 +146,9 @@ class WorkdirLock:
             except OSError as error:
                 if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                     return False
+                if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+                    self._flock = False
+                    return True
                 self._close()
                 raise
             try:
@@ -171,24 +176,22 @@ class WorkdirLock:
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, (json.dumps(info) + "\n").encode(), 0)
         except OSError as error:  # full disk: the lock itself holds
-            self._tell(f"{self.path}: owner not written ({error.strerror or error})")
+            self._warn(f"{self.path}: owner not written ({error.strerror or error})")
 
     def _take_over(self, info: dict[str, Any]) -> None:
-        """Decides about the owner that left its name though the kernel gave us the lock."""
+        """Decides about an owner that left its name though the lock could be had."""
         here, boot = socket.gethostname(), _boot()
-        same_kernel = boot is not None and info.get("boot") == boot
         same_host = info.get("host") == here and here not in ("", "localhost")
-        if not same_kernel and not same_host:
+        if same_host or (boot is not None and info.get("boot") == boot):
+            # One kernel (or this machine before a restart): its flock is the whole truth.
+            alive, age = not self._flock and _alive(info), None
+        else:
             age = time.time() - os.fstat(self._descriptor).st_mtime
-            if age < self._stale_after:
-                self._close()
-                raise self._refusal(info, age)
-        elif same_kernel and boot is not None and info.get("host") == here and _alive(info):
-            # Alive, yet without its lock: it is closing down, or the file system ignores flock.
-            if info.get("pid") != os.getpid():
-                self._close()
-                raise self._refusal(info)
-        self._tell(
+            alive = age < self._stale_after
+        if alive:
+            self._close()
+            raise self._refusal(info, age)
+        self._warn(
             f"{self.path.parent}: taking over from {_owner(info)}, which ended without cleaning up"
         )
 
@@ -205,18 +208,8 @@ class WorkdirLock:
 
     def _beat(self) -> None:
         while not self._stop.wait(self._heartbeat):
-            try:
+            with contextlib.suppress(OSError):
                 os.utime(self._descriptor)
-            except OSError:
-                pass
-
-    def _tell(self, message: str) -> None:
-        if self._warn is None:
-            from efficient_vlm.train.checkpoint import print_warning
-
-            print_warning(message)
-        else:
-            self._warn(message)
 
 
 def _owner(info: dict[str, Any]) -> str:

@@ -42,7 +42,7 @@ def write_durable(path: Path, data: bytes) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replaces `path` so that a reader, or a crash, sees the old or the new bytes and no mixture."""
+    """Replaces `path` so that a reader, or a crash, sees the old or the new bytes."""
     # The thread id keeps two threads of one process from sharing a temporary name.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
@@ -81,15 +81,13 @@ def unseal(raw: bytes, name: str) -> dict[str, Any]:
     return content
 
 
-def file_digest(path: Path, *, sync: bool = False) -> tuple[int, str]:
-    """Size in bytes and SHA-256 of a file; with `sync`, the file is made durable as well."""
+def file_digest(path: Path) -> tuple[int, str]:
+    """Size in bytes and SHA-256 of a file."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb", buffering=0) as file:
         while block := file.read(_CHUNK):
             digest.update(block)
             size += len(block)
-        if sync:
-            os.fsync(file.fileno())
     return size, digest.hexdigest()
 
 
@@ -104,10 +102,24 @@ def list_files(folder: Path) -> list[str]:
 
 
 def _map_files(function: Callable[[str], Any], names: list[str]) -> list[Any]:
-    # hashlib and fsync both release the interpreter lock: the digest of one file is computed while
-    # the disk takes in another.
+    # hashlib and fsync both release the interpreter lock, so threads do help.
     with ThreadPoolExecutor(max_workers=4, thread_name_prefix="manifest") as pool:
         return list(pool.map(function, names))
+
+
+def fsync_tree(folder: Path) -> None:
+    """Makes all files and folders below `folder` durable."""
+
+    def sync(name: str) -> None:
+        descriptor = os.open(folder / name, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    _map_files(sync, list_files(folder))
+    for root, _, _ in os.walk(folder):
+        fsync_directory(root)
 
 
 def write_manifest(folder: Path, step: int) -> tuple[str, int]:
@@ -117,14 +129,12 @@ def write_manifest(folder: Path, step: int) -> tuple[str, int]:
       The SHA-256 of the manifest's bytes (for the index), and the size of all files in bytes.
     """
     names = list_files(folder)
-    entries = _map_files(lambda name: file_digest(folder / name, sync=True), names)
+    entries = _map_files(lambda name: file_digest(folder / name), names)
     files = {
         name: {"size": size, "sha256": digest}
         for name, (size, digest) in zip(names, entries, strict=True)
     }
     raw = seal({"format": 1, "step": step, "files": files})
-    for root, _, _ in os.walk(folder):
-        fsync_directory(root)
     write_durable(folder / MANIFEST, raw)
     fsync_directory(folder)
     return hashlib.sha256(raw).hexdigest(), sum(size for size, _ in entries) + len(raw)

@@ -58,7 +58,7 @@ def test_ten_thousand_resamples_are_quick():
     assert time.perf_counter() - start < 3
 
 
-@pytest.mark.parametrize("right,n", [(80, 100), (3, 40), (199, 200)])
+@pytest.mark.parametrize(("right", "n"), [(80, 100), (3, 40), (199, 200)])
 def test_close_to_scipy_wilson_when_independent(right, n):
     correct = np.arange(n) < right
     expected = scipy_stats.binomtest(right, n).proportion_ci(method="wilson")
@@ -66,7 +66,8 @@ def test_close_to_scipy_wilson_when_independent(right, n):
     assert mean == right / n
     # Student's t in place of the normal quantile is the whole difference.
     np.testing.assert_allclose([lo, hi], [expected.low, expected.high], atol=0.008)
-    assert lo <= expected.low and hi >= expected.high
+    assert lo <= expected.low
+    assert hi >= expected.high
 
 
 def test_close_to_cluster_bootstrap_away_from_the_edges():
@@ -113,7 +114,8 @@ def test_one_image_says_nothing():
 
 def test_accepts_string_ids_unequal_clusters_and_partial_scores():
     mean, lo, hi = stats.accuracy_interval([1, 0.5, 0, 1], ["b", "a", "b", "c"])
-    assert mean == 0.625 and 0 <= lo < mean < hi <= 1
+    assert mean == 0.625
+    assert 0 <= lo < mean < hi <= 1
 
 
 def test_bootstrap_is_seeded_and_blocks_do_not_matter(monkeypatch):
@@ -151,9 +153,11 @@ def test_sign_flip_monte_carlo_matches_the_binomial_test():
 def test_identical_methods_are_not_a_certain_tie():
     same = np.arange(90) % 3 == 0
     mean, lo, hi, p = stats.paired_difference(same, same)
-    assert mean == 0 and p == 1
+    assert mean == 0
+    assert p == 1
     # Largest rate of differing images that shows none among 90 with probability 2.5 %.
-    assert hi == pytest.approx(1 - 0.025 ** (1 / 90)) and lo == -hi
+    assert hi == pytest.approx(1 - 0.025 ** (1 / 90))
+    assert lo == -hi
 
 
 def test_holm_matches_scipy_style_reference():

@@ -1,0 +1,97 @@
+"""The quickstart: a small MoE vision-language model on real handwritten digits.
+
+    efficient-vlm train --config=configs/quickstart.py --workdir=runs/quickstart
+
+One elastic model, trained at 64, 16, 4 and 1 visual tokens, evaluated with every compressor.
+`:smoke` is the same run in about a minute; `:dense` has a dense decoder.
+"""
+
+import ml_collections
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """Args: arg: "", or words joined by "," among smoke, dense."""
+    modes = set(arg.split(",")) - {""}
+    if modes - {"smoke", "dense"}:
+        raise ValueError(f"quickstart knows smoke and dense, not {arg!r}")
+    config = ml_collections.ConfigDict()
+    config.data = dict(
+        source="token_bench",
+        tasks=("needle", "count", "point", "global"),
+        image_size=64,
+        batch_size=32,
+        questions_per_image=8,
+        train_images=16_000,
+        test_images=1_000,
+    )
+    config.model = dict(
+        encoder=dict(
+            image_size=64,
+            patch_size=8,
+            width=64,
+            depth=1,
+            num_heads=4,
+            mlp_dim=256,
+            stem_dim=256,
+            qk_norm=True,
+            qk_scale=4.0,
+            scan_unroll=4,
+        ),
+        compressor=dict(name="text_topk", budget=16),
+        connector=dict(),
+        decoder=dict(
+            width=64,
+            num_heads=4,
+            segments=[dict(layers=2)],
+            mlp_dim=192,
+            moe=dict(num_experts=4, top_k=1, expert_dim=128),
+            qk_norm=True,
+            qk_scale=4.0,
+            out_scale=0.5,
+            embed_scale=0.7,
+            scan_unroll=4,
+        ),
+    )
+    config.train = dict(
+        steps=1_800,
+        seed=0,
+        elastic=[
+            dict(name="none", budget=64, weight=0.5),
+            dict(name="text_topk", budget=16, weight=0.2),
+            dict(name="text_topk", budget=4, weight=0.15),
+            dict(name="text_topk", budget=1, weight=0.15),
+        ],
+        optimizer=dict(
+            name="muon", learning_rate=1e-2, adam_learning_rate=3e-3, warmup_steps=100
+        ),
+        checkpoint_every=400,
+    )
+    config.eval = dict(
+        images=256,
+        batch_size=32,
+        new_tokens=2,
+        methods=[
+            dict(name="none", budgets=[64]),
+            dict(name="text_topk", budgets=[64, 16, 4, 1]),
+            dict(name="random", budgets=[16, 4]),
+            dict(name="stride", budgets=[16, 4]),
+            dict(name="average_pool", budgets=[16, 4, 1]),
+            dict(name="downsample", budgets=[16, 4]),
+        ],
+    )
+    if "dense" in modes:
+        config.model.decoder.moe = None
+    if "smoke" in modes:
+        config.data.update(train_images=1_000, test_images=100)
+        config.train.update(steps=40, checkpoint_every=10)
+        config.train.elastic = [
+            dict(name="none", budget=64, weight=0.5),
+            dict(name="text_topk", budget=16, weight=0.5),
+        ]
+        config.eval.update(images=64, seeds=2, map_questions=2)
+        config.eval.methods = [
+            dict(name="none", budgets=[64]),
+            dict(name="text_topk", budgets=[16]),
+            dict(name="random", budgets=[16]),
+        ]
+    return config

@@ -1,0 +1,139 @@
+"""The command line: `efficient-vlm VERB ...`. Nothing heavy is imported before a verb runs."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from efficient_vlm import __version__
+from efficient_vlm.errors import UserError, closest, unknown
+
+VERBS = ("train", "eval", "report", "data", "doctor")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose complaints are UserErrors, with the nearest name."""
+
+    def error(self, message: str):
+        raise UserError(f"{self.prog}: {message}", fix=f"see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="efficient-vlm",
+        description="Train, evaluate and audit token-efficient vision-language models.",
+        epilog="Any config field is an option: --config.train.steps=500. "
+        "Start: efficient-vlm train --config=configs/quickstart.py --workdir=runs/quickstart",
+    )
+    parser.add_argument("--version", action="version", version=f"efficient_vlm {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
+
+    def verb(name: str, text: str, *, config: bool = False, workdir: bool = False):
+        sub = verbs.add_parser(name, help=text, description=text)
+        if config:
+            sub.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="config file")
+        if workdir:
+            sub.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
+        return sub
+
+    verb(
+        "train",
+        "train a model, evaluate it, write a report; run it again to resume",
+        config=True,
+        workdir=True,
+    )
+    sub = verb("eval", "evaluate the newest checkpoint of a run", workdir=True)
+    sub.add_argument("--compressor", metavar="NAME", help="one method instead of the config's")
+    sub.add_argument("--budget", metavar="N,N", help="visual tokens, with --compressor")
+    sub.add_argument("--images", type=int, metavar="N", help="test images")
+    sub.add_argument("--control", choices=("blank", "shuffled"), help="a control for chance level")
+    sub.add_argument("--json", action="store_true", help="print results as JSON")
+    verb("report", "write report.html from what a run has left", workdir=True)
+    sub = verbs.add_parser("data", help="build or look at a data set")
+    data = sub.add_subparsers(dest="action", metavar="build|inspect", parser_class=_Parser)
+    data.required = True
+    for action, text in (
+        ("build", "build the data set of a config"),
+        ("inspect", "write a contact sheet of images, questions and answers"),
+    ):
+        sub = data.add_parser(action, help=text, description=text)
+        sub.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="config file")
+        if action == "inspect":
+            sub.add_argument("--out", default="contact_sheet.png", metavar="FILE.png")
+            sub.add_argument("--split", default="train", choices=("train", "test"))
+            sub.add_argument("--count", type=int, default=12, metavar="N", help="images to show")
+    sub = verb("doctor", "print versions, devices and disk, and whether they fit")
+    sub.add_argument("--json", action="store_true", help="print as JSON")
+    return parser
+
+
+def _split_overrides(rest: Sequence[str]) -> list[str]:
+    overrides, known = [], ("--config", "--workdir", "--help", "--version")
+    pending = None
+    for word in rest:
+        if pending is not None:
+            overrides.append(f"{pending}={word}")
+            pending = None
+        elif word.startswith("--config."):
+            name = word.removeprefix("--config.")
+            if "=" in name:
+                overrides.append(name)
+            else:
+                pending = name
+        else:
+            guess = closest(word.split("=")[0], known)
+            raise UserError(
+                f"unknown option {word!r}",
+                fix=f"did you mean {guess}?" if guess else "config fields are --config.FIELD=VALUE",
+            )
+    if pending is not None:
+        raise UserError(f"--config.{pending}: no value", fix=f"write --config.{pending}=VALUE")
+    return overrides
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs one command; raises UserError for a user's mistake."""
+    parser = _parser()
+    if not argv:
+        parser.print_help()
+        return 0
+    if not argv[0].startswith("-") and argv[0] not in VERBS:
+        raise unknown("verb", argv[0], VERBS)
+    args, rest = parser.parse_known_args(argv)
+    overrides = _split_overrides(rest)
+    if overrides and "config" not in args:
+        raise UserError(
+            f"--config.{overrides[0]}: {args.verb} takes no config",
+            fix=f"leave it out; the run's own config is used by {args.verb}",
+        )
+    if args.verb == "doctor":
+        from efficient_vlm import doctor
+
+        return doctor.main(as_json=args.json)
+    if args.verb == "report":
+        from efficient_vlm.audit.report import write_report
+
+        print(f"Report: {write_report(args.workdir)}")
+        return 0
+    from efficient_vlm import commands
+
+    return getattr(commands, args.verb)(args, overrides)
+
+
+def main() -> int:
+    """Console entry point. Exit codes: 0, 2 for a user's mistake, 130 or 143 for a signal."""
+    try:
+        return run(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe has gone: `efficient-vlm ... | head`.
+        sys.stderr.close()
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,266 @@
+"""What the verbs of the command line do; each is also a function to call from a notebook."""
+
+import argparse
+import dataclasses
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from efficient_vlm import __version__
+from efficient_vlm import config as configs
+from efficient_vlm.errors import UserError
+from efficient_vlm.models.build import construct
+
+RESULTS = "results.json"
+
+
+def fit(
+    config: Mapping[str, Any],
+    workdir: str | os.PathLike,
+    *,
+    command: str | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Trains, evaluates, audits and reports; called again on the same workdir, it resumes.
+
+    Args:
+      config: a config, see `configs/quickstart.py`.
+      workdir: folder of the run.
+      command: what to type to resume, for the message after a signal.
+      say: receives lines for the user.
+
+    Returns:
+      What results.json holds.
+
+    Raises:
+      UserError: a mistake in the config or the data.
+      train.loop.Stopped: SIGTERM or SIGINT came; the state is saved.
+    """
+    from efficient_vlm.audit.evaluate import EvalConfig
+    from efficient_vlm.audit.report import write_report
+    from efficient_vlm.train import guards, loop
+    from efficient_vlm.train.manifest import write_atomic
+
+    enable_compilation_cache()
+    workdir = Path(workdir)
+    plain = configs.to_dict(config)
+    evaluation = construct(EvalConfig, configs.section(config, "eval"), "eval")
+    with guards.WorkdirLock(workdir), guards.StopSignal() as stop:
+        guards.check_workdir_config(workdir, plain)
+        say(f"Workdir: {workdir}")
+        try:
+            trained = loop.train(config, workdir, stop=stop, say=say)
+
+            def check_stop() -> None:
+                if stop.requested:
+                    raise loop.Stopped(stop.exit_code, trained.summary["steps"])
+
+            results = {"train": trained.summary}
+            results |= _evaluate(trained, config, evaluation, workdir, say, check_stop)
+        except loop.Stopped as stopped:
+            say(f"Stopped after step {stopped.step}; everything up to it is saved.")
+            if command:
+                say(f"Resume with: {command}")
+            raise
+        results |= {"environment": environment(), "command": command}
+        write_atomic(workdir / RESULTS, (json.dumps(results, indent=1) + "\n").encode())
+        report = write_report(workdir)
+        _print_summary(results)
+        say(f"Results: {workdir / RESULTS}")
+        say(f"Report:  {report}")
+    return results
+
+
+def train(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """`efficient-vlm train`."""
+    from efficient_vlm.train.loop import Stopped
+
+    config = configs.load(args.config, overrides)
+    command = shlex.join(["efficient-vlm", *sys.argv[1:]])
+    try:
+        fit(config, args.workdir, command=command)
+    except Stopped as stopped:
+        return stopped.exit_code
+    return 0
+
+
+def evaluate_run(
+    workdir: str | os.PathLike,
+    *,
+    methods: Sequence[Mapping[str, Any]] | None = None,
+    images: int | None = None,
+    control: str | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Evaluates the newest checkpoint of a run.
+
+    Args:
+      workdir: of the run.
+      methods: in place of the config's, see `audit.evaluate.EvalConfig.methods`.
+      images: test images in place of the config's number.
+      control: "blank" or "shuffled", see `audit.evaluate.evaluate`.
+      say: receives lines for the user.
+
+    Returns:
+      {"eval": rows, "cost": rows, "protocol": text}.
+    """
+    import ml_collections
+
+    from efficient_vlm.audit.evaluate import EvalConfig
+    from efficient_vlm.data.config import DataConfig
+    from efficient_vlm.data.pipeline import make_train
+    from efficient_vlm.train import loop
+
+    enable_compilation_cache()
+    workdir = Path(workdir)
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise UserError(f"--workdir={workdir}: no run there", fix="train first: efficient-vlm train")
+    config = ml_collections.ConfigDict(json.loads(path.read_text()))
+    evaluation = construct(EvalConfig, configs.section(config, "eval"), "eval")
+    if methods is not None:
+        evaluation = dataclasses.replace(evaluation, methods=methods)
+    if images is not None:
+        evaluation = dataclasses.replace(evaluation, images=images)
+    pipeline = make_train(DataConfig.from_mapping(configs.section(config, "data")), workdir=workdir)
+    trained = loop.restore(config, workdir, pipeline)
+    return _evaluate(trained, config, evaluation, None, say, lambda: None, control)
+
+
+def eval(args: argparse.Namespace, overrides: Sequence[str]) -> int:  # noqa: A001
+    """`efficient-vlm eval`."""
+    del overrides
+    methods = None
+    if args.compressor:
+        budgets = [_positive("--budget", b) for b in (args.budget or "").split(",") if b]
+        if not budgets:
+            raise UserError("--budget: missing", fix="give visual tokens: --budget=64,16")
+        methods = [{"name": args.compressor, "budgets": budgets}]
+    elif args.budget:
+        raise UserError("--budget: goes with --compressor", fix="add --compressor=NAME")
+    quiet = args.json
+    results = evaluate_run(
+        args.workdir,
+        methods=methods,
+        images=args.images,
+        control=args.control,
+        say=(lambda line: print(line, file=sys.stderr)) if quiet else print,
+    )
+    if quiet:
+        print(json.dumps(results, indent=1))
+    else:
+        _print_summary(results)
+    return 0
+
+
+def data(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """`efficient-vlm data build|inspect`."""
+    from efficient_vlm.data import commands
+    from efficient_vlm.data.config import DataConfig
+
+    config = configs.load(args.config, overrides)
+    fields = DataConfig.from_mapping(configs.section(config, "data"))
+    if args.action == "build":
+        commands.build(fields)
+    else:
+        commands.inspect(fields, split=args.split, output=args.out, images=args.count)
+    return 0
+
+
+def _evaluate(trained, config, evaluation, workdir, say, check_stop, control=None):
+    from efficient_vlm.audit.evaluate import evaluate
+    from efficient_vlm.data.config import DataConfig
+    from efficient_vlm.data.evalset import make_eval
+
+    start = time.monotonic()
+    data_config = DataConfig.from_mapping(configs.section(config, "data"))
+    test = make_eval(
+        dataclasses.replace(data_config, batch_size=evaluation.batch_size),
+        limit=evaluation.images,
+        workdir=workdir,
+        tokenizer=trained.pipeline.tokenizer,
+    )
+    rows = sum(len(answers) for answers in test.answers)
+    say(f"Evaluation: {rows} questions about unseen test images")
+    results = evaluate(
+        trained.model,
+        trained.params,
+        test,
+        evaluation,
+        control=control,
+        workdir=workdir,
+        say=say,
+        check_stop=check_stop,
+    )
+    say(f"Evaluation: {time.monotonic() - start:.1f} s")
+    return results
+
+
+def environment() -> dict[str, str]:
+    """Versions and device, stored with results."""
+    import platform
+
+    import flax
+    import jax
+
+    device = jax.devices()[0]
+    return {
+        "efficient_vlm": __version__,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "cores": str(os.cpu_count()),
+    }
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache, so that a resumed run starts at once.
+
+    `EFFICIENT_VLM_COMPILATION_CACHE` names another folder, or "off". JAX's own setting, if there
+    is one, is left alone.
+    """
+    import jax
+
+    folder = os.environ.get("EFFICIENT_VLM_COMPILATION_CACHE")
+    if folder == "off" or jax.config.jax_compilation_cache_dir:
+        return
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = folder or str(base / "efficient_vlm" / "compiled" / _machine())
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _machine() -> str:
+    """A name for the processor: programs compiled for one may not run on another."""
+    import hashlib
+    import platform
+
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        flags = next(line for line in text.splitlines() if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        flags = platform.processor()
+    return f"{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
+
+
+def _positive(field: str, text: str) -> int:
+    if not text.strip().isdigit() or int(text) < 1:
+        raise UserError(f"{field}: {text!r} is not a positive number", allowed="1, 2, 3, ...")
+    return int(text)
+
+
+def _print_summary(results: Mapping[str, Any]) -> None:
+    from rich.console import Console
+
+    from efficient_vlm.audit.summary import summary_table, summary_text
+
+    if sys.stdout.isatty():
+        Console().print(summary_table(results))
+    else:
+        print(summary_text(results))

@@ -1,0 +1,171 @@
+"""The fields of `config.data`; importing this costs nothing."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from efficient_vlm.errors import UserError, check_fields, unknown
+
+SOURCES = ("token_bench", "llava_json")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What data there is and in which order and form it comes. Zero means "automatic" where said.
+
+    Attributes:
+      source: "token_bench" (generated) or "llava_json" (your own images).
+      path: llava_json: the JSON or JSONL file; image paths are relative to its folder.
+      eval_path: llava_json: another such file for evaluation; without it, `test_fraction`.
+      test_fraction: llava_json: share of the images held out (at least one).
+      tokenizer: a tokenizer.json; empty: words for token_bench, a BPE trained on the texts for
+        llava_json.
+      vocab_size: of that BPE.
+      dir: folder of generated data; empty: $EFFICIENT_VLM_DATA or ~/.cache/efficient_vlm/data.
+      seed: of the order and of the draw of questions.
+      image_size: (height, width) or one number, pixels that the model sees.
+      resize: "stretch" or "letterbox".
+      batch_size: images per step, over all processes.
+      questions_per_image: Q; 0: 8 for token_bench, 1 for llava_json.
+      max_length: L, tokens per conversation with its answer; 0: as many as token_bench needs (8
+        or more), 256 for llava_json. Longer samples are skipped, never cut.
+      max_images: M, images per sample.
+      max_pixels: largest image (width x height) that is decoded.
+      max_image_bytes: largest image file.
+      max_skip_fraction: the run stops when clearly more than this share of samples is unusable.
+      allow_data_change: resume although the data differ from those of the checkpoint.
+      num_threads: threads that prepare batches; 0 prepares them in the calling thread.
+      prefetch: batches prepared ahead.
+      cache_mb: memory for decoded samples, in MiB; later epochs then cost almost nothing.
+      tasks, canvas, grid, glyph, jitter, clutter, max_count, dense_length, dense_px, noise, tint,
+        question_pool: token_bench, see `scenes.SceneConfig`; canvas 0 means image_size.
+      dataset_seed: of the generated images, apart from `seed`: several runs share one build.
+      train_images, test_images: size of the generated splits.
+    """
+
+    source: str = "token_bench"
+    path: str = ""
+    eval_path: str = ""
+    test_fraction: float = 0.05
+    tokenizer: str = ""
+    vocab_size: int = 4096
+    dir: str = ""
+    seed: int = 0
+    image_size: int | tuple[int, int] = 64
+    resize: str = "stretch"
+    batch_size: int = 32
+    questions_per_image: int = 0
+    max_length: int = 0
+    max_images: int = 1
+    max_pixels: int = 50_000_000
+    max_image_bytes: int = 64 * 2**20
+    max_skip_fraction: float = 0.01
+    allow_data_change: bool = False
+    num_threads: int = 2
+    prefetch: int = 8
+    cache_mb: int = 512
+    tasks: tuple[str, ...] = ("needle", "count", "point", "global")
+    dataset_seed: int = 0
+    train_images: int = 16_000
+    test_images: int = 1_000
+    canvas: int = 0
+    grid: int = 8
+    glyph: int = 8
+    jitter: int = 0
+    clutter: int = 0
+    max_count: int = 9
+    dense_length: int = 4
+    dense_px: tuple[int, int] = (8, 12)
+    noise: float = 0.03
+    tint: float = 0.15
+    question_pool: int = 16
+
+    def __post_init__(self):
+        # Config files and command lines give lists; a frozen, hashable config needs tuples.
+        for name in ("tasks", "dense_px", "image_size"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        if isinstance(self.tasks, str):
+            names = tuple(t.strip() for t in self.tasks.split(",") if t.strip())
+            object.__setattr__(self, "tasks", names)
+
+    @classmethod
+    def from_mapping(cls, fields: Mapping[str, Any]) -> "DataConfig":
+        """Checks names and values; see `validate`."""
+        check_fields("data", fields, (f.name for f in dataclasses.fields(cls)))
+        config = cls(**fields)
+        validate(config)
+        return config
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        if isinstance(self.image_size, tuple):
+            return self.image_size
+        return (self.image_size, self.image_size)
+
+
+def validate(config: DataConfig) -> None:
+    """Raises UserError for the first field with a wrong type or a value out of range."""
+    for field in dataclasses.fields(DataConfig):
+        value = getattr(config, field.name)
+        _check_type(field.name, value, field.default)
+    if config.source not in SOURCES:
+        raise unknown("data.source", config.source, SOURCES)
+    if config.resize not in ("stretch", "letterbox"):
+        raise unknown("data.resize", config.resize, ("stretch", "letterbox"))
+    if len(config.size) != 2 or not all(
+        isinstance(side, int) and 1 <= side <= 4096 for side in config.size
+    ):
+        raise UserError(
+            f"data.image_size: {config.image_size!r}",
+            allowed="a number or (height, width), 1 to 4096",
+            fix="data.image_size=64",
+        )
+    lowest = {"batch_size": 1, "max_images": 1, "max_pixels": 1, "max_image_bytes": 1}
+    lowest |= {"prefetch": 1, "seed": 0, "dataset_seed": 0, "num_threads": 0}
+    lowest |= {"questions_per_image": 0, "max_length": 0, "canvas": 0, "cache_mb": 0}
+    for name, low in lowest.items():
+        if getattr(config, name) < low:
+            raise UserError(
+                f"data.{name}: {getattr(config, name)}",
+                allowed=f"{low} or more",
+                fix=f"data.{name}={getattr(DataConfig, name)}",
+            )
+    for name in ("max_skip_fraction", "test_fraction"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise UserError(
+                f"data.{name}: {getattr(config, name)}",
+                allowed="0 to 1",
+                fix=f"data.{name}={getattr(DataConfig, name)}",
+            )
+    if config.source == "llava_json" and not config.path:
+        raise UserError(
+            "data.path: empty", allowed="a JSON or JSONL file", fix="--config.data.path=my.json"
+        )
+
+
+def _check_type(name: str, value: Any, default: Any) -> None:
+    """The default shows the type; a whole number serves where a fraction is asked for."""
+    if name == "image_size":
+        good, wanted = isinstance(value, int | tuple) and not isinstance(value, bool), "int or pair"
+    elif isinstance(default, bool):
+        good, wanted = isinstance(value, bool), "True or False"
+    elif isinstance(default, int):
+        good, wanted = isinstance(value, int) and not isinstance(value, bool), "a whole number"
+    elif isinstance(default, float):
+        good, wanted = isinstance(value, int | float) and not isinstance(value, bool), "a number"
+    elif isinstance(default, tuple):
+        item = type(default[0])
+        good = isinstance(value, tuple) and all(isinstance(v, item) for v in value)
+        good &= name != "dense_px" or len(value) == 2
+        wanted = f"a list of {'names' if item is str else 'two whole numbers'}"
+    else:
+        good, wanted = isinstance(value, str), "text"
+    if not good:
+        raise UserError(
+            f"data.{name}: {value!r} has the wrong type",
+            allowed=wanted,
+            fix=f"data.{name}={default!r}",
+        )

@@ -1,0 +1,63 @@
+"""What scenes are drawn with: the handwritten digits of scikit-learn and fonts of matplotlib.
+
+Both are read from the installed packages without importing them.
+"""
+
+import functools
+import gzip
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFont
+
+from efficient_vlm.errors import UserError
+
+SOURCE_PIXELS = 8
+TRAIN_GLYPHS = 1400  # Source glyphs 0..1399 are for training, the rest for testing.
+FONTS = ("DejaVuSans.ttf", "DejaVuSansMono.ttf", "DejaVuSerif.ttf")
+
+
+@functools.lru_cache(maxsize=8)
+def glyph_table(px: int) -> tuple[np.ndarray, np.ndarray]:
+    """The handwritten digits of scikit-learn (Alpaydin and Kaynak, 1998) at `px` x `px`.
+
+    Returns:
+      float32 [1797, px, px] in 0..1, and their labels, int64 [1797].
+    """
+    with gzip.open(glyph_file(), "rt") as file:
+        table = np.loadtxt(file, delimiter=",", dtype=np.int64)
+    labels = table[:, -1]
+    pixels = (table[:, :-1].reshape(-1, SOURCE_PIXELS, SOURCE_PIXELS) / 16).astype(np.float32)
+    if px != SOURCE_PIXELS:
+        bicubic = Image.Resampling.BICUBIC
+        pixels = np.stack(
+            [np.asarray(Image.fromarray(p).resize((px, px), bicubic)) for p in pixels]
+        )
+        pixels = np.clip(pixels, 0, 1)
+    pixels.setflags(write=False)
+    return pixels, labels
+
+
+def glyph_file() -> Path:
+    """The CSV of digits inside the scikit-learn package (which is not imported: that is slow)."""
+    return _package_file("sklearn", "scikit-learn", "datasets/data/digits.csv.gz")
+
+
+def _package_file(module: str, package: str, path: str) -> Path:
+    spec = importlib.util.find_spec(module)
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    for folder in folders:
+        if (Path(folder) / path).is_file():
+            return Path(folder) / path
+    raise UserError(
+        f"{package} with {path} is needed to build token_bench", fix=f"pip install {package}"
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def font(name: str, px: int) -> ImageFont.FreeTypeFont:
+    """A font of the matplotlib package; `px` is its nominal height in pixels."""
+    path = _package_file("matplotlib", "matplotlib", f"mpl-data/fonts/ttf/{name}")
+    # The basic layout engine is in every Pillow; Raqm is not, and would give other pixels.
+    return ImageFont.truetype(str(path), px, layout_engine=ImageFont.Layout.BASIC)

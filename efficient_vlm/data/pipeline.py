@@ -1,0 +1,246 @@
+"""Records to batches: shuffled, resumable, and in an order that no number of processes changes.
+
+    shuffle -> repeat -> batch (of record numbers) -> this process's part -> decode and tokenize
+
+The state of the iterator is the number of the next batch. Everything random is a function of
+(seed, position in the global order), so a resumed run continues exactly. A record that cannot be
+used is replaced by the next usable one of the source, which depends on nothing but the data.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from efficient_vlm.data import images, transforms
+from efficient_vlm.data.config import DataConfig, validate
+from efficient_vlm.data.records import BadRecord
+from efficient_vlm.data.skips import SkipCounter
+from efficient_vlm.data.sources import Source, longest_words, open_source
+from efficient_vlm.data.tokenizer import Tokenizer
+from efficient_vlm.errors import UserError
+
+# Part of the fingerprint: raise it when the same config gives other batches.
+FORMAT = 1
+_ARRAY_OVERHEAD = 150  # Bytes of an array object and its place in a dict.
+
+
+class Pipeline:
+    """Endless training batches; see `make_train`.
+
+    Attributes:
+      tokenizer: text to ids and back.
+      tasks: names; `batch["task"]` is an index into them.
+      fingerprint: everything that defines content and order; store it with the iterator state.
+      source: the records.
+      spec: shapes and limits of an example.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        source: Source,
+        tokenizer: Tokenizer,
+        process_index: int,
+        process_count: int,
+    ):
+        self.config = config
+        self.source = source
+        self.tokenizer = tokenizer
+        self.tasks = source.tasks
+        self.spec = make_spec(config, source.tasks)
+        self.fingerprint = make_fingerprint(config, source, tokenizer, self.spec)
+        self._skips = SkipCounter(len(source), config.max_skip_fraction)
+        local = config.batch_size // process_count
+        self._cache: dict[int, tuple] = {}
+        self._cache_left = config.cache_mb * 2**20
+        self._part = slice(process_index * local, (process_index + 1) * local)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Records of this process found unusable so far, by reason."""
+        return self._skips.counts
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        """A Grain iterator over batches: `next`, `get_state`, `set_state`; Orbax saves it."""
+        import grain
+
+        order = grain.MapDataset.range(len(self.source)).shuffle(seed=self.config.seed % 2**32)
+        # Endless for all purposes, yet a number that Grain can divide without rounding.
+        order = order.repeat(2**52 // len(self.source))
+        batches = order.batch(self.config.batch_size).map_with_index(self._load)
+        options = grain.ReadOptions(
+            num_threads=self.config.num_threads,
+            prefetch_buffer_size=self.config.prefetch if self.config.num_threads else 0,
+        )
+        return iter(batches.to_iter_dataset(options))
+
+    def _load(self, number: int, records: np.ndarray) -> dict[str, np.ndarray]:
+        """This process's part of global batch `number`, whose records are `records`."""
+        first = number * len(records)
+        places = range(len(records))[self._part]
+        examples = [self._example(first + place, int(records[place])) for place in places]
+        return transforms.stack(examples)
+
+    def _example(self, position: int, index: int) -> dict[str, np.ndarray]:
+        """Example at `position` of the global order: record `index`, or the next usable one."""
+        size = len(self.source)
+        for step in range(size):
+            candidate = (index + step) % size
+            if self._skips.known_bad(candidate):
+                continue
+            try:
+                texts, pictures = self._prepare(candidate)
+            except BadRecord as error:
+                self._skips.add(candidate, error)
+                continue
+            rng = np.random.default_rng((self.config.seed, position))
+            choice = rng.permutation(len(texts["task"]))[: self.spec.questions]
+            chosen = transforms.choose(texts, choice, self.spec, self.tokenizer.pad_id)
+            return chosen | pictures | {"index": np.int64(candidate)}
+        raise UserError(
+            f"data: none of the {size} samples can be used",
+            fix="see `efficient-vlm data inspect` for the reasons",
+        )
+
+    def _prepare(self, index: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Arrays of all conversations and of the images of a record, kept while memory allows."""
+        if index in self._cache:
+            return self._cache[index]
+        record = self.source[index]
+        texts = transforms.text_arrays(record, self.spec, self.tokenizer)
+        pictures = transforms.image_arrays(record, self.spec)
+        self._skips.add(index, None)
+        arrays = (texts, pictures)
+        # Nothing is ever thrown out: under a random order no rule would keep better samples.
+        size = sum(a.nbytes + _ARRAY_OVERHEAD for part in arrays for a in part.values())
+        if size <= self._cache_left:
+            self._cache_left -= size
+            self._cache[index] = arrays
+        return arrays
+
+
+def make_train(
+    config: DataConfig,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    workdir: str | Path | None = None,
+) -> Pipeline:
+    """The training data.
+
+    Process p of n yields rows p*B/n..(p+1)*B/n-1 of every global batch of B = batch_size.
+
+    Args:
+      config: see `DataConfig`.
+      process_index: number of this process.
+      process_count: number of processes.
+      workdir: a trained tokenizer is kept here as tokenizer.json, and reused when it exists.
+
+    Raises:
+      UserError: bad config, no data, damaged data.
+    """
+    validate(config)
+    if config.batch_size % process_count:
+        raise UserError(
+            f"data.batch_size: {config.batch_size} over {process_count} processes",
+            allowed=f"a multiple of {process_count}",
+            fix=f"data.batch_size={-(-config.batch_size // process_count) * process_count}",
+        )
+    source = open_source(config, "train")
+    if not len(source):
+        raise UserError(
+            f"data: {config.path or config.source} has no training samples",
+            fix="add samples, or set data.eval_path (or a smaller data.test_fraction)",
+        )
+    tokenizer = make_tokenizer(config, source, workdir)
+    return Pipeline(config, source, tokenizer, process_index, process_count)
+
+
+def make_tokenizer(
+    config: DataConfig, source: Source, workdir: str | Path | None = None
+) -> Tokenizer:
+    """The tokenizer of `config`; what is trained on the data is kept in `workdir`."""
+    from efficient_vlm.data import questions, tokenizer
+
+    if config.tokenizer:
+        return tokenizer.load(config.tokenizer)
+    if config.source == "token_bench":
+        return tokenizer.word_level(questions.vocabulary())
+    path = Path(workdir) / "tokenizer.json" if workdir else None
+    if path and path.is_file():
+        return tokenizer.load(path)
+    trained = tokenizer.train(source.texts(), config.vocab_size)
+    if path:
+        trained.save(path)
+    return trained
+
+
+def make_spec(config: DataConfig, tasks: tuple[str, ...]) -> transforms.Spec:
+    """Shapes and limits, with the automatic values filled in."""
+    bench = config.source == "token_bench"
+    length = config.max_length or (max(8, longest_words(config) + 1) if bench else 256)
+    questions = config.questions_per_image or (8 if bench else 1)
+    if bench and questions > config.question_pool:
+        raise UserError(
+            f"data.questions_per_image: {questions} of a pool of {config.question_pool}",
+            allowed="at most data.question_pool",
+            fix=f"data.question_pool={questions}",
+        )
+    return transforms.Spec(
+        image_size=config.size,
+        resize=config.resize,
+        max_images=config.max_images,
+        questions=questions,
+        max_length=length,
+        max_pixels=config.max_pixels,
+        max_bytes=config.max_image_bytes,
+        tasks=tasks,
+    )
+
+
+def make_fingerprint(
+    config: DataConfig, source: Source, tokenizer: Tokenizer, spec: transforms.Spec
+) -> dict[str, Any]:
+    """What defines the content and the order of the batches, as plain JSON values."""
+    # Lists, not tuples: a fingerprint that was stored as JSON must compare equal.
+    shapes = {k: list(v) if isinstance(v, tuple) else v for k, v in spec._asdict().items()}
+    return {
+        "format": FORMAT,
+        "preprocessing": images.STANDARD,
+        "source": config.source,
+        **source.fingerprint,
+        "records": len(source),
+        "seed": config.seed,
+        "batch_size": config.batch_size,
+        "tokenizer": tokenizer.fingerprint,
+        **shapes,
+    }
+
+
+def check_fingerprint(
+    stored: Mapping[str, Any], current: Mapping[str, Any], allow: bool = False
+) -> None:
+    """Compares the fingerprint of a checkpoint with that of the run that resumes it.
+
+    Args:
+      stored: as saved.
+      current: of this run.
+      allow: True accepts any difference (`data.allow_data_change`).
+
+    Raises:
+      UserError: names every field that differs.
+    """
+    if allow:
+        return
+    keys = sorted({*stored, *current}, key=str)
+    different = [key for key in keys if stored.get(key) != current.get(key)]
+    if different:
+        changes = ", ".join(
+            f"{key} was {stored.get(key)!r}, is {current.get(key)!r}" for key in different
+        )
+        raise UserError(
+            f"data: the data differ from those of the checkpoint: {changes}",
+            fix="restore these fields, or --config.data.allow_data_change=True",
+        )

@@ -1,0 +1,100 @@
+"""`efficient-vlm doctor`: is this machine ready, and if not, what to type."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+# Flax's NNX half needs a newer flax with jax 0.11 on; this project uses Linen, but qwix imports it.
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "tensorflow-datasets",
+    "tokenizers",
+    "numpy",
+    "pillow",
+    "matplotlib",
+)
+
+
+def diagnose() -> dict[str, Any]:
+    """Versions against the declared bounds, devices, disk and memory, with a list of problems."""
+    problems: list[str] = []
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+            problems.append(f"{name} is not installed: pip install -e .")
+    problems += _bounds(versions)
+    if sys.version_info < (3, 11):
+        problems.append(f"Python {platform.python_version()}: 3.11 or newer is needed")
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "packages": versions,
+    }
+    try:
+        import jax
+
+        found["devices"] = [f"{d.device_kind} ({d.platform})" for d in jax.devices()]
+    except Exception as error:  # A broken driver can raise anything; say what it was.
+        found["devices"] = []
+        problems.append(f"JAX finds no device: {' '.join(str(error).split())[:200]}")
+    cache = Path(os.environ.get("EFFICIENT_VLM_DATA") or Path.home() / ".cache")
+    while not cache.exists():
+        cache = cache.parent
+    free = {}
+    for label, folder in (("here", Path.cwd()), ("data", cache)):
+        gib = shutil.disk_usage(folder).free / 2**30
+        free[label] = round(gib, 1)
+        if gib < 1:
+            problems.append(f"{folder}: {gib:.1f} GiB free; the quickstart needs 1 GiB")
+        if not os.access(folder, os.W_OK):
+            problems.append(f"{folder} cannot be written")
+    found["free_gib"] = free
+    found["problems"] = problems
+    return found
+
+
+def _bounds(versions: dict[str, str | None]) -> list[str]:
+    """Installed versions outside the bounds of our own metadata."""
+    from packaging.requirements import Requirement
+
+    try:
+        declared = importlib.metadata.requires("efficient_vlm") or []
+    except importlib.metadata.PackageNotFoundError:
+        return ["efficient_vlm is not installed: pip install -e ."]
+    wrong = []
+    for text in declared:
+        need = Requirement(text)
+        have = versions.get(need.name)
+        if need.marker is None and have and not need.specifier.contains(have, prereleases=True):
+            wrong.append(f'{need.name} {have} is not tested: pip install "{need}"')
+    return wrong
+
+
+def main(*, as_json: bool = False) -> int:
+    """Prints the diagnosis; returns 2 if something stands in the way."""
+    found = diagnose()
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        print(f"Python {found['python']} on {found['platform']}, {found['cores']} cores")
+        print("Packages: " + ", ".join(f"{k} {v or 'MISSING'}" for k, v in found["packages"].items()))
+        print("Devices: " + (", ".join(found["devices"]) or "none"))
+        print(f"Free disk: {found['free_gib']['here']} GiB here, {found['free_gib']['data']} for data")
+        for problem in found["problems"]:
+            print(f"problem: {problem}")
+        print("Ready." if not found["problems"] else "Mend the above and run doctor again.")
+    return 2 if found["problems"] else 0

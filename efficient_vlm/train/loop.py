@@ -1,0 +1,347 @@
+"""The one training loop. Order of every step: save, next batch, update, log."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from efficient_vlm import config as configs
+from efficient_vlm.data import transforms
+from efficient_vlm.data.config import DataConfig
+from efficient_vlm.data.pipeline import Pipeline, check_fingerprint, make_train
+from efficient_vlm.errors import UserError
+from efficient_vlm.models.build import construct
+from efficient_vlm.models.vlm import VisionLanguageModel
+from efficient_vlm.train import step as steps
+from efficient_vlm.train.checkpoint import Checkpoints, SaveFailed
+from efficient_vlm.train.leaves import state_sha256
+from efficient_vlm.train.guards import NonFiniteGuard, StopSignal
+from efficient_vlm.train.metrics import MetricsWriter
+from efficient_vlm.train.optimizer import OptimizerConfig, make_optimizer, schedule
+from efficient_vlm.train.progress import Progress
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained.
+
+    Attributes:
+      steps: optimizer steps.
+      seed: of initial values, random compressors and the draw of budgets.
+      optimizer: fields of `optimizer.OptimizerConfig`.
+      elastic: budgets to draw from at every step, as {"name", "budget", "weight"} and options of
+        the compressor; empty for the model's own compressor alone. Each is one executable.
+      accumulate: micro-batches per step.
+      load_balance, router_z: weights of the router losses of a mixture of experts.
+      ema: decay of an average of the parameters that is evaluated in their place; None for none.
+      checkpoint_every: steps between checkpoints; one more is written at the end.
+      keep, keep_every: newest checkpoints to keep, and steps whose multiples are kept for ever.
+      log_every: steps between lines of metrics.jsonl.
+      nonfinite_limit: steps in a row without a finite loss and gradient after which the run ends.
+      tensorboard: also write TensorBoard files.
+      init_from: workdir of another run whose newest parameters to start from.
+    """
+
+    steps: int
+    seed: int = 0
+    optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    elastic: Sequence[Mapping[str, Any]] = ()
+    accumulate: int = 1
+    load_balance: float = 0.01
+    router_z: float = 1e-3
+    ema: float | None = None
+    checkpoint_every: int = 500
+    keep: int = 3
+    keep_every: int | None = None
+    log_every: int = 10
+    nonfinite_limit: int = 3
+    tensorboard: bool = False
+    init_from: str | None = None
+
+    def __post_init__(self):
+        for name in ("steps", "accumulate", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name}: {getattr(self, name)}", allowed="1 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One (compressor, budget) that steps are drawn from."""
+
+    model: VisionLanguageModel
+    weight: float
+
+    @property
+    def label(self) -> str:
+        """name@budget."""
+        return f"{self.model.compressor['name']}@{self.model.compressor['budget']}"
+
+
+@dataclasses.dataclass
+class Trained:
+    """What evaluation needs of a finished run.
+
+    Attributes:
+      model, params: the model, and its parameters (the average, if there is one).
+      pipeline: the training data, for tokenizer and tasks.
+      summary: the "train" part of results.json.
+    """
+
+    model: VisionLanguageModel
+    params: Any
+    pipeline: Pipeline
+    summary: dict[str, Any]
+
+
+class Stopped(Exception):
+    """A signal ended the run after its state was saved; `exit_code` is 130 or 143."""
+
+    def __init__(self, exit_code: int, step: int):
+        super().__init__(f"stopped after step {step}")
+        self.exit_code, self.step = exit_code, step
+
+
+def make_model(config: Mapping[str, Any], vocab_size: int) -> VisionLanguageModel:
+    """The model of a config's "model" section."""
+    fields = configs.section(config, "model")
+    return construct(VisionLanguageModel, fields, "model", vocab_size=vocab_size)
+
+
+def make_arms(model: VisionLanguageModel, elastic: Sequence[Mapping[str, Any]]) -> list[Arm]:
+    """The (compressor, budget) pairs to train at; see `TrainConfig.elastic`."""
+    if not elastic:
+        return [Arm(model, 1.0)]
+    arms = []
+    for i, entry in enumerate(elastic):
+        options = dict(entry)
+        for name in ("name", "budget"):
+            if name not in options:
+                raise UserError(f"train.elastic[{i}].{name}: missing", fix="set it in the config")
+        weight = options.pop("weight", 1.0)
+        if not weight > 0:
+            raise UserError(f"train.elastic[{i}].weight: {weight}", allowed="above 0")
+        arms.append(Arm(model.with_compressor(**options), float(weight)))
+    return arms
+
+
+def draw_arm(arms: Sequence[Arm], seed: int, step: int) -> int:
+    """The index of the arm of a step: a function of (seed, step), so a resumed run draws alike."""
+    weights = np.array([arm.weight for arm in arms])
+    return int(np.random.default_rng((seed, step)).choice(len(arms), p=weights / weights.sum()))
+
+
+def train(
+    config: Mapping[str, Any],
+    workdir: Path,
+    *,
+    stop: StopSignal,
+    say: Callable[[str], None] = print,
+) -> Trained:
+    """Trains, or continues, the run in `workdir` up to its last step.
+
+    Args:
+      config: the whole config.
+      workdir: locked, and with a config.json that fits.
+      stop: read between steps.
+      say: receives lines for the user.
+
+    Raises:
+      UserError: a mistake in the config, or training diverged.
+      Stopped: a signal came; the state is saved.
+    """
+    start_time = time.monotonic()
+    settings = construct(TrainConfig, configs.section(config, "train"), "train")
+    data_fields = configs.section(config, "data")
+    data_config = DataConfig.from_mapping(data_fields)
+    optimizer = construct(OptimizerConfig, settings.optimizer, "train.optimizer")
+    if data_config.batch_size % settings.accumulate:
+        raise UserError(
+            f"train.accumulate: {settings.accumulate}",
+            allowed=f"divisors of data.batch_size={data_config.batch_size}",
+        )
+    say("Data: opening (the first run builds it) ...")
+    pipeline = make_train(data_config, workdir=workdir)
+    say(f"Data: {len(pipeline.source)} training images, tasks {', '.join(pipeline.tasks)}")
+    model = make_model(config, pipeline.tokenizer.vocab_size)
+    arms = make_arms(model, settings.elastic)
+
+    example = transforms.empty(pipeline.spec, pipeline.tokenizer.pad_id)
+    shapes = transforms.stack([example] * data_config.batch_size)
+    state, tx = initialise(arms, shapes, settings, optimizer)
+    count = sum(x.size for x in jax.tree.leaves(state["params"]))
+    say(f"Model: {count:,} parameters, trained at {', '.join(arm.label for arm in arms)}")
+
+    iterator = iter(pipeline)
+    with (
+        Checkpoints(
+            workdir / "checkpoints", keep=settings.keep, keep_every=settings.keep_every
+        ) as checkpoints,
+        MetricsWriter(workdir, settings.tensorboard) as writer,
+    ):
+        guard = NonFiniteGuard(workdir, settings.nonfinite_limit)
+        first, seconds = 0, 0.0
+        restored = checkpoints.restore_latest(state, iterator)
+        if restored is not None:
+            first, state, metadata = restored
+            check_fingerprint(
+                metadata["data"], pipeline.fingerprint, allow=data_config.allow_data_change
+            )
+            guard.load(metadata["guard"])
+            seconds = metadata["seconds"]
+            say(f"Resuming from step {first} of {settings.steps}")
+        writer.truncate_after(first)
+
+        aux = {"load_balance": settings.load_balance, "router_z": settings.router_z}
+        functions = [
+            steps.make_train_step(
+                arm.model,
+                tx,
+                seed=settings.seed,
+                accumulate=settings.accumulate,
+                aux=aux,
+                ema=settings.ema,
+            )
+            for arm in arms
+        ]
+        rate = schedule(optimizer, settings.steps, optimizer.learning_rate)
+
+        def save(step: int, *, wait: bool = False) -> None:
+            elapsed = seconds + time.monotonic() - start_time
+            metadata = {
+                "data": pipeline.fingerprint,
+                "guard": guard.state(),
+                "seconds": elapsed,
+                "params": count,
+            }
+            try:
+                checkpoints.save(step, state, iterator, metadata, wait=wait)
+            except SaveFailed as error:
+                if wait:
+                    raise UserError(str(error), fix="free some space and run again") from None
+                say(f"warning: {error}; training goes on, the next checkpoint tries again")
+
+        def log(step: int, arm: Arm, metrics: Mapping[str, Any], batch, timing) -> None:
+            ok = guard.update(
+                step, metrics["ok"], batch, last_checkpoint=max(checkpoints.committed(), default=None)
+            )
+            values = {k: np.asarray(v) for k, v in metrics.items() if k != "ok"}
+            wall, wait = timing
+            values |= {
+                "lr": float(rate(step - 1)),
+                "budget": arm.model.compressor["budget"],
+                "images_per_second": data_config.batch_size / max(wall, 1e-9),
+                "step_seconds": wall,
+                "data_wait_fraction": wait / max(wall, 1e-9),
+                "skipped": guard.total,
+            }
+            if step % settings.log_every == 0 or step in (1, settings.steps) or not ok:
+                writer.write(step, {**values, "compressor": arm.model.compressor["name"]})
+            progress.update(step, values)
+
+        pending = None
+        with Progress(settings.steps, start=first) as progress:
+            mark = time.monotonic()
+            for step in range(first + 1, settings.steps + 1):
+                done = step - 1
+                if stop.requested or (done > first and done % settings.checkpoint_every == 0):
+                    if pending is not None:
+                        log(*pending)
+                        pending = None
+                    if done > first:
+                        save(done, wait=stop.requested)
+                    if stop.requested:
+                        raise Stopped(stop.exit_code, done)
+                before = time.monotonic()
+                batch = next(iterator)
+                waited = time.monotonic() - before
+                index = draw_arm(arms, settings.seed, step)
+                state, metrics = functions[index](state, batch)
+                # The metrics of the step before are read while this one runs.
+                if pending is not None:
+                    log(*pending)
+                now = time.monotonic()
+                pending = (step, arms[index], metrics, batch, (now - mark, waited))
+                mark = now
+            if pending is not None:
+                log(*pending)
+        if settings.steps > first:
+            save(settings.steps, wait=True)
+        total = seconds + (time.monotonic() - start_time if settings.steps > first else 0.0)
+    compilations = {
+        arm.label: f._cache_size() for arm, f in zip(arms, functions, strict=True) if f._cache_size()
+    }
+    summary = {
+        "steps": settings.steps,
+        "seconds": round(total, 1),
+        "params": count,
+        "params_sha256": state_sha256(state["params"]),
+        "skipped_steps": guard.total,
+        "skipped_samples": pipeline.skipped,
+        "compilations": compilations,
+    }
+    return Trained(model, state.get("ema", state["params"]), pipeline, summary)
+
+
+def initialise(
+    arms: Sequence[Arm], batch: Mapping[str, Any], settings: TrainConfig, optimizer: OptimizerConfig
+) -> tuple[steps.State, Any]:
+    """A fresh state that serves all arms, and the optimizer.
+
+    Args:
+      arms: the models; their parameters are created once per compressor, not per budget.
+      batch: anything with the shapes of a batch.
+      settings, optimizer: of the run.
+    """
+    distinct = {tuple(sorted((k, str(v)) for k, v in arm.model.compressor.items() if k != "budget")):
+                arm.model for arm in arms}
+    boxed = steps.init_params(list(distinct.values()), batch, settings.seed)
+    tx = make_optimizer(optimizer, settings.steps, boxed)
+    if settings.init_from is not None:
+        boxed = load_params(Path(settings.init_from), nn.unbox(boxed))
+    return steps.init_state(boxed, tx, ema=settings.ema is not None), tx
+
+
+def load_params(workdir: Path, like: Any, name: str = "params") -> Any:
+    """The newest parameters of a run.
+
+    Args:
+      workdir: of that run.
+      like: parameters, or their shapes, of the same structure.
+      name: "params", or "ema" for their average.
+
+    Raises:
+      UserError: no checkpoint, or other shapes.
+    """
+    folder = workdir / "checkpoints"
+    if not folder.is_dir():
+        raise UserError(
+            f"--workdir={workdir}: no checkpoints there", fix="train first: efficient-vlm train ..."
+        )
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        restored = checkpoints.restore_latest({name: like}, subset=True)
+    if restored is None:
+        raise UserError(
+            f"--workdir={workdir}: no checkpoint yet", fix="train first: efficient-vlm train ..."
+        )
+    return restored[1][name]
+
+
+def restore(config: Mapping[str, Any], workdir: Path, pipeline: Pipeline) -> Trained:
+    """The model of a run and its newest parameters, for evaluation."""
+    settings = construct(TrainConfig, configs.section(config, "train"), "train")
+    model = make_model(config, pipeline.tokenizer.vocab_size)
+    example = transforms.empty(pipeline.spec, pipeline.tokenizer.pad_id)
+    boxed = jax.eval_shape(
+        lambda: steps.init_params(
+            [arm.model for arm in make_arms(model, settings.elastic)],
+            transforms.stack([example]),
+            0,
+        )
+    )
+    name = "params" if settings.ema is None else "ema"
+    return Trained(model, load_params(workdir, nn.unbox(boxed), name), pipeline, {})

@@ -1,0 +1,113 @@
+"""The config that a workdir belongs to."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from efficient_vlm.errors import UserError
+from efficient_vlm.train.manifest import write_atomic
+
+
+def _plain(value: Any) -> Any:
+    """What comes back after JSON: tuples are lists, keys are strings."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)
+
+
+def _dotted(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and (value or not prefix):
+        return {
+            k: v for key, each in value.items() for k, v in _dotted(each, f"{prefix}.{key}").items()
+        }
+    return {prefix[1:]: value}
+
+
+def compare_config(
+    stored: Mapping[str, Any], current: Mapping[str, Any], *, ignore: Iterable[str] = ()
+) -> list[str]:
+    """The fields in which two configs differ.
+
+    Args:
+      stored: the config of the workdir.
+      current: the config asked for.
+      ignore: dotted fields, or dotted prefixes, that may differ.
+
+    Returns:
+      Lines like "model.width: 64 in the workdir, 128 now", sorted by field; [] if none differ.
+    """
+    old, new = _dotted(_plain(stored)), _dotted(_plain(current))
+    ignore = tuple(ignore)
+    lines = []
+    for field in sorted(old.keys() | new.keys()):
+        if any(field == name or field.startswith(f"{name}.") for name in ignore):
+            continue
+        # json: NaN equals NaN, and True does not equal 1.
+        before, after = (
+            json.dumps(side[field], sort_keys=True) if field in side else "absent"
+            for side in (old, new)
+        )
+        if before != after:
+            lines.append(f"{field}: {_short(before)} in the workdir, {_short(after)} now")
+    return lines
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_workdir_config(
+    workdir: str | os.PathLike[str], config: Mapping[str, Any], *, ignore: Iterable[str] = ()
+) -> bool:
+    """Writes `<workdir>/config.json` on first use; later, refuses a config that differs from it.
+
+    Args:
+      workdir: created if needed.
+      config: nested mapping (a ConfigDict's `to_dict()`).
+      ignore: dotted fields that may change between runs.
+
+    Returns:
+      True on first use.
+
+    Raises:
+      UserError: names the differing fields, or config.json cannot be read or written.
+    """
+    path = Path(workdir) / "config.json"
+    try:
+        stored = json.loads(path.read_text())
+        if not isinstance(stored, dict):
+            raise ValueError("not an object")
+    except FileNotFoundError:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(_plain(config), indent=2, sort_keys=True)
+            write_atomic(path, (text + "\n").encode())
+        except OSError as error:
+            raise UserError(
+                f"--workdir={workdir}: cannot be written ({error.strerror or error})",
+                fix="choose another --workdir",
+            ) from None
+        return True
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: not a readable config ({error})",
+            fix="restore it, or use another --workdir",
+        ) from None
+    lines = compare_config(stored, config, ignore=ignore)
+    if lines:
+        more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
+        raise UserError(
+            f"--workdir={workdir} belongs to another config: {'; '.join(lines[:3])}{more}",
+            fix="use another --workdir, or the values of its config.json",
+        )
+    return False

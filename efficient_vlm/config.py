@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import inspect
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,21 @@ def load(spec: str, overrides: Iterable[str] = ()) -> ml_collections.ConfigDict:
     if module_spec is None:
         raise UserError(f"--config: {path!r} is not a Python file", allowed="*.py")
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    # A config may build on its neighbours: `import quickstart`.
+    sys.path.insert(0, str(Path(path).resolve().parent))
+    try:
+        module_spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
     if not hasattr(module, "get_config"):
         raise UserError(f"--config: {path} has no function get_config", fix="define get_config(arg)")
     takes_arg = bool(inspect.signature(module.get_config).parameters)
     if arg and not takes_arg:
         raise UserError(f"--config: {path} takes no argument, got {arg!r}", fix=f"use {path}")
-    config = module.get_config(arg) if takes_arg else module.get_config()
+    try:
+        config = module.get_config(arg) if arg else module.get_config()
+    except ValueError as error:
+        raise UserError(f"--config={spec}: {error}", fix=f"see the first lines of {path}") from None
     config = ml_collections.ConfigDict(config)
     for override in overrides:
         apply_override(config, override)

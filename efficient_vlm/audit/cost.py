@@ -95,8 +95,8 @@ def cost_table(run: Run) -> str:
                 "prefill speed-up: clock",
             ],
             clock,
-            caption="Measured milliseconds per image (encode) and per question, in batches; speed-ups "
-            f"against {base[0]} {base[1]} for the time to the first token and for prefill alone.",
+            caption="Measured milliseconds per image (encode) and per question, in batches; "
+            f"speed-ups against {base[0]} {base[1]} to the first token and for prefill alone.",
             groups=groups,
         )
         + bound

@@ -75,7 +75,7 @@ thead th{color:var(--soft);font-weight:600;border-top:0;border-bottom:1px solid 
 tbody th{font-weight:600}th.text,td.text{text-align:left}
 tbody tr:hover{background:var(--grid)}
 tbody tr.group td,tbody tr.group th{border-top:1px solid var(--faint)}
-td small{color:var(--soft);font-size:11.5px;margin-left:5px}
+td small{color:var(--soft);font-size:11.5px;margin-left:2px}
 td.bar{background:linear-gradient(var(--bar),var(--bar)) left bottom/var(--w) 3px no-repeat}
 th button{all:unset;cursor:pointer}th button::after{content:"\\2195";opacity:.4;margin-left:4px}
 th[aria-sort=ascending] button::after{content:"\\2191";opacity:1}
@@ -170,7 +170,7 @@ def cell(
         extra += f' data-v="{sort:.8g}"'
     if classes:
         extra += f' class="{" ".join(classes)}"'
-    small = f"<small>{esc(note)}</small>" if note else ""
+    small = f" <small>{esc(note)}</small>" if note else ""
     return f"<td{extra}>{esc(text)}{small}</td>"
 
 

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import hashlib
 import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -179,9 +178,8 @@ def check_match(stored: list[dict], wanted: list[dict], step: int, *, subset: bo
 
 def _orbax() -> Any:
     """The Orbax v1 module, imported on first use (about a second), with its log noise filtered."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from orbax.checkpoint import v1 as ocp
+    from orbax.checkpoint import v1 as ocp
+
     logger = logging.getLogger("absl")
     if not any(getattr(each, "__name__", "") == "_drop_orbax_noise" for each in logger.filters):
         logger.addFilter(_drop_orbax_noise)

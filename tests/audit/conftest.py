@@ -1,6 +1,8 @@
 """Synthetic workdirs in the documented format, with known numbers."""
 
+import copy
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from efficient_vlm.audit import maps, stats
 TASKS = {"needle": 10, "count": 10, "point": 8, "global": 8}  # Task -> number of answers.
 BUDGETS = (64, 16, 4, 1)
 METHODS = ("average_pool", "downsample", "random", "stride", "text_topk", "resampler")
-IMAGES, GRID = 120, 8
+IMAGES = 60
 
 
 def skill(name, budget, task):
@@ -203,11 +205,24 @@ def write(folder, *, steps=2000, evaluated=True, trained=True, maps_drawn=True, 
     return results
 
 
-@pytest.fixture
-def write_workdir(tmp_path):
-    """Function writing a synthetic workdir: (name, **parts) -> (path, content of results.json)."""
+@pytest.fixture(scope="session")
+def written(tmp_path_factory):
+    """Workdirs already written in this session, by their parts."""
+    return {}, tmp_path_factory.mktemp("workdirs")
 
-    def make(name="run", **parts):
-        return tmp_path / name, write(tmp_path / name, **parts)
+
+@pytest.fixture
+def write_workdir(tmp_path, written):
+    """Function giving a synthetic workdir of the test's own: (**parts) -> (path, results)."""
+    known, folder = written
+
+    def make(**parts):
+        key = tuple(sorted(parts.items()))
+        if key not in known:
+            original = folder / str(len(known))
+            known[key] = original, write(original, **parts)
+        original, results = known[key]
+        shutil.copytree(original, tmp_path / "run")
+        return tmp_path / "run", copy.deepcopy(results)
 
     return make

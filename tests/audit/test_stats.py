@@ -53,9 +53,9 @@ def test_coverage_of_the_paired_difference():
 
 def test_ten_thousand_resamples_are_quick():
     correct, ids = correlated(np.random.default_rng(0), 0.8, 0.3)
-    start = time.perf_counter()
+    start = time.process_time()
     stats.paired_difference(correct, ~correct, ids)
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 
 @pytest.mark.parametrize(("right", "n"), [(80, 100), (3, 40), (199, 200)])

@@ -1,11 +1,9 @@
 """Small data that several tests share."""
 
-import io
 import json
 
-import numpy as np
 import pytest
-from PIL import Image
+from data_samples import image_bytes
 
 from efficient_vlm.data import DataConfig
 
@@ -27,21 +25,6 @@ def small(data_root):
         num_threads=2,
         prefetch=2,
     )
-
-
-def image_bytes(seed=0, size=(20, 12), format="PNG", **options):
-    """An encoded picture of random pixels; size is (width, height)."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format, **options)
-    return buffer.getvalue()
-
-
-def row(number, image=None, question="What is it?", answer="Noise."):
-    """One LLaVA row."""
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    made = {"id": f"r{number}", "conversations": turns}
-    return made if image is None else made | {"image": image}
 
 
 @pytest.fixture

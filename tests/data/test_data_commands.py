@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import row
+from data_samples import row
 from PIL import Image
 
 from efficient_vlm.data import DataConfig, commands

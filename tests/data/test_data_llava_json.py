@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import image_bytes, row
+from data_samples import image_bytes, row
 from PIL import Image
 
 from efficient_vlm.data import DataConfig, images, llava_json, make_eval, make_train

@@ -3,8 +3,10 @@
 import concurrent.futures
 import hashlib
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +133,15 @@ def test_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
         store.ensure(tmp_path, SCENE, SIZES)
     assert not store.location(tmp_path, SCENE, SIZES).exists()
     assert not list(tmp_path.rglob(".building-*"))
+
+
+def test_leftovers_of_killed_builds_go_after_a_day(tmp_path):
+    folder = store.location(tmp_path, SCENE, SIZES).parent
+    for name, age in ((".building-old", 2 * 86_400), (".building-new", 60)):
+        (folder / name).mkdir(parents=True)
+        os.utime(folder / name, (time.time() - age,) * 2)
+    store.ensure(tmp_path, SCENE, SIZES)
+    assert [p.name for p in folder.glob(".building-*")] == [".building-new"]
 
 
 def test_default_root(monkeypatch, tmp_path):

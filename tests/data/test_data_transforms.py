@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import image_bytes
+from data_samples import image_bytes
 
 from efficient_vlm.data import questions, tokenizer, transforms
 from efficient_vlm.data.records import BadRecord, Conversation, Record

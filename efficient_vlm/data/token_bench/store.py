@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from efficient_vlm.data.scenes import SPLITS, SceneConfig, check
 from efficient_vlm.errors import UserError
 
 MANIFEST = "manifest.json"
+_LEFTOVER_SECONDS = 86_400
 SOURCE = (
     "handwritten digits of scikit-learn (E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten"
     " Digits, UCI Machine Learning Repository, 1998); text in the DejaVu fonts of matplotlib"
@@ -135,6 +137,7 @@ def _build(final: Path, scene: SceneConfig, sizes: dict[str, int]) -> None:
 
         number = sum(sizes.values())
         print(f"building token_bench, {number} images, once: {final}", file=sys.stderr, flush=True)
+        _remove_leftovers(final.parent)
         scratch = Path(tempfile.mkdtemp(prefix=".building-", dir=final.parent))
         try:
             builder = TokenBench(
@@ -155,6 +158,14 @@ def _build(final: Path, scene: SceneConfig, sizes: dict[str, int]) -> None:
                     raise _damaged(final, f"it holds files but no {MANIFEST}") from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Deletes what killed builds left behind a day ago or earlier; younger ones may be alive."""
+    for path in folder.glob(".building-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _write_manifest(folder: Path, builder: Any) -> None:

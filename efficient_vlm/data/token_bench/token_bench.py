@@ -38,7 +38,7 @@ class TokenBenchConfig(tfds.core.BuilderConfig):
       sizes: images per split.
     """
 
-    scene: scenes.SceneConfig = scenes.SceneConfig()
+    scene: scenes.SceneConfig = dataclasses.field(default_factory=scenes.SceneConfig)
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod

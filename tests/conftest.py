@@ -1,0 +1,87 @@
+"""Shared by all tests: one compilation cache, and models small enough to compile in seconds."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import numpy as np
+import pytest
+
+from efficient_vlm import commands
+
+commands.enable_compilation_cache()
+
+DECODER = dict(
+    width=32,
+    num_heads=4,
+    num_kv_heads=2,
+    segments=[dict(layers=2)],
+    mlp_dim=48,
+    qk_norm=True,
+    qk_scale=2.0,
+    scan_unroll=2,
+)
+ENCODER = dict(image_size=32, patch_size=8, width=24, depth=2, num_heads=2, mlp_dim=32)
+MOE = dict(num_experts=4, top_k=2, expert_dim=16, shared_dim=8)
+VOCAB = 20
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    """make_model(compressor=..., budget=..., moe=..., decoder=..., encoder=...) -> model."""
+    from efficient_vlm.models.vlm import VisionLanguageModel
+
+    def make(name="none", budget=16, *, moe=None, decoder=None, encoder=None, **fields):
+        options = fields.pop("options", {})
+        return VisionLanguageModel(
+            vocab_size=VOCAB,
+            encoder={**ENCODER, **(encoder or {})},
+            compressor=dict(name=name, budget=budget, **options),
+            decoder={**DECODER, "moe": moe, **(decoder or {})},
+            **fields,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_batch():
+    """make_batch(images=, questions=, length=, seed=) -> a random batch of the data contract."""
+
+    def make(batch=3, questions=2, length=6, *, images=1, side=32, seed=0):
+        rng = np.random.default_rng(seed)
+        lengths = rng.integers(3, length + 1, (batch, questions)).astype(np.int32)
+        prompts = np.array([[rng.integers(1, n - 1) for n in row] for row in lengths], np.int32)
+        tokens = rng.integers(2, VOCAB, (batch, questions, length)).astype(np.int32)
+        place = np.arange(length)
+        tokens = np.where(place < lengths[..., None], tokens, 0)
+        return {
+            "images": rng.integers(0, 256, (batch, images, side, side, 3)).astype(np.uint8),
+            "image_mask": np.ones((batch, images), bool),
+            "tokens": tokens,
+            "lengths": lengths,
+            "prompt_lengths": prompts,
+            "loss_mask": (place >= prompts[..., None]) & (place < lengths[..., None]),
+            "task": np.zeros((batch, questions), np.int32),
+            "index": np.arange(batch, dtype=np.int64),
+        }
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def init():
+    """init(model, batch) -> parameters without their logical axes."""
+    from flax import linen as nn
+
+    from efficient_vlm.train.step import init_params
+
+    return lambda model, batch, seed=0: nn.unbox(init_params([model], batch, seed))
+
+
+@pytest.fixture(scope="session")
+def inputs():
+    """inputs(batch) -> what the model's call takes."""
+    from efficient_vlm.train.step import MODEL_INPUTS
+
+    return lambda batch: {name: batch[name] for name in MODEL_INPUTS}

@@ -1,0 +1,98 @@
+"""Grouped matmul: every form against the definition, and the form each platform gets."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efficient_vlm.kernels import grouped_matmul as gm
+
+SIZES = {
+    "balanced": [10, 10, 10, 10],
+    "empty groups": [0, 37, 0, 3],
+    "all in one": [0, 0, 40, 0],
+    "single rows": [1, 38, 1, 0],
+}
+
+
+def case(sizes, inner=12, outer=8, dtype=np.float32, seed=0):
+    rng = np.random.default_rng(seed)
+    rows, groups = sum(sizes), len(sizes)
+    lhs = rng.normal(size=(rows, inner)).astype(dtype)
+    rhs = rng.normal(size=(groups, inner, outer)).astype(dtype)
+    return lhs, rhs, np.array(sizes, np.int32)
+
+
+def by_hand(lhs, rhs, sizes):
+    """float64, row by row."""
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    return np.stack([row.astype(np.float64) @ rhs[g] for row, g in zip(lhs, group, strict=True)])
+
+
+def forms():
+    def looped(lhs, rhs, sizes):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gm, "_copies_are_cheap", lambda *_: False)
+            return gm._blocked(lhs, rhs, sizes)
+
+    def batched(lhs, rhs, sizes):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gm, "_copies_are_cheap", lambda *_: True)
+            return gm._blocked(lhs, rhs, sizes)
+
+    return {"entry": gm.grouped_matmul, "batched": batched, "looped": looped, "ragged": gm._ragged}
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+@pytest.mark.parametrize("form", forms().values(), ids=forms().keys())
+def test_forward(form, sizes):
+    lhs, rhs, sizes = case(sizes)
+    np.testing.assert_allclose(form(lhs, rhs, jnp.asarray(sizes)), by_hand(lhs, rhs, sizes), atol=1e-5)
+
+
+@pytest.mark.parametrize("cheap", [True, False], ids=["batched", "looped"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+def test_gradients(sizes, cheap, monkeypatch):
+    """Against autodiff of the definition."""
+    monkeypatch.setattr(gm, "_copies_are_cheap", lambda *_: cheap)
+    lhs, rhs, sizes = case(sizes)
+    weight = np.random.default_rng(1).normal(size=(len(lhs), rhs.shape[2])).astype(np.float32)
+
+    def loss(function):
+        return lambda a, b: (function(a, b, jnp.asarray(sizes)) * weight).sum()
+
+    ours = jax.grad(loss(gm.grouped_matmul), (0, 1))(lhs, rhs)
+    theirs = jax.grad(loss(gm.grouped_matmul_reference), (0, 1))(lhs, rhs)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_many_rows_cross_block_borders():
+    lhs, rhs, sizes = case([300, 1, 129, 128, 0, 511], inner=8, outer=4)
+    np.testing.assert_allclose(
+        gm.grouped_matmul(lhs, rhs, jnp.asarray(sizes)), by_hand(lhs, rhs, sizes), atol=1e-5
+    )
+
+
+def test_bfloat16_accumulates_in_float32():
+    lhs, rhs, sizes = case([64, 64], inner=512, outer=4)
+    low = gm.grouped_matmul(
+        jnp.asarray(lhs, jnp.bfloat16), jnp.asarray(rhs, jnp.bfloat16), jnp.asarray(sizes)
+    )
+    assert low.dtype == jnp.bfloat16
+    exact = by_hand(
+        np.asarray(jnp.asarray(lhs, jnp.bfloat16), np.float32),
+        np.asarray(jnp.asarray(rhs, jnp.bfloat16), np.float32),
+        sizes,
+    )
+    # One rounding of the result, not one per product: half an ulp is 2^-9 of the value.
+    np.testing.assert_allclose(np.asarray(low, np.float64), exact, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_form_is_chosen_at_lowering(platform):
+    """A program lowered on this CPU host for another platform gets that platform's form."""
+    lhs, rhs, sizes = case([10, 30])
+    traced = jax.jit(gm.grouped_matmul).trace(lhs, rhs, sizes)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert ("ragged_dot" in text) == (platform != "cpu")

@@ -1,0 +1,156 @@
+"""Attention, masks, rotary positions and experts against plain float64 NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from efficient_vlm.models import layers
+from efficient_vlm.models.moe import MoE
+
+
+def softmax(x):
+    x = np.exp(x - x.max(-1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
+
+
+def attention_by_hand(q, k, v, scale, mask, bias):
+    """Loops over batch, heads and queries."""
+    out = np.zeros(q.shape)
+    per_key = q.shape[2] // k.shape[2]
+    for b, i, h in np.ndindex(q.shape[:3]):
+        logits = scale * k[b, :, h // per_key] @ q[b, i, h] + bias[b]
+        logits[~mask[b, i]] = -np.inf
+        out[b, i, h] = softmax(logits) @ v[b, :, h // per_key]
+    return out
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention(kv_heads):
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(2, 5, 4, 8))
+    k, v = rng.normal(size=(2, 2, 7, kv_heads, 8))
+    mask = rng.random((2, 5, 7)) < 0.6
+    mask[..., 0] = True
+    bias = rng.normal(size=(2, 7))
+    ours = layers.dot_product_attention(
+        *(jnp.asarray(x, jnp.float32) for x in (q, k, v)),
+        scale=0.3,
+        mask=jnp.asarray(mask),
+        key_bias=jnp.asarray(bias, jnp.float32),
+    )
+    np.testing.assert_allclose(ours, attention_by_hand(q, k, v, 0.3, mask, bias), atol=1e-5)
+
+
+def test_log_size_equals_copies():
+    """A key of bias log n weighs as much as n copies of it (arXiv 2210.09461)."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 3, 1, 4)), jnp.float32) for _ in range(3))
+    copies = jnp.array([1, 3, 2])
+    merged = layers.dot_product_attention(q, k, v, scale=1.0, key_bias=jnp.log(copies)[None])
+    repeated = [jnp.repeat(x, copies, axis=1, total_repeat_length=6) for x in (k, v)]
+    np.testing.assert_allclose(
+        merged, layers.dot_product_attention(q, *repeated, scale=1.0), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("prefix", [0, 3])
+@pytest.mark.parametrize("causal", [True, False])
+def test_mask_by_definition(causal, prefix, window):
+    rng = np.random.default_rng(0)
+    segments = rng.integers(-1, 3, (2, 8))
+    index = np.arange(8)
+    mask = layers.attention_mask(
+        jnp.asarray(index),
+        jnp.asarray(index),
+        jnp.asarray(segments),
+        jnp.asarray(segments),
+        causal=causal,
+        prefix_length=prefix,
+        window=window,
+    )
+    for b, i, j in np.ndindex(2, 8, 8):
+        seen = segments[b, j] in (segments[b, i], 0) and segments[b, j] != -1
+        if causal:
+            seen &= j <= i or (i < prefix and j < prefix)
+        if window is not None:
+            seen &= j > i - window or j < prefix
+        assert bool(mask[b, i, j]) == seen, (b, i, j)
+
+
+def test_rope_is_relative_and_exact():
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
+
+    def product(m, n):
+        at = [layers.rope(x, jnp.array([[p]]), 100.0) for x, p in ((q, m), (k, n))]
+        return float((at[0] * at[1]).sum())
+
+    assert product(3, 1) == pytest.approx(product(7.5, 5.5), abs=1e-5)
+    assert product(3, 1) != pytest.approx(product(3, 2), abs=1e-3)
+    # As complex numbers, by the definition: (x_j + i x_{j+d/2}) e^{i m theta_j}.
+    x = np.asarray(q)[0, 0, 0].astype(np.complex128)
+    turned = (x[:4] + 1j * x[4:]) * np.exp(1j * 2.0 * 100.0 ** (-np.arange(4) / 4))
+    ours = np.asarray(layers.rope(q, jnp.array([[2]]), 100.0))[0, 0, 0]
+    np.testing.assert_allclose(ours, np.concatenate([turned.real, turned.imag]), atol=1e-6)
+
+
+def test_rope_fraction_leaves_the_rest():
+    x = jnp.ones((1, 2, 1, 8))
+    out = layers.rope(x, jnp.array([[5, 9]]), 100.0, fraction=0.5)
+    np.testing.assert_array_equal(out[..., 4:], 1)
+    assert not np.allclose(out[..., :4], 1)
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize(("top_k", "shared", "normalize"), [(1, 0, True), (2, 8, True), (3, 0, False)])
+def test_moe_by_hand(top_k, shared, normalize):
+    """Token by token, expert by expert, in float64; padding counts in no statistic."""
+    layer = MoE(num_experts=4, top_k=top_k, expert_dim=6, shared_dim=shared, normalize=normalize)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 5, 8))
+    valid = rng.random((2, 5)) < 0.7
+    params = nn.unbox(layer.init(jax.random.key(0), jnp.asarray(x, jnp.float32), valid))
+    y, stats = layer.apply(params, jnp.asarray(x, jnp.float32), jnp.asarray(valid))
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params["params"])
+
+    load, probability, z, expected = np.zeros(4), np.zeros(4), 0.0, np.zeros_like(x)
+    for b, t in np.ndindex(2, 5):
+        token = x[b, t]
+        logits = token @ p["router"]["kernel"]
+        probabilities = softmax(logits)
+        best = np.argsort(-probabilities)[:top_k]
+        weights = probabilities[best] / (probabilities[best].sum() if normalize else 1)
+        for w, e in zip(weights, best, strict=True):
+            hidden = silu(token @ p["gate"][e]) * (token @ p["up"][e])
+            expected[b, t] += w * hidden @ p["down"][e]
+        if shared:
+            s = p["shared"]
+            hidden = silu(token @ s["gate"]["kernel"]) * (token @ s["up"]["kernel"])
+            expected[b, t] += hidden @ s["down"]["kernel"]
+        if valid[b, t]:
+            load[best] += 1
+            probability += probabilities
+            z += np.log(np.exp(logits).sum()) ** 2
+    count = valid.sum()
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    balance = 4 * (load / (count * top_k)) @ (probability / count)
+    for name, value in (("load_balance", balance), ("router_z", z / count)):
+        total, denominator = stats[name]
+        assert float(total / denominator) == pytest.approx(value, rel=1e-5)
+    np.testing.assert_array_equal(stats["expert_load"][0], load)
+
+
+def test_moe_gradients_reach_every_parameter():
+    layer = MoE(num_experts=2, top_k=2, expert_dim=6)
+    x = jax.random.normal(jax.random.key(1), (1, 6, 8))
+    valid = jnp.ones((1, 6), bool)
+    params = nn.unbox(layer.init(jax.random.key(0), x, valid))
+    grads = jax.grad(lambda p: (layer.apply(p, x, valid)[0] ** 2).sum())(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        assert float(jnp.abs(leaf).max()) > 0, path

@@ -1,0 +1,298 @@
+"""The joined model: packing, caches, segments, policies, published sizes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import MOE
+from flax import linen as nn
+
+from efficient_vlm.errors import UserError
+from efficient_vlm.inference.generate import generate
+from efficient_vlm.models.decoder import Decoder
+from efficient_vlm.models.vit import ViT
+from efficient_vlm.train.losses import ratio, token_cross_entropy
+
+SHORTER = [dict(layers=1), dict(layers=1, compressor=dict(name="stride", budget=4))]
+
+
+def logits_of(model, params, batch, inputs, rng=None):
+    apply = jax.jit(lambda p, b, r: model.apply({"params": p}, **b, rng=r).logits)
+    return apply(params, inputs(batch), rng)
+
+
+def split_questions(batch):
+    """One row per question, in the same order."""
+    questions = batch["tokens"].shape[1]
+    rows = {k: np.repeat(batch[k], questions, axis=0) for k in ("images", "image_mask", "index")}
+    flat = ("tokens", "lengths", "prompt_lengths", "loss_mask", "task")
+    return rows | {k: batch[k].reshape(-1, 1, *batch[k].shape[2:]) for k in flat}
+
+
+@pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("name", ["none", "average_pool"])
+def test_packed_equals_unpacked(make_model, make_batch, init, inputs, name, moe):
+    """Questions behind one copy of the visual tokens see what they would see alone."""
+    model = make_model(name, 16 if name == "none" else 4, moe=moe)
+    batch = make_batch()
+    params = init(model, batch)
+    packed = logits_of(model, params, batch, inputs)
+    alone = logits_of(model, params, split_questions(batch), inputs)
+    valid = np.arange(6) < batch["lengths"][..., None]
+    np.testing.assert_allclose(packed[valid], alone.reshape(packed.shape)[valid], atol=2e-5)
+    losses = [
+        ratio(token_cross_entropy(out, b["tokens"], b["loss_mask"])["loss"])
+        for out, b in ((packed, batch), (alone, split_questions(batch)))
+    ]
+    assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-5)
+
+
+def test_questions_do_not_see_each_other(make_model, make_batch, init, inputs):
+    model, batch = make_model(), make_batch()
+    params = init(model, batch)
+    before = logits_of(model, params, batch, inputs)
+    batch["tokens"] = batch["tokens"].copy()
+    batch["tokens"][:, 1] = (batch["tokens"][:, 1] + 3) % 20
+    after = logits_of(model, params, batch, inputs)
+    np.testing.assert_array_equal(before[:, 0], after[:, 0])
+    assert not np.allclose(before[:, 1], after[:, 1])
+
+
+VARIANTS = {
+    "dense": dict(),
+    "moe": dict(moe=MOE),
+    "segments": dict(decoder=dict(segments=SHORTER)),
+    "segments reindexed": dict(decoder=dict(segments=SHORTER, position_policy="reindex")),
+    "text top-k": dict(name="text_topk", budget=4),
+    "tied, causal image": dict(decoder=dict(tie_embeddings=True, bidirectional_visual=False)),
+    "two images": dict(name="average_pool", budget=4),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_generation_with_cache_equals_without(make_model, make_batch, init, inputs, variant):
+    """Greedy decoding through the cache against running the whole text again for each token."""
+    fields = dict(VARIANTS[variant])
+    model = make_model(fields.pop("name", "none"), fields.pop("budget", 16), **fields)
+    batch = make_batch(images=2 if variant == "two images" else 1)
+    batch["image_mask"][0, -1] = False
+    params = init(model, batch)
+    new = 4
+    lengths = batch["prompt_lengths"]
+    out = generate(
+        model,
+        params,
+        batch["images"],
+        batch["image_mask"],
+        np.where(np.arange(6) < lengths[..., None], batch["tokens"], 0),
+        lengths,
+        new_tokens=new,
+        eos_id=-1,
+    )
+    tokens = np.zeros((3, 2, 6 + new), np.int32)
+    tokens[..., :6] = np.where(np.arange(6) < lengths[..., None], batch["tokens"], 0)
+    for step in range(new):
+        whole = {**batch, "tokens": tokens, "lengths": lengths + step}
+        logits = np.asarray(logits_of(model, params, whole, inputs))
+        for b, q in np.ndindex(3, 2):
+            place = lengths[b, q] + step
+            tokens[b, q, place] = logits[b, q, place - 1].argmax()
+            assert tokens[b, q, place] == out.tokens[b, q, step], (b, q, step)
+
+
+def test_segments_shorten_the_cache(make_model, make_batch, init):
+    """Dropping tokens between segments saves cache for real: 16 + 4 visual slots, not 32."""
+    batch = make_batch()
+    sizes = []
+    for segments in ([dict(layers=2)], SHORTER):
+        model = make_model(decoder=dict(segments=segments))
+        out = generate(
+            model,
+            init(model, batch),
+            batch["images"],
+            batch["image_mask"],
+            batch["tokens"],
+            batch["prompt_lengths"],
+            new_tokens=2,
+            eos_id=-1,
+        )
+        sizes.append(out.kv_bytes)
+    per_slot = 2 * 6 * 2 * 8 * 4  # keys and values, rows, kv heads, head dim, float32
+    assert sizes == [2 * (16 + 6 + 2) * per_slot, (16 + 4 + 2 * (6 + 2)) * per_slot]
+
+
+def test_empty_questions_and_missing_images_stay_finite(make_model, make_batch, init, inputs):
+    model, batch = make_model(moe=MOE), make_batch()
+    batch["lengths"][0, 1] = batch["prompt_lengths"][0, 1] = 0
+    batch["loss_mask"][0, 1] = False
+    batch["image_mask"][1] = False
+    params = init(model, batch)
+
+    def loss(p):
+        out = model.apply({"params": p}, **inputs(batch))
+        return ratio(token_cross_entropy(out.logits, batch["tokens"], batch["loss_mask"])["loss"])
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(params)
+    assert np.isfinite(value)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+def test_missing_image_is_no_image(make_model, make_batch, init, inputs):
+    """What is in a masked image changes nothing."""
+    model, batch = make_model(), make_batch()
+    batch["image_mask"][:] = False
+    params = init(model, batch)
+    before = logits_of(model, params, batch, inputs)
+    batch["images"] = 255 - batch["images"]
+    np.testing.assert_array_equal(before, logits_of(model, params, batch, inputs))
+
+
+@pytest.mark.parametrize("where", ["encoder", "decoder"])
+def test_scan_equals_unrolled_and_rematerialised(make_model, make_batch, init, inputs, where):
+    batch = make_batch()
+    model = make_model(moe=MOE, **{where: dict(scan_unroll=1)})
+    params = init(model, batch)
+
+    def gradient(m):
+        def loss(p):
+            return (m.apply({"params": p}, **inputs(batch)).logits ** 2).mean()
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    base = gradient(model)
+    for options in (dict(scan_unroll=2), dict(remat="full"), dict(remat="dots")):
+        other = gradient(make_model(moe=MOE, **{where: options}))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), base, other)
+
+
+def test_bfloat16_is_close_and_parameters_stay_float32(make_model, make_batch, init, inputs):
+    batch = make_batch()
+    model = make_model()
+    params = init(model, batch)
+    half = make_model(dtype="bfloat16")
+    assert {x.dtype for x in jax.tree.leaves(init(half, batch))} == {jnp.dtype("float32")}
+    exact = logits_of(model, params, batch, inputs)
+    low = logits_of(half, params, batch, inputs)
+    assert low.dtype == jnp.float32
+    assert np.abs(low - exact).max() < 0.05 * np.abs(exact).max()
+
+
+def test_every_parameter_has_logical_axes(make_model, make_batch, inputs):
+    for fields in (dict(moe=MOE), dict(encoder=dict(stem_dim=16)), dict(name="text_topk", budget=4),
+                   dict(name="resampler", budget=4), dict(name="pixel_shuffle", budget=4)):
+        model = make_model(**fields)
+        shapes = jax.eval_shape(lambda m=model: m.init(jax.random.key(0), **inputs(make_batch())))
+        boxes = jax.tree.leaves(shapes["params"], is_leaf=lambda x: isinstance(x, nn.Partitioned))
+        for box in boxes:
+            assert isinstance(box, nn.Partitioned), box
+            assert len(box.names) == box.value.ndim
+
+
+def test_budgets_share_parameters(make_model, make_batch, init):
+    batch = make_batch()
+    shapes = [
+        jax.tree.map(jnp.shape, init(make_model("text_topk", budget), batch)) for budget in (16, 4, 1)
+    ]
+    assert shapes[0] == shapes[1] == shapes[2]
+
+
+def test_reindex_differs_from_retain(make_model, make_batch, init, inputs):
+    """The policies place kept tokens differently, and agree when all tokens are kept."""
+    batch = make_batch()
+    for budget, same in ((16, True), (4, False)):
+        out = []
+        for policy in ("retain", "reindex"):
+            model = make_model("stride", budget, decoder=dict(position_policy=policy))
+            out.append(logits_of(model, init(model, batch), batch, inputs))
+        assert np.allclose(*out, atol=1e-5) == same
+
+
+# Published totals: transformers' LlamaForCausalLM at Llama-2-7B size has 6,738,415,616 parameters,
+# Mixtral-8x7B 46,702,792,704.
+LLAMA_7B = dict(vocab_size=32_000, width=4096, num_heads=32, segments=[dict(layers=32)], mlp_dim=11_008)
+MIXTRAL = dict(
+    vocab_size=32_000,
+    width=4096,
+    num_heads=32,
+    num_kv_heads=8,
+    segments=[dict(layers=32)],
+    moe=dict(num_experts=8, top_k=2, expert_dim=14_336),
+)
+
+
+@pytest.mark.parametrize(
+    ("fields", "count"), [(LLAMA_7B, 6_738_415_616), (MIXTRAL, 46_702_792_704)], ids=["llama", "mixtral"]
+)
+def test_published_parameter_counts(fields, count):
+    from efficient_vlm.compressors import Signals, VisualTokens
+
+    def init():
+        visual = VisualTokens.from_grid(jnp.zeros((1, 4, 4096)), (2, 2))
+        decoder = Decoder(**fields)
+        call = decoder.init(
+            jax.random.key(0),
+            visual,
+            jnp.zeros((1, 3, 4096)),
+            jnp.zeros((1, 3), jnp.int32),
+            jnp.ones((1, 3), jnp.int32),
+            columns=2,
+            signals=Signals(),
+            method=lambda m, *a, **k: m.logits(m(*a, **k)[0]),
+        )
+        return call["params"]
+
+    shapes = nn.unbox(jax.eval_shape(init))
+    assert sum(np.prod(x.shape, dtype=np.int64) for x in jax.tree.leaves(shapes)) == count
+
+
+def test_encoder_intermediates():
+    vit = ViT(**dict(image_size=32, patch_size=8, width=24, depth=3, num_heads=2, mlp_dim=32))
+    images = jax.random.randint(jax.random.key(0), (2, 32, 32, 3), 0, 256).astype(jnp.uint8)
+    params = vit.init(jax.random.key(1), images)
+    names = ("features/0", "features/-1", "keys/1", "attention_row/2")
+    out, found = vit.apply(params, images, intermediates=names)
+    assert {k: v.shape for k, v in found.items()} == {
+        "features/0": (2, 16, 24),
+        "features/-1": (2, 16, 24),
+        "keys/1": (2, 16, 12),
+        "attention_row/2": (2, 16),
+    }
+    np.testing.assert_allclose(found["attention_row/2"].sum(-1), 1, rtol=1e-5)
+    last = found["features/-1"].astype(np.float64)
+    np.testing.assert_allclose(
+        out, last / np.sqrt((last**2).mean(-1, keepdims=True) + 1e-6), rtol=1e-4, atol=1e-5
+    )
+    with pytest.raises(UserError, match="did you mean 'keys'"):
+        vit.apply(params, images, intermediates=("key/0",))
+    with pytest.raises(UserError, match="no such layer"):
+        vit.apply(params, images, intermediates=("keys/3",))
+
+
+@pytest.mark.parametrize("position", ["factorised", "learned"])
+def test_encoder_takes_other_image_sizes(position):
+    """Half the resolution: each position is the mean of those it covers, for linear tables."""
+    fields = dict(image_size=32, patch_size=8, width=8, depth=1, num_heads=2, mlp_dim=8)
+    vit = ViT(**fields, position=position)
+    params = nn.unbox(vit.init(jax.random.key(1), jnp.zeros((1, 32, 32, 3), jnp.uint8)))
+    ramp = jnp.arange(4.0)
+    tables = params["params"]
+    if position == "factorised":
+        tables["row_position"] = jnp.tile(ramp[:, None], (1, 8))
+        tables["column_position"] = jnp.zeros((4, 8))
+    else:
+        tables["position"] = jnp.tile(ramp[:, None, None], (1, 4, 8))
+    small = vit.apply(params, (16, 16), method=lambda m, size: m._positions(size))
+    assert small.shape == (4, 8)
+    # Antialiasing weighs neighbours too; symmetric about the middle, rising with the row.
+    rows = np.asarray(small)[:, 0].reshape(2, 2)[:, 0]
+    assert rows.sum() == pytest.approx(3.0, abs=1e-5)
+    assert rows[1] > rows[0]
+
+
+def test_wrong_fields_are_named(make_model):
+    with pytest.raises(UserError, match="did you mean 'num_heads'"):
+        make_model(encoder=dict(num_head=2)).make_encoder()
+    with pytest.raises(UserError, match=r"model\.decoder\.position_policy"):
+        make_model(decoder=dict(position_policy="keep")).make_decoder().init(
+            jax.random.key(0), jnp.zeros(1, jnp.int32), method="embed"
+        )

@@ -23,8 +23,11 @@ def get_config(arg: str = "128") -> ml_collections.ConfigDict:
     config.data.grid = side // 8
     config.data.train_images = min(config.data.train_images, 16_000 * 64 // patches)
     config.model.encoder.image_size = side
-    config.train.elastic = [{**dict(arm), "budget": min(arm["budget"], patches)}
-                            for arm in config.train.elastic if arm["name"] != "none"]
+    config.train.elastic = [
+        {**dict(arm), "budget": min(arm["budget"], patches)}
+        for arm in config.train.elastic
+        if arm["name"] != "none"
+    ]
     config.train.elastic.append(dict(name="none", budget=patches, weight=0.5))
     methods = [dict(m) for m in config.eval.methods if m["name"] != "none"]
     config.eval.methods = [dict(name="none", budgets=[patches]), *methods]

@@ -61,9 +61,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             dict(name="text_topk", budget=4, weight=0.15),
             dict(name="text_topk", budget=1, weight=0.15),
         ],
-        optimizer=dict(
-            name="muon", learning_rate=1e-2, adam_learning_rate=3e-3, warmup_steps=100
-        ),
+        optimizer=dict(name="muon", learning_rate=1e-2, adam_learning_rate=3e-3, warmup_steps=100),
         checkpoint_every=400,
     )
     config.eval = dict(

@@ -1,6 +1,6 @@
 """Relations and presence: "is red left of blue", "is there a red digit", balanced yes and no.
 
-    efficient-vlm train --config=configs/spatial.py --workdir=runs/spatial
+efficient-vlm train --config=configs/spatial.py --workdir=runs/spatial
 """
 
 import ml_collections

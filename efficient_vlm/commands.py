@@ -120,7 +120,9 @@ def evaluate_run(
     workdir = Path(workdir)
     path = workdir / "config.json"
     if not path.is_file():
-        raise UserError(f"--workdir={workdir}: no run there", fix="train first: efficient-vlm train")
+        raise UserError(
+            f"--workdir={workdir}: no run there", fix="train first: efficient-vlm train"
+        )
     config = ml_collections.ConfigDict(json.loads(path.read_text()))
     evaluation = construct(EvalConfig, configs.section(config, "eval"), "eval")
     if methods is not None:
@@ -132,7 +134,7 @@ def evaluate_run(
     return _evaluate(trained, config, evaluation, None, say, lambda: None, control)
 
 
-def eval(args: argparse.Namespace, overrides: Sequence[str]) -> int:  # noqa: A001
+def eval(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """`efficient-vlm eval`."""
     del overrides
     methods = None

@@ -31,7 +31,9 @@ def load(spec: str, overrides: Iterable[str] = ()) -> ml_collections.ConfigDict:
     if not Path(path).is_file():
         raise UserError(
             f"--config: there is no file {path!r} (from {Path.cwd()})",
-            fix=f"try {_nearest_file(path)}" if _nearest_file(path) else "give a path to a .py file",
+            fix=f"try {_nearest_file(path)}"
+            if _nearest_file(path)
+            else "give a path to a .py file",
         )
     module_spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
     if module_spec is None:
@@ -44,7 +46,9 @@ def load(spec: str, overrides: Iterable[str] = ()) -> ml_collections.ConfigDict:
     finally:
         sys.path.pop(0)
     if not hasattr(module, "get_config"):
-        raise UserError(f"--config: {path} has no function get_config", fix="define get_config(arg)")
+        raise UserError(
+            f"--config: {path} has no function get_config", fix="define get_config(arg)"
+        )
     takes_arg = bool(inspect.signature(module.get_config).parameters)
     if arg and not takes_arg:
         raise UserError(f"--config: {path} takes no argument, got {arg!r}", fix=f"use {path}")

@@ -5,11 +5,9 @@ import json
 import os
 import platform
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
-# Flax's NNX half needs a newer flax with jax 0.11 on; this project uses Linen, but qwix imports it.
 _PACKAGES = (
     "jax",
     "jaxlib",
@@ -36,8 +34,6 @@ def diagnose() -> dict[str, Any]:
             versions[name] = None
             problems.append(f"{name} is not installed: pip install -e .")
     problems += _bounds(versions)
-    if sys.version_info < (3, 11):
-        problems.append(f"Python {platform.python_version()}: 3.11 or newer is needed")
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -91,9 +87,13 @@ def main(*, as_json: bool = False) -> int:
         print(json.dumps(found, indent=1))
     else:
         print(f"Python {found['python']} on {found['platform']}, {found['cores']} cores")
-        print("Packages: " + ", ".join(f"{k} {v or 'MISSING'}" for k, v in found["packages"].items()))
+        print(
+            "Packages: " + ", ".join(f"{k} {v or 'MISSING'}" for k, v in found["packages"].items())
+        )
         print("Devices: " + (", ".join(found["devices"]) or "none"))
-        print(f"Free disk: {found['free_gib']['here']} GiB here, {found['free_gib']['data']} for data")
+        print(
+            f"Free disk: {found['free_gib']['here']} GiB here, {found['free_gib']['data']} for data"
+        )
         for problem in found["problems"]:
             print(f"problem: {problem}")
         print("Ready." if not found["problems"] else "Mend the above and run doctor again.")

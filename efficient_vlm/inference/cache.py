@@ -1,7 +1,7 @@
 """The key-value cache: explicit, with one static length per decoder segment."""
 
-from flax import struct
 import jax
+from flax import struct
 
 
 @struct.dataclass

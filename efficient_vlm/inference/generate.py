@@ -44,7 +44,9 @@ def _encode(model: VisionLanguageModel, params, images, image_mask):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _compress(model: VisionLanguageModel, layout: Layout, params, visual, signals, prompts, lengths, rng):
+def _compress(
+    model: VisionLanguageModel, layout: Layout, params, visual, signals, prompts, lengths, rng
+):
     apply = functools.partial(model.apply, {"params": params})
     visual, signals = repeat_rows((visual, signals), layout.images, prompts.shape[1])
     rows, row_lengths = prompts.reshape(-1, prompts.shape[-1]), lengths.reshape(-1)
@@ -109,10 +111,30 @@ def generate(
 
     visual, signals = _timed(seconds, "encode", _encode, encoder, params, images, image_mask)
     visual = _timed(
-        seconds, "compress", _compress, model, layout, params, visual, signals, prompts, lengths, rng
+        seconds,
+        "compress",
+        _compress,
+        model,
+        layout,
+        params,
+        visual,
+        signals,
+        prompts,
+        lengths,
+        rng,
     )
     token, cache = _timed(
-        seconds, "prefill", _prefill, decoder, layout, new_tokens, params, visual, prompts, lengths, rng
+        seconds,
+        "prefill",
+        _prefill,
+        decoder,
+        layout,
+        new_tokens,
+        params,
+        visual,
+        prompts,
+        lengths,
+        rng,
     )
     kv_bytes = cache.nbytes
     answers = np.full((token.shape[0], new_tokens), eos_id, np.int32)

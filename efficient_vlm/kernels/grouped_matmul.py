@@ -33,9 +33,7 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> ja
     return _grouped_matmul(lhs, rhs, group_sizes.astype(jnp.int32))
 
 
-def grouped_matmul_reference(
-    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array
-) -> jax.Array:
+def grouped_matmul_reference(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """The same by definition: every row times the matrix of its group; for tests."""
     group = jnp.repeat(jnp.arange(rhs.shape[0]), group_sizes, total_repeat_length=lhs.shape[0])
     return jnp.einsum("mk,mkn->mn", lhs, rhs[group])
@@ -63,9 +61,9 @@ _grouped_matmul.defvjp(_forward, _backward)
 
 
 def _ragged(lhs, rhs, group_sizes):
-    return lax.ragged_dot(
-        lhs, rhs, group_sizes, preferred_element_type=jnp.float32
-    ).astype(lhs.dtype)
+    return lax.ragged_dot(lhs, rhs, group_sizes, preferred_element_type=jnp.float32).astype(
+        lhs.dtype
+    )
 
 
 def _ragged_outer(lhs, cotangent, group_sizes):

@@ -224,7 +224,13 @@ class Decoder(nn.Module):
             x = jnp.concatenate([visual.embed.astype(self.dtype), text], axis=1)
             empty = None
             if cache_slots is not None:
-                room = (segment["layers"], x.shape[0], x.shape[1] + cache_slots, self.kv_heads, self.dim)
+                room = (
+                    segment["layers"],
+                    x.shape[0],
+                    x.shape[1] + cache_slots,
+                    self.kv_heads,
+                    self.dim,
+                )
                 empty = (jnp.zeros(room, self.dtype), jnp.zeros(room, self.dtype))
             x, (kv, layer_stats) = block(x, places, mask, bias, live, empty, None)
             visual, text = visual.replace(embed=x[:, :count]), x[:, count:]

@@ -71,9 +71,7 @@ class Linear(nn.Module):
             (*contracted, *self.features),
             jnp.float32,
         )
-        return jnp.tensordot(
-            x.astype(self.dtype), kernel.astype(self.dtype), axes=len(contracted)
-        )
+        return jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), axes=len(contracted))
 
 
 def rope(x: jax.Array, positions: jax.Array, theta: float, fraction: float = 1.0) -> jax.Array:
@@ -283,7 +281,7 @@ def scan_layers(
     return nn.scan(
         block,
         variable_axes={"params": 0},
-        split_rngs={"params": True, **{name: True for name in rngs}},
+        split_rngs={"params": True, **dict.fromkeys(rngs, True)},
         in_axes=in_axes,
         length=length,
         unroll=min(unroll, length),

@@ -166,7 +166,7 @@ class ViT(nn.Module):
         return Linear((axis,), (self.width,), ("embed",), dtype=self.dtype, name="embed")(x)
 
     def _positions(self, pixels: tuple[int, int]) -> jax.Array:
-        """[h*w, width] for an image of `pixels`; tables are averaged or interpolated to its grid."""
+        """[h*w, width] for an image of `pixels`; tables are resampled to its grid."""
         rows, columns = self.grid
         h, w = pixels[0] // self.patch_size, pixels[1] // self.patch_size
         init = nn.initializers.normal(0.7)

@@ -18,9 +18,9 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.models.build import construct
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.train import step as steps
-from efficient_vlm.train.checkpoint import Checkpoints, SaveFailed
-from efficient_vlm.train.leaves import state_sha256
+from efficient_vlm.train.checkpoint import Checkpoints, NonFiniteState, SaveFailed
 from efficient_vlm.train.guards import NonFiniteGuard, StopSignal
+from efficient_vlm.train.leaves import state_sha256
 from efficient_vlm.train.metrics import MetricsWriter
 from efficient_vlm.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from efficient_vlm.train.progress import Progress
@@ -42,6 +42,7 @@ class TrainConfig:
       checkpoint_every: steps between checkpoints; one more is written at the end.
       keep, keep_every: newest checkpoints to keep, and steps whose multiples are kept for ever.
       log_every: steps between lines of metrics.jsonl.
+      save_failures: checkpoints in a row that may fail before the run ends.
       nonfinite_limit: steps in a row without a finite loss and gradient after which the run ends.
       tensorboard: also write TensorBoard files.
       init_from: workdir of another run whose newest parameters to start from.
@@ -59,6 +60,7 @@ class TrainConfig:
     keep: int = 3
     keep_every: int | None = None
     log_every: int = 10
+    save_failures: int = 3
     nonfinite_limit: int = 3
     tensorboard: bool = False
     init_from: str | None = None
@@ -177,13 +179,21 @@ def train(
     say(f"Model: {count:,} parameters, trained at {', '.join(arm.label for arm in arms)}")
 
     iterator = iter(pipeline)
+    progress = Progress(settings.steps)
+
+    def warn(line: str) -> None:
+        progress.message(f"warning: {line}")
+
     with (
         Checkpoints(
-            workdir / "checkpoints", keep=settings.keep, keep_every=settings.keep_every
+            workdir / "checkpoints",
+            keep=settings.keep,
+            keep_every=settings.keep_every,
+            warn=warn,
         ) as checkpoints,
-        MetricsWriter(workdir, settings.tensorboard) as writer,
+        MetricsWriter(workdir, settings.tensorboard, warn=warn) as writer,
     ):
-        guard = NonFiniteGuard(workdir, settings.nonfinite_limit)
+        guard = NonFiniteGuard(workdir, settings.nonfinite_limit, warn=warn)
         first, seconds = 0, 0.0
         restored = checkpoints.restore_latest(state, iterator)
         if restored is not None:
@@ -221,13 +231,26 @@ def train(
             try:
                 checkpoints.save(step, state, iterator, metadata, wait=wait)
             except SaveFailed as error:
-                if wait:
-                    raise UserError(str(error), fix="free some space and run again") from None
-                say(f"warning: {error}; training goes on, the next checkpoint tries again")
+                failed = checkpoints.failures
+                if wait or failed >= settings.save_failures:
+                    last = max(checkpoints.committed(), default=None)
+                    raise UserError(
+                        f"checkpoints cannot be written: {error}",
+                        fix=f"free some space and run again; step {last} is safe",
+                    ) from None
+                warn(f"{error}; training goes on, the next checkpoint tries again")
+            except NonFiniteState as error:
+                raise UserError(
+                    f"step {step}: {error.path} is not finite, so no checkpoint was written",
+                    fix="lower train.optimizer.learning_rate; a new run resumes from the last one",
+                ) from None
 
         def log(step: int, arm: Arm, metrics: Mapping[str, Any], batch, timing) -> None:
             ok = guard.update(
-                step, metrics["ok"], batch, last_checkpoint=max(checkpoints.committed(), default=None)
+                step,
+                metrics["ok"],
+                batch,
+                last_checkpoint=max(checkpoints.committed(), default=None),
             )
             values = {k: np.asarray(v) for k, v in metrics.items() if k != "ok"}
             wall, wait = timing
@@ -244,7 +267,8 @@ def train(
             progress.update(step, values)
 
         pending = None
-        with Progress(settings.steps, start=first) as progress:
+        progress.start = first
+        with progress:
             mark = time.monotonic()
             for step in range(first + 1, settings.steps + 1):
                 done = step - 1
@@ -273,7 +297,9 @@ def train(
             save(settings.steps, wait=True)
         total = seconds + (time.monotonic() - start_time if settings.steps > first else 0.0)
     compilations = {
-        arm.label: f._cache_size() for arm, f in zip(arms, functions, strict=True) if f._cache_size()
+        arm.label: f._cache_size()
+        for arm, f in zip(arms, functions, strict=True)
+        if f._cache_size()
     }
     summary = {
         "steps": settings.steps,
@@ -297,8 +323,12 @@ def initialise(
       batch: anything with the shapes of a batch.
       settings, optimizer: of the run.
     """
-    distinct = {tuple(sorted((k, str(v)) for k, v in arm.model.compressor.items() if k != "budget")):
-                arm.model for arm in arms}
+    distinct = {
+        tuple(
+            sorted((k, str(v)) for k, v in arm.model.compressor.items() if k != "budget")
+        ): arm.model
+        for arm in arms
+    }
     boxed = steps.init_params(list(distinct.values()), batch, settings.seed)
     tx = make_optimizer(optimizer, settings.steps, boxed)
     if settings.init_from is not None:

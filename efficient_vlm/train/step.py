@@ -25,7 +25,9 @@ def init_params(models: list[VisionLanguageModel], batch: Mapping[str, Any], see
       batch: a batch, or its shapes.
       seed: of the initial values.
     """
-    shapes = {name: jax.ShapeDtypeStruct(batch[name].shape, batch[name].dtype) for name in MODEL_INPUTS}
+    shapes = {
+        name: jax.ShapeDtypeStruct(batch[name].shape, batch[name].dtype) for name in MODEL_INPUTS
+    }
 
     def init(key):
         zeros = {name: jnp.zeros(s.shape, s.dtype) for name, s in shapes.items()}
@@ -41,7 +43,8 @@ def _union(first: Any, second: Any) -> Any:
     if not isinstance(first, dict) or not isinstance(second, dict):
         return first
     return {
-        key: _union(first[key], second[key]) if key in first and key in second
+        key: _union(first[key], second[key])
+        if key in first and key in second
         else first.get(key, second.get(key))
         for key in [*first, *(k for k in second if k not in first)]
     }

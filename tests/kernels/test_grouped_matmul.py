@@ -47,7 +47,9 @@ def forms():
 @pytest.mark.parametrize("form", forms().values(), ids=forms().keys())
 def test_forward(form, sizes):
     lhs, rhs, sizes = case(sizes)
-    np.testing.assert_allclose(form(lhs, rhs, jnp.asarray(sizes)), by_hand(lhs, rhs, sizes), atol=1e-5)
+    np.testing.assert_allclose(
+        form(lhs, rhs, jnp.asarray(sizes)), by_hand(lhs, rhs, sizes), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("cheap", [True, False], ids=["batched", "looped"])

@@ -108,7 +108,9 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
-@pytest.mark.parametrize(("top_k", "shared", "normalize"), [(1, 0, True), (2, 8, True), (3, 0, False)])
+@pytest.mark.parametrize(
+    ("top_k", "shared", "normalize"), [(1, 0, True), (2, 8, True), (3, 0, False)]
+)
 def test_moe_by_hand(top_k, shared, normalize):
     """Token by token, expert by expert, in float64; padding counts in no statistic."""
     layer = MoE(num_experts=4, top_k=top_k, expert_dim=6, shared_dim=shared, normalize=normalize)

@@ -41,7 +41,13 @@ def fit(
       UserError: a mistake in the config or the data.
       train.loop.Stopped: SIGTERM or SIGINT came; the state is saved.
     """
-    from efficient_vlm.audit.evaluate import EvalConfig
+    from efficient_vlm.audit.evaluate import (
+        EvalConfig,
+        check_trained,
+        init_shapes,
+        parameter_shapes,
+        settings_of,
+    )
     from efficient_vlm.audit.report import write_report
     from efficient_vlm.train import guards, loop
     from efficient_vlm.train.manifest import write_atomic
@@ -50,11 +56,23 @@ def fit(
     workdir = Path(workdir)
     plain = configs.to_dict(config)
     evaluation = construct(EvalConfig, configs.section(config, "eval"), "eval")
+    # Methods that cannot be evaluated are told now, not after the training.
+    settings = loop.read_config(config)[0]
+    model = loop.make_model(config, vocab_size=2)
+    trained_at = [arm.model for arm in loop.make_arms(model, settings.elastic)]
+    shapes = [parameter_shapes(init_shapes(each)) for each in trained_at]
+    check_trained(settings_of(evaluation, model), {k: v for s in shapes for k, v in s.items()})
     with guards.WorkdirLock(workdir), guards.StopSignal() as stop:
-        guards.check_workdir_config(workdir, plain)
+        new = guards.check_workdir_config(workdir, plain)
         say(f"Workdir: {workdir}")
         try:
-            trained = loop.train(config, workdir, stop=stop, say=say)
+            try:
+                trained = loop.train(config, workdir, stop=stop, say=say)
+            except UserError:
+                if new and not any((workdir / "checkpoints").glob("[0-9]*")):
+                    # The mended config must not be refused as another one.
+                    (workdir / "config.json").unlink(missing_ok=True)
+                raise
 
             def check_stop() -> None:
                 if stop.requested:
@@ -123,7 +141,10 @@ def evaluate_run(
         raise UserError(
             f"--workdir={workdir}: no run there", fix="train first: efficient-vlm train"
         )
-    config = ml_collections.ConfigDict(json.loads(path.read_text()))
+    try:
+        config = ml_collections.ConfigDict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a readable config ({error})", fix="restore it") from None
     evaluation = construct(EvalConfig, configs.section(config, "eval"), "eval")
     if methods is not None:
         evaluation = dataclasses.replace(evaluation, methods=methods)
@@ -252,7 +273,7 @@ def _machine() -> str:
 
 
 def _positive(field: str, text: str) -> int:
-    if not text.strip().isdigit() or int(text) < 1:
+    if not text.strip().isdecimal() or int(text) < 1:
         raise UserError(f"{field}: {text!r} is not a positive number", allowed="1, 2, 3, ...")
     return int(text)
 

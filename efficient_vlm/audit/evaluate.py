@@ -1,5 +1,6 @@
 """Evaluation: quality and cost of every (compressor, budget) under one protocol."""
 
+import collections
 import dataclasses
 import json
 import statistics
@@ -52,6 +53,9 @@ class EvalConfig:
         for name in ("batch_size", "new_tokens", "seeds"):
             if getattr(self, name) < 1:
                 raise UserError(f"eval.{name}: {getattr(self, name)}", allowed="1 or more")
+        for name in ("images", "map_questions"):
+            if getattr(self, name) < 0:
+                raise UserError(f"eval.{name}: {getattr(self, name)}", allowed="0 or more")
 
 
 def settings_of(config: EvalConfig, model: VisionLanguageModel) -> list[VisionLanguageModel]:
@@ -62,6 +66,8 @@ def settings_of(config: EvalConfig, model: VisionLanguageModel) -> list[VisionLa
     """
     found = []
     for i, method in enumerate(config.methods or [{**model.compressor, "budgets": None}]):
+        if not isinstance(method, Mapping):
+            raise UserError(f"eval.methods[{i}]: {method!r}", allowed="name, budgets, options")
         options = dict(method)
         name = options.pop("name", None)
         if name not in METHODS:
@@ -108,9 +114,10 @@ def evaluate(
     chosen = _map_questions(data, config.map_questions) if workdir else []
     results: dict[str, Any] = {"eval": [], "cost": []}
     cells: dict[tuple[int, int], list[maps.Cell]] = {place: [] for place in chosen}
-    for variant in settings_of(config, model):
+    variants = settings_of(config, model)
+    check_trained(variants, parameter_shapes(params))
+    for variant in variants:
         name, budget = variant.compressor["name"], variant.compressor["budget"]
-        _check_params(variant, params, data)
         predictions, cost = _run_method(
             variant, params, data, references, config, control, cells, check_stop
         )
@@ -258,9 +265,14 @@ def _shuffled(references: list[list[str]], data: EvalSet) -> list[list[str]]:
     shuffled = [list(row) for row in references]
     rng = np.random.default_rng(0)
     for of_task in places.values():
-        order = rng.permutation(len(of_task))
-        for (row, slot), other in zip(of_task, order, strict=True):
-            shuffled[row][slot] = references[of_task[other][0]][of_task[other][1]]
+        # Images in a random order, then each takes the answers of one further on: by as many
+        # places as one image has at most, so that none is its own neighbour.
+        rank = rng.permutation(len(references))
+        ordered = sorted(of_task, key=lambda place: rank[place[0]])
+        shift = max(collections.Counter(row for row, _ in of_task).values())
+        for k, (row, slot) in enumerate(ordered):
+            other = ordered[(k + shift) % len(ordered)]
+            shuffled[row][slot] = references[other[0]][other[1]]
     return shuffled
 
 
@@ -295,34 +307,56 @@ def _grid(variant: VisionLanguageModel, source: np.ndarray) -> tuple[int, int]:
     return (source.size // columns, columns)
 
 
-def _check_params(variant: VisionLanguageModel, params: Any, data: EvalSet) -> None:
-    """Raises UserError if the method has parameters that were not trained."""
-    needed = parameter_shapes(variant, data)
-    given = {
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, _ in jax.tree_util.tree_leaves_with_path(params)
-    }
-    missing = [name for name in needed if name not in given]
-    if missing:
+def check_trained(
+    variants: Sequence[VisionLanguageModel], given: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raises UserError for the first method whose parameters are not all among `given`.
+
+    Args:
+      variants: from `settings_of`.
+      given: paths and shapes of what is (or will be) trained, from `parameter_shapes`.
+    """
+    for variant in variants:
+        needed = parameter_shapes(init_shapes(variant))
         name, budget = variant.compressor["name"], variant.compressor["budget"]
-        raise UserError(
-            f"compressor {name!r} at {budget}: no trained parameters ({missing[0]}, ...)",
-            allowed="methods without parameters, or those of train.elastic",
-            fix=f"add dict(name={name!r}, budget={budget}) to train.elastic and train",
-        )
+        missing = [path for path in needed if path not in given]
+        if missing:
+            raise UserError(
+                f"compressor {name!r} at {budget}: no trained parameters ({missing[0]}, ...)",
+                allowed="methods without parameters, or those of train.elastic",
+                fix=f"add dict(name={name!r}, budget={budget}) to train.elastic and train",
+            )
+        other = [path for path, shape in needed.items() if given[path] != shape]
+        if other:
+            raise UserError(
+                f"compressor {name!r} at {budget}: {other[0]} has shape {needed[other[0]]}, "
+                f"trained was {given[other[0]]}",
+                fix="give the options and budgets that it was trained with",
+            )
 
 
-def parameter_shapes(model: VisionLanguageModel, data: EvalSet) -> dict[str, tuple[int, ...]]:
-    """Path and shape of every parameter, without computing anything."""
+def init_shapes(model: VisionLanguageModel) -> Any:
+    """The shapes of a model's parameters, without computing anything."""
     from flax import linen as nn
 
-    from efficient_vlm.train.step import MODEL_INPUTS
+    encoder = model.make_encoder()
+    rows, columns = (side * encoder.patch_size for side in encoder.grid)
+    inputs = {
+        "images": np.zeros((1, 1, rows, columns, 3), np.uint8),
+        "image_mask": np.ones((1, 1), bool),
+        "tokens": np.zeros((1, 1, 2), np.int32),
+        "lengths": np.full((1, 1), 2, np.int32),
+        "prompt_lengths": np.ones((1, 1), np.int32),
+    }
+    made = jax.eval_shape(lambda key: model.init(key, **inputs)["params"], jax.random.key(0))
+    return nn.unbox(made)
 
-    batch = {name: data.batches[0][name][:1] for name in MODEL_INPUTS}
-    shapes = jax.eval_shape(lambda key: model.init(key, **batch)["params"], jax.random.key(0))
+
+def parameter_shapes(params: Any) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of every parameter."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(nn.unbox(shapes))
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
 
 

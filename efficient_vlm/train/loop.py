@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
@@ -137,6 +138,21 @@ def draw_arm(arms: Sequence[Arm], seed: int, step: int) -> int:
     return int(np.random.default_rng((seed, step)).choice(len(arms), p=weights / weights.sum()))
 
 
+def read_config(config: Mapping[str, Any]) -> tuple[TrainConfig, DataConfig, OptimizerConfig]:
+    """What training reads of a config, with everything checked that can be without data."""
+    settings = construct(TrainConfig, configs.section(config, "train"), "train")
+    data_config = DataConfig.from_mapping(configs.section(config, "data"))
+    optimizer = construct(OptimizerConfig, settings.optimizer, "train.optimizer")
+    if data_config.batch_size % settings.accumulate:
+        raise UserError(
+            f"train.accumulate: {settings.accumulate}",
+            allowed=f"divisors of data.batch_size={data_config.batch_size}",
+        )
+    for arm in make_arms(make_model(config, vocab_size=2), settings.elastic):
+        arm.model.make_compressor()  # Wrong names and budgets are told before data are built.
+    return settings, data_config, optimizer
+
+
 def train(
     config: Mapping[str, Any],
     workdir: Path,
@@ -157,15 +173,7 @@ def train(
       Stopped: a signal came; the state is saved.
     """
     start_time = time.monotonic()
-    settings = construct(TrainConfig, configs.section(config, "train"), "train")
-    data_fields = configs.section(config, "data")
-    data_config = DataConfig.from_mapping(data_fields)
-    optimizer = construct(OptimizerConfig, settings.optimizer, "train.optimizer")
-    if data_config.batch_size % settings.accumulate:
-        raise UserError(
-            f"train.accumulate: {settings.accumulate}",
-            allowed=f"divisors of data.batch_size={data_config.batch_size}",
-        )
+    settings, data_config, optimizer = read_config(config)
     say("Data: opening (the first run builds it) ...")
     pipeline = make_train(data_config, workdir=workdir)
     say(f"Data: {len(pipeline.source)} training images, tasks {', '.join(pipeline.tasks)}")
@@ -203,7 +211,14 @@ def train(
             )
             guard.load(metadata["guard"])
             seconds = metadata["seconds"]
-            say(f"Resuming from step {first} of {settings.steps}")
+            say(
+                f"Resuming from step {first} of {settings.steps}"
+                if first < settings.steps
+                else f"Training was already finished at step {first}: nothing is trained again"
+            )
+        elif settings.init_from is not None:
+            state = start_from(state, Path(settings.init_from))
+            say(f"Starting from the parameters of {settings.init_from}")
         writer.truncate_after(first)
 
         aux = {"load_balance": settings.load_balance, "router_z": settings.router_z}
@@ -331,9 +346,14 @@ def initialise(
     }
     boxed = steps.init_params(list(distinct.values()), batch, settings.seed)
     tx = make_optimizer(optimizer, settings.steps, boxed)
-    if settings.init_from is not None:
-        boxed = load_params(Path(settings.init_from), nn.unbox(boxed))
     return steps.init_state(boxed, tx, ema=settings.ema is not None), tx
+
+
+def start_from(state: steps.State, workdir: Path) -> steps.State:
+    """A fresh state with the newest parameters of another run."""
+    params = load_params(workdir, state["params"])
+    average = {"ema": jax.tree.map(jnp.copy, params)} if "ema" in state else {}
+    return {**state, "params": params, **average}
 
 
 def load_params(workdir: Path, like: Any, name: str = "params") -> Any:

@@ -23,7 +23,7 @@ class OptimizerConfig:
     """How parameters are updated.
 
     Attributes:
-      name: "muon" (matrices by Muon, everything else by AdamW) or "adamw".
+      name: "muon" (matrices by Muon, everything else by Adam; Nesterov momentum in both) or "adamw".
       learning_rate: peak, of the matrices with Muon.
       adam_learning_rate: peak of what AdamW updates beside Muon; None for `learning_rate`.
       schedule: "cosine" (to 0), "linear" (to 0) or "constant", after a linear warm-up.
@@ -96,9 +96,15 @@ def make_optimizer(
     for label, scale in {"default": 1.0, **{str(i): g.scale for i, g in enumerate(groups)}}.items():
         transforms[label] = _update(config, steps, scale, axes)
     tx = optax.partition(transforms, lambda params: _by_path(params, labels))
+    before = []
+    if any(group.freeze for group in groups):
+        # First of all: what is not trained must not count in the norm.
+        zero = {"freeze": optax.set_to_zero(), "train": optax.identity()}
+        kinds = {path: "freeze" if name == "freeze" else "train" for path, name in labels.items()}
+        before.append(optax.partition(zero, lambda params: _by_path(params, kinds)))
     if config.clip_norm is not None:
-        tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
-    return tx
+        before.append(optax.clip_by_global_norm(config.clip_norm))
+    return optax.chain(*before, tx) if before else tx
 
 
 def _update(config, steps, scale, axes) -> optax.GradientTransformation:
@@ -141,7 +147,7 @@ def _labels(groups: Sequence[Group], axes: Mapping[str, Any]) -> dict[str, str]:
     for path in axes:
         labels[path] = "default"
         for i, group in enumerate(groups):
-            if re.search(group.pattern, path):
+            if _pattern(group.pattern, i).search(path):
                 labels[path] = "freeze" if group.freeze else str(i)
                 used.add(i)
                 break
@@ -152,6 +158,16 @@ def _labels(groups: Sequence[Group], axes: Mapping[str, Any]) -> dict[str, str]:
                 allowed=f"parts of paths such as {', '.join(sorted(axes)[:3])}",
             )
     return labels
+
+
+def _pattern(text: str, number: int) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise UserError(
+            f"train.optimizer.groups[{number}].pattern: {text!r} is no regular expression ({error})",
+            fix="write special characters as \\(, \\* and so on",
+        ) from None
 
 
 def _is_box(leaf: Any) -> bool:

@@ -141,7 +141,7 @@ def make_train_step(
         (_, metrics), grads = accumulated(state["params"], batch, rng)
         targets = jnp.maximum(metrics["loss"][1], 1)
         grads = jax.tree.map(lambda g: g / targets, grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, opt = tx.update(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         new = {"params": params, "opt": opt}

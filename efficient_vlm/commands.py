@@ -60,8 +60,10 @@ def fit(
     settings = loop.read_config(config)[0]
     model = loop.make_model(config, vocab_size=2)
     trained_at = [arm.model for arm in loop.make_arms(model, settings.elastic)]
-    shapes = [parameter_shapes(init_shapes(each)) for each in trained_at]
-    check_trained(settings_of(evaluation, model), {k: v for s in shapes for k, v in s.items()})
+    names = {each.compressor["name"] for each in trained_at}
+    others = {v.compressor["name"]: v for v in settings_of(evaluation, model)}
+    others = [variant for name, variant in others.items() if name not in names]
+    check_trained(others, parameter_shapes(init_shapes(trained_at[0])))
     with guards.WorkdirLock(workdir), guards.StopSignal() as stop:
         new = guards.check_workdir_config(workdir, plain)
         say(f"Workdir: {workdir}")

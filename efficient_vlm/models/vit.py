@@ -68,7 +68,10 @@ class ViT(nn.Module):
         tables have this size; another size at call time interpolates them.
       patch_size: pixels.
       stem_dim: hidden width of a two-layer patch embedding (GELU between); None for one product.
+      pixel_mean, pixel_std: images in [0, 1] are shifted and scaled by these (one number, or one per
+        channel), so that content is not small beside the position embedding.
       position: "factorised" (a row table plus a column table) or "learned" (a table of the grid).
+      position_scale: standard deviation of the initial position tables.
       qk_norm, qk_scale: see `layers.Attention`.
       remat, scan_unroll: see `layers.scan_layers`.
     """
@@ -80,7 +83,10 @@ class ViT(nn.Module):
     num_heads: int
     mlp_dim: int
     stem_dim: int | None = None
+    pixel_mean: float | Sequence[float] = 0.5
+    pixel_std: float | Sequence[float] = 0.5
     position: str = "factorised"
+    position_scale: float = 0.5
     qk_norm: bool = False
     qk_scale: float = 1.0
     remat: str = "none"
@@ -156,7 +162,8 @@ class ViT(nn.Module):
         batch, height, width, channels = images.shape
         p = self.patch_size
         if jnp.issubdtype(images.dtype, jnp.integer):
-            images = images.astype(self.dtype) / 255
+            images = images.astype(jnp.float32) / 255
+        images = (images - jnp.asarray(self.pixel_mean)) / jnp.asarray(self.pixel_std)
         x = images.astype(self.dtype).reshape(batch, height // p, p, width // p, p, channels)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, p * p * channels)
         if self.stem_dim is not None:
@@ -169,7 +176,7 @@ class ViT(nn.Module):
         """[h*w, width] for an image of `pixels`; tables are resampled to its grid."""
         rows, columns = self.grid
         h, w = pixels[0] // self.patch_size, pixels[1] // self.patch_size
-        init = nn.initializers.normal(0.7)
+        init = nn.initializers.normal(self.position_scale)
 
         def table(name: str, *axes: tuple[str, int]):
             names, sizes = zip(*axes, strict=True)

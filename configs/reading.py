@@ -15,5 +15,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = quickstart.get_config(arg)
     config.data.tasks = ("dense", "global")
     config.data.questions_per_image = 2
+    config.data.max_length = 0
     config.eval.new_tokens = 6
     return config

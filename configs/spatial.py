@@ -12,4 +12,5 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = quickstart.get_config(arg)
     config.data.tasks = ("relation", "absent", "global")
     config.data.clutter = 4
+    config.data.max_length = 0
     return config

@@ -188,6 +188,8 @@ def data(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     from efficient_vlm.data import commands
     from efficient_vlm.data.config import DataConfig
 
+    if args.action == "inspect" and args.count < 1:
+        raise UserError(f"--count: {args.count}", allowed="1 or more")
     config = configs.load(args.config, overrides)
     fields = DataConfig.from_mapping(configs.section(config, "data"))
     if args.action == "build":

@@ -116,7 +116,11 @@ TRAIN = ("train", f"--config={REPOSITORY_CONFIG}", "--workdir=never")
     ],
     ids=lambda value: " ".join(value)[-60:] if isinstance(value, tuple) else None,
 )
-def test_mistakes_are_told_in_three_lines(refused, command, words, request):
+def test_mistakes_are_told_in_three_lines(refused, command, words, request, monkeypatch):
+    def train(*arguments, **options):
+        raise AssertionError("this mistake was not seen before training")
+
+    monkeypatch.setattr("efficient_vlm.train.loop.train", train)
     refused(*command, words=words)
     assert not (request.config.rootpath / "never").exists()  # Nothing was begun.
 

@@ -35,8 +35,9 @@ class TrainConfig:
       steps: optimizer steps.
       seed: of initial values, random compressors and the draw of budgets.
       optimizer: fields of `optimizer.OptimizerConfig`.
-      elastic: budgets to draw from at every step, as {"name", "budget", "weight"} and options of
-        the compressor; empty for the model's own compressor alone. Each is one executable.
+      elastic: budgets to draw from at every step, as {"name", "budget", "weight", "start"} and
+        options of the compressor; empty for the model's own compressor alone. Each is one
+        executable. "start" is the share of the run after which it is drawn, 0 by default.
       accumulate: micro-batches per step.
       load_balance, router_z: weights of the router losses of a mixture of experts.
       ema: decay of an average of the parameters that is evaluated in their place; None for none.
@@ -77,7 +78,8 @@ class Arm:
     """One (compressor, budget) that steps are drawn from."""
 
     model: VisionLanguageModel
-    weight: float
+    weight: float = 1.0
+    start: float = 0.0
 
     @property
     def label(self) -> str:
@@ -118,7 +120,7 @@ def make_model(config: Mapping[str, Any], vocab_size: int) -> VisionLanguageMode
 def make_arms(model: VisionLanguageModel, elastic: Sequence[Mapping[str, Any]]) -> list[Arm]:
     """The (compressor, budget) pairs to train at; see `TrainConfig.elastic`."""
     if not elastic:
-        return [Arm(model, 1.0)]
+        return [Arm(model)]
     arms = []
     for i, entry in enumerate(elastic):
         options = dict(entry)
@@ -128,13 +130,20 @@ def make_arms(model: VisionLanguageModel, elastic: Sequence[Mapping[str, Any]]) 
         weight = options.pop("weight", 1.0)
         if not weight > 0:
             raise UserError(f"train.elastic[{i}].weight: {weight}", allowed="above 0")
-        arms.append(Arm(model.with_compressor(**options), float(weight)))
+        start = options.pop("start", 0.0)
+        if not 0 <= start < 1:
+            raise UserError(f"train.elastic[{i}].start: {start}", allowed="0 up to below 1")
+        arms.append(Arm(model.with_compressor(**options), float(weight), float(start)))
+    if all(arm.start > 0 for arm in arms):
+        raise UserError(
+            "train.elastic: no entry starts at 0", fix="leave out start for one of them"
+        )
     return arms
 
 
-def draw_arm(arms: Sequence[Arm], seed: int, step: int) -> int:
-    """The index of the arm of a step: a function of (seed, step), so a resumed run draws alike."""
-    weights = np.array([arm.weight for arm in arms])
+def draw_arm(arms: Sequence[Arm], seed: int, step: int, steps: int) -> int:
+    """The index of the arm of a step: a function of its arguments, so a resumed run draws alike."""
+    weights = np.array([arm.weight if step > arm.start * steps else 0.0 for arm in arms])
     return int(np.random.default_rng((seed, step)).choice(len(arms), p=weights / weights.sum()))
 
 
@@ -148,8 +157,11 @@ def read_config(config: Mapping[str, Any]) -> tuple[TrainConfig, DataConfig, Opt
             f"train.accumulate: {settings.accumulate}",
             allowed=f"divisors of data.batch_size={data_config.batch_size}",
         )
-    for arm in make_arms(make_model(config, vocab_size=2), settings.elastic):
-        arm.model.make_compressor()  # Wrong names and budgets are told before data are built.
+    # Wrong names and budgets are told before data are built.
+    model = make_model(config, vocab_size=2)
+    for each in (model, *(arm.model for arm in make_arms(model, settings.elastic))):
+        each.make_compressor()
+        each.make_decoder()
     return settings, data_config, optimizer
 
 
@@ -298,7 +310,7 @@ def train(
                 before = time.monotonic()
                 batch = next(iterator)
                 waited = time.monotonic() - before
-                index = draw_arm(arms, settings.seed, step)
+                index = draw_arm(arms, settings.seed, step, settings.steps)
                 state, metrics = functions[index](state, batch)
                 # The metrics of the step before are read while this one runs.
                 if pending is not None:

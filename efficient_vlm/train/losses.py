@@ -11,7 +11,7 @@ def token_cross_entropy(
     """Next-token cross-entropy in nats, and the share of targets that are the most likely token.
 
     Args:
-      logits: [..., L, vocab]; position t predicts token t + 1.
+      logits: [..., L - 1, vocab]; position t predicts token t + 1, the last token predicts nothing.
       tokens: int32 [..., L].
       loss_mask: bool [..., L], True at tokens that are targets; index 0 never is.
 
@@ -19,7 +19,7 @@ def token_cross_entropy(
       {"loss", "accuracy"}, each (sum over targets, number of targets).
     """
     targets, mask = tokens[..., 1:], loss_mask[..., 1:].astype(jnp.float32)
-    logits = logits[..., :-1, :].astype(jnp.float32)
+    logits = logits.astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     hits = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
     count = mask.sum()

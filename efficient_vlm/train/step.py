@@ -84,6 +84,9 @@ def loss_fn(
       A scalar to divide by the number of targets, and metrics as (sum, denominator).
     """
     inputs = {name: batch[name] for name in MODEL_INPUTS}
+    # The last token is only ever a target.
+    inputs["tokens"] = batch["tokens"][..., :-1]
+    inputs["lengths"] = jnp.minimum(batch["lengths"], inputs["tokens"].shape[-1])
     out = model.apply({"params": params}, **inputs, rng=rng)
     metrics = token_cross_entropy(out.logits, batch["tokens"], batch["loss_mask"])
     total, targets = metrics["loss"]

@@ -41,7 +41,7 @@ def test_packed_equals_unpacked(make_model, make_batch, init, inputs, name, moe)
     valid = np.arange(6) < batch["lengths"][..., None]
     np.testing.assert_allclose(packed[valid], alone.reshape(packed.shape)[valid], atol=2e-5)
     losses = [
-        ratio(token_cross_entropy(out, b["tokens"], b["loss_mask"])["loss"])
+        ratio(token_cross_entropy(out[..., :-1, :], b["tokens"], b["loss_mask"])["loss"])
         for out, b in ((packed, batch), (alone, split_questions(batch)))
     ]
     assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-5)
@@ -130,7 +130,8 @@ def test_empty_questions_and_missing_images_stay_finite(make_model, make_batch, 
 
     def loss(p):
         out = model.apply({"params": p}, **inputs(batch))
-        return ratio(token_cross_entropy(out.logits, batch["tokens"], batch["loss_mask"])["loss"])
+        logits = out.logits[..., :-1, :]
+        return ratio(token_cross_entropy(logits, batch["tokens"], batch["loss_mask"])["loss"])
 
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
     assert np.isfinite(value)

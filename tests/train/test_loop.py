@@ -236,7 +236,10 @@ def test_a_mistake_does_not_claim_the_workdir(tiny_config, tmp_path):
 
 
 def test_a_method_that_cannot_be_evaluated_is_told_before_training(tiny_config, tmp_path):
-    tiny_config.eval.methods = [dict(name="none", budgets=[16]), dict(name="resampler", budgets=[4])]
+    tiny_config.eval.methods = [
+        dict(name="none", budgets=[16]),
+        dict(name="resampler", budgets=[4]),
+    ]
     with pytest.raises(UserError, match="train.elastic") as caught:
         commands.fit(tiny_config, tmp_path / "run", say=lambda line: None)
     assert "resampler" in str(caught.value) and not (tmp_path / "run").exists()
@@ -287,9 +290,7 @@ def test_start_from_another_run_and_average(reference, tiny_config, tmp_path):
     assert run(again, workdir)[0].summary["params_sha256"] == digest
 
 
-def test_starting_from_nothing_or_from_another_shape_is_an_error(
-    reference, tiny_config, tmp_path
-):
+def test_starting_from_nothing_or_from_another_shape_is_an_error(reference, tiny_config, tmp_path):
     tiny_config.train.init_from = str(tmp_path / "absent")
     with pytest.raises(UserError, match="absent"):
         run(tiny_config, tmp_path / "a")

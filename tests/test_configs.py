@@ -1,0 +1,73 @@
+"""Every config of the repository trains for one step at a tiny size, and is evaluated."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from efficient_vlm import commands
+from efficient_vlm import config as configs
+
+pytestmark = pytest.mark.slow
+
+
+def pytest_generate_tests(metafunc):
+    paths = sorted((metafunc.config.rootpath / "configs").glob("*.py"))
+    assert len(paths) >= 6, paths
+    cases = [(path, "") for path in paths]
+    cases += [(p, "smoke,dense") for p in paths if p.stem == "quickstart"]
+    cases += [(p, "64,smoke") for p in paths if p.stem == "needle_hr"]
+    cases += [(p, "random,4") for p in paths if p.stem == "compressor"]
+    ids = [f"{path.stem}:{arg}" if arg else path.stem for path, arg in cases]
+    metafunc.parametrize(("path", "arg"), cases, ids=ids)
+
+
+def own_images(folder):
+    """A LLaVA-style file of eight small images."""
+    rng, rows = np.random.default_rng(0), []
+    for i in range(8):
+        pixels = rng.integers(0, 255, (24, 32, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        talk = [
+            {"from": "human", "value": "<image>\nwhich image is this?"},
+            {"from": "gpt", "value": f"number {i}"},
+        ]
+        rows.append({"id": str(i), "image": f"{i}.png", "conversations": talk})
+    (folder / "mine.json").write_text(json.dumps(rows))
+    return folder / "mine.json"
+
+
+def test_one_step(path, arg, data_dir, tmp_path):
+    spec = f"{path}:{arg}" if arg else str(path)
+    overrides = ["data.batch_size=4", "train.steps=1", "train.checkpoint_every=1"]
+    overrides += ["eval.images=8", "eval.batch_size=8", "eval.new_tokens=2", "eval.map_questions=1"]
+    config = configs.load(spec)
+    if config.data.source == "llava_json":
+        overrides += [f"data.path={own_images(tmp_path)}", "data.test_fraction=0.3"]
+        overrides += ["data.vocab_size=300"]
+    else:
+        overrides += [f"data.dir={data_dir}", "data.train_images=64", "data.test_images=16"]
+        overrides += ["data.questions_per_image=2"]
+    # Two arms and two methods stand for all: the first, and the one with the fewest tokens.
+    if len(config.train.elastic) > 2:
+        fewest = min(config.train.elastic, key=lambda arm: arm["budget"])
+        overrides.append(
+            f"train.elastic={json.dumps([dict(config.train.elastic[0]), dict(fewest)])}"
+        )
+    methods = [dict(m, budgets=list(m["budgets"])[-1:]) for m in config.eval.methods[:2]]
+    overrides.append(f"eval.methods={json.dumps(methods)}")
+    # Narrow, so that what is compiled once per config stays cheap; the shapes are the config's.
+    overrides += ["model.encoder.scan_unroll=1", "model.decoder.scan_unroll=1"]
+    config = configs.load(spec, overrides)
+    results = commands.fit(config, tmp_path / "run", say=lambda line: None)
+    assert results["train"]["steps"] == 1 and results["train"]["skipped_steps"] == 0
+    assert set(results["train"]["compilations"].values()) == {1}
+    rows = results["cost"]
+    assert [(r["compressor"], [r["budget"]]) for r in rows] == [
+        (m["name"], m["budgets"]) for m in methods
+    ]
+    assert {row["compressor"] for row in results["eval"]} == {m["name"] for m in methods}
+    assert (tmp_path / "run" / "report.html").is_file()
+    moe = config.model.decoder.get("moe")
+    assert (moe is None) == ("dense" in arg)

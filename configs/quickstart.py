@@ -61,14 +61,14 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         ),
     )
     config.train = dict(
-        steps=1_500,
+        steps=1_900,
         seed=0,
         # Smaller budgets join when the full one has learned what to look at.
         elastic=[
-            dict(name="none", budget=64, weight=0.4),
-            dict(name="text_topk", budget=16, weight=0.25, start=0.45),
-            dict(name="text_topk", budget=4, weight=0.2, start=0.45),
-            dict(name="text_topk", budget=1, weight=0.15, start=0.45),
+            dict(name="none", budget=64, weight=0.35),
+            dict(name="text_topk", budget=16, weight=0.35, start=0.5),
+            dict(name="text_topk", budget=4, weight=0.2, start=0.5),
+            dict(name="text_topk", budget=1, weight=0.1, start=0.5),
         ],
         optimizer=dict(name="muon", learning_rate=1e-2, adam_learning_rate=3e-3, warmup_steps=100),
         checkpoint_every=400,

@@ -348,7 +348,7 @@ def python(*words, timeout=60):
     )
 
 
-HEAVY = "jax flax numpy orbax grain tensorflow_datasets matplotlib ml_collections rich".split()
+HEAVY = ("jax", "flax", "numpy", "orbax", "grain", "matplotlib", "ml_collections", "rich")
 
 
 def test_importing_and_helping_load_nothing_heavy():

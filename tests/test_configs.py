@@ -49,15 +49,13 @@ def test_one_step(path, arg, data_dir, tmp_path):
     else:
         overrides += [f"data.dir={data_dir}", "data.train_images=64", "data.test_images=16"]
         overrides += ["data.questions_per_image=2"]
-    # Two arms and two methods stand for all: the first, and the one with the fewest tokens.
-    if len(config.train.elastic) > 2:
-        fewest = min(config.train.elastic, key=lambda arm: arm["budget"])
-        overrides.append(
-            f"train.elastic={json.dumps([dict(config.train.elastic[0]), dict(fewest)])}"
-        )
-    methods = [dict(m, budgets=list(m["budgets"])[-1:]) for m in config.eval.methods[:2]]
+    # One arm and one method stand for all: each is a program of its own to compile.
+    if config.train.elastic:
+        arm = {k: v for k, v in config.train.elastic[0].items() if k != "start"}
+        overrides.append(f"train.elastic={json.dumps([arm])}")
+    methods = [dict(m, budgets=list(m["budgets"])[-1:]) for m in config.eval.methods[:1]]
     overrides.append(f"eval.methods={json.dumps(methods)}")
-    # Narrow, so that what is compiled once per config stays cheap; the shapes are the config's.
+    # Loops that are not unrolled compile faster; the shapes are the config's own.
     overrides += ["model.encoder.scan_unroll=1", "model.decoder.scan_unroll=1"]
     config = configs.load(spec, overrides)
     results = commands.fit(config, tmp_path / "run", say=lambda line: None)

@@ -184,14 +184,13 @@ def test_random_is_pooled_over_its_draws(finished_run):
         ([dict(name="averag_pool", budgets=[4])], "did you mean 'average_pool'"),
         ([dict(budgets=[4])], "name"),
         ([dict(name="random", budgets=[4], sed=1)], "seed"),
-        (["random"], r"eval.methods\[0\]"),
+        (["random"], r"eval.methods\[1\]"),
     ],
 )
 def test_methods_that_cannot_be_evaluated(finished_run, methods, words):
     said = []
+    good = dict(name="none", budgets=[16])  # It is not even begun.
     with pytest.raises(UserError, match=f"(?s){words}") as caught:
-        # The good method in front is not even begun.
-        good = dict(name="none", budgets=[16])
         commands.evaluate_run(finished_run[0], methods=[good, *methods], say=said.append)
     assert len(str(caught.value).splitlines()) <= 3
     assert not any("none at" in line for line in said)

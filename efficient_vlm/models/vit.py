@@ -68,8 +68,8 @@ class ViT(nn.Module):
         tables have this size; another size at call time interpolates them.
       patch_size: pixels.
       stem_dim: hidden width of a two-layer patch embedding (GELU between); None for one product.
-      pixel_mean, pixel_std: images in [0, 1] are shifted and scaled by these (one number, or one per
-        channel), so that content is not small beside the position embedding.
+      pixel_mean, pixel_std: images in [0, 1] are shifted and scaled by these (one number, or one
+        per channel), so that content is not small beside the position embedding.
       position: "factorised" (a row table plus a column table) or "learned" (a table of the grid).
       position_scale: standard deviation of the initial position tables.
       qk_norm, qk_scale: see `layers.Attention`.

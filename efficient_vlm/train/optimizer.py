@@ -23,7 +23,7 @@ class OptimizerConfig:
     """How parameters are updated.
 
     Attributes:
-      name: "muon" (matrices by Muon, everything else by Adam; Nesterov momentum in both) or "adamw".
+      name: "muon" (matrices by Muon, all else by Adam; Nesterov momentum in both) or "adamw".
       learning_rate: peak, of the matrices with Muon.
       adam_learning_rate: peak of what AdamW updates beside Muon; None for `learning_rate`.
       schedule: "cosine" (to 0), "linear" (to 0) or "constant", after a linear warm-up.
@@ -165,7 +165,7 @@ def _pattern(text: str, number: int) -> re.Pattern[str]:
         return re.compile(text)
     except re.error as error:
         raise UserError(
-            f"train.optimizer.groups[{number}].pattern: {text!r} is no regular expression ({error})",
+            f"train.optimizer.groups[{number}].pattern: {text!r} is no regular expression: {error}",
             fix="write special characters as \\(, \\* and so on",
         ) from None
 

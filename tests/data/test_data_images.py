@@ -154,8 +154,11 @@ def test_truncated_files_are_never_half_decoded():
             # Only the check sums at the very end may be missing.
             np.testing.assert_array_equal(images.decode(good_png[:end]), noise())
         except BadImage as error:
-            assert error.reason == ("corrupt" if end >= 4 or not end else "format")
-            raised += 1
+            reason = error.reason
+        else:
+            continue
+        assert reason == ("corrupt" if end >= 4 or not end else "format")
+        raised += 1
     assert raised >= len(good_png) - 24
 
 

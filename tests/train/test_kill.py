@@ -42,10 +42,8 @@ class Run:
         """Waits, in steps far shorter than a save, until `happened()` is true."""
         end = time.monotonic() + seconds
         while not happened():
-            if self.process.poll() is not None:
-                pytest.fail(
-                    f"ended with {self.process.returncode} before it could be disturbed:\n{self.text}"
-                )
+            if (code := self.process.poll()) is not None:
+                pytest.fail(f"ended with {code} before it could be disturbed:\n{self.text}")
             if time.monotonic() > end:
                 pytest.fail(f"did not come that far in {seconds} s:\n{self.text}")
             time.sleep(0.001)

@@ -1,0 +1,138 @@
+"""Generation: end tokens, empty slots, the size of the cache, and which programs are shared.
+
+That the cache gives what a model without one gives is shown in tests/models/test_vlm.py.
+"""
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from efficient_vlm.inference import generate as module
+from efficient_vlm.inference.generate import generate
+from efficient_vlm.train.step import init_params
+
+SMALL = dict(encoder=dict(depth=1), decoder=dict(segments=[dict(layers=1)]))
+EOS = 1
+
+
+@pytest.fixture(scope="module")
+def batch(make_batch):
+    """3 images with 2 questions each; one slot is empty."""
+    batch = make_batch(3, 2, 6)
+    lengths = batch["prompt_lengths"].copy()
+    lengths[1, 1] = 0
+    inside = np.arange(6) < lengths[..., None]
+    return batch | {"lengths": lengths, "tokens": np.where(inside, batch["tokens"], 0)}
+
+
+@pytest.fixture(scope="module")
+def trained(make_model, init, make_batch):
+    """(model, parameters) of which some answers end early: the end token is a likely one."""
+    model = make_model("none", 16, **SMALL)
+    params = init(model, make_batch())
+    kernel = params["language"]["head"]["kernel"]
+    params["language"]["head"]["kernel"] = kernel.at[:, EOS].multiply(4.0)
+    return model, params
+
+
+def answers(model, params, batch, new_tokens=4, **options):
+    names = ("images", "image_mask", "tokens", "lengths")
+    return generate(
+        model, params, *(batch[n] for n in names), new_tokens=new_tokens, eos_id=EOS, **options
+    )
+
+
+def test_behind_the_end_there_is_only_the_end(trained, batch):
+    out = answers(*trained, batch, new_tokens=5)
+    assert out.tokens.shape == (3, 2, 5) and out.tokens.dtype == np.int32
+    ended = (out.tokens == EOS).cumsum(axis=-1) > 0
+    assert (out.tokens[ended] == EOS).all()
+    assert ended.any() and not ended.all()  # Both kinds occur, so this has shown something.
+    assert (out.tokens[1, 1] == EOS).all()  # The empty slot.
+
+
+def test_a_shorter_answer_is_the_beginning_of_a_longer_one(trained, batch):
+    long = answers(*trained, batch, new_tokens=5).tokens
+    for count in (1, 3):
+        np.testing.assert_array_equal(
+            answers(*trained, batch, new_tokens=count).tokens, long[..., :count]
+        )
+
+
+def test_decoding_ends_when_every_answer_has(trained, batch):
+    model, params = trained
+    always = jax.tree.map(lambda x: x, params)
+    kernel = params["language"]["head"]["kernel"]
+    always["language"]["head"]["kernel"] = kernel * 0
+    out = answers(model, always, batch, new_tokens=5)
+    first = out.tokens[..., 0]
+    # The most likely of equal logits is token 0, which ends nothing: four steps follow.
+    assert (first[batch["lengths"] > 0] == 0).all() and len(out.seconds["decode"]) == 4
+    empty = batch | {"lengths": batch["lengths"] * 0}
+    out = answers(model, params, empty, new_tokens=5)
+    assert (out.tokens == EOS).all() and out.seconds["decode"] == []
+
+
+def test_padding_of_the_prompt_does_not_matter(trained, batch):
+    """Neither what stands behind the end of a prompt nor a question in another slot."""
+    expected = answers(*trained, batch).tokens
+    inside = np.arange(6) < batch["lengths"][..., None]
+    dirty = batch | {"tokens": np.where(inside, batch["tokens"], 7)}
+    np.testing.assert_array_equal(answers(*trained, dirty).tokens, expected)
+    swapped = batch | {k: batch[k][:, ::-1] for k in ("tokens", "lengths")}
+    np.testing.assert_array_equal(answers(*trained, swapped).tokens, expected[:, ::-1])
+
+
+@pytest.mark.parametrize(("name", "budget"), [("none", 16), ("random", 4), ("text_topk", 1)])
+def test_the_cache_holds_what_the_formula_says(trained, batch, name, budget):
+    model, params = trained
+    variant = model.with_compressor(name, budget)
+    if name == "text_topk":
+        full = batch | {"prompt_lengths": batch["lengths"]}
+        params = nn.unbox(init_params([variant], full, 0))
+    out = answers(variant, params, batch, rng=jax.random.key(0))
+    layers, heads, size, slots = 1, 2, 32 // 4, budget + 6 + 4
+    assert out.kv_bytes == 6 * layers * slots * heads * size * 2 * np.dtype(np.float32).itemsize
+    assert out.visual.embed.shape[:2] == (6, budget)
+    kept = (np.asarray(out.visual.source) >= 0).sum(axis=1)
+    assert (kept == budget).all() and out.visual.source.shape == (6, 16)
+
+
+def test_the_draw_of_a_random_compressor_is_that_of_its_key(trained, batch):
+    model, params = trained
+    variant = model.with_compressor("random", 4)
+
+    def sources(seed):
+        out = answers(variant, params, batch, rng=jax.random.key(seed))
+        return np.asarray(out.visual.source)
+
+    first = sources(0)
+    np.testing.assert_array_equal(sources(0), first)
+    assert not np.array_equal(sources(1), first)
+
+
+def test_programs_are_shared_between_compressors_of_one_budget(trained, batch):
+    """One encoder for all, one prefill and one decode per budget: what evaluation compiles."""
+    model, params = trained
+    programs = {
+        "encode": module._encode,
+        "compress": module._compress,
+        "prefill": module._prefill,
+        "decode": module._decode,
+    }
+
+    def new_programs(name, budget):
+        before = {k: f._cache_size() for k, f in programs.items()}
+        answers(model.with_compressor(name, budget), params, batch, rng=jax.random.key(0))
+        return {k for k, f in programs.items() if f._cache_size() > before[k]}
+
+    answers(model, params, batch)
+    assert new_programs("none", 16) <= {"compress"}  # The same, now with a key.
+    # Budget 9 is used by no other test of this session.
+    first = new_programs("stride", 9)
+    assert {"compress", "prefill", "decode"} == first
+    assert new_programs("random", 9) == {"compress"}
+    assert new_programs("random", 9) == set()
+    # Its encoder sees a smaller image, so it has one of its own.
+    assert new_programs("downsample", 9) == {"encode", "compress"}

@@ -42,7 +42,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             qk_scale=4.0,
             scan_unroll=4,
         ),
-        compressor=dict(name="text_topk", budget=16),
+        compressor=dict(name="text_topk", budget=16, bias="none"),
         connector=dict(),
         decoder=dict(
             width=64,
@@ -65,10 +65,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         seed=0,
         # Smaller budgets join when the full one has learned what to look at.
         elastic=[
-            dict(name="none", budget=64, weight=0.35),
-            dict(name="text_topk", budget=16, weight=0.35, start=0.5),
-            dict(name="text_topk", budget=4, weight=0.2, start=0.5),
-            dict(name="text_topk", budget=1, weight=0.1, start=0.5),
+            dict(name="text_topk", budget=64, weight=0.5),
+            dict(name="text_topk", budget=16, weight=0.25, start=0.6),
+            dict(name="text_topk", budget=4, weight=0.15, start=0.6),
+            dict(name="text_topk", budget=1, weight=0.1, start=0.6),
         ],
         optimizer=dict(name="muon", learning_rate=1e-2, adam_learning_rate=3e-3, warmup_steps=100),
         checkpoint_every=400,
@@ -92,7 +92,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         config.data.update(train_images=1_000, test_images=100)
         config.train.update(steps=40, checkpoint_every=10)
         config.train.elastic = [
-            dict(name="none", budget=64, weight=0.5),
+            dict(name="text_topk", budget=64, weight=0.5),
             dict(name="text_topk", budget=16, weight=0.5),
         ]
         config.eval.update(images=64, seeds=2, map_questions=2)

@@ -40,15 +40,15 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch, request):
     nbformat.validate(notebook)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert cells and all(not cell.outputs for cell in cells), "commit notebooks without outputs"
-    place = tmp_path / "colab"
-    place.mkdir()
     client = NotebookClient(
         notebook,
         timeout=600,
         kernel_name="this_interpreter",
-        resources={"metadata": {"path": str(place)}},
+        resources={"metadata": {"path": str(path.parent)}},  # Where it is opened.
     )
     client.execute()  # Raises CellExecutionError with the traceback of the cell.
     assert all(cell.execution_count for cell in cells)
+    left = {p.name for p in path.parent.iterdir()} - {p.name for p in path.parent.glob("*.ipynb")}
+    assert left == set(), "what a notebook writes belongs in a temporary folder"
     errors = [o for cell in cells for o in cell.outputs if o.output_type == "error"]
     assert errors == []

@@ -72,13 +72,15 @@ class TextTopK(Compressor):
     """`text_topk`: the tokens most relevant to the instruction.
 
     score_t = <W_q n(text), W_k n(token_t)> / sqrt(d), n = division by the root mean square; the
-    `budget` best are kept. A selection has no gradient, so the score is trained through the
-    attention bias of the kept tokens:
+    `budget` best are kept. A selection has no gradient, so the score is trained in other ways. At
+    the full budget the model can teach it where the decoder looks (`selector` loss of training,
+    see `VisionLanguageModel.selector_loss`); at smaller ones the attention bias of the kept tokens
+    carries a gradient:
 
     * "add": `tokens.bias` is the score, in value and gradient: a token that is more relevant is
       also attended to more.
     * "straight_through": the bias is exactly 0 and has the gradient of the score.
-    * "none": no bias and no gradient (for a frozen scorer).
+    * "none": no bias and no gradient (for a scorer that is taught, or frozen).
 
     At the full budget "add" acts as "straight_through": the tokens are unchanged in value, and a
     full-budget step of elastic training still trains the scorer.
@@ -127,23 +129,35 @@ class TextTopK(Compressor):
         return 2 * text_width * dim + 2 * num_tokens * width * dim + 2 * num_tokens * dim
 
     @nn.compact
-    def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
-        self.check_call(tokens, signals, needs_grid=False)
-        embed, num_tokens = tokens.embed, tokens.embed.shape[1]
+    def scores(self, tokens, text):
+        """Relevance of each token to each of several instructions.
+
+        Args:
+          tokens: VisualTokens with leading axis B.
+          text: [B, Q, Dt], one embedding per instruction.
+
+        Returns:
+          float32 [B, Q, T]; 0 for padding.
+        """
+        embed = tokens.embed
         dim = self._dim(embed.shape[-1])
         init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "heads"))
-        query_kernel = self.param("query", init, (signals.text.shape[-1], dim), jnp.float32)
+        query_kernel = self.param("query", init, (text.shape[-1], dim), jnp.float32)
         key_kernel = self.param("key", init, (embed.shape[-1], dim), jnp.float32)
 
         heads = (self.num_heads, dim // self.num_heads)
-        query = score.rms_normalise(signals.text) @ query_kernel
+        query = score.rms_normalise(text) @ query_kernel
         real = jnp.where(tokens.mask[..., None], embed, 0)
         keys = score.rms_normalise(real) @ key_kernel
-        scores = score.text_relevance(
+        relevance = jax.vmap(score.text_relevance, in_axes=(1, None), out_axes=1)(
             query.reshape(*query.shape[:-1], *heads), keys.reshape(*keys.shape[:-1], *heads)
         )
-        scores = jnp.where(tokens.mask, scores, 0.0)
+        return jnp.where(tokens.mask[:, None], relevance, 0.0)
 
+    def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
+        self.check_call(tokens, signals, needs_grid=False)
+        num_tokens = tokens.embed.shape[1]
+        scores = self.scores(tokens, signals.text[:, None])[:, 0]
         full = self.budget == num_tokens
         if self.bias == "none":
             bias = tokens.bias

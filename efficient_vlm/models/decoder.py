@@ -24,6 +24,7 @@ from efficient_vlm.models.layers import (
     Linear,
     RMSNorm,
     attention_mask,
+    attention_rows,
     logical,
     scan_layers,
 )
@@ -41,7 +42,7 @@ class DecoderBlock(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x, positions, mask, key_bias, valid, cache, write_index):
+    def __call__(self, x, positions, mask, key_bias, valid, cache, write_index, probe):
         norm = functools.partial(RMSNorm, dtype=self.dtype)
         y, inner = Attention(**self.attention, dtype=self.dtype, name="attention")(
             norm(name="attention_norm")(x),
@@ -52,6 +53,10 @@ class DecoderBlock(nn.Module):
             write_index=write_index,
         )
         x = nn.with_logical_constraint(x + y, ("batch", None, "embed"))
+        looks = None
+        if probe is not None:
+            scale = self.attention["qk_scale"] * self.attention["head_dim"] ** -0.5
+            looks = attention_rows(inner["query"], inner["key"], *probe, scale)[None]
         y = norm(name="mlp_norm")(x)
         out_scale, stats = self.attention["out_scale"], {}
         if self.moe is None:
@@ -60,7 +65,7 @@ class DecoderBlock(nn.Module):
             layer = MoE(**self.moe, out_scale=out_scale, dtype=self.dtype, name="moe")
             y, stats = layer(y, valid)
         x = nn.with_logical_constraint(x + y, ("batch", None, "embed"))
-        return x, (inner["cache"], stats)
+        return x, (inner["cache"], stats, looks)
 
 
 class Decoder(nn.Module):
@@ -159,7 +164,7 @@ class Decoder(nn.Module):
         block = scan_layers(
             DecoderBlock,
             length,
-            (shared, shared, shared, shared, 0, shared),
+            (shared, shared, shared, shared, 0, shared, shared),
             remat=self.remat,
             unroll=self.scan_unroll,
         )
@@ -188,6 +193,7 @@ class Decoder(nn.Module):
         signals: Signals,
         rng: jax.Array | None = None,
         cache_slots: int | None = None,
+        probe: jax.Array | None = None,
     ) -> tuple[jax.Array, dict, tuple[SegmentCache, ...]]:
         """Runs visual tokens and, behind them, text through all layers.
 
@@ -200,12 +206,15 @@ class Decoder(nn.Module):
           signals: what compressors between segments may look at.
           rng: key for random compressors.
           cache_slots: room for generated tokens; None for no cache.
+          probe: int [B, R], text places whose attention to the visual tokens is wanted; only for a
+            decoder that keeps all of them.
 
         Returns:
           text hidden states [B, S, width] before the final norm; statistics of the layers, each a
-          (sum, denominator) with a leading axis over all layers; the caches.
+          (sum, denominator) with a leading axis over all layers, and, with `probe`,
+          "visual_attention" [layers, B, R, T]; the caches.
         """
-        stats, caches = [], []
+        stats, attention, caches = [], [], []
         for i, segment in enumerate(self.segments):
             block, reducer = self.blocks[i], self.reducers[i]
             if reducer is not None:
@@ -232,9 +241,11 @@ class Decoder(nn.Module):
                     self.dim,
                 )
                 empty = (jnp.zeros(room, self.dtype), jnp.zeros(room, self.dtype))
-            x, (kv, layer_stats) = block(x, places, mask, bias, live, empty, None)
+            look_from = None if probe is None else (count + probe, visual.mask)
+            x, (kv, layer_stats, looks) = block(x, places, mask, bias, live, empty, None, look_from)
             visual, text = visual.replace(embed=x[:, :count]), x[:, count:]
             stats.append(layer_stats)
+            attention.append(looks)
             if cache_slots is not None:
                 grow = ((0, 0), (0, cache_slots))
                 caches.append(
@@ -248,6 +259,8 @@ class Decoder(nn.Module):
                     )
                 )
         stats = jax.tree.map(lambda *layers: jnp.concatenate(layers), *stats)
+        if probe is not None:
+            stats["visual_attention"] = jnp.concatenate(attention)[:, 0]
         return text, stats, tuple(caches)
 
     def step(self, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
@@ -260,7 +273,7 @@ class Decoder(nn.Module):
             place = (part.text_offset + cache.lengths + cache.generated)[:, None]
             seen = jnp.ones_like(tokens, dtype=bool)[:, None]
             state = (part.key, part.value)
-            x, (kv, _) = block(x, place, live[:, None, :], part.bias, seen, state, slot)
+            x, (kv, _, _) = block(x, place, live[:, None, :], part.bias, seen, state, slot, None)
             segments.append(part.replace(key=kv[0], value=kv[1], live=live))
         cache = cache.replace(segments=tuple(segments), generated=cache.generated + 1)
         return self.logits(x[:, 0]), cache

@@ -176,6 +176,28 @@ def dot_product_attention(
     return out.reshape(batch, queries, heads, dim)
 
 
+def attention_rows(
+    q: jax.Array, k: jax.Array, index: jax.Array, key_mask: jax.Array, scale: float
+) -> jax.Array:
+    """Attention of a few queries to the first keys, recomputed beside the fused attention.
+
+    Args:
+      q: [B, S, H, Dh]; k: [B, Skv, Hkv, Dh].
+      index: int [B, R], which queries.
+      key_mask: bool [B, T], which of the first T keys count; the others are left out.
+      scale: multiplies the logits.
+
+    Returns:
+      float32 [B, R, T], softmax over those keys, mean over heads.
+    """
+    count = key_mask.shape[1]
+    rows = jnp.take_along_axis(q, index[:, :, None, None], axis=1).astype(jnp.float32)
+    keys = jnp.repeat(k[:, :count].astype(jnp.float32), q.shape[2] // k.shape[2], axis=2)
+    logits = scale * jnp.einsum("brhd,bthd->bhrt", rows, keys)
+    logits = jnp.where(key_mask[:, None, None], logits, _NEGATIVE)
+    return jax.nn.softmax(logits, axis=-1).mean(axis=1)
+
+
 class Attention(nn.Module):
     """Multi-head attention with grouped keys, optional QK-norm and rotary positions.
 

@@ -26,8 +26,8 @@ class Output:
 
     Attributes:
       logits: float32 [B, Q, L, vocab].
-      stats: layer statistics as (sum, denominator), each with a leading axis over the layers; empty
-        for a dense decoder.
+      stats: (sum, denominator) pairs: router statistics with a leading axis over the layers (none
+        for a dense decoder), and "selector", see `VisionLanguageModel.selector_loss`.
     """
 
     logits: jax.Array
@@ -268,33 +268,81 @@ class VisionLanguageModel(nn.Module):
         """
         batch, questions, length = tokens.shape
         layout = self.layout(images)
-        visual, signals = self.encode(images, image_mask)
+        patches, signals = self.encode(images, image_mask)
         instruction = self.instruction(tokens, prompt_lengths)
         if self.selects_by_text:
-            visual, signals = repeat_rows((visual, signals), layout.images, questions)
-            instruction = instruction.reshape(batch * questions, -1)
+            patches, signals = repeat_rows((patches, signals), layout.images, questions)
+            rows_instruction = instruction.reshape(batch * questions, -1)
             tokens, lengths = tokens.reshape(-1, 1, length), lengths.reshape(-1, 1)
         else:
             # No choice depends on it here: it only lets parameters be created.
-            instruction = instruction.mean(axis=1)
-        visual = self.compress(visual, signals, instruction, layout, rng)
+            rows_instruction = instruction.mean(axis=1)
+        visual = self.compress(patches, signals, rows_instruction, layout, rng)
         if not self.selects_by_text:
             visual = visual.replace(bias=None)
         rows, packed = tokens.shape[:2]
         place = jnp.arange(length)
         valid = place < lengths[..., None]
         segments = jnp.where(valid, 1 + jnp.arange(packed)[:, None], PADDING_SEGMENT)
+        asks = jnp.arange(packed) * length + jnp.maximum(prompt_lengths - 1, 0)
         hidden, stats, _ = self.language(
             visual,
             self.language.embed(tokens.reshape(rows, -1)),
             jnp.broadcast_to(place, tokens.shape).reshape(rows, -1),
             segments.reshape(rows, -1),
             columns=layout.columns,
-            signals=Signals(text=instruction),
+            signals=Signals(text=rows_instruction),
             rng=rng,
+            probe=asks if self.teaches_selector else None,
         )
+        if self.teaches_selector:
+            attention = stats.pop("visual_attention")
+            asked = (lengths > 0) & (prompt_lengths > 0)
+            stats["selector"] = self.selector_loss(patches, instruction, attention, asked, layout)
         logits = self.language.logits(hidden)
         return Output(logits.reshape(batch, questions, length, -1), stats)
+
+    @property
+    def teaches_selector(self) -> bool:
+        """Whether this is a full-budget model whose compressor can learn where the decoder looks."""
+        inner = any(segment.get("compressor") for segment in self.decoder["segments"])
+        selector = "text" in self.make_compressor().needs
+        return selector and not self.selects_by_text and not inner
+
+    def selector_loss(
+        self,
+        patches: VisualTokens,
+        instruction: jax.Array,
+        attention: jax.Array,
+        asked: jax.Array,
+        layout: Layout,
+    ) -> tuple[jax.Array, jax.Array]:
+        """How far the scores of a text-guided selector are from where the decoder looks, in nats.
+
+        The teacher is the attention of the last prompt token to the visual tokens, mean over heads
+        and layers; the student is a softmax over the scores. Only the selector learns from it.
+
+        Args:
+          patches: from `encode`, leading axis B*M.
+          instruction: [B, Q, width].
+          attention: [layers, B, Q, M*N].
+          asked: bool [B, Q], questions that exist.
+          layout: from `layout`.
+
+        Returns:
+          (sum over questions of KL(teacher, student), number of questions).
+        """
+        batch, questions = asked.shape
+        text = jnp.repeat(jax.lax.stop_gradient(instruction), layout.images, axis=0)
+        scores = self.reduce.scores(jax.lax.stop_gradient(patches), text)
+        scores = scores.reshape(batch, layout.images, questions, -1).swapaxes(1, 2)
+        real = patches.mask.reshape(batch, 1, -1)
+        scores = jnp.where(real, scores.reshape(batch, questions, -1), -1e30)
+        teacher = jax.lax.stop_gradient(attention.mean(axis=0))
+        ratio = jnp.log(jnp.maximum(teacher, 1e-9)) - jax.nn.log_softmax(scores, axis=-1)
+        counted = asked & real.any(axis=-1)
+        loss = jnp.where(counted, jnp.sum(jnp.where(real, teacher * ratio, 0.0), axis=-1), 0.0)
+        return loss.sum(), counted.sum().astype(jnp.float32)
 
 
 def repeat_rows(tree: Any, images: int, questions: int) -> Any:

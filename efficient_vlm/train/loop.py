@@ -40,6 +40,7 @@ class TrainConfig:
         executable. "start" is the share of the run after which it is drawn, 0 by default.
       accumulate: micro-batches per step.
       load_balance, router_z: weights of the router losses of a mixture of experts.
+      selector: weight of teaching a text-guided selector where the decoder looks, at the full budget.
       ema: decay of an average of the parameters that is evaluated in their place; None for none.
       checkpoint_every: steps between checkpoints; one more is written at the end.
       keep, keep_every: newest checkpoints to keep, and steps whose multiples are kept for ever.
@@ -57,6 +58,7 @@ class TrainConfig:
     accumulate: int = 1
     load_balance: float = 0.01
     router_z: float = 1e-3
+    selector: float = 1.0
     ema: float | None = None
     checkpoint_every: int = 500
     keep: int = 3
@@ -233,7 +235,7 @@ def train(
             say(f"Starting from the parameters of {settings.init_from}")
         writer.truncate_after(first)
 
-        aux = {"load_balance": settings.load_balance, "router_z": settings.router_z}
+        aux = {name: getattr(settings, name) for name in ("load_balance", "router_z", "selector")}
         functions = [
             steps.make_train_step(
                 arm.model,

@@ -78,7 +78,7 @@ def loss_fn(
       params: its parameters.
       batch: arrays of the data pipeline.
       rng: key for random compressors.
-      aux: weights of "load_balance" and "router_z".
+      aux: weights of "load_balance", "router_z" and "selector".
 
     Returns:
       A scalar to divide by the number of targets, and metrics as (sum, denominator).

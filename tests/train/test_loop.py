@@ -37,10 +37,10 @@ def stop_in(monkeypatch, step, exit_code=143):
     """A StopSignal's double, for which the signal comes while `step` is under way."""
     stop, draw = SimpleNamespace(requested=False, exit_code=None), loop.draw_arm
 
-    def watching(arms, seed, number):
+    def watching(arms, seed, number, steps):
         if number == step:
             stop.requested, stop.exit_code = True, exit_code
-        return draw(arms, seed, number)
+        return draw(arms, seed, number, steps)
 
     monkeypatch.setattr(loop, "draw_arm", watching)
     return stop
@@ -320,11 +320,19 @@ def test_a_diverging_run_ends_and_keeps_its_weights_finite(tiny_config, tmp_path
 
 def test_arms_are_drawn_by_weight_and_alike_on_every_run():
     arms = [loop.Arm(None, weight) for weight in (1.0, 3.0)]
-    drawn = [loop.draw_arm(arms, 5, step) for step in range(2000)]
+    steps = range(1, 2001)
+
+    def draw(seed, arms=arms):
+        return [loop.draw_arm(arms, seed, step, len(steps)) for step in steps]
+
+    drawn = draw(5)
     # Binomial(2000, 3/4): six standard deviations are 116.
     assert abs(sum(drawn) - 1500) < 116
-    assert drawn == [loop.draw_arm(arms, 5, step) for step in range(2000)]
-    assert drawn != [loop.draw_arm(arms, 6, step) for step in range(2000)]
+    assert drawn == draw(5) != draw(6)
+    # One that starts later is not drawn before, and by its weight from then on.
+    late = draw(5, [arms[0], loop.Arm(None, 3.0, start=0.5)])
+    assert sum(late[:1000]) == 0
+    assert late[1000:] == drawn[1000:]
 
 
 @pytest.mark.parametrize(
@@ -334,6 +342,8 @@ def test_arms_are_drawn_by_weight_and_alike_on_every_run():
         ({"train.accumulate": 3}, "divisors of data.batch_size=8"),
         ({"train.elastic": [{"budget": 4}]}, r"train.elastic\[0\].name"),
         ({"train.elastic": [{"name": "none", "budget": 16, "weight": 0}]}, "above 0"),
+        ({"train.elastic": [{"name": "none", "budget": 16, "start": 1.5}]}, "start: 1.5"),
+        ({"train.elastic": [{"name": "none", "budget": 16, "start": 0.5}]}, "starts at 0"),
         ({"train.elastic": [{"name": "nome", "budget": 16}]}, "none"),
         ({"train.elastic": [{"name": "average_pool", "budget": 5}]}, "5"),
         ({"train.keep": 0}, "keep"),

@@ -49,7 +49,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             num_heads=4,
             segments=[dict(layers=2)],
             mlp_dim=192,
-            moe=dict(num_experts=4, top_k=1, expert_dim=128),
+            moe=dict(num_experts=4, top_k=2, expert_dim=96),
             qk_norm=True,
             qk_scale=4.0,
             out_scale=0.5,

@@ -49,7 +49,8 @@ class MoE(nn.Module):
       num_experts, top_k: experts, and experts per token.
       expert_dim: hidden width of one expert.
       shared_dim: hidden width of a dense SwiGLU that every token also takes; 0 for none.
-      normalize: whether the weights of the chosen experts sum to one.
+      normalize: whether the weights of the chosen experts sum to one. Not done for `top_k` 1, where
+        the weight would be the constant 1 and the router would learn nothing from the loss.
     """
 
     num_experts: int
@@ -81,7 +82,7 @@ class MoE(nn.Module):
         logits = router(x.astype(jnp.float32))
         probabilities = jax.nn.softmax(logits, axis=-1)
         weights, chosen = jax.lax.top_k(probabilities, k)
-        if self.normalize:
+        if self.normalize and k > 1:
             weights = weights / weights.sum(axis=-1, keepdims=True)
 
         # Sort the k copies of every token by expert, multiply, put them back and add them up.

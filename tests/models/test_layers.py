@@ -127,7 +127,7 @@ def test_moe_by_hand(top_k, shared, normalize):
         logits = token @ p["router"]["kernel"]
         probabilities = softmax(logits)
         best = np.argsort(-probabilities)[:top_k]
-        weights = probabilities[best] / (probabilities[best].sum() if normalize else 1)
+        weights = probabilities[best] / (probabilities[best].sum() if normalize and top_k > 1 else 1)
         for w, e in zip(weights, best, strict=True):
             hidden = silu(token @ p["gate"][e]) * (token @ p["up"][e])
             expected[b, t] += w * hidden @ p["down"][e]
@@ -148,8 +148,10 @@ def test_moe_by_hand(top_k, shared, normalize):
     np.testing.assert_array_equal(stats["expert_load"][0], load)
 
 
-def test_moe_gradients_reach_every_parameter():
-    layer = MoE(num_experts=2, top_k=2, expert_dim=6)
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_moe_gradients_reach_every_parameter(top_k):
+    """The router too, also where only one expert is chosen."""
+    layer = MoE(num_experts=2, top_k=top_k, expert_dim=6)
     x = jax.random.normal(jax.random.key(1), (1, 6, 8))
     valid = jnp.ones((1, 6), bool)
     params = nn.unbox(layer.init(jax.random.key(0), x, valid))

@@ -70,7 +70,7 @@ class Resampler(Compressor):
 
         matrix, square = nn.initializers.lecun_normal(), (width, width)
         normal = nn.initializers.normal(1.0)
-        queries = param("queries", normal, (None, "embed"), (self.num_queries, width))
+        queries = param("queries", normal, ("queries", "embed"), (self.num_queries, width))
         query_kernel = param("query", matrix, ("embed", "heads"), square)
         key_kernel = param("key", matrix, ("embed", "heads"), square)
         value_kernel = param("value", matrix, ("embed", "heads"), square)

@@ -304,7 +304,7 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def teaches_selector(self) -> bool:
-        """Whether this is a full-budget model whose compressor can learn where the decoder looks."""
+        """Whether the compressor can learn where the decoder looks: it sees everything here."""
         inner = any(segment.get("compressor") for segment in self.decoder["segments"])
         selector = "text" in self.make_compressor().needs
         return selector and not self.selects_by_text and not inner

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
@@ -19,11 +18,13 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.models.build import construct
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.train import step as steps
+from efficient_vlm.train.arms import Arm, draw_arm, make_arms, make_model
 from efficient_vlm.train.checkpoint import Checkpoints, NonFiniteState, SaveFailed
 from efficient_vlm.train.guards import NonFiniteGuard, StopSignal
 from efficient_vlm.train.leaves import state_sha256
 from efficient_vlm.train.metrics import MetricsWriter
-from efficient_vlm.train.optimizer import OptimizerConfig, make_optimizer, schedule
+from efficient_vlm.train.optimizer import OptimizerConfig, schedule
+from efficient_vlm.train.parameters import initialise, load_params, start_from
 from efficient_vlm.train.progress import Progress
 
 
@@ -40,7 +41,8 @@ class TrainConfig:
         executable. "start" is the share of the run after which it is drawn, 0 by default.
       accumulate: micro-batches per step.
       load_balance, router_z: weights of the router losses of a mixture of experts.
-      selector: weight of teaching a text-guided selector where the decoder looks, at the full budget.
+      selector: weight of teaching a text-guided selector, at the full budget, where the decoder
+        looks.
       ema: decay of an average of the parameters that is evaluated in their place; None for none.
       checkpoint_every: steps between checkpoints; one more is written at the end.
       keep, keep_every: newest checkpoints to keep, and steps whose multiples are kept for ever.
@@ -75,20 +77,6 @@ class TrainConfig:
                 raise UserError(f"train.{name}: {getattr(self, name)}", allowed="1 or more")
 
 
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    """One (compressor, budget) that steps are drawn from."""
-
-    model: VisionLanguageModel
-    weight: float = 1.0
-    start: float = 0.0
-
-    @property
-    def label(self) -> str:
-        """name@budget."""
-        return f"{self.model.compressor['name']}@{self.model.compressor['budget']}"
-
-
 @dataclasses.dataclass
 class Trained:
     """What evaluation needs of a finished run.
@@ -111,42 +99,6 @@ class Stopped(Exception):
     def __init__(self, exit_code: int, step: int):
         super().__init__(f"stopped after step {step}")
         self.exit_code, self.step = exit_code, step
-
-
-def make_model(config: Mapping[str, Any], vocab_size: int) -> VisionLanguageModel:
-    """The model of a config's "model" section."""
-    fields = configs.section(config, "model")
-    return construct(VisionLanguageModel, fields, "model", vocab_size=vocab_size)
-
-
-def make_arms(model: VisionLanguageModel, elastic: Sequence[Mapping[str, Any]]) -> list[Arm]:
-    """The (compressor, budget) pairs to train at; see `TrainConfig.elastic`."""
-    if not elastic:
-        return [Arm(model)]
-    arms = []
-    for i, entry in enumerate(elastic):
-        options = dict(entry)
-        for name in ("name", "budget"):
-            if name not in options:
-                raise UserError(f"train.elastic[{i}].{name}: missing", fix="set it in the config")
-        weight = options.pop("weight", 1.0)
-        if not weight > 0:
-            raise UserError(f"train.elastic[{i}].weight: {weight}", allowed="above 0")
-        start = options.pop("start", 0.0)
-        if not 0 <= start < 1:
-            raise UserError(f"train.elastic[{i}].start: {start}", allowed="0 up to below 1")
-        arms.append(Arm(model.with_compressor(**options), float(weight), float(start)))
-    if all(arm.start > 0 for arm in arms):
-        raise UserError(
-            "train.elastic: no entry starts at 0", fix="leave out start for one of them"
-        )
-    return arms
-
-
-def draw_arm(arms: Sequence[Arm], seed: int, step: int, steps: int) -> int:
-    """The index of the arm of a step: a function of its arguments, so a resumed run draws alike."""
-    weights = np.array([arm.weight if step > arm.start * steps else 0.0 for arm in arms])
-    return int(np.random.default_rng((seed, step)).choice(len(arms), p=weights / weights.sum()))
 
 
 def read_config(config: Mapping[str, Any]) -> tuple[TrainConfig, DataConfig, OptimizerConfig]:
@@ -340,59 +292,6 @@ def train(
         "compilations": compilations,
     }
     return Trained(model, state.get("ema", state["params"]), pipeline, summary)
-
-
-def initialise(
-    arms: Sequence[Arm], batch: Mapping[str, Any], settings: TrainConfig, optimizer: OptimizerConfig
-) -> tuple[steps.State, Any]:
-    """A fresh state that serves all arms, and the optimizer.
-
-    Args:
-      arms: the models; their parameters are created once per compressor, not per budget.
-      batch: anything with the shapes of a batch.
-      settings, optimizer: of the run.
-    """
-    distinct = {
-        tuple(
-            sorted((k, str(v)) for k, v in arm.model.compressor.items() if k != "budget")
-        ): arm.model
-        for arm in arms
-    }
-    boxed = steps.init_params(list(distinct.values()), batch, settings.seed)
-    tx = make_optimizer(optimizer, settings.steps, boxed)
-    return steps.init_state(boxed, tx, ema=settings.ema is not None), tx
-
-
-def start_from(state: steps.State, workdir: Path) -> steps.State:
-    """A fresh state with the newest parameters of another run."""
-    params = load_params(workdir, state["params"])
-    average = {"ema": jax.tree.map(jnp.copy, params)} if "ema" in state else {}
-    return {**state, "params": params, **average}
-
-
-def load_params(workdir: Path, like: Any, name: str = "params") -> Any:
-    """The newest parameters of a run.
-
-    Args:
-      workdir: of that run.
-      like: parameters, or their shapes, of the same structure.
-      name: "params", or "ema" for their average.
-
-    Raises:
-      UserError: no checkpoint, or other shapes.
-    """
-    folder = workdir / "checkpoints"
-    if not folder.is_dir():
-        raise UserError(
-            f"--workdir={workdir}: no checkpoints there", fix="train first: efficient-vlm train ..."
-        )
-    with Checkpoints(folder, read_only=True) as checkpoints:
-        restored = checkpoints.restore_latest({name: like}, subset=True)
-    if restored is None:
-        raise UserError(
-            f"--workdir={workdir}: no checkpoint yet", fix="train first: efficient-vlm train ..."
-        )
-    return restored[1][name]
 
 
 def restore(config: Mapping[str, Any], workdir: Path, pipeline: Pipeline) -> Trained:

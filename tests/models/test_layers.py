@@ -127,7 +127,9 @@ def test_moe_by_hand(top_k, shared, normalize):
         logits = token @ p["router"]["kernel"]
         probabilities = softmax(logits)
         best = np.argsort(-probabilities)[:top_k]
-        weights = probabilities[best] / (probabilities[best].sum() if normalize and top_k > 1 else 1)
+        weights = probabilities[best] / (
+            probabilities[best].sum() if normalize and top_k > 1 else 1
+        )
         for w, e in zip(weights, best, strict=True):
             hidden = silu(token @ p["gate"][e]) * (token @ p["up"][e])
             expected[b, t] += w * hidden @ p["down"][e]

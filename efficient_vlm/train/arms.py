@@ -1,0 +1,62 @@
+"""The (compressor, budget) pairs that training steps are drawn from: elastic training."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from efficient_vlm import config as configs
+from efficient_vlm.errors import UserError
+from efficient_vlm.models.build import construct
+from efficient_vlm.models.vlm import VisionLanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One (compressor, budget) that steps are drawn from."""
+
+    model: VisionLanguageModel
+    weight: float = 1.0
+    start: float = 0.0
+
+    @property
+    def label(self) -> str:
+        """name@budget."""
+        return f"{self.model.compressor['name']}@{self.model.compressor['budget']}"
+
+
+def make_model(config: Mapping[str, Any], vocab_size: int) -> VisionLanguageModel:
+    """The model of a config's "model" section."""
+    fields = configs.section(config, "model")
+    return construct(VisionLanguageModel, fields, "model", vocab_size=vocab_size)
+
+
+def make_arms(model: VisionLanguageModel, elastic: Sequence[Mapping[str, Any]]) -> list[Arm]:
+    """The (compressor, budget) pairs to train at; see `TrainConfig.elastic`."""
+    if not elastic:
+        return [Arm(model)]
+    arms = []
+    for i, entry in enumerate(elastic):
+        options = dict(entry)
+        for name in ("name", "budget"):
+            if name not in options:
+                raise UserError(f"train.elastic[{i}].{name}: missing", fix="set it in the config")
+        weight = options.pop("weight", 1.0)
+        if not weight > 0:
+            raise UserError(f"train.elastic[{i}].weight: {weight}", allowed="above 0")
+        start = options.pop("start", 0.0)
+        if not 0 <= start < 1:
+            raise UserError(f"train.elastic[{i}].start: {start}", allowed="0 up to below 1")
+        arms.append(Arm(model.with_compressor(**options), float(weight), float(start)))
+    if all(arm.start > 0 for arm in arms):
+        raise UserError(
+            "train.elastic: no entry starts at 0", fix="leave out start for one of them"
+        )
+    return arms
+
+
+def draw_arm(arms: Sequence[Arm], seed: int, step: int, steps: int) -> int:
+    """The index of the arm of a step: a function of its arguments, so a resumed run draws alike."""
+    weights = np.array([arm.weight if step > arm.start * steps else 0.0 for arm in arms])
+    return int(np.random.default_rng((seed, step)).choice(len(arms), p=weights / weights.sum()))

@@ -61,7 +61,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         ),
     )
     config.train = dict(
-        steps=1_900,
+        steps=1_400,
         seed=0,
         # Smaller budgets join when the full one has learned what to look at.
         elastic=[

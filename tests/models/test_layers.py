@@ -160,3 +160,20 @@ def test_moe_gradients_reach_every_parameter(top_k):
     grads = jax.grad(lambda p: (layer.apply(p, x, valid)[0] ** 2).sum())(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         assert float(jnp.abs(leaf).max()) > 0, path
+
+
+def test_attention_rows_by_hand():
+    rng = np.random.default_rng(0)
+    q, k = rng.normal(size=(2, 5, 4, 8)), rng.normal(size=(2, 6, 2, 8))
+    index = np.array([[0, 4, 4], [2, 1, 3]])
+    mask = rng.random((2, 4)) < 0.7
+    mask[:, 0] = True
+    ours = layers.attention_rows(
+        jnp.asarray(q, jnp.float32), jnp.asarray(k, jnp.float32), index, jnp.asarray(mask), 0.5
+    )
+    for b, r in np.ndindex(2, 3):
+        rows = []
+        for head in range(4):
+            logits = 0.5 * k[b, :4, head // 2] @ q[b, index[b, r], head]
+            rows.append(softmax(np.where(mask[b], logits, -np.inf)))
+        np.testing.assert_allclose(ours[b, r], np.mean(rows, axis=0), atol=1e-6)

@@ -311,3 +311,44 @@ def test_wrong_fields_are_named(make_model):
         make_model(decoder=dict(position_policy="keep")).make_decoder().init(
             jax.random.key(0), jnp.zeros(1, jnp.int32), method="embed"
         )
+
+
+def test_selector_learns_from_the_decoder_and_teaches_it_nothing(
+    make_model, make_batch, init, inputs
+):
+    """KL of teacher and student by hand; its gradient reaches the selector's parameters alone."""
+    model, batch = make_model("text_topk", 16, moe=MOE), make_batch(images=2)
+    batch["image_mask"][0, 1] = False
+    batch["lengths"][1, 1] = batch["prompt_lengths"][1, 1] = 0
+    params = init(model, batch)
+
+    def selector(p):
+        total, count = model.apply({"params": p}, **inputs(batch)).stats["selector"]
+        return total / count, count
+
+    (value, count), grads = jax.value_and_grad(selector, has_aux=True)(params)
+    assert count == 5
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        inside = path[0].key == "reduce"
+        assert (np.abs(leaf).max() > 0) == inside, path
+    # A step against the gradient brings the scores nearer to the attention.
+    nearer = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+    assert 0 < selector(nearer)[0] < value
+
+    def parts(m):
+        patches, _ = m.encode(batch["images"], batch["image_mask"])
+        text = m.instruction(batch["tokens"], batch["prompt_lengths"])
+        uniform = jnp.ones((2, 3, 2, 32)) / 32
+        asked = jnp.ones((3, 2), bool)
+        loss = m.selector_loss(patches, text, uniform, asked, m.layout(batch["images"]))
+        return loss, m.reduce.scores(patches, jnp.repeat(text, 2, axis=0))
+
+    (total, _), scores = model.apply({"params": params}, method=parts)
+    scores = np.asarray(scores, np.float64).reshape(3, 2, 2, 16)
+    expected = 0.0
+    for b, q in np.ndindex(3, 2):
+        real = [m for m in range(2) if batch["image_mask"][b, m]]
+        row = np.concatenate([scores[b, m, q] for m in real])
+        student = np.exp(row) / np.exp(row).sum()
+        expected += np.sum(1 / 32 * (np.log(1 / 32) - np.log(student)))
+    assert float(total) == pytest.approx(expected, rel=1e-4)

@@ -159,7 +159,7 @@ def make_train(
 
 
 def make_tokenizer(
-    config: DataConfig, source: Source, workdir: str | Path | None = None
+    config: DataConfig, source: Source | None, workdir: str | Path | None = None
 ) -> Tokenizer:
     """The tokenizer of `config`; what is trained on the data is kept in `workdir`."""
     from efficient_vlm.data import questions, tokenizer
@@ -175,6 +175,16 @@ def make_tokenizer(
     if path:
         trained.save(path)
     return trained
+
+
+def preview(config: DataConfig) -> tuple[transforms.Spec, Tokenizer] | None:
+    """Shapes and tokenizer of `make_train`'s batches where they are known without the data.
+
+    A program can then be compiled while the data are being built.
+    """
+    if config.source != "token_bench":
+        return None
+    return make_spec(config, config.tasks), make_tokenizer(config, None)
 
 
 def make_spec(config: DataConfig, tasks: tuple[str, ...]) -> transforms.Spec:

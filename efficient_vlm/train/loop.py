@@ -1,5 +1,6 @@
 """The one training loop. Order of every step: save, next batch, update, log."""
 
+import concurrent.futures
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from flax import linen as nn
 from efficient_vlm import config as configs
 from efficient_vlm.data import transforms
 from efficient_vlm.data.config import DataConfig
-from efficient_vlm.data.pipeline import Pipeline, check_fingerprint, make_train
+from efficient_vlm.data.pipeline import Pipeline, check_fingerprint, make_train, preview
 from efficient_vlm.errors import UserError
 from efficient_vlm.models.build import construct
 from efficient_vlm.models.vlm import VisionLanguageModel
@@ -141,14 +142,37 @@ def train(
     start_time = time.monotonic()
     settings, data_config, optimizer = read_config(config)
     say("Data: opening (the first run builds it) ...")
-    pipeline = make_train(data_config, workdir=workdir)
+    with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="data") as pool:
+        opening = pool.submit(make_train, data_config, workdir=workdir)
+        # Meanwhile the model is made and its first program compiled. Nothing is said before the
+        # data are there: while they are built, standard output is closed.
+        known = preview(data_config)
+        if known is None:
+            known = opening.result().spec, opening.result().tokenizer
+        spec, tokenizer = known
+        model = make_model(config, tokenizer.vocab_size)
+        arms = make_arms(model, settings.elastic)
+        example = transforms.empty(spec, tokenizer.pad_id)
+        shapes = transforms.stack([example] * data_config.batch_size)
+        state, tx = initialise(arms, shapes, settings, optimizer)
+        aux = {name: getattr(settings, name) for name in ("load_balance", "router_z", "selector")}
+        functions = [
+            steps.make_train_step(
+                arm.model,
+                tx,
+                seed=settings.seed,
+                accumulate=settings.accumulate,
+                aux=aux,
+                ema=settings.ema,
+            )
+            for arm in arms
+        ]
+        if not any((workdir / "checkpoints").glob("*")):
+            steps.warm_up(
+                functions[draw_arm(arms, settings.seed, 1, settings.steps)], state, shapes
+            )
+        pipeline = opening.result()
     say(f"Data: {len(pipeline.source)} training images, tasks {', '.join(pipeline.tasks)}")
-    model = make_model(config, pipeline.tokenizer.vocab_size)
-    arms = make_arms(model, settings.elastic)
-
-    example = transforms.empty(pipeline.spec, pipeline.tokenizer.pad_id)
-    shapes = transforms.stack([example] * data_config.batch_size)
-    state, tx = initialise(arms, shapes, settings, optimizer)
     count = sum(x.size for x in jax.tree.leaves(state["params"]))
     say(f"Model: {count:,} parameters, trained at {', '.join(arm.label for arm in arms)}")
 
@@ -187,18 +211,6 @@ def train(
             say(f"Starting from the parameters of {settings.init_from}")
         writer.truncate_after(first)
 
-        aux = {name: getattr(settings, name) for name in ("load_balance", "router_z", "selector")}
-        functions = [
-            steps.make_train_step(
-                arm.model,
-                tx,
-                seed=settings.seed,
-                accumulate=settings.accumulate,
-                aux=aux,
-                ema=settings.ema,
-            )
-            for arm in arms
-        ]
         rate = schedule(optimizer, settings.steps, optimizer.learning_rate)
 
         def save(step: int, *, wait: bool = False) -> None:

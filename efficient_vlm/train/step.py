@@ -161,3 +161,14 @@ def make_train_step(
         return new, {**scalars, "grad_norm": norm, "ok": ok}
 
     return jax.jit(step, donate_argnums=0)
+
+
+def warm_up(step: Callable[..., Any], state: State, batch: Mapping[str, Any]) -> None:
+    """Compiles a step, and leaves the state as it is.
+
+    Args:
+      step: from `make_train_step`.
+      state: copied, because a step takes what it is given.
+      batch: of the right shapes; an empty one will do.
+    """
+    jax.block_until_ready(step(jax.tree.map(jnp.copy, state), batch))

@@ -11,6 +11,7 @@ import pytest
 
 from efficient_vlm.data import DataConfig, check_fingerprint, make_eval, make_train
 from efficient_vlm.data.config import validate
+from efficient_vlm.data.pipeline import preview
 from efficient_vlm.errors import UserError
 
 
@@ -56,6 +57,15 @@ def test_batch_is_as_agreed(small):
             positions = np.arange(length)
             target = (positions >= split) & (positions < batch["lengths"][b, q])
             np.testing.assert_array_equal(batch["loss_mask"][b, q], target)
+
+
+def test_preview_is_what_the_pipeline_has(small):
+    """Programs are compiled for it while the data are built."""
+    spec, tokenizer = preview(small)
+    pipeline = make_train(small)
+    assert spec == pipeline.spec
+    assert tokenizer.fingerprint == pipeline.tokenizer.fingerprint
+    assert preview(DataConfig(source="llava_json", path="my.json")) is None
 
 
 def test_every_image_once_an_epoch_with_other_questions(small):

@@ -70,8 +70,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             dict(name="text_topk", budget=4, weight=0.15, start=0.6),
             dict(name="text_topk", budget=1, weight=0.1, start=0.6),
         ],
-        optimizer=dict(name="muon", learning_rate=1e-2, adam_learning_rate=3e-3, warmup_steps=100),
-        checkpoint_every=400,
+        optimizer=dict(name="muon", learning_rate=1e-2, schedule="wsd", warmup_steps=50),
+        checkpoint_every=250,
     )
     config.eval = dict(
         images=256,

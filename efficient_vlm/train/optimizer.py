@@ -26,7 +26,9 @@ class OptimizerConfig:
       name: "muon" (matrices by Muon, all else by Adam; Nesterov momentum in both) or "adamw".
       learning_rate: peak, of the matrices with Muon.
       adam_learning_rate: peak of what AdamW updates beside Muon; None for `learning_rate`.
-      schedule: "cosine" (to 0), "linear" (to 0) or "constant", after a linear warm-up.
+      schedule: "cosine" (to 0), "linear" (to 0), "wsd" (constant, then linear to 0; arXiv
+        2404.06395) or "constant", after a linear warm-up.
+      decay_fraction: share of the run that the decay of "wsd" takes.
       warmup_steps: length of the warm-up.
       weight_decay: decoupled, times the learning rate; only for matrices (and stacks of them).
       clip_norm: largest global norm of the gradient; None for no clipping.
@@ -39,6 +41,7 @@ class OptimizerConfig:
     learning_rate: float = 1e-3
     adam_learning_rate: float | None = None
     schedule: str = "cosine"
+    decay_fraction: float = 0.4
     warmup_steps: int = 100
     weight_decay: float = 0.01
     clip_norm: float | None = 1.0
@@ -60,9 +63,15 @@ def schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Schedule
     """The learning rate at each step of a run of `steps`."""
     warmup = min(config.warmup_steps, max(steps - 1, 0))
     rest = max(steps - warmup, 1)
+    if not 0 < config.decay_fraction <= 1:
+        raise UserError(
+            f"train.optimizer.decay_fraction: {config.decay_fraction}", allowed="above 0, up to 1"
+        )
+    decay = min(rest, round(steps * config.decay_fraction))
     shapes = {
         "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
         "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
+        "wsd": lambda: optax.linear_schedule(peak, 0.0, decay, transition_begin=rest - decay),
         "constant": lambda: optax.constant_schedule(peak),
     }
     if config.schedule not in shapes:

@@ -63,11 +63,12 @@ def first_update(tree, grads=None, **fields):
 # ---- schedules ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "constant"])
 @pytest.mark.parametrize(("warmup", "steps"), [(10, 50), (0, 20), (100, 30)])
 def test_schedules_against_closed_forms(name, warmup, steps):
     peak = 0.3
     rate = schedule(config(schedule=name, warmup_steps=warmup), steps, peak)
+    decay = round(0.4 * steps)
     warm = min(warmup, steps - 1)  # A warm-up longer than the run still ends inside it.
     for step in range(steps + 5):
         if step < warm:
@@ -77,6 +78,7 @@ def test_schedules_against_closed_forms(name, warmup, steps):
             expected = {
                 "cosine": peak * 0.5 * (1 + math.cos(math.pi * done)),
                 "linear": peak * (1 - done),
+                "wsd": peak * min(1.0, (1 - done) * (steps - warm) / min(steps - warm, decay)),
                 "constant": peak,
             }[name]
         assert float(rate(step)) == pytest.approx(expected, abs=1e-6), (step, expected)

@@ -6,24 +6,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
 import pytest
+from tiny_models import DECODER, ENCODER, VOCAB, make_tiny_config
 
 from efficient_vlm import commands
 
 commands.enable_compilation_cache()
-
-DECODER = dict(
-    width=32,
-    num_heads=4,
-    num_kv_heads=2,
-    segments=[dict(layers=2)],
-    mlp_dim=48,
-    qk_norm=True,
-    qk_scale=2.0,
-    scan_unroll=2,
-)
-ENCODER = dict(image_size=32, patch_size=8, width=24, depth=2, num_heads=2, mlp_dim=32)
-MOE = dict(num_experts=4, top_k=2, expert_dim=16, shared_dim=8)
-VOCAB = 20
 
 
 @pytest.fixture(scope="session")
@@ -97,59 +84,6 @@ def data_dir(tmp_path_factory):
 def tiny_config(data_dir):
     """A whole config whose steps take milliseconds: 16 patches, one layer each, two arms."""
     return make_tiny_config(data_dir)
-
-
-def make_tiny_config(data_dir):
-    """Background colours are strong, so that "global" is learned in a hundred steps."""
-    import ml_collections
-
-    return ml_collections.ConfigDict(
-        dict(
-            data=dict(
-                source="token_bench",
-                dir=data_dir,
-                tasks=("needle", "global"),
-                image_size=32,
-                grid=4,
-                max_count=1,
-                tint=0.8,
-                noise=0.0,
-                batch_size=8,
-                questions_per_image=2,
-                train_images=192,
-                test_images=64,
-            ),
-            model=dict(
-                encoder=dict(
-                    image_size=32, patch_size=8, width=16, depth=1, num_heads=2, mlp_dim=32
-                ),
-                compressor=dict(name="none", budget=16),
-                decoder=dict(
-                    width=16,
-                    num_heads=2,
-                    segments=[dict(layers=1)],
-                    mlp_dim=32,
-                    moe=dict(num_experts=2, top_k=1, expert_dim=16),
-                ),
-            ),
-            train=dict(
-                steps=6,
-                seed=0,
-                elastic=[dict(name="none", budget=16), dict(name="random", budget=4)],
-                optimizer=dict(name="adamw", learning_rate=1e-2, warmup_steps=2),
-                checkpoint_every=2,
-                log_every=1,
-            ),
-            eval=dict(
-                images=16,
-                batch_size=16,
-                new_tokens=2,
-                seeds=2,
-                map_questions=2,
-                methods=[dict(name="none", budgets=[16]), dict(name="random", budgets=[4])],
-            ),
-        )
-    )
 
 
 @pytest.fixture(scope="session")

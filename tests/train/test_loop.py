@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from tiny_models import make_tiny_config
 
 from efficient_vlm import commands
 from efficient_vlm import config as configs
@@ -49,8 +50,6 @@ def stop_in(monkeypatch, step, exit_code=143):
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory, data_dir):
     """(workdir, trained) of six steps without interruption."""
-    from conftest import make_tiny_config
-
     workdir = tmp_path_factory.mktemp("loop") / "reference"
     return workdir, run(make_tiny_config(data_dir), workdir)[0]
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import MOE
 from flax import linen as nn
+from tiny_models import MOE
 
 from efficient_vlm.errors import UserError
 from efficient_vlm.models.build import construct

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import MOE
+from tiny_models import MOE
 
 from efficient_vlm.train import step as steps
 from efficient_vlm.train.losses import ratio, token_cross_entropy

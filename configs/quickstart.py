@@ -61,16 +61,22 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         ),
     )
     config.train = dict(
-        steps=1_400,
+        steps=1_550,
         seed=0,
         # Smaller budgets join when the full one has learned what to look at.
         elastic=[
             dict(name="text_topk", budget=64, weight=0.5),
-            dict(name="text_topk", budget=16, weight=0.25, start=0.6),
-            dict(name="text_topk", budget=4, weight=0.15, start=0.6),
-            dict(name="text_topk", budget=1, weight=0.1, start=0.6),
+            dict(name="text_topk", budget=16, weight=0.25, start=0.74),
+            dict(name="text_topk", budget=4, weight=0.15, start=0.74),
+            dict(name="text_topk", budget=1, weight=0.1, start=0.74),
         ],
-        optimizer=dict(name="muon", learning_rate=1e-2, schedule="wsd", warmup_steps=50),
+        optimizer=dict(
+            name="muon",
+            learning_rate=1e-2,
+            adam_learning_rate=3e-3,
+            warmup_steps=100,
+            decay_steps=1_900,
+        ),
         checkpoint_every=250,
     )
     config.eval = dict(

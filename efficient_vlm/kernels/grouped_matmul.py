@@ -30,7 +30,9 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> ja
       [M, N] in the dtype of `lhs`; products are accumulated in float32. Differentiable in `lhs`
       and `rhs`.
     """
-    return _grouped_matmul(lhs, rhs, group_sizes.astype(jnp.int32))
+    # NumPy arrays, too: inside a loop they could not be indexed by a traced block number.
+    sizes = jnp.asarray(group_sizes, jnp.int32)
+    return _grouped_matmul(jnp.asarray(lhs), jnp.asarray(rhs), sizes)
 
 
 def grouped_matmul_reference(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:

@@ -28,6 +28,8 @@ class OptimizerConfig:
       adam_learning_rate: peak of what AdamW updates beside Muon; None for `learning_rate`.
       schedule: "cosine" (to 0), "linear" (to 0), "wsd" (constant, then linear to 0; arXiv
         2404.06395) or "constant", after a linear warm-up.
+      decay_steps: steps that "cosine" and "linear" take to reach 0; None for the whole run. More
+        than the run has leaves a rate above 0 at its end.
       decay_fraction: share of the run that the decay of "wsd" takes.
       warmup_steps: length of the warm-up.
       weight_decay: decoupled, times the learning rate; only for matrices (and stacks of them).
@@ -41,6 +43,7 @@ class OptimizerConfig:
     learning_rate: float = 1e-3
     adam_learning_rate: float | None = None
     schedule: str = "cosine"
+    decay_steps: int | None = None
     decay_fraction: float = 0.4
     warmup_steps: int = 100
     weight_decay: float = 0.01
@@ -67,10 +70,13 @@ def schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Schedule
         raise UserError(
             f"train.optimizer.decay_fraction: {config.decay_fraction}", allowed="above 0, up to 1"
         )
+    if config.decay_steps is not None and config.decay_steps < 1:
+        raise UserError(f"train.optimizer.decay_steps: {config.decay_steps}", allowed="1 or more")
+    span = max((config.decay_steps or steps) - warmup, 1)
     decay = min(rest, round(steps * config.decay_fraction))
     shapes = {
-        "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
-        "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, span),
+        "linear": lambda: optax.linear_schedule(peak, 0.0, span),
         "wsd": lambda: optax.linear_schedule(peak, 0.0, decay, transition_begin=rest - decay),
         "constant": lambda: optax.constant_schedule(peak),
     }

@@ -48,7 +48,7 @@ def forms():
 def test_forward(form, sizes):
     lhs, rhs, sizes = case(sizes)
     np.testing.assert_allclose(
-        form(lhs, rhs, jnp.asarray(sizes)), by_hand(lhs, rhs, sizes), atol=1e-5
+        form(*map(jnp.asarray, (lhs, rhs, sizes))), by_hand(lhs, rhs, sizes), atol=1e-5
     )
 
 

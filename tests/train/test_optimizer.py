@@ -84,6 +84,13 @@ def test_schedules_against_closed_forms(name, warmup, steps):
         assert float(rate(step)) == pytest.approx(expected, abs=1e-6), (step, expected)
 
 
+def test_decay_may_take_longer_than_the_run():
+    """It is then the beginning of a longer run's schedule."""
+    short = schedule(config(schedule="cosine", warmup_steps=5, decay_steps=40), 20, 0.3)
+    long = schedule(config(schedule="cosine", warmup_steps=5), 40, 0.3)
+    assert [float(short(i)) for i in range(20)] == [float(long(i)) for i in range(20)]
+
+
 def test_a_run_of_one_step_learns():
     """With nothing but a warm-up the only step would have a rate of 0."""
     assert float(schedule(config(schedule="cosine", warmup_steps=100), 1, 0.5)(0)) == 0.5

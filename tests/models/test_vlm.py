@@ -11,6 +11,7 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.inference.generate import generate
 from efficient_vlm.models.decoder import Decoder
 from efficient_vlm.models.vit import ViT
+from efficient_vlm.models.vit import _resample as resample
 from efficient_vlm.train.losses import ratio, token_cross_entropy
 
 SHORTER = [dict(layers=1), dict(layers=1, compressor=dict(name="stride", budget=4))]
@@ -285,23 +286,16 @@ def test_encoder_intermediates():
 
 @pytest.mark.parametrize("position", ["factorised", "learned"])
 def test_encoder_takes_other_image_sizes(position):
-    """Half the resolution: each position is the mean of those it covers, for linear tables."""
+    """Position tables are resampled to the grid of the image at hand."""
     fields = dict(image_size=32, patch_size=8, width=8, depth=1, num_heads=2, mlp_dim=8)
     vit = ViT(**fields, position=position)
     params = nn.unbox(vit.init(jax.random.key(1), jnp.zeros((1, 32, 32, 3), jnp.uint8)))
-    ramp = jnp.arange(4.0)
-    tables = params["params"]
-    if position == "factorised":
-        tables["row_position"] = jnp.tile(ramp[:, None], (1, 8))
-        tables["column_position"] = jnp.zeros((4, 8))
-    else:
-        tables["position"] = jnp.tile(ramp[:, None, None], (1, 4, 8))
-    small = vit.apply(params, (16, 16), method=lambda m, size: m._positions(size))
-    assert small.shape == (4, 8)
-    # Antialiasing weighs neighbours too; symmetric about the middle, rising with the row.
-    rows = np.asarray(small)[:, 0].reshape(2, 2)[:, 0]
+    assert vit.apply(params, jnp.zeros((1, 16, 16, 3), jnp.uint8))[0].shape == (1, 4, 8)
+    assert vit.apply(params, jnp.zeros((1, 16, 48, 3), jnp.uint8))[0].shape == (1, 12, 8)
+    # A rising table of four rows read at two: symmetric about the middle, and still rising.
+    rows = np.asarray(resample(jnp.tile(jnp.arange(4.0)[:, None], (1, 8)), 0, 2))[:, 0]
     assert rows.sum() == pytest.approx(3.0, abs=1e-5)
-    assert rows[1] > rows[0]
+    assert 0.3 < rows[0] < 1 < 2 < rows[1] < 2.7
 
 
 def test_wrong_fields_are_named(make_model):

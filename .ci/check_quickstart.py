@@ -1,6 +1,7 @@
 """Holds the quickstart's results.json against what the README promises."""
 
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -13,12 +14,23 @@ LEAST = {
     ("text_topk", 16, "needle"): 0.85,
 }
 MOST_SECONDS = 300
+MOST_WAIT = 0.05  # Share of a step spent waiting for data.
 
-results = json.loads(Path(sys.argv[1]).read_text())
+path = Path(sys.argv[1])
+results = json.loads(path.read_text())
 found = {(r["compressor"], r["budget"], r["task"]): r["accuracy"] for r in results["eval"]}
 wrong = [f"{key}: {found[key]} < {least}" for key, least in LEAST.items() if found[key] < least]
 compiled = {k: n for k, n in results["train"]["compilations"].items() if n != 1}
 wrong += [f"{k} was compiled {n} times" for k, n in compiled.items()]
+lines = [json.loads(line) for line in path.with_name("metrics.jsonl").read_text().splitlines()]
+wait = statistics.median(row["data_wait_fraction"] for row in lines if row["split"] == "train")
+print(f"data wait: {100 * wait:.2f} % of a step")
+if wait > MOST_WAIT:
+    wrong.append(f"data wait: {wait} > {MOST_WAIT}")
+for row in results["controls"]:
+    # Chance is at most 1 in 7: ten digits, counts, eight rows or columns, colours of a skewed draw.
+    if row["ci95"][0] > 0.2:
+        wrong.append(f"control {row['control']}, {row['task']}: {row['accuracy']} is above chance")
 for key, least in LEAST.items():
     print(f"{key}: {found[key]:.3f}, at least {least}")
 print(f"training: {results['train']['seconds']} s")

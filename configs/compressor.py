@@ -11,7 +11,9 @@ import quickstart
 
 def get_config(arg: str = "average_pool,16") -> ml_collections.ConfigDict:
     """Args: arg: NAME,BUDGET, then words of the quickstart."""
-    name, budget, *words = (arg or "average_pool,16").split(",")
+    name, budget, *words = [*(arg or "average_pool,16").split(","), ""]
+    if not budget.isdigit():
+        raise ValueError(f"compressor takes NAME,BUDGET such as average_pool,16, not {arg!r}")
     config = quickstart.get_config(",".join(words))
     config.model.compressor = dict(name=name, budget=int(budget))
     config.train.elastic = []

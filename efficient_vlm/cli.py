@@ -100,6 +100,8 @@ def run(argv: Sequence[str]) -> int:
         raise unknown("verb", argv[0], VERBS)
     args, rest = parser.parse_known_args(argv)
     overrides = _split_overrides(rest)
+    if args.verb is None:
+        raise UserError("no verb given", allowed=", ".join(VERBS), fix="see efficient-vlm --help")
     if overrides and "config" not in args:
         raise UserError(
             f"--config.{overrides[0]}: {args.verb} takes no config",

@@ -17,6 +17,19 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.models.build import construct
 
 RESULTS = "results.json"
+# Fields that change neither the model, nor the data, nor their order.
+MAY_CHANGE = (
+    "data.allow_data_change",
+    "data.cache_mb",
+    "data.dir",
+    "data.num_threads",
+    "data.prefetch",
+    "train.keep",
+    "train.keep_every",
+    "train.log_every",
+    "train.save_failures",
+    "train.tensorboard",
+)
 
 
 def fit(
@@ -65,7 +78,7 @@ def fit(
     others = [variant for name, variant in others.items() if name not in names]
     check_trained(others, parameter_shapes(init_shapes(trained_at[0])))
     with guards.WorkdirLock(workdir), guards.StopSignal() as stop:
-        new = guards.check_workdir_config(workdir, plain)
+        new = guards.check_workdir_config(workdir, plain, ignore=MAY_CHANGE)
         say(f"Workdir: {workdir}")
         try:
             try:
@@ -224,8 +237,31 @@ def _evaluate(trained, config, evaluation, workdir, say, check_stop, control=Non
         say=say,
         check_stop=check_stop,
     )
+    if workdir is not None:
+        results["controls"] = _controls(trained, test, evaluation, check_stop)
     say(f"Evaluation: {time.monotonic() - start:.1f} s")
     return results
+
+
+def _controls(trained, test, evaluation, check_stop) -> list[dict[str, Any]]:
+    """The first method on blank images and on shuffled answers: both must fall to chance."""
+    from efficient_vlm.audit.evaluate import CONTROLS, evaluate, settings_of
+
+    first = dict(settings_of(evaluation, trained.model)[0].compressor)
+    methods = [{**first, "budgets": [first.pop("budget")]}]
+    rows = []
+    for control in CONTROLS:
+        found = evaluate(
+            trained.model,
+            trained.params,
+            test,
+            dataclasses.replace(evaluation, methods=methods, seeds=1),
+            control=control,
+            say=lambda line: None,
+            check_stop=check_stop,
+        )
+        rows += [{"control": control, **row} for row in found["eval"]]
+    return rows
 
 
 def environment() -> dict[str, str]:

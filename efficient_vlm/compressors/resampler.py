@@ -71,10 +71,10 @@ class Resampler(Compressor):
         matrix, square = nn.initializers.lecun_normal(), (width, width)
         normal = nn.initializers.normal(1.0)
         queries = param("queries", normal, ("queries", "embed"), (self.num_queries, width))
-        query_kernel = param("query", matrix, ("embed", "heads"), square)
-        key_kernel = param("key", matrix, ("embed", "heads"), square)
-        value_kernel = param("value", matrix, ("embed", "heads"), square)
-        out_kernel = param("out", matrix, ("heads", "embed"), square)
+        query_kernel = param("resampler_query", matrix, ("embed", "heads"), square)
+        key_kernel = param("resampler_key", matrix, ("embed", "heads"), square)
+        value_kernel = param("resampler_value", matrix, ("embed", "heads"), square)
+        out_kernel = param("resampler_out", matrix, ("heads", "embed"), square)
         if self.budget == num_tokens:
             return tokens
 

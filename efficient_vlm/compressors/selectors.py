@@ -82,8 +82,8 @@ class TextTopK(Compressor):
     * "straight_through": the bias is exactly 0 and has the gradient of the score.
     * "none": no bias and no gradient (for a scorer that is taught, or frozen).
 
-    At the full budget "add" acts as "straight_through": the tokens are unchanged in value, and a
-    full-budget step of elastic training still trains the scorer.
+    At the full budget "add" acts as "straight_through": the tokens are unchanged in value. (Where
+    several questions are packed behind one copy of the tokens the model leaves this bias out.)
 
     Attributes:
       bias: see above.

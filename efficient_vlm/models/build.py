@@ -42,3 +42,13 @@ def frozen(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(frozen(item) for item in value)
     return value
+
+
+def check_positive(where: str, module: Any, names: tuple[str, ...]) -> None:
+    """Raises UserError unless these fields of `module` are whole numbers above 0 (or None)."""
+    for name in names:
+        value = getattr(module, name)
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int) or value < 1
+        ):
+            raise UserError(f"{where}.{name}: {value!r}", allowed="a whole number above 0")

@@ -19,7 +19,7 @@ _NEGATIVE = -1e30  # finite, so that a row with no live key gives a mean and nev
 
 
 def logical(init, *axes: str | None):
-    """`init` with logical axis names attached, for `sharding.py` to map onto a mesh."""
+    """`init` with logical axis names attached, for rules to map onto a mesh."""
     return nn.with_logical_partitioning(init, axes)
 
 

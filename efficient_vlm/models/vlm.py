@@ -14,7 +14,7 @@ from efficient_vlm.compressors import Signals, VisualTokens
 from efficient_vlm.compressors.methods import METHODS
 from efficient_vlm.errors import UserError
 from efficient_vlm.inference.cache import KVCache
-from efficient_vlm.models.build import construct, frozen
+from efficient_vlm.models.build import check_positive, construct, frozen
 from efficient_vlm.models.decoder import Decoder
 from efficient_vlm.models.layers import PADDING_SEGMENT, Dtype, Linear
 from efficient_vlm.models.vit import ViT
@@ -81,6 +81,12 @@ class VisionLanguageModel(nn.Module):
     def __post_init__(self):
         for name in ("encoder", "compressor", "decoder", "connector"):
             object.__setattr__(self, name, frozen(getattr(self, name)))
+        try:
+            jnp.dtype(self.dtype)
+        except TypeError:
+            raise UserError(
+                f"model.dtype: {self.dtype!r}", allowed="float32, bfloat16, float16"
+            ) from None
         super().__post_init__()
 
     def setup(self):
@@ -97,12 +103,25 @@ class VisionLanguageModel(nn.Module):
 
     def make_encoder(self) -> ViT:
         """The encoder of this configuration, unbound."""
-        return construct(ViT, self.encoder, "model.encoder", dtype=self.dtype, parent=None)
+        vit = construct(ViT, self.encoder, "model.encoder", dtype=self.dtype, parent=None)
+        names = ("patch_size", "width", "depth", "num_heads", "mlp_dim", "stem_dim")
+        check_positive("model.encoder", vit, names)
+        return vit
 
     def make_decoder(self) -> Decoder:
         """The decoder of this configuration, unbound."""
         fields = {"vocab_size": self.vocab_size, "dtype": self.dtype, "parent": None}
-        return construct(Decoder, self.decoder, "model.decoder", **fields)
+        decoder = construct(Decoder, self.decoder, "model.decoder", **fields)
+        names = ("width", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
+        check_positive("model.decoder", decoder, names)
+        for i, segment in enumerate(decoder.segments):
+            layers = segment.get("layers")
+            if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
+                raise UserError(
+                    f"model.decoder.segments[{i}].layers: {layers!r}",
+                    allowed="a whole number above 0",
+                )
+        return decoder
 
     def make_compressor(self) -> nn.Module:
         """The compressor of this configuration, unbound."""

@@ -43,10 +43,10 @@ def make_arms(model: VisionLanguageModel, elastic: Sequence[Mapping[str, Any]]) 
             if name not in options:
                 raise UserError(f"train.elastic[{i}].{name}: missing", fix="set it in the config")
         weight = options.pop("weight", 1.0)
-        if not weight > 0:
+        if isinstance(weight, str) or not weight > 0:
             raise UserError(f"train.elastic[{i}].weight: {weight}", allowed="above 0")
         start = options.pop("start", 0.0)
-        if not 0 <= start < 1:
+        if isinstance(start, str) or not 0 <= start < 1:
             raise UserError(f"train.elastic[{i}].start: {start}", allowed="0 up to below 1")
         arms.append(Arm(model.with_compressor(**options), float(weight), float(start)))
     if all(arm.start > 0 for arm in arms):

@@ -163,8 +163,8 @@ class TrainingDiverged(UserError):
         super().__init__(
             f"training diverged: loss or gradient not finite for {limit} steps in a row, up to "
             f"step {step} (records {shown or 'unknown'}{where})",
-            fix="lower the learning rate, clip gradients or look at the batch; "
-            + (f"re-running resumes from step {last}" if last is not None else "no checkpoint yet"),
+            fix="look at the batch, or lower the learning rate in a new --workdir"
+            + (f" with train.init_from (step {last} is saved)" if last is not None else ""),
         )
         self.step, self.records = step, records
 

@@ -15,7 +15,7 @@ from efficient_vlm import config as configs
 from efficient_vlm.data import transforms
 from efficient_vlm.data.config import DataConfig
 from efficient_vlm.data.pipeline import Pipeline, check_fingerprint, make_train, preview
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.models.build import construct
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.train import step as steps
@@ -24,7 +24,7 @@ from efficient_vlm.train.checkpoint import Checkpoints, NonFiniteState, SaveFail
 from efficient_vlm.train.guards import NonFiniteGuard, StopSignal
 from efficient_vlm.train.leaves import state_sha256
 from efficient_vlm.train.metrics import MetricsWriter
-from efficient_vlm.train.optimizer import OptimizerConfig, schedule
+from efficient_vlm.train.optimizer import OPTIMIZERS, OptimizerConfig, schedule
 from efficient_vlm.train.parameters import initialise, load_params, start_from
 from efficient_vlm.train.progress import Progress
 
@@ -73,7 +73,7 @@ class TrainConfig:
     init_from: str | None = None
 
     def __post_init__(self):
-        for name in ("steps", "accumulate", "checkpoint_every", "log_every"):
+        for name in ("steps", "accumulate", "checkpoint_every", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name}: {getattr(self, name)}", allowed="1 or more")
 
@@ -117,6 +117,16 @@ def read_config(config: Mapping[str, Any]) -> tuple[TrainConfig, DataConfig, Opt
     for each in (model, *(arm.model for arm in make_arms(model, settings.elastic))):
         each.make_compressor()
         each.make_decoder()
+    schedule(optimizer, settings.steps, optimizer.learning_rate)
+    if optimizer.name not in OPTIMIZERS:
+        raise unknown("train.optimizer.name", optimizer.name, OPTIMIZERS)
+    size = model.make_encoder().image_size
+    if data_config.size != ((size, size) if isinstance(size, int) else tuple(size)):
+        raise UserError(
+            f"data.image_size: {data_config.image_size}",
+            allowed=f"model.encoder.image_size, {size}",
+            fix="set both to the same",
+        )
     return settings, data_config, optimizer
 
 
@@ -172,6 +182,8 @@ def train(
                 functions[draw_arm(arms, settings.seed, 1, settings.steps)], state, shapes
             )
         pipeline = opening.result()
+    if (pipeline.spec, pipeline.tokenizer.fingerprint) != (spec, tokenizer.fingerprint):
+        raise RuntimeError("the model was made for other batches than the data give")
     say(f"Data: {len(pipeline.source)} training images, tasks {', '.join(pipeline.tasks)}")
     count = sum(x.size for x in jax.tree.leaves(state["params"]))
     say(f"Model: {count:,} parameters, trained at {', '.join(arm.label for arm in arms)}")
@@ -235,7 +247,7 @@ def train(
             except NonFiniteState as error:
                 raise UserError(
                     f"step {step}: {error.path} is not finite, so no checkpoint was written",
-                    fix="lower train.optimizer.learning_rate; a new run resumes from the last one",
+                    fix="a new --workdir with train.init_from and a lower learning rate",
                 ) from None
 
         def log(step: int, arm: Arm, metrics: Mapping[str, Any], batch, timing) -> None:

@@ -12,6 +12,8 @@ from flax import linen as nn
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.models.build import construct
 
+OPTIMIZERS = ("adamw", "muon")
+
 # Axes along which a parameter is a stack of independent matrices.
 _STACKED = ("layers", "experts")
 # Tables are looked up row by row: they have no input and output side to orthogonalise.
@@ -73,7 +75,7 @@ def schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Schedule
     if config.decay_steps is not None and config.decay_steps < 1:
         raise UserError(f"train.optimizer.decay_steps: {config.decay_steps}", allowed="1 or more")
     span = max((config.decay_steps or steps) - warmup, 1)
-    decay = min(rest, round(steps * config.decay_fraction))
+    decay = min(rest, max(1, round(steps * config.decay_fraction)))
     shapes = {
         "cosine": lambda: optax.cosine_decay_schedule(peak, span),
         "linear": lambda: optax.linear_schedule(peak, 0.0, span),
@@ -134,7 +136,7 @@ def _update(config, steps, scale, axes) -> optax.GradientTransformation:
     if config.name == "adamw":
         return adamw
     if config.name != "muon":
-        raise unknown("train.optimizer.name", config.name, ("adamw", "muon"))
+        raise unknown("train.optimizer.name", config.name, OPTIMIZERS)
     peak = config.learning_rate if config.adam_learning_rate is None else config.adam_learning_rate
     return optax.contrib.muon(
         rate,

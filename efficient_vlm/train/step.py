@@ -10,6 +10,7 @@ import optax
 from flax import linen as nn
 
 from efficient_vlm.models.vlm import VisionLanguageModel
+from efficient_vlm.train.guards import select_finite
 from efficient_vlm.train.losses import ratio, token_cross_entropy
 
 State = dict[str, Any]  # params, opt, step, skipped, and ema if it is on
@@ -151,7 +152,7 @@ def make_train_step(
         if ema is not None:
             new["ema"] = optax.incremental_update(params, state["ema"], 1 - ema)
         ok = jnp.isfinite(norm) & jnp.isfinite(ratio(metrics["loss"]))
-        new = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, {k: state[k] for k in new})
+        new = select_finite(ok, new, {k: state[k] for k in new})
         new["step"] = state["step"] + 1
         new["skipped"] = state["skipped"] + jnp.where(ok, 0, 1)
         load = metrics.pop("expert_load", None)

@@ -167,18 +167,18 @@ def resampled(embed, mask, grid, budget, heads, params):
             w = 10000 ** (-i / quarter)
             code[n, i], code[n, quarter + i] = math.sin(r * w), math.cos(r * w)
             code[n, 2 * quarter + i], code[n, 3 * quarter + i] = math.sin(c * w), math.cos(c * w)
-    keys, values = (x + code) @ params["key"], x @ params["value"]
+    keys, values = (x + code) @ params["resampler_key"], x @ params["resampler_value"]
     live = min(budget, len(real))
     attention = np.zeros((live, len(real)))
     for t in range(live):
-        query = params["queries"][t] @ params["query"]
+        query = params["queries"][t] @ params["resampler_query"]
         mixed = np.zeros(WIDTH)
         for h in range(heads):
             part = slice(h * depth, (h + 1) * depth)
             a = softmax(keys[:, part] @ query[part] / math.sqrt(depth))
             mixed[part] = a @ values[:, part]
             attention[t] += a / heads
-        row["embed"][t] = params["queries"][t] + mixed @ params["out"]
+        row["embed"][t] = params["queries"][t] + mixed @ params["resampler_out"]
         row["position"][t] = attention[t] @ position
         row["mask"][t] = True
     for n, patch in enumerate(real):

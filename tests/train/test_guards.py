@@ -309,7 +309,7 @@ def test_the_guard_counts_dumps_and_ends_the_run(tmp_path):
     assert len(message.splitlines()) <= 3
     assert "step 7" in message
     assert "records 5, 9" in message
-    assert "resumes from step 4" in message
+    assert "step 4 is saved" in message
     assert (caught.value.step, caught.value.records, resumed.total) == (7, [5, 9], 5)
     assert sorted(os.listdir(tmp_path / "bad_batches")) == [f"step_{n}.npz" for n in (2, 3, 5, 6)]
     with np.load(tmp_path / "bad_batches" / "step_6.npz", allow_pickle=False) as dump:

@@ -228,7 +228,7 @@ def test_a_mistake_does_not_claim_the_workdir(tiny_config, tmp_path):
     # A workdir that belongs to a run keeps its config, whatever is asked of it later.
     guarded = tmp_path / "guarded"
     check_workdir_config(guarded, configs.to_dict(mended))
-    mended.train.keep = 0
+    mended.train.seed = 3
     with pytest.raises(UserError, match="another config"):
         commands.fit(mended, guarded, say=lambda line: None)
     assert json.loads((guarded / "config.json").read_text())["data"]["tint"] == 0.8

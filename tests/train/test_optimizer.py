@@ -68,7 +68,7 @@ def first_update(tree, grads=None, **fields):
 def test_schedules_against_closed_forms(name, warmup, steps):
     peak = 0.3
     rate = schedule(config(schedule=name, warmup_steps=warmup), steps, peak)
-    decay = round(0.4 * steps)
+    decay = max(1, round(0.4 * steps))
     warm = min(warmup, steps - 1)  # A warm-up longer than the run still ends inside it.
     for step in range(steps + 5):
         if step < warm:

@@ -1,6 +1,5 @@
 """The one training loop. Order of every step: save, next batch, update, log."""
 
-import concurrent.futures
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 
 from efficient_vlm import config as configs
-from efficient_vlm.data import transforms
+from efficient_vlm.data import build, transforms
 from efficient_vlm.data.config import DataConfig
 from efficient_vlm.data.pipeline import Pipeline, check_fingerprint, make_train, preview
 from efficient_vlm.errors import UserError, unknown
@@ -152,36 +151,33 @@ def train(
     start_time = time.monotonic()
     settings, data_config, optimizer = read_config(config)
     say("Data: opening (the first run builds it) ...")
-    with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="data") as pool:
-        opening = pool.submit(make_train, data_config, workdir=workdir)
-        # Meanwhile the model is made and its first program compiled. Nothing is said before the
-        # data are there: while they are built, standard output is closed.
-        known = preview(data_config)
-        if known is None:
-            known = opening.result().spec, opening.result().tokenizer
-        spec, tokenizer = known
-        model = make_model(config, tokenizer.vocab_size)
-        arms = make_arms(model, settings.elastic)
-        example = transforms.empty(spec, tokenizer.pad_id)
-        shapes = transforms.stack([example] * data_config.batch_size)
-        state, tx = initialise(arms, shapes, settings, optimizer)
-        aux = {name: getattr(settings, name) for name in ("load_balance", "router_z", "selector")}
-        functions = [
-            steps.make_train_step(
-                arm.model,
-                tx,
-                seed=settings.seed,
-                accumulate=settings.accumulate,
-                aux=aux,
-                ema=settings.ema,
-            )
-            for arm in arms
-        ]
-        if not any((workdir / "checkpoints").glob("*")):
-            steps.warm_up(
-                functions[draw_arm(arms, settings.seed, 1, settings.steps)], state, shapes
-            )
-        pipeline = opening.result()
+    fresh = not any((workdir / "checkpoints").glob("*"))
+    known = preview(data_config) if fresh else None
+    # While data are built, the model is made and its first program compiled.
+    building = build.start(data_config) if known else None
+    pipeline = None if building else make_train(data_config, workdir=workdir)
+    spec, tokenizer = known or (pipeline.spec, pipeline.tokenizer)
+    model = make_model(config, tokenizer.vocab_size)
+    arms = make_arms(model, settings.elastic)
+    example = transforms.empty(spec, tokenizer.pad_id)
+    shapes = transforms.stack([example] * data_config.batch_size)
+    state, tx = initialise(arms, shapes, settings, optimizer)
+    aux = {name: getattr(settings, name) for name in ("load_balance", "router_z", "selector")}
+    functions = [
+        steps.make_train_step(
+            arm.model,
+            tx,
+            seed=settings.seed,
+            accumulate=settings.accumulate,
+            aux=aux,
+            ema=settings.ema,
+        )
+        for arm in arms
+    ]
+    if building:
+        steps.warm_up(functions[draw_arm(arms, settings.seed, 1, settings.steps)], state, shapes)
+        building.wait()
+        pipeline = make_train(data_config, workdir=workdir)
     if (pipeline.spec, pipeline.tokenizer.fingerprint) != (spec, tokenizer.fingerprint):
         raise RuntimeError("the model was made for other batches than the data give")
     say(f"Data: {len(pipeline.source)} training images, tasks {', '.join(pipeline.tasks)}")

@@ -1,12 +1,15 @@
 """Compressors: N patch tokens to T < N, with T a Python integer known at trace time."""
 
-from efficient_vlm.compressors.base import Compressor
+from efficient_vlm.compressors.base import POLICIES, Compressor, Stage
 from efficient_vlm.compressors.methods import build, names, needs, options, reachable
-from efficient_vlm.compressors.tokens import Signals, VisualTokens
+from efficient_vlm.compressors.tokens import DecoderState, Signals, VisualTokens
 
 __all__ = [
+    "POLICIES",
     "Compressor",
+    "DecoderState",
     "Signals",
+    "Stage",
     "VisualTokens",
     "build",
     "names",

@@ -10,14 +10,17 @@ for any batch with its own padding per row, and gives `budget` tokens whatever t
 """
 
 import operator
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 
 from efficient_vlm.compressors import grids
 from efficient_vlm.compressors.tokens import NO_SIGNALS, Signals, VisualTokens
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, unknown
+
+POLICIES = ("retain", "reindex")
 
 
 def positive_int(field: str, value: Any) -> int:
@@ -45,30 +48,61 @@ def describe(budgets: tuple[int, ...]) -> str:
     return ", ".join(parts)
 
 
+class Stage(NamedTuple):
+    """One place where a method inside the encoder or decoder acts.
+
+    Attributes:
+      layer: layers in front of it; 0 is before the first.
+      module: an unbound compressor whose `budget` is the number of tokens behind it.
+      inside: between attention and feed-forward of layer `layer` (ToMe), not before that layer.
+    """
+
+    layer: int
+    module: "Compressor"
+    inside: bool = False
+
+
 class Compressor(nn.Module):
     """Base class. Subclasses give `__call__`, and `reachable` if not every budget will do.
 
     Attributes:
       budget: static number of tokens to give back, T.
       grid: static (rows, columns) of the patches of the source image; None for a square.
+      position_policy: positions of what is kept, in the decoder: "retain" (index in the source
+        grid), "reindex" (0, 1, 2, ...), or None for the decoder's own policy.
 
     Class attributes:
       label: the method's name in configs.
       needs: names of the Signals that `__call__` reads.
+      where: "between" encoder and decoder, inside the "encoder", or inside the "decoder".
+      projected: whether it looks at tokens behind the connector (decoder width) or before it.
+      text_guided: whether different questions about one image keep different tokens.
+      optional_budget: whether `budget` may be None (the method has another knob, or none).
+      min_budget: 0 for methods that can drop every token.
     """
 
-    budget: int
+    budget: int | None
     grid: grids.Grid | None = None
+    position_policy: str | None = None
 
     label = ""
     needs = frozenset()
+    where = "between"
+    projected = False
+    text_guided = False
+    optional_budget = False
+    min_budget = 1
 
     def __post_init__(self):
         # Before Linen's own, which freezes the module: lists from a config file become tuples.
-        if self.budget is not None or self.label != "none":
-            object.__setattr__(self, "budget", positive_int("compressor.budget", self.budget))
+        if self.budget is not None or not self.optional_budget:
+            whole = isinstance(self.budget, int) and not isinstance(self.budget, bool)
+            if not (whole and self.budget == self.min_budget == 0):
+                object.__setattr__(self, "budget", positive_int("compressor.budget", self.budget))
         if self.grid is not None:
             object.__setattr__(self, "grid", grids.as_grid("compressor.grid", self.grid))
+        if self.position_policy not in (None, *POLICIES):
+            raise unknown("compressor.position_policy", str(self.position_policy), POLICIES)
         super().__post_init__()
         self.check_options()
 
@@ -85,6 +119,30 @@ class Compressor(nn.Module):
     def image_grid(self, grid: grids.Grid) -> grids.Grid:
         """The grid on which the encoder should run for an image of `grid` patches."""
         return tuple(grid)
+
+    @nn.nowrap
+    def intermediates(self) -> Mapping[str, str]:
+        """Signal -> "name/layer" of the encoder intermediate it is (`vit.ViT.__call__`)."""
+        return {}
+
+    @nn.nowrap
+    def stages(self, num_layers: int, num_tokens: int) -> tuple[Stage, ...]:
+        """Where a method inside the encoder or decoder acts, in order.
+
+        Args:
+          num_layers: of the encoder or decoder.
+          num_tokens: visual tokens that enter its first layer.
+
+        Raises:
+          UserError: a layer outside the model, or a count that cannot be reached.
+        """
+        raise NotImplementedError(f"{self.label} does not act inside a model")
+
+    @nn.nowrap
+    def knobs(self, num_layers: int, num_tokens: int) -> Iterable[Mapping[str, Any]]:
+        """Settings of its options from the fewest tokens to the most, for matching costs."""
+        grid = grids.resolve(self.grid, num_tokens)
+        return [{"budget": budget} for budget in reversed(self.reachable(grid))]
 
     @nn.nowrap
     def flops(self, num_tokens: int, width: int, text_width: int = 0) -> int:

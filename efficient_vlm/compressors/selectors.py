@@ -18,6 +18,7 @@ class Identity(Compressor):
     budget: int | None = None
 
     label = "none"
+    optional_budget = True
 
     @nn.nowrap
     def reachable(self, grid):
@@ -97,6 +98,7 @@ class TextTopK(Compressor):
 
     label = "text_topk"
     needs = frozenset({"text"})
+    text_guided = True
 
     @nn.nowrap
     def check_options(self):

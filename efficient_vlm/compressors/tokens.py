@@ -82,20 +82,64 @@ class VisualTokens:
 
 
 @flax.struct.dataclass
+class DecoderState:
+    """What a method inside the decoder sees: the layer before the cut (or the one behind it).
+
+    S = T + L places: T visual tokens (padding included), then L text tokens. What a method does not
+    read is never computed.
+
+    Attributes:
+      query, key: [B, S, H, Dh] and [B, S, Hkv, Dh] of that layer, with rotary positions.
+      plain_query, plain_key: the same before rotary positions.
+      live: bool [B, S], places that hold a token.
+      prompt: bool [B, L], text tokens before the answer: the only ones that may judge.
+      last: int [B], place in 0..S-1 of the last prompt token.
+      bias: float32 [B, S], added to the logits of each key.
+      before: [B, S, D], hidden states that entered the layer.
+      after: [B, S, D], those that left it; the visual part is the `embed` of the tokens.
+      first_visual, first_text: [B, N, D] and [B, L, D], what entered the decoder's first layer.
+      first_live: bool [B, N], which of the first visual tokens are real.
+      scale: static, multiplies the logits.
+      bidirectional: static, whether visual tokens see all visual tokens or only earlier ones.
+    """
+
+    query: jax.Array
+    key: jax.Array
+    plain_query: jax.Array
+    plain_key: jax.Array
+    live: jax.Array
+    prompt: jax.Array
+    last: jax.Array
+    bias: jax.Array
+    before: jax.Array
+    after: jax.Array
+    first_visual: jax.Array
+    first_text: jax.Array
+    first_live: jax.Array
+    scale: float = flax.struct.field(pytree_node=False, default=1.0)
+    bidirectional: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+@flax.struct.dataclass
 class Signals:
     """What a compressor may look at beside the tokens; only what it declares in `needs` is set.
 
     Attributes:
-      attention_row: [B, N] attention of one query (CLS, or the last text token) to the tokens.
-      keys: [B, N, Dk] attention keys of the encoder's last layer.
-      text: [B, Dt] one embedding of the instruction per row.
-      hidden: [B, N, D] tokens of a second, earlier layer.
+      attention_row: float32 [B, N], attention that each patch receives in the encoder; whose, and
+        in which layer, is said by the compressor's `intermediates`.
+      middle_row: the same of a second layer.
+      keys: [B, N, H, Dh], attention keys of an encoder layer, heads apart.
+      text: [B, Dt], one embedding of the instruction per row.
+      hidden: [B, N, D], features of a second encoder layer.
+      decoder: what methods inside the decoder see.
     """
 
     attention_row: jax.Array | None = None
+    middle_row: jax.Array | None = None
     keys: jax.Array | None = None
     text: jax.Array | None = None
     hidden: jax.Array | None = None
+    decoder: DecoderState | None = None
 
 
 NO_SIGNALS = Signals()

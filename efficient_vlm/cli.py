@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from efficient_vlm import __version__
 from efficient_vlm.errors import UserError, closest, unknown
 
-VERBS = ("train", "eval", "report", "data", "doctor")
+VERBS = ("train", "eval", "audit", "report", "data", "doctor")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,6 +47,25 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--images", type=int, metavar="N", help="test images")
     sub.add_argument("--control", choices=("blank", "shuffled"), help="a control for chance level")
     sub.add_argument("--json", action="store_true", help="print results as JSON")
+    sub = verb("audit", "tokens, FLOPs and KV bytes of every layer, without weights, in seconds")
+    sub.add_argument("--preset", metavar="NAME", help="a published model, such as llava-1.5-7b")
+    sub.add_argument("--config", metavar="FILE.py[:ARG]", help="config file, instead of --preset")
+    sub.add_argument(
+        "--compressor",
+        action="append",
+        metavar="NAME[,NAME]",
+        help="methods; --compressor.OPTION=VALUE for all that have it, "
+        "--compressor.NAME.OPTION=VALUE for one",
+    )
+    sub.add_argument("--text", type=int, metavar="N", help="text tokens of the prompt")
+    sub.add_argument("--new", type=int, metavar="N", help="generated tokens")
+    sub.add_argument("--images", type=int, metavar="N", help="images (tiles, crops) of a picture")
+    sub.add_argument(
+        "--match",
+        metavar="MEASURE:VALUE",
+        help="set each method to equal mean_processed:TOKENS or flops:SHARE",
+    )
+    sub.add_argument("--json", action="store_true", help="print as JSON")
     verb("report", "write report.html from what a run has left", workdir=True)
     sub = verbs.add_parser("data", help="build or look at a data set")
     data = sub.add_subparsers(dest="action", metavar="build|inspect", parser_class=_Parser)
@@ -66,19 +85,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _split_overrides(rest: Sequence[str]) -> list[str]:
-    overrides, known = [], ("--config", "--workdir", "--help", "--version")
+def _split_overrides(rest: Sequence[str]) -> tuple[list[str], list[str]]:
+    """("section.field=value" of --config., "option=value" of --compressor.) of what is left."""
+    found: dict[str, list[str]] = {"--config.": [], "--compressor.": []}
+    known = ("--config", "--workdir", "--help", "--version")
     pending = None
     for word in rest:
+        prefix = next((p for p in found if word.startswith(p)), None)
         if pending is not None:
-            overrides.append(f"{pending}={word}")
+            found[pending[0]].append(f"{pending[1]}={word}")
             pending = None
-        elif word.startswith("--config."):
-            name = word.removeprefix("--config.")
+        elif prefix is not None:
+            name = word.removeprefix(prefix)
             if "=" in name:
-                overrides.append(name)
+                found[prefix].append(name)
             else:
-                pending = name
+                pending = prefix, name
         else:
             guess = closest(word.split("=")[0], known)
             raise UserError(
@@ -86,8 +108,9 @@ def _split_overrides(rest: Sequence[str]) -> list[str]:
                 fix=f"did you mean {guess}?" if guess else "config fields are --config.FIELD=VALUE",
             )
     if pending is not None:
-        raise UserError(f"--config.{pending}: no value", fix=f"write --config.{pending}=VALUE")
-    return overrides
+        option = "".join(pending)
+        raise UserError(f"{option}: no value", fix=f"write {option}=VALUE")
+    return found["--config."], found["--compressor."]
 
 
 def run(argv: Sequence[str]) -> int:
@@ -99,7 +122,7 @@ def run(argv: Sequence[str]) -> int:
     if not argv[0].startswith("-") and argv[0] not in VERBS:
         raise unknown("verb", argv[0], VERBS)
     args, rest = parser.parse_known_args(argv)
-    overrides = _split_overrides(rest)
+    overrides, options = _split_overrides(rest)
     if args.verb is None:
         raise UserError("no verb given", allowed=", ".join(VERBS), fix="see efficient-vlm --help")
     if overrides and "config" not in args:
@@ -107,6 +130,16 @@ def run(argv: Sequence[str]) -> int:
             f"--config.{overrides[0]}: {args.verb} takes no config",
             fix=f"leave it out; the run's own config is used by {args.verb}",
         )
+    if options and args.verb != "audit":
+        raise UserError(
+            f"--compressor.{options[0]}: {args.verb} takes no options of a compressor",
+            fix="config fields are --config.model.compressor.FIELD=VALUE",
+        )
+    if args.verb == "audit":
+        from efficient_vlm.audit import command
+
+        args.options = options
+        return command.audit(args, overrides)
     if args.verb == "doctor":
         from efficient_vlm import doctor
 

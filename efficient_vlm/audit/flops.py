@@ -9,32 +9,63 @@ Conventions, the same everywhere in this project:
 * A mixture of experts counts the router, `top_k` experts a token, the weighted sum of their outputs
   and the shared expert; blocks padded by an implementation are not counted.
 * Decoding counts keys over the whole static cache, as the program reads it.
+* A method inside the encoder or decoder shortens everything behind its cut: ToMe, between attention
+  and MLP, lets attention see n tokens and the MLP n - r.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
-from efficient_vlm import compressors
 from efficient_vlm.audit.records import STAGES
+from efficient_vlm.compressors.base import Compressor, Stage, describe
 from efficient_vlm.errors import UserError
 from efficient_vlm.models.decoder import Decoder
 from efficient_vlm.models.vit import ViT
 from efficient_vlm.models.vlm import VisionLanguageModel
 
 _CHANNELS = 3
+_BLOCK = 64  # Queries at a time in `layers.attention_received`.
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerTokens:
-    """Tokens that one decoder layer processes in prefill, and its segment."""
+    """Tokens that one decoder layer processes in prefill, and its segment.
+
+    A segment is a stretch of layers of one length: those of the config, split where a method cuts.
+    """
 
     segment: int
     visual: int
     text: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderLayerTokens:
+    """Tokens of one image, CLS included, that an encoder layer's attention and MLP process."""
+
+    attention: int
+    mlp: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderCost:
+    """One image through the encoder.
+
+    Attributes:
+      flops: of the encoder itself.
+      stage_flops: of the method inside it.
+      layers: tokens, in order.
+      patches: tokens that leave it, without CLS.
+    """
+
+    flops: int
+    stage_flops: int
+    layers: tuple[EncoderLayerTokens, ...]
+    patches: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +75,13 @@ class Cost:
     Attributes:
       visual_tokens: tokens that enter the decoder.
       flops: prefill FLOPs by stage. "compressor" is everything between the encoder and the first
-        decoder layer (compressor, its signals, connector) plus compressors between segments; "head"
-        is the logits of the first generated token.
+        decoder layer (compressor, its signals, connector) plus what methods inside the encoder and
+        the decoder compute; "head" is the logits of the first generated token.
       decode_flops: of each further token, decoder and head.
       kv_bytes: keys and values of all layers, each segment at its own static length.
       layers: of the decoder, in order.
+      encoder_layers: of the encoder, in order, for one image.
+      left: visual tokens behind the last decoder layer.
     """
 
     visual_tokens: int
@@ -56,6 +89,8 @@ class Cost:
     decode_flops: int
     kv_bytes: int
     layers: tuple[LayerTokens, ...]
+    encoder_layers: tuple[EncoderLayerTokens, ...] = ()
+    left: int = 0
 
     @property
     def total(self) -> int:
@@ -91,17 +126,46 @@ def mixture(tokens: int, width: int, moe: Mapping[str, Any]) -> int:
     return router + experts + 2 * routed * width + shared
 
 
-def encoder_flops(vit: ViT, patches: int) -> int:
-    """FLOPs of a vision transformer over one image of `patches` patches."""
+def encoder_cost(vit: ViT, patches: int, stages: Sequence[Stage] = ()) -> EncoderCost:
+    """Counts a vision transformer over one image of `patches` patches, beside it its CLS token.
+
+    Args:
+      vit: unbound.
+      patches: of the image.
+      stages: of a method inside it; each leaves `module.budget` patch tokens.
+    """
+    special, head_dim = int(vit.class_token), vit.width // vit.num_heads
     pixels = _CHANNELS * vit.patch_size**2
     if vit.stem_dim is None:
-        embedding = dense(patches, pixels, vit.width)
+        total = dense(patches, pixels, vit.width)
     else:
-        embedding = dense(patches, pixels, vit.stem_dim) + dense(patches, vit.stem_dim, vit.width)
-    head_dim = vit.width // vit.num_heads
-    block = attention(patches, patches, vit.width, vit.num_heads, vit.num_heads, head_dim)
-    block += 2 * dense(patches, vit.width, vit.mlp_dim)
-    return embedding + vit.depth * block
+        total = dense(patches, pixels, vit.stem_dim) + dense(patches, vit.stem_dim, vit.width)
+    count, beside, layers = patches, 0, []
+
+    def cut(layer: int, inside: bool) -> None:
+        nonlocal count, beside
+        for stage in stages:
+            if stage.layer == layer and stage.inside == inside:
+                module = stage.module
+                if hasattr(module, "head_dim"):  # Of the keys that it compares.
+                    module = module.clone(parent=None, head_dim=head_dim)
+                beside += module.flops(count, vit.width)
+                count = _after(module, count)
+
+    for layer in range(vit.depth):
+        cut(layer, inside=False)
+        tokens = count + special
+        total += attention(tokens, tokens, vit.width, vit.num_heads, vit.num_heads, head_dim)
+        cut(layer, inside=True)
+        total += 2 * dense(count + special, vit.width, vit.mlp_dim)
+        layers.append(EncoderLayerTokens(tokens, count + special))
+    cut(vit.depth, inside=False)
+    return EncoderCost(total, beside, tuple(layers), count)
+
+
+def encoder_flops(vit: ViT, patches: int) -> int:
+    """FLOPs of a vision transformer over one image of `patches` patches."""
+    return encoder_cost(vit, patches).flops
 
 
 def layer_flops(decoder: Decoder, queries: int, keys: int) -> int:
@@ -171,45 +235,110 @@ def model_cost(
         if value < 0:
             raise UserError(f"{name}: {value}", allowed="0 or more")
     vit, decoder = model.make_encoder(), model.make_decoder()
-    compressor = model.make_compressor()
+    method = model.make_compressor()
     if image_size is not None:
         vit = vit.clone(image_size=image_size)
-    grid = compressor.image_grid(vit.grid)
+    grid = method.image_grid(vit.grid)
     patches = grid[0] * grid[1]
+    inside = method.where == "encoder"
+    stages = method.stages(vit.depth, patches, class_token=vit.class_token) if inside else ()
+    encoder = encoder_cost(vit, patches, stages)
+    joined, between = _join(model, method, vit, decoder.width, encoder.patches)
+    between = images * (between + encoder.stage_flops)
 
-    between = compressor.flops(patches, vit.width, decoder.width)
-    if "attention_row" in compressor.needs:
-        # The scan over layers computes the row in each of them, though only the last is used.
-        between += vit.depth * dense(1, vit.width, patches)
-    joined = getattr(compressor, "features", None) or vit.width  # Width of what it gives out.
-    between += _connector(model.connector, joined, decoder.width, compressor.budget)
-    between *= images
-
-    visual = compressor.budget * images
-    entering, layers, prefill, decode, kv_tokens = visual, [], 0, 0, 0
-    for index, segment in enumerate(decoder.segments):
-        if segment.get("compressor"):
-            inner = compressors.build(**segment["compressor"], parent=None)
-            between += inner.flops(visual, decoder.width, decoder.width)
-            visual = inner.budget
-        count, length = segment["layers"], visual + text_tokens
+    visual = joined * images
+    layers, prefill, decode, kv_tokens = [], 0, 0, 0
+    left = visual
+    for segment, (start, stop, reducer) in enumerate(decoder.runs(visual)):
+        if reducer is not None:
+            between += _cut_flops(decoder, reducer, left, text_tokens)
+            left = _after(reducer, left)
+        count, length = stop - start, left + text_tokens
         prefill += count * layer_flops(decoder, length, length)
         decode += count * layer_flops(decoder, 1, length + new_tokens)
         kv_tokens += count * (length + new_tokens)
-        layers += [LayerTokens(index, visual, text_tokens)] * count
+        layers += [LayerTokens(segment, left, text_tokens)] * count
     head = dense(1, decoder.width, decoder.vocab_size)
     per_token = 2 * decoder.kv_heads * decoder.dim * jnp.dtype(decoder.dtype).itemsize
-    stages = (images * encoder_flops(vit, patches), between, prefill, head)
+    parts = (images * encoder.flops, between, prefill, head)
     return Cost(
-        visual_tokens=entering,
-        flops=dict(zip(STAGES, stages, strict=True)),
+        visual_tokens=visual,
+        flops=dict(zip(STAGES, parts, strict=True)),
         decode_flops=decode + head,
         kv_bytes=kv_tokens * per_token,
         layers=tuple(layers),
+        encoder_layers=encoder.layers,
+        left=left,
     )
 
 
+def _after(module: Compressor, count: int) -> int:
+    """Tokens behind a module that gets `count`; without a budget it keeps them all."""
+    return count if module.budget is None else module.budget
+
+
+def _join(
+    model: VisionLanguageModel, method: Compressor, vit: ViT, width: int, patches: int
+) -> tuple[int, int]:
+    """Tokens of one image that enter the decoder, and FLOPs from the encoder's end to there."""
+    if method.where != "between":
+        return patches, _connector(model.connector, vit.width, width, patches)
+    kept = _after(method, patches)
+    _check_budget(method, vit.grid)
+    if method.projected:
+        connector = _connector(model.connector, vit.width, width, patches)
+        return kept, connector + method.flops(patches, width, width)
+    total = method.flops(patches, vit.width, width)
+    total += signal_flops(vit, method, patches)
+    joined = getattr(method, "features", None) or vit.width  # Width of what it gives out.
+    return kept, total + _connector(model.connector, joined, width, kept)
+
+
+def _check_budget(method: Compressor, grid: tuple[int, int]) -> None:
+    """The error of `Compressor.check_call`, without an input."""
+    reachable = method.reachable(grid)
+    if method.budget is not None and method.budget not in reachable:
+        raise UserError(
+            f"compressor.budget: {method.label} cannot give {method.budget} tokens from "
+            f"{grid[0]} x {grid[1]} patches",
+            allowed=describe(reachable),
+            fix=f"compressor.budget={min(reachable, key=lambda b: (abs(b - method.budget), b))}",
+        )
+
+
+def signal_flops(vit: ViT, method: Compressor, patches: int) -> int:
+    """FLOPs of what the encoder computes for a method beside its layers.
+
+    One attention row costs one product of a query with all keys; "column_mean" goes through all
+    queries, in blocks, and so costs half an attention. Features and keys are there anyway.
+    """
+    places, total = patches + int(vit.class_token), 0
+    for asked in method.intermediates().values():
+        name, _ = vit._parse_intermediate(asked)  # Refuses what this encoder cannot give.
+        if name.endswith("_row") or name == "cls_row_full":
+            total += dense(1, vit.width, places)
+        elif name == "column_mean":
+            queries = -(-places // _BLOCK) * _BLOCK
+            total += dense(queries, vit.width, places) + dense(queries, vit.num_heads, places)
+    return total
+
+
+def _cut_flops(decoder: Decoder, module: Compressor, visual: int, text: int) -> int:
+    """FLOPs of one cut in front of a decoder layer, and of the look at the layer behind it."""
+    if module.where != "decoder":
+        return module.flops(visual, decoder.width, decoder.width)
+    heads = decoder.num_heads * decoder.dim
+    total = module.flops(visual, heads, num_text=text)
+    if "decoder" in module.needs and module.looks == "next":
+        # Keys of all places and the query of the last prompt token, as that layer would make them.
+        total += dense(visual + text, decoder.width, decoder.kv_heads * decoder.dim)
+        total += dense(1, decoder.width, heads)
+    return total
+
+
 def _connector(connector: Mapping[str, Any], inputs: int, outputs: int, tokens: int) -> int:
+    if connector.get("identity"):
+        return 0
     outputs = connector.get("features", outputs)
     hidden = connector.get("hidden_dim")
     if hidden is None:

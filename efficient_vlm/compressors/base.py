@@ -126,12 +126,15 @@ class Compressor(nn.Module):
         return {}
 
     @nn.nowrap
-    def stages(self, num_layers: int, num_tokens: int) -> tuple[Stage, ...]:
+    def stages(
+        self, num_layers: int, num_tokens: int, *, class_token: bool = False
+    ) -> tuple[Stage, ...]:
         """Where a method inside the encoder or decoder acts, in order.
 
         Args:
           num_layers: of the encoder or decoder.
           num_tokens: visual tokens that enter its first layer.
+          class_token: whether the encoder carries a CLS token beside them.
 
         Raises:
           UserError: a layer outside the model, or a count that cannot be reached.

@@ -1,11 +1,12 @@
 """Folds: what becomes of the tokens, given a selection or a grid. Pure functions.
 
-`drop` forgets the rest of a selection; `pool` merges the cells of a regular grid. Merging by an
-assignment that depends on the data is `tokens.merge`.
+`drop` forgets the rest of a selection; `pool` merges the cells of a regular grid, `area_pool` any
+static areas. Merging by an assignment that depends on the data is `tokens.merge`.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from efficient_vlm.compressors import grids
 from efficient_vlm.compressors.tokens import VisualTokens, remap, take, weighted_means
@@ -49,4 +50,21 @@ def pool(tokens: VisualTokens, grid: grids.Grid, cells: grids.Grid) -> VisualTok
             return x.reshape(x.shape[0], -1, x.shape[-1])
 
     holder = jnp.broadcast_to(jnp.asarray(grids.holders(grid, cells)), tokens.mask.shape)
+    return VisualTokens(**weighted_means(tokens, sums), source=remap(tokens.source, holder))
+
+
+def area_pool(tokens: VisualTokens, shares: np.ndarray) -> VisualTokens:
+    """Size-weighted means over any areas; padding has no part in them.
+
+    Args:
+      tokens: T tokens a row.
+      shares: static [K, T], how much of each token belongs to each area; columns sum to 1. Sizes
+        are these areas, and `source` names the area with the largest share (ties: the lowest).
+    """
+    matrix = jnp.asarray(shares, jnp.float32)
+
+    def sums(x):
+        return jnp.einsum("kt,btc->bkc", matrix, x, precision=jax.lax.Precision.HIGHEST)
+
+    holder = jnp.broadcast_to(jnp.asarray(grids.most(shares)), tokens.mask.shape)
     return VisualTokens(**weighted_means(tokens, sums), source=remap(tokens.source, holder))

@@ -84,15 +84,91 @@ def pooled_grids(grid: Grid) -> dict[int, Grid]:
     return dict(sorted(grids.items(), reverse=True))
 
 
-def resized_grids(grid: Grid) -> dict[int, Grid]:
-    """Budget -> grid of the resized image, largest budget first.
+def nested_grids(grid: Grid) -> dict[int, Grid]:
+    """Budget -> pooled grid for cells of side 1, 2, 4, ... and all in one, largest first.
 
-    An image can be resized to any size, so a square grid reaches every smaller square; another grid
-    takes the dividing factors of `pooled_grids`, which come nearest to keeping the aspect ratio.
+    The side doubles as long as both rows and columns can be halved (24 x 24: 576, 144, 36, 9, 1).
     """
-    if grid[0] == grid[1]:
-        return {side * side: (side, side) for side in range(grid[0], 0, -1)}
-    return pooled_grids(grid)
+    rows, columns = grid
+    nested = {rows * columns: (rows, columns)}
+    while rows % 2 == 0 and columns % 2 == 0:
+        rows, columns = rows // 2, columns // 2
+        nested[rows * columns] = (rows, columns)
+    nested[1] = (1, 1)
+    return nested
+
+
+def covering_grids(grid: Grid) -> dict[int, tuple[int, Grid]]:
+    """Budget -> (side k, grid of cells) for k x k cells that may stick out, largest budget first.
+
+    Every k gives ceil(rows / k) x ceil(columns / k) cells; of the sides with one budget the
+    smallest is taken, whose cells are the most even.
+    """
+    found: dict[int, tuple[int, Grid]] = {}
+    for side in range(1, max(grid) + 1):
+        cells = (-(-grid[0] // side), -(-grid[1] // side))
+        found.setdefault(cells[0] * cells[1], (side, cells))
+    return found
+
+
+def fitted_grid(grid: Grid, budget: int) -> Grid:
+    """The largest grid of at most `budget` cells with the shape of `grid`, up to rounding.
+
+    Candidates are all numbers of rows with the nearest number of columns that keeps the aspect
+    ratio, and all numbers of columns with the nearest number of rows. Of the largest ones the
+    nearest in aspect ratio is taken; of those the one with fewer rows. A square grid gives squares.
+    """
+    rows, columns = grid
+    candidates = {
+        (h, max(1, (2 * h * columns + rows) // (2 * rows))) for h in range(1, rows + 1)
+    } | {(max(1, (2 * w * rows + columns) // (2 * columns)), w) for w in range(1, columns + 1)}
+    if rows == columns:
+        candidates = {(side, side) for side in range(1, rows + 1)}
+
+    def order(cells: Grid):
+        stretch = abs(math.log(cells[0] * columns / (cells[1] * rows)))
+        return -cells[0] * cells[1], round(stretch, 9), cells[0]
+
+    return min((c for c in candidates if c[0] * c[1] <= budget), key=order)
+
+
+@functools.lru_cache(maxsize=256)
+def bands(grid: Grid, budget: int) -> tuple[int, ...]:
+    """How to cut a grid into `budget` cells of equal area: the columns of each band of rows.
+
+    Where `pooled_grids` has the budget the answer is its grid. Otherwise the number of bands is the
+    one that brings the cells nearest to squares (ties: the smallest), the cells are dealt to them
+    as evenly as integers allow, and a band is as high as its share of the cells.
+
+    Args:
+      grid: (rows, columns).
+      budget: from 1 to rows x columns.
+
+    Returns:
+      One number of columns per band; they sum to the budget and differ by at most 1.
+    """
+    if budget in (pooled := pooled_grids(grid)):
+        return (pooled[budget][1],) * pooled[budget][0]
+    rows, columns = grid
+    counts = [n for n in range(1, min(rows, budget) + 1) if -(-budget // n) <= columns]
+    stretch = {n: abs(math.log(budget * rows / (n * n * columns))) for n in counts}
+    best = min(counts, key=lambda n: (round(stretch[n], 9), n))
+    return tuple((i + 1) * budget // best - i * budget // best for i in range(best))
+
+
+@functools.lru_cache(maxsize=64)
+def cover(grid: Grid, columns: tuple[int, ...]) -> np.ndarray:
+    """How much of each patch of `grid` lies in each cell of the bands of `bands`.
+
+    Returns:
+      float64 [cells, patches]; columns sum to 1, rows to patches / cells.
+    """
+    heights = np.concatenate([[0], np.cumsum(columns)]) * grid[0] / sum(columns)
+    down = _shares(heights, grid[0])
+    across = {c: overlap(grid[1], c) for c in set(columns)}
+    return np.concatenate(
+        [np.einsum("h,cw->chw", d, across[c]) for d, c in zip(down, columns, strict=True)]
+    ).reshape(sum(columns), -1)
 
 
 @functools.lru_cache(maxsize=256)
@@ -102,10 +178,20 @@ def overlap(fine: int, coarse: int) -> np.ndarray:
     Returns:
       float64 [coarse, fine]; columns sum to 1, rows to fine / coarse; 0 or 1 if coarse divides.
     """
-    edges = np.arange(coarse + 1) * fine / coarse
+    return _shares(np.arange(coarse + 1) * fine / coarse, fine)
+
+
+def _shares(edges: np.ndarray, count: int) -> np.ndarray:
+    """Length of each of `count` unit intervals between each two edges, [len(edges) - 1, count]."""
     start, stop = edges[:-1, None], edges[1:, None]
-    cell = np.arange(fine)[None, :]
+    cell = np.arange(count)[None, :]
     return np.clip(np.minimum(stop, cell + 1) - np.maximum(start, cell), 0.0, 1.0)
+
+
+def most(shares: np.ndarray) -> np.ndarray:
+    """For each column of [cells, patches] the row with the largest share (ties: the lowest)."""
+    # Rounding: in thirds and sevenths two equal overlaps can differ in the last bit.
+    return np.argmax(np.round(shares, 9), axis=0).astype(np.int32)
 
 
 @functools.lru_cache(maxsize=256)
@@ -115,8 +201,5 @@ def holders(fine: Grid, coarse: Grid) -> np.ndarray:
     Returns:
       int32 [rows x columns of fine], indices in raster order.
     """
-    # Rounding: in thirds and sevenths two equal overlaps can differ in the last bit.
-    rows, columns = (
-        np.argmax(np.round(overlap(f, c), 9), axis=0) for f, c in zip(fine, coarse, strict=True)
-    )
+    rows, columns = (most(overlap(f, c)) for f, c in zip(fine, coarse, strict=True))
     return (rows[:, None] * coarse[1] + columns[None, :]).reshape(-1).astype(np.int32)

@@ -5,8 +5,20 @@ from typing import Any
 
 from efficient_vlm.compressors import pooling, selectors
 from efficient_vlm.compressors.base import Compressor
+from efficient_vlm.compressors.elastic import M3, MQT
+from efficient_vlm.compressors.gather_pool import MolmoPool, PositionPool
 from efficient_vlm.compressors.grids import Grid, as_grid
 from efficient_vlm.compressors.resampler import Resampler
+from efficient_vlm.compressors.training_free.cdpruner import CDPruner
+from efficient_vlm.compressors.training_free.cls_attention import FasterVLM
+from efficient_vlm.compressors.training_free.divprune import DivPrune
+from efficient_vlm.compressors.training_free.hiprune import HiPrune
+from efficient_vlm.compressors.training_free.prumerge import PruMerge, PruMergePlus
+from efficient_vlm.compressors.training_free.scope import Scope
+from efficient_vlm.compressors.training_free.tome import ToMe
+from efficient_vlm.compressors.training_free.visionzip import VisionZip
+from efficient_vlm.compressors.training_free.vispruner import VisPruner
+from efficient_vlm.compressors.window_merger import MiniCPMMerger
 from efficient_vlm.errors import check_fields, unknown
 
 METHODS: dict[str, type[Compressor]] = {
@@ -17,9 +29,25 @@ METHODS: dict[str, type[Compressor]] = {
         pooling.PixelShuffle,
         Resampler,
         pooling.Downsample,
+        pooling.Pool,
+        M3,
+        MQT,
+        MolmoPool,
+        PositionPool,
+        MiniCPMMerger,
         selectors.Random,
         selectors.Stride,
         selectors.TextTopK,
+        PruMerge,
+        PruMergePlus,
+        VisionZip,
+        FasterVLM,
+        VisPruner,
+        HiPrune,
+        DivPrune,
+        CDPruner,
+        Scope,
+        ToMe,
     )
 }
 

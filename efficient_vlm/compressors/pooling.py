@@ -1,4 +1,4 @@
-"""Methods that merge the cells of a regular grid: average_pool, pixel_shuffle, downsample."""
+"""Methods that merge the cells of a grid: average_pool, pool, pixel_shuffle, downsample."""
 
 import flax.linen as nn
 import jax
@@ -6,14 +6,14 @@ import jax.numpy as jnp
 
 from efficient_vlm.compressors import fold, grids
 from efficient_vlm.compressors.base import Compressor, describe, positive_int
-from efficient_vlm.compressors.tokens import NO_SIGNALS
-from efficient_vlm.errors import UserError
+from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, zero_padding
+from efficient_vlm.errors import UserError, unknown
 
 
 class AveragePool(Compressor):
-    """`average_pool`: the mean of each cell of a coarser grid (DeCo, M3).
+    """`average_pool`: the mean of each cell of a coarser grid (DeCo, arXiv 2405.20985; Gemma 3).
 
-    Budgets: those of `grids.pooled_grids` (8 x 8: 64, 16, 4, 1).
+    Budgets: those of `grids.pooled_grids` (8 x 8: 64, 16, 4, 1). `pool` reaches all others.
     """
 
     label = "average_pool"
@@ -29,15 +29,54 @@ class AveragePool(Compressor):
         return fold.pool(tokens, grid, grids.pooled_grids(grid)[self.budget])
 
 
+class Pool(Compressor):
+    """`pool`: means over cells of equal area, the baseline that exists at every budget.
+
+    The image is cut into bands of rows, each band into columns of equal width (`grids.bands`): a
+    band with c of the T cells is c / T of the image high, so every cell has N / T patches whatever
+    T. A patch that is cut belongs to several cells in proportion to its area; sizes are areas (and
+    sum to the number of real patches), `source` names the cell with the largest share. Where
+    `average_pool` has the budget, this is `average_pool`; where the bands are equal, it is area
+    resampling to a grid; else (T prime, say) neighbouring bands differ by one column.
+
+    A cell without real patches is padding, and stays in its place.
+    """
+
+    label = "pool"
+
+    @nn.nowrap
+    def flops(self, num_tokens, width, text_width=0):
+        """0 where cells are whole patches; else the area matrices."""
+        if self.budget == num_tokens:
+            return 0
+        grid = grids.resolve(self.grid, num_tokens)
+        columns = grids.bands(grid, self.budget)
+        if len(set(columns)) == 1:
+            return _area_flops(grid, (len(columns), columns[0]), width)
+        # One matrix acts on the embedding, the two coordinates and the size.
+        return 2 * self.budget * num_tokens * (width + 3)
+
+    def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
+        grid = self.check_call(tokens, signals, needs_grid=True)
+        if self.budget == tokens.mask.shape[1]:
+            return tokens
+        columns = grids.bands(grid, self.budget)
+        if len(set(columns)) == 1:
+            return fold.pool(tokens, grid, (len(columns), columns[0]))
+        return fold.area_pool(tokens, grids.cover(grid, columns))
+
+
 class Downsample(Compressor):
     """`downsample`: the image itself is made smaller, the baseline that is easy to forget.
 
     The model asks `image_grid` and runs its encoder on an image of that many patches, which saves
-    in the encoder too; the tokens then arrive at the budget and pass unchanged. Called on more
-    tokens than the budget, it applies the same area resampling to the features instead: not the
-    same method (the encoder has then seen the full image), but the same shapes and book-keeping.
+    in the encoder too. The image keeps its shape (up to rounding, see `grids.fitted_grid`), so only
+    some numbers of patches exist (squares, for a square image): the largest that fits the budget is
+    taken and the remaining slots are padding behind the tokens, which the decoder masks.
 
-    Budgets: those of `grids.resized_grids` (8 x 8: 64, 49, 36, 25, 16, 9, 4, 1).
+    Called on more tokens than the budget, it applies area resampling to the features instead: not
+    the same method (the encoder has then seen the full image), but the same shapes and
+    book-keeping.
 
     Attributes:
       grid: (rows, columns) of the patches of the *full* image; None for a square.
@@ -46,49 +85,87 @@ class Downsample(Compressor):
     label = "downsample"
 
     @nn.nowrap
-    def reachable(self, grid):
-        return tuple(grids.resized_grids(grid))
-
-    @nn.nowrap
     def image_grid(self, grid):
-        sizes = grids.resized_grids(tuple(grid))
-        if self.budget not in sizes:
+        grid = tuple(grid)
+        if self.budget > grid[0] * grid[1]:
             raise UserError(
                 f"compressor.budget: downsample cannot give {self.budget} tokens from an image of "
                 f"{grid[0]} x {grid[1]} patches",
-                allowed=describe(tuple(sizes)),
-                fix=f"compressor.budget={min(sizes, key=lambda b: (abs(b - self.budget), b))}",
+                allowed=describe(self.reachable(grid)),
+                fix=f"compressor.budget={grid[0] * grid[1]}",
             )
-        return sizes[self.budget]
+        return grids.fitted_grid(grid, self.budget)
 
     @nn.nowrap
     def flops(self, num_tokens, width, text_width=0):
         """0 behind a resized image; the area matrices if features are resampled by a fraction."""
-        if self.budget == num_tokens:
+        if self.budget >= num_tokens:
             return 0
-        rows, columns = grids.resolve(self.grid, num_tokens)
-        new_rows, new_columns = self.image_grid((rows, columns))
-        if rows % new_rows == 0 and columns % new_columns == 0:
-            return 0
-        # Both matrices act on the embedding, the two coordinates and the size.
-        return 2 * (width + 3) * columns * new_rows * (rows + new_columns)
+        grid = grids.resolve(self.grid, num_tokens)
+        return _area_flops(grid, self.image_grid(grid), width)
 
     def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
-        num_tokens = tokens.mask.shape[1]
+        num_tokens, num_patches = tokens.mask.shape[1], tokens.source.shape[1]
         if self.budget == num_tokens:
             return tokens
+        if num_tokens < min(self.budget, num_patches):
+            return _pad(tokens, self.budget)  # The encoder ran on the resized image.
         grid = self.check_call(tokens, signals, needs_grid=True)
-        return fold.pool(tokens, grid, self.image_grid(grid))
+        return _pad(fold.pool(tokens, grid, self.image_grid(grid)), self.budget)
+
+
+def _area_flops(grid: grids.Grid, cells: grids.Grid, width: int) -> int:
+    """Of `fold.pool`: both matrices act on the embedding, the two coordinates and the size."""
+    (rows, columns), (new_rows, new_columns) = grid, cells
+    if rows % new_rows == 0 and columns % new_columns == 0:
+        return 0
+    return 2 * (width + 3) * columns * new_rows * (rows + new_columns)
+
+
+def _pad(tokens: VisualTokens, budget: int) -> VisualTokens:
+    """Padding behind the tokens up to `budget` slots."""
+    tokens = zero_padding(tokens)
+    more = budget - tokens.mask.shape[1]
+
+    def extend(x):
+        return jnp.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2))
+
+    return tokens.replace(
+        embed=extend(tokens.embed),
+        position=extend(tokens.position),
+        size=extend(tokens.size),
+        mask=extend(tokens.mask),
+        bias=None if tokens.bias is None else extend(tokens.bias),
+    )
+
+
+# Order of the channels of a cell (the last named varies fastest) -> order of the axes
+# (rows of cells, row, columns of cells, column, feature) that puts them so.
+ORDERS = {
+    "row_column_feature": (0, 2, 1, 3, 4),
+    "column_row_feature": (0, 2, 3, 1, 4),
+    "feature_row_column": (0, 2, 4, 1, 3),
+}
 
 
 class PixelShuffle(Compressor):
     """`pixel_shuffle`: s x s neighbours side by side in the channels, then one matrix.
 
-    Channel order before the matrix: row in the cell, column in the cell, feature (the last varies
-    fastest). Padded neighbours are zeros. Budgets: square cells whose side divides both rows and
-    columns. There is one matrix for each s, as their inputs differ in width.
+    Three orders of the channels before the matrix are in use; weights can only be carried over with
+    the order they were trained with (the last named varies fastest):
+
+    * "row_column_feature" (default): Idefics3, SmolVLM, Llama 4, LFM2-VL, Qwen-VL, and
+      InternVL with ps_version "v2". InternVL calls the axes w, h and swaps them twice, which comes
+      to the same. Its old "v1" leaves out the second swap: same channels, but the *tokens* are in
+      column-major order; that is not offered, as tokens here are in raster order.
+    * "column_row_feature": (0,0), (1,0), (0,1), (1,1) as (row, column), the patch merging of Swin.
+    * "feature_row_column": torch `unfold` and `pixel_unshuffle`, DeepSeek-VL2.
+
+    Padded neighbours are zeros. Budgets: square cells whose side divides both rows and columns.
+    There is one matrix for each s, as their inputs differ in width.
 
     Attributes:
+      order: of the channels, see above.
       features: width of the result; None for the width of the input. If it is another width, the
         full budget is not the identity but the matrix with s = 1.
       budgets: all the budgets that one checkpoint must serve (elastic training), each with its
@@ -97,6 +174,7 @@ class PixelShuffle(Compressor):
 
     features: int | None = None
     budgets: tuple[int, ...] | None = None
+    order: str = "row_column_feature"
 
     label = "pixel_shuffle"
 
@@ -109,6 +187,8 @@ class PixelShuffle(Compressor):
 
     @nn.nowrap
     def check_options(self):
+        if self.order not in ORDERS:
+            raise unknown("compressor.order", str(self.order), ORDERS)
         if self.features is not None:
             positive_int("compressor.features", self.features)
         if self.budgets is not None and self.budget not in self.budgets:
@@ -151,8 +231,8 @@ class PixelShuffle(Compressor):
             return tokens
         folded = fold.pool(tokens, grid, sizes[self.budget])
         x = jnp.where(tokens.mask[..., None], tokens.embed, 0)
-        x = space_to_depth(x, grid, sizes[self.budget]) @ kernels[self.budget].astype(x.dtype)
-        return folded.replace(embed=x)
+        x = space_to_depth(x, grid, sizes[self.budget], self.order)
+        return folded.replace(embed=x @ kernels[self.budget].astype(x.dtype))
 
     @nn.nowrap
     def _kernel(self, name, init, shape):
@@ -165,10 +245,12 @@ class PixelShuffle(Compressor):
         return self.param(name, init, shape, jnp.float32)
 
 
-def space_to_depth(x: jax.Array, grid: grids.Grid, cells: grids.Grid) -> jax.Array:
-    """[B, h*w, D] to [B, h'*w', r*c*D] with r = h / h', c = w / w', in (row, column, D) order."""
+def space_to_depth(
+    x: jax.Array, grid: grids.Grid, cells: grids.Grid, order: str = "row_column_feature"
+) -> jax.Array:
+    """[B, h*w, D] to [B, h'*w', r*c*D] with r = h / h', c = w / w', channels in that order."""
     (rows, columns), (cell_rows, cell_columns) = grid, cells
     r, c = rows // cell_rows, columns // cell_columns
     x = x.reshape(x.shape[0], cell_rows, r, cell_columns, c, x.shape[-1])
-    x = x.transpose(0, 1, 3, 2, 4, 5)
+    x = x.transpose(0, *(axis + 1 for axis in ORDERS[order]))
     return x.reshape(x.shape[0], cell_rows * cell_columns, -1)

@@ -99,27 +99,36 @@ class Resampler(Compressor):
         attention = jax.nn.softmax(logits, axis=-1)
         mixed = jnp.einsum("bhqt,bthd->bqhd", attention.astype(dtype), v)
         embed = queries + mixed.reshape(*mixed.shape[:2], width) @ out_kernel
-        return self._tokens(tokens, embed, jax.lax.stop_gradient(attention.mean(axis=1)))
+        return query_tokens(tokens, embed, jax.lax.stop_gradient(attention.mean(axis=1)))
 
-    @nn.nowrap
-    def _tokens(self, tokens: VisualTokens, embed: jax.Array, attention: jax.Array) -> VisualTokens:
-        """The result for `embed` [B, K, D] read with `attention` [B, K, T], rows summing to 1."""
-        real = jnp.sum(tokens.mask, axis=1, keepdims=True)
-        mask = jnp.arange(self.budget)[None, :] < real
-        tiny = jnp.finfo(jnp.float32).tiny  # A patch that no query looks at is shared equally.
-        share = jnp.where(mask[..., None], jnp.maximum(attention, tiny), 0.0)
-        holder = jnp.argmax(share, axis=1).astype(jnp.int32)
-        share = share / jnp.maximum(share.sum(axis=1, keepdims=True), tiny)
-        position = jnp.einsum(
-            "bkt,btc->bkc", attention, tokens.position, precision=jax.lax.Precision.HIGHEST
-        )
-        return VisualTokens(
-            embed=jnp.where(mask[..., None], embed, 0),
-            position=jnp.where(mask[..., None], position, 0.0),
-            size=jnp.where(mask, jnp.sum(share * tokens.size[:, None, :], axis=-1), 0.0),
-            mask=mask,
-            source=remap(tokens.source, jnp.where(tokens.mask, holder, -1)),
-        )
+
+def query_tokens(tokens: VisualTokens, embed: jax.Array, attention: jax.Array) -> VisualTokens:
+    """What queries read, with the book-keeping of the docstring of `Resampler`.
+
+    Args:
+      tokens: the T patches, `zero_padding` done.
+      embed: [B, K, D]; in a row with r < K real patches only the first r count.
+      attention: float32 [B, K, T] of queries to patches, rows summing to 1, 0 in padding.
+
+    Returns:
+      K tokens a row.
+    """
+    real = jnp.sum(tokens.mask, axis=1, keepdims=True)
+    mask = jnp.arange(embed.shape[1])[None, :] < real
+    tiny = jnp.finfo(jnp.float32).tiny  # A patch that no query looks at is shared equally.
+    share = jnp.where(mask[..., None], jnp.maximum(attention, tiny), 0.0)
+    holder = jnp.argmax(share, axis=1).astype(jnp.int32)
+    share = share / jnp.maximum(share.sum(axis=1, keepdims=True), tiny)
+    position = jnp.einsum(
+        "bkt,btc->bkc", attention, tokens.position, precision=jax.lax.Precision.HIGHEST
+    )
+    return VisualTokens(
+        embed=jnp.where(mask[..., None], embed, 0),
+        position=jnp.where(mask[..., None], position, 0.0),
+        size=jnp.where(mask, jnp.sum(share * tokens.size[:, None, :], axis=-1), 0.0),
+        mask=mask,
+        source=remap(tokens.source, jnp.where(tokens.mask, holder, -1)),
+    )
 
 
 def position_code(position: jax.Array, width: int) -> jax.Array:

@@ -13,6 +13,25 @@ def rms_normalise(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
 
 
+def unit(x: jax.Array) -> jax.Array:
+    """x / |x| over the last axis, in float32; zeros stay zeros."""
+    x = x.astype(jnp.float32)
+    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return jnp.where(square > 0, x * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+
+
+def min_max(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """float32 [B, T] moved and scaled to 0..1 over the real tokens of each row.
+
+    A row of equal scores (to 1e-6) becomes ones; padding becomes 0.
+    """
+    low = jnp.min(jnp.where(mask, x, jnp.inf), axis=1, keepdims=True)
+    high = jnp.max(jnp.where(mask, x, -jnp.inf), axis=1, keepdims=True)
+    spread = high - low
+    scaled = jnp.where(spread > 1e-6, (x - low) / jnp.where(spread > 1e-6, spread, 1.0), 1.0)
+    return jnp.where(mask, scaled, 0.0)
+
+
 def random(rng: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """Uniform scores: their top K are a uniform draw without replacement."""
     return jax.random.uniform(rng, shape, jnp.float32)

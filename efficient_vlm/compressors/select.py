@@ -3,10 +3,20 @@
 Each returns (indices int32 [B, K], valid bool [B, K]): distinct real tokens first, then slots that
 are not valid where a row has fewer than K real tokens. The order is the method's own; `fold` brings
 the kept tokens into source order.
+
+`max_min`, `map_dpp` and `coverage` are greedy: K steps over T-vectors, all rows of a batch at once,
+without gradient. Their scores are float32 sums, so equal tokens may differ by rounding; scores
+within `TIE` of the best are ties, and a tie goes to the lowest index.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+TIE = 1e-5
+NEAREST_BLOCK = 512  # rows of the similarity matrix that `max_min` holds at once
 
 
 def top_k(scores: jax.Array, mask: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
@@ -41,3 +51,178 @@ def stride(mask: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     rank = jnp.where(real > k, (2 * slot + 1) * real // (2 * k), slot)
     real_first = jnp.argsort(~mask, axis=1, stable=True).astype(jnp.int32)
     return jnp.take_along_axis(real_first, rank, axis=1), slot < real
+
+
+def max_min(unit: jax.Array, mask: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """Greedy max-min diversity with the distance 1 - cos.
+
+    The first token is the one whose nearest other token is farthest away; each further one is the
+    farthest from its nearest chosen token (DivPrune, arXiv 2503.02175, Algorithm 1).
+
+    Args:
+      unit: float32 [B, T, D], tokens of length 1; zeros for padding.
+      mask: bool [B, T].
+      k: static, at most T.
+
+    Returns:
+      (indices, valid) in the order of the choice.
+    """
+    unit = jax.lax.stop_gradient(unit)
+
+    def update(step, distance, index):
+        to_new = 1.0 - _cosines(unit, index)
+        return jnp.where(step == 0, to_new, jnp.minimum(distance, to_new))
+
+    return _greedy(k, mask, _nearest_other(unit, mask), lambda distance: distance, update, TIE, 0.0)
+
+
+def max_min_flops(num_tokens: int, width: int, k: int) -> int:
+    """Matmul FLOPs of `max_min` for one image."""
+    blocks, block = _blocks(num_tokens)
+    return 2 * num_tokens * width * (blocks * block + k)
+
+
+def map_dpp(
+    unit: jax.Array, quality: jax.Array, mask: jax.Array, k: int
+) -> tuple[jax.Array, jax.Array]:
+    """Greedy MAP inference of the determinantal point process L = diag(q) S diag(q), S = cosines.
+
+    Each step takes the token that multiplies det L of the chosen set the most, by q_i^2 rho_i. Here
+    rho_i is the squared length of what is left of token i outside the span of the chosen ones, kept
+    up to date with one row of a Cholesky factor of S a step (Chen et al., arXiv 1709.05135,
+    Algorithm 1; there the factor is that of L, the same one with its columns times q, which divides
+    by 0 where q is 0). A rho below `TIE` counts as 0, and a token of rho 0 adds no row.
+
+    Args:
+      unit: float32 [B, T, D], tokens of length 1; zeros for padding.
+      quality: float32 [B, T], q, at least 0.
+      mask: bool [B, T].
+      k: static, at most T.
+
+    Returns:
+      (indices, valid) in the order of the choice.
+    """
+    unit, quality = jax.lax.stop_gradient((unit, quality))
+    batch, num_tokens, _ = unit.shape
+    left = (jnp.sum(jnp.square(unit), axis=-1) > 0.5).astype(jnp.float32)
+    factor = jnp.zeros((batch, k, num_tokens), jnp.float32)
+
+    def update(step, state, index):
+        left, factor = state
+        pivot = jnp.take_along_axis(left, index[:, None], axis=1)
+        column = jnp.take_along_axis(factor, index[:, None, None], axis=2)[..., 0]
+        explained = jnp.einsum("bk,bkt->bt", column, factor, precision=jax.lax.Precision.HIGHEST)
+        row = (_cosines(unit, index) - explained) * jax.lax.rsqrt(jnp.maximum(pivot, TIE))
+        row = jnp.where(pivot > 0, row, 0.0)
+        left = left - jnp.square(row)
+        return jnp.where(left < TIE, 0.0, left), factor.at[:, step].set(row)
+
+    def scores(state):
+        return jnp.square(quality) * state[0]
+
+    return _greedy(k, mask, (left, factor), scores, update, 0.0, TIE)
+
+
+def map_dpp_flops(num_tokens: int, width: int, k: int) -> int:
+    """Matmul FLOPs of `map_dpp` for one image."""
+    return 2 * k * num_tokens * (width + k)
+
+
+def coverage(
+    unit: jax.Array, weight: jax.Array, mask: jax.Array, k: int
+) -> tuple[jax.Array, jax.Array]:
+    """Greedy weighted coverage.
+
+    Token i is covered to c_i = max(0, max over chosen s of cos(i, s)); each step takes the token j
+    with the largest weight_j * sum_i max(0, cos(i, j) - c_i) (SCOPE, arXiv 2510.24214). A rise of
+    c_i by less than `TIE` counts as none.
+
+    Args:
+      unit: float32 [B, T, D], tokens of length 1; zeros for padding.
+      weight: float32 [B, T], at least 0.
+      mask: bool [B, T].
+      k: static, at most T.
+
+    Returns:
+      (indices, valid) in the order of the choice.
+    """
+    unit, weight = jax.lax.stop_gradient((unit, weight))
+    # Each step needs every pair, so the matrix is held: T^2 floats an image.
+    cosine = jnp.einsum("btd,bsd->bts", unit, unit, precision=jax.lax.Precision.HIGHEST)
+
+    def scores(covered):
+        rise = cosine - covered[:, None, :]
+        return weight * jnp.sum(jnp.where(rise > TIE, rise, 0.0), axis=-1)
+
+    def update(step, covered, index):
+        del step
+        new = jnp.take_along_axis(cosine, index[:, None, None], axis=1)[:, 0]
+        return jnp.maximum(covered, new)
+
+    return _greedy(k, mask, jnp.zeros_like(weight), scores, update, 0.0, TIE)
+
+
+def _greedy(
+    k: int,
+    mask: jax.Array,
+    state: Any,
+    scores: Callable[[Any], jax.Array],
+    update: Callable[[jax.Array, Any, jax.Array], Any],
+    absolute: float,
+    relative: float,
+) -> tuple[jax.Array, jax.Array]:
+    """k times: the best real token not yet chosen, then `update(step, state, its index [B])`.
+
+    Scores at least best - absolute - relative * |best| are ties, the lowest index wins. NaN counts
+    as the worst score.
+    """
+    places = jnp.arange(mask.shape[1], dtype=jnp.int32)[None, :]
+
+    def step(t, carry):
+        state, free, indices, valid = carry
+        value = scores(state)
+        value = jnp.where(jnp.isnan(value), jnp.finfo(jnp.float32).min, value)
+        value = jnp.where(free, value, -jnp.inf)
+        best = jnp.max(value, axis=1, keepdims=True)
+        tied = free & (value >= best - absolute - relative * jnp.abs(best))
+        index = jnp.argmax(tied, axis=1).astype(jnp.int32)
+        indices = indices.at[:, t].set(index)
+        valid = valid.at[:, t].set(jnp.any(free, axis=1))
+        return update(t, state, index), free & (places != index[:, None]), indices, valid
+
+    shape = (mask.shape[0], k)
+    empty = (state, mask, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))
+    return jax.lax.fori_loop(0, k, step, empty)[2:]
+
+
+def _cosines(unit: jax.Array, index: jax.Array) -> jax.Array:
+    """float32 [B, T], cosines of all tokens with token `index` [B]."""
+    one = jnp.take_along_axis(unit, index[:, None, None], axis=1)[:, 0]
+    return jnp.einsum("btd,bd->bt", unit, one, precision=jax.lax.Precision.HIGHEST)
+
+
+def _blocks(num_tokens: int) -> tuple[int, int]:
+    blocks = -(-num_tokens // NEAREST_BLOCK)
+    return blocks, -(-num_tokens // blocks)
+
+
+def _nearest_other(unit: jax.Array, mask: jax.Array) -> jax.Array:
+    """float32 [B, T], distance of each token to the nearest other real one; 3 if there is none.
+
+    In blocks of rows, so that a large grid does not need the whole T x T matrix.
+    """
+    batch, num_tokens, width = unit.shape
+    blocks, block = _blocks(num_tokens)
+    rows = jnp.pad(unit, ((0, 0), (0, blocks * block - num_tokens), (0, 0)))
+    rows = rows.reshape(batch, blocks, block, width).transpose(1, 0, 2, 3)
+    places = jnp.arange(num_tokens)
+
+    def nearest(numbered):
+        number, part = numbered
+        cosine = jnp.einsum("brd,btd->brt", part, unit, precision=jax.lax.Precision.HIGHEST)
+        itself = (number * block + jnp.arange(block))[:, None] == places
+        other = mask[:, None, :] & ~itself[None]
+        return 1.0 - jnp.max(jnp.where(other, cosine, -2.0), axis=-1)
+
+    distance = jax.lax.map(nearest, (jnp.arange(blocks), rows))
+    return distance.transpose(1, 0, 2).reshape(batch, -1)[:, :num_tokens]

@@ -103,11 +103,19 @@ def generate(
     """
     seconds: dict[str, Any] = {"decode": []}
     layout = model.layout(images)
-    decoder = model.with_compressor("none", layout.rows * layout.columns)
-    # An encoder that gives no signals and sees the whole image is the same for every compressor.
-    reduce = model.make_compressor()
-    whole = reduce.image_grid((layout.rows, layout.columns)) == (layout.rows, layout.columns)
-    encoder = decoder if whole and not reduce.needs - {"text"} else model
+    # What a method does not touch is the same program for all: an encoder that gives no signals and
+    # sees the whole image, a decoder into which tokens come with no policy of their own.
+    plain = model.with_compressor("none", layout.rows * layout.columns)
+    method = model.make_compressor()
+    whole = method.image_grid((layout.rows, layout.columns)) == (layout.rows, layout.columns)
+    shared = whole and method.where != "encoder" and not method.intermediates()
+    encoder = plain if shared else model
+    if method.where != "decoder":
+        decoder = plain.with_compressor(
+            "none", layout.rows * layout.columns, position_policy=method.position_policy
+        )
+    else:
+        decoder = model
 
     visual, signals = _timed(seconds, "encode", _encode, encoder, params, images, image_mask)
     visual = _timed(

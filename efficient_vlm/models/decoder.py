@@ -4,16 +4,15 @@ A segment is a scan over equal layers at one static sequence length. Between seg
 may be dropped or merged, so the layers behind, and their key-value cache, get shorter for real.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from efficient_vlm import compressors
-from efficient_vlm.compressors import Signals, VisualTokens
+from efficient_vlm.compressors import POLICIES, Compressor, DecoderState, Signals, VisualTokens
 from efficient_vlm.errors import UserError, check_fields, unknown
 from efficient_vlm.inference.cache import KVCache, SegmentCache
 from efficient_vlm.models.layers import (
@@ -26,11 +25,12 @@ from efficient_vlm.models.layers import (
     attention_mask,
     attention_rows,
     logical,
-    scan_layers,
+    run_layers,
+    stack_layers,
 )
 from efficient_vlm.models.moe import MoE, SwiGLU, check_moe
 
-POLICIES = ("retain", "reindex")
+POSITIONS = ("rope", "learned")
 
 
 class DecoderBlock(nn.Module):
@@ -41,11 +41,19 @@ class DecoderBlock(nn.Module):
     moe: Mapping[str, Any] | None
     dtype: Dtype
 
-    @nn.compact
+    def setup(self):
+        self.attention_norm = RMSNorm(dtype=self.dtype)
+        self.attend = Attention(**self.attention, dtype=self.dtype, name="attention")
+        self.mlp_norm = RMSNorm(dtype=self.dtype)
+        out_scale = self.attention["out_scale"]
+        if self.moe is None:
+            self.feed_forward = SwiGLU(self.mlp_dim, out_scale, self.dtype, name="mlp")
+        else:
+            self.feed_forward = MoE(**self.moe, out_scale=out_scale, dtype=self.dtype, name="moe")
+
     def __call__(self, x, positions, mask, key_bias, valid, cache, write_index, probe):
-        norm = functools.partial(RMSNorm, dtype=self.dtype)
-        y, inner = Attention(**self.attention, dtype=self.dtype, name="attention")(
-            norm(name="attention_norm")(x),
+        y, inner = self.attend(
+            self.attention_norm(x),
             positions,
             mask=mask,
             key_bias=key_bias,
@@ -55,45 +63,78 @@ class DecoderBlock(nn.Module):
         x = nn.with_logical_constraint(x + y, ("batch", None, "embed"))
         looks = None
         if probe is not None:
-            scale = self.attention["qk_scale"] * self.attention["head_dim"] ** -0.5
-            looks = attention_rows(inner["query"], inner["key"], *probe, scale)[None]
-        y = norm(name="mlp_norm")(x)
-        out_scale, stats = self.attention["out_scale"], {}
+            looks = attention_rows(inner["query"], inner["key"], *probe, self.attend.scale)
+        y, stats = self.mlp_norm(x), {}
         if self.moe is None:
-            y = SwiGLU(self.mlp_dim, out_scale, self.dtype, name="mlp")(y)
+            y = self.feed_forward(y)
         else:
-            layer = MoE(**self.moe, out_scale=out_scale, dtype=self.dtype, name="moe")
-            y, stats = layer(y, valid)
+            y, stats = self.feed_forward(y, valid)
         x = nn.with_logical_constraint(x + y, ("batch", None, "embed"))
-        return x, (inner["cache"], stats, looks)
+        return x, (inner.pop("cache"), stats, looks, inner)
+
+    def look(self, x: jax.Array, positions: jax.Array, last: jax.Array) -> dict[str, jax.Array]:
+        """Keys of all places and the query of one place a row, as this layer would make them.
+
+        The queries have the shape of all places, zero but for `last`: only that row is computed.
+        """
+        y = self.attention_norm(x)
+        key, plain_key = self.attend.keys(y, positions)
+        row = jnp.take_along_axis(y, last[:, None, None], axis=1)
+        queries = self.attend.queries(row, jnp.take_along_axis(positions, last[:, None], axis=1))
+        rows = jnp.arange(x.shape[0])
+        query, plain_query = (
+            jnp.zeros((*x.shape[:2], *q.shape[2:]), q.dtype).at[rows, last].set(q[:, 0])
+            for q in queries
+        )
+        return dict(query=query, key=key, plain_query=plain_query, plain_key=plain_key)
+
+
+class Run(NamedTuple):
+    """Layers `start` to `stop` at one sequence length, and what shortens it in front of them."""
+
+    start: int
+    stop: int
+    reducer: Compressor | None
 
 
 class Decoder(nn.Module):
     """A causal language model over visual and text tokens.
 
+    The parameters of all layers are one stack, however they are cut into segments: a checkpoint
+    serves every method that drops tokens between layers, at any layer.
+
     Attributes:
       segments: dicts with "layers" and, optionally, "compressor" (name, budget, options): what
         happens to the visual tokens before these layers.
+      compressor: name and options of a method that acts inside the decoder (fastv, ...) and places
+        its own cuts; the segments then only say how many layers there are.
       mlp_dim: hidden width of the dense feed-forward layer; not used with `moe`.
       moe: fields of `moe.MoE`, or None for a dense decoder.
+      position: "rope", or "learned": a table of `max_positions`, added to what enters the first
+        layer (fractional positions of merged tokens are interpolated).
       rope_theta, rope_fraction, qk_norm, qk_scale: see `layers.Attention`.
       out_scale: scale of the initial output projections.
       tie_embeddings: whether the head is the transposed embedding table.
       bidirectional_visual: visual tokens see all visual tokens (a prefix-LM) or only earlier ones.
       proportional_attention: add log(size) to the logits of a merged token (ToMe, arXiv 2210.09461,
         eq. 1), so that it weighs as much as the patches it stands for.
-      position_policy: rotary positions of visual tokens: "retain" (index in the source grid, text
-        behind the whole grid) or "reindex" (0, 1, 2, ... of the kept tokens, text behind them).
+      position_policy: positions of visual tokens where the compressor does not state its own:
+        "retain" (index in the source grid, text behind the whole grid) or "reindex" (0, 1, 2, ...
+        of the kept tokens, text behind them).
+      remat, scan_unroll: see `layers.run_layers`.
     """
 
     vocab_size: int
     width: int
     num_heads: int
     segments: Sequence[Mapping[str, Any]]
+    compressor: Mapping[str, Any] | None = None
     num_kv_heads: int | None = None
     head_dim: int | None = None
     mlp_dim: int | None = None
     moe: Mapping[str, Any] | None = None
+    position: str = "rope"
+    max_positions: int | None = None
     rope_theta: float = 10_000.0
     rope_fraction: float = 1.0
     qk_norm: bool = False
@@ -115,10 +156,14 @@ class Decoder(nn.Module):
             logical(nn.initializers.normal(self.embed_scale), "vocab", "embed"),
             (self.vocab_size, self.width),
         )
-        self.blocks = [
-            self._layers(segment["layers"], name=f"segment_{i}")
-            for i, segment in enumerate(self.segments)
-        ]
+        if self.position == "learned":
+            self.position_table = self.param(
+                "position",
+                logical(nn.initializers.normal(self.embed_scale), "position", "embed"),
+                (self.max_positions, self.width),
+            )
+        fields = self._block_fields()
+        self.layers = stack_layers(DecoderBlock, self.num_layers, 7)(**fields)
         self.reducers = [
             compressors.build(**segment["compressor"]) if segment.get("compressor") else None
             for segment in self.segments
@@ -130,8 +175,18 @@ class Decoder(nn.Module):
     def _check(self) -> None:
         for i, segment in enumerate(self.segments):
             check_fields(f"model.decoder.segments[{i}]", segment, ("layers", "compressor"))
+            if self.compressor is not None and segment.get("compressor"):
+                raise UserError(
+                    f"model.decoder.segments[{i}].compressor: set beside "
+                    f"{self.compressor['name']!r}, which places its own cuts",
+                    fix="leave one of the two out",
+                )
         if self.position_policy not in POLICIES:
             raise unknown("model.decoder.position_policy", self.position_policy, POLICIES)
+        if self.position not in POSITIONS:
+            raise unknown("model.decoder.position", self.position, POSITIONS)
+        if self.position == "learned" and not self.max_positions:
+            raise UserError("model.decoder.max_positions: missing", fix="set it, or position=rope")
         if self.moe is None and self.mlp_dim is None:
             raise UserError("model.decoder.mlp_dim: missing", fix="set mlp_dim or moe")
         if self.num_heads % (self.num_kv_heads or self.num_heads):
@@ -142,6 +197,10 @@ class Decoder(nn.Module):
         check_moe(self.moe)
 
     @property
+    def num_layers(self) -> int:
+        return sum(segment["layers"] for segment in self.segments)
+
+    @property
     def kv_heads(self) -> int:
         return self.num_kv_heads or self.num_heads
 
@@ -149,28 +208,78 @@ class Decoder(nn.Module):
     def dim(self) -> int:
         return self.head_dim or self.width // self.num_heads
 
-    def _layers(self, length: int, name: str) -> nn.Module:
+    @nn.nowrap
+    def runs(self, visual: int) -> list[Run]:
+        """The stretches of layers at one length, for `visual` tokens that enter the first."""
+        total = self.num_layers
+        if self.compressor is not None:
+            module = compressors.build(**self.compressor, parent=None)
+            stages = module.stages(total, visual)
+            starts = [0, *(stage.layer for stage in stages)]
+            reducers = [None, *(stage.module for stage in stages)]
+        else:
+            starts, reducers, start = [], [], 0
+            for segment in self.segments:
+                options = segment.get("compressor")
+                starts.append(start)
+                reducers.append(compressors.build(**options, parent=None) if options else None)
+                start += segment["layers"]
+            if reducers[0] is not None and "decoder" in reducers[0].needs:
+                raise UserError(
+                    f"model.decoder.segments[0].compressor: {reducers[0].label} looks at the layer "
+                    "in front of it, and there is none",
+                    fix="put a segment without a compressor first",
+                )
+        return [
+            Run(start, stop, reducer)
+            for start, stop, reducer in zip(starts, [*starts[1:], total], reducers, strict=True)
+        ]
+
+    @nn.nowrap
+    def _block_fields(self) -> dict[str, Any]:
         attention = dict(
+            width=self.width,
             num_heads=self.num_heads,
             num_kv_heads=self.kv_heads,
             head_dim=self.dim,
             qk_norm=self.qk_norm,
             qk_scale=self.qk_scale,
-            rope_theta=self.rope_theta,
+            rope_theta=self.rope_theta if self.position == "rope" else None,
             rope_fraction=self.rope_fraction,
             out_scale=self.out_scale,
         )
-        shared = nn.broadcast
-        block = scan_layers(
-            DecoderBlock,
-            length,
-            (shared, shared, shared, shared, 0, shared, shared),
+        return dict(attention=attention, mlp_dim=self.mlp_dim, moe=self.moe, dtype=self.dtype)
+
+    def _stacked(self) -> Any:
+        return nn.unbox(self.variables["params"]["layers"])
+
+    def _run(self, x, start, stop, inputs, *, cache=None, differentiable=True):
+        """Layers `start` to `stop`; outputs (cache, stats, looks), without what attention saw."""
+        block = DecoderBlock(**self._block_fields(), parent=None)
+        *shared, write_index, probe = inputs
+
+        def layer(params, x, cache):
+            call = (x, *shared, cache, write_index, probe)
+            x, (cache, stats, looks, _) = block.apply({"params": params}, *call)
+            return x, (cache, stats, looks)
+
+        return run_layers(
+            layer,
+            self._stacked(),
+            x,
+            start,
+            stop,
+            cache,
             remat=self.remat,
             unroll=self.scan_unroll,
+            differentiable=differentiable,
         )
-        return block(
-            attention=attention, mlp_dim=self.mlp_dim, moe=self.moe, dtype=self.dtype, name=name
-        )
+
+    def _one(self, index, method=None, *inputs):
+        """One layer apart, with what its attention saw."""
+        block = DecoderBlock(**self._block_fields(), parent=None)
+        params = jax.tree.map(lambda p: p[index], self._stacked())
+        return block.apply({"params": params}, *inputs, method=method)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int [...] -> [..., width]."""
@@ -191,6 +300,8 @@ class Decoder(nn.Module):
         *,
         columns: int,
         signals: Signals,
+        prompt: jax.Array | None = None,
+        position_policy: str | None = None,
         rng: jax.Array | None = None,
         cache_slots: int | None = None,
         probe: jax.Array | None = None,
@@ -204,8 +315,12 @@ class Decoder(nn.Module):
           segments: int [B, S], 1.. for packed conversations, PADDING_SEGMENT for padding.
           columns: patches per row of the source grid.
           signals: what compressors between segments may look at.
+          prompt: bool [B, S], text in front of the answer, which methods inside the decoder may ask;
+            None for all that is not padding.
+          position_policy: of the visual tokens; None for the decoder's own.
           rng: key for random compressors.
-          cache_slots: room for generated tokens; None for no cache.
+          cache_slots: room for generated tokens; None for no cache. With a cache the pass is not
+            meant to be differentiated.
           probe: int [B, R], text places whose attention to the visual tokens is wanted; only for a
             decoder that keeps all of them.
 
@@ -214,14 +329,23 @@ class Decoder(nn.Module):
           (sum, denominator) with a leading axis over all layers, and, with `probe`,
           "visual_attention" [layers, B, R, T]; the caches.
         """
-        stats, attention, caches = [], [], []
-        for i, segment in enumerate(self.segments):
-            block, reducer = self.blocks[i], self.reducers[i]
+        policy = position_policy or self.position_policy
+        prompt = segments != PADDING_SEGMENT if prompt is None else prompt
+        runs = self.runs(visual.embed.shape[1])
+        if self.position == "learned":
+            offset, places = self._visual_positions(visual, columns, policy)
+            visual = visual.replace(embed=visual.embed + self._learned(places))
+            text = text + self._learned(offset + positions)
+        first = dict(first_visual=visual.embed, first_text=text, first_live=visual.mask)
+        last_prompt = jnp.max(jnp.where(prompt, jnp.arange(prompt.shape[1]), 0), axis=1)
+        stats, attention, caches, state = [], [], [], None
+        for i, (start, stop, reducer) in enumerate(runs):
             if reducer is not None:
                 key = None if rng is None else jax.random.fold_in(rng, i)
-                visual = reducer(visual, signals, rng=key)
+                visual = self._reduce(i, reducer, visual, signals.replace(decoder=state), key)
+                policy = reducer.position_policy or policy
             count = visual.embed.shape[1]
-            offset, visual_positions = self._visual_positions(visual, columns)
+            offset, visual_positions = self._visual_positions(visual, columns, policy)
             places = jnp.concatenate([visual_positions, offset + positions], axis=1)
             shared = jnp.where(visual.mask, SHARED_SEGMENT, PADDING_SEGMENT)
             marks = jnp.concatenate([shared, segments], axis=1)
@@ -231,18 +355,43 @@ class Decoder(nn.Module):
             bias = self._key_bias(visual, text.shape[1])
             live = marks != PADDING_SEGMENT
             x = jnp.concatenate([visual.embed.astype(self.dtype), text], axis=1)
-            empty = None
-            if cache_slots is not None:
-                room = (
-                    segment["layers"],
-                    x.shape[0],
-                    x.shape[1] + cache_slots,
-                    self.kv_heads,
-                    self.dim,
-                )
-                empty = (jnp.zeros(room, self.dtype), jnp.zeros(room, self.dtype))
             look_from = None if probe is None else (count + probe, visual.mask)
-            x, (kv, layer_stats, looks) = block(x, places, mask, bias, live, empty, None, look_from)
+            inputs = (places, mask, bias, live, None, look_from)
+            if i == 0 and self.is_initializing():
+                self.layers(x, *inputs[:4], None, *inputs[4:])
+
+            following = runs[i + 1].reducer if i + 1 < len(runs) else None
+            looked_at = following is not None and "decoder" in following.needs
+            done, outputs = stop - looked_at, []
+            if done > start:
+                cache = self._empty(x, cache_slots, done - start)
+                differentiable = cache_slots is None
+                x, part = self._run(
+                    x, start, done, inputs, cache=cache, differentiable=differentiable
+                )
+                outputs.append(part)
+            if looked_at:
+                before, cache = x, self._empty(x, cache_slots)
+                x, (*part, inner) = self._one(done, None, x, *inputs[:4], cache, *inputs[4:])
+                outputs.append(jax.tree.map(lambda value: value[None], tuple(part)))
+                last = count + last_prompt
+                if getattr(following, "looks", "previous") == "next":
+                    inner = self._one(stop, "look", x, places, last)
+                state = DecoderState(
+                    **inner,
+                    live=live,
+                    prompt=prompt,
+                    last=last,
+                    bias=bias,
+                    before=before,
+                    after=x,
+                    **first,
+                    scale=self.qk_scale * self.dim**-0.5,
+                    bidirectional=self.bidirectional_visual,
+                )
+            kv, layer_stats, looks = jax.tree.map(
+                lambda *parts: jnp.concatenate(parts) if len(parts) > 1 else parts[0], *outputs
+            )
             visual, text = visual.replace(embed=x[:, :count]), x[:, count:]
             stats.append(layer_stats)
             attention.append(looks)
@@ -260,27 +409,57 @@ class Decoder(nn.Module):
                 )
         stats = jax.tree.map(lambda *layers: jnp.concatenate(layers), *stats)
         if probe is not None:
-            stats["visual_attention"] = jnp.concatenate(attention)[:, 0]
+            stats["visual_attention"] = jnp.concatenate(attention)
         return text, stats, tuple(caches)
+
+    def _empty(self, x, cache_slots, *layers) -> tuple[jax.Array, jax.Array] | None:
+        """Room for the keys and values of x [B, S, D] and of `cache_slots` more tokens."""
+        if cache_slots is None:
+            return None
+        room = (*layers, x.shape[0], x.shape[1] + cache_slots, self.kv_heads, self.dim)
+        return jnp.zeros(room, self.dtype), jnp.zeros(room, self.dtype)
+
+    def _reduce(self, i, reducer, visual, signals, rng) -> VisualTokens:
+        if self.compressor is None:
+            return self.reducers[i](visual, signals, rng=rng)
+        # Methods that place their own cuts have no parameters.
+        return reducer.apply({}, visual, signals, rng=rng)
+
+    def _learned(self, positions: jax.Array) -> jax.Array:
+        """[B, S] positions -> [B, S, width], linear between the rows of the table."""
+        positions = jnp.clip(positions.astype(jnp.float32), 0, self.max_positions - 1)
+        low = jnp.floor(positions).astype(jnp.int32)
+        high = jnp.minimum(low + 1, self.max_positions - 1)
+        part = (positions - low)[..., None]
+        table = self.position_table
+        return (table[low] * (1 - part) + table[high] * part).astype(self.dtype)
 
     def step(self, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """One token for every row: int [B] -> (float32 logits [B, vocab], the longer cache)."""
         x = self.embed(tokens)[:, None]
-        segments = []
-        for block, part in zip(self.blocks, cache.segments, strict=True):
+        behind = cache.lengths + cache.generated
+        if self.position == "learned":
+            x = x + self._learned((cache.segments[0].text_offset + behind)[:, None])
+        segments, start = [], 0
+        for part in cache.segments:
+            stop = start + part.key.shape[0]
             slot = part.start + cache.generated
             live = part.live | (jnp.arange(part.live.shape[1]) == slot)
-            place = (part.text_offset + cache.lengths + cache.generated)[:, None]
+            place = (part.text_offset + behind)[:, None]
             seen = jnp.ones_like(tokens, dtype=bool)[:, None]
+            inputs = (place, live[:, None, :], part.bias, seen, slot, None)
             state = (part.key, part.value)
-            x, (kv, _, _) = block(x, place, live[:, None, :], part.bias, seen, state, slot, None)
+            x, (kv, _, _) = self._run(x, start, stop, inputs, cache=state, differentiable=False)
             segments.append(part.replace(key=kv[0], value=kv[1], live=live))
+            start = stop
         cache = cache.replace(segments=tuple(segments), generated=cache.generated + 1)
         return self.logits(x[:, 0]), cache
 
-    def _visual_positions(self, visual: VisualTokens, columns: int) -> tuple[int, jax.Array]:
-        """Rotary position of the first text token, and of the visual tokens [B, T]."""
-        if self.position_policy == "reindex":
+    def _visual_positions(
+        self, visual: VisualTokens, columns: int, policy: str
+    ) -> tuple[int, jax.Array]:
+        """Position of the first text token, and of the visual tokens [B, T]."""
+        if policy == "reindex":
             count = visual.embed.shape[1]
             shape = visual.mask.shape
             return count, jnp.broadcast_to(jnp.arange(count, dtype=jnp.float32), shape)

@@ -1,7 +1,8 @@
 """Building blocks that the encoder and the decoder share. All parameters carry logical axes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -198,6 +199,36 @@ def attention_rows(
     return jax.nn.softmax(logits, axis=-1).mean(axis=1)
 
 
+def attention_received(q: jax.Array, k: jax.Array, scale: float, block: int = 64) -> jax.Array:
+    """Attention that each key receives, mean over queries and heads, in blocks of queries.
+
+    Never more than [B, H, block, S] at once. Every query sees every key.
+
+    Args:
+      q, k: [B, S, H, Dh].
+      scale: multiplies the logits.
+      block: queries at a time.
+
+    Returns:
+      float32 [B, S]; rows sum to 1.
+    """
+    batch, count, heads, dim = q.shape
+    blocks = -(-count // block)
+    q = jnp.pad(q.astype(jnp.float32), ((0, 0), (0, blocks * block - count), (0, 0), (0, 0)))
+    k = k.astype(jnp.float32)
+    real = jnp.arange(blocks * block) < count
+
+    def step(total, rows):
+        queries, valid = rows
+        weights = jax.nn.softmax(scale * jnp.einsum("bqhd,bkhd->bhqk", queries, k), axis=-1)
+        return total + jnp.einsum("bhqk,q->bk", weights, valid.astype(jnp.float32)), None
+
+    split = q.reshape(batch, blocks, block, heads, dim).swapaxes(0, 1)
+    start = jnp.zeros((batch, k.shape[1]), jnp.float32)
+    total, _ = jax.lax.scan(step, start, (split, real.reshape(blocks, block)))
+    return total / (heads * count)
+
+
 class Attention(nn.Module):
     """Multi-head attention with grouped keys, optional QK-norm and rotary positions.
 
@@ -205,6 +236,7 @@ class Attention(nn.Module):
     qk_scale * sqrt(Dh), and a value above 1 is what lets small heads look up one token among many.
     """
 
+    width: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -215,7 +247,43 @@ class Attention(nn.Module):
     out_scale: float = 1.0
     dtype: Dtype = jnp.float32
 
-    @nn.compact
+    def setup(self):
+        def heads(count: int, axis: str):
+            shape, axes = (count, self.head_dim), (axis, "head_dim")
+            return Linear(("embed",), shape, axes, dtype=self.dtype)
+
+        self.query = heads(self.num_heads, "heads")
+        self.key = heads(self.num_kv_heads, "kv_heads")
+        self.value = heads(self.num_kv_heads, "kv_heads")
+        if self.qk_norm:
+            self.query_norm = RMSNorm("head_dim", dtype=self.dtype)
+            self.key_norm = RMSNorm("head_dim", dtype=self.dtype)
+        self.out = Linear(
+            ("heads", "head_dim"), (self.width,), ("embed",), self.out_scale, self.dtype
+        )
+
+    @property
+    def scale(self) -> float:
+        """What the logits are multiplied by."""
+        return self.qk_scale * self.head_dim**-0.5
+
+    def queries(self, x: jax.Array, positions: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """[B, S, D] -> queries [B, S, H, Dh] with and without rotary positions."""
+        q = self.query(x)
+        q = self.query_norm(q) if self.qk_norm else q
+        return self._rotate(q, positions), q
+
+    def keys(self, x: jax.Array, positions: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """[B, S, D] -> keys [B, S, Hkv, Dh] with and without rotary positions."""
+        k = self.key(x)
+        k = self.key_norm(k) if self.qk_norm else k
+        return self._rotate(k, positions), k
+
+    def _rotate(self, x: jax.Array, positions: jax.Array | None) -> jax.Array:
+        if self.rope_theta is None or positions is None:
+            return x
+        return rope(x, positions, self.rope_theta, self.rope_fraction)
+
     def __call__(
         self,
         x: jax.Array,
@@ -238,24 +306,13 @@ class Attention(nn.Module):
             empty cache, into whose first places they are written while they see only each other.
 
         Returns:
-          [B, S, D], and {"query" [B, S, H, Dh], "key" [B, S, Hkv, Dh]} with "cache": what came
-          in, with the S tokens written, or None.
+          [B, S, D], and {"query" [B, S, H, Dh], "key" [B, S, Hkv, Dh], both also as "plain_..."
+          without rotary positions} with "cache": what came in, with the S tokens written, or None.
         """
-
-        def heads(count: int, axis: str, name: str):
-            shape, axes = (count, self.head_dim), (axis, "head_dim")
-            return Linear(("embed",), shape, axes, dtype=self.dtype, name=name)(x)
-
-        q = heads(self.num_heads, "heads", "query")
-        k = heads(self.num_kv_heads, "kv_heads", "key")
-        v = heads(self.num_kv_heads, "kv_heads", "value")
-        if self.qk_norm:
-            q = RMSNorm("head_dim", dtype=self.dtype, name="query_norm")(q)
-            k = RMSNorm("head_dim", dtype=self.dtype, name="key_norm")(k)
-        if self.rope_theta is not None and positions is not None:
-            q = rope(q, positions, self.rope_theta, self.rope_fraction)
-            k = rope(k, positions, self.rope_theta, self.rope_fraction)
-        inner = {"query": q, "key": k}
+        q, plain_q = self.queries(x, positions)
+        k, plain_k = self.keys(x, positions)
+        v = self.value(x)
+        inner = {"query": q, "key": k, "plain_query": plain_q, "plain_key": plain_k}
         if cache is not None:
             at = (0, 0 if write_index is None else write_index, 0, 0)
             cache = tuple(
@@ -265,53 +322,79 @@ class Attention(nn.Module):
             if write_index is not None:
                 k, v = cache
         inner["cache"] = cache
-        scale = self.qk_scale * self.head_dim**-0.5
-        out = dot_product_attention(q, k, v, scale=scale, mask=mask, key_bias=key_bias)
-        out = Linear(
-            ("heads", "head_dim"),
-            (x.shape[-1],),
-            ("embed",),
-            scale=self.out_scale,
-            dtype=self.dtype,
-            name="out",
-        )(out)
-        return out, inner
+        out = dot_product_attention(q, k, v, scale=self.scale, mask=mask, key_bias=key_bias)
+        return self.out(out), inner
 
 
-def scan_layers(
-    block: type[nn.Module],
-    length: int,
-    in_axes,
+def stack_layers(block: type[nn.Module], length: int, inputs: int) -> type[nn.Module]:
+    """`block` with the parameters of `length` layers, stacked on axis 0 (logical axis "layers").
+
+    It is called once, to create them; `run_layers` runs any stretch of the layers.
+
+    Args:
+      block: a module whose call is (x, *inputs) -> (x, outputs).
+      length: number of layers.
+      inputs: how many inputs beside x, the same for every layer.
+    """
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast,) * inputs,
+        length=length,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+
+
+def run_layers(
+    layer: Callable,
+    stacked: Any,
+    x: jax.Array,
+    start: int,
+    stop: int,
+    inputs: Any = None,
     *,
     remat: str = "none",
     unroll: int = 1,
-    rngs: tuple[str, ...] = (),
-) -> type[nn.Module]:
-    """`block` repeated `length` times with parameters stacked on axis 0 (logical axis "layers").
+    differentiable: bool = True,
+) -> tuple[jax.Array, Any]:
+    """Runs layers `start` to `stop` (excluded) of a stack of parameters.
 
     Args:
-      block: a module whose call is (carry, *inputs) -> (carry, outputs).
-      length: number of layers.
-      in_axes: per input, 0 to give each layer its slice or nn.broadcast.
+      layer: (parameters of one layer, x, its input) -> (x, outputs).
+      stacked: parameters, each with a leading axis over all layers.
+      x: what goes from layer to layer.
+      start, stop: static.
+      inputs: a tree with a leading axis over these layers, a slice for each; or None.
       remat: what the backward pass computes again: "none", "full" (everything) or "dots" (all but
         matrix products).
-      unroll: layers per loop iteration; `length` removes the loop, which a CPU prefers.
-      rngs: random streams to split between the layers.
+      unroll: layers per loop iteration; the number of layers removes the loop, which a CPU prefers.
+      differentiable: False reads each layer where it lies; a part of the stack is then not copied,
+        which would cost as much as decoding one token, but gradients would be slow.
+
+    Returns:
+      x behind the last of them, and the outputs with a leading axis over these layers.
     """
     policies = {
         "full": jax.checkpoint_policies.nothing_saveable,
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     }
+    if remat not in ("none", *policies):
+        raise unknown("remat", remat, ["none", *policies])
+    total = jax.tree.leaves(stacked)[0].shape[0]
+    sliced = differentiable and (start, stop) != (0, total)
+    own = jax.tree.map(lambda p: p[start:stop], stacked) if sliced else stacked
+    looked_up = not differentiable and (start, stop) != (0, total)
+
+    def body(x, item):
+        index, params, given = item
+        if looked_up:
+            params = jax.tree.map(
+                lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), stacked
+            )
+        return layer(params, x, given)
+
     if remat != "none":
-        if remat not in policies:
-            raise unknown("remat", remat, ["none", *policies])
-        block = nn.remat(block, prevent_cse=False, policy=policies[remat])
-    return nn.scan(
-        block,
-        variable_axes={"params": 0},
-        split_rngs={"params": True, **dict.fromkeys(rngs, True)},
-        in_axes=in_axes,
-        length=length,
-        unroll=min(unroll, length),
-        metadata_params={nn.PARTITION_NAME: "layers"},
-    )
+        body = jax.checkpoint(body, prevent_cse=False, policy=policies[remat])
+    items = (jnp.arange(start, stop), None if looked_up else own, inputs)
+    return jax.lax.scan(body, x, items, unroll=max(1, min(unroll, stop - start)))

@@ -1,63 +1,92 @@
 """The vision encoder: one configurable vision transformer (arXiv 2010.11929)."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from efficient_vlm.compressors import Signals, Stage, VisualTokens
 from efficient_vlm.errors import UserError, unknown
-from efficient_vlm.models.layers import Attention, Dtype, Linear, RMSNorm, logical, scan_layers
+from efficient_vlm.models.layers import (
+    Attention,
+    Dtype,
+    Linear,
+    RMSNorm,
+    attention_received,
+    logical,
+    run_layers,
+    stack_layers,
+)
 
 POSITIONS = ("factorised", "learned")
-INTERMEDIATES = ("features", "keys", "attention_row")
 
 
 class EncoderBlock(nn.Module):
     """Pre-norm attention and GELU MLP, bidirectional."""
 
+    width: int
     num_heads: int
     mlp_dim: int
     qk_norm: bool
     qk_scale: float
     dtype: Dtype
-    wanted: tuple[str, ...] = ()
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None):
-        width = x.shape[-1]
+    def __call__(
+        self,
+        x: jax.Array,
+        key_bias: jax.Array | None = None,
+        merge: Callable[[jax.Array, dict], jax.Array] | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """[B, S, D] -> [B, S', D] and what attention saw; `merge` acts between the two halves."""
         norm = functools.partial(RMSNorm, dtype=self.dtype)
         y, inner = Attention(
+            width=self.width,
             num_heads=self.num_heads,
             num_kv_heads=self.num_heads,
-            head_dim=width // self.num_heads,
+            head_dim=self.width // self.num_heads,
             qk_norm=self.qk_norm,
             qk_scale=self.qk_scale,
             out_scale=0.5,
             dtype=self.dtype,
             name="attention",
-        )(norm(name="attention_norm")(x), mask=mask)
+        )(norm(name="attention_norm")(x), key_bias=key_bias)
         x = x + y
+        if merge is not None:
+            x = merge(x, inner)
         y = Linear(("embed",), (self.mlp_dim,), ("mlp",), dtype=self.dtype, name="up")(
             norm(name="mlp_norm")(x)
         )
         y = nn.with_logical_constraint(nn.gelu(y), ("batch", None, "mlp"))
-        y = Linear(("mlp",), (width,), ("embed",), scale=0.5, dtype=self.dtype, name="down")(y)
-        x = x + y
+        down = Linear(("mlp",), (self.width,), ("embed",), 0.5, self.dtype, name="down")
+        return x + down(y), inner
 
-        wanted = {}
-        if "features" in self.wanted:
-            wanted["features"] = x
-        if "keys" in self.wanted:
-            wanted["keys"] = inner["key"].mean(axis=2)
-        if "attention_row" in self.wanted:
-            # One row beside the attention, never a matrix: what the mean query looks at.
-            q = inner["query"].mean(axis=1).astype(jnp.float32)
-            logits = jnp.einsum("bhd,bkhd->bhk", q, inner["key"].astype(jnp.float32))
-            logits *= self.qk_scale * (width // self.num_heads) ** -0.5
-            wanted["attention_row"] = jax.nn.softmax(logits, axis=-1).mean(axis=1)
-        return x, wanted
+
+def _row(query: jax.Array, keys: jax.Array, scale: float) -> jax.Array:
+    """Attention of one query [B, H, Dh] to keys [B, S, H, Dh], mean over heads: float32 [B, S]."""
+    logits = jnp.einsum("bhd,bkhd->bhk", query.astype(jnp.float32), keys.astype(jnp.float32))
+    return jax.nn.softmax(scale * logits, axis=-1).mean(axis=1)
+
+
+def _all_heads(x: jax.Array) -> jax.Array:
+    return x.reshape(*x.shape[:-2], 1, -1)
+
+
+# What can be asked of a layer: (states behind it, queries, keys, scale of the logits) -> array.
+# One-row signals are computed beside the attention from one query, never from a whole matrix.
+INTERMEDIATES: dict[str, Callable[[jax.Array, jax.Array, jax.Array, float], jax.Array]] = {
+    "features": lambda x, q, k, scale: x,
+    "keys": lambda x, q, k, scale: k,
+    "cls_row": lambda x, q, k, scale: _row(q[:, 0], k, scale),
+    "cls_row_full": lambda x, q, k, scale: _row(
+        _all_heads(q[:, 0]), _all_heads(k), scale * q.shape[-2] ** -0.5
+    ),
+    "mean_query_row": lambda x, q, k, scale: _row(q.astype(jnp.float32).mean(axis=1), k, scale),
+    "column_mean": lambda x, q, k, scale: attention_received(q, k, scale),
+}
 
 
 class ViT(nn.Module):
@@ -72,8 +101,9 @@ class ViT(nn.Module):
         per channel), so that content is not small beside the position embedding.
       position: "factorised" (a row table plus a column table) or "learned" (a table of the grid).
       position_scale: standard deviation of the initial position tables.
+      class_token: whether a learned CLS token stands before the patches; the features exclude it.
       qk_norm, qk_scale: see `layers.Attention`.
-      remat, scan_unroll: see `layers.scan_layers`.
+      remat, scan_unroll: see `layers.run_layers`.
     """
 
     image_size: int | Sequence[int]
@@ -87,6 +117,7 @@ class ViT(nn.Module):
     pixel_std: float | Sequence[float] = 0.5
     position: str = "factorised"
     position_scale: float = 0.5
+    class_token: bool = False
     qk_norm: bool = False
     qk_scale: float = 1.0
     remat: str = "none"
@@ -107,45 +138,116 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: jax.Array, *, intermediates: Sequence[str] = ()
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        self,
+        images: jax.Array,
+        *,
+        intermediates: Sequence[str] = (),
+        stages: Sequence[Stage] = (),
+        differentiable: bool = True,
+    ) -> tuple[jax.Array, dict[str, Any]]:
         """Encodes images.
 
         Args:
           images: uint8 [B, H, W, 3], or float in [0, 1].
-          intermediates: "name/layer" with name one of features, keys, attention_row; a negative
-            layer counts from the last.
+          intermediates: "name/layer" with name one of INTERMEDIATES; a negative layer counts from
+            the last.
+          stages: where a compressor shortens the sequence inside the encoder, in order; not
+            together with intermediates.
+          differentiable: see `layers.run_layers`.
 
         Returns:
-          features [B, h*w, width] after the final norm, and the intermediates by the name asked
-          for: features [B, N, width]; keys, mean over heads, [B, N, width/heads]; attention_row,
-          attention of the mean query to each patch, mean over heads, [B, N].
+          features [B, N, width] after the final norm, and a dict: the intermediates by the name
+          asked for, N = h*w patches without CLS (features [B, N, width]; keys [B, N, heads, dim];
+          rows and means float32 [B, N], attention that each patch receives: from CLS, from CLS
+          with all heads as one (logits / sqrt(width)), from the mean query, from all queries;
+          they sum to 1 together with what CLS receives). With `stages`: "tokens", the features as
+          VisualTokens of the grid, N of them being left.
+
+        Raises:
+          UserError: unknown name or layer, or a CLS row of an encoder without CLS.
         """
-        wanted = [self._parse_intermediate(name) for name in intermediates]
+        wanted = {asked: self._parse_intermediate(asked) for asked in intermediates}
         x = self._patches(images)
         x = x + self._positions(images.shape[1:3])
-        block = scan_layers(
-            EncoderBlock,
-            self.depth,
-            (nn.broadcast,),
-            remat=self.remat,
-            unroll=self.scan_unroll,
-        )
-        x, stacked = block(
+        grid = tuple(side // self.patch_size for side in images.shape[1:3])
+        tokens = VisualTokens.from_grid(x, grid) if stages else None
+        extra = 0
+        if self.class_token:
+            init = logical(nn.initializers.normal(self.position_scale), None, "embed")
+            cls = self.param("class_token", init, (1, self.width)).astype(self.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), *cls.shape)), x], axis=1)
+            extra = 1
+
+        fields = dict(
+            width=self.width,
             num_heads=self.num_heads,
             mlp_dim=self.mlp_dim,
             qk_norm=self.qk_norm,
             qk_scale=self.qk_scale,
             dtype=self.dtype,
-            wanted=tuple(sorted({name for name, _ in wanted})),
-            name="layers",
-        )(x, None)
-        x = RMSNorm(dtype=self.dtype, name="norm")(x)
-        found = {
-            asked: stacked[name][layer]
-            for asked, (name, layer) in zip(intermediates, wanted, strict=True)
-        }
-        return x, found
+        )
+        stack = stack_layers(EncoderBlock, self.depth, 0)(**fields, name="layers")
+        if self.is_initializing():
+            stack(x)
+        stacked = nn.unbox(self.variables["params"]["layers"])
+        block = EncoderBlock(**fields, parent=None)
+        modules = [stage.module.copy(name=f"compressor_{i}") for i, stage in enumerate(stages)]
+        bias = None
+
+        def reduce(index: int, x: jax.Array, keys: jax.Array | None) -> jax.Array:
+            nonlocal tokens, bias
+            given = tokens.replace(embed=x[:, extra:])
+            tokens = modules[index](given, Signals(keys=keys))
+            if getattr(modules[index], "proportional", False):
+                bias = jnp.log(jnp.maximum(tokens.size, 1.0))
+                bias = jnp.pad(bias, ((0, 0), (extra, 0)))
+            return jnp.concatenate([x[:, :extra], tokens.embed], axis=1)
+
+        def plain(x, start, stop):
+            if start == stop:
+                return x
+            return run_layers(
+                lambda params, x, _: (block.apply({"params": params}, x, bias)[0], None),
+                stacked,
+                x,
+                start,
+                stop,
+                remat=self.remat,
+                unroll=self.scan_unroll,
+                differentiable=differentiable,
+            )[0]
+
+        found: dict[str, Any] = {}
+        inside = {stage.layer: i for i, stage in enumerate(stages) if stage.inside}
+        before = {stage.layer: i for i, stage in enumerate(stages) if not stage.inside}
+        looked_at = {layer for _, layer in wanted.values()} | set(inside)
+        done = 0
+        for layer in sorted(looked_at | set(before)):
+            x = plain(x, done, layer)
+            done = layer
+            if layer in before:
+                x = reduce(before[layer], x, None)
+            if layer in looked_at:
+                merge = None
+                if layer in inside:
+                    index = inside[layer]
+
+                    def merge(x, inner, index=index):
+                        return reduce(index, x, inner["key"][:, extra:])
+
+                params = jax.tree.map(lambda p, layer=layer: p[layer], stacked)
+                x, inner = block.apply({"params": params}, x, bias, merge)
+                done = layer + 1
+                for asked, (name, at) in wanted.items():
+                    if at == layer:
+                        scale = self.qk_scale * (self.width // self.num_heads) ** -0.5
+                        value = INTERMEDIATES[name](x, inner["query"], inner["key"], scale)
+                        found[asked] = value[:, extra:]
+        x = plain(x, done, self.depth)
+        features = RMSNorm(dtype=self.dtype, name="norm")(x[:, extra:])
+        if stages:
+            found["tokens"] = tokens.replace(embed=features)
+        return features, found
 
     def _parse_intermediate(self, asked: str) -> tuple[str, int]:
         name, _, layer = asked.partition("/")
@@ -155,8 +257,16 @@ class ViT(nn.Module):
             raise UserError(
                 f"encoder intermediate {asked!r}: no such layer",
                 allowed=f"{name}/LAYER with LAYER from {-self.depth} to {self.depth - 1}",
+                fix="give compressor.layer (or middle_layer) inside this encoder",
             )
-        return name, int(layer)
+        if name.startswith("cls_") and not self.class_token:
+            raise UserError(
+                "compressor.attention: 'cls', but this encoder has no CLS token",
+                allowed="'column_mean' (attention received from all patches), 'mean_query'; "
+                "divprune, dart, stride need no attention",
+                fix="--compressor.attention=column_mean",
+            )
+        return name, int(layer) % self.depth
 
     def _patches(self, images: jax.Array) -> jax.Array:
         batch, height, width, channels = images.shape

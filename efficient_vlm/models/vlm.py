@@ -10,8 +10,9 @@ from flax import linen as nn
 from flax import struct
 
 from efficient_vlm import compressors
-from efficient_vlm.compressors import Signals, VisualTokens
-from efficient_vlm.compressors.methods import METHODS
+from efficient_vlm.compressors import Signals, VisualTokens, selectors
+from efficient_vlm.compressors.methods import METHODS, find
+from efficient_vlm.compressors.tokens import zero_padding
 from efficient_vlm.errors import UserError
 from efficient_vlm.inference.cache import KVCache
 from efficient_vlm.models.build import check_positive, construct, frozen
@@ -43,14 +44,27 @@ class Layout(NamedTuple):
 
 
 class Connector(nn.Module):
-    """Encoder width to decoder width: one product, or with `hidden_dim` two and a GELU between."""
+    """Encoder width to decoder width: one product, or with `hidden_dim` two and a GELU between.
+
+    With `identity` there is none: the compressor is the projector (mlp, deco, ldpv2, ...) and gives
+    the decoder's width itself (its option `features`).
+    """
 
     features: int
     hidden_dim: int | None = None
+    identity: bool = False
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        if self.identity:
+            if x.shape[-1] != self.features:
+                raise UserError(
+                    f"model.connector.identity: the tokens have width {x.shape[-1]}, the decoder "
+                    f"{self.features}",
+                    fix=f"set model.compressor.features={self.features}, or identity=False",
+                )
+            return x
         if self.hidden_dim is not None:
             x = Linear(("vision",), (self.hidden_dim,), ("mlp",), dtype=self.dtype, name="up")(x)
             x = nn.gelu(x)
@@ -91,7 +105,9 @@ class VisionLanguageModel(nn.Module):
 
     def setup(self):
         self.vit = self.make_encoder()
-        self.reduce = self.make_compressor()
+        method = self.make_compressor()
+        # A method inside the encoder or decoder leaves nothing to do between them.
+        self.reduce = method if method.where == "between" else selectors.Identity(None)
         self.language = self.make_decoder()
         self.connect = construct(
             Connector,
@@ -111,6 +127,8 @@ class VisionLanguageModel(nn.Module):
     def make_decoder(self) -> Decoder:
         """The decoder of this configuration, unbound."""
         fields = {"vocab_size": self.vocab_size, "dtype": self.dtype, "parent": None}
+        if self.make_compressor().where == "decoder":
+            fields["compressor"] = self.compressor
         decoder = construct(Decoder, self.decoder, "model.decoder", **fields)
         names = ("width", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
         check_positive("model.decoder", decoder, names)
@@ -126,26 +144,40 @@ class VisionLanguageModel(nn.Module):
     def make_compressor(self) -> nn.Module:
         """The compressor of this configuration, unbound."""
         options = dict(self.compressor)
-        for name in ("name", "budget"):
-            if name not in options:
-                raise UserError(f"model.compressor.{name}: missing", fix="set it in the config")
-        options.setdefault("grid", self.make_encoder().grid)
-        return compressors.build(options.pop("name"), parent=None, **options)
+        if "name" not in options:
+            raise UserError("model.compressor.name: missing", fix="set it in the config")
+        name = options.pop("name")
+        if "budget" not in options and not find(name).optional_budget:
+            raise UserError("model.compressor.budget: missing", fix="set it in the config")
+        if find(name).where != "decoder":
+            options.setdefault("grid", self.make_encoder().grid)
+        return compressors.build(name, parent=None, **options)
 
-    def with_compressor(self, name: str, budget: int, **options: Any) -> "VisionLanguageModel":
+    def with_compressor(
+        self, name: str, budget: int | None = None, **options: Any
+    ) -> "VisionLanguageModel":
         """The same model with another compressor; parameters carry over where shapes agree."""
         if name == self.compressor["name"]:
             options = {**self.compressor, **options}
-        return self.clone(compressor={**options, "name": name, "budget": budget})
+        options = {**options, "name": name, "budget": budget}
+        if budget is None:
+            del options["budget"]
+        return self.clone(compressor=options)
 
     @property
     def selects_by_text(self) -> bool:
         """Whether different questions about one image get different visual tokens."""
         rows, columns = self.make_encoder().grid
-        if "text" in self.make_compressor().needs and self.compressor["budget"] < rows * columns:
+        method = self.make_compressor()
+        if method.text_guided and (method.where != "between" or method.budget < rows * columns):
             return True
         inner = [s["compressor"]["name"] for s in self.decoder["segments"] if s.get("compressor")]
-        return any("text" in METHODS[name].needs for name in inner if name in METHODS)
+        return any(METHODS[name].text_guided for name in inner if name in METHODS)
+
+    def _position_policy(self) -> str | None:
+        """The policy that the compressor states, if it has chosen the tokens that enter."""
+        method = self.make_compressor()
+        return None if method.where == "decoder" else method.position_policy
 
     def layout(self, images: jax.Array) -> Layout:
         """The layout of images [B, M, H, W, 3]."""
@@ -154,12 +186,15 @@ class VisionLanguageModel(nn.Module):
 
     # --- stages ------------------------------------------------------------------------------
 
-    def encode(self, images: jax.Array, image_mask: jax.Array) -> tuple[VisualTokens, Signals]:
-        """Images to patch tokens, each image on its own.
+    def encode(
+        self, images: jax.Array, image_mask: jax.Array, *, differentiable: bool = False
+    ) -> tuple[VisualTokens, Signals]:
+        """Images to patch tokens (fewer, if a method acts inside the encoder), each on its own.
 
         Args:
           images: uint8 [B, M, H, W, 3].
           image_mask: bool [B, M]; a missing image gives padding tokens.
+          differentiable: whether gradients will be taken (`layers.run_layers`).
 
         Returns:
           Tokens with a leading axis B*M, and the signals that the compressor needs.
@@ -169,11 +204,27 @@ class VisionLanguageModel(nn.Module):
         grid = self.reduce.image_grid(tuple(source_grid))
         if grid != tuple(source_grid):
             images = _resize(images, [side * self.vit.patch_size for side in grid])
-        asked = {"keys": "keys/-1", "attention_row": "attention_row/-1", "hidden": "features/-2"}
-        asked = {name: value for name, value in asked.items() if name in self.reduce.needs}
-        features, found = self.vit(images, intermediates=tuple(asked.values()))
-        mask = jnp.broadcast_to(image_mask.reshape(-1, 1), features.shape[:2])
-        tokens = VisualTokens.from_grid(features, grid, tuple(source_grid), mask)
+        method, stages = self.make_compressor(), ()
+        if method.where == "encoder":
+            place = dict(class_token=self.vit.class_token)
+            stages = method.stages(self.vit.depth, grid[0] * grid[1], **place)
+        asked = method.intermediates()
+        features, found = self.vit(
+            images,
+            intermediates=tuple(asked.values()),
+            stages=stages,
+            differentiable=differentiable,
+        )
+        there = image_mask.reshape(-1, 1)
+        if stages:
+            tokens = found["tokens"]
+            tokens = tokens.replace(
+                mask=tokens.mask & there, source=jnp.where(there, tokens.source, -1)
+            )
+            tokens = zero_padding(tokens)
+        else:
+            mask = jnp.broadcast_to(there, features.shape[:2])
+            tokens = VisualTokens.from_grid(features, grid, tuple(source_grid), mask)
         return tokens, Signals(**{name: found[value] for name, value in asked.items()})
 
     def compress(
@@ -199,13 +250,16 @@ class VisionLanguageModel(nn.Module):
         images, rows, _ = layout
         if "text" in self.reduce.needs:
             signals = signals.replace(text=jnp.repeat(instruction, images, axis=0))
+        if self.reduce.projected:
+            tokens = tokens.replace(embed=self.connect(tokens.embed))
         tokens = self.reduce(tokens, signals, rng=rng)
+        if not self.reduce.projected:
+            tokens = tokens.replace(embed=self.connect(tokens.embed))
         count = tokens.embed.shape[1]
         image = jnp.tile(jnp.arange(images), tokens.embed.shape[0] // images)
         below = jnp.stack([image * rows, jnp.zeros_like(image)], axis=-1)
         source = jnp.where(tokens.source < 0, -1, tokens.source + (image * count)[:, None])
         tokens = tokens.replace(
-            embed=self.connect(tokens.embed),
             position=tokens.position + below[:, None].astype(jnp.float32),
             source=source,
         )
@@ -248,6 +302,8 @@ class VisionLanguageModel(nn.Module):
             jnp.where(place < lengths[:, None], 1, PADDING_SEGMENT),
             columns=layout.columns,
             signals=Signals(text=self.instruction(prompts, lengths)),
+            prompt=place < lengths[:, None],
+            position_policy=self._position_policy(),
             rng=rng,
             cache_slots=new_tokens,
         )
@@ -287,12 +343,13 @@ class VisionLanguageModel(nn.Module):
         """
         batch, questions, length = tokens.shape
         layout = self.layout(images)
-        patches, signals = self.encode(images, image_mask)
+        patches, signals = self.encode(images, image_mask, differentiable=True)
         instruction = self.instruction(tokens, prompt_lengths)
         if self.selects_by_text:
             patches, signals = repeat_rows((patches, signals), layout.images, questions)
             rows_instruction = instruction.reshape(batch * questions, -1)
             tokens, lengths = tokens.reshape(-1, 1, length), lengths.reshape(-1, 1)
+            prompt_lengths = prompt_lengths.reshape(-1, 1)
         else:
             # No choice depends on it here: it only lets parameters be created.
             rows_instruction = instruction.mean(axis=1)
@@ -311,6 +368,8 @@ class VisionLanguageModel(nn.Module):
             segments.reshape(rows, -1),
             columns=layout.columns,
             signals=Signals(text=rows_instruction),
+            prompt=(valid & (place < prompt_lengths[..., None])).reshape(rows, -1),
+            position_policy=self._position_policy(),
             rng=rng,
             probe=asks if self.teaches_selector else None,
         )
@@ -325,7 +384,7 @@ class VisionLanguageModel(nn.Module):
     def teaches_selector(self) -> bool:
         """Whether the compressor can learn where the decoder looks: it sees everything here."""
         inner = any(segment.get("compressor") for segment in self.decoder["segments"])
-        selector = "text" in self.make_compressor().needs
+        selector = hasattr(self.make_compressor(), "scores")
         return selector and not self.selects_by_text and not inner
 
     def selector_loss(

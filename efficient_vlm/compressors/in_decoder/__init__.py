@@ -1,0 +1,1 @@
+"""Methods that drop or merge visual tokens between layers of the decoder."""

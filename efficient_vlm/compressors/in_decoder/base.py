@@ -1,0 +1,205 @@
+"""What the methods inside the decoder share: where they cut, how many tokens they keep.
+
+A method has two forms. As configured, it says by `stages` after which layers how many visual tokens
+are left. Each stage holds its one-cut form, the same module with only `budget` set, which cuts the
+tokens of one place.
+"""
+
+import math
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from efficient_vlm.compressors import fold, select
+from efficient_vlm.compressors.base import Compressor, Stage
+from efficient_vlm.compressors.tokens import NO_SIGNALS
+from efficient_vlm.errors import UserError
+
+Keep = int | float  # a count, or a fraction between 0 and 1
+
+
+def check_keep(field: str, keep: Keep, *, zero: bool = False) -> Keep:
+    """`keep` if it is a count or a fraction, else a UserError; `zero`: whether 0 is one."""
+    number = isinstance(keep, int | float) and not isinstance(keep, bool)
+    whole = isinstance(keep, int) and keep >= 1
+    if not (number and (whole or 0 < keep < 1 or (zero and keep == 0))):
+        raise UserError(
+            f"{field}: {keep!r} is neither a fraction nor a count of tokens",
+            allowed="a float between 0 and 1, or an integer from " + ("0" if zero else "1"),
+            fix=f"for example {field}=0.5",
+        )
+    return keep
+
+
+def check_falling(field: str, keeps: Sequence[Keep]) -> None:
+    """UserError if shares of the same whole, or counts, grow from one stage to the next."""
+    for kind in (int, float):
+        same = [k for k in keeps if isinstance(k, kind)]
+        if same != sorted(same, reverse=True):
+            raise UserError(
+                f"{field}: {tuple(keeps)} grows; tokens that were dropped do not come back",
+                allowed="numbers that do not grow",
+                fix=f"{field}={tuple(sorted(same, reverse=True))}",
+            )
+
+
+def count_of(keep: Keep, total: int) -> int:
+    """Tokens that a fraction of `total` or a count stands for.
+
+    A fraction is rounded down, as in the official codes, but keeps at least one token; 0 keeps
+    none. (The small term undoes the rounding of products such as 0.29 * 100 = 28.999...)
+    """
+    if isinstance(keep, int) or keep == 0:
+        return int(keep)
+    return max(1, math.floor(keep * total + 1e-9))
+
+
+def as_tuple(field: str, value) -> tuple:
+    """A list from a config, or one number, as a tuple; UserError if it is empty or a text."""
+    items = (value,) if isinstance(value, int | float) else value
+    if isinstance(items, str) or not isinstance(items, Sequence) or not items:
+        raise UserError(
+            f"{field}: {value!r} is not a list of numbers", allowed="one number for each stage"
+        )
+    return tuple(items)
+
+
+class InDecoder(Compressor):
+    """Base of the methods between layers of the decoder.
+
+    `budget` belongs to the one-cut form; methods with one stage take it for a count to keep.
+
+    Class attributes:
+      looks: the layer whose queries and keys `signals.decoder` holds: the "previous" one, in front
+        of the cut, or the "next" one, behind it.
+    """
+
+    budget: int | None = None
+
+    needs = frozenset({"decoder"})
+    where = "decoder"
+    projected = True
+    optional_budget = True
+    looks = "previous"
+
+    @nn.nowrap
+    def reachable(self, grid):
+        return tuple(range(grid[0] * grid[1], self.min_budget - 1, -1))
+
+    @nn.nowrap
+    def check_layers(self, field: str, layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
+        """`layers` if they grow inside 1..num_layers - 1, else a UserError."""
+        inside = all(
+            isinstance(k, int) and not isinstance(k, bool) and 1 <= k < num_layers for k in layers
+        )
+        if not inside or list(layers) != sorted(set(layers)):
+            shown = layers[0] if len(layers) == 1 else tuple(layers)
+            raise UserError(
+                f"{field}: {shown} for {self.label} in a decoder of {num_layers} layers",
+                allowed=f"layers in front of the cut, 1 to {num_layers - 1}"
+                + (", growing" if len(layers) > 1 else ""),
+                fix="give layers inside the decoder, or a deeper decoder",
+            )
+        return tuple(layers)
+
+    @nn.nowrap
+    def scaled(self, layers: Sequence[int], depth: int, num_layers: int) -> tuple[int, ...]:
+        """Published cuts in a decoder of `depth` layers, moved to one of `num_layers`.
+
+        Each is at the same part of the depth, rounded, and at least one layer behind the one
+        before.
+        """
+        moved = []
+        for layer in layers:
+            nearest = math.floor(layer * num_layers / depth + 0.5)
+            moved.append(max(nearest, moved[-1] + 1 if moved else 1))
+        return self.check_layers("compressor.layers", moved, num_layers)
+
+    @nn.nowrap
+    def no_budget(self, knob: str) -> None:
+        """UserError if the configured form of a method with several stages has a `budget`."""
+        if self.budget is not None:
+            raise UserError(
+                f"compressor.budget: {self.budget}, but {self.label} has several stages",
+                allowed=f"compressor.budget=None; its tokens are set by {knob}",
+                fix="leave budget out, or --match=mean_processed:T for a mean of T tokens",
+            )
+
+    @nn.nowrap
+    def cuts(self, layers: Sequence[int], counts: Sequence[int], num_tokens: int, /, **fields):
+        """Stages that leave `counts` tokens; a stage that drops nothing is left out.
+
+        Args:
+          layers: layers in front of each cut.
+          counts: visual tokens behind each cut.
+          num_tokens: visual tokens in front of the first.
+          **fields: per stage, a list of values for a field of the one-cut form.
+
+        Raises:
+          UserError: a count above the number of tokens that are there.
+        """
+        stages, now = [], num_tokens
+        for i, (layer, count) in enumerate(zip(layers, counts, strict=True)):
+            if count > now:
+                raise UserError(
+                    f"compressor.keep: {self.label} cannot keep {count} of {now} tokens",
+                    allowed=f"{self.min_budget} to {now} behind layer {layer}",
+                )
+            if count < now:
+                chosen = {name: values[i] for name, values in fields.items()}
+                module = self.clone(parent=None, name=None, budget=count, **chosen)
+                stages.append(Stage(layer, module))
+            now = count
+        return tuple(stages)
+
+    @nn.nowrap
+    def flops(self, num_tokens, width, text_width=0, *, num_text=0):
+        """Matmul FLOPs of one cut for one image.
+
+        Args:
+          num_tokens: T, visual tokens in front of the cut.
+          width: of all query heads together, H x Dh: the decoder's width, as a rule.
+          text_width: not used.
+          num_text: L, text places; the rows that are looked at span T + L keys.
+        """
+        del text_width
+        if self.budget in (num_tokens, 0):
+            return 0
+        return self.score_flops(num_tokens + num_text, width)
+
+    @nn.nowrap
+    def score_flops(self, num_places: int, width: int) -> int:
+        """Matmul FLOPs of `scores` for one image over S = `num_places` places."""
+        raise NotImplementedError(f"{type(self).__name__}.score_flops")
+
+    @nn.nowrap
+    def scores(self, tokens, state) -> jax.Array:
+        """float32 [B, T], higher is kept; what padding gets does not matter."""
+        raise NotImplementedError(f"{type(self).__name__}.scores")
+
+    def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
+        """The one-cut form: the `budget` tokens with the highest scores, in source order."""
+        self.check_cut(tokens, signals)
+        if self.budget == tokens.mask.shape[1]:
+            return tokens
+        return fold.drop(tokens, self.selection(tokens, signals))
+
+    @nn.nowrap
+    def check_cut(self, tokens, signals) -> None:
+        """`check_call` of the one-cut form; UserError if it has no budget."""
+        if self.budget is None:
+            raise UserError(
+                f"compressor.budget: None; {self.label} acts between layers of the decoder",
+                allowed="the modules of `stages(num_layers, num_tokens)`, each with its budget",
+            )
+        self.check_call(tokens, signals, needs_grid=False)
+
+    @nn.nowrap
+    def selection(self, tokens, signals):
+        """(indices, valid) [B, budget]; a choice has no gradient, so its score needs none."""
+        if self.budget == 0:
+            return select.top_k(jnp.zeros(tokens.mask.shape), tokens.mask, 0)
+        state = jax.lax.stop_gradient(signals.decoder)
+        return select.top_k(self.scores(tokens, state), tokens.mask, self.budget)

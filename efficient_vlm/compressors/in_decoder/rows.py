@@ -1,0 +1,183 @@
+"""Attention of a decoder layer, a few query rows at a time: never a map of S x S.
+
+Fused attention gives no weights back, so what a method looks at is recomputed from the queries and
+keys of the layer: O(R S) for R rows. Methods that look at all rows get their sums over blocks of
+rows, in O(block S) memory.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from efficient_vlm.compressors.tokens import DecoderState
+
+HEADS = ("mean", "max", "each")
+BLOCK = 64
+
+
+def num_visual(state: DecoderState) -> int:
+    """T: how many of the S places are visual tokens, padding included."""
+    return state.live.shape[1] - state.prompt.shape[1]
+
+
+def judges(state: DecoderState, *, visual: bool = True, text: bool = True) -> jax.Array:
+    """bool [B, S]: live visual places and those of the prompt; never those of an answer."""
+    count = num_visual(state)
+    asks = state.live[:, count:] & state.prompt
+    return jnp.concatenate([state.live[:, :count] & visual, asks & text], axis=1)
+
+
+def attention_rows(
+    state: DecoderState, index: jax.Array, *, rotary: bool = True, among: jax.Array | None = None
+) -> jax.Array:
+    """softmax(scale q_i K^T + bias) of some query rows i, over the live keys that they see.
+
+    A row sees the places up to its own; a visual row of a `bidirectional` decoder all visual
+    places. Heads of the query share keys in groups, in order (GQA).
+
+    Args:
+      state: of the layer that is looked at.
+      index: int [B, R], places 0..S-1 of the query rows.
+      rotary: False takes queries and keys from before rotary positions.
+      among: bool [B, S], keys that share the softmax; None for all.
+
+    Returns:
+      float32 [B, H, R, S], rows that sum to 1; 0 for keys that are not seen, and throughout in the
+      row of a place without a token. Nothing of what padding carries has a part in it.
+    """
+    query = state.query if rotary else state.plain_query
+    key = state.key if rotary else state.plain_key
+    batch, places, kv_heads, depth = key.shape
+    rows, groups = index.shape[1], query.shape[2] // kv_heads
+    lives = jnp.take_along_axis(state.live, index, axis=1)  # [B, R]
+    query = jnp.take_along_axis(query, index[:, :, None, None], axis=1)
+    # Padding may hold anything: it is zeroed in front of the products, so that not even a gradient
+    # sees it.
+    query = jnp.where(lives[..., None, None], query, 0)
+    key = jnp.where(state.live[..., None, None], key, 0)
+    # Operands stay in their dtype (no float32 copy of all keys); products are summed in float32.
+    logits = jnp.einsum(
+        "brkgd,bskd->bkgrs",
+        query.reshape(batch, rows, kv_heads, groups, depth),
+        key,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    ).reshape(batch, kv_heads * groups, rows, places)
+    bias = jnp.where(state.live, state.bias, 0).astype(jnp.float32)
+    logits = logits * state.scale + bias[:, None, None]
+
+    place, own = jnp.arange(places), index[..., None]
+    sees = place <= own
+    if state.bidirectional:
+        count = num_visual(state)
+        sees |= (own < count) & (place < count)
+    sees &= state.live[:, None] & lives[..., None]
+    if among is not None:
+        sees &= among[:, None]
+    sees = sees[:, None]  # [B, 1, R, S]
+    top = jnp.max(jnp.where(sees, logits, -jnp.inf), axis=-1, keepdims=True)
+    top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
+    weight = jnp.where(sees, jnp.exp(jnp.where(sees, logits - top, 0.0)), 0.0)
+    total = jnp.sum(weight, axis=-1, keepdims=True)
+    return weight / jnp.where(total > 0, total, 1.0)
+
+
+def column_sums(
+    state: DecoderState,
+    weight: jax.Array,
+    *,
+    rotary: bool = True,
+    heads: str = "mean",
+    block: int = BLOCK,
+) -> jax.Array:
+    """sum_i weight_i A_ij: the attention that each place j receives from weighted rows.
+
+    Args:
+      state: of the layer that is looked at.
+      weight: [B, S], of the query rows; 0 or False leaves a row out.
+      rotary: see `attention_rows`.
+      heads: "mean" or "max" of the heads of each entry A_ij in front of the sum (FitPrune takes the
+        maximum), or "each" for a sum per head.
+      block: query rows at a time; memory is O(H block S) a batch row.
+
+    Returns:
+      float32 [B, S]; [B, H, S] for heads="each". Matrix FLOPs: `column_flops`.
+    """
+    return range_sums(state, 0, weight, rotary=rotary, heads=heads, block=block)
+
+
+def column_means(state: DecoderState, rows: jax.Array, **options) -> jax.Array:
+    """Mean over the query rows `rows` (bool [B, S]) of A_ij; options as in `column_sums`.
+
+    A row that does not see j counts with 0, so all columns are divided by the same number; without
+    any row the result is 0.
+    """
+    count = jnp.sum(rows, axis=1, dtype=jnp.float32)
+    total = column_sums(state, rows, **options)
+    return total / jnp.maximum(count, 1.0).reshape(-1, *(1,) * (total.ndim - 1))
+
+
+def row_flops(num_rows: int, num_places: int, width: int) -> int:
+    """Matrix FLOPs of `attention_rows` an image: one product of width H x Dh for each entry."""
+    return 2 * num_rows * num_places * width
+
+
+def column_flops(num_places: int, width: int, block: int = BLOCK) -> int:
+    """Matrix FLOPs of `column_sums` an image: rows are rounded up to whole blocks."""
+    return range_flops(num_places, num_places, width, block)
+
+
+def range_sums(
+    state: DecoderState,
+    start: int,
+    weight: jax.Array,
+    *,
+    rotary: bool = True,
+    heads: str = "mean",
+    divisor=None,
+    block: int = BLOCK,
+) -> jax.Array:
+    """`column_sums` that looks at the rows start .. start + R - 1 only, and pays for no others.
+
+    Args:
+      state: of the layer that is looked at.
+      start: static, the first row.
+      weight: [B, R], of the rows; 0 or False leaves a row out.
+      rotary: see `attention_rows`.
+      heads: as in `column_sums`.
+      divisor: function from places of rows int [r] to float32 [B, r, S] that divides each entry
+        in front of everything else; None for 1.
+      block: query rows at a time.
+
+    Returns:
+      float32 [B, S], or [B, H, S] for heads="each". Matrix FLOPs: `range_flops`.
+    """
+    batch, rows = weight.shape
+    places = state.live.shape[1]
+    shape = (batch, state.query.shape[2], places) if heads == "each" else (batch, places)
+    total = jnp.zeros(shape, jnp.float32)
+    if rows == 0:
+        return total
+    block = min(block, rows)
+    steps = -(-rows // block)
+    # Rows past the end look again at the last row, with weight 0.
+    index = start + jnp.minimum(jnp.arange(steps * block), rows - 1).reshape(steps, block)
+    weight = jnp.pad(weight.astype(jnp.float32), ((0, 0), (0, steps * block - rows)))
+    weight = jnp.moveaxis(weight.reshape(batch, steps, block), 1, 0)
+
+    def add(total, step):
+        here, share = step
+        attention = attention_rows(state, jnp.broadcast_to(here, (batch, block)), rotary=rotary)
+        if divisor is not None:
+            attention = attention / divisor(here)[:, None]
+        if heads == "each":
+            return total + jnp.sum(attention * share[:, None, :, None], axis=2), None
+        attention = attention.mean(axis=1) if heads == "mean" else attention.max(axis=1)
+        return total + jnp.sum(attention * share[..., None], axis=1), None
+
+    return jax.lax.scan(add, total, (index, weight))[0]
+
+
+def range_flops(num_rows: int, num_places: int, width: int, block: int = BLOCK) -> int:
+    """Matrix FLOPs of `range_sums` an image."""
+    block = min(block, num_rows)
+    return row_flops(-(-num_rows // block) * block, num_places, width) if num_rows else 0

@@ -1,0 +1,104 @@
+"""`v2drop`: tokens that a layer hardly changes are dropped; at the last stage all are."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from efficient_vlm.compressors.in_decoder.base import (
+    InDecoder,
+    Keep,
+    as_tuple,
+    check_falling,
+    check_keep,
+    count_of,
+)
+from efficient_vlm.errors import UserError
+
+DEPTH, LAYERS = 32, (3, 17, 22)  # as published for LLaVA-1.5-7B
+
+
+class V2Drop(InDecoder):
+    """V2Drop: variation-aware vision token dropping.
+
+    Chen et al., arXiv 2509.01552 (CVPR 2026), section 4: the variation of token t is
+    ||h_t(after) - h_t(before)||_2 over the layer in front of the cut; the tokens that vary least
+    ("lazy" tokens) are dropped. No attention is looked at, and as visual tokens stand in front of
+    the text, the choice does not depend on the question.
+
+    Defaults of the official code for LLaVA-1.5-7B: behind layers 3, 17 and 22 of 32 keep .5, .5
+    and 0 of the tokens that are left. Positions are retained.
+
+    Deviations: keep 0 drops all tokens, as the paper's table says; the official code keeps one
+    there (max(1, int(0 * T))), which is keep=(.5, .5, 1) here. The square of the norm ranks the
+    same and does not round twice.
+
+    Attributes:
+      budget: of the one-cut form only; may be 0.
+      layers: layers in front of each cut; None for the published ones, at the same part of the
+        depth.
+      keep: for each cut, a fraction of the tokens left in front of it (rounded down, at least 1),
+        a count, or 0. None for .5 and, at the last, 0.
+    """
+
+    layers: Sequence[int] | None = None
+    keep: Sequence[Keep] | None = None
+    position_policy: str | None = "retain"
+
+    label = "v2drop"
+    min_budget = 0
+
+    @nn.nowrap
+    def check_options(self):
+        for name in ("layers", "keep"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, as_tuple(f"compressor.{name}", value))
+        for keep in self.keep or ():
+            check_keep("compressor.keep", keep, zero=True)
+        check_falling("compressor.keep", [k for k in self.keep or () if isinstance(k, int)])
+        if self.keep and len(self.keep) != len(self.layers or LAYERS):
+            raise UserError(
+                f"compressor.keep: {self.keep} for the cuts behind {self.layers or 'three layers'}",
+                allowed="one number for each layer of compressor.layers",
+            )
+
+    @nn.nowrap
+    def stages(self, num_layers, num_tokens, *, class_token=False):
+        self.no_budget("compressor.keep")
+        layers = (
+            self.scaled(LAYERS, DEPTH, num_layers)
+            if self.layers is None
+            else self.check_layers("compressor.layers", self.layers, num_layers)
+        )
+        counts, now = [], num_tokens
+        for keep in self.keep or (0.5,) * (len(layers) - 1) + (0,):
+            now = count_of(keep, now) if now else 0
+            counts.append(now)
+        none = (None,) * len(layers)
+        return self.cuts(layers, counts, num_tokens, layers=none, keep=none)
+
+    @nn.nowrap
+    def knobs(self, num_layers, num_tokens):
+        """The same share at every cut but the last, which drops all; for each first count."""
+        number = len(self.layers or LAYERS)
+        settings = []
+        for first in range(num_tokens + 1):
+            counts, now = [], num_tokens
+            for _ in range(number - 1):
+                now = first * now // num_tokens
+                counts.append(now)
+            settings.append({"keep": (*counts, 0)})
+        return settings
+
+    @nn.nowrap
+    def score_flops(self, num_places, width):
+        return 0
+
+    @nn.nowrap
+    def scores(self, tokens, state):
+        count = tokens.mask.shape[1]
+        real = tokens.mask[..., None]
+        after = jnp.where(real, state.after[:, :count], 0).astype(jnp.float32)
+        before = jnp.where(real, state.before[:, :count], 0).astype(jnp.float32)
+        return jnp.sum(jnp.square(after - before), axis=-1)

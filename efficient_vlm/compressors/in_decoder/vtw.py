@@ -1,0 +1,59 @@
+"""`vtw`: all visual tokens leave the decoder behind one layer."""
+
+import flax.linen as nn
+
+from efficient_vlm.compressors.in_decoder.base import InDecoder
+from efficient_vlm.errors import UserError
+
+DEPTH, LAYER = 32, 15  # as published for LLaVA-1.5-7B
+
+
+class VisualTokensWithdrawal(InDecoder):
+    """VTW: visual tokens withdrawal.
+
+    Lin et al., arXiv 2405.05803 (AAAI 2025), section 3.3: behind the K-th layer no visual token is
+    left; the text has taken over what it needs. The paper chooses K on a small set as the first
+    layer whose withdrawal changes the output distribution (KL divergence) by less than a threshold;
+    for LLaVA-1.5-7B that is K = 15 of 32. Here K is an option; the choice on data is not part of
+    the module.
+
+    Text keeps its positions ("retain"); with rotary positions that makes no difference, because
+    only text is left and all of it moves together.
+
+    Attributes:
+      budget: None or 0.
+      layer: K, layers in front of the cut; None for 15/32 of the depth.
+    """
+
+    layer: int | None = None
+    position_policy: str | None = "retain"
+
+    label = "vtw"
+    needs = frozenset()
+    min_budget = 0
+
+    @nn.nowrap
+    def reachable(self, grid):
+        return (0,)
+
+    @nn.nowrap
+    def stages(self, num_layers, num_tokens, *, class_token=False):
+        if self.budget:
+            raise UserError(
+                f"compressor.budget: {self.budget}, but vtw drops all visual tokens",
+                allowed="0 or None; its cost is set by compressor.layer",
+            )
+        layers = (
+            self.scaled((LAYER,), DEPTH, num_layers)
+            if self.layer is None
+            else self.check_layers("compressor.layer", (self.layer,), num_layers)
+        )
+        return self.cuts(layers, (0,), num_tokens, layer=(None,))
+
+    @nn.nowrap
+    def knobs(self, num_layers, num_tokens):
+        return [{"layer": layer} for layer in range(1, num_layers)]
+
+    @nn.nowrap
+    def score_flops(self, num_places, width):
+        return 0

@@ -1,0 +1,1 @@
+"""Trained projectors: convolutions, learned queries and perceptrons that give fewer tokens."""

@@ -1,0 +1,191 @@
+"""mlp and deco, and what all trained projectors share: parameters, layers, pooling costs."""
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from efficient_vlm.compressors import fold, grids
+from efficient_vlm.compressors.base import Compressor, positive_int
+from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, zero_padding
+
+
+class Parametric(Compressor):
+    """A compressor with parameters of its own, named `<label>_<layer>_<part>`.
+
+    The label in front keeps the methods of one elastic checkpoint apart. Parameters are float32
+    and cast to the dtype of the tokens; norms are computed in float32.
+    """
+
+    @nn.nowrap
+    def weight(self, name: str, init: Callable, shape: tuple, axes: tuple, dtype) -> jax.Array:
+        """The parameter `<label>_<name>` with logical axes, in `dtype`."""
+        init = nn.with_logical_partitioning(init, axes)
+        return self.param(f"{self.label}_{name}", init, shape, jnp.float32).astype(dtype)
+
+    @nn.nowrap
+    def dense(
+        self, name: str, x: jax.Array, features: int, axes: tuple, *, bias: bool = True
+    ) -> jax.Array:
+        """x @ kernel + bias over the last axis."""
+        kernel = nn.initializers.lecun_normal()
+        y = x @ self.weight(f"{name}_kernel", kernel, (x.shape[-1], features), axes, x.dtype)
+        if bias:
+            y = y + self.weight(
+                f"{name}_bias", nn.initializers.zeros, (features,), axes[1:], x.dtype
+            )
+        return y
+
+    @nn.nowrap
+    def mlp(
+        self, x: jax.Array, features: int, hidden: int, activation: Callable, *, bias: bool = True
+    ) -> jax.Array:
+        """Two matrices with `activation` between: the perceptron behind or in front of a method."""
+        x = activation(self.dense("up", x, hidden, ("embed", "mlp"), bias=bias))
+        return self.dense("down", x, features, ("mlp", "embed"), bias=bias)
+
+    @nn.nowrap
+    def layer_norm(self, name: str, x: jax.Array, axis: str, epsilon: float) -> jax.Array:
+        """LayerNorm over the last axis, whose logical name is `axis`; result in the dtype of x."""
+        shape, ones, zeros = x.shape[-1:], nn.initializers.ones, nn.initializers.zeros
+        scale = self.weight(f"{name}_scale", ones, shape, (axis,), jnp.float32)
+        shift = self.weight(f"{name}_bias", zeros, shape, (axis,), jnp.float32)
+        y = x.astype(jnp.float32)
+        y = y - y.mean(axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + epsilon)
+        return (y * scale + shift).astype(x.dtype)
+
+
+class Projector(Parametric):
+    """A trained projector: its result may have another width, and no budget is the identity.
+
+    Attributes:
+      features: width of the result; None for the width of the input.
+    """
+
+    features: int | None = None
+
+    @nn.nowrap
+    def check_options(self):
+        if self.features is not None:
+            positive_int("compressor.features", self.features)
+
+
+class Mlp(Projector):
+    """`mlp`: Linear, GELU, Linear on every token; no token is saved.
+
+    LLaVA-1.5 (arXiv 2310.03744, section 3.3), the projector `mlp2x_gelu`: both matrices with bias
+    and `features` columns, GELU with the exact erf. The only budget is the number of patches (or
+    None), and there it is not the identity but the perceptron.
+
+    The token book-keeping is that of the input; padding becomes zeros.
+    """
+
+    budget: int | None = None
+
+    label = "mlp"
+    optional_budget = True
+
+    @nn.nowrap
+    def reachable(self, grid):
+        return (grid[0] * grid[1],)
+
+    @nn.nowrap
+    def flops(self, num_tokens, width, text_width=0):
+        features = self.features or width
+        return 2 * num_tokens * features * (width + features)
+
+    @nn.compact
+    def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
+        if self.budget is not None:
+            self.check_call(tokens, signals, needs_grid=False)
+        tokens = zero_padding(tokens)
+        features = self.features or tokens.embed.shape[-1]
+        return with_embed(tokens, self.mlp(tokens.embed, features, features, exact_gelu))
+
+
+class Deco(Projector):
+    """`deco`: adaptive average pooling to a coarser grid, then Linear, GELU, Linear.
+
+    DeCo (arXiv 2405.20985, section 4: "2D adaptive pooling as a down-sampler at the patch level",
+    yaolinli/DeCo@103416e). Published: 144 tokens from 24 x 24. Both matrices have a bias and
+    `features` columns, GELU is exact. At the full budget nothing is pooled, but the perceptron
+    still acts: not the identity.
+
+    Budgets: those of `adaptive_grids` (8 x 8: 64, 49, 36, 25, 16, 9, 4, 1).
+
+    Deviations: padding has no part in a mean. Where the cells do not divide the grid, patches are
+    weighted by the area they share with the cell (`fold.pool`), while torch's adaptive pooling
+    gives every patch that a cell touches the same weight; both agree where the cells divide it.
+    """
+
+    label = "deco"
+
+    @nn.nowrap
+    def reachable(self, grid):
+        return tuple(adaptive_grids(grid))
+
+    @nn.nowrap
+    def flops(self, num_tokens, width, text_width=0):
+        features, grid = self.features or width, grids.resolve(self.grid, num_tokens)
+        pooling = pool_flops(grid, adaptive_grids(grid)[self.budget], width)
+        return pooling + 2 * self.budget * features * (width + features)
+
+    @nn.compact
+    def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
+        grid = self.check_call(tokens, signals, needs_grid=True)
+        tokens = pool(tokens, grid, adaptive_grids(grid)[self.budget])
+        features = self.features or tokens.embed.shape[-1]
+        return with_embed(tokens, self.mlp(tokens.embed, features, features, exact_gelu))
+
+
+def exact_gelu(x: jax.Array) -> jax.Array:
+    """x times the normal distribution function, by erf (jax's own default is the tanh formula)."""
+    return nn.gelu(x, approximate=False)
+
+
+def with_embed(tokens: VisualTokens, embed: jax.Array) -> VisualTokens:
+    """`tokens` with other embeddings, zeros in padding (biases make it non-zero on the way)."""
+    return tokens.replace(embed=jnp.where(tokens.mask[..., None], embed, 0))
+
+
+def adaptive_grids(grid: grids.Grid) -> dict[int, grids.Grid]:
+    """Budget -> grid for adaptive pooling, largest budget first.
+
+    A square grid gives all smaller squares. Another grid takes equal cells where they give the
+    budget (`grids.pooled_grids`), and beside them every number of rows with the nearest number of
+    columns that keeps the shape, and the other way round; for one budget the nearest in shape,
+    then the one with fewer rows.
+    """
+    rows, columns = grid
+    if rows == columns:
+        return {side * side: (side, side) for side in range(rows, 0, -1)}
+
+    def nearest(length, own, other):
+        return max(1, (2 * length * other + own) // (2 * own))
+
+    kept = [(h, nearest(h, rows, columns)) for h in range(1, rows + 1)]
+    kept += [(nearest(w, columns, rows), w) for w in range(1, columns + 1)]
+    kept.sort(key=lambda c: (round(abs(math.log(c[0] * columns / (c[1] * rows))), 9), c[0]))
+    sizes = dict(grids.pooled_grids(grid))
+    for cells in kept:
+        sizes.setdefault(cells[0] * cells[1], cells)
+    return dict(sorted(sizes.items(), reverse=True))
+
+
+def pool(tokens: VisualTokens, grid: grids.Grid, cells: grids.Grid) -> VisualTokens:
+    """`fold.pool`; tokens that are as many as the cells keep their values to the last bit."""
+    if tuple(grid) == tuple(cells):
+        return zero_padding(tokens)
+    return fold.pool(tokens, grid, cells)
+
+
+def pool_flops(grid: grids.Grid, cells: grids.Grid, width: int) -> int:
+    """Matmul FLOPs of `pool` for tokens of `width` without a bias: 0 where the cells divide."""
+    (rows, columns), (cell_rows, cell_columns) = grid, cells
+    if rows % cell_rows == 0 and columns % cell_columns == 0:
+        return 0
+    # Both area matrices act on the embedding, the two coordinates and the size.
+    return 2 * (width + 3) * columns * cell_rows * (rows + cell_columns)

@@ -1,0 +1,1 @@
+"""Training-free methods between encoder and decoder."""

@@ -1,0 +1,81 @@
+"""cdpruner: a diverse subset, weighted by relevance to the instruction (arXiv 2506.10967)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from efficient_vlm.compressors import fold, score, select
+from efficient_vlm.compressors.base import Compressor
+from efficient_vlm.compressors.tokens import NO_SIGNALS, zero_padding
+from efficient_vlm.errors import UserError, unknown
+
+RELEVANCES = ("negative", "positive", "none")
+
+
+class CDPruner(Compressor):
+    """`cdpruner` (arXiv 2506.10967): greedy MAP of a determinantal point process on the tokens.
+
+    L = diag(r) S diag(r), S_ij = cos(x_i, x_j) of the projected tokens, r the relevance of each
+    token to the instruction, moved and scaled to 0..1 over the image. The kept set is built by fast
+    greedy MAP inference (`select.map_dpp`, arXiv 1709.05135): each step takes the token that
+    multiplies det L of the kept set the most.
+
+    Deviations from the paper and its code: relevance there is between CLIP's image and text
+    embeddings, averaged over segments of the text; without CLIP's text tower the instruction
+    embedding of the decoder (`Signals.text`, one for the whole text) stands in, compared with the
+    projected tokens, so both must have the decoder's width. Tokens that lie in the span of the kept
+    ones (to 1e-5) add nothing, and come last by lowest index, where the code meets rounding noise
+    or a division by zero; equal relevances mean r = 1, not 0 / 0.
+
+    Attributes:
+      relevance: "negative", r from -cos(token, text) as in the official code (features of CLIP
+        patches are known to be opposed to the text they depict); "positive", r from +cos, which is
+        what one expects of embeddings in one space; "none", r = 1, a plain DPP that needs no text.
+      position_policy: "reindex", as in the official code.
+    """
+
+    position_policy: str | None = "reindex"
+    relevance: str = "negative"
+
+    label = "cdpruner"
+    needs = frozenset({"text"})
+    projected = True
+    text_guided = True
+
+    def __post_init__(self):
+        if self.relevance == "none":
+            object.__setattr__(self, "needs", frozenset())
+            object.__setattr__(self, "text_guided", False)
+        super().__post_init__()
+
+    @nn.nowrap
+    def check_options(self):
+        if self.relevance not in RELEVANCES:
+            raise unknown("compressor.relevance", str(self.relevance), RELEVANCES)
+
+    @nn.nowrap
+    def flops(self, num_tokens, width, text_width=0):
+        if self.budget == num_tokens:
+            return 0
+        relevance = 0 if self.relevance == "none" else 2 * num_tokens * width
+        return relevance + select.map_dpp_flops(num_tokens, width, self.budget)
+
+    def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
+        self.check_call(tokens, signals, needs_grid=False)
+        if self.budget == tokens.mask.shape[1]:
+            return tokens
+        unit = score.unit(jax.lax.stop_gradient(zero_padding(tokens).embed))
+        if self.relevance == "none":
+            quality = tokens.mask.astype(jnp.float32)
+        else:
+            text = score.unit(jax.lax.stop_gradient(signals.text))
+            if text.shape[-1] != unit.shape[-1]:
+                raise UserError(
+                    f"signals.text: width {text.shape[-1]}, but the tokens have {unit.shape[-1]}",
+                    allowed="one width: cdpruner compares projected tokens with the instruction",
+                    fix="compress behind the connector, or compressor.relevance=none",
+                )
+            cosine = jnp.einsum("btd,bd->bt", unit, text, precision=jax.lax.Precision.HIGHEST)
+            sign = -1.0 if self.relevance == "negative" else 1.0
+            quality = score.min_max(sign * cosine, tokens.mask)
+        return fold.drop(tokens, select.map_dpp(unit, quality, tokens.mask, self.budget))

@@ -1,0 +1,123 @@
+"""Methods guided by one row of encoder attention: their base, and the plainest of them, fastervlm.
+
+An encoder with a CLS token says in one row of an attention map which patches it reads from. The
+encoder gives that row as `Signals.attention_row`, recomputed beside its fused attention.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from efficient_vlm.compressors import fold, select
+from efficient_vlm.compressors.base import Compressor
+from efficient_vlm.compressors.tokens import NO_SIGNALS, Signals, VisualTokens
+from efficient_vlm.errors import UserError, unknown
+
+ATTENTION = {"cls": "cls_row", "mean_query": "mean_query_row", "column_mean": "column_mean"}
+
+
+def check_layer(field: str, value) -> None:
+    """UserError unless `value` is an integer; the encoder checks that it has such a layer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UserError(
+            f"compressor.{field}: {value!r} is not a layer of the encoder",
+            allowed="0, 1, 2, ... from the first, or -1, -2, ... from the last",
+        )
+
+
+def check_fraction(field: str, value) -> None:
+    """UserError unless `value` is a number from 0 to 1."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and 0 <= value <= 1):
+        raise UserError(
+            f"compressor.{field}: {value!r} is not a fraction", allowed="a number from 0 to 1"
+        )
+
+
+def check_flag(field: str, value) -> None:
+    """UserError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise UserError(f"compressor.{field}: {value!r}", allowed="True, False")
+
+
+class AttentionGuided(Compressor):
+    """Base of the methods that rank patches by the attention they receive in the encoder.
+
+    Attributes:
+      position_policy: "reindex", as all their official codes do (for LLaVA).
+      attention: whose attention: "cls" (the CLS token, mean over heads: all the papers but
+        HiPrune's), "mean_query" (the mean of all queries) or "column_mean" (the mean over all
+        queries); the last two for encoders without CLS, not published.
+      layer: executed encoder layer; negative counts from the last. The papers take the layer whose
+        output LLaVA uses, the last but one of CLIP: -1 here if the encoder stops there.
+    """
+
+    position_policy: str | None = "reindex"
+    attention: str = "cls"
+    layer: int = -1
+
+    needs = frozenset({"attention_row"})
+
+    @nn.nowrap
+    def check_options(self):
+        if self.attention not in ATTENTION:
+            raise unknown("compressor.attention", str(self.attention), ATTENTION)
+        check_layer("layer", self.layer)
+
+    @nn.nowrap
+    def intermediates(self):
+        return {"attention_row": f"{ATTENTION[self.attention]}/{self.layer}"}
+
+    @nn.nowrap
+    def row(self, tokens: VisualTokens, signals: Signals) -> jax.Array:
+        """The attention each token receives: float32 [B, T], 0 for padding."""
+        return jnp.where(tokens.mask, signals.attention_row, 0).astype(jnp.float32)
+
+
+def as_selection(keep: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The True places of `keep` [B, T], at most k of them, as a selection in ascending order."""
+    return select.top_k(jnp.zeros(keep.shape, jnp.float32), keep, k)
+
+
+def as_mask(selection: tuple[jax.Array, jax.Array], num_tokens: int) -> jax.Array:
+    """The inverse of `as_selection`: bool [B, num_tokens], True at the valid indices."""
+    indices, valid = selection
+    places = jnp.where(valid, indices, num_tokens)
+    rows = jnp.arange(indices.shape[0])[:, None]
+    return jnp.zeros((indices.shape[0], num_tokens), bool).at[rows, places].set(True, mode="drop")
+
+
+def cosine_to(queries: jax.Array, keys: jax.Array) -> jax.Array:
+    """How near each key is to each query: cosine times the length of the query.
+
+    The factor is the same for all keys of a query, so their order is that of the cosines. Dividing
+    after the product keeps exact ties exact, where the entries are small integers.
+
+    Args:
+      queries: float32 [B, K, D].
+      keys: float32 [B, T, D]; a zero key is at 0 from everything.
+
+    Returns:
+      float32 [B, K, T].
+    """
+    products = jnp.einsum("bkd,btd->bkt", queries, keys, precision=jax.lax.Precision.HIGHEST)
+    lengths = jnp.sqrt(jnp.sum(jnp.square(keys), axis=-1))
+    return products / jnp.maximum(lengths, 1e-12)[:, None]
+
+
+class FasterVLM(AttentionGuided):
+    """`fastervlm`: the T patches that the CLS token attends to most, mean over heads.
+
+    Zhang et al., "[CLS] Attention is All You Need for Training-Free Visual Token Pruning",
+    arXiv 2412.01818v1, section 3. Kept in raster order, positions re-indexed. Ties: lowest index.
+
+    Deviations: the paper's reduction ratio R is given as budget T = N (1 - R).
+    """
+
+    label = "fastervlm"
+
+    def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
+        self.check_call(tokens, signals, needs_grid=False)
+        if self.budget == tokens.mask.shape[1]:
+            return tokens
+        return fold.drop(tokens, select.top_k(self.row(tokens, signals), tokens.mask, self.budget))

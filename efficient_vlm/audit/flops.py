@@ -146,11 +146,8 @@ def encoder_cost(vit: ViT, patches: int, stages: Sequence[Stage] = ()) -> Encode
         nonlocal count, beside
         for stage in stages:
             if stage.layer == layer and stage.inside == inside:
-                module = stage.module
-                if hasattr(module, "head_dim"):  # Of the keys that it compares.
-                    module = module.clone(parent=None, head_dim=head_dim)
-                beside += module.flops(count, vit.width)
-                count = _after(module, count)
+                beside += _with_keys(stage.module, head_dim).flops(count, vit.width)
+                count = _after(stage.module, count)
 
     for layer in range(vit.depth):
         cut(layer, inside=False)
@@ -277,6 +274,14 @@ def _after(module: Compressor, count: int) -> int:
     return count if module.budget is None else module.budget
 
 
+def _with_keys(module: Compressor, dim: int) -> Compressor:
+    """The module, told how wide the encoder's keys are that it compares (ToMe, VisionZip)."""
+    if "keys" not in module.needs:
+        return module
+    names = {f.name for f in dataclasses.fields(module)} & {"head_dim", "key_dim"}
+    return module.clone(parent=None, **dict.fromkeys(names, dim)) if names else module
+
+
 def _join(
     model: VisionLanguageModel, method: Compressor, vit: ViT, width: int, patches: int
 ) -> tuple[int, int]:
@@ -288,7 +293,8 @@ def _join(
     if method.projected:
         connector = _connector(model.connector, vit.width, width, patches)
         return kept, connector + method.flops(patches, width, width)
-    total = method.flops(patches, vit.width, width)
+    sized = _with_keys(method, vit.width // vit.num_heads)
+    total = sized.flops(patches, vit.width, width)
     total += signal_flops(vit, method, patches)
     joined = getattr(method, "features", None) or vit.width  # Width of what it gives out.
     return kept, total + _connector(model.connector, joined, width, kept)
@@ -319,7 +325,7 @@ def signal_flops(vit: ViT, method: Compressor, patches: int) -> int:
             total += dense(1, vit.width, places)
         elif name == "column_mean":
             queries = -(-places // _BLOCK) * _BLOCK
-            total += dense(queries, vit.width, places) + dense(queries, vit.num_heads, places)
+            total += dense(queries, vit.width, places) + dense(queries, 1, places)
     return total
 
 
@@ -328,7 +334,7 @@ def _cut_flops(decoder: Decoder, module: Compressor, visual: int, text: int) -> 
     if module.where != "decoder":
         return module.flops(visual, decoder.width, decoder.width)
     heads = decoder.num_heads * decoder.dim
-    total = module.flops(visual, heads, num_text=text)
+    total = module.flops(visual, heads, decoder.width, num_text=text)
     if "decoder" in module.needs and module.looks == "next":
         # Keys of all places and the query of the last prompt token, as that layer would make them.
         total += dense(visual + text, decoder.width, decoder.kv_heads * decoder.dim)

@@ -74,9 +74,9 @@ def _one(subject: "Subject", entry: "Entry", console: Console) -> None:
     console.print(_costs(found, base, describe(base.compressor)))
     law = found.amdahl
     console.print(
-        f"Amdahl, FLOPs for time: {' and '.join(law.touched)} are {100 * law.share:.3g} % without "
-        f"the method, so at most {_times(law.bound)} faster end to end; here {_times(law.speedup)} "
-        f"(prefill of the decoder alone {_times(law.prefill_speedup)})"
+        f"Amdahl, with FLOPs for time: without the method {100 * law.share:.3g} % of the work is in "
+        f"{' and '.join(law.touched)}, so at most {_times(law.bound)} faster end to end; here "
+        f"{_times(law.speedup)} (prefill of the decoder alone {_times(law.prefill_speedup)})"
     )
     if entry.match is not None:
         console.print(_reached(entry))
@@ -119,7 +119,7 @@ def _costs(found: Ledger, base: Ledger, name: str) -> Table:
 def _several(subject: "Subject", entries: Sequence["Entry"], console: Console) -> None:
     matched = entries[0].match is not None
     table = _table(None)
-    table.add_column("method")
+    table.add_column("method", overflow="fold")
     titles = [
         "enter",
         "processed",

@@ -8,6 +8,14 @@ from efficient_vlm.compressors.base import Compressor
 from efficient_vlm.compressors.elastic import M3, MQT
 from efficient_vlm.compressors.gather_pool import MolmoPool, PositionPool
 from efficient_vlm.compressors.grids import Grid, as_grid
+from efficient_vlm.compressors.in_decoder.dart import Dart
+from efficient_vlm.compressors.in_decoder.fastv import FastV
+from efficient_vlm.compressors.in_decoder.feather import Feather
+from efficient_vlm.compressors.in_decoder.fitprune import FitPrune
+from efficient_vlm.compressors.in_decoder.pyramiddrop import PyramidDrop
+from efficient_vlm.compressors.in_decoder.sparsevlm import SparseVLM
+from efficient_vlm.compressors.in_decoder.v2drop import V2Drop
+from efficient_vlm.compressors.in_decoder.vtw import VisualTokensWithdrawal
 from efficient_vlm.compressors.resampler import Resampler
 from efficient_vlm.compressors.training_free.cdpruner import CDPruner
 from efficient_vlm.compressors.training_free.cls_attention import FasterVLM
@@ -48,6 +56,14 @@ METHODS: dict[str, type[Compressor]] = {
         CDPruner,
         Scope,
         ToMe,
+        FastV,
+        PyramidDrop,
+        Feather,
+        V2Drop,
+        VisualTokensWithdrawal,
+        SparseVLM,
+        Dart,
+        FitPrune,
     )
 }
 

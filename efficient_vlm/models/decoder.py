@@ -315,8 +315,8 @@ class Decoder(nn.Module):
           segments: int [B, S], 1.. for packed conversations, PADDING_SEGMENT for padding.
           columns: patches per row of the source grid.
           signals: what compressors between segments may look at.
-          prompt: bool [B, S], text in front of the answer, which methods inside the decoder may ask;
-            None for all that is not padding.
+          prompt: bool [B, S], text in front of the answer, whose attention methods inside the
+            decoder may use; None for all that is not padding.
           position_policy: of the visual tokens; None for the decoder's own.
           rng: key for random compressors.
           cache_slots: room for generated tokens; None for no cache. With a cache the pass is not

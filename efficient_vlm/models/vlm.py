@@ -384,7 +384,7 @@ class VisionLanguageModel(nn.Module):
     def teaches_selector(self) -> bool:
         """Whether the compressor can learn where the decoder looks: it sees everything here."""
         inner = any(segment.get("compressor") for segment in self.decoder["segments"])
-        selector = hasattr(self.make_compressor(), "scores")
+        selector = isinstance(self.make_compressor(), selectors.TextTopK)
         return selector and not self.selects_by_text and not inner
 
     def selector_loss(

@@ -1,9 +1,12 @@
-"""DPC-kNN: clusters around density peaks, for tokens of which a summary is kept."""
+"""DPC-kNN: clusters around density peaks, and a fold that keeps some tokens and clusters others."""
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from efficient_vlm.compressors import select
+from efficient_vlm.compressors.tokens import VisualTokens, remap, weighted_means, zero_padding
 
 
 def dpc_knn(x: jax.Array, mask: jax.Array, num_clusters: int) -> tuple[jax.Array, ...]:
@@ -64,3 +67,90 @@ def dpc_knn(x: jax.Array, mask: jax.Array, num_clusters: int) -> tuple[jax.Array
     own = (index[:, None] == centre[:, None, :]) & valid[:, None, :]
     cluster = jnp.where(jnp.any(own, axis=-1), jnp.argmax(own, axis=-1), cluster)
     return centre, valid, jnp.where(mask, cluster, -1).astype(jnp.int32)
+
+
+def keep_and_cluster(
+    tokens: VisualTokens, scores: jax.Array, kept: int, places: int, table: Sequence[int]
+) -> VisualTokens:
+    """Keeps the best tokens and merges the best of the others into clusters (`dpc_knn`).
+
+    A merged token is the size-weighted mean of its members and stands where their centre stood.
+
+    Args:
+      tokens: T tokens a row.
+      scores: float32 [B, T].
+      kept: static, tokens that are kept as they are.
+      places: static, clusters.
+      table: static; table[p] of p losers (real tokens not among the best), p = 0..T - kept, are
+        clustered: those with the best scores. At least min(p, places), and not falling.
+
+    Returns:
+      kept + places tokens a row in source order; a row with fewer real ones keeps them all as they
+      are, the padding last.
+    """
+    tokens, num_tokens, count = zero_padding(tokens), tokens.mask.shape[1], max(table)
+    best, valid = select.top_k(scores, tokens.mask, kept + count)
+    winners = jnp.where(valid, best, num_tokens)[:, :kept]
+
+    losers = jnp.maximum(jnp.sum(tokens.mask, axis=1) - kept, 0)
+    number = jnp.asarray(table)[losers]
+    chosen = valid[:, kept:] & (jnp.arange(count) < number[:, None])
+    pool = jnp.sort(jnp.where(chosen, best[:, kept:], num_tokens), axis=1)
+    chosen = pool < num_tokens
+
+    part = gather(tokens, pool)
+    centre, real, cluster = dpc_knn(jax.lax.stop_gradient(part.embed), chosen, places)
+    member = jax.nn.one_hot(cluster, places, dtype=jnp.float32, axis=1)
+
+    def sums(x):
+        return jnp.einsum("bkt,btc->bkc", member, x, precision=jax.lax.Precision.HIGHEST)
+
+    means = weighted_means(part, sums)
+    peaks = jnp.where(real, jnp.take_along_axis(pool, centre, axis=1), num_tokens)
+    alone, single = gather(tokens, peaks), jnp.sum(member, axis=-1) == 1
+    stay = gather(tokens, winners)
+    place = jnp.concatenate([winners, peaks], axis=1)
+    order = jnp.argsort(place, axis=1)  # Source order; padding, at T, comes last.
+
+    def joined(name):
+        if (mean := means[name]) is None:
+            return None
+        lone = single.reshape(single.shape + (1,) * (mean.ndim - 2))
+        mean = jnp.where(lone, getattr(alone, name), mean)  # One member: not even rounded.
+        fields = jnp.concatenate([getattr(stay, name), mean], axis=1)
+        return jnp.take_along_axis(
+            fields, order.reshape(order.shape + (1,) * (mean.ndim - 2)), axis=1
+        )
+
+    slot = jnp.argsort(order, axis=1).astype(jnp.int32)
+    rows = jnp.arange(len(place))[:, None]
+    holder = jnp.full(tokens.mask.shape, -1, jnp.int32)
+    holder = holder.at[rows, winners].set(slot[:, :kept], mode="drop")
+    own = jnp.take_along_axis(slot[:, kept:], jnp.maximum(cluster, 0), axis=1)
+    holder = holder.at[rows, pool].set(own, mode="drop")
+    return zero_padding(
+        VisualTokens(
+            **{name: joined(name) for name in ("embed", "position", "size", "bias")},
+            mask=jnp.take_along_axis(place, order, axis=1) < num_tokens,
+            source=remap(tokens.source, holder),
+        )
+    )
+
+
+def gather(tokens: VisualTokens, index: jax.Array) -> VisualTokens:
+    """Tokens at `index` [B, K], zeros and no token where it is T; `source` stays as it was."""
+    real = index < tokens.mask.shape[1]
+    index = jnp.where(real, index, 0)
+
+    def at(x):
+        return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)
+
+    return zero_padding(
+        tokens.replace(
+            embed=at(tokens.embed),
+            position=at(tokens.position),
+            size=at(tokens.size),
+            mask=real,
+            bias=None if tokens.bias is None else at(tokens.bias),
+        )
+    )

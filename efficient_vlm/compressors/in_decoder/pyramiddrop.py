@@ -32,8 +32,9 @@ class PyramidDrop(InDecoder):
     Defaults: lambda = 0.5, S = 4: layers 8, 16, 24 of 32 and keep .5, .25, .125 of N. The variants
     of the paper's table with S = 3 and 5 are keep=(.5, .25) and keep=(.5, .25, .125, .0625).
 
-    Deviations: the kept tokens stay in source order (a stage of the official code leaves them so
-    too, after sorting); a stage keeps at least one token; one that would drop nothing is left out.
+    Deviations: a stage keeps at least one token, and one that would drop nothing is left out. In
+    training on several turns the official code averages over the last instruction tokens of all
+    turns; here `DecoderState.last`, one token a row, judges.
 
     Attributes:
       budget: of the one-cut form only.

@@ -1,5 +1,6 @@
 """sparsevlm: words that see the image rate its tokens; a part of the losers is merged."""
 
+import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -15,21 +16,13 @@ from efficient_vlm.compressors.in_decoder.base import (
     as_tuple,
     check_falling,
     check_keep,
+    count_of,
 )
-from efficient_vlm.compressors.in_decoder.clusters import dpc_knn
-from efficient_vlm.compressors.in_decoder.rows import judges, range_flops, range_sums
-from efficient_vlm.compressors.tokens import (
-    NO_SIGNALS,
-    VisualTokens,
-    remap,
-    take,
-    weighted_means,
-    zero_padding,
-)
+from efficient_vlm.compressors.in_decoder.clusters import keep_and_cluster
+from efficient_vlm.compressors.in_decoder.rows import range_flops, range_sums
+from efficient_vlm.compressors.in_decoder.sparsevlm_scores import raters, rotary_bias, turns
+from efficient_vlm.compressors.tokens import NO_SIGNALS
 from efficient_vlm.errors import UserError, unknown
-
-# Below this share of its largest value the rotary bias is not divided out any further.
-FLOOR = 0.05
 
 
 class SparseVLM(InDecoder):
@@ -119,6 +112,29 @@ class SparseVLM(InDecoder):
                 raise UserError(f"compressor.{name}: {value!r}", allowed="a number from 0 to 1")
 
     @nn.nowrap
+    def _cuts(self, num_layers: int) -> tuple[int, ...]:
+        """Layers in front of each cut."""
+        if self.layers is None:
+            return self.scaled(plan.CUTS, plan.DEPTH, num_layers)
+        whole = [k + 1 if isinstance(k, int) else k for k in self.layers]
+        return self.check_layers("compressor.layers (plus 1)", whole, num_layers)
+
+    @nn.nowrap
+    def _recycle(self) -> float:
+        return self.recycle if self.version == "1.5" else 0.0
+
+    @nn.nowrap
+    def _solve(self, budget: int, num_layers: int, num_tokens: int) -> tuple[int, ...]:
+        cuts = self._cuts(num_layers)
+        if len(cuts) != len(plan.CUTS):
+            raise UserError(
+                f"compressor.layers: {len(cuts)} cuts, but the published schedules have three",
+                allowed="compressor.keep, one number for each cut",
+            )
+        shapes = plan.SCHEDULES[self.version]
+        return plan.solve(budget, shapes, cuts, num_layers, num_tokens, self._recycle())
+
+    @nn.nowrap
     def stages(self, num_layers, num_tokens, *, class_token=False):
         if self.budget is not None and self.keep is not None:
             raise UserError(
@@ -126,21 +142,92 @@ class SparseVLM(InDecoder):
                 allowed="one of the two: a budget is the name of a schedule",
                 fix="leave one of them out",
             )
-        if self.layers is None:
-            layers = plan.moved_cuts(num_layers)
+        cuts = self._cuts(num_layers)
+        if self.keep is None:
+            budget = self.budget or max(1, round(num_tokens / 3))
+            other = functools.partial(self._solve, num_layers=num_layers, num_tokens=num_tokens)
+            keeps = plan.named(budget, self.version, other, num_tokens)
+            if len(keeps) != len(cuts):
+                self._solve(budget, num_layers, num_tokens)  # Raises: no schedule for these cuts.
         else:
-            behind = [k + 1 if isinstance(k, int) else k for k in self.layers]
-            layers = self.check_layers("compressor.layers", behind, num_layers)
-        keep = plan.keeps(self, layers, num_layers, num_tokens)
-        counts = plan.counts(keep, num_tokens, self.merged)
-        none = (None,) * len(layers)
-        kept = [(min(k, n),) for k, n in zip(keep, counts, strict=True)]
-        entering = (num_tokens,) * len(layers)
+            keeps = [count_of(keep, num_tokens) for keep in self.keep]
+            if keeps[0] > num_tokens:
+                raise UserError(
+                    f"compressor.keep: {self.keep[0]}, but only {num_tokens} visual tokens",
+                    allowed=f"1 to {num_tokens}, or a fraction",
+                )
         return self.cuts(
-            [layer for layer, _ in layers] if self.layers is None else layers,
-            counts,
+            cuts,
+            plan.behind(keeps, num_tokens, self._recycle()),
             num_tokens,
-            layers=none,
-            keep=kept,
-            entering=entering,
+            layers=(None,) * len(cuts),
+            keep=[(keep,) for keep in keeps],
+            entering=(num_tokens,) * len(cuts),
         )
+
+    @nn.nowrap
+    def knobs(self, num_layers, num_tokens):
+        """Solved schedules for a mean of 1, 2, ..., N processed tokens, without repetitions."""
+        solved = (self._solve(mean, num_layers, num_tokens) for mean in range(1, num_tokens + 1))
+        return [{"budget": None, "keep": keeps} for keeps in dict.fromkeys(solved)]
+
+    @nn.nowrap
+    def _kept(self, num_tokens: int) -> int:
+        """In the one-cut form: places for kept tokens; the others are for merged ones."""
+        if self.keep is not None and isinstance(self.keep[0], int):
+            return min(self.keep[0], self.budget)
+        return plan.kept_of(self.budget, num_tokens, self._recycle())
+
+    @nn.nowrap
+    def _candidates(self, num_tokens: int) -> int:
+        """How many losers are clustered, at most."""
+        kept = self._kept(num_tokens)
+        return max(plan.candidates(num_tokens - kept, self._recycle()), self.budget - kept)
+
+    @nn.nowrap
+    def flops(self, num_tokens, width, text_width=0, *, num_text=0):
+        del text_width
+        if self.budget == num_tokens:
+            return 0
+        relevance = 2 * (self.entering or num_tokens) * num_text * width
+        score = range_flops(num_text, num_tokens + num_text, width)
+        places = self.budget - self._kept(num_tokens)
+        if not places:
+            return relevance + score
+        count = self._candidates(num_tokens)
+        # Distances; sums of embeddings, positions and sizes.
+        return relevance + score + 2 * count * count * width + 2 * places * count * (width + 3)
+
+    def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
+        """The one-cut form: [B, T, D] to `budget` tokens, of which some may be merged."""
+        self.check_cut(tokens, signals)
+        num_tokens = tokens.mask.shape[1]
+        if self.budget == num_tokens:
+            return tokens
+        scores = self.scores(tokens, jax.lax.stop_gradient(signals.decoder))
+        kept = self._kept(num_tokens)
+        if kept == self.budget:
+            return fold.drop(tokens, select.top_k(scores, tokens.mask, kept))
+        # How many of p real losers are clustered; never fewer than there are clusters to fill.
+        places = self.budget - kept
+        table = [
+            max(plan.candidates(p, self.recycle), min(p, places))
+            for p in range(num_tokens - kept + 1)
+        ]
+        return keep_and_cluster(tokens, scores, kept, places, table)
+
+    @nn.nowrap
+    def scores(self, tokens, state):
+        """Mean attention of the raters, float32 [B, T]."""
+        count = tokens.mask.shape[1]
+        words = raters(state)
+        number = jnp.maximum(jnp.sum(words, axis=1, dtype=jnp.float32), 1.0)
+        if self.version == "1.5":
+            return range_sums(state, count, words)[:, :count] / number[:, None]
+        divisor = functools.partial(rotary_bias, state, turns(state, self.rope_fraction))
+        paid = range_sums(state, count, words, heads="each", divisor=divisor)[..., :count]
+        paid = jnp.where(tokens.mask[:, None], paid, 0.0) / number[:, None, None]
+        heads = paid.shape[1]
+        most = min(self.num_heads, heads)
+        chosen, _ = select.top_k(jnp.sum(paid, axis=-1), jnp.ones((len(paid), heads), bool), most)
+        return jnp.take_along_axis(paid, chosen[..., None], axis=1).mean(axis=1)

@@ -54,7 +54,7 @@ def pair(method, loop, grid, result, options=None, settings=None):
     return pytest.param(case, id=str(case))
 
 
-HONEYBEE = {"depth": 2, "mlp_depth": 2}
+HONEYBEE = {"depth": 2, "mlp_depth": 1}
 IDEFICS = {"num_heads": 2, "depth": 2, "style": "idefics2"}
 FLAMINGO = {**IDEFICS, "style": "flamingo"}
 CASES = [
@@ -68,7 +68,7 @@ CASES = [
         CAbstractor,
         loops.c_abstractor,
         WIDE,
-        (1, 4),
+        (2, 5),
         {"depth": 1, "mlp_depth": 3, "hidden": 12, "features": 5},
         {"depth": 1, "mlp_depth": 3},
     ),
@@ -131,22 +131,29 @@ def parameters(case):
 
 
 @functools.cache
-def compiled(case, dtype="float32"):
-    """(parameters, jitted function to the output and the gradients of a sum over it)."""
+def compiled(case, dtype):
+    """(parameters, jitted function to the output and, for one case of a method, gradients)."""
     module, params = case.module(), parameters(case)
 
+    def forward(params, embed, mask):
+        return module.apply({"params": params}, tokens_of(case, embed, mask, dtype))
+
     def loss(params, embed, mask):
-        out = module.apply({"params": params}, tokens_of(case, embed, mask, dtype))
+        out = forward(params, embed, mask)
         weight = jnp.cos(jnp.arange(out.embed.size, dtype=jnp.float32)).reshape(out.embed.shape)
         return jnp.sum(out.embed.astype(jnp.float32) * weight), out
 
-    return params, jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    def both(params, embed, mask):
+        gradients, out = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, embed, mask)
+        return out, gradients
+
+    differentiates = dtype == "float32" and case in [c.values[0] for c in ONE_EACH]
+    return params, jax.jit(both if differentiates else lambda *x: (forward(*x), None))
 
 
 def run(case, embed, mask, dtype="float32"):
     params, function = compiled(case, dtype)
-    gradients, out = function(params, jnp.asarray(embed), jnp.asarray(mask))
-    return jax.tree.map(np.asarray, out), jax.tree.map(np.asarray, gradients)
+    return jax.tree.map(np.asarray, function(params, jnp.asarray(embed), jnp.asarray(mask)))
 
 
 def batches(case):
@@ -197,7 +204,7 @@ def test_equals_the_plain_loop(case):
                     atol=2e-4 if field == "embed" else 2e-5,
                     err_msg=f"{field}, row {row}",
                 )
-    assert compiled(case)[1]._cache_size() == 1
+    assert compiled(case, "float32")[1]._cache_size() == 1
 
 
 def assert_holders(out, row, expected):
@@ -209,7 +216,7 @@ def assert_holders(out, row, expected):
         assert (actual == expected["source"]).mean() > 0.9
 
 
-@EVERY
+@SOME
 def test_nothing_of_padding_gets_through(case):
     embed, mask = next(batches(case))
     clean, clean_gradients = run(case, embed, mask)
@@ -247,10 +254,9 @@ def test_flops_are_those_of_the_program(case):
 def test_bfloat16(case):
     embed, mask = next(batches(case))
     exact, _ = run(case, embed, mask)
-    out, gradients = run(case, embed, mask, "bfloat16")
+    out, _ = run(case, embed, mask, "bfloat16")
     assert out.embed.dtype == jnp.bfloat16
     assert (out.position.dtype, out.size.dtype) == (np.float32, np.float32)
-    assert all(np.isfinite(np.float32(x)).all() for x in jax.tree.leaves((out, gradients)))
     scale = np.abs(exact.embed).max()
     np.testing.assert_allclose(np.float32(out.embed), exact.embed, atol=0.1 * scale)
     np.testing.assert_array_equal(out.mask, exact.mask)
@@ -303,19 +309,21 @@ class TestQueries:
 @pytest.mark.parametrize("method", [CAbstractor, LDP, LDPv2])
 def test_padding_is_the_outside_of_the_image(method):
     """A 2 x 4 image in a 4 x 4 grid gives what it gives on its own."""
-    large = Case(method, None, SQUARE, (2, 2))
-    small = Case(method, None, (2, 4), (1, 2))
+    options = (("depth", 1),) if method is CAbstractor else ()
+    large = Case(method, None, SQUARE, (2, 2), options)
+    small = Case(method, None, (2, 4), (1, 2), options)
     embed = np.random.default_rng(0).normal(size=(1, 16, WIDTH)).astype(np.float32)
     params = parameters(large)
-    padded = large.module().apply(
-        {"params": params}, tokens_of(large, embed, np.arange(16)[None] < 8)
-    )
-    if method is CAbstractor:
-        name = "c_abstractor_position"
-        params = {**params, name: params[name][:2]}
-    alone = small.module().apply(
-        {"params": params}, tokens_of(small, embed[:, :8], np.ones((1, 8), bool))
-    )
+    cut = {k: v[:2] if k == "c_abstractor_position" else v for k, v in params.items()}
+
+    @jax.jit
+    def both(embed):
+        padded = tokens_of(large, embed, jnp.arange(16)[None] < 8)
+        alone = tokens_of(small, embed[:, :8])
+        padded = large.module().apply({"params": params}, padded)
+        return padded, small.module().apply({"params": cut}, alone)
+
+    padded, alone = both(embed)
     np.testing.assert_allclose(padded.embed[:, :2], alone.embed, rtol=1e-4, atol=1e-5)
     assert not np.asarray(padded.embed[:, 2:]).any()
 

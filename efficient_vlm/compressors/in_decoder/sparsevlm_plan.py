@@ -1,0 +1,118 @@
+"""How many tokens sparsevlm keeps at each cut: the published schedules and what lies between.
+
+A published schedule is known by a number of tokens, for N = 576 and cuts at the output of layers 2,
+6 and 15 (from 0) of 32. That number is about the mean of the tokens that layers *write*; the tokens
+that they *process* are more (192: 192.03 written, 206.5 processed; 64: 64.8 and 82.25).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+from efficient_vlm.errors import UserError
+
+DEPTH, TOKENS = 32, 576
+CUTS = (3, 7, 16)  # layers in front of each cut
+
+# Version -> name -> tokens kept at each cut, without merged ones (official code).
+SCHEDULES = {
+    "1.5": {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)},
+    "2.0": {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)},
+}
+
+
+def candidates(losers: int, recycle: float) -> int:
+    """Of `losers` tokens, how many are clustered: floor(recycle p) + 1, at most p."""
+    return min(int(losers * recycle) + 1, losers)
+
+
+def merged(losers: int, recycle: float) -> int:
+    """Merged tokens made of `losers`: floor(candidates / 10) + 1; 0 without losers or recycling."""
+    return candidates(losers, recycle) // 10 + 1 if losers and recycle else 0
+
+
+def behind(keeps: Sequence[int], num_tokens: int, recycle: float) -> tuple[int, ...]:
+    """Tokens behind each cut, merged ones included; where all are kept nothing is cut."""
+    counts, now = [], num_tokens
+    for keep in keeps:
+        now = min(now, keep + merged(now - keep, recycle)) if keep < now else now
+        counts.append(now)
+    return tuple(counts)
+
+
+def mean_processed(
+    cuts: Sequence[int], counts: Sequence[int], num_layers: int, num_tokens: int
+) -> float:
+    """Mean over layers of the visual tokens that enter them."""
+    edges = (0, *cuts, num_layers)
+    lengths = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    here = (num_tokens, *counts)
+    return sum(n * t for n, t in zip(lengths, here, strict=True)) / num_layers
+
+
+def kept_of(budget: int, num_tokens: int, recycle: float) -> int:
+    """Of `budget` places behind one cut, how many are for kept tokens; the rest is for merged ones.
+
+    The largest k with k + min(merged(T - k), budget // 2) = budget: the published rule, but never
+    more than half of the places for merged tokens.
+    """
+    keep = budget
+    while keep + min(merged(num_tokens - keep, recycle), budget // 2) > budget:
+        keep -= 1
+    return keep
+
+
+def solve(
+    budget: float,
+    published: dict[int, tuple[int, ...]],
+    cuts: Sequence[int],
+    num_layers: int,
+    num_tokens: int,
+    recycle: float,
+) -> tuple[int, ...]:
+    """Tokens to keep at each cut so that the mean of processed tokens is nearest to `budget`.
+
+    The published schedule with the nearest share of its N gives the shape; all its shares are
+    multiplied by one number, rounded, and kept between 1 and N. Layers in front of the first cut
+    always see N tokens, so small budgets are out of reach: what comes nearest is returned.
+    """
+    name = min(published, key=lambda b: (abs(b / TOKENS - budget / num_tokens), b))
+    shape = [count / TOKENS for count in published[name]]
+
+    def keeps(scale: float) -> tuple[int, ...]:
+        wanted = [math.floor(scale * share * num_tokens + 0.5) for share in shape]
+        return tuple(min(max(count, 1), num_tokens) for count in wanted)
+
+    def mean(scale: float) -> float:
+        counts = behind(keeps(scale), num_tokens, recycle)
+        return mean_processed(cuts, counts, num_layers, num_tokens)
+
+    low, high = 0.0, 2 / min(shape)
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean(middle) <= budget else (low, middle)
+    return keeps(min((low, high), key=lambda scale: (abs(mean(scale) - budget), scale)))
+
+
+def named(
+    budget: int, version: str, other: Callable[[int], tuple[int, ...]], num_tokens: int
+) -> tuple[int, ...]:
+    """Tokens to keep for a `budget`: the schedule of that name, or `other(budget)` if N is not 576.
+
+    Raises:
+      UserError: more than N, or not the name of a schedule of N = 576.
+    """
+    schedules = SCHEDULES[version]
+    if num_tokens == TOKENS and budget in schedules:
+        return schedules[budget]
+    if num_tokens == TOKENS:
+        raise UserError(
+            f"compressor.budget: sparsevlm has no published schedule {budget} of {TOKENS} tokens",
+            allowed=", ".join(map(str, sorted(schedules))) + "; or keep=(a,b,c), for any other",
+            fix=f"compressor.budget={min(schedules, key=lambda b: (abs(b - budget), b))}",
+        )
+    if budget > num_tokens:
+        raise UserError(
+            f"compressor.budget: {budget}, but only {num_tokens} visual tokens",
+            allowed=f"1 to {num_tokens}",
+        )
+    return other(budget)

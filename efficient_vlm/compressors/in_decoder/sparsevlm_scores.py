@@ -1,0 +1,72 @@
+"""Scores of sparsevlm: which words rate, and how much of attention is due to rotary positions."""
+
+import jax
+import jax.numpy as jnp
+
+from efficient_vlm.compressors.in_decoder.rows import judges
+from efficient_vlm.compressors.tokens import DecoderState
+
+# Below this share of its largest value the rotary bias is not divided out any further.
+FLOOR = 0.05
+
+
+def raters(state: DecoderState) -> jax.Array:
+    """bool [B, L]: words of the prompt whose mean relevance is above the mean over the prompt."""
+    count = state.live.shape[1] - state.prompt.shape[1]
+    asked = judges(state, visual=False)[:, count:]
+    visual = jnp.where(state.first_live[..., None], state.first_visual, 0).astype(jnp.float32)
+    text = jnp.where(asked[..., None], state.first_text, 0).astype(jnp.float32)
+    logits = jnp.einsum("bnd,bld->bnl", visual, text, precision=jax.lax.Precision.HIGHEST)
+    # A finite floor: without a prompt the softmax is uniform, and nobody rates.
+    share = jax.nn.softmax(jnp.where(asked[:, None], logits, jnp.finfo(jnp.float32).min), axis=-1)
+    share = jnp.sum(jnp.where(state.first_live[..., None], share, 0.0), axis=1)
+    share = jnp.where(asked, share, 0.0)
+    words = jnp.maximum(jnp.sum(asked, axis=1, keepdims=True), 1)
+    mean = jnp.sum(share, axis=1, keepdims=True) / words
+    # Equal words have equal relevance but for rounding, which must not choose among them.
+    above = asked & (share > mean * (1 + 1e-5))
+    return jnp.where(jnp.any(above, axis=1, keepdims=True), above, asked)
+
+
+def turns(state: DecoderState, fraction: float) -> jax.Array:
+    """Cosine and sine by which rotary positions turn each channel pair, float32 [B, S, pairs * 2].
+
+    Read off the queries and keys with and without rotary positions, whose channels i and
+    i + pairs turn together: the state has no positions. A pair that is 0 in all heads counts as
+    not turned.
+    """
+    pairs = int(state.query.shape[-1] * fraction) // 2
+
+    def halves(query, key):
+        both = jnp.concatenate([query, key], axis=2)[..., : 2 * pairs].astype(jnp.float32)
+        both = jnp.where(state.live[..., None, None], both, 0.0)
+        return both[..., :pairs], both[..., pairs:]
+
+    (x, y), (u, v) = halves(state.plain_query, state.plain_key), halves(state.query, state.key)
+    cos, sin = jnp.sum(u * x + v * y, axis=2), jnp.sum(v * x - u * y, axis=2)
+    length = jnp.sqrt(jnp.square(cos) + jnp.square(sin))
+    turned = length > 0
+    length = jnp.where(turned, length, 1.0)
+    return jnp.concatenate(
+        [jnp.where(turned, cos / length, 1.0), jnp.where(turned, sin / length, 0.0)], axis=-1
+    )
+
+
+def rotary_bias(
+    state: DecoderState, turned: jax.Array, rows: jax.Array, floor: float = FLOOR
+) -> jax.Array:
+    """D_mn = <rotate_m(1), rotate_n(1)> / Dh, 1 at distance 0, of some rows m and all places n.
+
+    Args:
+      state: for Dh, of which channels beside those of `turned` do not turn.
+      turned: float32 [B, S, pairs * 2], see `turns`.
+      rows: int [r].
+      floor: the least value.
+
+    Returns:
+      float32 [B, r, S].
+    """
+    width = state.query.shape[-1]
+    # Elementwise and reduced at once, like the cosines of rotary positions: no matrix product.
+    alike = jnp.sum(turned[:, rows][:, :, None] * turned[:, None], axis=-1)
+    return jnp.maximum((2 * alike + width - turned.shape[-1]) / width, floor)

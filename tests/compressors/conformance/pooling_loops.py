@@ -1,0 +1,371 @@
+"""Plain float64 loops of the pooling and elastic methods, from their definitions; one row at a time.
+
+Every function takes embed [N, D], mask [N] and what else the method has, and gives a dict of the
+fields of VisualTokens. Nothing here is vectorised over tokens, and nothing comes from the package.
+"""
+
+import itertools
+import math
+from fractions import Fraction
+
+import numpy as np
+
+
+def blank(budget, num_tokens, width):
+    return {
+        "embed": np.zeros((budget, width)),
+        "position": np.zeros((budget, 2)),
+        "size": np.zeros(budget),
+        "mask": np.zeros(budget, bool),
+        "source": np.full(num_tokens, -1),
+    }
+
+
+def mean_of_shares(embed, mask, positions, shares):
+    """shares[cell][patch]: exact area of the patch in the cell."""
+    row = blank(len(shares), len(mask), embed.shape[1])
+    for cell, areas in enumerate(shares):
+        for patch, area in areas.items():
+            if mask[patch] and area:
+                row["mask"][cell] = True
+                row["size"][cell] += float(area)
+                row["embed"][cell] += float(area) * np.float64(embed[patch])
+                row["position"][cell] += float(area) * np.float64(positions[patch])
+        if row["mask"][cell]:
+            row["embed"][cell] /= row["size"][cell]
+            row["position"][cell] /= row["size"][cell]
+    for patch in range(len(mask)):
+        if mask[patch]:
+            best = None
+            for cell, areas in enumerate(shares):
+                if best is None or areas.get(patch, 0) > shares[best].get(patch, 0):
+                    best = cell
+            row["source"][patch] = best
+    return row
+
+
+def raster(grid):
+    return [divmod(p, grid[1]) for p in range(grid[0] * grid[1])]
+
+
+def overlap(start, stop, unit):
+    return max(Fraction(0), min(stop, Fraction(unit + 1)) - max(start, Fraction(unit)))
+
+
+def rectangles(grid, bands):
+    """Exact areas of cells: bands of rows as high as their share of the cells, equal columns."""
+    shares, top, total = [], Fraction(0), sum(bands)
+    for columns in bands:
+        bottom = top + Fraction(columns * grid[0], total)
+        for j in range(columns):
+            left, right = Fraction(j * grid[1], columns), Fraction((j + 1) * grid[1], columns)
+            shares.append(
+                {
+                    r * grid[1] + c: overlap(top, bottom, r) * overlap(left, right, c)
+                    for r, c in raster(grid)
+                }
+            )
+        top = bottom
+    return shares
+
+
+def pooled(grid, budget):
+    """The grid of average_pool for a budget, or None: whole cells, squares where they do it."""
+    rows, columns = grid
+    best = None
+    for r, c in itertools.product(range(1, rows + 1), range(1, columns + 1)):
+        fits = rows % r == columns % c == 0 and rows // r * (columns // c) == budget
+        if fits and (rows != columns or r == c):
+            # Squareness as an exact fraction at least 1; the first of equals has fewer rows of cells
+            # last, so among ties the smaller number of cell rows wins.
+            cost = (max(Fraction(r, c), Fraction(c, r)), rows // r)
+            best = (
+                min(best, (cost, (rows // r, columns // c)))
+                if best
+                else (
+                    cost,
+                    (rows // r, columns // c),
+                )
+            )
+    return best and best[1]
+
+
+def pool_bands(grid, budget):
+    regular = pooled(grid, budget)
+    if regular:
+        return [regular[1]] * regular[0]
+    best = None
+    for count in range(1, grid[0] + 1):
+        if count <= budget and math.ceil(budget / count) <= grid[1]:
+            ratio = Fraction(budget * grid[0], count * count * grid[1])  # height / width of a cell
+            cost = max(ratio, 1 / ratio)
+            if best is None or cost < best[0]:
+                best = (cost, count)
+    count, bands, dealt = best[1], [], 0
+    for i in range(count):
+        upto = math.floor(Fraction((i + 1) * budget, count))
+        bands.append(upto - dealt)
+        dealt = upto
+    return bands
+
+
+def pool(embed, mask, grid, budget):
+    shares = rectangles(grid, pool_bands(grid, budget))
+    return mean_of_shares(embed, mask, raster(grid), shares)
+
+
+def fitted(grid, budget):
+    """The largest grid near the aspect ratio with at most `budget` cells."""
+    rows, columns = grid
+    found = []
+    for h, w in itertools.product(range(1, rows + 1), range(1, columns + 1)):
+        near_w = max(1, math.floor(Fraction(h * columns, rows) + Fraction(1, 2)))
+        near_h = max(1, math.floor(Fraction(w * rows, columns) + Fraction(1, 2)))
+        if h * w <= budget and (w == near_w or h == near_h):
+            ratio = Fraction(h * columns, w * rows)
+            found.append((-h * w, max(ratio, 1 / ratio), h, w))
+    return min(found)[2:]
+
+
+def downsample(embed, mask, grid, budget):
+    cells = fitted(grid, budget)
+    short = mean_of_shares(embed, mask, raster(grid), rectangles(grid, [cells[1]] * cells[0]))
+    row = blank(budget, len(mask), embed.shape[1])
+    for name in ("embed", "position", "size", "mask"):
+        row[name][: cells[0] * cells[1]] = short[name]
+    row["source"] = short["source"]
+    return row
+
+
+def whole_cells(embed, mask, grid, side):
+    """Means of side x side cells that may stick out of the grid; also the members of each."""
+    down, across = math.ceil(grid[0] / side), math.ceil(grid[1] / side)
+    row = blank(down * across, len(mask), embed.shape[1])
+    members = [[] for _ in range(down * across)]
+    for patch, (r, c) in enumerate(raster(grid)):
+        if mask[patch]:
+            cell = r // side * across + c // side
+            members[cell].append(patch)
+            row["source"][patch] = cell
+    for cell, patches in enumerate(members):
+        for patch in patches:
+            row["mask"][cell] = True
+            row["size"][cell] += 1
+            row["embed"][cell] += np.float64(embed[patch]) / len(patches)
+            row["position"][cell] += np.array(divmod(patch, grid[1])) / len(patches)
+    return row, members
+
+
+def side_by_side(embed, mask, grid, side, order):
+    """[cells, side * side * D] in one of the three orders of channels."""
+    width, cells = embed.shape[1], []
+    for top in range(0, grid[0], side):
+        for left in range(0, grid[1], side):
+
+            def at(dy, dx, f, top=top, left=left):
+                patch = (top + dy) * grid[1] + left + dx
+                return float(embed[patch, f]) if mask[patch] else 0.0
+
+            ys = xs = range(side)
+            fs = range(width)
+            if order == "row_column_feature":
+                channels = [at(y, x, f) for y in ys for x in xs for f in fs]
+            elif order == "column_row_feature":
+                channels = [at(y, x, f) for x in xs for y in ys for f in fs]
+            else:
+                channels = [at(y, x, f) for f in fs for y in ys for x in xs]
+            cells.append(channels)
+    return np.array(cells)
+
+
+def layer_norm(x, scale, bias):
+    centred = x - x.mean()
+    return centred / math.sqrt((centred**2).mean() + 1e-6) * scale + bias
+
+
+def softmax(x):
+    e = np.exp(x - np.max(x))
+    return e / e.sum()
+
+
+def sine_code(position, width):
+    """Column first, then row; sines then cosines of each."""
+    quarter, code = width // 4, np.zeros(width)
+    for axis, value in enumerate((position[1], position[0])):
+        for i in range(quarter):
+            w = 10000 ** (-i / quarter)
+            code[2 * axis * quarter + i] = math.sin(value * w)
+            code[(2 * axis + 1) * quarter + i] = math.cos(value * w)
+    return code
+
+
+def mqt(embed, mask, grid, budget, params, *, num_queries, heads, content):
+    p = {name.removeprefix("mqt_"): value for name, value in params.items()}
+    width = embed.shape[1]
+    side = math.ceil(math.sqrt(num_queries))
+    real = [n for n in range(len(mask)) if mask[n]]
+    row = blank(budget, len(mask), p["projection_kernel"].shape[1])
+    keys, values = {}, {}
+    for n in real:
+        r, c = divmod(n, grid[1])
+        code = sine_code(
+            ((r + 0.5) * side / grid[0] - 0.5, (c + 0.5) * side / grid[1] - 0.5), width
+        )
+        if content:
+            key = layer_norm(np.float64(embed[n]), p["key_norm_scale"], p["key_norm_bias"]) + code
+        else:
+            key = layer_norm(code, p["key_norm_scale"], p["key_norm_bias"])
+        value = layer_norm(np.float64(embed[n]), p["value_norm_scale"], p["value_norm_bias"])
+        keys[n] = key @ p["key_kernel"] + p["key_bias"]
+        values[n] = value @ p["value_kernel"] + p["value_bias"]
+    depth, live = width // heads, min(budget, len(real))
+    attention = np.zeros((live, len(real)))
+    for t in range(live):
+        query = p["queries"][t] + sine_code(divmod(t, side), width)
+        query = layer_norm(query, p["query_norm_scale"], p["query_norm_bias"])
+        query = query @ p["query_kernel"] + p["query_bias"]
+        mixed = np.zeros(width)
+        for h in range(heads):
+            part = slice(h * depth, (h + 1) * depth)
+            weights = softmax(
+                np.array([query[part] @ keys[n][part] / math.sqrt(depth) for n in real])
+            )
+            for weight, n in zip(weights, real, strict=True):
+                mixed[part] += weight * values[n][part]
+            attention[t] += weights / heads
+        row["embed"][t] = (mixed @ p["out_kernel"] + p["out_bias"]) @ p["projection_kernel"]
+        row["mask"][t] = True
+        for weight, n in zip(attention[t], real, strict=True):
+            row["position"][t] += weight * np.array(divmod(n, grid[1]))
+    for i, n in enumerate(real):
+        for t in range(live):
+            row["size"][t] += attention[t, i] / attention[:, i].sum()
+        row["source"][n] = int(np.argmax(attention[:, i]))
+    return row
+
+
+def molmo(embed, mask, grid, side, params, *, heads, query):
+    p = {name.removeprefix("molmo_pool_"): value for name, value in params.items()}
+    row, members = whole_cells(embed, mask, grid, side)
+    inner = p["query_kernel"].shape[1]
+    depth = inner // heads
+    outputs = []
+    for cell, patches in enumerate(members):
+        if not patches:
+            outputs.append(None)
+            continue
+        start = row["embed"][cell] if query == "mean" else np.float64(embed[patches[0]])
+        q = start @ p["query_kernel"] + p["query_bias"]
+        y = np.zeros(inner)
+        for h in range(heads):
+            part = slice(h * depth, (h + 1) * depth)
+            logits = []
+            for n in patches:
+                key = np.float64(embed[n]) @ p["key_kernel"] + p["key_bias"]
+                logits.append(q[part] @ key[part] / math.sqrt(depth))
+            for weight, n in zip(softmax(np.array(logits)), patches, strict=True):
+                value = np.float64(embed[n]) @ p["value_kernel"] + p["value_bias"]
+                y[part] += weight * value[part]
+        y = y @ p["out_kernel"] + p["out_bias"]
+        if "gate_kernel" in p:
+            gate = y @ p["gate_kernel"]
+            y = (gate / (1 + np.exp(-gate)) * (y @ p["up_kernel"])) @ p["down_kernel"]
+        outputs.append(y)
+    features = p["down_kernel" if "gate_kernel" in p else "out_kernel"].shape[1]
+    row["embed"] = np.zeros((len(members), features))
+    for cell, y in enumerate(outputs):
+        if y is not None:
+            row["embed"][cell] = y
+    return row
+
+
+def position_pool(embed, mask, positions, budget, cell=None):
+    """Cells counted from the upper left real token, in the box of the real ones."""
+    real = [n for n in range(len(mask)) if mask[n]]
+    row = blank(budget, len(mask), embed.shape[1])
+    if not real:
+        return row
+    top = min(positions[n][0] for n in real)
+    left = min(positions[n][1] for n in real)
+    rows = max(positions[n][0] for n in real) - top + 1
+    columns = max(positions[n][1] for n in real) - left + 1
+    k = cell or 1
+    while cell is None and k * k * budget < len(mask):
+        k += 1
+    while math.ceil(rows / k) * math.ceil(columns / k) > budget:
+        k += 1
+    for n in real:
+        r, c = int(positions[n][0] - top), int(positions[n][1] - left)
+        row["source"][n] = r // k * math.ceil(columns / k) + c // k
+    for t in range(budget):
+        patches = [n for n in real if row["source"][n] == t]
+        for n in patches:
+            row["mask"][t] = True
+            row["size"][t] += 1
+            row["embed"][t] += np.float64(embed[n]) / len(patches)
+            row["position"][t] += np.float64(positions[n]) / len(patches)
+    return row
+
+
+def tanh_gelu(x):
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def erf_gelu(x):
+    return np.array([0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in x])
+
+
+def window_merger(embed, mask, grid, params, heads):
+    p = {name.removeprefix("minicpm_window_"): value for name, value in params.items()}
+    row, members = whole_cells(embed, mask, grid, 2)
+    width = embed.shape[1]
+    depth, after = width // heads, np.zeros((len(mask), width))
+    for patches in members:
+        x = {n: layer_norm(np.float64(embed[n]), p["norm_scale"], p["norm_bias"]) for n in patches}
+        for n in patches:
+            q = x[n] @ p["query_kernel"] + p["query_bias"]
+            y = np.zeros(width)
+            for h in range(heads):
+                part = slice(h * depth, (h + 1) * depth)
+                keys = [(x[m] @ p["key_kernel"] + p["key_bias"])[part] for m in patches]
+                weights = softmax(np.array([q[part] @ k / math.sqrt(depth) for k in keys]))
+                for weight, m in zip(weights, patches, strict=True):
+                    y[part] += weight * (x[m] @ p["value_kernel"] + p["value_bias"])[part]
+            after[n] = np.float64(embed[n]) + y @ p["out_kernel"] + p["out_bias"]
+    flat = side_by_side(after, mask, grid, 2, "row_column_feature")
+    for cell, patches in enumerate(members):
+        row["embed"][cell] = 0
+        if patches:
+            y = layer_norm(flat[cell], p["merge_norm_scale"], p["merge_norm_bias"])
+            y = tanh_gelu(y @ p["up_kernel"] + p["up_bias"]) @ p["down_kernel"] + p["down_bias"]
+            row["embed"][cell] = sum(after[n] for n in patches) / len(patches) + y
+    return row
+
+
+def final_merger(embed, mask, grid, params):
+    p = {name.removeprefix("minicpm_final_"): value for name, value in params.items()}
+    row, members = whole_cells(embed, mask, grid, 2)
+    flat = side_by_side(embed, mask, grid, 2, "row_column_feature")
+    for cell, patches in enumerate(members):
+        row["embed"][cell] = 0
+        if patches:
+            y = layer_norm(flat[cell], p["norm_scale"], p["norm_bias"])
+            y = erf_gelu(y @ p["up_kernel"] + p["up_bias"])
+            row["embed"][cell] = y @ p["down_kernel"] + p["down_bias"]
+    return row
+
+
+def chained(first, second):
+    """The row after two mergers: the second ran on the result of the first (sizes as they were)."""
+    row = {name: second[name].copy() for name in second}
+    row["source"] = np.array([-1 if s < 0 else second["source"][s] for s in first["source"]])
+    row["size"][:] = 0
+    row["position"][:] = 0
+    for cell, holder in enumerate(second["source"]):
+        if first["mask"][cell]:
+            row["size"][holder] += first["size"][cell]
+            row["position"][holder] += first["size"][cell] * first["position"][cell]
+    for t in range(len(row["size"])):
+        if row["size"][t]:
+            row["position"][t] /= row["size"][t]
+    return row

@@ -40,6 +40,7 @@ class Subject:
       config: with the section "model".
       text_tokens, new_tokens, images: of one question about one picture.
       own: the projector that the published model has itself, or None.
+      bare: compare with no compression at all, also where the model has a projector of its own.
       facts: lines about the preset, for the reader.
     """
 
@@ -50,6 +51,7 @@ class Subject:
     new_tokens: int
     images: int
     own: Mapping[str, Any] | None = None
+    bare: bool = False
     facts: tuple[str, ...] = ()
 
     def model(self, method: Mapping[str, Any] | None = None) -> VisionLanguageModel:
@@ -75,9 +77,9 @@ class Subject:
 
     @functools.cached_property
     def plain(self) -> VisionLanguageModel:
-        """What methods are compared with: as published; a config's model without compression."""
+        """What methods are compared with: as published, or without any compression."""
         model = self.model()
-        return ledger.without(model) if self.own is None else model
+        return ledger.without(model) if self.own is None or self.bare else model
 
     @functools.cached_property
     def _plain_cost(self) -> flops.Cost:
@@ -127,6 +129,9 @@ def audit(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """
     subject = read_subject(args, overrides)
     chosen = read_methods(subject, args.compressor, args.options)
+    if subject.own and all(m.fields["name"] in ("none", subject.own["name"]) for m in chosen):
+        # To compare a projector with itself would tell nothing.
+        subject = dataclasses.replace(subject, bare=True)
     target = parse_target(args.match) if args.match else None
     entries = [make_entry(subject, method, target) for method in chosen]
     if args.json:
@@ -154,7 +159,9 @@ def read_subject(args: argparse.Namespace, overrides: Sequence[str]) -> Subject:
         for override in overrides:
             configs.apply_override(config, override)
         text, images = preset["text_tokens"], preset["images"]
-        facts = (f"picture: {preset['picture']}", *preset["notes"])
+        facts = preset["notes"]
+        if args.images is None:
+            facts = (f"picture: {preset['picture']}", *facts)
         if config.model.compressor["name"] != "none":
             own = config.model.compressor.to_dict()
     else:
@@ -170,7 +177,8 @@ def read_subject(args: argparse.Namespace, overrides: Sequence[str]) -> Subject:
         sizes[name] = sizes[name] if value is None else value
     name = args.preset or args.config
     kind = "preset" if args.preset else "config"
-    return Subject(kind, name, config, sizes["text"], sizes["new"], sizes["images"], own, facts)
+    counts = sizes["text"], sizes["new"], sizes["images"]
+    return Subject(kind, name, config, *counts, own=own, facts=facts)
 
 
 def _read_data(config: ml_collections.ConfigDict) -> tuple[int, int]:
@@ -178,7 +186,9 @@ def _read_data(config: ml_collections.ConfigDict) -> tuple[int, int]:
     from efficient_vlm.data import pipeline
     from efficient_vlm.data.config import DataConfig
 
-    data = DataConfig.from_mapping(configs.section(config, "data"))
+    fields = configs.section(config, "data")
+    # The data themselves are not looked at: a config may still wait for its path.
+    data = DataConfig.from_mapping({**fields, "path": fields.get("path") or "unknown"})
     spec, vocabulary = pipeline.make_spec(data, data.tasks), data.vocab_size
     known = pipeline.preview(data)
     if known is not None:
@@ -208,8 +218,9 @@ class Chosen:
             problem, *more = str(error).replace(_FIELD, _OPTION).splitlines()
             parts = dict(line.strip().split(": ", 1) for line in more)
             raise UserError(problem, **parts) from None
-        self.fields = config.model.compressor.to_dict()
-        self.typed.add(text.partition("=")[0])
+        field = text.partition("=")[0]
+        self.fields[field] = config.model.compressor.to_dict()[field]
+        self.typed.add(field)
 
 
 def read_methods(

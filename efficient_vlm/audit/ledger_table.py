@@ -53,6 +53,11 @@ def describe(compressor: Mapping[str, Any]) -> str:
     return f"{compressor['name']}({options})" if options else str(compressor["name"])
 
 
+def _title(subject: "Subject") -> str:
+    """What methods are compared with."""
+    return "none" if subject.own is None or subject.bare else "as published"
+
+
 def _short(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ",".join(_short(v) for v in value) + "]"
@@ -71,11 +76,11 @@ def _one(subject: "Subject", entry: "Entry", console: Console) -> None:
         console.print(
             f"encoder: {attended[0]:,} tokens in, {found.encoder_out:,} out, of each image"
         )
-    console.print(_costs(found, base, describe(base.compressor)))
+    console.print(_costs(found, base, _title(subject)))
     law = found.amdahl
     console.print(
-        f"Amdahl, with FLOPs for time: without the method {100 * law.share:.3g} % of the work is in "
-        f"{' and '.join(law.touched)}, so at most {_times(law.bound)} faster end to end; here "
+        f"Amdahl, with FLOPs for time: without it {100 * law.share:.3g} % of the work is "
+        f"in the {' and the '.join(law.touched)}, so at most {_times(law.bound)} faster end to end; here "
         f"{_times(law.speedup)} (prefill of the decoder alone {_times(law.prefill_speedup)})"
     )
     if entry.match is not None:
@@ -99,7 +104,7 @@ def _layers(found: Ledger, title: str) -> Table:
 def _costs(found: Ledger, base: Ledger, name: str) -> Table:
     table = _table(None)
     table.add_column("")
-    for title in ("with", f"without: {name}", "share"):
+    for title in ("with", name, "share"):
         table.add_column(title, justify="right")
 
     def row(title: str, value: int, other: int, shown=lambda n: si(n)):
@@ -150,7 +155,7 @@ def _several(subject: "Subject", entries: Sequence["Entry"], console: Console) -
             *more,
         )
 
-    row(f"without: {describe(base.compressor)}", base, *[""] * matched)
+    row(_title(subject), base, *[""] * matched)
     table.add_section()
     for entry in entries:
         more = [f"{_short(float(entry.match.goal))}"] if matched else []

@@ -114,16 +114,18 @@ def covering_grids(grid: Grid) -> dict[int, tuple[int, Grid]]:
 def fitted_grid(grid: Grid, budget: int) -> Grid:
     """The largest grid of at most `budget` cells with the shape of `grid`, up to rounding.
 
-    Candidates are all numbers of rows with the nearest number of columns that keeps the aspect
-    ratio, and all numbers of columns with the nearest number of rows. Of the largest ones the
-    nearest in aspect ratio is taken; of those the one with fewer rows. A square grid gives squares.
+    Candidates are every number of rows with the numbers of columns just below and above those that
+    keep the aspect ratio, and every number of columns with such numbers of rows. Of the largest
+    the nearest in aspect ratio is taken; of those the one with fewer rows. A square grid gives
+    squares.
     """
     rows, columns = grid
-    candidates = {
-        (h, max(1, (2 * h * columns + rows) // (2 * rows))) for h in range(1, rows + 1)
-    } | {(max(1, (2 * w * rows + columns) // (2 * columns)), w) for w in range(1, columns + 1)}
-    if rows == columns:
-        candidates = {(side, side) for side in range(1, rows + 1)}
+
+    def beside(length: int, own: int, other: int) -> set[int]:
+        return {max(1, length * other // own), -(-length * other // own)}
+
+    candidates = [(h, w) for h in range(1, rows + 1) for w in beside(h, rows, columns)]
+    candidates += [(h, w) for w in range(1, columns + 1) for h in beside(w, columns, rows)]
 
     def order(cells: Grid):
         stretch = abs(math.log(cells[0] * columns / (cells[1] * rows)))

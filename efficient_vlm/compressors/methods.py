@@ -17,6 +17,10 @@ from efficient_vlm.compressors.in_decoder.sparsevlm import SparseVLM
 from efficient_vlm.compressors.in_decoder.v2drop import V2Drop
 from efficient_vlm.compressors.in_decoder.vtw import VisualTokensWithdrawal
 from efficient_vlm.compressors.resampler import Resampler
+from efficient_vlm.compressors.trained.cell import TokenPacker
+from efficient_vlm.compressors.trained.conv import LDP, CAbstractor, LDPv2
+from efficient_vlm.compressors.trained.mlp import Deco, Mlp
+from efficient_vlm.compressors.trained.query import Perceiver, QFormer
 from efficient_vlm.compressors.training_free.cdpruner import CDPruner
 from efficient_vlm.compressors.training_free.cls_attention import FasterVLM
 from efficient_vlm.compressors.training_free.divprune import DivPrune
@@ -36,6 +40,14 @@ METHODS: dict[str, type[Compressor]] = {
         pooling.AveragePool,
         pooling.PixelShuffle,
         Resampler,
+        Mlp,
+        Deco,
+        CAbstractor,
+        LDP,
+        LDPv2,
+        TokenPacker,
+        Perceiver,
+        QFormer,
         pooling.Downsample,
         pooling.Pool,
         M3,

@@ -91,7 +91,8 @@ def map_dpp(
     rho_i is the squared length of what is left of token i outside the span of the chosen ones, kept
     up to date with one row of a Cholesky factor of S a step (Chen et al., arXiv 1709.05135,
     Algorithm 1; there the factor is that of L, the same one with its columns times q, which divides
-    by 0 where q is 0). A rho below `TIE` counts as 0, and a token of rho 0 adds no row.
+    by 0 where q is 0). A rho below `TIE` counts as 0, and a token of rho 0 adds no row; scores that
+    differ by less than TIE^2, those of q below `TIE`, are ties.
 
     Args:
       unit: float32 [B, T, D], tokens of length 1; zeros for padding.
@@ -120,7 +121,7 @@ def map_dpp(
     def scores(state):
         return jnp.square(quality) * state[0]
 
-    return _greedy(k, mask, (left, factor), scores, update, 0.0, TIE)
+    return _greedy(k, mask, (left, factor), scores, update, TIE**2, TIE)
 
 
 def map_dpp_flops(num_tokens: int, width: int, k: int) -> int:

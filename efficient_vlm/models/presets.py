@@ -76,23 +76,23 @@ def _paligemma(size: int) -> dict[str, Any]:
     )
 
 
-def _molmo(connector: int, vocab_size: int, decoder: dict[str, Any]) -> dict[str, Any]:
+def _molmo(hidden_dim: int, vocab_size: int, decoder: dict[str, Any]) -> dict[str, Any]:
+    pool = dict(num_heads=16, head_dim=64, hidden_dim=hidden_dim, features=decoder["width"])
     return dict(
         model=dict(
             vocab_size=vocab_size,
             encoder=_CLIP,
-            compressor=dict(name="molmo_pool", budget=144, features=1024),
-            connector=dict(hidden_dim=connector),
+            compressor=dict(name="molmo_pool", budget=144, **pool),
+            connector=dict(identity=True),
             decoder=decoder,
         ),
         images=2,
         picture="336 x 336: one crop and the whole picture",
         source="arXiv 2409.17146",
         notes=(
-            "crops of larger pictures overlap and share tokens; here every crop of --images has "
-            "all its 144",
-            "the projector's SwiGLU has a third matrix, which the connector has not",
-            "the 28 tokens that mark rows and crops belong to the text: add them with --text",
+            "the pooling reads one encoder layer of width 1024, the original two side by side",
+            "crops of larger pictures overlap and share tokens; here each of --images has all 144",
+            "the 28 tokens that mark rows and crops are text here: add them with --text",
         ),
     )
 

@@ -122,6 +122,45 @@ def test_equals_the_traced_program(name):
     assert cost.kv_bytes == sum(s.key.size * 4 + s.value.size * 4 for s in cache.segments)
 
 
+CLS, PLAIN_HEADS = {"class_token": True}, {"head_dim": None}
+STAGED = {
+    "class_token": build({"name": "none", "budget": 64}, encoder=CLS),
+    "fastv": build({"name": "fastv", "layer": 1, "keep": 16}),
+    "fastv_mean": build({"name": "fastv", "layer": 1, "keep": 16, "row": "mean"}),
+    "pyramiddrop": build({"name": "pyramiddrop", "layers": (1, 2)}),
+    "feather": build({"name": "feather", "layers": (1, 2)}),
+    "v2drop": build({"name": "v2drop", "layers": (1, 2), "keep": (0.5, 0)}),
+    "vtw": build({"name": "vtw", "layer": 1}),
+    "fitprune": build({"name": "fitprune", "rate": 0.5}),
+    "dart": build({"name": "dart", "layer": 1}, **PLAIN_HEADS),
+    "tome": build({"name": "tome", "r": 8}, encoder=CLS),
+    "tome_without_class_token": build({"name": "tome", "budget": 49}),
+    "minicpm_merger": build({"name": "minicpm_merger", "budget": 16, "layer": 1}),
+    "projected": build({"name": "divprune", "budget": 16}, connector={"hidden_dim": 200}),
+    "cls_row": build({"name": "fastervlm", "budget": 16}, encoder=CLS),
+    "cls_row_full": build({"name": "prumerge", "budget": 16}, encoder=CLS),
+    "column_mean": build({"name": "fastervlm", "budget": 16, "attention": "column_mean"}),
+    "mean_query": build({"name": "fastervlm", "budget": 16, "attention": "mean_query"}),
+    "identity_connector": build(
+        {"name": "pixel_shuffle", "budget": 16, "features": 128}, connector={"identity": True}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_methods_inside_the_model_equal_the_traced_program(name):
+    """Scorers run inside the encoder's and decoder's programs; the ledger books them apart."""
+    model = STAGED[name]
+    cost = flops.model_cost(model, text_tokens=PROMPT, new_tokens=NEW)
+    programs, cache = stages(model)
+    traced = {k: traced_flops(f, *args) for k, (f, args) in programs.items()}
+    assert cost.total == traced["encode"] + traced["compress"] + traced["prefill"]
+    assert cost.flops["encoder"] <= traced["encode"]
+    assert cost.flops["decoder"] + cost.flops["head"] <= traced["prefill"]
+    assert cost.decode_flops == traced["decode"]
+    assert cost.kv_bytes == sum(s.key.size * 4 + s.value.size * 4 for s in cache.segments)
+
+
 @pytest.mark.parametrize("name", ["dense", "moe"])
 def test_close_to_what_xla_counts(name):
     """XLA also counts element-wise work, and a loop body once: depth 1, and a few per cent."""

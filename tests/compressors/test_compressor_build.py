@@ -62,8 +62,8 @@ def test_settings_from_a_config_file(name):
         ("pixel_shuffle", (8, 8), (64, 16, 4, 1)),
         ("pixel_shuffle", (4, 6), (24, 6)),
         ("pixel_shuffle", (3, 4), (12,)),
-        ("downsample", (4, 4), (16, 9, 4, 1)),
-        ("downsample", (2, 3), (6, 3, 2, 1)),
+        ("downsample", (4, 4), tuple(range(16, 0, -1))),
+        ("pool", (2, 3), (6, 5, 4, 3, 2, 1)),
         ("random", (2, 3), (6, 5, 4, 3, 2, 1)),
         ("text_topk", (1, 2), (2, 1)),
     ],
@@ -85,9 +85,10 @@ def test_downsample_asks_for_a_smaller_image():
     assert build("downsample", budget=64).image_grid((8, 8)) == (8, 8)
     assert build("downsample", budget=6).image_grid((4, 6)) == (2, 3)
     assert build("average_pool", budget=16).image_grid((8, 8)) == (8, 8)
-    message = error(build("downsample", budget=17).image_grid, (8, 8))
+    assert build("downsample", budget=17).image_grid((8, 8)) == (4, 4)  # the rest is padding
+    message = error(build("downsample", budget=65).image_grid, (8, 8))
     assert "compressor.budget" in message
-    assert "16" in message
+    assert "64" in message
 
 
 @pytest.mark.parametrize("budget", [0, -3, 2.5, "16", True, None])
@@ -111,7 +112,7 @@ def test_budget_above_the_number_of_patches(name):
     [
         ("average_pool", 32, "1, 4, 16, 64"),
         ("pixel_shuffle", 5, "1, 4, 16, 64"),
-        ("downsample", 50, "1, 4, 9, 16, 25, 36, 49, 64"),
+        ("m3", 50, "1, 4, 16, 64"),
         ("none", 16, "64"),
     ],
 )

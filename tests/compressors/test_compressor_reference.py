@@ -112,6 +112,8 @@ def area_mean(embed, mask, grid, cells):
         ("downsample", (5, 5), 4, (2, 2)),
         ("downsample", (7, 7), 36, (6, 6)),
         ("downsample", (4, 6), 6, (2, 3)),
+        ("pool", (6, 6), 9, (3, 3)),
+        ("pool", (4, 4), 6, (2, 3)),  # bands of equal cells: area resampling
     ],
 )
 def test_grid_means(name, grid, budget, cells):

@@ -261,23 +261,53 @@ def test_published_parameter_counts(fields, count):
     assert sum(np.prod(x.shape, dtype=np.int64) for x in jax.tree.leaves(shapes)) == count
 
 
-def test_encoder_intermediates():
-    vit = ViT(**dict(image_size=32, patch_size=8, width=24, depth=3, num_heads=2, mlp_dim=32))
+VIT = dict(image_size=32, patch_size=8, width=24, depth=3, num_heads=2, mlp_dim=32)
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+def test_encoder_intermediates(class_token):
+    """Rows and means against a whole attention map in float64, from the queries and keys."""
+    vit = ViT(**VIT, class_token=class_token)
     images = jax.random.randint(jax.random.key(0), (2, 32, 32, 3), 0, 256).astype(jnp.uint8)
-    params = vit.init(jax.random.key(1), images)
-    names = ("features/0", "features/-1", "keys/1", "attention_row/2")
-    out, found = vit.apply(params, images, intermediates=names)
+    params = nn.unbox(vit.init(jax.random.key(1), images))
+    rows = ["cls_row", "cls_row_full"] if class_token else []
+    rows += ["mean_query_row", "column_mean"]
+    names = ("features/0", "features/-1", "keys/1", *(f"{row}/1" for row in rows))
+    out, found = jax.jit(lambda p: vit.apply(p, images, intermediates=names))(params)
     assert {k: v.shape for k, v in found.items()} == {
         "features/0": (2, 16, 24),
         "features/-1": (2, 16, 24),
-        "keys/1": (2, 16, 12),
-        "attention_row/2": (2, 16),
+        "keys/1": (2, 16, 2, 12),
+        **{f"{row}/1": (2, 16) for row in rows},
     }
-    np.testing.assert_allclose(found["attention_row/2"].sum(-1), 1, rtol=1e-5)
     last = found["features/-1"].astype(np.float64)
     np.testing.assert_allclose(
         out, last / np.sqrt((last**2).mean(-1, keepdims=True) + 1e-6), rtol=1e-4, atol=1e-5
     )
+    plain = vit.apply(params, images)[0]
+    np.testing.assert_allclose(out, plain, rtol=1e-4, atol=1e-5)
+    if not class_token:
+        np.testing.assert_allclose(found["column_mean/1"].sum(-1), 1, rtol=1e-5)
+        x = np.float64(found["features/0"])
+        layer = jax.tree.map(lambda p: np.float64(p[1]), params["params"]["layers"])
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * layer["attention_norm"]["scale"]
+        q = np.einsum("bnd,dhe->bnhe", x, layer["attention"]["query"]["kernel"])
+        k = np.einsum("bnd,dhe->bnhe", x, layer["attention"]["key"]["kernel"])
+        np.testing.assert_allclose(found["keys/1"], k, rtol=1e-4, atol=1e-5)
+
+        def softmax(logits):
+            e = np.exp(logits - logits.max(-1, keepdims=True))
+            return e / e.sum(-1, keepdims=True)
+
+        everything = softmax(np.einsum("bqhe,bkhe->bhqk", q, k) * 12**-0.5)
+        np.testing.assert_allclose(found["column_mean/1"], everything.mean((1, 2)), rtol=1e-4)
+        one = softmax(np.einsum("bhe,bkhe->bhk", q.mean(1), k) * 12**-0.5).mean(1)
+        np.testing.assert_allclose(found["mean_query_row/1"], one, rtol=1e-4)
+        with pytest.raises(UserError, match="no CLS token") as caught:
+            vit.apply(params, images, intermediates=("cls_row/-1",))
+        assert "column_mean" in str(caught.value)
+    else:
+        assert (found["cls_row/1"].sum(-1) < 1).all()
     with pytest.raises(UserError, match="did you mean 'keys'"):
         vit.apply(params, images, intermediates=("key/0",))
     with pytest.raises(UserError, match="no such layer"):

@@ -12,8 +12,8 @@ from efficient_vlm.compressors.tokens import VisualTokens, remap, weighted_means
 def dpc_knn(x: jax.Array, mask: jax.Array, num_clusters: int) -> tuple[jax.Array, ...]:
     """Density peaks (Rodriguez & Laio, Science 2014) with k nearest neighbours (Du et al., 2016).
 
-    With d_ij = ||x_i - x_j|| / sqrt(D) and k = `num_clusters`, as SparseVLM (arXiv 2410.04417,
-    section 3.4) uses it:
+    With d_ij = ||x_i - x_j|| / sqrt(D) and k = `num_clusters`, as SparseVLM (arXiv 2410.04417)
+    uses it:
 
     * density rho_i = exp(-mean of d_ij^2 over the k nearest j, i itself among them);
     * delta_i = the smallest d_ij to a denser j, or the largest distance of all if there is none;

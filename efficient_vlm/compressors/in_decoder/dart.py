@@ -14,7 +14,7 @@ DEFAULT_KEEP = 0.222
 
 
 class Dart(InDecoder):
-    """`dart` (arXiv 2502.11494, section 3): duplication matters more than importance.
+    """`dart` (arXiv 2502.11494): duplication matters more than importance.
 
     In front of layer `layer`, with queries, keys and hidden states of the layer before:
 

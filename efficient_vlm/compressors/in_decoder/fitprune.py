@@ -110,7 +110,7 @@ class FitPrune(InDecoder):
 
     DEVIATIONS from the official code: (a) it deletes between attention and feed-forward of a layer,
     we behind the layer, whose feed-forward still sees the deleted tokens: the real reductions of
-    the recipes become 6.2/14.7/48.1/57.9/77.6/87.5 %. What the last layer would delete is left
+    the recipes become 6.2/14.8/48.1/57.9/77.6/87.5 %. What the last layer would delete is left
     out, as nothing is behind it. (b) Text rows are those of the prompt, never those of an answer
     (the official code prunes in prefill, where there is no answer). (c) At least one token stays.
     Ties keep the lowest index.

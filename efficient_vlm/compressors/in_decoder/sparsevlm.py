@@ -28,13 +28,13 @@ from efficient_vlm.errors import UserError, unknown
 class SparseVLM(InDecoder):
     """`sparsevlm` (arXiv 2410.04417): three cuts, rated by the words that matter for the image.
 
-    Raters (section 3.2): of R = softmax over the text of v t^T, unscaled dot products of what
-    enters the decoder's first layer, each word gets the mean over the visual tokens; words above
-    the mean of those numbers are raters. Score (section 3.3): attention from the raters to each
-    visual token in the layer in front of the cut, mean over heads and raters. Version "1.5":
+    Raters: of R = softmax over the text of v t^T, unscaled dot products of what enters the
+    decoder's first layer, each word gets the mean over the visual tokens; words above the mean of
+    those numbers are raters. Score: attention from the raters to each visual token in the layer in
+    front of the cut, mean over heads and raters. Version "1.5":
 
     * the `keep` best tokens are kept; of the p others the floor(recycle p) + 1 best are clustered
-      (section 3.4, `clusters.dpc_knn` on hidden states) into floor(that / 10) + 1 tokens;
+      (`clusters.dpc_knn` on hidden states) into floor(that / 10) + 1 tokens;
     * a merged token stands where the centre of its cluster stood, so all tokens are in source
       order; its place, size and `source` are those of its members.
 
@@ -48,13 +48,16 @@ class SparseVLM(InDecoder):
     `sparsevlm_plan` for what a `budget` means. Positions: "reindex" by default for 1.5 and
     "retain" for 2.0, as in the official code; None takes that default, not the decoder's policy.
 
+    The paper sets the counts by the rank of the raters' attention, a number that depends on the
+    image; the official code of 1.5 replaced that by fixed counts, and so do we (static shapes).
+
     DEVIATIONS: (a) the official code appends the merged tokens behind the kept ones; (b) it takes
-    plain means of embeddings, here they are weighted by size, which matters from the second cut
-    on; (c) it adds noise in the clustering, here ties go to the lowest index; (d) only the prompt
-    can rate; with no word above the mean (all alike) the whole prompt does; (e) in a row with fewer
-    real tokens than places, p counts the real ones, but at least as many are clustered as there are
-    clusters; (f) D_mn is floored at 0.05, for it can be 0 or negative; (g) the raters, fixed by the
-    first layer's input, are computed again at each cut.
+    plain means of embeddings, here they are weighted by size, which matters from the second cut on;
+    (c) it adds noise in the clustering, here ties go to the lowest index; (d) only the prompt can
+    rate; with no word above the mean (all alike) the whole prompt does; (e) in a row with padding p
+    counts the real losers only, but at least as many are clustered as there are clusters; (f) D_mn
+    is floored at 0.05, for it can be 0 or negative; (g) the raters, fixed by the first layer's
+    input, are computed again at each cut.
 
     Attributes:
       budget: name of a published schedule; in the one-cut form the tokens behind the cut, merged
@@ -116,8 +119,17 @@ class SparseVLM(InDecoder):
         """Layers in front of each cut."""
         if self.layers is None:
             return self.scaled(plan.CUTS, plan.DEPTH, num_layers)
-        whole = [k + 1 if isinstance(k, int) else k for k in self.layers]
-        return self.check_layers("compressor.layers (plus 1)", whole, num_layers)
+        inside = all(
+            isinstance(k, int) and not isinstance(k, bool) and 0 <= k < num_layers - 1
+            for k in self.layers
+        )
+        if not inside or list(self.layers) != sorted(set(self.layers)):
+            raise UserError(
+                f"compressor.layers: {self.layers} for sparsevlm in {num_layers} layers",
+                allowed=f"layers whose output is cut, 0 to {num_layers - 2}, growing",
+                fix="leave layers out for the published ones",
+            )
+        return tuple(k + 1 for k in self.layers)
 
     @nn.nowrap
     def _recycle(self) -> float:

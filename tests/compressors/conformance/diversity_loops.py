@@ -63,7 +63,7 @@ def cdpruner(cos, quality, budget):
                 left[j] = np.linalg.det(cos[np.ix_(grown, grown)]) / volume
                 left[j] = 0.0 if left[j] < TIE else left[j]
                 scores[j] = quality[j] ** 2 * left[j]
-        best = first_tied(scores, relative=TIE)
+        best = first_tied(scores, TIE**2, TIE)
         chosen.append(best)
         if left[best] > 0:
             basis.append(best)

@@ -53,13 +53,12 @@ def sparse_scores(state, row, count, version, num_heads, floor=0.05):
     attention, words = full_map(state, row), raters(state, row)
     heads = range(attention.shape[0])
     table = np.zeros((attention.shape[0], count))
-    for head in heads:
-        for t in range(count):
-            for w in words:
-                share = attention[head, count + w, t]
-                if version == "2.0" and state.live[row, t]:
-                    share /= rotary_bias(state, row, count + w, t, floor)
-                table[head, t] += share / len(words)
+    for t in range(count):
+        for w in words:
+            divide = version == "2.0" and state.live[row, t]
+            bias = rotary_bias(state, row, count + w, t, floor) if divide else 1.0
+            for head in heads:
+                table[head, t] += attention[head, count + w, t] / bias / len(words)
     if version == "1.5":
         return rounded(table.mean(axis=0))
     paid = rounded(math.fsum(table[head]) for head in heads)

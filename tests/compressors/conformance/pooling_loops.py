@@ -1,4 +1,4 @@
-"""Plain float64 loops of the pooling and elastic methods, from their definitions; one row at a time.
+"""Plain float64 loops of the pooling and elastic methods, from their definitions, row by row.
 
 Every function takes embed [N, D], mask [N] and what else the method has, and gives a dict of the
 fields of VisualTokens. Nothing here is vectorised over tokens, and nothing comes from the package.
@@ -72,22 +72,13 @@ def rectangles(grid, bands):
 def pooled(grid, budget):
     """The grid of average_pool for a budget, or None: whole cells, squares where they do it."""
     rows, columns = grid
-    best = None
+    found = []
     for r, c in itertools.product(range(1, rows + 1), range(1, columns + 1)):
         fits = rows % r == columns % c == 0 and rows // r * (columns // c) == budget
         if fits and (rows != columns or r == c):
-            # Squareness as an exact fraction at least 1; the first of equals has fewer rows of cells
-            # last, so among ties the smaller number of cell rows wins.
-            cost = (max(Fraction(r, c), Fraction(c, r)), rows // r)
-            best = (
-                min(best, (cost, (rows // r, columns // c)))
-                if best
-                else (
-                    cost,
-                    (rows // r, columns // c),
-                )
-            )
-    return best and best[1]
+            # The nearest to a square; of equals the one with fewer rows of cells.
+            found.append((max(Fraction(r, c), Fraction(c, r)), rows // r, columns // c))
+    return min(found)[1:] if found else None
 
 
 def pool_bands(grid, budget):
@@ -119,9 +110,9 @@ def fitted(grid, budget):
     rows, columns = grid
     found = []
     for h, w in itertools.product(range(1, rows + 1), range(1, columns + 1)):
-        near_w = max(1, math.floor(Fraction(h * columns, rows) + Fraction(1, 2)))
-        near_h = max(1, math.floor(Fraction(w * rows, columns) + Fraction(1, 2)))
-        if h * w <= budget and (w == near_w or h == near_h):
+        exact_w, exact_h = Fraction(h * columns, rows), Fraction(w * rows, columns)
+        near = abs(w - exact_w) < 1 or abs(h - exact_h) < 1  # one of the two next to the ratio
+        if h * w <= budget and near:
             ratio = Fraction(h * columns, w * rows)
             found.append((-h * w, max(ratio, 1 / ratio), h, w))
     return min(found)[2:]

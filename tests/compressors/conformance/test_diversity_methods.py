@@ -108,7 +108,7 @@ def test_full_budget_is_the_identity(name, options):
         assert (out.source[row] == np.where(mask, np.arange(NUM_TOKENS), -1)).all()
 
 
-@pytest.mark.parametrize(("name", "options"), METHODS, ids=str)
+@pytest.mark.parametrize(("name", "options"), [m for m in METHODS if not m[1]], ids=str)
 def test_bfloat16(name, options):
     embed, text, attention, mask = loops.hard_batch(NUM_TOKENS, WIDTH, 0)
     embed = np.array(jnp.asarray(embed, jnp.bfloat16).astype(jnp.float32))
@@ -121,7 +121,7 @@ def test_bfloat16(name, options):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [m for m in METHODS if m[1].get("order") != "selection"], ids=str
+    ("name", "options"), [m for m in METHODS if not m[1] or m[1].get("alpha") == 0], ids=str
 )
 def test_equal_tokens_go_to_the_lowest_index(name, options):
     """Of width 1000, so that the order of summation does matter."""

@@ -36,8 +36,9 @@ def case(seed, **options):
     return tokens.replace(size=np.where(tokens.mask, size, 0).astype(np.float32)), state
 
 
+# Rows of text see the same either way; only fitprune looks at visual rows.
 CASES = [
-    pytest.param(seed, {"bidirectional": seed % 2 == 1, "ties": ties}, id=f"{seed}-{ties=}")
+    pytest.param(seed, {"ties": ties}, id=f"{seed}-{ties=}")
     for seed in range(3)
     for ties in (False, True)
 ]
@@ -75,7 +76,6 @@ SPARSE = {
     "one": ({"budget": 1}, 1, 0),
     "nearly-all": ({"budget": 23}, 22, 1),
     "2.0": ({"budget": 7, "version": "2.0", "num_heads": 2}, 7, 0),
-    "2.0-heads": ({"budget": 7, "version": "2.0"}, 7, 0),
 }
 
 
@@ -111,7 +111,7 @@ class TestSparseVLM:
 
     def test_only_the_prompt_rates(self):
         _, state = case(3)
-        words = np.asarray(sparsevlm_scores.raters(state))
+        words = np.asarray(jax.jit(sparsevlm_scores.raters)(state))
         assert not (words & ~state.prompt).any()
         for row in range(len(VISUAL)):
             if VISUAL[row]:
@@ -120,7 +120,7 @@ class TestSparseVLM:
     def test_equal_words_all_rate(self):
         _, state = case(1)
         first = np.where(np.isnan(state.first_text), np.nan, np.float32(0.3))
-        words = sparsevlm_scores.raters(dataclasses.replace(state, first_text=first))
+        words = jax.jit(sparsevlm_scores.raters)(dataclasses.replace(state, first_text=first))
         np.testing.assert_array_equal(np.asarray(words), state.prompt)
 
     @pytest.mark.parametrize("fraction", [1.0, 0.5])
@@ -129,7 +129,7 @@ class TestSparseVLM:
         rng, depth, places = np.random.default_rng(0), 8, 9
         plain = jnp.asarray(rng.normal(size=(1, places, 2, depth)), jnp.float32)
         where = jnp.asarray(rng.integers(0, 40, (1, places)))
-        turned = rope(plain, where, 100.0, fraction)
+        turned = jax.jit(rope, static_argnums=(2, 3))(plain, where, 100.0, fraction)
         _, state = random_case(0, grid=(2, 2), text=5, visual=(4,))
         state = dataclasses.replace(
             state,
@@ -139,9 +139,13 @@ class TestSparseVLM:
             plain_key=plain[:, :, :1],
             live=np.ones((1, places), bool),
         )
-        found = sparsevlm_scores.rotary_bias(
-            state, sparsevlm_scores.turns(state, fraction), jnp.arange(places), floor=-9.0
-        )[0]
+
+        @jax.jit
+        def bias(state):
+            turned = sparsevlm_scores.turns(state, fraction)
+            return sparsevlm_scores.rotary_bias(state, turned, jnp.arange(places), floor=-9.0)
+
+        found = np.asarray(bias(state))[0]
         pairs = int(depth * fraction) // 2
         for m in range(places):
             for n in range(places):
@@ -179,7 +183,6 @@ DART = {
     "no-text-pivots": {"budget": 9, "text_pivots": 0},
     "no-visual-pivots": {"budget": 9, "visual_pivots": 0},
     "more-pivots-than-places": {"budget": 12, "visual_pivots": 9, "text_pivots": 9},
-    "nearly-all": {"budget": 23},
 }
 
 
@@ -196,24 +199,27 @@ def test_dart(name, seed, options):
         check_kept(out, tokens, row, chosen, module.budget)
 
 
-@pytest.mark.parametrize("name", ["dart", "fitprune"])
-def test_equal_tokens_keep_the_first(name):
-    """Everything is alike, and visual tokens see each other."""
-    tokens, state = case(0, bidirectional=True)
+@pytest.mark.parametrize(
+    ("name", "budget", "bidirectional"), [("dart", 13, False), ("fitprune", 5, True)]
+)
+def test_equal_tokens_keep_the_first(name, budget, bidirectional):
+    """Everything is alike; without `bidirectional` fitprune's columns would differ."""
+    tokens, state = case(0, bidirectional=bidirectional)
     same = {
         f: np.where(np.isnan(getattr(state, f)), np.nan, np.float32(0.5))
         for f in ("query", "key", "after", "before", "first_visual", "first_text")
     }
     state = dataclasses.replace(state, **same, bias=np.zeros_like(state.bias))
-    out = jax.tree.map(np.asarray, apply(build(name, budget=5))(tokens, state))
+    out = jax.tree.map(np.asarray, apply(build(name, budget=budget))(tokens, state))
     for row in range(len(VISUAL)):
-        check_kept(out, tokens, row, np.flatnonzero(tokens.mask[row])[:5], 5)
+        check_kept(out, tokens, row, np.flatnonzero(tokens.mask[row])[:budget], budget)
 
 
 @CASE
-@pytest.mark.parametrize("budget", [5, 23])
-def test_fitprune(budget, seed, options):
+@pytest.mark.parametrize(("budget", "bidirectional"), [(5, True), (5, False), (23, False)])
+def test_fitprune(budget, bidirectional, seed, options):
     module = build("fitprune", budget=budget)
+    options = {**options, "bidirectional": bidirectional}
     tokens, state = case(seed, **options)
     out = jax.tree.map(np.asarray, apply(module)(tokens, state))
     for row in range(len(VISUAL)):
@@ -302,28 +308,20 @@ def test_no_map_of_all_places(name):
     assert largest(jax.make_jaxpr(function)(*arguments).jaxpr) < 640 * 576
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        build("sparsevlm", budget=9, keep=(6,), recycle=1.0),
-        build("dart", budget=9),
-        build("fitprune", budget=9),
-    ],
-    ids=lambda m: m.label,
-)
-def test_bfloat16_and_gradients(module):
+@pytest.mark.parametrize("name", ["sparsevlm", "dart"])
+def test_bfloat16_and_gradients(name):
+    module = build(name, budget=9)
     tokens, state = case(0)
-    low = jax.tree.map(
-        lambda x: jnp.asarray(x, jnp.bfloat16) if x.dtype == np.float32 else x, (tokens, state)
-    )
-    low = (low[0].replace(size=tokens.size, position=tokens.position), low[1])
-    assert apply(module)(*low).embed.dtype == jnp.bfloat16
+    state = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == np.float32 else x, state)
 
     def loss(embed):
         out = module.apply({}, tokens.replace(embed=embed), Signals(decoder=state))
-        return jnp.sum(out.embed**2)
+        return jnp.sum(out.embed.astype(jnp.float32) ** 2), out
 
-    gradient = np.asarray(jax.jit(jax.grad(loss))(jnp.asarray(tokens.embed)))
+    embed = jnp.asarray(tokens.embed, jnp.bfloat16)
+    gradient, out = jax.jit(jax.grad(loss, has_aux=True))(embed)
+    gradient = np.asarray(gradient, np.float32)
+    assert out.embed.dtype == jnp.bfloat16
     assert np.isfinite(gradient).all()
     assert np.abs(gradient).max() > 0
     assert (gradient[~tokens.mask] == 0).all()

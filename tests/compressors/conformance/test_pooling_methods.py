@@ -108,7 +108,7 @@ def test_pool_cells_have_equal_areas_at_every_budget(grid):
 
     num_patches = grid[0] * grid[1]
     assert reachable("pool", grid) == tuple(range(num_patches, 0, -1))
-    for budget in range(1, num_patches + 1):
+    for budget in range(1, num_patches + 1, 1 if num_patches < 100 else 11):
         bands = grids.bands(grid, budget)
         assert list(bands) == loops.pool_bands(grid, budget), budget
         shares = grids.cover(grid, bands)
@@ -120,11 +120,13 @@ def test_pool_cells_have_equal_areas_at_every_budget(grid):
 def test_pool_is_average_pool_where_that_exists(grid):
     embed, mask = next(batches(grid[0] * grid[1]))
     tokens = VisualTokens.from_grid(jnp.asarray(embed), grid, mask=jnp.asarray(mask))
-    for budget in reachable("average_pool", grid):
-        pair = [
-            build(n, budget=budget, grid=grid).apply({}, tokens) for n in ("pool", "average_pool")
-        ]
-        jax.tree.map(np.testing.assert_array_equal, *pair)
+    budgets = reachable("average_pool", grid)
+
+    def forward(tokens, name):
+        return [build(name, budget=b, grid=grid).apply({}, tokens) for b in budgets]
+
+    pair = jax.jit(lambda tokens: [forward(tokens, name) for name in ("pool", "average_pool")])
+    jax.tree.map(np.testing.assert_array_equal, *pair(tokens))
 
 
 @pytest.mark.parametrize(
@@ -148,18 +150,19 @@ def test_downsample_takes_the_largest_image_that_fits(grid):
 
 
 def test_downsample_behind_a_resized_image_only_pads():
-    grid, budget = (4, 6), 8
+    grid, budget = (4, 6), 7
     module = build("downsample", budget=budget, grid=grid)
     cells = module.image_grid(grid)
     embed = np.random.default_rng(0).normal(size=(2, 6, WIDTH)).astype(np.float32)
     mask = np.array([[True] * 6, [True, False] * 3])
     given = VisualTokens.from_grid(jnp.asarray(embed), cells, grid, jnp.asarray(mask))
-    out = module.apply({}, given)
+    out = jax.tree.map(np.asarray, jax.jit(module.apply)({}, given))
+    given = jax.tree.map(np.asarray, given)
     assert out.embed.shape == (2, budget, WIDTH)
     for field in ("embed", "position", "size", "mask"):
         real = np.where(mask.reshape(mask.shape + (1,) * (getattr(given, field).ndim - 2)), 1, 0)
         np.testing.assert_array_equal(getattr(out, field)[:, :6], getattr(given, field) * real)
-        assert not np.asarray(getattr(out, field)[:, 6:]).any()
+        assert not getattr(out, field)[:, 6:].any()
     np.testing.assert_array_equal(out.source, given.source)
     assert out.size.sum() == 24 + 12
 
@@ -226,7 +229,8 @@ def test_m3_scales_are_nested():
     """Each scale is the mean of the one before, as long as no patch is padding."""
     embed = np.random.default_rng(0).normal(size=(1, 64, WIDTH)).astype(np.float32)
     tokens = VisualTokens.from_grid(jnp.asarray(embed), (8, 8))
-    outs = [build("m3", budget=b).apply({}, tokens).embed for b in (64, 16, 4, 1)]
+    function = jax.jit(lambda t: [build("m3", budget=b).apply({}, t) for b in (64, 16, 4, 1)])
+    outs = [np.asarray(out.embed) for out in function(tokens)]
     for fine, coarse in zip(outs, outs[1:], strict=False):
         side = math.isqrt(coarse.shape[1])
         again = fine.reshape(1, side, 2, side, 2, WIDTH).mean(axis=(2, 4)).reshape(coarse.shape)
@@ -252,8 +256,9 @@ def test_mqt_looks_where_the_image_cannot_tell_it():
         options = tuple({"num_queries": 7, "num_heads": 2, "keys": keys}.items())
         function, params = compiled("mqt", 5, (4, 4), options)
         outs[keys] = [function(params, x, every) for x in (first, second)]
-    np.testing.assert_allclose(*(o.position for o in outs["position"]), atol=1e-6)
-    assert np.abs(outs["content"][0].position - outs["content"][1].position).max() > 1e-3
+    places = {k: [np.asarray(o.position) for o in pair] for k, pair in outs.items()}
+    np.testing.assert_allclose(*places["position"], atol=1e-6)
+    assert np.abs(np.subtract(*places["content"])).max() > 1e-3
 
 
 def test_mqt_queries_are_nested():
@@ -261,7 +266,7 @@ def test_mqt_queries_are_nested():
     long, params = compiled("mqt", 7, (4, 4), (("num_queries", 7), ("num_heads", 2)))
     short, _ = compiled("mqt", 3, (4, 4), (("num_queries", 7), ("num_heads", 2)))
     a, b = short(params, embed, mask).embed, long(params, embed, mask).embed
-    np.testing.assert_allclose(a, b[:, :3], atol=1e-5)
+    np.testing.assert_allclose(a, np.asarray(b)[:, :3], atol=1e-5)
 
 
 # --- molmo_pool, position_pool --------------------------------------------------------------------
@@ -340,7 +345,8 @@ def test_position_pool_as_published():
     """3 x 3 cells of an image, and the scale sqrt(width)."""
     embed = np.random.default_rng(0).normal(size=(1, 54, WIDTH)).astype(np.float32)
     tokens = VisualTokens.from_grid(jnp.asarray(embed), (9, 6))
-    out = build("position_pool", budget=6, scaled=True).apply({}, tokens).embed
+    module = build("position_pool", budget=6, scaled=True)
+    out = jax.jit(module.apply)({}, tokens).embed
     mean = embed.reshape(3, 3, 2, 3, WIDTH).mean(axis=(1, 3)).reshape(1, 6, WIDTH)
     np.testing.assert_allclose(out, mean * math.sqrt(WIDTH), atol=1e-5)
     for budget, patches in ((70, 630), (280, 2520), (1120, 10080)):
@@ -351,7 +357,7 @@ def test_position_pool_never_has_more_cells_than_the_budget():
     from efficient_vlm.compressors.gather_pool import position_cells
 
     far = jnp.asarray([[[0.0, 0.0], [90.0, 0.0], [0.0, 90.0], [4.5, 7.0]]])
-    cells = np.asarray(position_cells(far, jnp.ones((1, 4), bool), 1, 2))
+    cells = np.asarray(jax.jit(position_cells, static_argnums=(2, 3))(far, far[..., 0] >= 0, 1, 2))
     assert cells.min() >= 0
     assert cells.max() < 2
 
@@ -408,7 +414,7 @@ def test_minicpm_stages_are_the_method():
     module = build("minicpm_merger", budget=1, grid=grid, num_heads=2, hidden_dim=6, parent=None)
     out = tokens
     for stage, name in zip(module.stages(9, 16), ("window", "final"), strict=True):
-        out = stage.module.apply({"params": params[name]}, out)
+        out = jax.jit(stage.module.apply)({"params": params[name]}, out)
     whole = function(params, embed, mask)
     for field in FIELDS:
         np.testing.assert_allclose(getattr(out, field), getattr(whole, field), atol=1e-5)
@@ -441,7 +447,7 @@ def test_flops_are_those_of_the_program(name, budget, options):
     assert module.flops(grid[0] * grid[1], WIDTH) == traced_flops(module.apply, params, tokens)
 
 
-@pytest.mark.parametrize(("name", "budget", "options"), METHODS[::2])
+@pytest.mark.parametrize(("name", "budget", "options"), METHODS[6::2])
 def test_gradients_and_bfloat16(name, budget, options):
     """Finite gradients, none into padding; bfloat16 stays bfloat16."""
     if name == "molmo_pool" and budget == 9:
@@ -454,7 +460,8 @@ def test_gradients_and_bfloat16(name, budget, options):
         return jnp.sum(jnp.sin(out.embed.astype(jnp.float32)) * out.mask[..., None]), out
 
     embed = jnp.asarray(embed, jnp.bfloat16)
-    (_, out), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, embed)
+    both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    (_, out), gradients = both(params, embed)
     assert out.embed.dtype == jnp.bfloat16
     assert out.size.dtype == jnp.float32
     for leaf in jax.tree.leaves((out, gradients)):

@@ -132,28 +132,20 @@ def parameters(case):
 
 @functools.cache
 def compiled(case, dtype):
-    """(parameters, jitted function to the output and, for one case of a method, gradients)."""
+    """The program of a case for batches of four, compiled once and cheaply, and its parameters."""
     module, params = case.module(), parameters(case)
 
     def forward(params, embed, mask):
         return module.apply({"params": params}, tokens_of(case, embed, mask, dtype))
 
-    def loss(params, embed, mask):
-        out = forward(params, embed, mask)
-        weight = jnp.cos(jnp.arange(out.embed.size, dtype=jnp.float32)).reshape(out.embed.shape)
-        return jnp.sum(out.embed.astype(jnp.float32) * weight), out
-
-    def both(params, embed, mask):
-        gradients, out = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, embed, mask)
-        return out, gradients
-
-    differentiates = dtype == "float32" and case in [c.values[0] for c in ONE_EACH]
-    return params, jax.jit(both if differentiates else lambda *x: (forward(*x), None))
+    embed, mask = next(batches(case))
+    lowered = jax.jit(forward).lower(params, embed, mask)
+    return params, lowered.compile({"xla_backend_optimization_level": 0})
 
 
 def run(case, embed, mask, dtype="float32"):
     params, function = compiled(case, dtype)
-    return jax.tree.map(np.asarray, function(params, jnp.asarray(embed), jnp.asarray(mask)))
+    return jax.tree.map(np.asarray, function(params, embed, mask))
 
 
 def batches(case):
@@ -182,8 +174,7 @@ def test_equals_the_plain_loop(case):
         k.removeprefix(f"{case.method.label}_"): np.float64(v) for k, v in parameters(case).items()
     }
     for embed, mask in batches(case):
-        out, gradients = run(case, embed, mask)
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((out, gradients)))
+        out = run(case, embed, mask)
         for row in range(len(mask)):
             expected = case.loop(
                 np.float64(embed[row]),
@@ -204,7 +195,6 @@ def test_equals_the_plain_loop(case):
                     atol=2e-4 if field == "embed" else 2e-5,
                     err_msg=f"{field}, row {row}",
                 )
-    assert compiled(case, "float32")[1]._cache_size() == 1
 
 
 def assert_holders(out, row, expected):
@@ -216,17 +206,14 @@ def assert_holders(out, row, expected):
         assert (actual == expected["source"]).mean() > 0.9
 
 
-@SOME
+@EVERY
 def test_nothing_of_padding_gets_through(case):
     embed, mask = next(batches(case))
-    clean, clean_gradients = run(case, embed, mask)
+    clean = run(case, embed, mask)
     for poison in (np.nan, np.inf, 1e30):
-        dirty = np.where(mask[..., None], embed, np.float32(poison))
-        out, gradients = run(case, dirty, mask)
+        out = run(case, np.where(mask[..., None], embed, np.float32(poison)), mask)
         for field in FIELDS:
             np.testing.assert_array_equal(getattr(out, field), getattr(clean, field), field)
-        jax.tree.map(np.testing.assert_array_equal, gradients, clean_gradients)
-    assert not clean_gradients[1][~mask].any()
     for field in ("embed", "position", "size"):
         assert not getattr(clean, field)[~clean.mask].any(), field
 
@@ -234,7 +221,7 @@ def test_nothing_of_padding_gets_through(case):
 @EVERY
 def test_sizes_and_sources_are_a_ledger(case):
     for embed, mask in batches(case):
-        out, _ = run(case, embed, mask)
+        out = run(case, embed, mask)
         np.testing.assert_allclose(out.size.sum(axis=1), mask.sum(axis=1), rtol=1e-5)
         assert ((out.source >= 0) == mask).all()
         assert ((out.size > 0) == out.mask).all()
@@ -250,11 +237,13 @@ def test_flops_are_those_of_the_program(case):
     assert module.flops(case.grid[0] * case.grid[1], WIDTH) == traced
 
 
-@SOME
+@pytest.mark.parametrize(
+    "case", [c for c in ONE_EACH if c.values[0].method in (Deco, LDPv2, TokenPacker, Perceiver)]
+)
 def test_bfloat16(case):
     embed, mask = next(batches(case))
-    exact, _ = run(case, embed, mask)
-    out, _ = run(case, embed, mask, "bfloat16")
+    exact = run(case, embed, mask)
+    out = run(case, embed, mask, "bfloat16")
     assert out.embed.dtype == jnp.bfloat16
     assert (out.position.dtype, out.size.dtype) == (np.float32, np.float32)
     scale = np.abs(exact.embed).max()
@@ -278,27 +267,24 @@ def test_one_checkpoint_serves_every_budget(case):
     assert len(shapes) == 1
 
 
-@pytest.mark.parametrize("method", [Perceiver, QFormer])
+@pytest.mark.parametrize(
+    "case",
+    [c for c in CASES if c.values[0].method in (Perceiver, QFormer) and c.values[0].budget == 6],
+)
 class TestQueries:
-    def case(self, method, budget):
-        options = (("num_queries", 7), ("num_heads", 2), ("depth", 2))
-        return Case(method, None, SQUARE, budget, options)
+    def test_full_budget_is_the_identity_and_free(self, case):
+        full = dataclasses.replace(case, result=16)
+        tokens = tokens_of(full, *next(batches(full)))
+        out = full.module().apply({"params": parameters(full)}, tokens)
+        assert all(getattr(out, f) is getattr(tokens, f) for f in FIELDS)
+        assert full.module().flops(16, WIDTH) == 0
 
-    def test_full_budget_is_the_identity_and_free(self, method):
-        case = self.case(method, 16)
-        embed, mask = next(batches(case))
-        tokens = tokens_of(case, embed, mask)
-        out = case.module().apply({"params": parameters(case)}, tokens)
-        assert out is tokens or all(getattr(out, f) is getattr(tokens, f) for f in FIELDS)
-        assert case.module().flops(16, WIDTH) == 0
-
-    def test_a_short_row_equals_a_small_budget(self, method):
+    def test_a_short_row_equals_a_small_budget(self, case):
         """Three real patches and six queries give the row of budget three."""
-        embed = next(batches(self.case(method, 6)))[0]
+        embed = next(batches(case))[0]
         mask = np.zeros((4, 16), bool)
         mask[:, [2, 5, 11]] = True
-        long, _ = run(self.case(method, 6), embed, mask)
-        short, _ = run(self.case(method, 3), embed, mask)
+        long, short = run(case, embed, mask), run(dataclasses.replace(case, result=3), embed, mask)
         for field in ("embed", "position", "size"):
             np.testing.assert_allclose(
                 getattr(long, field)[:, :3], getattr(short, field), rtol=1e-5, atol=1e-5
@@ -316,14 +302,14 @@ def test_padding_is_the_outside_of_the_image(method):
     params = parameters(large)
     cut = {k: v[:2] if k == "c_abstractor_position" else v for k, v in params.items()}
 
-    @jax.jit
     def both(embed):
         padded = tokens_of(large, embed, jnp.arange(16)[None] < 8)
         alone = tokens_of(small, embed[:, :8])
         padded = large.module().apply({"params": params}, padded)
         return padded, small.module().apply({"params": cut}, alone)
 
-    padded, alone = both(embed)
+    cheaply = {"xla_backend_optimization_level": 0}
+    padded, alone = jax.jit(both).lower(embed).compile(cheaply)(embed)
     np.testing.assert_allclose(padded.embed[:, :2], alone.embed, rtol=1e-4, atol=1e-5)
     assert not np.asarray(padded.embed[:, 2:]).any()
 

@@ -1,0 +1,231 @@
+"""`efficient-vlm audit`: what it prints, as a table and as JSON, and what it refuses."""
+
+import json
+import sys
+import time
+
+import pytest
+
+from efficient_vlm import cli
+from efficient_vlm.models import presets
+
+FASTV = ("--compressor=fastv", "--compressor.layer=2", "--compressor.keep=0.5")
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(*words) -> (exit code, stdout, stderr) of `efficient-vlm audit words`."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["efficient-vlm", "audit", *words])
+        capsys.readouterr()
+        code = cli.main()
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def audited(call):
+    """audited(*words) -> the parsed JSON."""
+
+    def run(*words):
+        code, out, err = call(*words, "--json")
+        assert code == 0, err
+        return json.loads(out)
+
+    return run
+
+
+def test_the_promised_command(audited):
+    found = audited("--preset=llava-1.5-7b", *FASTV)
+    assert found["preset"] == "llava-1.5-7b"
+    assert found["compressor"] == {"name": "fastv", "layer": 2, "keep": 0.5}
+    assert found["text_tokens"] == 64 and found["images"] == 1
+    assert found["layers"][1] == dict(
+        layer=1, segment=0, visual_in=576, visual_out=288, text_in=64, text_out=64
+    )
+    assert len(found["layers"]) == 32
+    assert found["visual_tokens"] == dict(
+        entering=576, mean_written=(576 + 31 * 288) / 32, mean_processed=306.0
+    )
+    assert set(found["flops"]) == {"k2", "k3", "full", "total", "decode_per_token"}
+    assert list(found["flops"]["full"]) == ["encoder", "compressor", "decoder", "head"]
+    assert found["kv_bytes"] == (2 * 641 + 30 * 353) * 2 * 4096 * 2
+    assert found["encoder_layers"] == [577] * 23 and found["encoder_out"] == 577
+    assert 1 < found["amdahl"]["speedup"] < found["amdahl"]["bound"]
+    assert found["baseline"]["compressor"]["name"] == "none"
+
+
+def test_text_new_and_images(audited):
+    found = audited("--preset=smolvlm-256m", "--text=10", "--new=5", "--images=2")
+    assert found["layers"][0]["visual_in"] == 128 and found["layers"][0]["text_in"] == 10
+    assert found["kv_bytes"] == 30 * (128 + 10 + 5) * 2 * 3 * 64 * 2
+
+
+def test_a_table_for_people(call):
+    code, out, err = call("--preset=llava-1.5-7b", *FASTV)
+    assert code == 0, err
+    for text in ("fastv(layer=2, keep=0.5)", "2 to 31", "306 processed", "297 written", "k=2",
+                 "Amdahl", "55.3"):  # fmt: skip
+        assert text in out, out
+    assert max(map(len, out.splitlines())) <= 110
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_every_preset_as_published(call, name):
+    start = time.monotonic()
+    code, out, err = call(f"--preset={name}")
+    assert code == 0, err
+    assert name in out
+    assert time.monotonic() - start < 20
+
+
+def test_a_projector_is_compared_with_none(audited):
+    found = audited("--preset=smolvlm-256m")
+    assert found["compressor"]["name"] == "pixel_shuffle"
+    assert found["baseline"]["compressor"]["name"] == "none"
+    assert found["baseline"]["visual_tokens"]["entering"] == 16 * 832
+
+
+def test_methods_in_the_decoder_act_behind_the_models_own_projector(audited):
+    found = audited("--preset=smolvlm-256m", "--compressor=fastv", "--compressor.keep=0.5")
+    assert found["own_compressor"]["name"] == "pixel_shuffle"
+    assert [row["visual_in"] for row in found["layers"]] == [832, 832] + [416] * 28
+    assert found["baseline"]["visual_tokens"]["entering"] == 832
+
+
+def test_other_methods_take_the_projectors_place(audited):
+    found = audited("--preset=smolvlm-256m", "--compressor=divprune", "--compressor.budget=32")
+    assert found["visual_tokens"]["entering"] == 13 * 32
+    assert found["baseline"]["compressor"]["name"] == "pixel_shuffle"
+
+
+def test_several_methods_matched(audited, call):
+    words = ("--preset=llava-1.5-7b", "--compressor=fastv,stride", "--compressor=tome")
+    found = audited(*words, "--match=mean_processed:128")
+    reached = {m["compressor"]["name"]: m for m in found["methods"]}
+    assert list(reached) == ["fastv", "stride", "tome"]
+    assert reached["fastv"]["compressor"]["keep"] == 98
+    assert reached["fastv"]["match"] == dict(
+        measure="mean_processed", goal=128.0, reached=127.875, settings={"keep": 98}
+    )
+    assert reached["stride"]["compressor"]["budget"] == 128
+    assert reached["tome"]["visual_tokens"]["entering"] == 128
+    code, out, _ = call(*words, "--match=flops:0.5")
+    assert code == 0
+    assert out.count("asked for 4.447 T") == 3 and "speed-up" in out
+
+
+def test_equal_flops(audited):
+    found = audited("--preset=llava-1.5-7b", "--compressor=fastv,divprune", "--match=flops:0.5")
+    for method in found["methods"]:
+        assert method["flops"]["total"] / found["baseline"]["flops"]["total"] == pytest.approx(
+            0.5, abs=0.002
+        )
+
+
+def test_options_of_one_method_and_of_all(audited):
+    found = audited(
+        "--preset=llava-1.5-7b",
+        "--compressor=fastv,stride,random",
+        "--compressor.fastv.layer=3",
+        "--compressor.keep",
+        "100",
+        "--compressor.budget=64",
+        "--compressor.fastv.budget=None",
+    )
+    fastv, stride, random = (m["compressor"] for m in found["methods"])
+    assert fastv["layer"] == 3 and fastv["keep"] == 100
+    assert stride["budget"] == random["budget"] == 64
+
+
+def test_a_config(audited):
+    found = audited("--config=configs/quickstart.py")
+    assert found["config"] == "configs/quickstart.py"
+    assert found["compressor"]["name"] == "text_topk" and found["visual_tokens"]["entering"] == 16
+    assert found["baseline"]["visual_tokens"]["entering"] == 64
+    other = audited(
+        "--config=configs/quickstart.py",
+        "--config.model.encoder.image_size=128",
+        "--compressor=average_pool",
+        "--compressor.budget=64",
+    )
+    assert other["encoder_layers"] == [256] and other["visual_tokens"]["entering"] == 64
+
+
+def test_a_config_whose_data_have_no_path_yet(audited):
+    assert audited("--config=configs/llava.py")["layers"][0]["text_in"] == 128
+
+
+def test_fields_of_a_preset_can_be_changed(audited):
+    found = audited("--preset=llava-1.5-7b", "--config.model.encoder.image_size=672",
+                    "--compressor=stride", "--compressor.budget=576")  # fmt: skip
+    assert found["encoder_layers"][0] == 48 * 48 + 1
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((), ("--preset", "--config")),
+        (("--preset=llava-1.5-7b", "--config=configs/quickstart.py"), ("one of",)),
+        (("--preset=llava-7b",), ("'llava-7b'", "did you mean 'llava-1.5-7b'")),
+        (("--preset=llava-1.5-7b", "--compressor=fastw"), ("fastw", "did you mean 'fastv'")),
+        (("--preset=llava-1.5-7b", "--compressor=stride"), ("--compressor.budget", "missing")),
+        (
+            ("--preset=llava-1.5-7b", "--compressor=stride", "--compressor.budget=577"),
+            ("577", "1 to 576"),
+        ),
+        (
+            ("--preset=llava-1.5-7b", "--compressor=average_pool", "--compressor.budget=100"),
+            ("100", "144"),
+        ),
+        (
+            ("--preset=llava-1.5-7b", "--compressor=fastv", "--compressor.keeep=0.5"),
+            ("--compressor.keeep", "did you mean --compressor.keep"),
+        ),
+        (
+            ("--preset=llava-1.5-7b", "--compressor=fastv", "--compressor.layer=deep"),
+            ("--compressor.layer", "'deep'", "int"),
+        ),
+        (
+            ("--preset=llava-1.5-7b", "--compressor=fastv", "--compressor.layer=32"),
+            ("compressor.layer", "32", "1 to 31"),
+        ),
+        (
+            ("--preset=paligemma-3b-224", "--compressor=fastervlm", "--compressor.budget=64"),
+            ("no CLS token", "column_mean"),
+        ),
+        (
+            ("--preset=llava-1.5-7b", *FASTV, "--match=mean_processed:128"),
+            ("--compressor.keep", "--match"),
+        ),
+        (("--preset=llava-1.5-7b", "--match=tokens:3"), ("--match", "tokens")),
+        (
+            ("--preset=llava-1.5-7b", "--compressor=fastv,stride", "--compressor.r=4"),
+            ("--compressor.r", "none of fastv, stride"),
+        ),
+        (
+            ("--preset=llava-1.5-7b", "--compressor=stride", "--compressor.fastv.layer=4"),
+            ("fastv", "not audited"),
+        ),
+        (("--preset=llava-1.5-7b", "--text=-1"), ("--text=-1",)),
+        (("--preset=llava-1.5-7b", "--images=0"), ("--images=0",)),
+        (("--preset=llava-1.5-7b", "--config.model.encoder.dept=2"), ("did you mean", "depth")),
+        (("--preset=llava-1.5-7b", "--compressor.layer"), ("--compressor.layer", "no value")),
+        (("--preset=llava-1.5-7b", "--prefix"), ("--prefix",)),
+    ],
+)
+def test_mistakes(call, words, expected):
+    code, out, err = call(*words)
+    assert code == 2, out
+    assert "Traceback" not in err and len(err.strip().splitlines()) <= 3, err
+    for word in expected:
+        assert word in err, err
+
+
+def test_options_of_compressors_are_for_audit(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["efficient-vlm", "doctor", "--compressor.layer=2"])
+    assert cli.main() == 2
+    assert "--compressor.layer=2" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from efficient_vlm.audit.products import attention, dense, mixture
 from efficient_vlm.audit.records import STAGES
 from efficient_vlm.compressors.base import Compressor, Stage, describe
 from efficient_vlm.errors import UserError
@@ -101,29 +102,6 @@ class Cost:
     def mean_visual_tokens(self) -> float:
         """Visual tokens processed, mean over decoder layers."""
         return sum(layer.visual for layer in self.layers) / max(len(self.layers), 1)
-
-
-def dense(tokens: int, inputs: int, outputs: int) -> int:
-    """FLOPs of [tokens, inputs] @ [inputs, outputs]."""
-    return 2 * tokens * inputs * outputs
-
-
-def attention(
-    queries: int, keys: int, width: int, num_heads: int, num_kv_heads: int, head_dim: int
-) -> int:
-    """FLOPs of an attention layer: projections of the queries' tokens, QK^T and PV over keys."""
-    heads = num_heads * head_dim
-    projections = dense(queries, width, heads + 2 * num_kv_heads * head_dim)
-    return projections + 2 * dense(queries, heads, keys) + dense(queries, heads, width)
-
-
-def mixture(tokens: int, width: int, moe: Mapping[str, Any]) -> int:
-    """FLOPs of a mixture-of-experts layer of SwiGLU experts; `moe` holds the fields of `MoE`."""
-    routed = tokens * moe["top_k"]
-    router = dense(tokens, width, moe["num_experts"])
-    experts = 3 * dense(routed, width, moe["expert_dim"])
-    shared = 3 * dense(tokens, width, moe.get("shared_dim") or 0)
-    return router + experts + 2 * routed * width + shared
 
 
 def encoder_cost(vit: ViT, patches: int, stages: Sequence[Stage] = ()) -> EncoderCost:

@@ -80,8 +80,8 @@ def _one(subject: "Subject", entry: "Entry", console: Console) -> None:
     law = found.amdahl
     console.print(
         f"Amdahl, with FLOPs for time: without it {100 * law.share:.3g} % of the work is "
-        f"in the {' and the '.join(law.touched)}, so at most {_times(law.bound)} faster end to end; here "
-        f"{_times(law.speedup)} (prefill of the decoder alone {_times(law.prefill_speedup)})"
+        f"in the {' and the '.join(law.touched)}, so at most {_times(law.bound)} faster end to "
+        f"end; here {_times(law.speedup)}, the decoder's prefill {_times(law.prefill_speedup)}"
     )
     if entry.match is not None:
         console.print(_reached(entry))

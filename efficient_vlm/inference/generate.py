@@ -27,13 +27,16 @@ class Generated:
 
     Attributes:
       tokens: int32 [B, Q, new_tokens] (NumPy); behind the end token everything is the end token.
-      visual: the visual tokens behind each question, leading axis B*Q.
+      visual: the visual tokens that enter the decoder for each question, leading axis B*Q.
+      sources: for each run of decoder layers at one length, where every patch is: int32 [B*Q, N],
+        the index of the token that holds it, -1 for none. The last is where it ended.
       kv_bytes: of the whole batch's cache.
       seconds: per stage; "decode" is a list, one entry per step.
     """
 
     tokens: np.ndarray
     visual: VisualTokens
+    sources: tuple[jax.Array, ...]
     kv_bytes: int
     seconds: dict[str, Any] = struct.field(pytree_node=False)
 
@@ -57,7 +60,7 @@ def _compress(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _prefill(model, layout: Layout, new_tokens: int, params, visual, prompts, lengths, rng):
     rows, row_lengths = prompts.reshape(-1, prompts.shape[-1]), lengths.reshape(-1)
-    logits, cache = model.apply(
+    logits, cache, sources = model.apply(
         {"params": params},
         visual,
         rows,
@@ -67,7 +70,7 @@ def _prefill(model, layout: Layout, new_tokens: int, params, visual, prompts, le
         rng=rng,
         method="prefill",
     )
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache, sources
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
@@ -131,7 +134,7 @@ def generate(
         lengths,
         rng,
     )
-    token, cache = _timed(
+    token, cache, sources = _timed(
         seconds,
         "prefill",
         _prefill,
@@ -155,7 +158,7 @@ def generate(
             break
         token, cache = _timed(seconds, "decode", _decode, decoder, params, chosen, cache)
     shape = (*np.shape(prompts)[:2], new_tokens)
-    return Generated(answers.reshape(shape), visual, kv_bytes, seconds)
+    return Generated(answers.reshape(shape), visual, sources, kv_bytes, seconds)
 
 
 def _timed(seconds: dict[str, Any], stage: str, function: Callable, *args: Any) -> Any:

@@ -305,7 +305,7 @@ class Decoder(nn.Module):
         rng: jax.Array | None = None,
         cache_slots: int | None = None,
         probe: jax.Array | None = None,
-    ) -> tuple[jax.Array, dict, tuple[SegmentCache, ...]]:
+    ) -> tuple[jax.Array, dict, tuple[SegmentCache, ...], tuple[jax.Array, ...]]:
         """Runs visual tokens and, behind them, text through all layers.
 
         Args:
@@ -327,7 +327,8 @@ class Decoder(nn.Module):
         Returns:
           text hidden states [B, S, width] before the final norm; statistics of the layers, each a
           (sum, denominator) with a leading axis over all layers, and, with `probe`,
-          "visual_attention" [layers, B, R, T]; the caches.
+          "visual_attention" [layers, B, R, T]; the caches; and for each run of layers at one length
+          the `source` of its visual tokens, int32 [B, N].
         """
         policy = position_policy or self.position_policy
         prompt = segments != PADDING_SEGMENT if prompt is None else prompt
@@ -338,12 +339,13 @@ class Decoder(nn.Module):
             text = text + self._learned(offset + positions)
         first = dict(first_visual=visual.embed, first_text=text, first_live=visual.mask)
         last_prompt = jnp.max(jnp.where(prompt, jnp.arange(prompt.shape[1]), 0), axis=1)
-        stats, attention, caches, state = [], [], [], None
+        stats, attention, caches, sources, state = [], [], [], [], None
         for i, (start, stop, reducer) in enumerate(runs):
             if reducer is not None:
                 key = None if rng is None else jax.random.fold_in(rng, i)
                 visual = self._reduce(i, reducer, visual, signals.replace(decoder=state), key)
                 policy = reducer.position_policy or policy
+            sources.append(visual.source)
             count = visual.embed.shape[1]
             offset, visual_positions = self._visual_positions(visual, columns, policy)
             places = jnp.concatenate([visual_positions, offset + positions], axis=1)
@@ -410,7 +412,7 @@ class Decoder(nn.Module):
         stats = jax.tree.map(lambda *layers: jnp.concatenate(layers), *stats)
         if probe is not None:
             stats["visual_attention"] = jnp.concatenate(attention)
-        return text, stats, tuple(caches)
+        return text, stats, tuple(caches), tuple(sources)
 
     def _empty(self, x, cache_slots, *layers) -> tuple[jax.Array, jax.Array] | None:
         """Room for the keys and values of x [B, S, D] and of `cache_slots` more tokens."""

@@ -150,7 +150,7 @@ class ViT(nn.Module):
         Args:
           images: uint8 [B, H, W, 3], or float in [0, 1].
           intermediates: "name/layer" with name one of INTERMEDIATES; a negative layer counts from
-            the last.
+            the last, a fraction is a part of the depth, rounded down.
           stages: where a compressor shortens the sequence inside the encoder, in order; not
             together with intermediates.
           differentiable: see `layers.run_layers`.
@@ -253,6 +253,8 @@ class ViT(nn.Module):
         name, _, layer = asked.partition("/")
         if name not in INTERMEDIATES:
             raise unknown("encoder intermediate", name, INTERMEDIATES)
+        if 0 < (part := _fraction(layer)) < 1:
+            layer = str(int(part * self.depth))
         if not layer.lstrip("-").isdigit() or not -self.depth <= int(layer) < self.depth:
             raise UserError(
                 f"encoder intermediate {asked!r}: no such layer",
@@ -302,6 +304,13 @@ class ViT(nn.Module):
         else:
             raise unknown("model.encoder.position", self.position, POSITIONS)
         return grid.reshape(h * w, self.width).astype(self.dtype)
+
+
+def _fraction(layer: str) -> float:
+    try:
+        return float(layer)
+    except ValueError:
+        return 0.0
 
 
 def _resample(table: jax.Array, axis: int, size: int) -> jax.Array:

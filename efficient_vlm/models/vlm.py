@@ -280,7 +280,7 @@ class VisionLanguageModel(nn.Module):
         *,
         new_tokens: int,
         rng: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVCache]:
+    ) -> tuple[jax.Array, KVCache, tuple[jax.Array, ...]]:
         """Reads prompts behind visual tokens.
 
         Args:
@@ -292,10 +292,11 @@ class VisionLanguageModel(nn.Module):
           rng: key for random compressors between segments.
 
         Returns:
-          float32 logits [R, vocab] behind the last prompt token, and the cache.
+          float32 logits [R, vocab] behind the last prompt token; the cache; for each run of decoder
+          layers at one length, where every patch is: int32 [R, N], -1 if no token holds it.
         """
         place = jnp.arange(prompts.shape[1])
-        hidden, _, segments = self.language(
+        hidden, _, segments, sources = self.language(
             visual,
             self.language.embed(prompts),
             jnp.broadcast_to(place, prompts.shape),
@@ -309,7 +310,7 @@ class VisionLanguageModel(nn.Module):
         )
         last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
         cache = KVCache(segments, lengths, jnp.zeros((), jnp.int32))
-        return self.language.logits(last[:, 0]), cache
+        return self.language.logits(last[:, 0]), cache, sources
 
     def decode(self, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """One token for every row: int32 [R] -> (float32 logits [R, vocab], the longer cache)."""
@@ -361,7 +362,7 @@ class VisionLanguageModel(nn.Module):
         valid = place < lengths[..., None]
         segments = jnp.where(valid, 1 + jnp.arange(packed)[:, None], PADDING_SEGMENT)
         asks = jnp.arange(packed) * length + jnp.maximum(prompt_lengths - 1, 0)
-        hidden, stats, _ = self.language(
+        hidden, stats, *_ = self.language(
             visual,
             self.language.embed(tokens.reshape(rows, -1)),
             jnp.broadcast_to(place, tokens.shape).reshape(rows, -1),

@@ -72,7 +72,7 @@ def stages(model, images=1):
     join = (call(compress), (params, tokens, signals, prompt, lengths))
     visual = jax.eval_shape(join[0], *join[1])
     fill = (call(prefill), (params, visual, prompt, lengths))
-    _, cache = jax.eval_shape(fill[0], *fill[1])
+    _, cache, *_ = jax.eval_shape(fill[0], *fill[1])
     step = (call("decode"), (params, jnp.zeros((1,), jnp.int32), cache))
     return {"encode": encode, "compress": join, "prefill": fill, "decode": step}, cache
 

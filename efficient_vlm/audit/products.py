@@ -1,0 +1,27 @@
+"""FLOPs of the matrix products of one layer, 2 per multiply-add."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def dense(tokens: int, inputs: int, outputs: int) -> int:
+    """FLOPs of [tokens, inputs] @ [inputs, outputs]."""
+    return 2 * tokens * inputs * outputs
+
+
+def attention(
+    queries: int, keys: int, width: int, num_heads: int, num_kv_heads: int, head_dim: int
+) -> int:
+    """FLOPs of an attention layer: projections of the queries' tokens, QK^T and PV over keys."""
+    heads = num_heads * head_dim
+    projections = dense(queries, width, heads + 2 * num_kv_heads * head_dim)
+    return projections + 2 * dense(queries, heads, keys) + dense(queries, heads, width)
+
+
+def mixture(tokens: int, width: int, moe: Mapping[str, Any]) -> int:
+    """FLOPs of a mixture-of-experts layer of SwiGLU experts; `moe` holds the fields of `MoE`."""
+    routed = tokens * moe["top_k"]
+    router = dense(tokens, width, moe["num_experts"])
+    experts = 3 * dense(routed, width, moe["expert_dim"])
+    shared = 3 * dense(tokens, width, moe.get("shared_dim") or 0)
+    return router + experts + 2 * routed * width + shared

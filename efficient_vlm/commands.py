@@ -54,14 +54,15 @@ def fit(
       UserError: a mistake in the config or the data.
       train.loop.Stopped: SIGTERM or SIGINT came; the state is saved.
     """
-    from efficient_vlm.audit.evaluate import (
+    from efficient_vlm.audit.report import write_report
+    from efficient_vlm.audit.settings import (
         EvalConfig,
         check_trained,
         init_shapes,
+        labels_of,
         parameter_shapes,
         settings_of,
     )
-    from efficient_vlm.audit.report import write_report
     from efficient_vlm.train import guards, loop
     from efficient_vlm.train.manifest import write_atomic
 
@@ -74,7 +75,9 @@ def fit(
     model = loop.make_model(config, vocab_size=2)
     trained_at = [arm.model for arm in loop.make_arms(model, settings.elastic)]
     names = {each.compressor["name"] for each in trained_at}
-    others = {v.compressor["name"]: v for v in settings_of(evaluation, model)}
+    variants = settings_of(evaluation, model)
+    labels_of(variants)
+    others = {v.compressor["name"]: v for v in variants}
     others = [variant for name, variant in others.items() if name not in names]
     check_trained(others, parameter_shapes(init_shapes(trained_at[0])))
     with guards.WorkdirLock(workdir), guards.StopSignal() as stop:
@@ -134,7 +137,7 @@ def evaluate_run(
 
     Args:
       workdir: of the run.
-      methods: in place of the config's, see `audit.evaluate.EvalConfig.methods`.
+      methods: in place of the config's, see `audit.settings.EvalConfig.methods`.
       images: test images in place of the config's number.
       control: "blank" or "shuffled", see `audit.evaluate.evaluate`.
       say: receives lines for the user.
@@ -144,7 +147,7 @@ def evaluate_run(
     """
     import ml_collections
 
-    from efficient_vlm.audit.evaluate import EvalConfig
+    from efficient_vlm.audit.settings import EvalConfig
     from efficient_vlm.data.config import DataConfig
     from efficient_vlm.data.pipeline import make_train
     from efficient_vlm.train import loop
@@ -173,14 +176,7 @@ def evaluate_run(
 def eval(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """`efficient-vlm eval`."""
     del overrides
-    methods = None
-    if args.compressor:
-        budgets = [_positive("--budget", b) for b in (args.budget or "").split(",") if b]
-        if not budgets:
-            raise UserError("--budget: missing", fix="give visual tokens: --budget=64,16")
-        methods = [{"name": args.compressor, "budgets": budgets}]
-    elif args.budget:
-        raise UserError("--budget: goes with --compressor", fix="add --compressor=NAME")
+    methods = _read_methods(args)
     quiet = args.json
     results = evaluate_run(
         args.workdir,
@@ -194,6 +190,36 @@ def eval(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     else:
         _print_summary(results)
     return 0
+
+
+def _read_methods(args: argparse.Namespace) -> list[dict[str, Any]] | None:
+    """--compressor, --compressor.OPTION and --budget of `eval`, as `EvalConfig.methods`."""
+    from efficient_vlm.audit.compress import read_methods
+    from efficient_vlm.compressors.methods import METHODS
+
+    for option, given in (("--budget", args.budget), ("--compressor.OPTION", args.options)):
+        if given and not args.compressor:
+            raise UserError(f"{option}: goes with --compressor", fix="add --compressor=NAME")
+    if not args.compressor:
+        return None
+    budgets = [_positive("--budget", b) for b in (args.budget or "").split(",") if b]
+    methods = []
+    for fields in read_methods([args.compressor], args.options):
+        own = fields.pop("budget", None)
+        given = budgets or ([] if own is None else [own])
+        if not given and not METHODS[fields["name"]].optional_budget:
+            raise UserError("--budget: missing", fix="give visual tokens: --budget=64,16")
+        methods.append({**fields, "budgets": given or None})
+    return methods
+
+
+def compress(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """`efficient-vlm compress`."""
+    from efficient_vlm.audit.compress import main
+
+    del overrides
+    enable_compilation_cache()
+    return main(args)
 
 
 def data(args: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -245,10 +271,11 @@ def _evaluate(trained, config, evaluation, workdir, say, check_stop, control=Non
 
 def _controls(trained, test, evaluation, check_stop) -> list[dict[str, Any]]:
     """The first method on blank images and on shuffled answers: both must fall to chance."""
-    from efficient_vlm.audit.evaluate import CONTROLS, evaluate, settings_of
+    from efficient_vlm.audit.evaluate import CONTROLS, evaluate
+    from efficient_vlm.audit.settings import settings_of
 
     first = dict(settings_of(evaluation, trained.model)[0].compressor)
-    methods = [{**first, "budgets": [first.pop("budget")]}]
+    methods = [{**first, "budgets": [first.pop("budget", None)]}]
     rows = []
     for control in CONTROLS:
         found = evaluate(

@@ -1,7 +1,6 @@
 """Evaluation: quality and cost of every (compressor, budget) under one protocol."""
 
 import collections
-import dataclasses
 import functools
 import json
 import statistics
@@ -12,12 +11,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from efficient_vlm.audit import maps
+from efficient_vlm.audit import heat, maps
 from efficient_vlm.audit.flops import model_cost
+from efficient_vlm.audit.settings import (
+    EvalConfig,
+    check_trained,
+    labels_of,
+    parameter_shapes,
+    settings_of,
+)
 from efficient_vlm.audit.stats import accuracy_interval
-from efficient_vlm.compressors.methods import METHODS
 from efficient_vlm.data.evalset import EvalSet
-from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.errors import unknown
 from efficient_vlm.inference.generate import generate
 from efficient_vlm.models.vlm import VisionLanguageModel
 
@@ -28,58 +33,6 @@ PROTOCOL = (
     "question about one image; milliseconds are medians over batches of {questions} questions "
     "about {images} images on {device}, the first batch of each program left out."
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-    """What is evaluated.
-
-    Attributes:
-      images: test images; 0 for all.
-      batch_size: images per batch.
-      new_tokens: the most tokens of an answer, end token included.
-      methods: {"name", "budgets", options of the compressor}.
-      seeds: draws of a random compressor, pooled.
-      map_questions: example questions whose token maps go into the report.
-    """
-
-    images: int = 256
-    batch_size: int = 32
-    new_tokens: int = 8
-    methods: Sequence[Mapping[str, Any]] = ()
-    seeds: int = 3
-    map_questions: int = 4
-
-    def __post_init__(self):
-        for name in ("batch_size", "new_tokens", "seeds"):
-            if getattr(self, name) < 1:
-                raise UserError(f"eval.{name}: {getattr(self, name)}", allowed="1 or more")
-        for name in ("images", "map_questions"):
-            if getattr(self, name) < 0:
-                raise UserError(f"eval.{name}: {getattr(self, name)}", allowed="0 or more")
-
-
-def settings_of(config: EvalConfig, model: VisionLanguageModel) -> list[VisionLanguageModel]:
-    """The model at every (compressor, budget) of `config.methods`; by default its own.
-
-    Raises:
-      UserError: an unknown method or option, or a budget that it cannot reach.
-    """
-    found = []
-    for i, method in enumerate(config.methods or [{**model.compressor, "budgets": None}]):
-        if not isinstance(method, Mapping):
-            raise UserError(f"eval.methods[{i}]: {method!r}", allowed="name, budgets, options")
-        options = dict(method)
-        name = options.pop("name", None)
-        if name not in METHODS:
-            raise unknown(f"eval.methods[{i}].name", str(name), METHODS)
-        budgets = options.pop("budgets", None) or [options.get("budget")]
-        budgets = budgets if isinstance(budgets, list | tuple) else [budgets]
-        options.pop("budget", None)
-        for budget in budgets:
-            found.append(model.with_compressor(name, budget, **options))
-            found[-1].make_compressor()  # Wrong options and budgets are told before any work.
-    return found
 
 
 def evaluate(
@@ -117,17 +70,17 @@ def evaluate(
     results: dict[str, Any] = {"eval": [], "cost": []}
     cells: dict[tuple[int, int], list[maps.Cell]] = {place: [] for place in chosen}
     variants = settings_of(config, model)
+    labels = labels_of(variants)
     check_trained(variants, parameter_shapes(params))
-    for variant in variants:
-        name, budget = variant.compressor["name"], variant.compressor["budget"]
+    for variant, (name, budget) in zip(variants, labels, strict=True):
         predictions, cost = _run_method(
-            variant, params, data, references, config, control, cells, check_stop
+            variant, (name, budget), params, data, references, config, control, cells, check_stop
         )
         rows = score(predictions, data.tasks)
         results["eval"] += [{"compressor": name, "budget": budget, **row} for row in rows]
         results["cost"].append({"compressor": name, "budget": budget, **cost})
         if workdir is not None:
-            stem = f"{name}-{budget}" + (f"-{control}" if control else "")
+            stem = f"{name}-{budget}".replace(" ", "_") + (f"-{control}" if control else "")
             write_jsonl(workdir / "predictions" / f"{stem}.jsonl", predictions)
         shown = "  ".join(f"{row['task']} {row['accuracy']:.3f}" for row in rows)
         say(f"  {name + ' at ' + str(budget):<22}{shown}")
@@ -142,9 +95,9 @@ def evaluate(
     return results
 
 
-def _run_method(variant, params, data, references, config, control, cells, check_stop):
-    name, budget = variant.compressor["name"], variant.compressor["budget"]
-    seeds = config.seeds if name == "random" else 1
+def _run_method(variant, label, params, data, references, config, control, cells, check_stop):
+    name, budget = label
+    seeds = config.seeds if variant.compressor["name"] == "random" else 1
     predictions, times, kv_bytes = [], [], 0
     for seed in range(seeds):
         for number, batch in enumerate(data.batches):
@@ -185,9 +138,11 @@ def _run_method(variant, params, data, references, config, control, cells, check
                     }
                 )
                 if (first + b, q) in cells and seed == 0:
-                    source = np.asarray(out.visual.source[b * lengths.shape[1] + q])
-                    cell = maps.Cell(name, budget, source, text, grid=_grid(variant, source))
-                    cells[first + b, q].append(cell)
+                    asked = images[b], batch["image_mask"][b], prompts[b, q], int(lengths[b, q])
+                    sources = [np.asarray(s[b * lengths.shape[1] + q]) for s in out.sources]
+                    cells[first + b, q].append(
+                        _cell(variant, params, asked, sources, label=label, text=text)
+                    )
     if len(times) == 1:
         times.append(answer().seconds)  # The only batch has compiled: once more, for the clock.
     counted = model_cost(
@@ -293,73 +248,25 @@ def _map_questions(data: EvalSet, count: int) -> list[tuple[int, int]]:
     return chosen
 
 
+def _cell(variant, params, asked, sources, *, label, text) -> maps.Cell:
+    """The token map of one question, and the heat map where the method has one."""
+    ended, found = heat.where_ended(sources), heat.heat(variant, params, *asked, sources)
+    scores, meaning = found if found is not None else (None, "")
+    columns = variant.make_encoder().grid[1]
+    grid = (ended.size // columns, columns)
+    return maps.Cell(*label, ended, text, grid=grid, scores=scores, meaning=meaning)
+
+
 def _example(data: EvalSet, place: tuple[int, int], cells: list[maps.Cell]) -> maps.Example:
     row, slot = place
     size = len(data.batches[0]["images"])
     batch = data.batches[row // size]
+    images = batch["images"][row % size]
     return maps.Example(
-        image=batch["images"][row % size, 0],
+        image=images.reshape(-1, *images.shape[2:]),  # Below each other, as their patches are.
         question=data.prompts[row][slot],
         answer=data.answers[row][slot],
         cells=cells,
         task=data.tasks[batch["task"][row % size, slot]],
         record=int(batch["index"][row % size]),
     )
-
-
-def _grid(variant: VisionLanguageModel, source: np.ndarray) -> tuple[int, int]:
-    rows, columns = variant.make_encoder().grid
-    return (source.size // columns, columns)
-
-
-def check_trained(
-    variants: Sequence[VisionLanguageModel], given: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Raises UserError for the first method whose parameters are not all among `given`.
-
-    Args:
-      variants: from `settings_of`.
-      given: paths and shapes of what is (or will be) trained, from `parameter_shapes`.
-    """
-    for variant in variants:
-        needed = parameter_shapes(init_shapes(variant))
-        name, budget = variant.compressor["name"], variant.compressor["budget"]
-        missing = [path for path in needed if path not in given]
-        if missing:
-            raise UserError(
-                f"compressor {name!r} at {budget}: no trained parameters ({missing[0]}, ...)",
-                allowed="methods without parameters, or those of train.elastic",
-                fix=f"add dict(name={name!r}, budget={budget}) to train.elastic and train",
-            )
-        other = [path for path, shape in needed.items() if given[path] != shape]
-        if other:
-            raise UserError(
-                f"compressor {name!r} at {budget}: {other[0]} has shape {needed[other[0]]}, "
-                f"trained was {given[other[0]]}",
-                fix="give the options and budgets that it was trained with",
-            )
-
-
-def init_shapes(model: VisionLanguageModel) -> Any:
-    """The shapes of a model's parameters, without computing anything."""
-    from flax import linen as nn
-
-    encoder = model.make_encoder()
-    rows, columns = (side * encoder.patch_size for side in encoder.grid)
-    inputs = {
-        "images": np.zeros((1, 1, rows, columns, 3), np.uint8),
-        "image_mask": np.ones((1, 1), bool),
-        "tokens": np.zeros((1, 1, 2), np.int32),
-        "lengths": np.full((1, 1), 2, np.int32),
-        "prompt_lengths": np.ones((1, 1), np.int32),
-    }
-    made = jax.eval_shape(lambda key: model.init(key, **inputs)["params"], jax.random.key(0))
-    return nn.unbox(made)
-
-
-def parameter_shapes(params: Any) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of every parameter."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }

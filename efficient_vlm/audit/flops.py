@@ -249,7 +249,14 @@ def model_cost(
 
 def _after(module: Compressor, count: int) -> int:
     """Tokens behind a module that gets `count`; without a budget it keeps them all."""
-    return count if module.budget is None else module.budget
+    if module.budget is None:
+        return count
+    if module.budget > count:
+        raise UserError(
+            f"compressor.budget: {module.label} cannot give {module.budget} of {count} tokens",
+            allowed=f"{module.min_budget} to {count}",
+        )
+    return module.budget
 
 
 def _with_keys(module: Compressor, dim: int) -> Compressor:

@@ -191,7 +191,11 @@ class ViT(nn.Module):
             stack(x)
         stacked = nn.unbox(self.variables["params"]["layers"])
         block = EncoderBlock(**fields, parent=None)
-        modules = [stage.module.copy(name=f"compressor_{i}") for i, stage in enumerate(stages)]
+        labels = [stage.module.label for stage in stages]
+        modules = [
+            stage.module.copy(name=label if labels.count(label) == 1 else f"{label}_{i}")
+            for i, (stage, label) in enumerate(zip(stages, labels, strict=True))
+        ]
         bias = None
 
         def reduce(index: int, x: jax.Array, keys: jax.Array | None) -> jax.Array:
@@ -219,14 +223,14 @@ class ViT(nn.Module):
 
         found: dict[str, Any] = {}
         inside = {stage.layer: i for i, stage in enumerate(stages) if stage.inside}
-        before = {stage.layer: i for i, stage in enumerate(stages) if not stage.inside}
+        before = [(stage.layer, i) for i, stage in enumerate(stages) if not stage.inside]
         looked_at = {layer for _, layer in wanted.values()} | set(inside)
         done = 0
-        for layer in sorted(looked_at | set(before)):
+        for layer in sorted(looked_at | {at for at, _ in before}):
             x = plain(x, done, layer)
             done = layer
-            if layer in before:
-                x = reduce(before[layer], x, None)
+            for index in (i for at, i in before if at == layer):
+                x = reduce(index, x, None)
             if layer in looked_at:
                 merge = None
                 if layer in inside:

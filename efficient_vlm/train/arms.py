@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 from efficient_vlm import config as configs
+from efficient_vlm.audit.settings import setting_of
+from efficient_vlm.compressors.methods import find
 from efficient_vlm.errors import UserError
 from efficient_vlm.models.build import construct
 from efficient_vlm.models.vlm import VisionLanguageModel
@@ -23,7 +25,12 @@ class Arm:
     @property
     def label(self) -> str:
         """name@budget."""
-        return f"{self.model.compressor['name']}@{self.model.compressor['budget']}"
+        return f"{self.model.compressor['name']}@{self.budget}"
+
+    @property
+    def budget(self) -> int:
+        """Visual tokens; for a method without a budget the mean over the decoder's layers."""
+        return setting_of(self.model)[1]
 
 
 def make_model(config: Mapping[str, Any], vocab_size: int) -> VisionLanguageModel:
@@ -40,7 +47,8 @@ def make_arms(model: VisionLanguageModel, elastic: Sequence[Mapping[str, Any]]) 
     for i, entry in enumerate(elastic):
         options = dict(entry)
         for name in ("name", "budget"):
-            if name not in options:
+            optional = name == "budget" and find(options["name"]).optional_budget
+            if name not in options and not optional:
                 raise UserError(f"train.elastic[{i}].{name}: missing", fix="set it in the config")
         weight = options.pop("weight", 1.0)
         if isinstance(weight, str) or not weight > 0:

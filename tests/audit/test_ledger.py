@@ -171,6 +171,13 @@ def test_segments_of_a_config():
     assert found.amdahl.speedup > 1  # The baseline has no cuts.
 
 
+def test_a_segment_cannot_grow():
+    segments = [dict(layers=2), dict(layers=4, compressor=dict(name="stride", budget=65))]
+    decoder = {**TINY["decoder"], "segments": segments}
+    with pytest.raises(UserError, match="cannot give 65 of 64 tokens"):
+        ledger.build(VisionLanguageModel(**{**TINY, "decoder": decoder}), text_tokens=3)
+
+
 def test_dropping_all_tokens():
     found = tiny("vtw", layer=2)
     assert [row.visual_out for row in found.layers] == [64, 0, 0, 0, 0, 0]

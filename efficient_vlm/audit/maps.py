@@ -31,7 +31,8 @@ class Cell:
       source: int [N], for every patch of the grid (row-major) the token holding it, -1 dropped.
       prediction: the generated answer.
       grid: (rows, columns) with rows * columns = N; None for a square grid.
-      scores: float [N] or None, what the method ranked the patches by.
+      scores: float [N] or None, one number per patch, see `audit.heat`.
+      meaning: what the scores are.
     """
 
     compressor: str
@@ -40,6 +41,7 @@ class Cell:
     prediction: str
     grid: tuple[int, int] | None = None
     scores: np.ndarray | None = None
+    meaning: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +116,8 @@ def write_maps(workdir: str | os.PathLike, examples: Sequence[Example]) -> Path:
 
     Returns:
       The path of `maps.json`: a list of {"question", "answer", "task", "record", "image",
-      "maps": [{"compressor", "budget", "prediction", "correct", "tokens", "file", "scores"}]},
-      files relative to `maps/`, "scores" null or a file.
+      "maps": [{"compressor", "budget", "prediction", "correct", "tokens", "file", "scores",
+      "meaning"}]}, files relative to `maps/`, "scores" null or a file, "meaning" what they are.
     """
     folder = Path(workdir) / "maps"
     if folder.exists():
@@ -150,6 +152,7 @@ def write_maps(workdir: str | os.PathLike, examples: Sequence[Example]) -> Path:
                     "tokens": int(np.unique(source[source >= 0]).size),
                     "file": name,
                     "scores": scores,
+                    "meaning": cell.meaning,
                 }
             )
         listing.append(entry)

@@ -128,7 +128,7 @@ class VisionLanguageModel(nn.Module):
         """The decoder of this configuration, unbound."""
         fields = {"vocab_size": self.vocab_size, "dtype": self.dtype, "parent": None}
         if self.make_compressor().where == "decoder":
-            fields["compressor"] = self.compressor
+            fields["compressor"] = {"grid": self.make_encoder().grid, **self.compressor}
         decoder = construct(Decoder, self.decoder, "model.decoder", **fields)
         names = ("width", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
         check_positive("model.decoder", decoder, names)
@@ -149,8 +149,7 @@ class VisionLanguageModel(nn.Module):
         name = options.pop("name")
         if "budget" not in options and not find(name).optional_budget:
             raise UserError("model.compressor.budget: missing", fix="set it in the config")
-        if find(name).where != "decoder":
-            options.setdefault("grid", self.make_encoder().grid)
+        options.setdefault("grid", self.make_encoder().grid)
         return compressors.build(name, parent=None, **options)
 
     def with_compressor(

@@ -39,8 +39,10 @@ BETWEEN = {
 }
 DECODER = ("fastv", "pyramiddrop", "sparsevlm", "dart", "fitprune", "v2drop", "vtw", "feather")
 BASELINES = ("random", "stride", "pool")
-CONTROLS = ("downsample", "text_topk")
-SELECTABLE = ("none", *BASELINES, *CONTROLS, *BETWEEN, "tome", *DECODER)
+# Options that say what the table says for all: no CLS token, one cut, T tokens.
+COMMON = ("budget", "keep", "counts", "layer", "layers", "middle_layer", "attention")
+COMMON += ("position_policy",)
+SELECTABLE = ("none", *BASELINES, "downsample", "text_topk", *BETWEEN, "tome", *DECODER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,15 +253,9 @@ def _trained_as(workdir: Path) -> str | None:
 
 
 def title(row: Mapping[str, Any]) -> str:
-    """Method and options, on one line."""
-    hidden = ("budget", "keep", "counts", "position_policy")
-    options = [f"{k}={_short(v)}" for k, v in row["options"].items() if k not in hidden]
-    inside = ", ".join(options)
-    return row["method"] + (f" ({inside})" if inside else "")
-
-
-def _short(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    """The method, and the options that tell its rows apart."""
+    shown = [f"{k}={v}" for k, v in row["options"].items() if k not in COMMON]
+    return row["method"] + (f" ({', '.join(shown)})" if shown else "")
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -279,8 +275,10 @@ def markdown(results: Mapping[str, Any]) -> str:
         "reference. A block holds methods that *process* the same number of visual tokens, mean "
         "over decoder layers: a method inside this two-layer decoder can only cut behind layer 1, "
         "so with T tokens left it processes (64 + T) / 2, and is compared with baselines that have "
-        "as many in front of the decoder. ▲ and ▼: the interval lies wholly above or below that of "
-        "`random` (retain) in the same block.",
+        "as many in front of the decoder. The encoder has no CLS token: methods guided by encoder "
+        "attention take the mean over queries (`attention=column_mean`). `positions` is the "
+        "method's default. ▲ and ▼: the interval lies wholly above or below that of `random` "
+        "(retain) in the same block.",
     ]
     for tokens in dict.fromkeys(row["mean_processed"] for row in results["rows"]):
         block = [row for row in results["rows"] if row["mean_processed"] == tokens]

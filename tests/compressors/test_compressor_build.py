@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from efficient_vlm.compressors import Signals, VisualTokens, build, names, needs, options, reachable
+from efficient_vlm.compressors.methods import METHODS
 from efficient_vlm.errors import UserError
 
 
@@ -34,10 +35,14 @@ def error(function, *args, **kwargs):
 
 def test_table():
     assert set(names()) == {
-        "none", "average_pool", "pixel_shuffle", "resampler", "downsample", "random", "stride",
-        "text_topk",
+        "none", "random", "stride", "average_pool", "pool", "downsample", "text_topk",
+        "pixel_shuffle", "mlp", "deco", "c_abstractor", "ldp", "ldpv2", "tokenpacker", "perceiver",
+        "qformer", "resampler", "molmo_pool", "position_pool", "minicpm_merger", "m3", "mqt",
+        "tome", "prumerge", "prumerge_plus", "visionzip", "fastervlm", "vispruner", "divprune",
+        "cdpruner", "hiprune", "scope", "fastv", "pyramiddrop", "sparsevlm", "feather", "v2drop",
+        "dart", "fitprune", "vtw",
     }  # fmt: skip
-    assert options("resampler") == ("grid", "num_queries", "num_heads")
+    assert options("resampler") == ("grid", "position_policy", "num_queries", "num_heads")
     assert needs("text_topk") == {"text"} == build("text_topk", budget=1).needs
     assert needs("random") == set()
 
@@ -45,10 +50,14 @@ def test_table():
 @pytest.mark.parametrize("name", names())
 def test_settings_from_a_config_file(name):
     """Lists, NumPy-like ints and an explicit parent, as configs and modules pass them."""
-    module = build(name, budget=64, grid=[8, 8], parent=None)
+    budget = METHODS[name].min_budget and 64
+    module = build(name, budget=budget, grid=[8, 8], parent=None)
     assert module.grid == (8, 8)
-    assert call(module).embed.shape == (2, 64, 8)
-    assert hash(module) == hash(build(name, budget=64, grid=(8, 8), parent=None))
+    assert hash(module) == hash(build(name, budget=budget, grid=(8, 8), parent=None))
+    for policy in ("retain", "reindex", None):
+        build(name, budget=budget, position_policy=policy)
+    message = error(build, name, budget=budget, position_policy="keep")
+    assert "retain" in message
 
 
 @pytest.mark.parametrize(
@@ -104,7 +113,7 @@ def test_budget_above_the_number_of_patches(name):
     message = error(call, build(name, budget=65, grid=(8, 8)))
     assert "compressor.budget" in message
     assert "65" in message
-    assert "64" in message.splitlines()[1]
+    assert ("0" if name == "vtw" else "64") in message.splitlines()[1]
 
 
 @pytest.mark.parametrize(

@@ -81,12 +81,15 @@ class Feather(InDecoder):
 
     @nn.nowrap
     def _grid_tokens(self, num_tokens: int) -> list[int]:
-        """Places of the evenly spaced tokens."""
+        """Places of the evenly spaced tokens; several images of `grid` stand behind each other."""
         if not self.stride:
             return []
-        height, width = grids.resolve(self.grid, num_tokens)
+        size = self.grid[0] * self.grid[1] if self.grid is not None else num_tokens
+        images = max(1, num_tokens // size) if num_tokens % size == 0 else 1
+        height, width = grids.resolve(self.grid, num_tokens // images)
         return [
-            y * width + x
+            image * size + y * width + x
+            for image in range(images)
             for y in range(0, height, self.stride)
             for x in range(0, width, self.stride)
         ]

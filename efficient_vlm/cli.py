@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from efficient_vlm import __version__
 from efficient_vlm.errors import UserError, closest, unknown
 
-VERBS = ("train", "eval", "audit", "report", "data", "doctor")
+VERBS = ("train", "eval", "audit", "compress", "report", "data", "doctor")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -42,7 +42,11 @@ def _parser() -> argparse.ArgumentParser:
         workdir=True,
     )
     sub = verb("eval", "evaluate the newest checkpoint of a run", workdir=True)
-    sub.add_argument("--compressor", metavar="NAME", help="one method instead of the config's")
+    sub.add_argument(
+        "--compressor",
+        metavar="NAME",
+        help="one method instead of the config's; --compressor.OPTION=VALUE sets its options",
+    )
     sub.add_argument("--budget", metavar="N,N", help="visual tokens, with --compressor")
     sub.add_argument("--images", type=int, metavar="N", help="test images")
     sub.add_argument("--control", choices=("blank", "shuffled"), help="a control for chance level")
@@ -65,6 +69,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MEASURE:VALUE",
         help="set each method to equal mean_processed:TOKENS or flops:SHARE",
     )
+    sub.add_argument("--json", action="store_true", help="print as JSON")
+    sub = verb("compress", "draw what a method keeps, merges and drops of a picture")
+    sub.add_argument("image", metavar="IMAGE", help="PNG, JPEG, WebP, GIF or BMP file")
+    sub.add_argument(
+        "--compressor",
+        action="append",
+        metavar="NAME",
+        help="method, or all; --compressor.OPTION=VALUE sets its options",
+    )
+    sub.add_argument("--out", default="map.png", metavar="FILE.png", help="picture to write")
+    sub.add_argument("--workdir", metavar="DIR", help="run whose model sees the picture")
+    sub.add_argument("--question", metavar="TEXT", help="what methods that read text are asked")
+    sub.add_argument("--grid", metavar="N", help="patches in a row, without a run (24)")
     sub.add_argument("--json", action="store_true", help="print as JSON")
     verb("report", "write report.html from what a run has left", workdir=True)
     sub = verbs.add_parser("data", help="build or look at a data set")
@@ -130,15 +147,15 @@ def run(argv: Sequence[str]) -> int:
             f"--config.{overrides[0]}: {args.verb} takes no config",
             fix=f"leave it out; the run's own config is used by {args.verb}",
         )
-    if options and args.verb != "audit":
+    if options and args.verb not in ("audit", "eval", "compress"):
         raise UserError(
             f"--compressor.{options[0]}: {args.verb} takes no options of a compressor",
             fix="config fields are --config.model.compressor.FIELD=VALUE",
         )
+    args.options = options
     if args.verb == "audit":
         from efficient_vlm.audit import command
 
-        args.options = options
         return command.audit(args, overrides)
     if args.verb == "doctor":
         from efficient_vlm import doctor

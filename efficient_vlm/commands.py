@@ -145,8 +145,6 @@ def evaluate_run(
     Returns:
       {"eval": rows, "cost": rows, "protocol": text}.
     """
-    import ml_collections
-
     from efficient_vlm.audit.settings import EvalConfig
     from efficient_vlm.data.config import DataConfig
     from efficient_vlm.data.pipeline import make_train
@@ -154,15 +152,7 @@ def evaluate_run(
 
     enable_compilation_cache()
     workdir = Path(workdir)
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise UserError(
-            f"--workdir={workdir}: no run there", fix="train first: efficient-vlm train"
-        )
-    try:
-        config = ml_collections.ConfigDict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a readable config ({error})", fix="restore it") from None
+    config = read_run_config(workdir)
     evaluation = construct(EvalConfig, configs.section(config, "eval"), "eval")
     if methods is not None:
         evaluation = dataclasses.replace(evaluation, methods=methods)
@@ -171,6 +161,21 @@ def evaluate_run(
     pipeline = make_train(DataConfig.from_mapping(configs.section(config, "data")), workdir=workdir)
     trained = loop.restore(config, workdir, pipeline)
     return _evaluate(trained, config, evaluation, None, say, lambda: None, control)
+
+
+def read_run_config(workdir: Path) -> Any:
+    """The config that a run was made with, a ConfigDict."""
+    import ml_collections
+
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"--workdir={workdir}: no run there", fix="train first: efficient-vlm train"
+        )
+    try:
+        return ml_collections.ConfigDict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a readable config ({error})", fix="restore it") from None
 
 
 def eval(args: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -18,6 +18,8 @@ _MERGED = np.array(
     [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0),
      (204, 121, 167)], np.float64
 )  # fmt: skip
+# Beyond seven merged tokens the same colours, darker, then lighter.
+_MERGED = np.concatenate([_MERGED, 0.55 * _MERGED, 0.5 * _MERGED + 127.5])
 # Idle, even, busy: colour-blind-safe, neutral in the middle.
 _DIVERGING = np.array([(0, 114, 178), (236, 236, 232), (213, 94, 0)], np.float64)
 # Anchors of a perceptually even scale from dark blue to yellow (cividis), read at k/8.
@@ -79,8 +81,8 @@ def token_map(
 ) -> np.ndarray:
     """The image with kept patches clear, merged ones tinted and outlined, dropped ones veiled.
 
-    Patches of one token share one outline and one of seven colours; a token holding a single
-    patch keeps its own pixels under a white outline. An untouched image has no outlines.
+    Patches of one token share one outline and one of 21 colours, wherever they lie; a token holding
+    a single patch keeps its own pixels under a white outline. An untouched image has no outlines.
 
     Args:
       image: uint8 [H, W, 3].
@@ -105,9 +107,8 @@ def token_map(
         return pixels.astype(np.uint8)
 
     # Ordered by first appearance so that neighbouring tokens get different colours.
-    _, first, rank = np.unique(source, return_index=True, return_inverse=True)
-    rank = np.argsort(np.argsort(first))[rank.reshape(-1)]
-    colour = _MERGED[_per_pixel(rank % len(_MERGED), grid, shape)]
+    rank, place = _by_appearance(source), _by_appearance(np.where(merged, source, -1))
+    colour = _MERGED[_per_pixel(place % len(_MERGED), grid, shape)]
     is_kept = _per_pixel(kept, grid, shape)[..., None]
     is_merged = _per_pixel(merged, grid, shape)[..., None]
     grey = pixels.mean(-1, keepdims=True)
@@ -120,6 +121,31 @@ def token_map(
     return np.clip(out, 0, 255).astype(np.uint8)
 
 
+def _by_appearance(source: np.ndarray) -> np.ndarray:
+    """int [N]: tokens numbered by their first patch, -1 for none."""
+    _, first, inverse = np.unique(source, return_index=True, return_inverse=True)
+    rank = np.argsort(np.argsort(first))[inverse.reshape(-1)]
+    if not (source < 0).any():
+        return rank
+    none = rank[source < 0][0]
+    return np.where(source < 0, -1, rank - (rank > none))
+
+
+def score_range(scores: np.ndarray) -> tuple[float, float]:
+    """The scores of the darkest and of the brightest colour.
+
+    The brightest is the highest score or, where few scores are far above the others (attention has
+    sinks), the 98th percentile: all above it look the same, so that the rest can be told apart.
+    """
+    finite = np.asarray(scores, np.float64)
+    finite = finite[np.isfinite(finite)]
+    if not finite.size:
+        return 0.0, 0.0
+    low, most, high = finite.min(), np.percentile(finite, 98), finite.max()
+    outlying = most > low and high - low > 1.5 * (most - low)
+    return float(low), float(most if outlying else high)
+
+
 def score_map(
     image: np.ndarray,
     scores: np.ndarray,
@@ -127,7 +153,7 @@ def score_map(
     grid: tuple[int, int] | None = None,
     min_side: int = MIN_SIDE,
 ) -> np.ndarray:
-    """The image under a heat map of patch scores, from dark blue (lowest) to yellow (highest).
+    """The image under a heat map of patch scores, from dark blue to yellow (`score_range`).
 
     Args:
       image: uint8 [H, W, 3].
@@ -144,10 +170,9 @@ def score_map(
     scores = np.asarray(scores, np.float64).reshape(-1)
     grid = _grid_of(scores.size, grid)
     pixels = enlarged(image, min_side)
-    finite = np.isfinite(scores)
-    low, high = (scores[finite].min(), scores[finite].max()) if finite.any() else (0.0, 0.0)
+    finite, (low, high) = np.isfinite(scores), score_range(scores)
     unit = np.where(finite, scores - low, 0.0) / (high - low if high > low else 1.0)
-    heat = heat_colours(unit).astype(np.float64)
+    heat = heat_colours(np.minimum(unit, 1.0)).astype(np.float64)
     index = _per_pixel(np.arange(scores.size), grid, pixels.shape[:2])
     grey = pixels.mean(-1, keepdims=True)
     out = np.where(finite[index][..., None], 0.7 * heat[index] + 0.3 * grey, pixels)

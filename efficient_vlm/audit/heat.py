@@ -83,10 +83,10 @@ def layers_survived(layers: Sequence[int], sources: Sequence[np.ndarray]) -> np.
 
 
 def token_sizes(source: np.ndarray) -> np.ndarray | None:
-    """float [N], patches in the token of each patch, NaN if dropped; None if nothing is merged."""
+    """float [N], patches in the token of each patch, NaN if dropped; None if all are alike."""
     source = np.asarray(source).reshape(-1)
     sizes = np.bincount(source[source >= 0], minlength=1)
-    if sizes.max() < 2:
+    if np.unique(sizes[sizes > 0]).size < 2:
         return None
     return np.where(source >= 0, sizes[np.maximum(source, 0)], np.nan)
 
@@ -130,7 +130,7 @@ def heat(
 
 
 def merged(source: np.ndarray) -> Heat | None:
-    """The heat map of a method that merges; None if it did not."""
+    """The heat map of a method that merges; None if its tokens are all of one size."""
     sizes = token_sizes(source)
     return None if sizes is None else Heat(sizes, "patches in its token")
 

@@ -121,7 +121,7 @@ def labels_of(variants: Sequence[VisionLanguageModel]) -> list[Setting]:
         for other in map(_options, others):
             if other == own:
                 raise UserError(
-                    f"eval.methods: {setting[0]} at {setting[1]} is there twice, with equal options",
+                    f"eval.methods: {setting[0]} at {setting[1]} twice, with equal options",
                     fix="leave one of the two out, or give them different options",
                 )
         different = sorted(k for k in own if any(_options(o).get(k, own) != own[k] for o in others))

@@ -15,12 +15,11 @@ _TITLE, _HEAD, _TEXT = 20, 16, 13  # Font sizes.
 
 @dataclasses.dataclass(frozen=True)
 class HeatPanel:
-    """A heat map uint8 [h, w, 3], what it shows, and the values of the ends of its colours."""
+    """A heat map uint8 [h, w, 3], what it shows, and what the ends of its colours stand for."""
 
     pixels: np.ndarray
     meaning: str
-    low: float
-    high: float
+    scale: tuple[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +29,14 @@ class Panel:
     Attributes:
       pixels: uint8 [H, W, 3].
       title, lines: caption.
-      scale: values of the ends of its colours, if it is a heat map.
+      scale: what the ends of its colours stand for, if it is a heat map.
       heat: a smaller heat map to the right of it.
     """
 
     pixels: np.ndarray
     title: str
     lines: Sequence[str] = ()
-    scale: tuple[float, float] | None = None
+    scale: tuple[str, str] | None = None
     heat: HeatPanel | None = None
 
 
@@ -95,27 +94,23 @@ def _draw_heat(sheet, draw, heat: HeatPanel, x: int, y: int, room: int) -> None:
     """A heat map with its scale and meaning under it, as far as there is room."""
     height, width = heat.pixels.shape[:2]
     sheet.paste(Image.fromarray(heat.pixels), (x, y))
-    _draw_scale(sheet, draw, (heat.low, heat.high), x, y + height + 6, width)
+    _draw_scale(sheet, draw, heat.scale, x, y + height + 6, width)
     first = y + height + _BAR + 26
     for i, line in enumerate(_wrap(heat.meaning, width, _TEXT - 1)):
         if first + (i + 1) * (_TEXT + 3) <= y + room:
             draw.text((x, first + i * (_TEXT + 3)), line, _PALE, _font(_TEXT - 1))
 
 
-def _draw_scale(sheet, draw, ends: tuple[float, float], x: int, y: int, width: int) -> None:
+def _draw_scale(sheet, draw, ends: tuple[str, str], x: int, y: int, width: int) -> None:
     colours = np.broadcast_to(heat_colours(np.linspace(0, 1, width)), (_BAR, width, 3))
     sheet.paste(Image.fromarray(np.ascontiguousarray(colours)), (x, y))
-    font, (low, high) = _font(_TEXT - 1), map(_number, ends)
+    font, (low, high) = _font(_TEXT - 1), ends
     draw.text((x, y + _BAR + 2), low, _PALE, font)
     draw.text((x + width - font.getlength(high), y + _BAR + 2), high, _PALE, font)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
-
-
-def _number(value: float) -> str:
-    return f"{value:.0f}" if value == round(value) and abs(value) < 1e6 else f"{value:.2g}"
 
 
 def _fit(text: str, width: int, size: int) -> str:

@@ -173,7 +173,7 @@ class ViT(nn.Module):
         tokens = VisualTokens.from_grid(x, grid) if stages else None
         extra = 0
         if self.class_token:
-            init = logical(nn.initializers.normal(self.position_scale), None, "embed")
+            init = logical(nn.initializers.normal(self.position_scale), "rows", "embed")
             cls = self.param("class_token", init, (1, self.width)).astype(self.dtype)
             x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), *cls.shape)), x], axis=1)
             extra = 1

@@ -17,7 +17,7 @@ OPTIMIZERS = ("adamw", "muon")
 # Axes along which a parameter is a stack of independent matrices.
 _STACKED = ("layers", "experts")
 # Tables are looked up row by row: they have no input and output side to orthogonalise.
-_TABLES = ("vocab", "rows", "columns", "queries")
+_TABLES = ("vocab", "rows", "columns", "queries", "position")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +155,8 @@ def _matrix(names: tuple[str | None, ...]) -> Any:
     inner = [i for i, name in enumerate(names) if name not in _STACKED]
     if len(inner) < 2 or any(name in _TABLES for name in names):
         return None
-    contracted = 2 if names[inner[0]] in ("heads", "kv_heads") else 1
+    # (heads, head_dim, out) has two input axes; a plain matrix may call its one input "heads".
+    contracted = 2 if len(inner) > 2 and names[inner[0]] in ("heads", "kv_heads") else 1
     return optax.contrib.MuonDimensionNumbers(tuple(inner[:contracted]), tuple(inner[contracted:]))
 
 

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import training_free_table as table
+
 from efficient_vlm.compressors.in_decoder import sparsevlm_plan
 from efficient_vlm.compressors.methods import METHODS
 from efficient_vlm.errors import UserError, unknown
@@ -39,9 +41,6 @@ BETWEEN = {
 }
 DECODER = ("fastv", "pyramiddrop", "sparsevlm", "dart", "fitprune", "v2drop", "vtw", "feather")
 BASELINES = ("random", "stride", "pool")
-# Options that say what the table says for all: no CLS token, one cut, T tokens.
-COMMON = ("budget", "keep", "counts", "layer", "layers", "middle_layer", "attention")
-COMMON += ("position_policy",)
 SELECTABLE = ("none", *BASELINES, "downsample", "text_topk", *BETWEEN, "tome", *DECODER)
 
 
@@ -201,7 +200,7 @@ def run(
             }
         )
         shown = "  ".join(f"{task} {score['accuracy']:.3f}" for task, score in scores.items())
-        say(f"{number}/{len(jobs)}  {title(found[-1]):<42}{shown}")
+        say(f"{number}/{len(jobs)}  {table.title(found[-1]):<42}{shown}")
     found.sort(key=lambda row: -row["mean_processed"])  # Stable: methods keep their order.
     return {
         "rows": found,
@@ -252,78 +251,6 @@ def _trained_as(workdir: Path) -> str | None:
     return json.loads(path.read_text())["train"].get("params_sha256") if path.is_file() else None
 
 
-def title(row: Mapping[str, Any]) -> str:
-    """The method, and the options that tell its rows apart."""
-    shown = [f"{k}={v}" for k, v in row["options"].items() if k not in COMMON]
-    return row["method"] + (f" ({', '.join(shown)})" if shown else "")
-
-
-def markdown(results: Mapping[str, Any]) -> str:
-    """The table of docs/training_free.md, one block for each number of processed tokens."""
-    tasks = results["tasks"]
-    draws = max(row["seeds"] for row in results["rows"])
-    full = [row for row in results["rows"] if row["role"] == "uncompressed"]
-    lines = [
-        "# Training-free methods on the quickstart model",
-        "",
-        "Written by `python experiments/training_free/run.py --workdir=runs/quickstart`; protocol "
-        "and reading: [experiments/training_free](../experiments/training_free/README.md).",
-        "",
-        f"Exact match in % on {results['images']} unseen test images, 95 % intervals clustered by "
-        f"image; `random` pools {draws} draws. Nothing was trained "
-        "for any method; `text_topk`, the selector that the model was trained with, is there for "
-        "reference. A block holds methods that *process* the same number of visual tokens, mean "
-        "over decoder layers: a method inside this two-layer decoder can only cut behind layer 1, "
-        "so with T tokens left it processes (64 + T) / 2, and is compared with baselines that have "
-        "as many in front of the decoder. The encoder has no CLS token: methods guided by encoder "
-        "attention take the mean over queries (`attention=column_mean`). `positions` is the "
-        "method's default. ▲ and ▼: the interval lies wholly above or below that of `random` "
-        "(retain) in the same block.",
-    ]
-    for tokens in dict.fromkeys(row["mean_processed"] for row in results["rows"]):
-        block = [row for row in results["rows"] if row["mean_processed"] == tokens]
-        random = [r for r in block if r["method"] == "random" and r["position_policy"] == "retain"]
-        lines += ["", f"## {tokens:g} visual tokens processed", ""]
-        lines.append("| method | tokens | positions | " + " | ".join(tasks) + " | MFLOPs |")
-        lines.append("|---|---|---|" + "---|" * (len(tasks) + 1))
-        for row in block:
-            path = f"{row['entering']}"
-            if row["where"] == "decoder":
-                path += f" → {row['leaving']}"
-            cells = [_score(row, task, random) for task in tasks]
-            cost = f"{_flops(row) / 1e6:.1f}"
-            if full:
-                cost += f" ({100 * _flops(row) / _flops(full[0]):.0f} %)"
-            cells = [_name(row), path, row["position_policy"], *cells, cost]
-            lines.append("| " + " | ".join(cells) + " |")
-    if results["left_out"]:
-        lines += ["", "Left out:", ""]
-        lines += [f"- `{name}`: {why}." for name, why in results["left_out"].items()]
-    return "\n".join(lines) + "\n"
-
-
-def _name(row: Mapping[str, Any]) -> str:
-    method, _, options = title(row).partition(" ")
-    mark = {"baseline": " *baseline*", "trained": " *trained*"}.get(row["role"], "")
-    return f"`{method}`" + (f" {options}" if options else "") + mark
-
-
-def _flops(row: Mapping[str, Any]) -> int:
-    return sum(row["flops"].values())
-
-
-def _score(row: Mapping[str, Any], task: str, random: Sequence[Mapping[str, Any]]) -> str:
-    if task not in row["accuracy"]:
-        return "–"
-    score = row["accuracy"][task]
-    low, high = score["ci95"]
-    mark = ""
-    if random and row is not random[0]:
-        base_low, base_high = random[0]["accuracy"][task]["ci95"]
-        mark = " ▲" if low > base_high else " ▼" if high < base_low else ""
-    return f"{100 * score['accuracy']:.1f} ({100 * low:.0f}–{100 * high:.0f}){mark}"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -345,14 +272,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results["command"] = shlex.join(["python", "experiments/training_free/run.py", *typed])
     # A part of it replaces the whole only where it is told to.
     whole = not names and args.images is None
-    out, table = args.out or (RESULTS if whole else None), args.table or (TABLE if whole else None)
+    out = args.out or (RESULTS if whole else None)
+    page = args.table or (TABLE if whole else None)
     if out:
         out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    if table:
-        table.write_text(markdown(results), encoding="utf-8")
+    if page:
+        page.write_text(table.markdown(results), encoding="utf-8")
     else:
-        print(markdown(results))
-    print(f"{results['seconds']} s. Results: {out}  Table: {table}")
+        print(table.markdown(results))
+    print(f"{results['seconds']} s. Results: {out}  Table: {page}")
     return 0
 
 

@@ -295,3 +295,14 @@ def test_the_parameters_of_the_model_go_where_they_belong(make_model, make_batch
 def _names(tree):
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves}
+
+
+def test_a_matrix_from_heads_has_one_input_axis():
+    """The output product of the resampler is [heads, embed]: a matrix like any other."""
+    shape = {"out": nn.Partitioned(jnp.zeros((6, 4)), ("heads", "embed"))}
+    tx = make_optimizer(config(name="muon", learning_rate=1.0), 10, shape)
+    params = nn.unbox(shape)
+    grads = {"out": jax.random.normal(jax.random.key(0), (6, 4))}
+    update = tx.update(grads, tx.init(params), params)[0]["out"]
+    values = np.linalg.svd(np.asarray(update), compute_uv=False)
+    assert values.min() > 0.5 * values.max() > 0

@@ -1,0 +1,147 @@
+"""The benchmark of compressors runs on tiny shapes and writes what the docs are made from."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from efficient_vlm.audit.flops import model_cost
+from efficient_vlm.models.vlm import VisionLanguageModel
+
+ROOT = Path(__file__).resolve().parent.parent
+METHODS = ("average_pool", "fastervlm", "fastv")
+STAGES = {"encode", "compress", "prefill", "decode"}
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """(parsed JSON, Markdown, what was printed) of a run on tiny shapes."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    out, table = folder / "results" / "out.json", folder / "table.md"
+    done = subprocess.run(
+        [
+            sys.executable,
+            *("benchmarks/compressors.py", "--quick", "--batch=2", "--rounds=2"),
+            *(f"--methods={','.join(METHODS)}", f"--out={out}", f"--table={table}"),
+        ],
+        cwd=ROOT,
+        # Programs that need not be fast compile in half the time.
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": str(ROOT),
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text()), table.read_text(), done.stdout
+
+
+def tiny_cost(compressor, new_tokens):
+    """Cost by our own count of the geometry of --quick, written out here again."""
+    model = VisionLanguageModel(
+        vocab_size=32,
+        encoder=dict(
+            image_size=32,
+            patch_size=4,
+            width=64,
+            depth=3,
+            num_heads=4,
+            mlp_dim=128,
+            position="learned",
+            class_token=True,
+        ),
+        compressor=compressor,
+        connector=dict(hidden_dim=64),
+        decoder=dict(width=64, num_heads=4, segments=[dict(layers=4)], mlp_dim=96),
+    )
+    return model_cost(model, text_tokens=8, new_tokens=new_tokens)
+
+
+def layer(tokens):
+    """FLOPs of a decoder layer: q, k, v, o, two attention products, three of SwiGLU."""
+    return 2 * tokens * (4 * 64 * 64 + 2 * tokens * 64 + 3 * 64 * 96)
+
+
+HEAD = 2 * 64 * 32
+
+
+def test_a_row_for_each_method_with_all_stages(result):
+    data, _, _ = result
+    assert [row["method"] for row in data["rows"]] == ["none", *METHODS]
+    for row in data["rows"]:
+        assert row["batch"] == 2
+        assert set(row["ms"]) == set(row["speedup"]) == set(row["compile_s"]) == STAGES
+        assert all(value > 0 for value in row["ms"].values())
+        predicted = row["speedup_prefill_predicted"]
+        ratio = row["speedup_prefill_measured"] / predicted
+        assert row["efficiency"] == pytest.approx(ratio)
+        assert row["prefill_temporary_bytes"] > 0
+    assert data["rounds"] == {"2": 2}
+    assert "block_until_ready" in data["protocol"]
+    assert data["environment"]["processor"]
+
+
+def test_predicted_speedups_are_ratios_of_flops(result):
+    rows = {row["method"]: row for row in result[0]["rows"]}
+    full = 4 * layer(64 + 8) + HEAD
+    assert rows["none"]["speedup_prefill_predicted"] == 1
+    for name in ("average_pool", "fastervlm"):
+        short = 4 * layer(16 + 8) + HEAD
+        assert rows[name]["speedup_prefill_predicted"] == pytest.approx(full / short)
+    # FastV: two layers on all tokens, one row of attention at the cut, two layers on what is left.
+    row = 2 * (64 + 8) * 64
+    short = 2 * layer(64 + 8) + row + 2 * layer(16 + 8) + HEAD
+    assert rows["fastv"]["speedup_prefill_predicted"] == pytest.approx(full / short)
+    options = {"fastervlm": dict(budget=16), "fastv": dict(layer=2, keep=16)}
+    none = tiny_cost(dict(name="none", budget=64), 8)
+    for name, given in options.items():
+        cost = tiny_cost(dict(name=name, **given), 8)
+        assert rows[name]["options"] == given
+        total = none.total / cost.total
+        assert rows[name]["speedup_first_token_predicted"] == pytest.approx(total)
+
+
+def test_tokens_and_cache_bytes(result):
+    rows = {row["method"]: row for row in result[0]["rows"]}
+    processed = {"none": 64, "average_pool": 16, "fastervlm": 16, "fastv": (64 + 16) / 2}
+    for name, count in processed.items():
+        tokens = rows[name]["visual_tokens"]
+        assert tokens["mean_processed"] == count
+        assert tokens["entering"] == (64 if name == "fastv" else count)
+        assert rows[name]["kv_bytes"] == rows[name]["kv_bytes_predicted"]
+        assert rows[name]["kv_bytes"] == 2 * 4 * (count + 8 + 8) * 2 * 64 * 4
+
+
+def test_scoring_is_measured_where_a_method_scores(result):
+    rows = {row["method"]: row for row in result[0]["rows"]}
+    assert rows["none"]["scoring_share_of_prefill"] is None
+    assert rows["average_pool"]["signal_ms"] == rows["fastv"]["signal_ms"] == 0
+    assert rows["fastervlm"]["signal_ms"] > 0
+    prefill = rows["none"]["ms"]["prefill"]
+    for name in METHODS:
+        row = rows[name]
+        share = (row["signal_ms"] + row["module_ms"]) / prefill
+        assert row["scoring_share_of_prefill"] == pytest.approx(share) and share > 0
+
+
+def test_targets_and_table(result):
+    data, table, printed = result
+    found = {(t["target"], t["method"]): t for t in data["targets"]}
+    assert len(found) == 4  # Two methods in front of the decoder, two one-row scorers.
+    for target in found.values():
+        above = target["value"] >= target["limit"]
+        wanted = above if "speed-up" in target["target"] else not above
+        assert target["verdict"] == ("PASS" if wanted else "MISS")
+    assert table.strip() in printed
+    assert "benchmarks/compressors.py --quick --batch=2" in table
+    for row in data["rows"]:
+        assert f"| {row['method']}(" in table
+        named = f"{row['method']} (batch 2)" in table.rpartition("Slower than")[2]
+        assert named == row["slower_than_none"]

@@ -11,6 +11,7 @@ from scipy import stats
 
 from efficient_vlm import commands
 from efficient_vlm.audit import evaluate as evaluation
+from efficient_vlm.audit import settings
 from efficient_vlm.errors import UserError
 from efficient_vlm.inference.generate import Generated
 
@@ -115,7 +116,9 @@ def test_answers_are_compared_with_their_own_questions(finished_run, monkeypatch
             assert lengths[b, q] == start and not prompts[b, q, start:].any()
         source = np.zeros((lengths.size, 16), np.int32)
         visual = ConfigDict(dict(source=source))
-        return Generated(tokens, visual, 0, dict(encode=0, compress=0, prefill=0, decode=[0]))
+        return Generated(
+            tokens, visual, (source,), 0, dict(encode=0, compress=0, prefill=0, decode=[0])
+        )
 
     from efficient_vlm.data.config import DataConfig
     from efficient_vlm.data.evalset import make_eval
@@ -123,10 +126,10 @@ def test_answers_are_compared_with_their_own_questions(finished_run, monkeypatch
 
     data = make_eval(DataConfig.from_mapping({**config.data.to_dict(), "batch_size": 16}), limit=24)
     model = loop.make_model(config, data.tokenizer.vocab_size)
-    params = evaluation.init_shapes(model)
+    params = settings.init_shapes(model)
     monkeypatch.setattr(evaluation, "generate", oracle)
-    settings = evaluation.EvalConfig(batch_size=16, new_tokens=2)
-    results = evaluation.evaluate(model, params, data, settings, say=lambda line: None)
+    fields = settings.EvalConfig(batch_size=16, new_tokens=2)
+    results = evaluation.evaluate(model, params, data, fields, say=lambda line: None)
     expected, total = collections.Counter(), collections.Counter()
     for row, answers in enumerate(data.answers):
         for slot in range(len(answers)):
@@ -199,32 +202,120 @@ def test_methods_that_cannot_be_evaluated(finished_run, methods, words):
 def test_parameters_of_another_shape_are_named(make_model):
     """Trained with 8 queries, asked with 4."""
     trained = make_model("resampler", 4, options=dict(num_queries=8))
-    given = evaluation.parameter_shapes(evaluation.init_shapes(trained))
+    given = settings.parameter_shapes(settings.init_shapes(trained))
     assert given["reduce/queries"] == (8, 24)
-    evaluation.check_trained([trained, trained.with_compressor("resampler", 2)], given)
+    settings.check_trained([trained, trained.with_compressor("resampler", 2)], given)
     other = trained.with_compressor("resampler", 4, num_queries=4)
     with pytest.raises(UserError, match=r"reduce/queries has shape \(4, 24\).*\(8, 24\)"):
-        evaluation.check_trained([other], given)
+        settings.check_trained([other], given)
 
 
 def test_the_default_is_the_models_own_compressor(make_model):
     model = make_model("stride", 4)
-    (only,) = evaluation.settings_of(evaluation.EvalConfig(), model)
+    (only,) = settings.settings_of(settings.EvalConfig(), model)
     assert dict(only.compressor) == dict(model.compressor)
-    config = evaluation.EvalConfig(
+    config = settings.EvalConfig(
         methods=[dict(name="none", budgets=[16]), dict(name="stride", budgets=[4, 1])]
     )
     found = [
-        (v.compressor["name"], v.compressor["budget"])
-        for v in evaluation.settings_of(config, model)
+        (v.compressor["name"], v.compressor["budget"]) for v in settings.settings_of(config, model)
     ]
     assert found == [("none", 16), ("stride", 4), ("stride", 1)]
+
+
+def test_a_method_without_a_budget_is_called_by_what_its_layers_process(make_model):
+    """16 patches in 4 layers; counted by hand."""
+    deep = dict(segments=[dict(layers=4)])
+
+    def label(name, budget=None, **options):
+        return settings.setting_of(
+            make_model("none", 16, decoder=deep).with_compressor(name, budget, **options)
+        )
+
+    assert label("none") == ("none", 16)
+    assert label("stride", 5) == ("stride", 5)
+    assert label("fastv", layer=1, keep=4) == ("fastv", 7)  # 16, 4, 4, 4
+    assert label("fastv", layer=3, keep=0.25) == ("fastv", 13)  # 16, 16, 16, 4
+    assert label("pyramiddrop") == ("pyramiddrop", 8)  # 16, 8, 4, 2: 7.5, to even
+    assert label("vtw", layer=2) == ("vtw", 8)  # 16, 16, 0, 0
+    assert label("tome", r=4) == ("tome", 8)  # Two encoder layers: 12, then 8 in all of them.
+    assert label("sparsevlm", 7) == ("sparsevlm", 7)  # A given budget is the name.
+    two = settings.setting_of(
+        make_model("none", 16, decoder=deep).with_compressor("fastv", layer=1, keep=0.25), 32
+    )
+    assert two == ("fastv", 14)  # Two images: 32, 8, 8, 8.
+    with pytest.raises(UserError, match="layer"):
+        label("fastv", layer=4, keep=4)
+
+
+def test_settings_of_one_label_are_told_apart_or_refused(make_model):
+    model = make_model("none", 16)
+
+    def labels(*methods):
+        return settings.labels_of(settings.settings_of(settings.EvalConfig(methods=methods), model))
+
+    plain = dict(name="visionzip", budgets=[4, 2], attention="column_mean")
+    assert labels(plain) == [("visionzip", 4), ("visionzip", 2)]
+    assert labels(plain, {**plain, "contextual": 0}) == [
+        *(("visionzip", 4), ("visionzip", 2)),
+        *(("visionzip contextual=0", 4), ("visionzip contextual=0", 2)),
+    ]
+    three = labels(*({**plain, "budgets": [4], "contextual": c} for c in (0, 1, 2)))
+    assert three == [(f"visionzip contextual={c}", 4) for c in (0, 1, 2)]
+    drops = labels(*(dict(name="pyramiddrop", layers=[1], keep=[k]) for k in (4, 0.25)))
+    assert drops == [("pyramiddrop keep=4", 10), ("pyramiddrop keep=0.25", 10)]
+    with pytest.raises(UserError, match="stride at 4 twice"):
+        labels(dict(name="stride", budgets=[4]), dict(name="stride", budgets=[1, 4]))
+
+
+def test_settings_with_one_budget_keep_their_own_files(finished_run, tmp_path):
+    """Both rows and both prediction files are there, and the maps say what they show."""
+    import shutil
+
+    workdir = tmp_path / "run"
+    shutil.copytree(finished_run[0], workdir)
+    config = json.loads((workdir / "config.json").read_text())
+    config["eval"]["methods"] = [
+        dict(name="fastervlm", budgets=[4], attention=kind)
+        for kind in ("column_mean", "mean_query")
+    ] + [dict(name="visionzip", budgets=[4], attention="column_mean")]
+    config["eval"].update(images=16)
+    trained, data = _trained_and_data(ConfigDict(config), workdir)
+    fields = settings.EvalConfig(**config["eval"])
+    quiet = dict(say=lambda line: None)
+    found = evaluation.evaluate(*trained, data, fields, workdir=workdir, **quiet)
+    names = ["fastervlm attention=column_mean", "fastervlm attention=mean_query", "visionzip"]
+    assert [row["compressor"] for row in found["cost"]] == names
+    for name in names:
+        rows = read_jsonl(workdir / "predictions" / f"{name.replace(' ', '_')}-4.jsonl")
+        assert {(row["compressor"], row["budget"]) for row in rows} == {(name, 4)}
+    for question in json.loads((workdir / "maps" / "maps.json").read_text()):
+        assert [cell["compressor"] for cell in question["maps"]] == names
+        assert [cell["meaning"] for cell in question["maps"]] == [
+            "attention from all patches, layer -1",
+            "attention from the mean query, layer -1",
+            "attention from all patches, layer -1",
+        ]
+        assert all((workdir / "maps" / cell["scores"]).is_file() for cell in question["maps"])
+
+
+def _trained_and_data(config, workdir):
+    from efficient_vlm.data.config import DataConfig
+    from efficient_vlm.data.evalset import make_eval
+    from efficient_vlm.data.pipeline import make_train
+    from efficient_vlm.train import loop
+
+    fields = config.data.to_dict()
+    pipeline = make_train(DataConfig.from_mapping(fields), workdir=workdir)
+    trained = loop.restore(config, workdir, pipeline)
+    data = make_eval(DataConfig.from_mapping({**fields, "batch_size": 16}), limit=16)
+    return (trained.model, trained.params), data
 
 
 @pytest.mark.parametrize("field", ["batch_size", "new_tokens", "seeds", "images", "map_questions"])
 def test_wrong_sizes_are_named(field):
     with pytest.raises(UserError, match=f"eval.{field}"):
-        evaluation.EvalConfig(**{field: -1})
+        settings.EvalConfig(**{field: -1})
 
 
 def test_a_stop_between_batches_ends_the_evaluation(finished_run):
@@ -245,10 +336,10 @@ def test_a_stop_between_batches_ends_the_evaluation(finished_run):
     fields = {**config.data.to_dict(), "batch_size": 16}
     data = make_eval(DataConfig.from_mapping(fields), limit=48)
     model = loop.make_model(config, data.tokenizer.vocab_size)
-    params = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), evaluation.init_shapes(model))
+    params = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), settings.init_shapes(model))
     with pytest.raises(Stopped):
         evaluation.evaluate(
-            *(model, params, data, evaluation.EvalConfig(batch_size=16, new_tokens=2)),
+            *(model, params, data, settings.EvalConfig(batch_size=16, new_tokens=2)),
             say=lambda line: None,
             check_stop=check_stop,
         )

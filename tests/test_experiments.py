@@ -142,15 +142,14 @@ def test_the_table_holds_the_numbers(script, results):
     assert "(100 %)" in lines[0] and "(100 %)" not in lines[1]
 
 
-def test_marks_need_intervals_apart(script, results):
+def test_marks_need_intervals_apart(script):
     def score(low, high):
         return {"accuracy": {"t": {"accuracy": (low + high) / 2, "ci95": [low, high]}}}
 
-    random = [score(0.4, 0.6)]
-    marks = [
-        script._score(score(*of), "t", random)[-1] for of in ((0.7, 0.8), (0.5, 0.9), (0, 0.3))
-    ]
-    assert marks == ["▲", ")", "▼"]
+    cell, random = script.table.score_cell, [score(0.4, 0.6)]
+    limits = [(0.7, 0.8), (0.5, 0.9), (0.0, 0.3)]
+    assert [cell(score(*of), "t", random)[-1] for of in limits] == ["▲", ")", "▼"]
+    assert cell(score(0.7, 0.8), "u", random) == "–"
 
 
 # ---- the command ---------------------------------------------------------------------------------

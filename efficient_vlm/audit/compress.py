@@ -6,6 +6,7 @@ and statistics of the pixels stand in for the encoder (`audit.pixel_signals`); t
 
 import argparse
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ _LEGEND = (
     "White outline: a patch kept as a token of its own. Tint and outline: patches merged into one "
     "token. Grey: dropped."
 )
+_INSIDE = " Inside the decoder: as in the last layers that hold any visual token."
 
 
 def read_methods(names: Sequence[str], options: Sequence[str]) -> list[dict[str, Any]]:
@@ -73,11 +75,12 @@ def main(args: argparse.Namespace) -> int:
         except UserError as error:
             if not every:
                 raise
-            reason = str(error).splitlines()[0].removeprefix(f"--compressor={fields['name']}: ")
-            left_out.append({"compressor": fields["name"], "reason": reason})
+            left_out.append({"compressor": fields["name"], "reason": _reason(error)})
             continue
         marked.append(found)
         say(f"{found.name} at {found.budget}: {'; '.join(caption(found))}")
+        if found.answer:
+            say(f"{subject.question}: {found.answer}")
     if not marked:
         raise UserError("--compressor=all: none can run", fix=left_out[0]["reason"])
     draw = _draw_many if many else _draw_one
@@ -91,7 +94,7 @@ def main(args: argparse.Namespace) -> int:
         return 0
     for reason in dict.fromkeys(each["reason"] for each in left_out):
         same = [each["compressor"] for each in left_out if each["reason"] == reason]
-        say(f"Left out: {', '.join(same)}: {reason}")
+        say(f"Left out: {', '.join(same)} ({reason})")
     say(f"Seen by: {subject.note}")
     say(f"Map: {out}")
     return 0
@@ -118,6 +121,8 @@ def caption(marked: Marked) -> list[str]:
         parts.append(f"{found.merged} merged into {into}")
     if found.dropped:
         parts.append(f"{found.dropped} dropped")
+    if marked.gone is not None:
+        parts.append(f"none left behind layer {marked.gone}")
     knobs = [
         f"{key}={_short(value)}"
         for key, value in sorted(marked.options.items())
@@ -161,6 +166,12 @@ def _budget(given: int | None, grid: Grid) -> int:
     return given
 
 
+def _reason(error: UserError) -> str:
+    """The first line of an error without the name of the method and details in brackets."""
+    line = str(error).splitlines()[0]
+    return re.sub(r"^(--compressor=\w+|compressor '\w+' at \d+): ", "", line).split(" (")[0]
+
+
 def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
@@ -189,11 +200,12 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if value == round(value) and abs(value) < 1e6 else f"{value:.2g}"
 
 
-def _notes(subject, left_out: Sequence[Mapping[str, str]]) -> list[str]:
+def _notes(subject, marked, left_out: Sequence[Mapping[str, str]]) -> list[str]:
     notes = [f"Seen by: {subject.note}. {subject.grid[0]} x {subject.grid[1]} patches."]
     if subject.question:
         notes[0] += f" Question: {subject.question}"
-    notes.append(_LEGEND)
+    inside = any(found.heat and found.heat.meaning == heat.LAYERS for found in marked)
+    notes.append(_LEGEND + (_INSIDE if inside else ""))
     if left_out:
         notes.append(f"Left out: {', '.join(each['compressor'] for each in left_out)}.")
     return notes
@@ -208,7 +220,7 @@ def _draw_one(subject, marked: Sequence[Marked], title: str, left_out) -> np.nda
     if found.heat is not None:
         seen = _heat_panel(subject, image, found.heat)
         panels.append(Panel(seen.pixels, seen.meaning, scale=seen.scale))
-    return draw_sheet(title, _notes(subject, left_out), panels, columns=3)
+    return draw_sheet(title, _notes(subject, marked, left_out), panels, columns=3)
 
 
 def _draw_many(subject, marked: Sequence[Marked], title: str, left_out) -> np.ndarray:
@@ -220,7 +232,7 @@ def _draw_many(subject, marked: Sequence[Marked], title: str, left_out) -> np.nd
         seen = None if found.heat is None else _heat_panel(subject, smaller, found.heat)
         name = f"{found.name} at {found.budget}"
         panels.append(Panel(drawn, name, caption(found), heat=seen))
-    return draw_sheet(title, _notes(subject, left_out), panels, columns=4)
+    return draw_sheet(title, _notes(subject, marked, left_out), panels, columns=4)
 
 
 def _to_json(args, subject, marked: Sequence[Marked], left_out) -> dict[str, Any]:

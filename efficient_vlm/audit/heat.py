@@ -24,6 +24,8 @@ _WHOSE = {
     "column_mean": "attention from all patches",
 }
 
+LAYERS = "decoder layers it lives through"
+
 
 class Heat(NamedTuple):
     """One number per patch, float [N] (NaN: none), and what it is."""
@@ -125,7 +127,7 @@ def heat(
         entering = layout.images * tokens_of_image(model, layout.rows * layout.columns)
         runs = model.make_decoder().runs(entering)
         survived = layers_survived([run.stop - run.start for run in runs], sources)
-        return Heat(survived, "decoder layers it lives through")
+        return Heat(survived, LAYERS)
     return merged(sources[0])
 
 

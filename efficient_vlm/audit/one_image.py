@@ -34,6 +34,7 @@ class Marked:
       source: int [N], the token of each patch, -1 for none.
       heat: one number per patch, or None.
       answer: what the model says; "" where it was not asked.
+      gone: decoder layers behind which no visual token is left, None if some stay to the end.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Marked:
     source: np.ndarray
     heat: Heat | None = None
     answer: str = ""
+    gone: int | None = None
 
 
 class WithoutWeights:
@@ -115,21 +117,21 @@ class WithoutWeights:
         coarse, tokens = module.image_grid(self.grid), self._tokens
         if coarse != self.grid:
             tokens = self._on(coarse, pixel_signals.describe(self.image, coarse))
-        return _apply(module, tokens, self._signals).source
+        return _apply(module, tokens, self._signals, module.label).source
 
     def _steps(self, module: Compressor) -> jax.Array:
         """A method inside the encoder, one step after the other with nothing between them."""
         tokens, number = self._tokens, self._tokens.mask.shape[1]
         for stage in module.stages(_STEPS, number):
             given = self._signals.replace(keys=tokens.embed[:, :, None])
-            tokens = _apply(stage.module, tokens, given)
+            tokens = _apply(stage.module, tokens, given, module.label)
         return tokens.source
 
 
-def _apply(module: Compressor, tokens: VisualTokens, signals: Signals) -> VisualTokens:
+def _apply(module: Compressor, tokens: VisualTokens, signals: Signals, name: str) -> VisualTokens:
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), tokens, signals))
     if shapes.get("params"):
-        raise _needs_run(module.label, "it needs trained parameters")
+        raise _needs_run(name, "it needs trained parameters")
     return jax.jit(lambda *given: module.apply({}, *given))(tokens, signals)
 
 
@@ -188,8 +190,19 @@ class WithRun:
             fields["attention"] = "column_mean"
         if "middle_layer" in has and "middle_layer" not in fields:
             fields["middle_layer"] = 9 / 24  # As published, in a deeper or shallower encoder.
-        inside = kind.where == "decoder"
-        depth = decoder.num_layers if inside else vit.depth
+        depth = decoder.num_layers if kind.where == "decoder" else vit.depth
+        first_cut = {"layer": 1} if "layer" in has else {"layers": (1,)} if "layers" in has else {}
+        try:
+            return self._reach(fields, depth, budget)
+        except UserError as error:
+            if kind.where != "decoder" or not first_cut or set(first_cut) & set(fields):
+                raise
+            try:  # Published cuts may lie behind the last layer of a small model.
+                return self._reach({**fields, **first_cut}, depth, budget)
+            except UserError:
+                raise error from None
+
+    def _reach(self, fields: dict[str, Any], depth: int, budget: int) -> dict[str, Any]:
         knobs = _probe(fields, self.grid).knobs(depth, self.grid[0] * self.grid[1])
 
         def reached(settings):
@@ -225,7 +238,10 @@ class WithRun:
         name, budget = setting_of(variant)
         options = {k: v for k, v in variant.compressor.items() if k != "name"}
         answer = self.tokenizer.decode(out.tokens[0, 0]) if ask else ""
-        return Marked(name, options, budget, heat.where_ended(sources), seen, answer)
+        gone = None
+        if (sources[0] >= 0).any() and not (sources[-1] >= 0).any():
+            gone = int(seen.scores.max())
+        return Marked(name, options, budget, heat.where_ended(sources), seen, answer, gone)
 
     def _variant(self, fields: Mapping[str, Any]):
         options = dict(fields)

@@ -144,8 +144,9 @@ def run(
       environment.
     """
     from efficient_vlm import commands
-    from efficient_vlm.audit.evaluate import check_trained, evaluate, parameter_shapes, settings_of
+    from efficient_vlm.audit.evaluate import evaluate
     from efficient_vlm.audit.flops import model_cost
+    from efficient_vlm.audit.settings import check_trained, parameter_shapes, settings_of
 
     for name in methods or ():
         if name not in SELECTABLE:
@@ -219,7 +220,7 @@ def _restore(workdir: Path, images: int | None):
     import ml_collections
 
     from efficient_vlm import config as configs
-    from efficient_vlm.audit.evaluate import EvalConfig
+    from efficient_vlm.audit.settings import EvalConfig
     from efficient_vlm.data.config import DataConfig
     from efficient_vlm.data.evalset import make_eval
     from efficient_vlm.data.pipeline import make_train

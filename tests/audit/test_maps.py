@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from efficient_vlm.audit import maps
+from efficient_vlm.audit import drawing, maps
 from efficient_vlm.errors import UserError
 
 
@@ -68,6 +68,28 @@ def test_merged_patches_share_one_colour_and_one_outline():
     # No line between patches of one token, a line between tokens.
     assert (drawn[16, 28:36] == drawn[16, 20]).all()
     assert (drawn[16, 60:68] != drawn[16, 20]).any()
+
+
+def test_merged_tokens_have_colours_of_their_own():
+    """20 pairs of patches that lie apart: the two of a pair look alike, others do not."""
+    image = np.full((64, 64, 3), 100, np.uint8)
+    pairs = np.full(64, -1)
+    pairs[:20] = pairs[40:60] = np.arange(20)
+    pairs[63] = 20  # Kept alone; it uses up no colour.
+    drawn = maps.token_map(image, pairs)
+    colours = [tuple(block(drawn, *divmod(patch, 8))[0, 0]) for patch in range(64)]
+    assert colours[:20] == colours[40:60]
+    assert len(set(colours[:20])) == 20
+
+
+def test_few_high_scores_do_not_hide_the_others():
+    scores = np.linspace(0, 1, 1000)
+    assert drawing.score_range(scores) == (0.0, 1.0)
+    sink = np.concatenate([scores, [50.0], [np.nan]])
+    low, high = drawing.score_range(sink)
+    assert (low, round(high, 1)) == (0.0, 1.0)
+    assert drawing.score_range(np.array([0.0, 0, 0, 1])) == (0.0, 1.0)
+    assert drawing.score_range(np.full(4, np.nan)) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _joined(argv: Sequence[str]) -> list[str]:
+    """`--compressor.layer 2` as one word, so that the value is not taken for a file's name."""
+    words: list[str] = []
+    for word in argv:
+        last = words[-1] if words else ""
+        option = last.startswith(("--config.", "--compressor.")) and "=" not in last
+        if option and not word.startswith("--"):
+            words[-1] = f"{last}={word}"
+        else:
+            words.append(word)
+    return words
+
+
 def _split_overrides(rest: Sequence[str]) -> tuple[list[str], list[str]]:
     """("section.field=value" of --config., "option=value" of --compressor.) of what is left."""
     found: dict[str, list[str]] = {"--config.": [], "--compressor.": []}
@@ -138,7 +151,7 @@ def run(argv: Sequence[str]) -> int:
         return 0
     if not argv[0].startswith("-") and argv[0] not in VERBS:
         raise unknown("verb", argv[0], VERBS)
-    args, rest = parser.parse_known_args(argv)
+    args, rest = parser.parse_known_args(_joined(argv))
     overrides, options = _split_overrides(rest)
     if args.verb is None:
         raise UserError("no verb given", allowed=", ".join(VERBS), fix="see efficient-vlm --help")

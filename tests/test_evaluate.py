@@ -344,3 +344,23 @@ def test_a_stop_between_batches_ends_the_evaluation(finished_run):
             check_stop=check_stop,
         )
     assert len(calls) == 2
+
+
+def test_eval_takes_options_and_does_without_a_budget(finished_run, capsys):
+    """`tome` by its rate: 16 patches, 3 fewer behind the one encoder layer."""
+    from efficient_vlm import cli
+
+    run = ["eval", f"--workdir={finished_run[0]}", "--images=4", "--json"]
+    assert cli.run([*run, "--compressor=tome", "--compressor.r=3"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert {(row["compressor"], row["budget"]) for row in results["eval"]} == {("tome", 13)}
+    assert results["cost"][0]["visual_tokens"] == 13
+    for wrong, words in (
+        (["--compressor.r=3"], "goes with --compressor"),
+        (["--compressor=stride"], "--budget: missing"),
+        (["--compressor=stride", "--compressor.r=3"], "compressor.r"),
+        (["--compressor=fastv", "--compressor.layer=1"], "compressor.layer: 1"),
+    ):
+        with pytest.raises(UserError, match=words) as caught:
+            cli.run([*run, *wrong])
+        assert len(str(caught.value).splitlines()) <= 3

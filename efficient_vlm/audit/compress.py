@@ -66,11 +66,13 @@ def main(args: argparse.Namespace) -> int:
     subject = _subject(args, read_image(args.image))
     say = (lambda line: None) if args.json else print
     many = every or len(wanted) > 1
+    if every:
+        budget = _budget(wanted[0].get("budget"), subject.grid)
     marked, left_out = [], []
     for fields in wanted:
         try:
             if every:
-                fields = subject.nearest(fields, _budget(fields.pop("budget", None), subject.grid))
+                fields = subject.nearest(fields, budget)
             found = subject.mark(fields, ask=not many)
         except UserError as error:
             if not every:

@@ -24,6 +24,7 @@ from efficient_vlm.audit.stats import accuracy_interval
 from efficient_vlm.data.evalset import EvalSet
 from efficient_vlm.errors import unknown
 from efficient_vlm.inference.generate import generate
+from efficient_vlm.models.layers import unstack
 from efficient_vlm.models.vlm import VisionLanguageModel
 
 CONTROLS = ("blank", "shuffled")
@@ -72,6 +73,7 @@ def evaluate(
     variants = settings_of(config, model)
     labels = labels_of(variants)
     check_trained(variants, parameter_shapes(params))
+    params = unstack(params)
     for variant, (name, budget) in zip(variants, labels, strict=True):
         predictions, cost = _run_method(
             variant, (name, budget), params, data, references, config, control, cells, check_stop

@@ -146,7 +146,7 @@ def attention_meaning(intermediate: str) -> str:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _row(vit: ViT, asked: str, params, images):
     """float32 [M, N] of the encoder alone: methods that read the same row share this program."""
-    _, found = vit.apply({"params": params}, images, intermediates=(asked,), differentiable=False)
+    _, found = vit.apply({"params": params}, images, intermediates=(asked,))
     return found[asked]
 
 

@@ -186,7 +186,9 @@ def token_maps(run: Run) -> str:
             mark = bool(cell.get("correct"))
             shown.append((cell["file"], name, str(cell.get("prediction") or "(nothing)"), mark))
             if cell["scores"]:
-                shown.append((cell["scores"], f"{name}: scores", "", None))
+                shown.append(
+                    (cell["scores"], f"{name}: {cell.get('meaning') or 'scores'}", "", None)
+                )
         for path, name, prediction, right in shown:
             data = path.read_bytes() if path else b""
             if not data.startswith(b"\x89PNG"):

@@ -95,7 +95,7 @@ def generate(
 
     Args:
       model: the model at one budget.
-      params: its parameters.
+      params: its parameters; faster on a CPU when split by `models.layers.unstack`.
       images: uint8 [B, M, H, W, 3].
       image_mask: bool [B, M].
       prompts: int32 [B, Q, P], padded on the right.

@@ -24,6 +24,7 @@ from efficient_vlm.models.layers import (
     RMSNorm,
     attention_mask,
     attention_rows,
+    layer_of,
     logical,
     run_layers,
     stack_layers,
@@ -250,10 +251,10 @@ class Decoder(nn.Module):
         )
         return dict(attention=attention, mlp_dim=self.mlp_dim, moe=self.moe, dtype=self.dtype)
 
-    def _stacked(self) -> Any:
+    def _layers(self) -> Any:
         return nn.unbox(self.variables["params"]["layers"])
 
-    def _run(self, x, start, stop, inputs, *, cache=None, differentiable=True):
+    def _run(self, x, start, stop, inputs, cache):
         """Layers `start` to `stop`; outputs (cache, stats, looks), without what attention saw."""
         block = DecoderBlock(**self._block_fields(), parent=None)
         *shared, write_index, probe = inputs
@@ -265,20 +266,19 @@ class Decoder(nn.Module):
 
         return run_layers(
             layer,
-            self._stacked(),
+            self._layers(),
             x,
             start,
             stop,
             cache,
             remat=self.remat,
             unroll=self.scan_unroll,
-            differentiable=differentiable,
         )
 
     def _one(self, index, method=None, *inputs):
         """One layer apart, with what its attention saw."""
         block = DecoderBlock(**self._block_fields(), parent=None)
-        params = jax.tree.map(lambda p: p[index], self._stacked())
+        params = layer_of(self._layers(), index)
         return block.apply({"params": params}, *inputs, method=method)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
@@ -319,8 +319,7 @@ class Decoder(nn.Module):
             decoder may use; None for all that is not padding.
           position_policy: of the visual tokens; None for the decoder's own.
           rng: key for random compressors.
-          cache_slots: room for generated tokens; None for no cache. With a cache the pass is not
-            meant to be differentiated.
+          cache_slots: room for generated tokens; None for no cache.
           probe: int [B, R], text places whose attention to the visual tokens is wanted; only for a
             decoder that keeps all of them.
 
@@ -367,10 +366,7 @@ class Decoder(nn.Module):
             done, outputs = stop - looked_at, []
             if done > start:
                 cache = self._empty(x, cache_slots, done - start)
-                differentiable = cache_slots is None
-                x, part = self._run(
-                    x, start, done, inputs, cache=cache, differentiable=differentiable
-                )
+                x, part = self._run(x, start, done, inputs, cache)
                 outputs.append(part)
             if looked_at:
                 before, cache = x, self._empty(x, cache_slots)
@@ -451,7 +447,7 @@ class Decoder(nn.Module):
             seen = jnp.ones_like(tokens, dtype=bool)[:, None]
             inputs = (place, live[:, None, :], part.bias, seen, slot, None)
             state = (part.key, part.value)
-            x, (kv, _, _) = self._run(x, start, stop, inputs, cache=state, differentiable=False)
+            x, (kv, _, _) = self._run(x, start, stop, inputs, state)
             segments.append(part.replace(key=kv[0], value=kv[1], live=live))
             start = stop
         cache = cache.replace(segments=tuple(segments), generated=cache.generated + 1)

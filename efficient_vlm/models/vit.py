@@ -16,6 +16,7 @@ from efficient_vlm.models.layers import (
     Linear,
     RMSNorm,
     attention_received,
+    layer_of,
     logical,
     run_layers,
     stack_layers,
@@ -143,7 +144,6 @@ class ViT(nn.Module):
         *,
         intermediates: Sequence[str] = (),
         stages: Sequence[Stage] = (),
-        differentiable: bool = True,
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Encodes images.
 
@@ -153,7 +153,6 @@ class ViT(nn.Module):
             the last, a fraction is a part of the depth, rounded down.
           stages: where a compressor shortens the sequence inside the encoder, in order; not
             together with intermediates.
-          differentiable: see `layers.run_layers`.
 
         Returns:
           features [B, N, width] after the final norm, and a dict: the intermediates by the name
@@ -218,7 +217,6 @@ class ViT(nn.Module):
                 stop,
                 remat=self.remat,
                 unroll=self.scan_unroll,
-                differentiable=differentiable,
             )[0]
 
         found: dict[str, Any] = {}
@@ -239,8 +237,7 @@ class ViT(nn.Module):
                     def merge(x, inner, index=index):
                         return reduce(index, x, inner["key"][:, extra:])
 
-                params = jax.tree.map(lambda p, layer=layer: p[layer], stacked)
-                x, inner = block.apply({"params": params}, x, bias, merge)
+                x, inner = block.apply({"params": layer_of(stacked, layer)}, x, bias, merge)
                 done = layer + 1
                 for asked, (name, at) in wanted.items():
                     if at == layer:

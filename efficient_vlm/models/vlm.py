@@ -185,15 +185,12 @@ class VisionLanguageModel(nn.Module):
 
     # --- stages ------------------------------------------------------------------------------
 
-    def encode(
-        self, images: jax.Array, image_mask: jax.Array, *, differentiable: bool = False
-    ) -> tuple[VisualTokens, Signals]:
+    def encode(self, images: jax.Array, image_mask: jax.Array) -> tuple[VisualTokens, Signals]:
         """Images to patch tokens (fewer, if a method acts inside the encoder), each on its own.
 
         Args:
           images: uint8 [B, M, H, W, 3].
           image_mask: bool [B, M]; a missing image gives padding tokens.
-          differentiable: whether gradients will be taken (`layers.run_layers`).
 
         Returns:
           Tokens with a leading axis B*M, and the signals that the compressor needs.
@@ -212,7 +209,6 @@ class VisionLanguageModel(nn.Module):
             images,
             intermediates=tuple(asked.values()),
             stages=stages,
-            differentiable=differentiable,
         )
         there = image_mask.reshape(-1, 1)
         if stages:
@@ -343,7 +339,7 @@ class VisionLanguageModel(nn.Module):
         """
         batch, questions, length = tokens.shape
         layout = self.layout(images)
-        patches, signals = self.encode(images, image_mask, differentiable=True)
+        patches, signals = self.encode(images, image_mask)
         instruction = self.instruction(tokens, prompt_lengths)
         if self.selects_by_text:
             patches, signals = repeat_rows((patches, signals), layout.images, questions)

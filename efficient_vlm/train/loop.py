@@ -257,7 +257,7 @@ def train(
             wall, wait = timing
             values |= {
                 "lr": float(rate(step - 1)),
-                "budget": arm.model.compressor["budget"],
+                "budget": arm.budget,
                 "images_per_second": data_config.batch_size / max(wall, 1e-9),
                 "step_seconds": wall,
                 "data_wait_fraction": wait / max(wall, 1e-9),

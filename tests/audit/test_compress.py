@@ -1,6 +1,7 @@
 """`efficient-vlm compress` and the heat maps: what is drawn is what the method did."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,11 +89,6 @@ def test_attention_is_what_the_method_ranked_by(marked):
     sources, found = marked("fastervlm", 5, attention="column_mean", layer=0)
     assert found.meaning == "attention from all patches, layer 0"
     assert set(np.flatnonzero(sources[0] >= 0)) == best(found.scores, 5)
-    # Of the same attention visionzip keeps the best as they are, however it merges the others.
-    sources, other = marked("visionzip", 5, attention="column_mean", layer=0, contextual=2)
-    np.testing.assert_array_equal(other.scores, found.scores)
-    sizes = np.bincount(sources[0])[sources[0]]
-    assert best(found.scores, 3) <= set(np.flatnonzero(sizes == 1)) or (sizes == 1).sum() < 3
 
 
 def test_relevance_is_what_text_topk_ranked_by(marked):
@@ -113,10 +109,8 @@ def test_decoder_layers_survived(marked):
 
 
 def test_methods_without_numbers_have_no_heat(marked):
-    assert marked("none", 16)[1] is None
     assert marked("stride", 4)[1] is None
-    assert marked("average_pool", 4)[1] is None
-    sources, found = marked("tome", r=3)
+    sources, found = marked("tome", r=3, layers=1)
     assert found.meaning == "patches in its token"
     np.testing.assert_array_equal(found.scores, np.bincount(sources[0])[sources[0]])
 
@@ -157,9 +151,9 @@ def test_one_method_without_a_run(call):
 
 
 def test_tome_without_an_encoder(call):
-    found, _ = call("--compressor=tome", "--compressor.r=3", "--grid=6")
+    found, _ = call("--compressor=tome", "--compressor.r=3", "--compressor.layers=0,5", "--grid=4")
     (row,) = found["maps"]
-    assert (row["tokens"], row["budget"], row["dropped"]) == (12, 12, 0)  # 36 - 8 x 3
+    assert (row["tokens"], row["budget"], row["dropped"]) == (10, 10, 0)  # 16 - 2 x 3
     assert row["heat"] == "patches in its token"
 
 
@@ -179,10 +173,8 @@ def test_all_methods_on_one_sheet(call):
 
 def test_words_say_what_became_of_patches(photo, tmp_path, capsys):
     out = tmp_path / "a.png"
-    cli.run(
-        ["compress", photo, "--compressor=stride", "--compressor.budget=3", "--grid=3"]
-        + [f"--out={out}"]
-    )
+    options = ["--compressor=stride", "--compressor.budget", "3", "--grid=3", f"--out={out}"]
+    cli.run(["compress", *options, photo])  # The 3 is no file.
     said = capsys.readouterr().out.splitlines()
     assert said == [
         "stride at 3: 3 patches kept, 6 dropped",
@@ -208,15 +200,14 @@ def test_kinds_of_files(call, tmp_path, kind):
 def test_with_a_run(call, finished_run):
     run = f"--workdir={finished_run[0]}"
     options = "--compressor=fastervlm", "--compressor.attention=column_mean"
-    found, _ = call(run, *options, "--compressor.budget=4")
+    question = "--question=what background colour"
+    found, _ = call(run, *options, "--compressor.budget=4", question)
     assert str(finished_run[0]) in found["seen_by"] and found["grid"] == [4, 4]
-    assert found["question"] == "which digit is red"
+    assert found["question"] == "what background colour"
     (row,) = found["maps"]
     assert row["tokens"] == 4 and row["options"] == {"attention": "column_mean"}
     assert set(np.flatnonzero(np.array(row["source"]) >= 0)) == best(np.array(row["scores"]), 4)
-    found, _ = call(run, "--compressor=none", "--question=what background colour")
-    assert found["question"] == "what background colour"
-    assert found["maps"][0]["answer"]
+    assert row["answer"]
 
 
 @pytest.mark.parametrize(
@@ -240,6 +231,7 @@ def test_all_methods_that_a_run_can_do(finished_run):
     from efficient_vlm.audit.one_image import WithRun
 
     seen = WithRun(np.zeros((40, 30, 3), np.uint8), finished_run[0], None)
+    assert seen.question == "which digit is red"
     nearest = {}
     for name in ("stride", "average_pool", "visionzip", "hiprune", "tome"):
         nearest[name] = seen.nearest({"name": name}, 5)
@@ -295,7 +287,7 @@ def test_mistakes(photo, options, words):
 def test_files_that_are_no_image(photo, tmp_path):
     text, half = tmp_path / "a.txt", tmp_path / "half.jpg"
     text.write_text("not an image")
-    half.write_bytes(open(photo, "rb").read()[:300])
+    half.write_bytes(Path(photo).read_bytes()[:300])
     for path, word in ((text, "not a PNG"), (half, "damaged"), (tmp_path, "not found")):
         refused(str(path), "--compressor=none", words=[path.name, word])
 

@@ -11,6 +11,7 @@ from tiny_models import MOE
 from efficient_vlm.compressors import names
 from efficient_vlm.errors import UserError
 from efficient_vlm.inference.generate import generate
+from efficient_vlm.models.layers import unstack
 
 DEEP = dict(segments=[dict(layers=4)])
 IN_DECODER = {
@@ -65,6 +66,20 @@ def test_cache_equals_no_cache(plain, inputs, case, policy):
             tokens[b, q, place] = logits[b, q, place - 1].argmax()
             assert tokens[b, q, place] == out.tokens[b, q, step], (b, q, step)
         full["lengths"] = full["lengths"] + 1
+
+
+@pytest.mark.parametrize("name", ["none", "pyramiddrop", "tome"])
+def test_split_layers_give_the_same_answers(plain, name):
+    """Inference on one tree per layer, with layers apart before a cut, is that on the stack."""
+    model, batch, params = plain
+    options = {**dict(none=dict(budget=16), tome=dict(budget=6)), **IN_DECODER}[name]
+    model = model.with_compressor(name, **options)
+    split = unstack(params)
+    assert set(split["language"]["layers"]) == {"0", "1", "2", "3"}
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), unstack(split), split))
+    stacked, apart = answer(model, params, batch), answer(model, split, batch)
+    np.testing.assert_array_equal(stacked.tokens, apart.tokens)
+    np.testing.assert_allclose(stacked.visual.embed, apart.visual.embed, rtol=1e-4, atol=1e-5)
 
 
 def test_caches_are_as_long_as_the_tokens_left(plain):

@@ -11,7 +11,8 @@ import numpy as np
 
 from efficient_vlm import compressors
 from efficient_vlm.audit.flops import Cost, model_cost
-from efficient_vlm.models.vlm import VisionLanguageModel
+from efficient_vlm.inference.generate import Programs, programs_of
+from efficient_vlm.models.vlm import Layout, VisionLanguageModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,13 +102,12 @@ def settings(name: str, geometry: Geometry) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class Method:
-    """One method in the model: who runs which stage (as `generate.generate` decides), its cost."""
+    """One method in the model: which program runs each stage, and what it costs."""
 
     name: str
     options: dict[str, Any]
     model: VisionLanguageModel
-    encoder: VisionLanguageModel
-    decoder: VisionLanguageModel
+    programs: Programs
     cost: Cost
 
     @classmethod
@@ -119,23 +119,11 @@ class Method:
             rest["features"] = geometry.width
             base = base.clone(connector=dict(identity=True))
         model = base.with_compressor(name, budget, **rest)
-        module = model.make_compressor()
-        plain = geometry.model().with_compressor("none", geometry.patches)
-        grid = (geometry.side, geometry.side)
-        shared = (
-            module.image_grid(grid) == grid
-            and module.where != "encoder"
-            and not module.intermediates()
-        )
-        policy = dict(position_policy=module.position_policy)
         return cls(
             name=name,
             options=options,
             model=model,
-            encoder=plain if shared else model,
-            decoder=model
-            if module.where == "decoder"
-            else plain.with_compressor("none", geometry.patches, **policy),
+            programs=programs_of(model, Layout(1, geometry.side, geometry.side)),
             cost=model_cost(model, text_tokens=geometry.text, new_tokens=new_tokens),
         )
 

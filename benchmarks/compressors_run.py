@@ -17,6 +17,7 @@ from compressors_timing import Program, Timing, compiled, interleave
 from efficient_vlm import compressors
 from efficient_vlm.compressors import DecoderState, Signals, VisualTokens
 from efficient_vlm.inference import generate
+from efficient_vlm.models.stack import layer_of, unstack
 from efficient_vlm.models.vit import INTERMEDIATES
 from efficient_vlm.models.vlm import VisionLanguageModel
 
@@ -51,12 +52,6 @@ class Run:
             for name in dict.fromkeys(("none", *names))
         ]
         self.none = self.methods[0]
-        # An encoder that is asked for the same is the same program.
-        same = {}
-        for method in self.methods:
-            asked = tuple(sorted(method.module.intermediates().items()))
-            if asked and method.module.where == "between":
-                method.encoder = same.setdefault(asked, method.encoder)
         self.batch = make_batch(geometry, batch_size)
         self.layout = self.none.model.layout(self.batch["images"])
         self.known = parameters(self.none.model, self.batch) if known is None else known
@@ -67,8 +62,8 @@ class Run:
         print(f"[batch {self.batch_size}] {text}", file=sys.stderr, flush=True)
 
     def params(self, model: VisionLanguageModel) -> Any:
-        """The common weights, and random ones for what the method has of its own."""
-        return parameters(model, self.batch, self.known)
+        """The common weights, and random ones for what the method has of its own; layers split."""
+        return unstack(parameters(model, self.batch, self.known))
 
     def measure(self) -> Measured:
         for phase in (self.encode, self.compress, self.signals, self.prefill_and_decode, self.cuts):
@@ -81,12 +76,12 @@ class Run:
     def encode(self) -> None:
         programs, key_of = {}, {}
         for method in self.methods:
-            key_of[method.name] = key = method.encoder
+            key_of[method.name] = key = method.programs.encode
             if key not in programs:
-                given = (self.params(key), self.batch["images"], self.batch["image_mask"])
-                programs[key], _ = compiled(generate._encode, (key,), *given)
+                given = (self.params(key[0]), self.batch["images"], self.batch["image_mask"])
+                programs[key], _ = compiled(generate._encode, key, *given)
                 self.encoded[key] = jax.block_until_ready(programs[key].run())
-        timing = interleave(programs, self.none.encoder, self.rounds)
+        timing = interleave(programs, self.none.programs.encode, self.rounds)
         self.found.take("encode", timing, programs, key_of)
 
     def compress(self) -> None:
@@ -98,7 +93,10 @@ class Run:
             group.update({m.name: m for m in self.methods[start : start + 6]})
             group["none"], programs, modules = self.none, {}, {}
             for name, method in group.items():
-                params, (tokens, signals) = self.params(method.model), self.encoded[method.encoder]
+                params, (tokens, signals) = (
+                    self.params(method.model),
+                    self.encoded[method.programs.encode],
+                )
                 static = (method.model, self.layout)
                 given = (params, tokens, signals, *prompts)
                 programs[name], _ = compiled(generate._compress, static, *given)
@@ -151,16 +149,16 @@ class Run:
     def prefill_and_decode(self) -> None:
         programs, decoders, key_of = {}, {}, {}
         prompts = (self.batch["prompts"], self.batch["lengths"], self.rng)
-        kept = {}
+        kept, params = {}, unstack(self.known)
         for method in self.methods:
-            model, visual = method.decoder, self.visual[method.name]
+            model, visual = method.programs.prefill, self.visual[method.name]
             key_of[method.name] = key = (model, visual.embed.shape, visual.bias is None)
             if key not in programs:
                 static = (model, self.layout, self.new_tokens)
-                params = self.known
                 programs[key], _ = compiled(generate._prefill, static, params, visual, *prompts)
                 token, cache, _ = jax.block_until_ready(programs[key].run())
-                decoders[key], kept[key] = self._decoder(model, params, token, cache), cache.nbytes
+                later = method.programs.decode
+                decoders[key], kept[key] = self._decoder(later, params, token, cache), cache.nbytes
             self.found.temporaries[method.name] = programs[key].temporaries
             self.found.kv_bytes[method.name] = kept[key]
         reference = key_of["none"]
@@ -190,7 +188,7 @@ class Run:
                     self._alone({method.name: program})
 
     def _cut_programs(self, method: Method) -> Iterator[Program]:
-        geometry, decoder = self.geometry, method.decoder.make_decoder()
+        geometry, decoder = self.geometry, method.model.make_decoder()
         rng, now = np.random.default_rng(4), geometry.patches
         batch, width, heads = self.batch_size, geometry.width, geometry.heads
 
@@ -232,13 +230,13 @@ class Run:
             yield compiled(cut, (), tokens, state)[0]
             if "decoder" in module.needs and module.looks == "next":
                 positions = jnp.broadcast_to(jnp.arange(places), (batch, places))
-                given = (method.decoder, start, self.known, after, positions, last)
+                given = (method.model, start, self.known, after, positions, last)
                 yield compiled(_look, given[:2], *given[2:])[0]
             now = module.budget
 
     def select_one_row(self) -> float:
         """Milliseconds of ranking a row of N and gathering: what follows any one-row score."""
-        tokens, _ = self.encoded[self.none.encoder]
+        tokens, _ = self.encoded[self.none.programs.encode]
         row = jnp.asarray(np.random.default_rng(5).random(tokens.mask.shape), jnp.float32)
         method = Method.create("fastervlm", self.geometry, self.new_tokens)
         program = self._module(method, {}, tokens, Signals(attention_row=row))
@@ -250,6 +248,8 @@ def _look(model: VisionLanguageModel, layer: int, params, x, positions, last):
     """Keys of all places and one query a row of a layer, for methods that look ahead."""
 
     def look(bound, *inputs):
-        return bound.language._one(layer, "look", *inputs)
+        decoder = bound.language
+        layer_params = {"params": layer_of(decoder._parameters(), layer)}
+        return decoder._block().apply(layer_params, *inputs, method="look")
 
     return model.apply({"params": params}, x, positions, last, method=look)

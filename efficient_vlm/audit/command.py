@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,113 +9,29 @@ from typing import Any
 import ml_collections
 
 from efficient_vlm import config as configs
-from efficient_vlm.audit import flops, ledger
+from efficient_vlm.audit.dry_run import dry_run
 from efficient_vlm.audit.ledger import Ledger
 from efficient_vlm.audit.match import Match, Target, parse_target, solve
+from efficient_vlm.audit.subject import Subject, read_subject
 from efficient_vlm.compressors import methods
-from efficient_vlm.errors import UserError
-from efficient_vlm.models import presets
-from efficient_vlm.models.build import construct
-from efficient_vlm.models.vlm import VisionLanguageModel
+from efficient_vlm.errors import UserError, closest
 
 _OPTION, _FIELD = "--compressor.", "--config.model.compressor."
+_COUNTS = ("budget", "keep", "counts")  # Options that may hold a number of tokens.
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One audited method: its ledger and, with --match, what was asked for and reached."""
+    """One audited method: its ledger and, with --match, what was asked for and reached.
+
+    Attributes:
+      note: what a reader should know about its options, or None.
+    """
 
     ledger: Ledger
     target: Target | None = None
     match: Match | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """What is audited, beside the method.
-
-    Attributes:
-      kind, name: "preset" or "config", and which.
-      config: with the section "model".
-      text_tokens, new_tokens, images: of one question about one picture.
-      own: the projector that the published model has itself, or None.
-      bare: compare with no compression at all, also where the model has a projector of its own.
-      facts: lines about the preset, for the reader.
-    """
-
-    kind: str
-    name: str
-    config: ml_collections.ConfigDict
-    text_tokens: int
-    new_tokens: int
-    images: int
-    own: Mapping[str, Any] | None = None
-    bare: bool = False
-    facts: tuple[str, ...] = ()
-
-    def model(self, method: Mapping[str, Any] | None = None) -> VisionLanguageModel:
-        """The model with a method, or as it is configured.
-
-        A method inside the decoder acts behind the model's own projector. Any other takes its
-        place, and an identity connector, which only fits that projector, becomes one matrix.
-        """
-        fields = configs.section(self.config, "model")
-        if method is None:
-            return construct(VisionLanguageModel, fields, "model")
-        if self.own is not None and methods.find(method["name"]).where == "decoder":
-            fields["decoder"] = {**fields["decoder"], "compressor": dict(method)}
-        else:
-            fields["compressor"] = dict(method)
-            if self.own is not None and method["name"] != self.own["name"]:
-                fields["connector"] = {**fields["connector"], "identity": False}
-        return construct(VisionLanguageModel, fields, "model")
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return dict(text_tokens=self.text_tokens, new_tokens=self.new_tokens, images=self.images)
-
-    @functools.cached_property
-    def plain(self) -> VisionLanguageModel:
-        """What methods are compared with: as published, or without any compression."""
-        model = self.model()
-        return ledger.without(model) if self.own is None or self.bare else model
-
-    @functools.cached_property
-    def _plain_cost(self) -> flops.Cost:
-        return flops.model_cost(self.plain, **self.sizes)
-
-    @functools.cached_property
-    def baseline(self) -> Ledger:
-        """The ledger of `plain`."""
-        return ledger.build(self.plain, **self.sizes, baseline=self._plain_cost)
-
-    def ledger(self, method: Mapping[str, Any]) -> Ledger:
-        """The ledger of the model with a method."""
-        built = ledger.build(self.model(method), **self.sizes, baseline=self._plain_cost)
-        return dataclasses.replace(built, compressor=dict(method))
-
-    def knobs(self, method: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        """The settings of a method in this model, from the fewest tokens to the most."""
-        encoder, decoder = self.plain.make_encoder(), self.plain.make_decoder()
-        rows, columns = encoder.grid
-        probe = dict(method)
-        if "budget" not in probe and not _stands_alone(probe):
-            probe["budget"] = rows * columns  # Only so that there is a module to ask.
-        if methods.find(method["name"]).where == "decoder":
-            module = methods.build(**probe, parent=None)
-            return list(module.knobs(decoder.num_layers, self.baseline.entering))
-        return list(self.model(probe).make_compressor().knobs(encoder.depth, rows * columns))
-
-
-def _stands_alone(method: Mapping[str, Any]) -> bool:
-    """Whether a method can be built without a budget (fastv can, visionzip and tome cannot)."""
-    if not methods.find(method["name"]).optional_budget:
-        return False
-    try:
-        methods.build(**method, parent=None)
-    except UserError:
-        return False
-    return True
+    note: str | None = None
 
 
 def audit(args: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -143,62 +58,6 @@ def audit(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-def read_subject(args: argparse.Namespace, overrides: Sequence[str]) -> Subject:
-    """The preset or config of a command line, with its overrides."""
-    if (args.preset is None) == (args.config is None):
-        raise UserError(
-            "audit: give one of --preset and --config",
-            allowed="--preset=" + ", ".join(presets.names()),
-            fix="for example --preset=llava-1.5-7b, or --config=configs/quickstart.py",
-        )
-    facts: tuple[str, ...] = ()
-    own = None
-    if args.preset is not None:
-        preset = presets.get(args.preset)
-        config = ml_collections.ConfigDict({"model": preset["model"]})
-        for override in overrides:
-            configs.apply_override(config, override)
-        text, images = preset["text_tokens"], preset["images"]
-        facts = preset["notes"]
-        if args.images is None:
-            facts = (f"picture: {preset['picture']}", *facts)
-        if config.model.compressor["name"] != "none":
-            own = config.model.compressor.to_dict()
-    else:
-        config = configs.load(args.config, overrides)
-        if "model" not in config:
-            raise UserError(f"--config={args.config}: it has no section model", fix="add one")
-        text, images = _read_data(config)
-    sizes = {"text": text, "new": 1, "images": images}
-    for name, least in (("text", 0), ("new", 1), ("images", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name}={value}", allowed=f"{least} or more")
-        sizes[name] = sizes[name] if value is None else value
-    name = args.preset or args.config
-    kind = "preset" if args.preset else "config"
-    counts = sizes["text"], sizes["new"], sizes["images"]
-    return Subject(kind, name, config, *counts, own=own, facts=facts)
-
-
-def _read_data(config: ml_collections.ConfigDict) -> tuple[int, int]:
-    """Text tokens and images of a question; fills in the vocabulary, without building data."""
-    from efficient_vlm.data import pipeline
-    from efficient_vlm.data.config import DataConfig
-
-    fields = configs.section(config, "data")
-    # The data themselves are not looked at: a config may still wait for its path.
-    data = DataConfig.from_mapping({**fields, "path": fields.get("path") or "unknown"})
-    spec, vocabulary = pipeline.make_spec(data, data.tasks), data.vocab_size
-    known = pipeline.preview(data)
-    if known is not None:
-        vocabulary = known[1].vocab_size
-    if "vocab_size" not in config.model:
-        with config.unlocked():
-            config.model.vocab_size = vocabulary
-    return spec.max_length, spec.max_images
-
-
 @dataclasses.dataclass
 class Chosen:
     """A method with its options, and which of them the command line set."""
@@ -211,14 +70,30 @@ class Chosen:
 
     def set(self, text: str) -> None:
         """Sets one "option=value", read as the type of the method's field."""
+        name, (field, _, value) = self.fields["name"], text.partition("=")
+        if field == "name":
+            raise UserError(
+                f"{_OPTION}name={value}: the name of a method is not one of its options",
+                fix=f"--compressor={value}",
+            )
+        if not self.has(field):
+            known = ("budget", *methods.options(name))
+            guess = closest(field, known)
+            raise UserError(
+                f"{_OPTION}{field}: {name} has no such option",
+                allowed=", ".join(known),
+                fix=f"did you mean {_OPTION}{guess}?" if guess else None,
+            )
         config = ml_collections.ConfigDict({"model": {"compressor": self.fields}})
         try:
             configs.apply_override(config, f"model.compressor.{text}")
         except UserError as error:
             problem, *more = str(error).replace(_FIELD, _OPTION).splitlines()
             parts = dict(line.strip().split(": ", 1) for line in more)
+            if "Sequence[" in parts.get("allowed", ""):
+                problem = f"{_OPTION}{field}: {value!r} is not a list of numbers"
+                parts["allowed"] = "numbers with commas, such as 8,16"
             raise UserError(problem, **parts) from None
-        field = text.partition("=")[0]
         self.fields[field] = config.model.compressor.to_dict()[field]
         self.typed.add(field)
 
@@ -236,7 +111,16 @@ def read_methods(
     Raises:
       UserError: an unknown name or option, or a value of another type.
     """
-    words = [word.strip() for value in names or () for word in value.split(",") if word.strip()]
+    words = []
+    for value in names or ():
+        found = [word.strip() for word in value.split(",") if word.strip()]
+        if not found:
+            raise UserError(
+                f"--compressor={value}: no name",
+                allowed="names of methods, with commas between them",
+                fix="for example --compressor=fastv,divprune; or leave --compressor out",
+            )
+        words += found
     given = subject.config.model.get("compressor")
     given = given.to_dict() if given else {"name": "none"}
     known = [methods.find(name).label for name in dict.fromkeys(words or [given["name"]])]
@@ -268,16 +152,21 @@ def read_methods(
 
 
 def make_entry(subject: Subject, method: Chosen, target: Target | None) -> Entry:
-    """The ledger of a method; with a target, at the setting that comes nearest to it."""
+    """The ledger of a method; with a target, at the setting that comes nearest to it.
+
+    Raises:
+      UserError: options that do not go together, or that the model itself refuses.
+    """
     fields, name = method.fields, method.fields["name"]
     if target is None:
         if "budget" not in fields and not methods.find(name).optional_budget:
             raise UserError(
                 f"{_OPTION}budget: missing, and {name} has no default",
-                allowed="visual tokens to keep, for each image",
+                allowed="visual tokens to keep of each image (a method inside the decoder counts "
+                "those of all images together)",
                 fix=f"{_OPTION}budget=64, or --match=mean_processed:128",
             )
-        return Entry(subject.ledger(fields))
+        return _finish(subject, Entry(subject.ledger(fields)))
     knobs = subject.knobs(fields)
     tuned = {option for settings in knobs[:1] for option in settings}
     if clash := sorted(method.typed & (tuned | {"budget"})):
@@ -289,7 +178,34 @@ def make_entry(subject: Subject, method: Chosen, target: Target | None) -> Entry
     found = solve(
         lambda settings: subject.ledger({**fixed, **settings}), knobs, target, subject.baseline
     )
-    return Entry(found.ledger, target, found)
+    return _finish(subject, Entry(found.ledger, target, found))
+
+
+def _finish(subject: Subject, entry: Entry) -> Entry:
+    """The entry with its note, if the model would run as it stands.
+
+    The ledger adds up fields; without this, it has numbers for what the model refuses.
+    """
+    fields = entry.ledger.compressor
+    dry_run(subject.model(fields), subject.images)
+    return dataclasses.replace(entry, note=_count_note(fields, subject.images))
+
+
+def _count_note(fields: Mapping[str, Any], images: int) -> str | None:
+    """What a count of tokens means with several images, for a method inside the decoder."""
+    name = fields["name"]
+    if images == 1 or methods.find(name).where != "decoder":
+        return None
+    for option in _COUNTS:
+        given = fields.get(option)
+        values = given if isinstance(given, list | tuple) else (given,)
+        if any(isinstance(v, int) and not isinstance(v, bool) and v for v in values):
+            shown = ",".join(map(str, values))
+            return (
+                f"{name}: {option}={shown} counts the tokens of all {images} images together; "
+                "budgets of methods in front of the decoder are for each image"
+            )
+    return None
 
 
 def to_json(subject: Subject, entries: Sequence[Entry]) -> dict[str, Any]:
@@ -300,11 +216,14 @@ def to_json(subject: Subject, entries: Sequence[Entry]) -> dict[str, Any]:
     found = []
     for entry in entries:
         row = entry.ledger.to_json()
+        if entry.note is not None:
+            row["note"] = entry.note
         if entry.match is not None:
             row["match"] = {
                 "measure": entry.target.measure,
                 "goal": entry.match.goal,
                 "reached": entry.match.reached,
+                "off": entry.match.off,
                 "settings": dict(entry.match.settings),
             }
         found.append(row)

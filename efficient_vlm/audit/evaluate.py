@@ -24,7 +24,7 @@ from efficient_vlm.audit.stats import accuracy_interval
 from efficient_vlm.data.evalset import EvalSet
 from efficient_vlm.errors import unknown
 from efficient_vlm.inference.generate import generate
-from efficient_vlm.models.layers import unstack
+from efficient_vlm.models.stack import unstack
 from efficient_vlm.models.vlm import VisionLanguageModel
 
 CONTROLS = ("blank", "shuffled")

@@ -15,21 +15,25 @@ Conventions, the same everywhere in this project:
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
+from efficient_vlm.audit.encoder_flops import (
+    EncoderLayerTokens,
+    after,
+    encoder_cost,
+    signal_flops,
+    with_keys,
+)
 from efficient_vlm.audit.products import attention, dense, mixture
 from efficient_vlm.audit.records import STAGES
-from efficient_vlm.compressors.base import Compressor, Stage, describe
+from efficient_vlm.compressors.base import Compressor, describe
 from efficient_vlm.errors import UserError
 from efficient_vlm.models.decoder import Decoder
 from efficient_vlm.models.vit import ViT
 from efficient_vlm.models.vlm import VisionLanguageModel
-
-_CHANNELS = 3
-_BLOCK = 64  # Queries at a time in `layers.attention_received`.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,31 +46,6 @@ class LayerTokens:
     segment: int
     visual: int
     text: int
-
-
-@dataclasses.dataclass(frozen=True)
-class EncoderLayerTokens:
-    """Tokens of one image, CLS included, that an encoder layer's attention and MLP process."""
-
-    attention: int
-    mlp: int
-
-
-@dataclasses.dataclass(frozen=True)
-class EncoderCost:
-    """One image through the encoder.
-
-    Attributes:
-      flops: of the encoder itself.
-      stage_flops: of the method inside it.
-      layers: tokens, in order.
-      patches: tokens that leave it, without CLS.
-    """
-
-    flops: int
-    stage_flops: int
-    layers: tuple[EncoderLayerTokens, ...]
-    patches: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,45 +83,6 @@ class Cost:
         return sum(layer.visual for layer in self.layers) / max(len(self.layers), 1)
 
 
-def encoder_cost(vit: ViT, patches: int, stages: Sequence[Stage] = ()) -> EncoderCost:
-    """Counts a vision transformer over one image of `patches` patches, beside it its CLS token.
-
-    Args:
-      vit: unbound.
-      patches: of the image.
-      stages: of a method inside it; each leaves `module.budget` patch tokens.
-    """
-    special, head_dim = int(vit.class_token), vit.width // vit.num_heads
-    pixels = _CHANNELS * vit.patch_size**2
-    if vit.stem_dim is None:
-        total = dense(patches, pixels, vit.width)
-    else:
-        total = dense(patches, pixels, vit.stem_dim) + dense(patches, vit.stem_dim, vit.width)
-    count, beside, layers = patches, 0, []
-
-    def cut(layer: int, inside: bool) -> None:
-        nonlocal count, beside
-        for stage in stages:
-            if stage.layer == layer and stage.inside == inside:
-                beside += _with_keys(stage.module, head_dim).flops(count, vit.width)
-                count = _after(stage.module, count)
-
-    for layer in range(vit.depth):
-        cut(layer, inside=False)
-        tokens = count + special
-        total += attention(tokens, tokens, vit.width, vit.num_heads, vit.num_heads, head_dim)
-        cut(layer, inside=True)
-        total += 2 * dense(count + special, vit.width, vit.mlp_dim)
-        layers.append(EncoderLayerTokens(tokens, count + special))
-    cut(vit.depth, inside=False)
-    return EncoderCost(total, beside, tuple(layers), count)
-
-
-def encoder_flops(vit: ViT, patches: int) -> int:
-    """FLOPs of a vision transformer over one image of `patches` patches."""
-    return encoder_cost(vit, patches).flops
-
-
 def layer_flops(decoder: Decoder, queries: int, keys: int) -> int:
     """FLOPs of one decoder layer for `queries` new tokens that look at `keys` keys."""
     heads, kv_heads, dim = decoder.num_heads, decoder.kv_heads, decoder.dim
@@ -150,21 +90,6 @@ def layer_flops(decoder: Decoder, queries: int, keys: int) -> int:
     if decoder.moe is not None:
         return total + mixture(queries, decoder.width, decoder.moe)
     return total + 3 * dense(queries, decoder.width, decoder.mlp_dim)
-
-
-def published_layer_flops(
-    tokens: int, width: int, mlp_dim: int, matrices: int, *, per_multiply_add: int = 1
-) -> int:
-    """One layer as papers count it: 4 n d^2 + 2 n^2 d + k n d m, a multiply-add usually once.
-
-    Args:
-      tokens: n; papers differ in whether text is in it.
-      width, mlp_dim: d, m.
-      matrices: k, 2 (FastV, DivPrune: the SwiGLU gate forgotten) or 3 (PyramidDrop, SparseVLM).
-      per_multiply_add: 1, or 2 as in M3 (arXiv 2405.17430).
-    """
-    products = 4 * tokens * width**2 + 2 * tokens**2 * width + matrices * tokens * width * mlp_dim
-    return per_multiply_add * products
 
 
 def amdahl(accelerated: float, speedup: float = math.inf) -> float:
@@ -227,7 +152,7 @@ def model_cost(
     for segment, (start, stop, reducer) in enumerate(decoder.runs(visual)):
         if reducer is not None:
             between += _cut_flops(decoder, reducer, left, text_tokens)
-            left = _after(reducer, left)
+            left = after(reducer, left)
         count, length = stop - start, left + text_tokens
         prefill += count * layer_flops(decoder, length, length)
         decode += count * layer_flops(decoder, 1, length + new_tokens)
@@ -247,38 +172,21 @@ def model_cost(
     )
 
 
-def _after(module: Compressor, count: int) -> int:
-    """Tokens behind a module that gets `count`; without a budget it keeps them all."""
-    if module.budget is None:
-        return count
-    if module.budget > count:
-        raise UserError(
-            f"compressor.budget: {module.label} cannot give {module.budget} of {count} tokens",
-            allowed=f"{module.min_budget} to {count}",
-        )
-    return module.budget
-
-
-def _with_keys(module: Compressor, dim: int) -> Compressor:
-    """The module, told how wide the encoder's keys are that it compares (ToMe, VisionZip)."""
-    if "keys" not in module.needs:
-        return module
-    names = {f.name for f in dataclasses.fields(module)} & {"head_dim", "key_dim"}
-    return module.clone(parent=None, **dict.fromkeys(names, dim)) if names else module
-
-
 def _join(
     model: VisionLanguageModel, method: Compressor, vit: ViT, width: int, patches: int
 ) -> tuple[int, int]:
     """Tokens of one image that enter the decoder, and FLOPs from the encoder's end to there."""
     if method.where != "between":
         return patches, _connector(model.connector, vit.width, width, patches)
-    kept = _after(method, patches)
     _check_budget(method, vit.grid)
+    if method.image_grid(vit.grid) == vit.grid:
+        kept = after(method, patches)
+    else:
+        kept = method.budget  # `patches` of a smaller image, and padding behind them.
     if method.projected:
         connector = _connector(model.connector, vit.width, width, patches)
         return kept, connector + method.flops(patches, width, width)
-    sized = _with_keys(method, vit.width // vit.num_heads)
+    sized = with_keys(method, vit.width // vit.num_heads)
     total = sized.flops(patches, vit.width, width)
     total += signal_flops(vit, method, patches)
     joined = getattr(method, "features", None) or vit.width  # Width of what it gives out.
@@ -295,23 +203,6 @@ def _check_budget(method: Compressor, grid: tuple[int, int]) -> None:
             allowed=describe(reachable),
             fix=f"compressor.budget={min(reachable, key=lambda b: (abs(b - method.budget), b))}",
         )
-
-
-def signal_flops(vit: ViT, method: Compressor, patches: int) -> int:
-    """FLOPs of what the encoder computes for a method beside its layers.
-
-    One attention row costs one product of a query with all keys; "column_mean" goes through all
-    queries, in blocks, and so costs half an attention. Features and keys are there anyway.
-    """
-    places, total = patches + int(vit.class_token), 0
-    for asked in method.intermediates().values():
-        name, _ = vit._parse_intermediate(asked)  # Refuses what this encoder cannot give.
-        if name.endswith("_row") or name == "cls_row_full":
-            total += dense(1, vit.width, places)
-        elif name == "column_mean":
-            queries = -(-places // _BLOCK) * _BLOCK
-            total += dense(queries, vit.width, places) + dense(queries, 1, places)
-    return total
 
 
 def _cut_flops(decoder: Decoder, module: Compressor, visual: int, text: int) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 
 from efficient_vlm.audit import flops
 from efficient_vlm.audit.flops import Cost
+from efficient_vlm.audit.products import published_layer_flops
 from efficient_vlm.models.decoder import Decoder
 from efficient_vlm.models.vlm import VisionLanguageModel
 
@@ -39,7 +40,8 @@ class Bound:
     """Amdahl's law with FLOPs for time: an estimate, for compute-bound work (prefill).
 
     Attributes:
-      touched: stages that the method makes cheaper.
+      touched: the decoder, and every other stage that the method makes cheaper; so `speedup` never
+        exceeds `bound`.
       share: of these stages in all FLOPs without the method, up to the last generated token.
       bound: largest end-to-end speed-up, were these stages free.
       speedup: all FLOPs without the method over all FLOPs with it.
@@ -124,6 +126,9 @@ def build(
 ) -> Ledger:
     """The ledger of a model; nothing is initialised, traced or allocated.
 
+    It reads fields and does not run the model: whether the model accepts them (widths that fit,
+    options of trained methods) is for `audit.dry_run`.
+
     Args:
       model: any configuration.
       text_tokens: of the prompt; 0 counts visual tokens only, as PyramidDrop and FitPrune do.
@@ -185,16 +190,14 @@ def _published(decoder: Decoder, rows: tuple[LayerRow, ...], matrices: int) -> i
     else:
         mlp_dim = moe["top_k"] * moe["expert_dim"] + (moe.get("shared_dim") or 0)
     return sum(
-        flops.published_layer_flops(row.visual_in + row.text_in, decoder.width, mlp_dim, matrices)
+        published_layer_flops(row.visual_in + row.text_in, decoder.width, mlp_dim, matrices)
         for row in rows
     )
 
 
 def _bound(cost: Cost, baseline: Cost, further: int) -> Bound:
     """Amdahl's bound; `further` generated tokens are part of the whole, and of what is touched."""
-    touched = ["decoder"]
-    if cost.flops["encoder"] < baseline.flops["encoder"]:
-        touched.insert(0, "encoder")
+    touched = [s for s, n in baseline.flops.items() if s == "decoder" or cost.flops[s] < n]
     before, after = (c.total + further * c.decode_flops for c in (baseline, cost))
     own = sum(baseline.flops[stage] for stage in touched) + further * baseline.decode_flops
     return Bound(

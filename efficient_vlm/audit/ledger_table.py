@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from efficient_vlm.audit.ledger import Ledger
+from efficient_vlm.audit.match import FAR
 
 if TYPE_CHECKING:
-    from efficient_vlm.audit.command import Entry, Subject
+    from efficient_vlm.audit.command import Entry
+    from efficient_vlm.audit.subject import Subject
 
 _UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -39,6 +41,9 @@ def show(subject: "Subject", entries: Sequence["Entry"], console: Console | None
             "others replace it",
             markup=False,
         )
+    for entry in entries:
+        if entry.note is not None:
+            console.print(f"  {entry.note}", markup=False)
     if len(entries) == 1:
         _one(subject, entries[0], console)
     else:
@@ -80,7 +85,7 @@ def _one(subject: "Subject", entry: "Entry", console: Console) -> None:
     law = found.amdahl
     console.print(
         f"Amdahl, with FLOPs for time: without it {100 * law.share:.3g} % of the work is "
-        f"in the {' and the '.join(law.touched)}, so at most {_times(law.bound)} faster end to "
+        f"in {_stages(law.touched)}, so at most {_times(law.bound)} faster end to "
         f"end; here {_times(law.speedup)}, the decoder's prefill {_times(law.prefill_speedup)}"
     )
     if entry.match is not None:
@@ -158,13 +163,13 @@ def _several(subject: "Subject", entries: Sequence["Entry"], console: Console) -
     row(_title(subject), base, *[""] * matched)
     table.add_section()
     for entry in entries:
-        more = [f"{_short(float(entry.match.goal))}"] if matched else []
+        more = [si(entry.match.goal) + (" !" if entry.match.far else "")] if matched else []
         row(describe(entry.ledger.compressor), entry.ledger, *more)
     console.print(table)
     console.print(
         "processed, written: visual tokens, means over decoder layers; FLOPs to the first token, "
         "2 per multiply-add; k=3: decoder layers as papers count; speed-up: FLOPs for time, end to "
-        "end; bound: if the decoder (and for a method inside the encoder, that too) were free"
+        "end; bound: if the decoder, and what else the method makes cheaper, were free"
     )
     for entry in entries if matched else ():
         console.print(f"{describe(entry.ledger.compressor)}: {_reached(entry)}", markup=False)
@@ -172,8 +177,16 @@ def _several(subject: "Subject", entries: Sequence["Entry"], console: Console) -
 
 def _reached(entry: "Entry") -> str:
     goal, reached = entry.match.goal, entry.match.reached
-    off = f"{100 * (reached / goal - 1):+.2g} %"
+    off = f"{100 * entry.match.off:+.2g} %"
+    if entry.match.far:
+        off += f"; ! more than {100 * FAR:g} % off, not at equal cost"
     return f"--match {entry.target.measure}: asked for {si(goal)}, reached {si(reached)} ({off})"
+
+
+def _stages(names: Sequence[str]) -> str:
+    """`the encoder, the compressor and the decoder`."""
+    *first, last = (f"the {name}" for name in names)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _table(title: str | None) -> Table:

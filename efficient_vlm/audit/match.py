@@ -21,6 +21,7 @@ MEASURES: dict[str, Callable[[Ledger], float]] = {
     "kv_bytes": lambda ledger: ledger.kv_bytes,
 }
 _RELATIVE = ("flops", "kv_bytes")
+FAR = 0.05  # A method further off than this is not at equal cost.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,16 @@ class Match:
     ledger: Ledger
     reached: float
     goal: float
+
+    @property
+    def off(self) -> float:
+        """How far from the goal, as a share of it; below 0 if it fell short."""
+        return self.reached / self.goal - 1
+
+    @property
+    def far(self) -> bool:
+        """Whether it missed: by more than FAR."""
+        return abs(self.off) > FAR
 
 
 def parse_target(text: str) -> Target:
@@ -102,7 +113,7 @@ def solve(
       last setting gives that setting.
 
     Raises:
-      UserError: the method has no settings.
+      UserError: the method has no settings, or none of them changes the measure.
     """
     settings = list(knobs)
     if not settings:
@@ -114,6 +125,8 @@ def solve(
             known[index] = build(settings[index])
         return known[index]
 
+    if len(settings) > 1:
+        _check_moves(target.measure, at(0), at(len(settings) - 1))
     low, high = 0, len(settings) - 1  # The answer is `low` or the one in front of it.
     while low < high:
         middle = (low + high) // 2
@@ -124,3 +137,16 @@ def solve(
     candidates = [index for index in (low - 1, low) if index >= 0]
     best = min(candidates, key=lambda index: abs(measure(at(index)) - goal))
     return Match(settings[best], at(best), measure(at(best)), goal)
+
+
+def _check_moves(measure: str, fewest: Ledger, most: Ledger) -> None:
+    """UserError if the first and last settings of a method measure the same."""
+    moving = [name for name, of in MEASURES.items() if of(fewest) != of(most)]
+    if measure in moving:
+        return
+    name = fewest.compressor["name"]
+    raise UserError(
+        f"--match={measure}: {name} has {MEASURES[measure](most):g} whatever its settings",
+        allowed=", ".join(moving) or None,
+        fix=f"match one of these, or leave {name} out",
+    )

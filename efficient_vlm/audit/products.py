@@ -1,4 +1,4 @@
-"""FLOPs of the matrix products of one layer, 2 per multiply-add."""
+"""FLOPs of the matrix products of one layer, 2 per multiply-add; and as papers count them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,3 +25,14 @@ def mixture(tokens: int, width: int, moe: Mapping[str, Any]) -> int:
     experts = 3 * dense(routed, width, moe["expert_dim"])
     shared = 3 * dense(tokens, width, moe.get("shared_dim") or 0)
     return router + experts + 2 * routed * width + shared
+
+
+def published_layer_flops(tokens: int, width: int, mlp_dim: int, matrices: int) -> int:
+    """One layer as papers count it: 4 n d^2 + 2 n^2 d + k n d m, a multiply-add once.
+
+    Args:
+      tokens: n; papers differ in whether text is in it.
+      width, mlp_dim: d, m.
+      matrices: k, 2 (FastV, DivPrune: the SwiGLU gate forgotten) or 3 (PyramidDrop, SparseVLM).
+    """
+    return 4 * tokens * width**2 + 2 * tokens**2 * width + matrices * tokens * width * mlp_dim

@@ -10,7 +10,7 @@ for any batch with its own padding per row, and gives `budget` tokens whatever t
 """
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -32,6 +32,16 @@ def positive_int(field: str, value: Any) -> int:
     if number < 1:
         raise UserError(f"{field}: {value!r} is not a positive integer", allowed="1, 2, 3, ...")
     return number
+
+
+def as_tuple(field: str, value: Any) -> tuple:
+    """A list from a config, or one number, as a tuple; UserError if it is empty or a text."""
+    items = (value,) if isinstance(value, int | float) else value
+    if isinstance(items, str) or not isinstance(items, Sequence):
+        raise UserError(f"{field}: {value!r} is not a list of numbers", allowed="(1,2,3), or 1")
+    if not items:
+        raise UserError(f"{field}: empty", allowed="one number or more; None for the default")
+    return tuple(items)
 
 
 def describe(budgets: tuple[int, ...]) -> str:
@@ -79,6 +89,7 @@ class Compressor(nn.Module):
       text_guided: whether different questions about one image keep different tokens.
       optional_budget: whether `budget` may be None (the method has another knob, or none).
       min_budget: 0 for methods that can drop every token.
+      internal: fields that `stages` sets on the modules it makes; not options of the method.
     """
 
     budget: int | None
@@ -92,10 +103,17 @@ class Compressor(nn.Module):
     text_guided = False
     optional_budget = False
     min_budget = 1
+    internal = frozenset()
 
     def __post_init__(self):
         # Before Linen's own, which freezes the module: lists from a config file become tuples.
-        if self.budget is not None or not self.optional_budget:
+        if self.budget is None and not self.optional_budget:
+            raise UserError(
+                "compressor.budget: missing",
+                allowed=f"the number of tokens that {self.label} gives back, from 1",
+                fix="for example compressor.budget=16",
+            )
+        if self.budget is not None:
             whole = isinstance(self.budget, int) and not isinstance(self.budget, bool)
             if not (whole and self.budget == self.min_budget == 0):
                 object.__setattr__(self, "budget", positive_int("compressor.budget", self.budget))

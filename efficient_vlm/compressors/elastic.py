@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_vlm.compressors import fold, grids
-from efficient_vlm.compressors.base import Compressor, describe, positive_int
+from efficient_vlm.compressors.base import Compressor, as_tuple, describe, positive_int
 from efficient_vlm.compressors.resampler import position_code, query_tokens
 from efficient_vlm.compressors.tokens import NO_SIGNALS, zero_padding
 from efficient_vlm.compressors.trained.mlp import Projector
@@ -45,7 +45,7 @@ class M3(Compressor):
 
     def __post_init__(self):
         if self.scales is not None:
-            values = [self.scales] if isinstance(self.scales, int | str) else self.scales
+            values = as_tuple("compressor.scales", self.scales)
             scales = tuple(positive_int("compressor.scales", s) for s in values)
             object.__setattr__(self, "scales", scales)
         super().__post_init__()

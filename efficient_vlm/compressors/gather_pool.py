@@ -54,7 +54,8 @@ class MolmoPool(Projector):
 
     Deviations: the input is what the encoder gives (published: two layers side by side, so that 16
     heads of 64 are half of its width); "first" in a window whose first patch is padding is the
-    first real one. Queries, keys and values are computed before the gather, each patch once.
+    first real one. Queries, keys and values are computed before the gather, each patch once. A bias
+    that the tokens carry is added to the logits of the patches as keys, and is used up.
 
     Attributes:
       query: "mean" (default, `attention_meanq`) or "first" (`attention`), the upper left patch.
@@ -120,6 +121,7 @@ class MolmoPool(Projector):
             return jnp.where(inside.reshape(inside.shape + (1,) * (x.ndim - 3)), x, 0)
 
         real = gather(tokens.mask)
+        bias, tokens = tokens.bias, tokens.replace(bias=None)
         pooled = weighted_means(tokens, lambda x: gather(x).sum(axis=2))
         query = pooled["embed"]
         if self.query == "first":
@@ -134,6 +136,8 @@ class MolmoPool(Projector):
         k, v = gather(heads("key", tokens.embed)), gather(heads("value", tokens.embed))
         logits = jnp.einsum("bthd,btkhd->bthk", q, k, preferred_element_type=jnp.float32)
         logits = logits * (inner // self.num_heads) ** -0.5
+        if bias is not None:
+            logits = logits + gather(bias)[:, :, None, :]
         # A finite floor: a window without real patches gets a uniform softmax, and is zeroed.
         logits = jnp.where(real[:, :, None, :], logits, jnp.finfo(jnp.float32).min)
         attention = jax.nn.softmax(logits, axis=-1).astype(v.dtype)

@@ -93,9 +93,10 @@ def find(name: str) -> type[Compressor]:
 
 
 def options(name: str) -> tuple[str, ...]:
-    """The options of a method beside `budget`: the fields of its module."""
-    own = {"budget", "parent", "name"}
-    return tuple(f.name for f in dataclasses.fields(find(name)) if f.name not in own)
+    """The options of a method beside `budget`: the fields of its module that are not `internal`."""
+    method = find(name)
+    hidden = {"budget", "parent", "name", *method.internal}
+    return tuple(f.name for f in dataclasses.fields(method) if f.name not in hidden)
 
 
 def needs(name: str) -> frozenset[str]:
@@ -108,7 +109,8 @@ def build(name: str, *, budget: int | None = None, **settings: Any) -> Compresso
 
     Args:
       name: one of `names()`.
-      budget: tokens to give back, T; only `none` can do without.
+      budget: tokens to give back, T. None for methods with `optional_budget`, which have another
+        knob (`keep`, `rate`, `r`, ...) or none.
       **settings: any of `options(name)`; `grid=(rows, columns)` is one of all methods. `parent` is
         passed on to Linen (None for an unbound module inside another module's method).
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_vlm.compressors import fold, grids
-from efficient_vlm.compressors.base import Compressor, describe, positive_int
+from efficient_vlm.compressors.base import Compressor, as_tuple, describe, positive_int
 from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, zero_padding
 from efficient_vlm.errors import UserError, unknown
 
@@ -180,7 +180,7 @@ class PixelShuffle(Compressor):
 
     def __post_init__(self):
         if self.budgets is not None:
-            values = [self.budgets] if isinstance(self.budgets, int) else self.budgets
+            values = as_tuple("compressor.budgets", self.budgets)
             budgets = tuple(positive_int("compressor.budgets", b) for b in values)
             object.__setattr__(self, "budgets", budgets)
         super().__post_init__()

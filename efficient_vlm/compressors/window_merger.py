@@ -68,7 +68,10 @@ class WindowMerger(_Halving):
         logits = jnp.einsum("btqhd,btkhd->bthqk", q, k, preferred_element_type=jnp.float32)
         # A finite floor: a window without real patches gets a uniform softmax, and is zeroed.
         floor = jnp.finfo(jnp.float32).min
-        logits = jnp.where(real[:, :, None, None, :], logits * dim**-0.5, floor)
+        logits = logits * dim**-0.5
+        if tokens.bias is not None:
+            logits = logits + window(tokens.bias[..., None])[:, :, None, None, :, 0]
+        logits = jnp.where(real[:, :, None, None, :], logits, floor)
         attention = jax.nn.softmax(logits, axis=-1).astype(x.dtype)
         y = jnp.einsum("bthqk,btkhd->btqhd", attention, v).reshape(x.shape)
         x = x + self.dense("out", y, width, ("heads", "embed"))
@@ -79,7 +82,7 @@ class WindowMerger(_Halving):
         y = self.layer_norm("merge_norm", x.reshape(batch, -1, 4 * width), "mlp", 1e-6)
         y = self.dense("up", y, self.hidden_dim or 16 * width, ("embed", "mlp"))
         y = self.dense("down", nn.gelu(y, approximate=True), width, ("mlp", "embed"))
-        return with_embed(fold.pool(tokens, grid, cells), mean + y)
+        return with_embed(fold.pool(tokens.replace(bias=None), grid, cells), mean + y)
 
 
 class FinalMerger(_Halving):
@@ -119,7 +122,8 @@ class MiniCPMMerger(Compressor):
 
     Deviations: the final merger keeps the encoder's width and stands before the encoder's last norm
     (published: behind it, and it maps to the decoder's width; here the connector does). Padded
-    neighbours are no keys, have no part in the mean, and are zeros side by side. Kernels start from
+    neighbours are no keys, have no part in the mean, and are zeros side by side. A bias that the
+    tokens carry is added to the logits of the window attention, and is used up. Kernels start from
     lecun_normal (published: block-diagonal normals).
 
     Called outside an encoder it applies its mergers one after the other.

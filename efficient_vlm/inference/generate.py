@@ -7,7 +7,7 @@ two compressors with one budget use the same prefill and decode, all use the sam
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +41,43 @@ class Generated:
     seconds: dict[str, Any] = struct.field(pytree_node=False)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(model: VisionLanguageModel, params, images, image_mask):
-    return model.apply({"params": params}, images, image_mask, method="encode")
+class Programs(NamedTuple):
+    """What decides which program of each stage runs: equal values share one.
+
+    Attributes:
+      encode: (model, patch grid of the image, signals asked for).
+      compress, prefill, decode: models.
+    """
+
+    encode: tuple[VisionLanguageModel, Any, Any]
+    compress: VisionLanguageModel
+    prefill: VisionLanguageModel
+    decode: VisionLanguageModel
+
+
+def programs_of(model: VisionLanguageModel, layout: Layout) -> Programs:
+    """The stages of a model, where a method does not touch one as those of the model without it.
+
+    An encoder is the same on one grid with the same signals, prefill for tokens that come under one
+    position policy, and a further token for all.
+    """
+    patches = (layout.rows, layout.columns)
+    count = patches[0] * patches[1]
+    method, plain = model.make_compressor(), model.with_compressor("none", count)
+    encode, prefill = (model, None, None), model
+    if method.where != "encoder":
+        asked = tuple(sorted(method.intermediates().items()))
+        encode = (plain, method.image_grid(patches), asked)
+    if method.where != "decoder":
+        options = {"position_policy": method.position_policy}
+        prefill = plain.with_compressor("none", count, **options)
+    return Programs(encode, model, prefill, plain)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _encode(model: VisionLanguageModel, grid, asked, params, images, image_mask):
+    options = {"grid": grid, "asked": None if asked is None else dict(asked)}
+    return model.apply({"params": params}, images, image_mask, method="encode", **options)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -51,10 +85,18 @@ def _compress(
     model: VisionLanguageModel, layout: Layout, params, visual, signals, prompts, lengths, rng
 ):
     apply = functools.partial(model.apply, {"params": params})
-    visual, signals = repeat_rows((visual, signals), layout.images, prompts.shape[1])
-    rows, row_lengths = prompts.reshape(-1, prompts.shape[-1]), lengths.reshape(-1)
-    instruction = apply(rows, row_lengths, method="instruction")
-    return apply(visual, signals, instruction, layout, rng, method="compress")
+    questions = prompts.shape[1]
+    # Where the question does not matter, images are compressed once; each question has a random
+    # draw of its own.
+    each = model.selects_by_text or model.compressor["name"] == "random"
+    instruction = apply(prompts, lengths, method="instruction")
+    if each:
+        visual, signals = repeat_rows((visual, signals), layout.images, questions)
+        instruction = instruction.reshape(-1, instruction.shape[-1])
+    else:
+        instruction = instruction[:, 0]
+    visual = apply(visual, signals, instruction, layout, rng, method="compress")
+    return visual if each else repeat_rows(visual, 1, questions)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -95,7 +137,7 @@ def generate(
 
     Args:
       model: the model at one budget.
-      params: its parameters; faster on a CPU when split by `models.layers.unstack`.
+      params: its parameters; faster on a CPU when split by `models.stack.unstack`.
       images: uint8 [B, M, H, W, 3].
       image_mask: bool [B, M].
       prompts: int32 [B, Q, P], padded on the right.
@@ -106,21 +148,9 @@ def generate(
     """
     seconds: dict[str, Any] = {"decode": []}
     layout = model.layout(images)
-    # What a method does not touch is the same program for all: an encoder that gives no signals and
-    # sees the whole image, a decoder into which tokens come with no policy of their own.
-    plain = model.with_compressor("none", layout.rows * layout.columns)
-    method = model.make_compressor()
-    whole = method.image_grid((layout.rows, layout.columns)) == (layout.rows, layout.columns)
-    shared = whole and method.where != "encoder" and not method.intermediates()
-    encoder = plain if shared else model
-    if method.where != "decoder":
-        decoder = plain.with_compressor(
-            "none", layout.rows * layout.columns, position_policy=method.position_policy
-        )
-    else:
-        decoder = model
-
-    visual, signals = _timed(seconds, "encode", _encode, encoder, params, images, image_mask)
+    static = programs_of(model, layout)
+    images = (images, image_mask)
+    visual, signals = _timed(seconds, "encode", _encode, *static.encode, params, *images)
     visual = _timed(
         seconds,
         "compress",
@@ -138,7 +168,7 @@ def generate(
         seconds,
         "prefill",
         _prefill,
-        decoder,
+        static.prefill,
         layout,
         new_tokens,
         params,
@@ -156,7 +186,7 @@ def generate(
         done |= chosen == eos_id
         if done.all() or step == new_tokens - 1:
             break
-        token, cache = _timed(seconds, "decode", _decode, decoder, params, chosen, cache)
+        token, cache = _timed(seconds, "decode", _decode, static.decode, params, chosen, cache)
     shape = (*np.shape(prompts)[:2], new_tokens)
     return Generated(answers.reshape(shape), visual, sources, kv_bytes, seconds)
 

@@ -15,79 +15,13 @@ from efficient_vlm import compressors
 from efficient_vlm.compressors import POLICIES, Compressor, DecoderState, Signals, VisualTokens
 from efficient_vlm.errors import UserError, check_fields, unknown
 from efficient_vlm.inference.cache import KVCache, SegmentCache
-from efficient_vlm.models.layers import (
-    PADDING_SEGMENT,
-    SHARED_SEGMENT,
-    Attention,
-    Dtype,
-    Linear,
-    RMSNorm,
-    attention_mask,
-    attention_rows,
-    layer_of,
-    logical,
-    run_layers,
-    stack_layers,
-)
-from efficient_vlm.models.moe import MoE, SwiGLU, check_moe
+from efficient_vlm.models.attention import PADDING_SEGMENT, SHARED_SEGMENT, attention_mask
+from efficient_vlm.models.decoder_block import DecoderBlock, LayerInputs
+from efficient_vlm.models.layers import Dtype, Linear, RMSNorm, logical
+from efficient_vlm.models.moe import check_moe
+from efficient_vlm.models.stack import layer_of, rematerialised, run_layers, stack_layers
 
 POSITIONS = ("rope", "learned")
-
-
-class DecoderBlock(nn.Module):
-    """Pre-norm attention, then SwiGLU or a mixture of experts."""
-
-    attention: Mapping[str, Any]
-    mlp_dim: int
-    moe: Mapping[str, Any] | None
-    dtype: Dtype
-
-    def setup(self):
-        self.attention_norm = RMSNorm(dtype=self.dtype)
-        self.attend = Attention(**self.attention, dtype=self.dtype, name="attention")
-        self.mlp_norm = RMSNorm(dtype=self.dtype)
-        out_scale = self.attention["out_scale"]
-        if self.moe is None:
-            self.feed_forward = SwiGLU(self.mlp_dim, out_scale, self.dtype, name="mlp")
-        else:
-            self.feed_forward = MoE(**self.moe, out_scale=out_scale, dtype=self.dtype, name="moe")
-
-    def __call__(self, x, positions, mask, key_bias, valid, cache, write_index, probe):
-        y, inner = self.attend(
-            self.attention_norm(x),
-            positions,
-            mask=mask,
-            key_bias=key_bias,
-            cache=cache,
-            write_index=write_index,
-        )
-        x = nn.with_logical_constraint(x + y, ("batch", None, "embed"))
-        looks = None
-        if probe is not None:
-            looks = attention_rows(inner["query"], inner["key"], *probe, self.attend.scale)
-        y, stats = self.mlp_norm(x), {}
-        if self.moe is None:
-            y = self.feed_forward(y)
-        else:
-            y, stats = self.feed_forward(y, valid)
-        x = nn.with_logical_constraint(x + y, ("batch", None, "embed"))
-        return x, (inner.pop("cache"), stats, looks, inner)
-
-    def look(self, x: jax.Array, positions: jax.Array, last: jax.Array) -> dict[str, jax.Array]:
-        """Keys of all places and the query of one place a row, as this layer would make them.
-
-        The queries have the shape of all places, zero but for `last`: only that row is computed.
-        """
-        y = self.attention_norm(x)
-        key, plain_key = self.attend.keys(y, positions)
-        row = jnp.take_along_axis(y, last[:, None, None], axis=1)
-        queries = self.attend.queries(row, jnp.take_along_axis(positions, last[:, None], axis=1))
-        rows = jnp.arange(x.shape[0])
-        query, plain_query = (
-            jnp.zeros((*x.shape[:2], *q.shape[2:]), q.dtype).at[rows, last].set(q[:, 0])
-            for q in queries
-        )
-        return dict(query=query, key=key, plain_query=plain_query, plain_key=plain_key)
 
 
 class Run(NamedTuple):
@@ -112,8 +46,9 @@ class Decoder(nn.Module):
       mlp_dim: hidden width of the dense feed-forward layer; not used with `moe`.
       moe: fields of `moe.MoE`, or None for a dense decoder.
       position: "rope", or "learned": a table of `max_positions`, added to what enters the first
-        layer (fractional positions of merged tokens are interpolated).
-      rope_theta, rope_fraction, qk_norm, qk_scale: see `layers.Attention`.
+        layer (fractional positions of merged tokens are interpolated). Learned positions are then
+        part of the tokens: a cut further up cannot renumber them, whatever its policy.
+      rope_theta, rope_fraction, qk_norm, qk_scale: see `attention.Attention`.
       out_scale: scale of the initial output projections.
       tie_embeddings: whether the head is the transposed embedding table.
       bidirectional_visual: visual tokens see all visual tokens (a prefix-LM) or only earlier ones.
@@ -121,8 +56,8 @@ class Decoder(nn.Module):
         eq. 1), so that it weighs as much as the patches it stands for.
       position_policy: positions of visual tokens where the compressor does not state its own:
         "retain" (index in the source grid, text behind the whole grid) or "reindex" (0, 1, 2, ...
-        of the kept tokens, text behind them).
-      remat, scan_unroll: see `layers.run_layers`.
+        of the slots that are left, padding included, text behind them).
+      remat, scan_unroll: see `stack.run_layers`.
     """
 
     vocab_size: int
@@ -164,7 +99,7 @@ class Decoder(nn.Module):
                 (self.max_positions, self.width),
             )
         fields = self._block_fields()
-        self.layers = stack_layers(DecoderBlock, self.num_layers, 7)(**fields)
+        self.layers = stack_layers(DecoderBlock, self.num_layers, 2)(**fields)
         self.reducers = [
             compressors.build(**segment["compressor"]) if segment.get("compressor") else None
             for segment in self.segments
@@ -251,35 +186,32 @@ class Decoder(nn.Module):
         )
         return dict(attention=attention, mlp_dim=self.mlp_dim, moe=self.moe, dtype=self.dtype)
 
-    def _layers(self) -> Any:
+    def _parameters(self) -> Any:
         return nn.unbox(self.variables["params"]["layers"])
 
+    @nn.nowrap
+    def _block(self) -> DecoderBlock:
+        return DecoderBlock(**self._block_fields(), parent=None)
+
     def _run(self, x, start, stop, inputs, cache):
-        """Layers `start` to `stop`; outputs (cache, stats, looks), without what attention saw."""
-        block = DecoderBlock(**self._block_fields(), parent=None)
-        *shared, write_index, probe = inputs
+        """Layers `start` to `stop`; outputs with a leading axis, without what attention saw."""
+        block = self._block()
 
         def layer(params, x, cache):
-            call = (x, *shared, cache, write_index, probe)
-            x, (cache, stats, looks, _) = block.apply({"params": params}, *call)
-            return x, (cache, stats, looks)
+            x, (outputs, _) = block.apply({"params": params}, x, inputs, cache)
+            return x, outputs
 
-        return run_layers(
-            layer,
-            self._layers(),
-            x,
-            start,
-            stop,
-            cache,
-            remat=self.remat,
-            unroll=self.scan_unroll,
-        )
+        options = dict(remat=self.remat, unroll=self.scan_unroll)
+        return run_layers(layer, self._parameters(), x, start, stop, cache, **options)
 
-    def _one(self, index, method=None, *inputs):
+    def _one(self, index, x, inputs, cache):
         """One layer apart, with what its attention saw."""
-        block = DecoderBlock(**self._block_fields(), parent=None)
-        params = layer_of(self._layers(), index)
-        return block.apply({"params": params}, *inputs, method=method)
+        block = self._block()
+
+        def layer(params, x, cache):
+            return block.apply({"params": params}, x, inputs, cache)
+
+        return rematerialised(layer, self.remat)(layer_of(self._parameters(), index), x, cache)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int [...] -> [..., width]."""
@@ -304,6 +236,7 @@ class Decoder(nn.Module):
         position_policy: str | None = None,
         rng: jax.Array | None = None,
         cache_slots: int | None = None,
+        longest: int | None = None,
         probe: jax.Array | None = None,
     ) -> tuple[jax.Array, dict, tuple[SegmentCache, ...], tuple[jax.Array, ...]]:
         """Runs visual tokens and, behind them, text through all layers.
@@ -320,6 +253,7 @@ class Decoder(nn.Module):
           position_policy: of the visual tokens; None for the decoder's own.
           rng: key for random compressors.
           cache_slots: room for generated tokens; None for no cache.
+          longest: static, places of the longest packed conversation; None for all of S.
           probe: int [B, R], text places whose attention to the visual tokens is wanted; only for a
             decoder that keeps all of them.
 
@@ -334,81 +268,98 @@ class Decoder(nn.Module):
         runs = self.runs(visual.embed.shape[1])
         if self.position == "learned":
             offset, places = self._visual_positions(visual, columns, policy)
+            self._check_table(offset + (longest or text.shape[1]) + (cache_slots or 0))
             visual = visual.replace(embed=visual.embed + self._learned(places))
             text = text + self._learned(offset + positions)
-        first = dict(first_visual=visual.embed, first_text=text, first_live=visual.mask)
         last_prompt = jnp.max(jnp.where(prompt, jnp.arange(prompt.shape[1]), 0), axis=1)
-        stats, attention, caches, sources, state = [], [], [], [], None
-        for i, (start, stop, reducer) in enumerate(runs):
-            if reducer is not None:
+        fixed = dict(
+            prompt=prompt,
+            first_visual=visual.embed,
+            first_text=text,
+            first_live=visual.mask,
+            scale=self.qk_scale * self.dim**-0.5,
+            bidirectional=self.bidirectional_visual,
+        )
+        outputs, caches, sources, state = [], [], [], None
+        for i, run in enumerate(runs):
+            if run.reducer is not None:
                 key = None if rng is None else jax.random.fold_in(rng, i)
-                visual = self._reduce(i, reducer, visual, signals.replace(decoder=state), key)
-                policy = reducer.position_policy or policy
+                visual = self._reduce(i, run.reducer, visual, signals.replace(decoder=state), key)
+                policy = run.reducer.position_policy or policy
             sources.append(visual.source)
             count = visual.embed.shape[1]
             offset, visual_positions = self._visual_positions(visual, columns, policy)
-            places = jnp.concatenate([visual_positions, offset + positions], axis=1)
             shared = jnp.where(visual.mask, SHARED_SEGMENT, PADDING_SEGMENT)
             marks = jnp.concatenate([shared, segments], axis=1)
             index = jnp.arange(marks.shape[1])
             prefix = count if self.bidirectional_visual else 0
-            mask = attention_mask(index, index, marks, marks, prefix_length=prefix)
-            bias = self._key_bias(visual, text.shape[1])
-            live = marks != PADDING_SEGMENT
+            inputs = LayerInputs(
+                positions=jnp.concatenate([visual_positions, offset + positions], axis=1),
+                mask=attention_mask(index, index, marks, marks, prefix_length=prefix),
+                key_bias=self._key_bias(visual, text.shape[1]),
+                live=marks != PADDING_SEGMENT,
+                probe=None if probe is None else (count + probe, visual.mask),
+            )
             x = jnp.concatenate([visual.embed.astype(self.dtype), text], axis=1)
-            look_from = None if probe is None else (count + probe, visual.mask)
-            inputs = (places, mask, bias, live, None, look_from)
             if i == 0 and self.is_initializing():
-                self.layers(x, *inputs[:4], None, *inputs[4:])
-
+                self.layers(x, inputs, None)
             following = runs[i + 1].reducer if i + 1 < len(runs) else None
-            looked_at = following is not None and "decoder" in following.needs
-            done, outputs = stop - looked_at, []
-            if done > start:
-                cache = self._empty(x, cache_slots, done - start)
-                x, part = self._run(x, start, done, inputs, cache)
-                outputs.append(part)
-            if looked_at:
-                before, cache = x, self._empty(x, cache_slots)
-                x, (*part, inner) = self._one(done, None, x, *inputs[:4], cache, *inputs[4:])
-                outputs.append(jax.tree.map(lambda value: value[None], tuple(part)))
-                last = count + last_prompt
-                if getattr(following, "looks", "previous") == "next":
-                    inner = self._one(stop, "look", x, places, last)
-                state = DecoderState(
-                    **inner,
-                    live=live,
-                    prompt=prompt,
-                    last=last,
-                    bias=bias,
-                    before=before,
-                    after=x,
-                    **first,
-                    scale=self.qk_scale * self.dim**-0.5,
-                    bidirectional=self.bidirectional_visual,
-                )
-            kv, layer_stats, looks = jax.tree.map(
-                lambda *parts: jnp.concatenate(parts) if len(parts) > 1 else parts[0], *outputs
+            x, (kv, *rest), state = self._through(
+                run, following, x, inputs, cache_slots, count + last_prompt, fixed
             )
             visual, text = visual.replace(embed=x[:, :count]), x[:, count:]
-            stats.append(layer_stats)
-            attention.append(looks)
+            outputs.append(rest)
             if cache_slots is not None:
                 grow = ((0, 0), (0, cache_slots))
                 caches.append(
                     SegmentCache(
                         key=kv[0],
                         value=kv[1],
-                        live=jnp.pad(live, grow),
-                        bias=jnp.pad(bias, grow),
+                        live=jnp.pad(inputs.live, grow),
+                        bias=jnp.pad(inputs.key_bias, grow),
                         start=marks.shape[1],
                         text_offset=offset,
                     )
                 )
-        stats = jax.tree.map(lambda *layers: jnp.concatenate(layers), *stats)
+        stats, attention = jax.tree.map(lambda *each: jnp.concatenate(each), *outputs)
         if probe is not None:
-            stats["visual_attention"] = jnp.concatenate(attention)
+            stats["visual_attention"] = attention
         return text, stats, tuple(caches), tuple(sources)
+
+    def _through(self, run, following, x, inputs, cache_slots, last, fixed):
+        """One run of layers; the last one apart if the compressor behind it looks at it.
+
+        Returns:
+          x; (caches, statistics, attention) with a leading axis over the layers; what `following`
+          sees, or None.
+        """
+        looked_at = following is not None and "decoder" in following.needs
+        done = run.stop - looked_at
+        parts, state = [], None
+        if done > run.start:
+            cache = self._empty(x, cache_slots, done - run.start)
+            x, part = self._run(x, run.start, done, inputs, cache)
+            parts.append(part)
+        if looked_at:
+            before = x
+            x, (part, seen) = self._one(done, x, inputs, self._empty(x, cache_slots))
+            parts.append(jax.tree.map(lambda value: value[None], part))
+            if getattr(following, "looks", "previous") == "next":
+                block = self._block()
+                params = {"params": layer_of(self._parameters(), run.stop)}
+                seen = block.apply(params, x, inputs.positions, last, method="look")
+            state = DecoderState(
+                **seen,
+                live=inputs.live,
+                last=last,
+                bias=inputs.key_bias,
+                before=before,
+                after=x,
+                **fixed,
+            )
+        if len(parts) == 1:
+            return x, parts[0], state
+        return x, jax.tree.map(lambda *each: jnp.concatenate(each), *parts), state
 
     def _empty(self, x, cache_slots, *layers) -> tuple[jax.Array, jax.Array] | None:
         """Room for the keys and values of x [B, S, D] and of `cache_slots` more tokens."""
@@ -422,6 +373,15 @@ class Decoder(nn.Module):
             return self.reducers[i](visual, signals, rng=rng)
         # Methods that place their own cuts have no parameters.
         return reducer.apply({}, visual, signals, rng=rng)
+
+    @nn.nowrap
+    def _check_table(self, needed: int) -> None:
+        if needed > self.max_positions:
+            raise UserError(
+                f"model.decoder.max_positions: {self.max_positions}, but visual tokens, text and "
+                f"answer need {needed}",
+                fix=f"set it to {needed} or more, keep fewer visual tokens, or position=rope",
+            )
 
     def _learned(self, positions: jax.Array) -> jax.Array:
         """[B, S] positions -> [B, S, width], linear between the rows of the table."""
@@ -445,9 +405,8 @@ class Decoder(nn.Module):
             live = part.live | (jnp.arange(part.live.shape[1]) == slot)
             place = (part.text_offset + behind)[:, None]
             seen = jnp.ones_like(tokens, dtype=bool)[:, None]
-            inputs = (place, live[:, None, :], part.bias, seen, slot, None)
-            state = (part.key, part.value)
-            x, (kv, _, _) = self._run(x, start, stop, inputs, state)
+            inputs = LayerInputs(place, live[:, None, :], part.bias, seen, write_index=slot)
+            x, (kv, *_) = self._run(x, start, stop, inputs, (part.key, part.value))
             segments.append(part.replace(key=kv[0], value=kv[1], live=live))
             start = stop
         cache = cache.replace(segments=tuple(segments), generated=cache.generated + 1)

@@ -10,17 +10,9 @@ from flax import linen as nn
 
 from efficient_vlm.compressors import Signals, Stage, VisualTokens
 from efficient_vlm.errors import UserError, unknown
-from efficient_vlm.models.layers import (
-    Attention,
-    Dtype,
-    Linear,
-    RMSNorm,
-    attention_received,
-    layer_of,
-    logical,
-    run_layers,
-    stack_layers,
-)
+from efficient_vlm.models.attention import Attention, attention_received
+from efficient_vlm.models.layers import Dtype, Linear, RMSNorm, logical
+from efficient_vlm.models.stack import layer_of, rematerialised, run_layers, stack_layers
 
 POSITIONS = ("factorised", "learned")
 
@@ -103,8 +95,8 @@ class ViT(nn.Module):
       position: "factorised" (a row table plus a column table) or "learned" (a table of the grid).
       position_scale: standard deviation of the initial position tables.
       class_token: whether a learned CLS token stands before the patches; the features exclude it.
-      qk_norm, qk_scale: see `layers.Attention`.
-      remat, scan_unroll: see `layers.run_layers`.
+      qk_norm, qk_scale: see `attention.Attention`.
+      remat, scan_unroll: see `stack.run_layers`.
     """
 
     image_size: int | Sequence[int]
@@ -165,7 +157,7 @@ class ViT(nn.Module):
         Raises:
           UserError: unknown name or layer, or a CLS row of an encoder without CLS.
         """
-        wanted = {asked: self._parse_intermediate(asked) for asked in intermediates}
+        wanted = {asked: self.parse_intermediate(asked) for asked in intermediates}
         x = self._patches(images)
         x = x + self._positions(images.shape[1:3])
         grid = tuple(side // self.patch_size for side in images.shape[1:3])
@@ -237,7 +229,12 @@ class ViT(nn.Module):
                     def merge(x, inner, index=index):
                         return reduce(index, x, inner["key"][:, extra:])
 
-                x, inner = block.apply({"params": layer_of(stacked, layer)}, x, bias, merge)
+                def one(params, x, merge=merge):
+                    return block.apply({"params": params}, x, bias, merge)
+
+                # Without a merge nothing escapes the layer, so it can be computed again.
+                one = one if merge else rematerialised(one, self.remat)
+                x, inner = one(layer_of(stacked, layer), x)
                 done = layer + 1
                 for asked, (name, at) in wanted.items():
                     if at == layer:
@@ -250,7 +247,9 @@ class ViT(nn.Module):
             found["tokens"] = tokens.replace(embed=features)
         return features, found
 
-    def _parse_intermediate(self, asked: str) -> tuple[str, int]:
+    @nn.nowrap
+    def parse_intermediate(self, asked: str) -> tuple[str, int]:
+        """ "name/layer" -> (name, layer from 0); see `__call__`."""
         name, _, layer = asked.partition("/")
         if name not in INTERMEDIATES:
             raise unknown("encoder intermediate", name, INTERMEDIATES)
@@ -258,9 +257,8 @@ class ViT(nn.Module):
             layer = str(int(part * self.depth))
         if not layer.lstrip("-").isdigit() or not -self.depth <= int(layer) < self.depth:
             raise UserError(
-                f"encoder intermediate {asked!r}: no such layer",
-                allowed=f"{name}/LAYER with LAYER from {-self.depth} to {self.depth - 1}",
-                fix="give compressor.layer (or middle_layer) inside this encoder",
+                f"compressor.layer (or middle_layer): {layer}, no layer of this encoder ({asked})",
+                allowed=f"{-self.depth} to {self.depth - 1}, or a fraction of the depth",
             )
         if name.startswith("cls_") and not self.class_token:
             raise UserError(

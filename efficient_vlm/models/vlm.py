@@ -15,9 +15,10 @@ from efficient_vlm.compressors.methods import METHODS, find
 from efficient_vlm.compressors.tokens import zero_padding
 from efficient_vlm.errors import UserError
 from efficient_vlm.inference.cache import KVCache
+from efficient_vlm.models.attention import PADDING_SEGMENT
 from efficient_vlm.models.build import check_positive, construct, frozen
 from efficient_vlm.models.decoder import Decoder
-from efficient_vlm.models.layers import PADDING_SEGMENT, Dtype, Linear
+from efficient_vlm.models.layers import Dtype, Linear
 from efficient_vlm.models.vit import ViT
 
 
@@ -185,26 +186,35 @@ class VisionLanguageModel(nn.Module):
 
     # --- stages ------------------------------------------------------------------------------
 
-    def encode(self, images: jax.Array, image_mask: jax.Array) -> tuple[VisualTokens, Signals]:
+    def encode(
+        self,
+        images: jax.Array,
+        image_mask: jax.Array,
+        *,
+        asked: Mapping[str, str] | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> tuple[VisualTokens, Signals]:
         """Images to patch tokens (fewer, if a method acts inside the encoder), each on its own.
 
         Args:
           images: uint8 [B, M, H, W, 3].
           image_mask: bool [B, M]; a missing image gives padding tokens.
+          asked: signal -> encoder intermediate, in place of what the compressor asks for.
+          grid: patches of the resized image, in place of what the compressor asks for.
 
         Returns:
           Tokens with a leading axis B*M, and the signals that the compressor needs.
         """
         _, *source_grid = self.layout(images)
         images = images.reshape(-1, *images.shape[2:])
-        grid = self.reduce.image_grid(tuple(source_grid))
+        grid = grid or self.reduce.image_grid(tuple(source_grid))
         if grid != tuple(source_grid):
             images = _resize(images, [side * self.vit.patch_size for side in grid])
         method, stages = self.make_compressor(), ()
         if method.where == "encoder":
             place = dict(class_token=self.vit.class_token)
             stages = method.stages(self.vit.depth, grid[0] * grid[1], **place)
-        asked = method.intermediates()
+        asked = method.intermediates() if asked is None else asked
         features, found = self.vit(
             images,
             intermediates=tuple(asked.values()),
@@ -367,6 +377,7 @@ class VisionLanguageModel(nn.Module):
             prompt=(valid & (place < prompt_lengths[..., None])).reshape(rows, -1),
             position_policy=self._position_policy(),
             rng=rng,
+            longest=length,
             probe=asks if self.teaches_selector else None,
         )
         if self.teaches_selector:

@@ -114,7 +114,7 @@ def _in_decoder(budget: int, patches: int) -> Iterator[tuple[str, dict[str, Any]
     kept = sparsevlm_plan.kept_of(budget, patches, recycled)
     yield "fastv", {"layer": 1, "budget": budget}
     yield "pyramiddrop", {"layers": (1,), "keep": (budget,)}
-    yield "sparsevlm", {"layers": (0,), "keep": (kept,)}  # Counts layers from 0; merges the rest.
+    yield "sparsevlm", {"layers": (1,), "keep": (kept,)}  # It merges the rest.
     yield "dart", {"layer": 1, "budget": budget}
     yield "fitprune", {"counts": (budget,)}
     yield "v2drop", {"layers": (1,), "keep": (budget,)}

@@ -7,6 +7,8 @@ import time
 import pytest
 
 from efficient_vlm import cli
+from efficient_vlm.audit import command
+from efficient_vlm.compressors import methods
 from efficient_vlm.models import presets
 
 FASTV = ("--compressor=fastv", "--compressor.layer=2", "--compressor.keep=0.5")
@@ -109,13 +111,111 @@ def test_several_methods_matched(audited, call):
     assert list(reached) == ["fastv", "stride", "tome"]
     assert reached["fastv"]["compressor"]["keep"] == 98
     assert reached["fastv"]["match"] == dict(
-        measure="mean_processed", goal=128.0, reached=127.875, settings={"keep": 98}
+        measure="mean_processed",
+        goal=128.0,
+        reached=127.875,
+        off=127.875 / 128 - 1,
+        settings={"keep": 98},
     )
     assert reached["stride"]["compressor"]["budget"] == 128
     assert reached["tome"]["visual_tokens"]["entering"] == 128
     code, out, _ = call(*words, "--match=flops:0.5")
     assert code == 0
     assert out.count("asked for 4.447 T") == 3 and "speed-up" in out
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_every_method_can_be_matched(audited, monkeypatch, name):
+    # That the model runs with each method is for other tests, and takes longer.
+    monkeypatch.setattr(command, "dry_run", lambda model, images: None)
+    found = audited("--preset=llava-1.5-7b", f"--compressor={name}", "--match=mean_processed:128")
+    assert found["match"]["reached"] == found["visual_tokens"]["mean_processed"]
+
+
+def test_what_is_not_matched_is_marked(call):
+    words = ("--preset=llava-1.5-7b", "--match=mean_processed:128")
+    code, out, err = call(*words, "--compressor=fastv,pyramiddrop")
+    assert code == 0, err
+    assert out.count("128 !") == 1
+    assert "reached 144.75 (+13 %; ! more than 5 % off" in out.replace("\n", " ")
+    assert "(-0.098 %)" in out
+    assert "!" not in call(*words, "--compressor=fastv")[1]
+    assert "! more than 5 % off" in call(*words, "--compressor=m3")[1].replace("\n", " ")
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_feather_knows_the_grid_of_one_image(audited, name):
+    found = audited(f"--preset={name}", "--compressor=feather", "--compressor.keep=0.1")
+    entering = found["visual_tokens"]["entering"]
+    side = {"smolvlm-256m": (8, 8), "qwen2-vl-2b": (27, 37)}.get(name)
+    if name.startswith("molmo"):
+        side = 12, 12
+    rows, columns = side or [int((entering / found["images"]) ** 0.5)] * 2
+    spaced = found["images"] * -(-rows // 3) * -(-columns // 3)
+    cut = min(row["visual_out"] for row in found["layers"] if row["visual_out"] > entering // 9)
+    assert cut == spaced + int(0.1 * entering)
+
+
+def test_a_count_with_several_images_is_explained(audited, call):
+    words = ("--preset=molmo-7b-d", "--compressor=fastv")
+    note = "keep=100 counts the tokens of all 2 images together"
+    assert note in audited(*words, "--compressor.keep=100")["note"]
+    assert note in call(*words, "--compressor.keep=100")[1].replace("\n", " ")
+    assert "note" not in audited(*words, "--compressor.keep=0.5")
+    assert "note" not in audited(*words, "--compressor.keep=100", "--images=1")
+    between = ("--preset=molmo-7b-d", "--compressor=stride", "--compressor.budget=16")
+    assert "note" not in audited(*between)
+    matched = audited(*words, "--compressor=pyramiddrop", "--match=mean_processed:200")
+    assert all("all 2 images" in method["note"] for method in matched["methods"])
+
+
+CONFIG = """
+import ml_collections
+
+def get_config(arg):
+    segments = [dict(layers=1), dict(layers=1)]
+    name, *options = arg.split(",")
+    options = dict(part.split("=") for part in options)
+    if name == "segment":
+        segments[1]["compressor"] = {k: int(v) if v.isdigit() else v for k, v in options.items()}
+    return ml_collections.ConfigDict(dict(
+        data=dict(name="spatial"),
+        model=dict(
+            encoder=dict(image_size=32, patch_size=8, width=24, depth=1, num_heads=2, mlp_dim=32),
+            compressor=dict(name="none", budget=16),
+            connector=dict(identity=name == "identity"),
+            decoder=dict(width=32, num_heads=2, mlp_dim=48, segments=segments),
+        ),
+    ))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arg", "words", "expected"),
+    [
+        ("identity", ("--compressor=stride", "--compressor.budget=4"), "width 24"),
+        ("segment,name=fastv,keep=4", (), "compressor.budget: None"),
+        ("segment,name=average_pool,budget=3", (), "cannot give 3"),
+        ("segment,name=fastervlm,budget=4", (), "signals.attention_row"),
+        ("segment,name=tome,budget=12", (), "tome"),
+        (
+            "plain",
+            ("--compressor=tokenpacker", "--compressor.budget=4", "--compressor.num_heads=7"),
+            "compressor.num_heads: 7",
+        ),
+        (
+            "plain",
+            ("--compressor=mqt", "--compressor.budget=4", "--compressor.num_heads=7"),
+            "compressor.num_heads: 7",
+        ),
+    ],
+)
+def test_no_numbers_for_what_the_model_refuses(call, tmp_path, arg, words, expected):
+    path = tmp_path / "refused.py"
+    path.write_text(CONFIG)
+    code, out, err = call(f"--config={path}:{arg}", *words)
+    assert code == 2 and not out, out
+    assert expected in err and len(err.strip().splitlines()) <= 3, err
 
 
 def test_equal_flops(audited):
@@ -215,6 +315,24 @@ def test_fields_of_a_preset_can_be_changed(audited):
         (("--preset=llava-1.5-7b", "--config.model.encoder.dept=2"), ("did you mean", "depth")),
         (("--preset=llava-1.5-7b", "--compressor.layer"), ("--compressor.layer", "no value")),
         (("--preset=llava-1.5-7b", "--prefix"), ("--prefix",)),
+        (
+            ("--preset=llava-1.5-7b", "--compressor=fastv", "--compressor.fastv.nope=3"),
+            ("--compressor.nope", "fastv has no such option", "budget, ", "layer"),
+        ),
+        (
+            ("--preset=llava-1.5-7b", "--compressor=fastv", "--compressor.name=stride"),
+            ("--compressor.name=stride", "fix: --compressor=stride"),
+        ),
+        (("--preset=llava-1.5-7b", "--compressor="), ("--compressor=: no name", "commas")),
+        (("--preset=llava-1.5-7b", "--compressor=fastv", "--compressor= ,"), ("no name",)),
+        (
+            ("--preset=llava-1.5-7b", "--compressor=pyramiddrop", "--compressor.layers=a,b"),
+            ("--compressor.layers: 'a,b'", "numbers with commas, such as 8,16"),
+        ),
+        (
+            (*("--preset=llava-1.5-7b", "--compressor=fastv"), "--match=entering:128"),
+            ("--match=entering", "mean_processed, mean_written, flops, kv_bytes"),
+        ),
     ],
 )
 def test_mistakes(call, words, expected):

@@ -38,6 +38,7 @@ class Case:
       trained: it has parameters, or a bias that is taught: gradients are checked.
       identity: at the full budget the tokens are unchanged.
       fewer: with few real tokens it may give even fewer (cells of padding, holes).
+      internal: fields that only `stages` sets, as pairs.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Case:
     identity: bool = True
     fewer: bool = False
     note: str = ""
+    internal: tuple[tuple[str, object], ...] = ()
 
     def __str__(self):
         return self.name + self.note
@@ -78,6 +80,16 @@ CASES = [
         trained=True,
         note="-order",
     ),
+    Case(
+        "pixel_shuffle",
+        "merge",
+        lambda grid: {
+            "budgets": reachable("pixel_shuffle", grid),
+            "order": "column_row_feature",
+        },
+        trained=True,
+        note="-swin",
+    ),
     Case("pool", "merge", fewer=True),
     Case("m3", "merge", fewer=True),
     Case("mqt", "merge", fixed(num_queries=16, num_heads=2), trained=True, identity=False),
@@ -100,6 +112,14 @@ CASES = [
         note="-first",
     ),
     Case("position_pool", "merge", fewer=True),
+    Case(
+        "position_pool",
+        "merge",
+        fixed(scaled=True),
+        identity=False,
+        fewer=True,
+        note="-scaled",
+    ),
     Case("minicpm_merger", "merge", fixed(num_heads=2), trained=True, fewer=True),
     Case(
         "minicpm_merger",
@@ -120,7 +140,23 @@ CASES = [
     Case("ldp", "merge", trained=True, identity=False, fewer=True),
     Case("ldpv2", "merge", trained=True, identity=False, fewer=True),
     Case("tokenpacker", "merge", fixed(num_heads=2), trained=True, identity=False, fewer=True),
+    Case(
+        "tokenpacker",
+        "merge",
+        fixed(num_heads=2, style="official"),
+        trained=True,
+        identity=False,
+        fewer=True,
+        note="-official",
+    ),
     Case("perceiver", "merge", fixed(num_queries=8, num_heads=2, depth=1), trained=True),
+    Case(
+        "perceiver",
+        "merge",
+        fixed(num_queries=8, num_heads=2, depth=1, style="flamingo"),
+        trained=True,
+        note="-flamingo",
+    ),
     Case("qformer", "merge", fixed(num_queries=8, num_heads=2, depth=1), trained=True),
     Case("fastervlm"),
     Case("visionzip", "mixed"),
@@ -130,12 +166,21 @@ CASES = [
     Case("prumerge", "mixed", fixed(extra=True), note="-extra"),
     Case("prumerge", options=fixed(adaptive=True), identity=False, fewer=True, note="-adaptive"),
     Case("prumerge_plus", options=fixed(neighbours=3)),
+    Case(
+        "prumerge_plus",
+        options=fixed(neighbours=3, adaptive=True),
+        identity=False,
+        fewer=True,
+        note="-adaptive",
+    ),
     Case("hiprune", options=fixed(alpha=0.8)),
+    Case("hiprune", options=fixed(alpha=0.8, border="stop"), note="-stop"),
     Case("divprune"),
     Case("cdpruner"),
     Case("cdpruner", options=fixed(relevance="none"), note="-none"),
     Case("scope"),
     Case("tome", "merge"),
+    Case("tome", "merge", internal=(("class_token", True),), note="-cls"),
     Case("fastv"),
     Case("fastv", options=fixed(row="mean"), note="-mean"),
     Case("pyramiddrop"),
@@ -201,6 +246,7 @@ def signals_of(inputs) -> Signals:
 def compiled(case: Case, grid: tuple[int, int], budget: int, dtype: str):
     """(parameters, jitted function from a batch to (tokens out, gradients))."""
     module = build(case.name, budget=budget, grid=grid, **case.options(grid))
+    module = module.clone(**dict(case.internal))
 
     def forward(params, embed, text, mask, seen):
         tokens = VisualTokens.from_grid(embed, grid, mask=mask)

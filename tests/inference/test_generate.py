@@ -122,9 +122,10 @@ def test_programs_are_shared_between_compressors_of_one_budget(trained, batch):
         "decode": module._decode,
     }
 
-    def new_programs(name, budget):
+    def new_programs(name, budget, **options):
         before = {k: f._cache_size() for k, f in programs.items()}
-        answers(model.with_compressor(name, budget), params, batch, rng=jax.random.key(0))
+        variant = model.with_compressor(name, budget, **options)
+        answers(variant, params, batch, rng=jax.random.key(0))
         return {k for k, f in programs.items() if f._cache_size() > before[k]}
 
     answers(model, params, batch)
@@ -136,3 +137,9 @@ def test_programs_are_shared_between_compressors_of_one_budget(trained, batch):
     assert new_programs("random", 9) == set()
     # Its encoder sees a smaller image, so it has one of its own.
     assert new_programs("downsample", 9) == {"encode", "compress"}
+    # Methods with the same signals share an encoder; another policy is another prefill, but never
+    # another program for the tokens behind it.
+    row = {"attention": "mean_query"}
+    assert new_programs("fastervlm", 9, **row) == {"encode", "compress", "prefill"}
+    assert new_programs("scope", 9, **row) == {"compress"}
+    assert new_programs("fastervlm", 8, **row) == {"compress", "prefill", "decode"}

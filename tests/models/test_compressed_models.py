@@ -2,16 +2,22 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import MOE
 
-from efficient_vlm.compressors import names
+from efficient_vlm.compressors import Signals, VisualTokens, build, names
+from efficient_vlm.compressors.in_decoder.base import InDecoder
+from efficient_vlm.compressors.methods import METHODS
+from efficient_vlm.compressors.tokens import merge, take
 from efficient_vlm.errors import UserError
 from efficient_vlm.inference.generate import generate
-from efficient_vlm.models.layers import unstack
+from efficient_vlm.models.decoder_block import DecoderBlock, LayerInputs
+from efficient_vlm.models.stack import unstack
+from efficient_vlm.models.vit import ViT
 
 DEEP = dict(segments=[dict(layers=4)])
 IN_DECODER = {
@@ -19,7 +25,7 @@ IN_DECODER = {
     "fastv-mean": dict(layer=2, keep=0.25, row="mean"),
     "pyramiddrop": dict(layers=(1, 2, 3), keep=(0.5, 0.25, 0.125)),
     "feather": dict(layers=(1, 2)),
-    "sparsevlm": dict(layers=(0, 1, 2), keep=(10, 6, 3)),
+    "sparsevlm": dict(layers=(1, 2, 3), keep=(10, 6, 3)),
     "dart": dict(layer=1, keep=9),
     "fitprune": dict(rate=0.5),
     "v2drop": dict(layers=(1, 2, 3)),
@@ -40,6 +46,21 @@ def answer(model, params, batch, new_tokens=3):
     )
 
 
+def check_generation(model, params, batch, inputs, steps=2):
+    """Tokens generated through the caches are the best ones of the full forward pass."""
+    out = answer(model, params, batch, new_tokens=steps)
+    tokens = np.pad(batch["tokens"], ((0, 0), (0, 0), (0, steps)))
+    full = {**inputs(batch), "tokens": tokens, "lengths": batch["prompt_lengths"].copy()}
+    forward = jax.jit(lambda p, **b: model.apply({"params": p}, **b).logits)
+    for step in range(steps):
+        logits = np.asarray(forward(params, **full))
+        for b, q in np.ndindex(batch["lengths"].shape):
+            place = batch["prompt_lengths"][b, q] + step
+            tokens[b, q, place] = logits[b, q, place - 1].argmax()
+            assert tokens[b, q, place] == out.tokens[b, q, step], (b, q, step)
+        full["lengths"] = full["lengths"] + 1
+
+
 @pytest.fixture(scope="module")
 def plain(make_model, make_batch, init):
     """(model with four layers, batch, parameters): what every method here runs on."""
@@ -55,17 +76,7 @@ def test_cache_equals_no_cache(plain, inputs, case, policy):
     model, batch, params = plain
     options = {**IN_DECODER[case], "position_policy": policy}
     model = model.with_compressor(case.partition("-")[0], **options)
-    out = answer(model, params, batch)
-    forward = jax.jit(lambda p, **b: model.apply({"params": p}, **b).logits)
-    tokens = np.pad(batch["tokens"], ((0, 0), (0, 0), (0, 3)))
-    full = {**inputs(batch), "tokens": tokens, "lengths": batch["prompt_lengths"].copy()}
-    for step in range(3):
-        logits = np.asarray(forward(params, **full))
-        for b, q in np.ndindex(batch["lengths"].shape):
-            place = batch["prompt_lengths"][b, q] + step
-            tokens[b, q, place] = logits[b, q, place - 1].argmax()
-            assert tokens[b, q, place] == out.tokens[b, q, step], (b, q, step)
-        full["lengths"] = full["lengths"] + 1
+    check_generation(model, params, batch, inputs)
 
 
 @pytest.mark.parametrize("name", ["none", "pyramiddrop", "tome"])
@@ -149,17 +160,7 @@ def test_learned_positions_through_the_cache(make_model, make_batch, init, input
     batch = make_batch()
     model = make_model("stride", 4, decoder=dict(position="learned", max_positions=40), options={})
     params = init(model, batch)
-    out = answer(model, params, batch, new_tokens=2)
-    tokens = np.pad(batch["tokens"], ((0, 0), (0, 0), (0, 2)))
-    full = {**inputs(batch), "tokens": tokens, "lengths": batch["prompt_lengths"].copy()}
-    forward = jax.jit(lambda p, **b: model.apply({"params": p}, **b).logits)
-    for step in range(2):
-        logits = np.asarray(forward(params, **full))
-        for b, q in np.ndindex(batch["lengths"].shape):
-            place = batch["prompt_lengths"][b, q] + step
-            tokens[b, q, place] = logits[b, q, place - 1].argmax()
-            assert tokens[b, q, place] == out.tokens[b, q, step]
-        full["lengths"] = full["lengths"] + 1
+    check_generation(model, params, batch, inputs)
 
 
 @pytest.mark.parametrize("class_token", [False, True])
@@ -260,7 +261,8 @@ def test_every_method_is_one_config_line(make_model, make_batch, inputs, name):
     entering = 16 if name in IN_DECODER else options["budget"]
     assert visual.embed.shape == (2, 2 * entering, 32)
     assert visual.source.shape == (2, 32)
-    assert len(sources) == (1 if name not in IN_DECODER else len(sources))
+    assert len(sources) == len(model.make_decoder().runs(2 * entering))
+    assert (len(sources) > 1) == (name in IN_DECODER)
 
 
 @pytest.mark.parametrize("name", ["divprune", "cdpruner", "scope", "hiprune", "visionzip"])
@@ -276,3 +278,187 @@ def test_training_free_methods_in_a_model(make_model, make_batch, init, inputs, 
     fewer = answer(model.with_compressor(name, 4, **options), params, batch)
     assert fewer.visual.embed.shape[1] == 4
     assert jnp.isfinite(fewer.visual.embed).all()
+
+
+class Watcher(InDecoder):
+    """Keeps the first tokens, and what it was shown."""
+
+    looks: str = "previous"
+    position_policy: str | None = "retain"
+
+    label = "watcher"
+    text_guided = True
+    seen = {}
+
+    @nn.nowrap
+    def stages(self, num_layers, num_tokens, *, class_token=False):
+        return self.cuts((2,), (self.budget,), num_tokens)
+
+    def __call__(self, tokens, signals=None, *, rng=None):
+        self.seen[self.looks] = signals.decoder
+        keep = jnp.broadcast_to(jnp.arange(self.budget), (len(tokens.mask), self.budget))
+        return take(tokens, keep, jnp.ones_like(keep, bool))
+
+
+@pytest.mark.parametrize("looks", ["previous", "next"])
+def test_what_methods_in_the_decoder_see(plain, inputs, monkeypatch, looks):
+    """Queries, keys and states are those of the layer they are said to be, applied by hand."""
+    monkeypatch.setitem(METHODS, "watcher", Watcher)
+    model, batch, params = plain
+    model = model.with_compressor("watcher", 4, looks=looks)
+    model.apply({"params": params}, **inputs(batch))  # Not compiled: the state has values.
+    state = Watcher.seen[looks]
+    decoder = model.make_decoder()
+    block = DecoderBlock(**decoder._block_fields())
+    layers = params["language"]["layers"]
+    count = 16
+    x = jnp.concatenate([state.first_visual, state.first_text], axis=1)
+    text = state.prompt.shape[1]
+    positions = jnp.concatenate([jnp.arange(count), count + jnp.arange(text)])
+    positions = jnp.broadcast_to(positions, state.live.shape).astype(jnp.float32)
+    place = jnp.arange(count + text)
+    sees = (place <= place[:, None]) | ((place < count) & (place[:, None] < count))
+    given = LayerInputs(
+        positions, sees & state.live[:, None], jnp.zeros(state.live.shape), state.live
+    )
+    states, saw = [x], []
+    for layer in range(3):
+        own = jax.tree.map(lambda p, layer=layer: p[layer], layers)
+        x, (_, inner) = block.apply({"params": own}, x, given, None)
+        states.append(x)
+        saw.append(inner)
+    live = np.asarray(state.live)
+
+    def same(a, b, where=live):
+        np.testing.assert_allclose(np.asarray(a)[where], np.asarray(b)[where], atol=1e-5)
+
+    same(state.before, states[1])
+    same(state.after, states[2])
+    expected = saw[1] if looks == "previous" else saw[2]
+    same(state.key, expected["key"])
+    same(state.plain_key, expected["plain_key"])
+    rows = np.arange(len(live))
+    asked = (rows, np.asarray(state.last))
+    where = live if looks == "previous" else asked
+    same(state.query, expected["query"], where)
+    same(state.plain_query, expected["plain_query"], where)
+    lengths = batch["prompt_lengths"].reshape(-1)
+    np.testing.assert_array_equal(state.last, count + lengths - 1)
+    np.testing.assert_array_equal(state.prompt.sum(1), lengths)
+
+
+def test_a_merged_token_is_its_copies_in_the_encoder(monkeypatch):
+    """ToMe with proportional attention on pairs of equal patches changes no feature; without, it
+    does."""
+    fields = dict(image_size=32, patch_size=8, width=24, depth=3, num_heads=2, mlp_dim=32)
+    rng = np.random.default_rng(0)
+    halves = rng.integers(0, 256, (2, 4, 8, 2, 1, 8, 3))
+    images = np.broadcast_to(halves, (2, 4, 8, 2, 2, 8, 3)).reshape(2, 32, 32, 3).astype(np.uint8)
+    for class_token in (False, True):
+        vit = ViT(**fields, class_token=class_token, position_scale=0.0)
+        params = nn.unbox(vit.init(jax.random.key(1), images))
+        params = jax.tree.map(lambda p: p * 3.0, params)  # Attention that is far from uniform.
+        plain = vit.apply(params, images)[0]
+        for proportional in (True, False):
+            # Four of eight pairs are merged in the first layer: sizes of 2 and of 1.
+            tome = build("tome", r=4, layers=(0,), proportional=proportional)
+            stages = tome.stages(3, 16, class_token=class_token)
+            tokens = vit.apply(params, images, stages=stages)[1]["tokens"]
+            assert sorted(np.asarray(tokens.size[0]).tolist()) == [1.0] * 8 + [2.0] * 4
+            back = jnp.take_along_axis(tokens.embed, tokens.source[..., None], axis=1)
+            apart = float(jnp.abs(back - plain).max())
+            assert (apart < 1e-3) == proportional, (class_token, proportional, apart)
+
+
+def test_a_merged_token_is_its_copies_in_the_decoder(make_model, make_batch, init):
+    batch = make_batch()
+    model = make_model(decoder=dict(rope_fraction=0.0, bidirectional_visual=True))
+    params = init(model, batch)["language"]
+    embed = jax.random.normal(jax.random.key(0), (1, 4, 32))
+    copied = VisualTokens.from_grid(embed[:, jnp.array([0, 0, 0, 1, 2, 2, 3, 3])], (2, 4))
+    members = jnp.array([[0, 0, 0, 1, 2, 2, 3, 3]])
+    merged = merge(copied, members, 4)
+    text = jax.random.normal(jax.random.key(1), (1, 3, 32))
+
+    def run(tokens, proportional):
+        decoder = model.make_decoder().clone(proportional_attention=proportional)
+        place = jnp.arange(3)[None]
+        marks = jnp.ones((1, 3), jnp.int32)
+        options = dict(columns=4, signals=Signals())
+        return decoder.apply({"params": params}, tokens, text, place, marks, **options)[0]
+
+    whole = run(copied, True)
+    np.testing.assert_allclose(run(merged, True), whole, atol=1e-5)
+    assert np.abs(run(merged, False) - whole).max() > 1e-3
+
+
+@pytest.mark.parametrize("case", ["sparsevlm", "fastv-mean", "feather", "tome"])
+def test_cache_equals_no_cache_for_two_images_and_a_causal_decoder(
+    make_model, make_batch, init, inputs, case
+):
+    batch = make_batch(batch=2, images=2)
+    batch["image_mask"][0, 1] = False
+    decoder = dict(**DEEP, bidirectional_visual=False, proportional_attention=True)
+    model = make_model(decoder=decoder)
+    params = init(model, batch)
+    options = {**dict(tome=dict(budget=6)), **IN_DECODER}[case]
+    model = model.with_compressor(
+        case.partition("-")[0], **{**options, "position_policy": "reindex"}
+    )
+    check_generation(model, params, batch, inputs)
+
+
+@pytest.mark.parametrize("name", ["fastv", "pyramiddrop", "sparsevlm", "cdpruner", "dart"])
+def test_answers_do_not_choose_tokens(plain, inputs, name):
+    """In training, neither the answer nor another question changes what a prompt sees."""
+    model, batch, params = plain
+    options = IN_DECODER.get(name, dict(budget=4))
+    model = model.with_compressor(name, **options)
+    assert model.selects_by_text
+    run = jax.jit(lambda p, **b: model.apply({"params": p}, **b).logits)
+    place = np.arange(6)
+    before = np.asarray(run(params, **inputs(batch)))
+    changed = {**batch, "tokens": batch["tokens"].copy()}
+    answers = (place >= batch["prompt_lengths"][..., None]) & (place < batch["lengths"][..., None])
+    changed["tokens"][answers] = 19 - changed["tokens"][answers]
+    changed["tokens"][:, 1] = 19 - changed["tokens"][:, 1]  # the whole second question
+    after = np.asarray(run(params, **inputs(changed)))
+    prompts = place < batch["prompt_lengths"][..., None]
+    np.testing.assert_array_equal(before[:, 0][prompts[:, 0]], after[:, 0][prompts[:, 0]])
+    assert not np.array_equal(before[:, 1], after[:, 1])
+
+
+def test_a_missing_second_image_is_no_image(make_model, make_batch, init, inputs):
+    """Methods in the decoder see two images in a row; one that is missing has no say."""
+    batch = make_batch(batch=2, images=2)
+    batch["image_mask"][:, 1] = False
+    single = {**batch, "images": batch["images"][:, :1], "image_mask": batch["image_mask"][:, :1]}
+    model = make_model(decoder=dict(**DEEP, position_policy="reindex", rope_fraction=0.0))
+    params = init(model, batch)
+    model = model.with_compressor("fastv", layer=1, keep=4)
+    two = model.apply({"params": params}, **inputs(batch)).logits
+    one = model.apply({"params": params}, **inputs(single)).logits
+    valid = np.arange(6) < batch["lengths"][..., None]
+    np.testing.assert_allclose(np.asarray(two)[valid], np.asarray(one)[valid], atol=1e-4)
+
+
+def test_learned_positions_must_fit_the_table(make_model, make_batch, init):
+    model = make_model(decoder=dict(position="learned", max_positions=21))
+    with pytest.raises(UserError, match="max_positions: 21") as caught:
+        init(model, make_batch())
+    assert "22" in str(caught.value)
+
+
+def test_learned_positions_are_fixed_in_front_of_the_first_layer(
+    make_model, make_batch, init, inputs
+):
+    batch = make_batch()
+    model = make_model(decoder=dict(**DEEP, position="learned", max_positions=40))
+    params = init(model, batch)
+    out = [
+        model.with_compressor("fastv", layer=1, keep=4, position_policy=policy).apply(
+            {"params": params}, **inputs(batch)
+        )
+        for policy in ("retain", "reindex")
+    ]
+    np.testing.assert_array_equal(out[0].logits, out[1].logits)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from efficient_vlm.models import layers
+from efficient_vlm.models import attention
 from efficient_vlm.models.moe import MoE
 
 
@@ -34,7 +34,7 @@ def test_attention(kv_heads):
     mask = rng.random((2, 5, 7)) < 0.6
     mask[..., 0] = True
     bias = rng.normal(size=(2, 7))
-    ours = layers.dot_product_attention(
+    ours = attention.dot_product_attention(
         *(jnp.asarray(x, jnp.float32) for x in (q, k, v)),
         scale=0.3,
         mask=jnp.asarray(mask),
@@ -48,10 +48,10 @@ def test_log_size_equals_copies():
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(1, 3, 1, 4)), jnp.float32) for _ in range(3))
     copies = jnp.array([1, 3, 2])
-    merged = layers.dot_product_attention(q, k, v, scale=1.0, key_bias=jnp.log(copies)[None])
+    merged = attention.dot_product_attention(q, k, v, scale=1.0, key_bias=jnp.log(copies)[None])
     repeated = [jnp.repeat(x, copies, axis=1, total_repeat_length=6) for x in (k, v)]
     np.testing.assert_allclose(
-        merged, layers.dot_product_attention(q, *repeated, scale=1.0), atol=1e-6
+        merged, attention.dot_product_attention(q, *repeated, scale=1.0), atol=1e-6
     )
 
 
@@ -62,7 +62,7 @@ def test_mask_by_definition(causal, prefix, window):
     rng = np.random.default_rng(0)
     segments = rng.integers(-1, 3, (2, 8))
     index = np.arange(8)
-    mask = layers.attention_mask(
+    mask = attention.attention_mask(
         jnp.asarray(index),
         jnp.asarray(index),
         jnp.asarray(segments),
@@ -85,7 +85,7 @@ def test_rope_is_relative_and_exact():
     q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
 
     def product(m, n):
-        at = [layers.rope(x, jnp.array([[p]]), 100.0) for x, p in ((q, m), (k, n))]
+        at = [attention.rope(x, jnp.array([[p]]), 100.0) for x, p in ((q, m), (k, n))]
         return float((at[0] * at[1]).sum())
 
     assert product(3, 1) == pytest.approx(product(7.5, 5.5), abs=1e-5)
@@ -93,13 +93,13 @@ def test_rope_is_relative_and_exact():
     # As complex numbers, by the definition: (x_j + i x_{j+d/2}) e^{i m theta_j}.
     x = np.asarray(q)[0, 0, 0].astype(np.complex128)
     turned = (x[:4] + 1j * x[4:]) * np.exp(1j * 2.0 * 100.0 ** (-np.arange(4) / 4))
-    ours = np.asarray(layers.rope(q, jnp.array([[2]]), 100.0))[0, 0, 0]
+    ours = np.asarray(attention.rope(q, jnp.array([[2]]), 100.0))[0, 0, 0]
     np.testing.assert_allclose(ours, np.concatenate([turned.real, turned.imag]), atol=1e-6)
 
 
 def test_rope_fraction_leaves_the_rest():
     x = jnp.ones((1, 2, 1, 8))
-    out = layers.rope(x, jnp.array([[5, 9]]), 100.0, fraction=0.5)
+    out = attention.rope(x, jnp.array([[5, 9]]), 100.0, fraction=0.5)
     np.testing.assert_array_equal(out[..., 4:], 1)
     assert not np.allclose(out[..., :4], 1)
 
@@ -168,7 +168,7 @@ def test_attention_rows_by_hand():
     index = np.array([[0, 4, 4], [2, 1, 3]])
     mask = rng.random((2, 4)) < 0.7
     mask[:, 0] = True
-    ours = layers.attention_rows(
+    ours = attention.attention_rows(
         jnp.asarray(q, jnp.float32), jnp.asarray(k, jnp.float32), index, jnp.asarray(mask), 0.5
     )
     for b, r in np.ndindex(2, 3):

@@ -17,17 +17,18 @@ from efficient_vlm.compressors.base import Compressor, Stage
 from efficient_vlm.compressors.tokens import NO_SIGNALS
 from efficient_vlm.errors import UserError
 
-Keep = int | float  # a count, or a fraction between 0 and 1
+Keep = int | float  # a count, or a fraction up to 1.0, which keeps all
 
 
 def check_keep(field: str, keep: Keep, *, zero: bool = False) -> Keep:
     """`keep` if it is a count or a fraction, else a UserError; `zero`: whether 0 is one."""
     number = isinstance(keep, int | float) and not isinstance(keep, bool)
     whole = isinstance(keep, int) and keep >= 1
-    if not (number and (whole or 0 < keep < 1 or (zero and keep == 0))):
+    if not (number and (whole or 0 < keep <= 1 or (zero and keep == 0))):
         raise UserError(
             f"{field}: {keep!r} is neither a fraction nor a count of tokens",
-            allowed="a float between 0 and 1, or an integer from " + ("0" if zero else "1"),
+            allowed="a fraction up to 1.0, or a count from 1 (1.0 keeps all; 1 is one token)"
+            + ("; 0 keeps none" if zero else ""),
             fix=f"for example {field}=0.5",
         )
     return keep
@@ -56,22 +57,17 @@ def count_of(keep: Keep, total: int) -> int:
     return max(1, math.floor(keep * total + 1e-9))
 
 
-def as_tuple(field: str, value) -> tuple:
-    """A list from a config, or one number, as a tuple; UserError if it is empty or a text."""
-    items = (value,) if isinstance(value, int | float) else value
-    if isinstance(items, str) or not isinstance(items, Sequence) or not items:
-        raise UserError(
-            f"{field}: {value!r} is not a list of numbers", allowed="one number for each stage"
-        )
-    return tuple(items)
-
-
 class InDecoder(Compressor):
     """Base of the methods between layers of the decoder.
 
     `budget` belongs to the one-cut form; methods with one stage take it for a count to keep.
 
+    A row's images stand in the decoder as one run of tokens and are cut together. So counts (in
+    `budget`, `keep` or `counts`) are of the visual tokens of ALL images of a row, and fractions are
+    shares of them; budgets of methods in front of the decoder are per image.
+
     Class attributes:
+      knob: the field that sets how many tokens stay, for messages.
       looks: the layer whose queries and keys `signals.decoder` holds: the "previous" one, in front
         of the cut, or the "next" one, behind it.
     """
@@ -83,6 +79,7 @@ class InDecoder(Compressor):
     projected = True
     optional_budget = True
     looks = "previous"
+    knob = "keep"
 
     @nn.nowrap
     def reachable(self, grid):
@@ -143,9 +140,11 @@ class InDecoder(Compressor):
         stages, now = [], num_tokens
         for i, (layer, count) in enumerate(zip(layers, counts, strict=True)):
             if count > now:
+                field = self.knob if self.budget is None else "budget"
                 raise UserError(
-                    f"compressor.keep: {self.label} cannot keep {count} of {now} tokens",
+                    f"compressor.{field}: {self.label} cannot keep {count} of {now} tokens",
                     allowed=f"{self.min_budget} to {now} behind layer {layer}",
+                    fix=f"compressor.budget={now}" if field == "budget" else "a smaller count",
                 )
             if count < now:
                 chosen = {name: values[i] for name, values in fields.items()}

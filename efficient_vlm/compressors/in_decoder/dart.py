@@ -14,7 +14,9 @@ DEFAULT_KEEP = 0.222
 
 
 class Dart(InDecoder):
-    """`dart` (arXiv 2502.11494): duplication matters more than importance.
+    """`dart` (arXiv 2502.11494): keeps a few pivots and the tokens least like them.
+
+    "Stop looking for important tokens: duplication matters more".
 
     In front of layer `layer`, with queries, keys and hidden states of the layer before:
 
@@ -36,9 +38,9 @@ class Dart(InDecoder):
     can be text pivots, never those of an answer. Ties go to the lowest index.
 
     Attributes:
-      budget: a count to keep, as `keep`; give one of the two.
-      keep: visual tokens behind the cut, a count or a fraction of those in front of it. None is
-        0.222, the published reduction of 77.8 %.
+      budget: a count to keep, of all images of a row together, as `keep`; give one of the two.
+      keep: visual tokens behind the cut, all images of a row together: a count, or a fraction of
+        those in front of it. None is 0.222, the published reduction of 77.8 %.
       layer: layers in front of the cut (K).
       visual_pivots, text_pivots: how many pivots; together at least 1. Of `visual_pivots` at most
         the budget are used, and fewer of either kind where a row has fewer tokens.

@@ -23,9 +23,10 @@ class FastV(InDecoder):
     the last of the prompt, and answers never judge.
 
     Attributes:
-      budget: a count to keep, as `keep`; give one of the two.
+      budget: a count to keep, of all images of a row together, as `keep`; give one of the two.
       layer: K, layers in front of the cut.
-      keep: fraction of the N visual tokens (1 - R in the paper), or a count. None is 0.5.
+      keep: fraction of the N visual tokens of all images of a row together (1 - R in the paper),
+        or a count of them. None is 0.5.
       row: "last", phi_j = A_ij for i the last prompt token (the official code); "mean", phi_j the
         mean of A_ij over all visual and prompt rows i, the token's own row included and rows in
         front of j counted as 0 (the paper's "average attention received from all other tokens";

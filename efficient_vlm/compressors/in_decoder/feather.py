@@ -7,12 +7,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from efficient_vlm.compressors import grids
-from efficient_vlm.compressors.base import positive_int
+from efficient_vlm.compressors.base import as_tuple, positive_int
 from efficient_vlm.compressors.in_decoder import rows
 from efficient_vlm.compressors.in_decoder.base import (
     InDecoder,
     Keep,
-    as_tuple,
     check_keep,
     count_of,
 )
@@ -23,9 +22,10 @@ DEPTH, LAYERS = 32, (8, 16)  # as published
 
 
 class Feather(InDecoder):
-    """FEATHER: fast and effective acceleration with ensemble criteria.
+    """`feather`: keeps an even grid and the best by attention without rotary positions.
 
-    Endo et al., "Feather the Throttle", arXiv 2412.13180 (ICCV 2025), section 5. FastV's score
+    Endo et al., "Feather the Throttle" (fast and effective acceleration with ensemble criteria),
+    arXiv 2412.13180 (ICCV 2025), section 5. FastV's score
     prefers the bottom of the image, because rotary positions make near keys stronger. So the score
     is the attention of the last prompt token, mean over heads, from queries and keys *before*
     rotary positions, and
@@ -46,7 +46,8 @@ class Feather(InDecoder):
     Attributes:
       budget: of the one-cut form only.
       layers: layers in front of the two cuts; None for 1/4 and 1/2 of the depth.
-      keep: 1 - R, a fraction of the N tokens; or a count c, then R = 1 - c/N. None is 0.3.
+      keep: 1 - R, a fraction of the N visual tokens of all images of a row together; or a count c
+        of them, then R = 1 - c/N. None is 0.3.
       stride: of the grid; 0 for no grid.
       softmax: "visual", over the visual keys (the official code); "all", over all keys that the
         last prompt token sees, as in FastV.

@@ -5,9 +5,9 @@ import math
 
 import flax.linen as nn
 
+from efficient_vlm.compressors.base import as_tuple
 from efficient_vlm.compressors.in_decoder.base import (
     InDecoder,
-    as_tuple,
     check_falling,
     check_keep,
     count_of,
@@ -120,9 +120,9 @@ class FitPrune(InDecoder):
         published recipes (those between 10, 20, ..., 90 and 55 % are interpolated).
       schedule: "published" recipes, or "geometric": each layer keeps the same ratio of its tokens,
         solved for `rate` (see `geometric`); any rate below 1.
-      counts: visual tokens left behind each layer, as counts or fractions of those that enter the
-        decoder: one number for each layer but the last (one for the last may follow; it has no
-        effect). Takes the place of `rate` and `schedule`.
+      counts: visual tokens left behind each layer, of all images of a row together, as counts or
+        fractions of those that enter the decoder: one number for each layer but the last (one for
+        the last may follow; it has no effect). Takes the place of `rate` and `schedule`.
     """
 
     rate: float = 0.6
@@ -132,6 +132,7 @@ class FitPrune(InDecoder):
 
     label = "fitprune"
     text_guided = True
+    knob = "counts"
 
     @nn.nowrap
     def check_options(self):

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import flax.linen as nn
 
+from efficient_vlm.compressors.base import as_tuple
 from efficient_vlm.compressors.in_decoder import rows
 from efficient_vlm.compressors.in_decoder.base import (
     InDecoder,
     Keep,
-    as_tuple,
     check_falling,
     check_keep,
     count_of,
@@ -40,8 +40,8 @@ class PyramidDrop(InDecoder):
       budget: of the one-cut form only.
       layers: layers in front of each cut; None for the end of each of S equal segments (rounded
         down; the last segment gets the rest).
-      keep: for each cut, a fraction of the N tokens that entered the decoder, or a count. None for
-        0.5, 0.25, 0.125, ...
+      keep: for each cut, a fraction of the N visual tokens that entered the decoder, those of all
+        images of a row together, or a count of them. None for 0.5, 0.25, 0.125, ...
     """
 
     layers: Sequence[int] | None = None

@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from efficient_vlm.compressors import fold, select
-from efficient_vlm.compressors.base import positive_int
+from efficient_vlm.compressors.base import as_tuple, positive_int
 from efficient_vlm.compressors.in_decoder import sparsevlm_plan as plan
 from efficient_vlm.compressors.in_decoder.base import (
     InDecoder,
     Keep,
-    as_tuple,
     check_falling,
     check_keep,
     count_of,
@@ -44,9 +43,9 @@ class SparseVLM(InDecoder):
     of ones; then only the `num_heads` heads that pay most to the visual tokens are averaged.
     UNCERTAIN: whether the published code divides weights or logits (weights here).
 
-    Cuts are at the output of layers 2, 6 and 15 (from 0) of 32, `Stage.layer` 3, 7 and 16. See
-    `sparsevlm_plan` for what a `budget` means. Positions: "reindex" by default for 1.5 and
-    "retain" for 2.0, as in the official code; None takes that default, not the decoder's policy.
+    Cuts are behind 3, 7 and 16 of 32 layers (the published indices 2, 6 and 15, from 0). Positions:
+    "reindex" by default for 1.5 and "retain" for 2.0, as in the official code; None takes that
+    default, not the decoder's policy.
 
     The paper sets the counts by the rank of the raters' attention, a number that depends on the
     image; the official code of 1.5 replaced that by fixed counts, and so do we (static shapes).
@@ -60,13 +59,14 @@ class SparseVLM(InDecoder):
     input, are computed again at each cut.
 
     Attributes:
-      budget: name of a published schedule; in the one-cut form the tokens behind the cut, merged
-        ones included. None for a third of the tokens.
-      keep: tokens kept at each cut without the merged ones, counts or fractions of those that
-        enter the decoder. Takes the place of `budget`.
-      layers: layers whose output is cut, from 0; None for the published ones, at the same part of
-        the depth.
-      version: "1.5" or "2.0".
+      budget: at N = 576 the name of a published schedule; otherwise the mean of processed tokens
+        aimed at (`sparsevlm_plan`). N counts the visual tokens of all images of a row together.
+        None for N / 3. In the one-cut form the tokens behind the cut, merged ones included.
+      keep: tokens kept at each cut without the merged ones, all images of a row together: counts or
+        fractions of those that enter the decoder. Takes the place of `budget`.
+      layers: layers in front of each cut; None for the published ones, at the same part of the
+        depth.
+      version: "1.5" or "2.0", also as a number.
       recycle: share of the losers that is clustered (1.5).
       num_heads: heads that count (2.0); all if the decoder has fewer.
       rope_fraction: of the decoder; which channels of queries and keys turn together (2.0).
@@ -83,8 +83,11 @@ class SparseVLM(InDecoder):
 
     label = "sparsevlm"
     text_guided = True
+    internal = frozenset({"entering"})
 
     def __post_init__(self):
+        if isinstance(self.version, int | float) and not isinstance(self.version, bool):
+            object.__setattr__(self, "version", str(float(self.version)))
         if self.position_policy is None:
             policy = "retain" if self.version == "2.0" else "reindex"
             object.__setattr__(self, "position_policy", policy)
@@ -119,17 +122,7 @@ class SparseVLM(InDecoder):
         """Layers in front of each cut."""
         if self.layers is None:
             return self.scaled(plan.CUTS, plan.DEPTH, num_layers)
-        inside = all(
-            isinstance(k, int) and not isinstance(k, bool) and 0 <= k < num_layers - 1
-            for k in self.layers
-        )
-        if not inside or list(self.layers) != sorted(set(self.layers)):
-            raise UserError(
-                f"compressor.layers: {self.layers} for sparsevlm in {num_layers} layers",
-                allowed=f"layers whose output is cut, 0 to {num_layers - 2}, growing",
-                fix="leave layers out for the published ones",
-            )
-        return tuple(k + 1 for k in self.layers)
+        return self.check_layers("compressor.layers", self.layers, num_layers)
 
     @nn.nowrap
     def _recycle(self) -> float:
@@ -157,10 +150,10 @@ class SparseVLM(InDecoder):
         cuts = self._cuts(num_layers)
         if self.keep is None:
             budget = self.budget or max(1, round(num_tokens / 3))
-            other = functools.partial(self._solve, num_layers=num_layers, num_tokens=num_tokens)
-            keeps = plan.named(budget, self.version, other, num_tokens)
-            if len(keeps) != len(cuts):
-                self._solve(budget, num_layers, num_tokens)  # Raises: no schedule for these cuts.
+            keeps = plan.named(budget, self.version, num_tokens)
+            if keeps is None or len(keeps) != len(cuts):
+                keeps = self._solve(budget, num_layers, num_tokens)
+                plan.check_reached(budget, cuts, num_layers, num_tokens, self._recycle())
         else:
             keeps = [count_of(keep, num_tokens) for keep in self.keep]
             if keeps[0] > num_tokens:

@@ -1,12 +1,12 @@
 """How many tokens sparsevlm keeps at each cut: the published schedules and what lies between.
 
-A published schedule is known by a number of tokens, for N = 576 and cuts at the output of layers 2,
-6 and 15 (from 0) of 32. That number is about the mean of the tokens that layers *write*; the tokens
+A published schedule is known by a number of tokens, for N = 576 and cuts behind 3, 7 and 16 of 32
+layers. That number is about the mean of the tokens that layers *write*; the tokens
 that they *process* are more (192: 192.03 written, 206.5 processed; 64: 64.8 and 82.25).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from efficient_vlm.errors import UserError
 
@@ -73,7 +73,8 @@ def solve(
 
     The published schedule with the nearest share of its N gives the shape; all its shares are
     multiplied by one number, rounded, and kept between 1 and N. Layers in front of the first cut
-    always see N tokens, so small budgets are out of reach: what comes nearest is returned.
+    always see N tokens, so small budgets are out of reach (`check_reached`): what comes nearest is
+    returned.
     """
     name = min(published, key=lambda b: (abs(b / TOKENS - budget / num_tokens), b))
     shape = [count / TOKENS for count in published[name]]
@@ -93,26 +94,41 @@ def solve(
     return keeps(min((low, high), key=lambda scale: (abs(mean(scale) - budget), scale)))
 
 
-def named(
-    budget: int, version: str, other: Callable[[int], tuple[int, ...]], num_tokens: int
-) -> tuple[int, ...]:
-    """Tokens to keep for a `budget`: the schedule of that name, or `other(budget)` if N is not 576.
+def named(budget: int, version: str, num_tokens: int) -> tuple[int, ...] | None:
+    """Tokens to keep at each cut by the schedule of that name; None if N is not 576.
 
     Raises:
       UserError: more than N, or not the name of a schedule of N = 576.
     """
     schedules = SCHEDULES[version]
-    if num_tokens == TOKENS and budget in schedules:
-        return schedules[budget]
-    if num_tokens == TOKENS:
-        raise UserError(
-            f"compressor.budget: sparsevlm has no published schedule {budget} of {TOKENS} tokens",
-            allowed=", ".join(map(str, sorted(schedules))) + "; or keep=(a,b,c), for any other",
-            fix=f"compressor.budget={min(schedules, key=lambda b: (abs(b - budget), b))}",
-        )
     if budget > num_tokens:
         raise UserError(
             f"compressor.budget: {budget}, but only {num_tokens} visual tokens",
-            allowed=f"1 to {num_tokens}",
+            allowed=", ".join(map(str, sorted(schedules)))
+            if num_tokens == TOKENS
+            else f"a mean of processed tokens, at most {num_tokens}",
         )
-    return other(budget)
+    if num_tokens != TOKENS:
+        return None
+    if budget in schedules:
+        return schedules[budget]
+    raise UserError(
+        f"compressor.budget: sparsevlm has no published schedule {budget} of {TOKENS} tokens",
+        allowed=", ".join(map(str, sorted(schedules))) + "; or keep=(a,b,c), for any other",
+        fix=f"compressor.budget={min(schedules, key=lambda b: (abs(b - budget), b))}",
+    )
+
+
+def check_reached(
+    budget: float, cuts: Sequence[int], num_layers: int, num_tokens: int, recycle: float
+) -> None:
+    """UserError if one kept token at each cut still means more than `budget` processed tokens."""
+    counts = behind((1,) * len(cuts), num_tokens, recycle)
+    lowest = mean_processed(cuts, counts, num_layers, num_tokens)
+    if budget < lowest:
+        raise UserError(
+            f"compressor.budget: {budget}, but sparsevlm processes a mean of {lowest:.4g} tokens "
+            f"or more with cuts behind layers {', '.join(map(str, cuts))}",
+            allowed=f"{math.ceil(lowest)} to {num_tokens}, the mean over {num_layers} layers",
+            fix=f"compressor.budget={math.ceil(lowest)}, or compressor.layers further in front",
+        )

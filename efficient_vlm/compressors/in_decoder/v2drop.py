@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax.numpy as jnp
 
+from efficient_vlm.compressors.base import as_tuple
 from efficient_vlm.compressors.in_decoder.base import (
     InDecoder,
     Keep,
-    as_tuple,
     check_falling,
     check_keep,
     count_of,
@@ -19,9 +19,10 @@ DEPTH, LAYERS = 32, (3, 17, 22)  # as published for LLaVA-1.5-7B
 
 
 class V2Drop(InDecoder):
-    """V2Drop: variation-aware vision token dropping.
+    """`v2drop`: drops the tokens that a layer changes least; at the last of three cuts all.
 
-    Chen et al., arXiv 2509.01552 (CVPR 2026), section 4: the variation of token t is
+    Chen et al., "V2Drop: variation-aware vision token dropping", arXiv 2509.01552 (CVPR 2026),
+    section 4: the variation of token t is
     ||h_t(after) - h_t(before)||_2 over the layer in front of the cut; the tokens that vary least
     ("lazy" tokens) are dropped. No attention is looked at, and as visual tokens stand in front of
     the text, the choice does not depend on the question.
@@ -38,7 +39,7 @@ class V2Drop(InDecoder):
       layers: layers in front of each cut; None for the published ones, at the same part of the
         depth.
       keep: for each cut, a fraction of the tokens left in front of it (rounded down, at least 1),
-        a count, or 0. None for .5 and, at the last, 0.
+        a count, or 0; all images of a row together. None for .5 and, at the last, 0.
     """
 
     layers: Sequence[int] | None = None

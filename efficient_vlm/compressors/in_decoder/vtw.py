@@ -9,9 +9,10 @@ DEPTH, LAYER = 32, 15  # as published for LLaVA-1.5-7B
 
 
 class VisualTokensWithdrawal(InDecoder):
-    """VTW: visual tokens withdrawal.
+    """`vtw`: behind one layer all visual tokens, of all images, leave the decoder.
 
-    Lin et al., arXiv 2405.05803 (AAAI 2025), section 3.3: behind the K-th layer no visual token is
+    Lin et al., "Boosting multimodal large language models with visual tokens withdrawal", arXiv
+    2405.05803 (AAAI 2025), section 3.3: behind the K-th layer no visual token is
     left; the text has taken over what it needs. The paper chooses K on a small set as the first
     layer whose withdrawal changes the output distribution (KL divergence) by less than a threshold;
     for LLaVA-1.5-7B that is K = 15 of 32. Here K is an option; the choice on data is not part of

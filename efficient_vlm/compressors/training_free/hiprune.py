@@ -29,7 +29,8 @@ class HiPrune(AttentionGuided):
     2. Buffers: the neighbours of each anchor, left, right, above and below.
     3. Registers: the patches of highest score in the last layer, until there are T.
 
-    Kept in raster order, positions re-indexed. Ties: lowest index. No anchors for T alpha < 2.5.
+    Kept in raster order, positions re-indexed. Ties: lowest index. No anchors for T alpha <= 2.5
+    (halves round to even, as in Python).
 
     Attributes:
       attention: "column_mean" (published); see `AttentionGuided`.

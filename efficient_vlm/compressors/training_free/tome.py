@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_vlm.compressors import score
-from efficient_vlm.compressors.base import Compressor, Stage, positive_int
+from efficient_vlm.compressors.base import Compressor, Stage, as_tuple, positive_int
 from efficient_vlm.compressors.tokens import (
     NO_SIGNALS,
     VisualTokens,
@@ -15,6 +15,7 @@ from efficient_vlm.compressors.tokens import (
     weighted_means,
     zero_padding,
 )
+from efficient_vlm.compressors.training_free.cls_attention import check_flag
 from efficient_vlm.errors import UserError
 
 # Cosines are rounded to this step: equal tokens must tie whatever the order of summation.
@@ -64,12 +65,11 @@ class ToMe(Compressor):
     needs = frozenset({"keys"})
     where = "encoder"
     optional_budget = True
+    internal = frozenset({"class_token"})
 
     def __post_init__(self):
-        if isinstance(self.layers, int):
-            object.__setattr__(self, "layers", (self.layers,))
-        elif self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
+        if self.layers is not None:
+            object.__setattr__(self, "layers", as_tuple("compressor.layers", self.layers))
         super().__post_init__()
 
     @nn.nowrap
@@ -82,12 +82,11 @@ class ToMe(Compressor):
             )
         if self.r is not None:
             positive_int("compressor.r", self.r)
+        check_flag("proportional", self.proportional)
         positive_int("compressor.head_dim", self.head_dim)
         for layer in self.layers or ():
             if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
                 raise UserError(f"compressor.layers: {layer!r} is no layer", allowed="0, 1, 2, ...")
-        if self.layers == ():
-            raise UserError("compressor.layers: empty", allowed="None for all, or layer indices")
 
     @nn.nowrap
     def reachable(self, grid):

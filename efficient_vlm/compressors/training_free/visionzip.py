@@ -37,7 +37,7 @@ class VisionZip(AttentionGuided):
         1 from a budget of 2). 0 is fastervlm.
       merge: "published", step 4; or "mean", the size-weighted mean of the target and those that
         joined it, which keeps the scale of the features.
-      key_dim: width of one head of the encoder's keys; read by `flops` only (64 in CLIP).
+      head_dim: width of one head of the encoder's keys; read by `flops` only (64 in CLIP).
 
     Deviations: the official code keeps the CLS token as one of the dominant ones (64 = CLS + 53
     patches + 10 merged). Our encoder keeps CLS apart, and all T are patches or merged; the
@@ -49,7 +49,7 @@ class VisionZip(AttentionGuided):
 
     contextual: int | float | None = None
     merge: str = "published"
-    key_dim: int = 64
+    head_dim: int = 64
 
     label = "visionzip"
     needs = frozenset({"attention_row", "keys"})
@@ -59,7 +59,7 @@ class VisionZip(AttentionGuided):
         super().check_options()
         if self.merge not in MERGES:
             raise unknown("compressor.merge", str(self.merge), MERGES)
-        positive_int("compressor.key_dim", self.key_dim)
+        positive_int("compressor.head_dim", self.head_dim)
         value = self.contextual
         count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
         fraction = isinstance(value, float) and 0 <= value < 1
@@ -96,7 +96,7 @@ class VisionZip(AttentionGuided):
             return 0
         merged = self.budget * (width + 3)  # with the coordinates and the size
         means = contextual * width if self.merge == "published" else 0
-        return 2 * num_tokens * (contextual * self.key_dim + merged + means)
+        return 2 * num_tokens * (contextual * self.head_dim + merged + means)
 
     def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
         self.check_call(tokens, signals, needs_grid=False)

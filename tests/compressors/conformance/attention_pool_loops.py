@@ -72,7 +72,8 @@ def mqt(embed, mask, grid, budget, params, *, num_queries, heads, content):
     return row
 
 
-def molmo(embed, mask, grid, side, params, *, heads, query):
+def molmo(embed, mask, grid, side, params, *, heads, query, bias=None):
+    bias = np.zeros(len(mask)) if bias is None else np.float64(bias)
     p = {name.removeprefix("molmo_pool_"): value for name, value in params.items()}
     row, members = whole_cells(embed, mask, grid, side)
     inner = p["query_kernel"].shape[1]
@@ -90,7 +91,7 @@ def molmo(embed, mask, grid, side, params, *, heads, query):
             logits = []
             for n in patches:
                 key = np.float64(embed[n]) @ p["key_kernel"] + p["key_bias"]
-                logits.append(q[part] @ key[part] / math.sqrt(depth))
+                logits.append(q[part] @ key[part] / math.sqrt(depth) + bias[n])
             for weight, n in zip(softmax(np.array(logits)), patches, strict=True):
                 value = np.float64(embed[n]) @ p["value_kernel"] + p["value_bias"]
                 y[part] += weight * value[part]
@@ -115,7 +116,8 @@ def erf_gelu(x):
     return np.array([0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in x])
 
 
-def window_merger(embed, mask, grid, params, heads):
+def window_merger(embed, mask, grid, params, heads, bias=None):
+    bias = np.zeros(len(mask)) if bias is None else np.float64(bias)
     p = {name.removeprefix("minicpm_window_"): value for name, value in params.items()}
     row, members = whole_cells(embed, mask, grid, 2)
     width = embed.shape[1]
@@ -128,7 +130,8 @@ def window_merger(embed, mask, grid, params, heads):
             for h in range(heads):
                 part = slice(h * depth, (h + 1) * depth)
                 keys = [(x[m] @ p["key_kernel"] + p["key_bias"])[part] for m in patches]
-                weights = softmax(np.array([q[part] @ k / math.sqrt(depth) for k in keys]))
+                logits = np.array([q[part] @ k / math.sqrt(depth) for k in keys])
+                weights = softmax(logits + bias[patches])
                 for weight, m in zip(weights, patches, strict=True):
                     y[part] += weight * (x[m] @ p["value_kernel"] + p["value_bias"])[part]
             after[n] = np.float64(embed[n]) + y @ p["out_kernel"] + p["out_bias"]

@@ -197,32 +197,42 @@ def ldpv2(embed, mask, grid, cells, p):
     return row
 
 
-def tokenpacker(embed, mask, grid, cells, p, heads):
+def tokenpacker(embed, mask, grid, cells, p, heads, style="paper", bias=None):
     row = pooled(embed, mask, grid, cells)
     side, width = grid[0] // cells[0], embed.shape[1]
     depth = width // heads
     out = np.zeros((len(row["mask"]), p["down_bias"].shape[0]))
     for cell in np.flatnonzero(row["mask"]):
         top, left = cell // cells[1] * side, cell % cells[1] * side
-        members, middle = [], []
+        members, middle, biases = [], [], []
         for dy in range(side):
             for dx in range(side):
                 patch = (top + dy) * grid[1] + left + dx
                 if mask[patch]:
                     members.append(np.float64(embed[patch]))
+                    biases.append(0.0 if bias is None else float(bias[patch]))
                     # Within half a patch of the centre of the cell, in both directions.
                     if max(abs(dy - (side - 1) / 2), abs(dx - (side - 1) / 2)) <= 0.5:
                         middle.append(members[-1])
         query = linear(p, "query", np.mean(middle or members, axis=0))
         keys = [linear(p, "key_down", gelu(linear(p, "key_up", x))) for x in members]
         values = [linear(p, "value_down", gelu(linear(p, "value_up", x))) for x in members]
+        if style == "official":
+            query = linear(p, "attention_query", layer_norm(p, "query_norm", query, 1e-6))
+            keys = [linear(p, "attention_key", layer_norm(p, "key_norm", k, 1e-6)) for k in keys]
+            values = [
+                linear(p, "attention_value", layer_norm(p, "value_norm", v, 1e-6)) for v in values
+            ]
         mixed = np.zeros(width)
         for h in range(heads):
             part = slice(h * depth, (h + 1) * depth)
-            weights = softmax(np.array([k[part] @ query[part] for k in keys]) / math.sqrt(depth))
-            for weight, value in zip(weights, values, strict=True):
+            logits = np.array([k[part] @ query[part] for k in keys]) / math.sqrt(depth)
+            for weight, value in zip(softmax(logits + biases), values, strict=True):
                 mixed[part] += weight * value[part]
-        out[cell] = perceptron(p, layer_norm(p, "norm", query + linear(p, "out", mixed), 1e-5))
+        y = linear(p, "out", mixed)
+        if style == "paper":
+            y = layer_norm(p, "norm", query + y, 1e-5)
+        out[cell] = perceptron(p, y)
     row["embed"] = out
     return row
 

@@ -185,7 +185,7 @@ def test_hiprune(border, budget, alpha):
 
 METHODS = {
     "fastervlm": {},
-    "visionzip": {"key_dim": WIDTH // HEADS},
+    "visionzip": {"head_dim": WIDTH // HEADS},
     "vispruner": {},
     "prumerge": {"neighbours": 4, "extra": True},
     "prumerge_plus": {"neighbours": 4},
@@ -280,7 +280,7 @@ def test_what_is_asked_of_the_encoder():
         ("visionzip", "contextual", 1.0),
         ("visionzip", "contextual", True),
         ("visionzip", "merge", "sum"),
-        ("visionzip", "key_dim", 0),
+        ("visionzip", "head_dim", 0),
         ("vispruner", "important", 1.5),
         ("vispruner", "important", "half"),
         ("vispruner", "round_size", 0),

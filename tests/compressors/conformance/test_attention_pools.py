@@ -7,7 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pooling_cases import FIELDS, WIDTH, batches, check, compiled, error, parameters, trace
+from pooling_cases import (
+    FIELDS,
+    WIDTH,
+    assert_row,
+    batches,
+    check,
+    compiled,
+    doubles,
+    error,
+    parameters,
+    trace,
+)
 
 from efficient_vlm.audit.traced import traced_flops
 from efficient_vlm.compressors import VisualTokens, build, reachable
@@ -124,6 +135,33 @@ def test_minicpm_stages_are_the_method():
     whole = function(params, embed, mask)
     for field in FIELDS:
         np.testing.assert_allclose(getattr(out, field), getattr(whole, field), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["molmo_pool", "minicpm_merger"])
+def test_a_bias_of_the_tokens_is_added_to_the_logits(name):
+    """Also the padding's, which is NaN, has no say; behind the attention the bias is used up."""
+    grid, options = (4, 4), {"num_heads": 2, "hidden_dim": 6}
+    module = build(name, budget=4, grid=grid, **options)
+    _, params = compiled(name, 4, grid, tuple(options.items()))
+    embed, mask = next(batches(16))
+    bias = np.random.default_rng(0).normal(size=mask.shape).astype(np.float32) * 3
+
+    @jax.jit
+    def forward(embed, mask, bias):
+        tokens = VisualTokens.from_grid(embed, grid, mask=mask).replace(bias=bias)
+        return module.apply({"params": params}, tokens)
+
+    out = forward(embed, mask, np.where(mask, bias, np.nan))
+    assert out.bias is None
+    for row in range(len(mask)):
+        shown = np.nan_to_num(embed[row]), mask[row], grid
+        if name == "molmo_pool":
+            given = doubles(params)
+            expected = loops.molmo(*shown, 2, given, heads=2, query="mean", bias=bias[row])
+        else:
+            given = doubles(params["window"])
+            expected = loops.window_merger(*shown, given, heads=2, bias=bias[row])
+        assert_row(out, row, expected)
 
 
 METHODS = [

@@ -17,7 +17,7 @@ from efficient_vlm.compressors.in_decoder import fitprune, sparsevlm_plan, spars
 from efficient_vlm.compressors.in_decoder.clusters import dpc_knn
 from efficient_vlm.compressors.tokens import DecoderState
 from efficient_vlm.errors import UserError
-from efficient_vlm.models.layers import rope
+from efficient_vlm.models.attention import rope
 
 GRID, TOKENS, TEXT = (4, 6), 24, 5
 VISUAL = (24, 17, 9, 3, 0)  # real tokens by row
@@ -274,7 +274,7 @@ def program(module, tokens, state):
     ("name", "fields", "entering"),
     [
         ("sparsevlm", {"budget": 30}, None),
-        ("sparsevlm", {"budget": 30, "keep": (27,), "entering": 120}, 120),
+        ("sparsevlm", {"budget": 30, "keep": (27,)}, 120),
         ("sparsevlm", {"budget": 30, "version": "2.0"}, None),
         ("dart", {"budget": 30}, None),
         ("dart", {"budget": 2}, None),
@@ -284,6 +284,8 @@ def program(module, tokens, state):
 @pytest.mark.parametrize("text", [3, 70])
 def test_flops_are_those_of_the_program(name, fields, entering, text):
     module = build(name, **fields)
+    if entering:
+        module = module.clone(entering=entering)
     function, arguments = program(module, *shapes(80, text, entering=entering))
     assert traced_flops(function, *arguments) == module.flops(80, 16, num_text=text)
     assert build(name, budget=80).flops(80, 16, num_text=text) == 0
@@ -370,16 +372,26 @@ def test_sparsevlm_default_is_a_third():
 
 @pytest.mark.parametrize(("tokens", "layers"), [(64, 8), (64, 6), (144, 24), (100, 12)])
 def test_sparsevlm_meets_other_budgets(tokens, layers):
-    lowest = np.mean(entering(build("sparsevlm", budget=1).stages(layers, tokens), layers, tokens))
-    for budget in (4, 16, tokens // 3, tokens // 2):
-        for version in ("1.5", "2.0"):
+    for version in ("1.5", "2.0"):
+        one = build("sparsevlm", keep=(1, 1, 1), version=version)
+        lowest = np.mean(entering(one.stages(layers, tokens), layers, tokens))
+        least = math.ceil(lowest)
+        for budget in (least, tokens // 3, tokens // 2, tokens):
             module = build("sparsevlm", budget=budget, version=version)
             mean = np.mean(entering(module.stages(layers, tokens), layers, tokens))
-            assert abs(mean - budget) <= max(1.5, lowest - budget)
+            assert abs(mean - budget) <= 1.5
+        with pytest.raises(UserError, match=f"mean of {lowest:.4g} (.|\n)*budget={least}"):
+            build("sparsevlm", budget=least - 1, version=version).stages(layers, tokens)
+
+
+def test_sparsevlm_versions_may_be_numbers():
+    assert build("sparsevlm", version=2.0) == build("sparsevlm", version="2.0")
+    assert build("sparsevlm", version=1.5).position_policy == "reindex"
+    assert build("sparsevlm", version=2).position_policy == "retain"
 
 
 def test_sparsevlm_explicit_counts():
-    stages = build("sparsevlm", keep=(0.5, 100, 10), layers=(1, 4, 9)).stages(12, 576)
+    stages = build("sparsevlm", keep=(0.5, 100, 10), layers=(2, 5, 10)).stages(12, 576)
     assert [stage.layer for stage in stages] == [2, 5, 10]
     assert [stage.module.keep for stage in stages] == [(288,), (100,), (10,)]
     settings = build("sparsevlm").knobs(32, 576)
@@ -445,7 +457,14 @@ def test_dart_stages():
     ("name", "fields", "geometry", "message"),
     [
         ("sparsevlm", {"budget": 100}, (32, 576), "compressor.budget.*\n.*64, 96, 128, 192"),
-        ("sparsevlm", {"budget": 65}, (8, 64), "compressor.budget"),
+        ("sparsevlm", {"budget": 65}, (8, 64), "compressor.budget: 65, but only 64"),
+        ("sparsevlm", {"budget": 600}, (32, 576), "600, but only 576(.|\n)*64, 96, 128, 192"),
+        ("sparsevlm", {"budget": 0}, (32, 576), "compressor.budget: 0"),
+        ("sparsevlm", {"layers": (0, 1, 2)}, (8, 64), "compressor.layers(.|\n)*1 to 7"),
+        ("sparsevlm", {"entering": 64}, (8, 64), "unknown name 'entering'"),
+        ("sparsevlm", {"version": 3}, (32, 576), "compressor.version(.|\n)*1.5, 2.0"),
+        ("dart", {"budget": 600}, (32, 576), "compressor.budget: dart cannot keep 600 of 576"),
+        ("fitprune", {"counts": 577}, (2, 576), "compressor.counts: fitprune cannot keep 577"),
         ("sparsevlm", {"budget": 64, "keep": (3, 2, 1)}, (32, 576), "compressor.keep"),
         ("sparsevlm", {"keep": (3, 2)}, (32, 576), "compressor.keep"),
         ("sparsevlm", {"keep": (3, 2, 5)}, (32, 576), "compressor.keep"),

@@ -111,6 +111,14 @@ def test_stages_hold_unbound_one_cut_forms(method):
     assert all(a.layer < b.layer for a, b in zip(stages, stages[1:], strict=False))
 
 
+def test_a_keep_of_one_as_a_fraction_keeps_all():
+    for module in (FastV(keep=1.0), PyramidDrop(keep=(1.0, 1.0)), Feather(keep=1.0)):
+        assert module.stages(8, 16) == ()
+    assert schedule(PyramidDrop(keep=(1.0, 0.5)), 6, 16) == [16, 16, 16, 16, 8, 8]
+    assert schedule(V2Drop(keep=(0.5, 1.0, 1)), 8, 64) == [64] + [32] * 5 + [1] * 2
+    assert schedule(FastV(keep=1), 4, 16) == [16, 16, 1, 1]
+
+
 def test_names():
     for method in ALL:
         assert type(build(method.label, parent=None)) is method
@@ -138,7 +146,8 @@ def test_policies_and_looks():
         (lambda: FastV(layer=8).stages(8, 16), "compressor.layer: 8"),
         (lambda: FastV(keep=17).stages(8, 16), "cannot keep 17 of 16"),
         (lambda: FastV(keep=0), "compressor.keep"),
-        (lambda: FastV(keep=1.0), "compressor.keep"),
+        (lambda: FastV(keep=1.5), "1.0 keeps all; 1 is one token"),
+        (lambda: FastV(budget=17).stages(8, 16), "compressor.budget: fastv cannot keep 17 of 16"),
         (lambda: FastV(keep=True), "compressor.keep"),
         (lambda: FastV(keep="half"), "compressor.keep"),
         (lambda: FastV(budget=0), "compressor.budget"),

@@ -24,7 +24,7 @@ def two_steps(first, second, class_token):
     def function(embed, keys, mask):
         out = [VisualTokens.from_grid(embed, GRID, mask=mask)]
         for budget, k in zip((first, second), keys, strict=True):
-            module = build("tome", budget=budget, class_token=class_token)
+            module = build("tome", budget=budget).clone(class_token=class_token)
             out.append(module.apply({}, out[-1], Signals(keys=k)))
         return out[1:]
 
@@ -162,7 +162,7 @@ def test_a_merged_token_counts_as_its_copies():
 def test_equal_tokens_of_great_width_tie(class_token):
     keys = np.repeat(np.random.default_rng(0).normal(size=(1, 1, 1, 1000)), 16, axis=1)
     tokens = VisualTokens.from_grid(jnp.ones((1, 16, WIDTH)), (4, 4))
-    module = build("tome", r=3, class_token=class_token)
+    module = build("tome", r=3).clone(class_token=class_token)
     out = jax.jit(lambda t, k: module.apply({}, t, Signals(keys=k)))(tokens, jnp.float32(keys))
     # The first three of A join the first of B.
     merged = [1, 3, 5] if class_token else [0, 2, 4]
@@ -209,6 +209,10 @@ def test_flops(options):
         ({"r": 2.5}, "compressor.r: 2.5"),
         ({"r": 2, "layers": (1, -1)}, "compressor.layers: -1"),
         ({"r": 2, "layers": ()}, "compressor.layers: empty"),
+        ({"r": 2, "layers": 3.5}, "compressor.layers: 3.5"),
+        ({"r": 2, "layers": "all"}, "compressor.layers: 'all'"),
+        ({"r": 2, "proportional": "yes"}, "compressor.proportional: 'yes'"),
+        ({"r": 2, "class_token": True}, "unknown name 'class_token'"),
         ({"r": 2, "layers": (1, 8)}, "compressor.layers: 8, but the encoder has 8 layers"),
         ({"budget": 3, "layers": (1, 2)}, "4 to 16"),
         ({"budget": 17}, "cannot give 17"),

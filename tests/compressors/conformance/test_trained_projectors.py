@@ -83,6 +83,17 @@ CASES = [
     pair(TokenPacker, loops.tokenpacker, WIDE, WIDE, {"num_heads": 4}, {"heads": 4}),
     *(
         pair(
+            TokenPacker,
+            loops.tokenpacker,
+            grid,
+            cells,
+            {"num_heads": 2, "style": "official", "features": features},
+            {"heads": 2, "style": "official"},
+        )
+        for grid, cells, features in ((SQUARE, (2, 2), None), ((3, 6), (1, 2), 5))
+    ),
+    *(
+        pair(
             Perceiver,
             loops.perceiver,
             grid,
@@ -251,6 +262,28 @@ def test_bfloat16(case):
     np.testing.assert_array_equal(out.mask, exact.mask)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [c for c in CASES if c.values[0].method is TokenPacker and c.values[0].result == (2, 2)],
+)
+def test_a_bias_of_the_tokens_is_added_to_the_logits(case):
+    embed, mask = next(batches(case))
+    bias = np.random.default_rng(0).normal(size=mask.shape).astype(np.float32) * 3
+    params, module = parameters(case), case.module()
+
+    def forward(embed, mask, bias):
+        tokens = tokens_of(case, embed, mask).replace(bias=bias)
+        return module.apply({"params": params}, tokens)
+
+    out = jax.jit(forward)(embed, mask, np.where(mask, bias, np.nan))
+    assert out.bias is None
+    plain = {k.removeprefix("tokenpacker_"): np.float64(v) for k, v in params.items()}
+    for row in range(len(mask)):
+        where = mask[row], case.grid, case.result, plain
+        expected = case.loop(embed[row], *where, bias=bias[row], **dict(case.settings))
+        np.testing.assert_allclose(out.embed[row], expected["embed"], rtol=2e-4, atol=2e-4)
+
+
 @SOME
 def test_one_checkpoint_serves_every_budget(case):
     num_tokens = case.grid[0] * case.grid[1]
@@ -349,6 +382,7 @@ def test_adaptive_grids():
         (lambda: CAbstractor(budget=4, mlp_depth=1.5), "mlp_depth"),
         (lambda: TokenPacker(budget=4, num_heads=0), "num_heads"),
         (lambda: TokenPacker(budget=4, features=0), "features"),
+        (lambda: TokenPacker(budget=4, style="offical"), "style"),
         (lambda: Perceiver(budget=4, num_queries=0), "num_queries"),
         (lambda: Perceiver(budget=4, style="flamenco"), "style"),
         (lambda: QFormer(budget=4, depth=None), "depth"),

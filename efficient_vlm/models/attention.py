@@ -1,0 +1,258 @@
+"""Attention, its masks and rotary positions, and the rows of it that compressors look at."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from efficient_vlm.models.layers import Dtype, Linear, RMSNorm
+
+# Keys of this segment are seen by the queries of every segment of the row: the visual tokens.
+SHARED_SEGMENT = 0
+PADDING_SEGMENT = -1
+
+_NEGATIVE = -1e30  # finite, so that a row with no live key gives a mean and never NaN
+
+
+def rope(x: jax.Array, positions: jax.Array, theta: float, fraction: float = 1.0) -> jax.Array:
+    """Rotary position embedding (arXiv 2104.09864), in halves, as Llama does it.
+
+    Args:
+      x: [B, S, H, Dh].
+      positions: float or int [B, S]; fractional positions (merged tokens) are fine.
+      theta: base of the frequencies.
+      fraction: share of Dh that is rotated, the rest is left as it is.
+    """
+    rotated = int(x.shape[-1] * fraction) // 2 * 2
+    if rotated == 0:
+        return x
+    frequency = theta ** (-jnp.arange(0, rotated, 2, dtype=jnp.float32) / rotated)
+    angle = positions.astype(jnp.float32)[..., None, None] * frequency
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    first, second, rest = jnp.split(x.astype(jnp.float32), [rotated // 2, rotated], axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin, rest]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def attention_mask(
+    q_index: jax.Array,
+    kv_index: jax.Array,
+    q_segments: jax.Array,
+    kv_segments: jax.Array,
+    *,
+    causal: bool = True,
+    prefix_length: int = 0,
+    window: int | None = None,
+) -> jax.Array:
+    """The one place where masks are made: (causal OR same block) AND window AND valid AND segment.
+
+    Args:
+      q_index: int [Sq] or [B, Sq], place of each query in the sequence (not its rotary position).
+      kv_index: int [Skv] or [B, Skv], likewise for keys.
+      q_segments: int [B, Sq]; queries see keys of their own segment and of SHARED_SEGMENT.
+      kv_segments: int [B, Skv]; PADDING_SEGMENT keys are never seen.
+      causal: keys after the query are hidden, except inside the prefix.
+      prefix_length: the first tokens form one block in which everyone sees everyone.
+      window: a query sees this many keys up to and including its own place; the prefix stays.
+
+    Returns:
+      bool [B, Sq, Skv].
+    """
+    q, k = q_index[..., :, None], kv_index[..., None, :]
+    q_seg, k_seg = q_segments[..., :, None], kv_segments[..., None, :]
+    visible = (k_seg == q_seg) | (k_seg == SHARED_SEGMENT)
+    visible &= k_seg != PADDING_SEGMENT
+    if causal:
+        visible &= (k <= q) | ((q < prefix_length) & (k < prefix_length))
+    if window is not None:
+        visible &= (k > q - window) | (k < prefix_length)
+    return visible
+
+
+def dot_product_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float,
+    mask: jax.Array | None = None,
+    key_bias: jax.Array | None = None,
+) -> jax.Array:
+    """Softmax attention with grouped keys; logits and softmax in float32.
+
+    Args:
+      q: [B, Sq, H, Dh].
+      k, v: [B, Skv, Hkv, Dh], H a multiple of Hkv.
+      scale: multiplies the logits.
+      mask: bool [B, Sq, Skv], True where a key is seen.
+      key_bias: float [B, Skv], added to the logits of a key (log of a merged token's size).
+
+    Returns:
+      [B, Sq, H, Dh] in the dtype of v.
+    """
+    batch, queries, heads, dim = q.shape
+    kv_heads, keys = k.shape[2], k.shape[1]
+    groups = heads // kv_heads
+    # Heads first, and the queries that share keys as one matrix: plain batched products, which
+    # every backend has, forward and backward (on a CPU twice as fast as leaving it to einsum).
+    q = (q * jnp.asarray(scale, q.dtype)).reshape(batch, queries, kv_heads, groups, dim)
+    q = q.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, groups * queries, dim)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    logits = jnp.matmul(q, k.swapaxes(2, 3), preferred_element_type=jnp.float32)
+    logits = logits.reshape(batch, heads, queries, keys)
+    if key_bias is not None:
+        logits += key_bias[:, None, None, :].astype(jnp.float32)
+    if mask is not None:
+        logits = jnp.where(mask[:, None], logits, _NEGATIVE)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    out = jnp.matmul(weights.reshape(batch, kv_heads, groups * queries, keys), v)
+    out = out.reshape(batch, kv_heads, groups, queries, dim).transpose(0, 3, 1, 2, 4)
+    return out.reshape(batch, queries, heads, dim)
+
+
+def attention_rows(
+    q: jax.Array, k: jax.Array, index: jax.Array, key_mask: jax.Array, scale: float
+) -> jax.Array:
+    """Attention of a few queries to the first keys, recomputed beside the fused attention.
+
+    Args:
+      q: [B, S, H, Dh]; k: [B, Skv, Hkv, Dh].
+      index: int [B, R], which queries.
+      key_mask: bool [B, T], which of the first T keys count; the others are left out.
+      scale: multiplies the logits.
+
+    Returns:
+      float32 [B, R, T], softmax over those keys, mean over heads.
+    """
+    count = key_mask.shape[1]
+    rows = jnp.take_along_axis(q, index[:, :, None, None], axis=1).astype(jnp.float32)
+    keys = jnp.repeat(k[:, :count].astype(jnp.float32), q.shape[2] // k.shape[2], axis=2)
+    logits = scale * jnp.einsum("brhd,bthd->bhrt", rows, keys)
+    logits = jnp.where(key_mask[:, None, None], logits, _NEGATIVE)
+    return jax.nn.softmax(logits, axis=-1).mean(axis=1)
+
+
+def attention_received(q: jax.Array, k: jax.Array, scale: float, block: int = 64) -> jax.Array:
+    """Attention that each key receives, mean over queries and heads, in blocks of queries.
+
+    Never more than [B, H, block, S] at once. Every query sees every key.
+
+    Args:
+      q, k: [B, S, H, Dh].
+      scale: multiplies the logits.
+      block: queries at a time.
+
+    Returns:
+      float32 [B, S]; rows sum to 1.
+    """
+    batch, count, heads, dim = q.shape
+    blocks = -(-count // block)
+    q = jnp.pad(q.astype(jnp.float32), ((0, 0), (0, blocks * block - count), (0, 0), (0, 0)))
+    k = k.astype(jnp.float32)
+    real = jnp.arange(blocks * block) < count
+
+    def step(total, rows):
+        queries, valid = rows
+        weights = jax.nn.softmax(scale * jnp.einsum("bqhd,bkhd->bhqk", queries, k), axis=-1)
+        return total + jnp.einsum("bhqk,q->bk", weights, valid.astype(jnp.float32)), None
+
+    split = q.reshape(batch, blocks, block, heads, dim).swapaxes(0, 1)
+    start = jnp.zeros((batch, k.shape[1]), jnp.float32)
+    total, _ = jax.lax.scan(step, start, (split, real.reshape(blocks, block)))
+    return total / (heads * count)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped keys, optional QK-norm and rotary positions.
+
+    `qk_scale` multiplies the usual 1/sqrt(Dh). With QK-norm the logits are bounded by
+    qk_scale * sqrt(Dh), and a value above 1 is what lets small heads look up one token among many.
+    """
+
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    qk_norm: bool = False
+    qk_scale: float = 1.0
+    rope_theta: float | None = None
+    rope_fraction: float = 1.0
+    out_scale: float = 1.0
+    dtype: Dtype = jnp.float32
+
+    def setup(self):
+        def heads(count: int, axis: str):
+            shape, axes = (count, self.head_dim), (axis, "head_dim")
+            return Linear(("embed",), shape, axes, dtype=self.dtype)
+
+        self.query = heads(self.num_heads, "heads")
+        self.key = heads(self.num_kv_heads, "kv_heads")
+        self.value = heads(self.num_kv_heads, "kv_heads")
+        if self.qk_norm:
+            self.query_norm = RMSNorm("head_dim", dtype=self.dtype)
+            self.key_norm = RMSNorm("head_dim", dtype=self.dtype)
+        self.out = Linear(
+            ("heads", "head_dim"), (self.width,), ("embed",), self.out_scale, self.dtype
+        )
+
+    @property
+    def scale(self) -> float:
+        """What the logits are multiplied by."""
+        return self.qk_scale * self.head_dim**-0.5
+
+    def queries(self, x: jax.Array, positions: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """[B, S, D] -> queries [B, S, H, Dh] with and without rotary positions."""
+        q = self.query(x)
+        q = self.query_norm(q) if self.qk_norm else q
+        return self._rotate(q, positions), q
+
+    def keys(self, x: jax.Array, positions: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """[B, S, D] -> keys [B, S, Hkv, Dh] with and without rotary positions."""
+        k = self.key(x)
+        k = self.key_norm(k) if self.qk_norm else k
+        return self._rotate(k, positions), k
+
+    def _rotate(self, x: jax.Array, positions: jax.Array | None) -> jax.Array:
+        if self.rope_theta is None or positions is None:
+            return x
+        return rope(x, positions, self.rope_theta, self.rope_fraction)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array | None = None,
+        *,
+        mask: jax.Array | None = None,
+        key_bias: jax.Array | None = None,
+        cache: tuple[jax.Array, jax.Array] | None = None,
+        write_index: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Attends from x [B, S, D] to itself, or to a cache that x is first written into.
+
+        Args:
+          x: [B, S, D].
+          positions: [B, S], rotary positions; None where there are none.
+          mask: bool [B, S, Skv].
+          key_bias: float [B, Skv].
+          cache: keys and values, each [B, Skv, Hkv, Dh].
+          write_index: scalar, the place in the cache of the first of the S tokens; None for an
+            empty cache, into whose first places they are written while they see only each other.
+
+        Returns:
+          [B, S, D], and {"query" [B, S, H, Dh], "key" [B, S, Hkv, Dh], both also as "plain_..."
+          without rotary positions} with "cache": what came in, with the S tokens written, or None.
+        """
+        q, plain_q = self.queries(x, positions)
+        k, plain_k = self.keys(x, positions)
+        v = self.value(x)
+        inner = {"query": q, "key": k, "plain_query": plain_q, "plain_key": plain_k}
+        if cache is not None:
+            at = (0, 0 if write_index is None else write_index, 0, 0)
+            cache = tuple(
+                jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
+                for old, new in zip(cache, (k, v), strict=True)
+            )
+            if write_index is not None:
+                k, v = cache
+        inner["cache"] = cache
+        out = dot_product_attention(q, k, v, scale=self.scale, mask=mask, key_bias=key_bias)
+        return self.out(out), inner

@@ -187,7 +187,7 @@ class PixelShuffle(Compressor):
 
     @nn.nowrap
     def check_options(self):
-        if self.order not in ORDERS:
+        if self.order not in tuple(ORDERS):
             raise unknown("compressor.order", str(self.order), ORDERS)
         if self.features is not None:
             positive_int("compressor.features", self.features)

@@ -5,8 +5,9 @@ keys), feed-forward widths, experts, vocabulary, and how a picture becomes image
 the originals in what costs next to nothing: no biases, RMSNorm instead of LayerNorm, GELU for each
 of its variants. Where more than that differs, `notes` of the preset says so.
 
-Sizes: transformers 5.23 and allenai/molmo configurations and their parameter counts, which
-`tests/models/test_presets.py` compares with ours.
+Sizes: transformers 5.23 and allenai/molmo configurations and their parameter counts.
+`tests/models/test_presets.py` lists what ours leave out, part by part: with that the counts are
+equal.
 """
 
 import copy

@@ -104,7 +104,8 @@ def test_other_methods_take_the_projectors_place(audited):
     assert found["baseline"]["compressor"]["name"] == "pixel_shuffle"
 
 
-def test_several_methods_matched(audited, call):
+def test_several_methods_matched(audited, call, monkeypatch):
+    monkeypatch.setattr(command, "dry_run", lambda model, images: None)  # Seconds, for tome.
     words = ("--preset=llava-1.5-7b", "--compressor=fastv,stride", "--compressor=tome")
     found = audited(*words, "--match=mean_processed:128")
     reached = {m["compressor"]["name"]: m for m in found["methods"]}
@@ -179,7 +180,7 @@ def get_config(arg):
     if name == "segment":
         segments[1]["compressor"] = {k: int(v) if v.isdigit() else v for k, v in options.items()}
     return ml_collections.ConfigDict(dict(
-        data=dict(name="spatial"),
+        data=dict(source="token_bench"),
         model=dict(
             encoder=dict(image_size=32, patch_size=8, width=24, depth=1, num_heads=2, mlp_dim=32),
             compressor=dict(name="none", budget=16),

@@ -300,7 +300,7 @@ def test_bfloat16_halves_the_cache():
         ("fastv", dict(layer=6, keep=0.5), ("compressor.layer", "6", "1 to 5")),
         ("fastv", dict(keep=65), ("65", "64")),
         ("fastervlm", dict(budget=16), ("no CLS token", "column_mean")),
-        ("fastervlm", dict(budget=16, attention="column_mean", layer=9), ("9", "LAYER from -4")),
+        ("fastervlm", dict(budget=16, attention="column_mean", layer=9), ("9", "-4 to 3")),
         ("tome", dict(r=4, layers=(7,)), ("compressor.layers", "7", "0 to 3")),
     ],
 )

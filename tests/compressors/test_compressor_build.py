@@ -156,7 +156,9 @@ def test_unreachable_budget_of_resampler():
         ("pixel_shuffle", {"budgets": (64, 4)}, "not in compressor.budgets"),
         ("pixel_shuffle", {"budgets": "16"}, "compressor.budgets"),
         ("pixel_shuffle", {"budgets": 3.5}, "compressor.budgets: 3.5"),
+        ("pixel_shuffle", {"order": ["row"]}, "compressor.order"),
         ("m3", {"scales": 7.5}, "compressor.scales: 7.5"),
+        ("fastervlm", {"attention": ["cls"]}, "compressor.attention"),
         ("tome", {"class_token": True}, "unknown name 'class_token'"),
     ],
 )

@@ -10,8 +10,7 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.models import presets
 from efficient_vlm.models.vlm import VisionLanguageModel
 
-# Published parameters; what ours have not (biases, LayerNorm's shifts, Qwen's second frame, the
-# Molmo pooling's second layer and extra vocabulary) is below half a per cent.
+# Published parameters. Ours and MISSING come to exactly these.
 PARAMETERS = {
     "llava-1.5-7b": 7_063_427_072,
     "llava-1.5-13b": 13_351_494_656,
@@ -22,6 +21,40 @@ PARAMETERS = {
     "qwen2-vl-2b": 2_208_985_600,
     "molmo-7b-d": 8_021_025_280,
     "molmoe-1b": 7_221_875_712,
+}
+
+
+def encoder_biases(width, mlp_dim):
+    """Of one layer: four of attention, two of the MLP, the shifts of two LayerNorms."""
+    return 4 * width + mlp_dim + width + 2 * width
+
+
+# CLIP runs 23 layers of 24 here. Beside biases: a position for CLS, the LayerNorm in front.
+CLIP = 23 * encoder_biases(1024, 4096) + 1024 + 2 * 1024
+CLIP_LAST_LAYER = 4 * 1024**2 + 2 * 1024 * 4096 + 2 * 1024 + encoder_biases(1024, 4096)
+# SigLIP: biases of the layers, of the last LayerNorm and of the patch embedding.
+SIGLIP = 27 * encoder_biases(1152, 4304) + 2 * 1152
+# Molmo: no LayerNorm behind its CLIP; the pooling's input is two layers side by side, so its
+# query, key and value matrices are 2048 wide; two embeddings of that width mark padding.
+MOLMO = CLIP - 1024 + 3 * 1024 * 1024 + 2 * 2048
+MISSING = {
+    # LLaVA's files hold the layer that is not run; the shift of the LayerNorm behind it, the
+    # projector's two biases.
+    "llava-1.5-7b": CLIP + CLIP_LAST_LAYER + 1024 + 2 * 4096,
+    "llava-1.5-13b": CLIP + CLIP_LAST_LAYER + 1024 + 2 * 5120,
+    "smolvlm-256m": 12 * encoder_biases(768, 3072) + 2 * 768,
+    **{f"paligemma-3b-{size}": SIGLIP + 2048 for size in (224, 448, 896)},  # The projector's bias.
+    # The merger's shift and biases, the second frame of the patch embedding, the biases of queries,
+    # keys and values; less our position tables.
+    "qwen2-vl-2b": 32 * encoder_biases(1280, 5120)
+    + (1280 + 5120 + 1536)
+    + 3 * 14 * 14 * 1280
+    + 28 * (1536 + 2 * 256)
+    - (54 + 74) * 1280,
+    # 128 extra entries of the vocabulary, biases of queries, keys and values.
+    "molmo-7b-d": MOLMO + 128 * 3584 + 28 * (3584 + 2 * 512),
+    # 128 extra entries, norms of queries and keys over all heads at once, not of each.
+    "molmoe-1b": MOLMO + 128 * 2048 + 16 * 2 * (2048 - 128),
 }
 # Encoder and decoder TFLOPs with 64 text tokens, and KV KiB a token, counted independently from the
 # published configurations (connector and head left out).
@@ -51,7 +84,7 @@ def test_parameters_of_the_published_model(name):
     key = jax.random.key(0)
     found = jax.eval_shape(model.init, key, pixels, present, text, lengths, lengths)
     total = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(found))
-    assert total == pytest.approx(PARAMETERS[name], rel=5e-3)
+    assert total + MISSING[name] == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", COSTS)

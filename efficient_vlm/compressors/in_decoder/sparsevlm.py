@@ -95,7 +95,7 @@ class SparseVLM(InDecoder):
 
     @nn.nowrap
     def check_options(self):
-        if self.version not in plan.SCHEDULES:
+        if self.version not in tuple(plan.SCHEDULES):
             raise unknown("compressor.version", str(self.version), plan.SCHEDULES)
         for name in ("keep", "layers"):
             if (value := getattr(self, name)) is not None:

@@ -60,7 +60,7 @@ class AttentionGuided(Compressor):
 
     @nn.nowrap
     def check_options(self):
-        if self.attention not in ATTENTION:
+        if self.attention not in tuple(ATTENTION):
             raise unknown("compressor.attention", str(self.attention), ATTENTION)
         check_layer("layer", self.layer)
 

@@ -88,7 +88,8 @@ def settings(name: str, geometry: Geometry) -> dict[str, Any]:
         "hiprune": dict(budget=budget, middle_layer=0.375),  # Layer 9 of CLIP's 24.
         "fastv": dict(layer=2, keep=budget),
         "dart": dict(layer=2, keep=budget),
-        "sparsevlm": dict(budget=budget),
+        # Published schedules are for 576 patches; on a small grid a third of the tokens.
+        "sparsevlm": dict(budget=budget if geometry.patches == 576 else None),
         "fitprune": dict(rate=0.9),
         **{label: dict() for label in ("pyramiddrop", "feather", "v2drop", "vtw")},
     }

@@ -186,6 +186,8 @@ class WithRun:
         fields = dict(fields)
         kind = methods.find(fields["name"])
         has = methods.options(fields["name"])
+        if kind.where == "decoder":
+            fields.pop("budget", None)  # It is matched by the knobs of the method.
         if not vit.class_token and fields.get("attention") is None and "attention" in has:
             fields["attention"] = "column_mean"
         if "middle_layer" in has and "middle_layer" not in fields:

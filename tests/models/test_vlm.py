@@ -310,7 +310,7 @@ def test_encoder_intermediates(class_token):
         assert (found["cls_row/1"].sum(-1) < 1).all()
     with pytest.raises(UserError, match="did you mean 'keys'"):
         vit.apply(params, images, intermediates=("key/0",))
-    with pytest.raises(UserError, match="no such layer"):
+    with pytest.raises(UserError, match="no layer of this encoder"):
         vit.apply(params, images, intermediates=("keys/3",))
 
 

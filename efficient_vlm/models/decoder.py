@@ -99,7 +99,8 @@ class Decoder(nn.Module):
                 (self.max_positions, self.width),
             )
         fields = self._block_fields()
-        self.layers = stack_layers(DecoderBlock, self.num_layers, 2)(**fields)
+        # Named as the first segment was when each had a stack: its checkpoints stay readable.
+        self.layers = stack_layers(DecoderBlock, self.num_layers, 2)(**fields, name="segment_0")
         self.reducers = [
             compressors.build(**segment["compressor"]) if segment.get("compressor") else None
             for segment in self.segments
@@ -187,7 +188,7 @@ class Decoder(nn.Module):
         return dict(attention=attention, mlp_dim=self.mlp_dim, moe=self.moe, dtype=self.dtype)
 
     def _parameters(self) -> Any:
-        return nn.unbox(self.variables["params"]["layers"])
+        return nn.unbox(self.variables["params"]["segment_0"])
 
     @nn.nowrap
     def _block(self) -> DecoderBlock:

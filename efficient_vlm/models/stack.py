@@ -10,6 +10,10 @@ from flax import linen as nn
 from efficient_vlm.errors import unknown
 
 
+# Names of stacks among parameters: the encoder's and the decoder's.
+STACKS = {"layers", "segment_0"}
+
+
 def stack_layers(block: type[nn.Module], length: int, inputs: int) -> type[nn.Module]:
     """`block` with the parameters of `length` layers, stacked on axis 0 (logical axis "layers").
 
@@ -43,11 +47,10 @@ def unstack(params: Any) -> Any:
     if not isinstance(params, Mapping):
         return params
     split = {name: unstack(value) for name, value in params.items()}
-    if "layers" in split and not _is_split(split["layers"]):
-        stacked = split["layers"]
-        split["layers"] = {
-            str(i): layer_of(stacked, i) for i in range(jax.tree.leaves(stacked)[0].shape[0])
-        }
+    for name in STACKS & set(split):
+        if not _is_split(split[name]):
+            count = jax.tree.leaves(split[name])[0].shape[0]
+            split[name] = {str(i): layer_of(split[name], i) for i in range(count)}
     return split
 
 

@@ -86,7 +86,7 @@ def test_split_layers_give_the_same_answers(plain, name):
     options = {**dict(none=dict(budget=16), tome=dict(budget=6)), **IN_DECODER}[name]
     model = model.with_compressor(name, **options)
     split = unstack(params)
-    assert set(split["language"]["layers"]) == {"0", "1", "2", "3"}
+    assert set(split["language"]["segment_0"]) == {"0", "1", "2", "3"}
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), unstack(split), split))
     stacked, apart = answer(model, params, batch), answer(model, split, batch)
     np.testing.assert_array_equal(stacked.tokens, apart.tokens)
@@ -310,7 +310,7 @@ def test_what_methods_in_the_decoder_see(plain, inputs, monkeypatch, looks):
     state = Watcher.seen[looks]
     decoder = model.make_decoder()
     block = DecoderBlock(**decoder._block_fields())
-    layers = params["language"]["layers"]
+    layers = params["language"]["segment_0"]
     count = 16
     x = jnp.concatenate([state.first_visual, state.first_text], axis=1)
     text = state.prompt.shape[1]

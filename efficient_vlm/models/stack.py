@@ -9,7 +9,6 @@ from flax import linen as nn
 
 from efficient_vlm.errors import unknown
 
-
 # Names of stacks among parameters: the encoder's and the decoder's.
 STACKS = {"layers", "segment_0"}
 

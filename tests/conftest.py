@@ -1,9 +1,11 @@
 """Shared by all tests: one compilation cache, and models small enough to compile in seconds."""
 
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import jax
 import numpy as np
 import pytest
 from tiny_models import DECODER, ENCODER, VOCAB, make_tiny_config
@@ -11,6 +13,14 @@ from tiny_models import DECODER, ENCODER, VOCAB, make_tiny_config
 from efficient_vlm import commands
 
 commands.enable_compilation_cache()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Thousands of programs in one process run out of memory maps, and the process dies."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

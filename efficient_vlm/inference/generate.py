@@ -59,7 +59,7 @@ def programs_of(model: VisionLanguageModel, layout: Layout) -> Programs:
     """The stages of a model, where a method does not touch one as those of the model without it.
 
     An encoder is the same on one grid with the same signals, prefill for tokens that come under one
-    position policy, and a further token for all.
+    position policy, a further token behind caches of one shape in which text starts at one place.
     """
     patches = (layout.rows, layout.columns)
     count = patches[0] * patches[1]

@@ -137,9 +137,9 @@ def test_programs_are_shared_between_compressors_of_one_budget(trained, batch):
     assert new_programs("random", 9) == set()
     # Its encoder sees a smaller image, so it has one of its own.
     assert new_programs("downsample", 9) == {"encode", "compress"}
-    # Methods with the same signals share an encoder; another policy is another prefill, but never
-    # another program for the tokens behind it.
+    # Methods with the same signals share an encoder. Under another policy text starts at another
+    # place, which is part of the program.
     row = {"attention": "mean_query"}
-    assert new_programs("fastervlm", 9, **row) == {"encode", "compress", "prefill"}
+    assert new_programs("fastervlm", 9, **row) == {"encode", "compress", "prefill", "decode"}
     assert new_programs("scope", 9, **row) == {"compress"}
     assert new_programs("fastervlm", 8, **row) == {"compress", "prefill", "decode"}

@@ -280,7 +280,7 @@ def test_encoder_intermediates(class_token):
         "keys/1": (2, 16, 2, 12),
         **{f"{row}/1": (2, 16) for row in rows},
     }
-    last = found["features/-1"].astype(np.float64)
+    last = np.asarray(found["features/-1"], np.float64)
     np.testing.assert_allclose(
         out, last / np.sqrt((last**2).mean(-1, keepdims=True) + 1e-6), rtol=1e-4, atol=1e-5
     )

@@ -126,7 +126,8 @@ def test_answers_are_compared_with_their_own_questions(finished_run, monkeypatch
 
     data = make_eval(DataConfig.from_mapping({**config.data.to_dict(), "batch_size": 16}), limit=24)
     model = loop.make_model(config, data.tokenizer.vocab_size)
-    params = settings.init_shapes(model)
+    shapes = settings.init_shapes(model)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     monkeypatch.setattr(evaluation, "generate", oracle)
     fields = settings.EvalConfig(batch_size=16, new_tokens=2)
     results = evaluation.evaluate(model, params, data, fields, say=lambda line: None)

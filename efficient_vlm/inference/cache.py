@@ -14,30 +14,30 @@ class SegmentCache:
       key, value: [layers, B, S, Hkv, Dh]; keys are already rotated.
       live: bool [B, S], slots that hold a token.
       bias: float32 [B, S], added to the attention logits of each key.
+      index: int or float [B, S], place of each token in the prompt, for windows.
+      behind: [B], rotary position of the first generated token.
       start: slot of the first generated token (static).
-      text_offset: rotary position of the first text token (static).
     """
 
     key: jax.Array
     value: jax.Array
     live: jax.Array
     bias: jax.Array
+    index: jax.Array
+    behind: jax.Array
     start: int = struct.field(pytree_node=False)
-    text_offset: int = struct.field(pytree_node=False)
 
 
 @struct.dataclass
 class KVCache:
-    """All segments, and how far each row has come.
+    """All segments, and how many tokens have been generated.
 
     Attributes:
       segments: one cache per decoder segment.
-      lengths: int32 [B], prompt tokens of each row.
       generated: int32 scalar, tokens written since the prompt.
     """
 
     segments: tuple[SegmentCache, ...]
-    lengths: jax.Array
     generated: jax.Array
 
     @property

@@ -16,7 +16,14 @@ from flax import struct
 
 from efficient_vlm.compressors import VisualTokens
 from efficient_vlm.inference.cache import KVCache
-from efficient_vlm.models.vlm import Layout, VisionLanguageModel, repeat_rows
+from efficient_vlm.models.placement import Placement
+from efficient_vlm.models.vlm import (
+    NO_EXTRAS,
+    ImageExtras,
+    Layout,
+    VisionLanguageModel,
+    repeat_rows,
+)
 
 STAGES = ("encode", "compress", "prefill", "decode")
 
@@ -75,8 +82,8 @@ def programs_of(model: VisionLanguageModel, layout: Layout) -> Programs:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _encode(model: VisionLanguageModel, grid, asked, params, images, image_mask):
-    options = {"grid": grid, "asked": None if asked is None else dict(asked)}
+def _encode(model: VisionLanguageModel, grid, asked, params, images, image_mask, extras):
+    options = {"grid": grid, "asked": None if asked is None else dict(asked), "extras": extras}
     return model.apply({"params": params}, images, image_mask, method="encode", **options)
 
 
@@ -100,7 +107,9 @@ def _compress(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _prefill(model, layout: Layout, new_tokens: int, params, visual, prompts, lengths, rng):
+def _prefill(
+    model, layout: Layout, new_tokens: int, params, visual, prompts, lengths, rng, placement
+):
     rows, row_lengths = prompts.reshape(-1, prompts.shape[-1]), lengths.reshape(-1)
     logits, cache, sources = model.apply(
         {"params": params},
@@ -110,6 +119,7 @@ def _prefill(model, layout: Layout, new_tokens: int, params, visual, prompts, le
         layout,
         new_tokens=new_tokens,
         rng=rng,
+        placement=placement,
         method="prefill",
     )
     return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache, sources
@@ -132,38 +142,40 @@ def generate(
     new_tokens: int,
     eos_id: int,
     rng: jax.Array | None = None,
+    placement: Placement | None = None,
+    extras: ImageExtras = NO_EXTRAS,
+    on_token: Callable[[np.ndarray], None] | None = None,
 ) -> Generated:
     """The most likely answer to each question, token by token.
 
     Args:
       model: the model at one budget.
       params: its parameters; faster on a CPU when split by `models.stack.unstack`.
-      images: uint8 [B, M, H, W, 3].
+      images: uint8 [B, M, H, W, 3]; None for none.
       image_mask: bool [B, M].
       prompts: int32 [B, Q, P], padded on the right.
       lengths: int32 [B, Q]; 0 for an empty slot.
       new_tokens: the most tokens to generate, at least 1.
-      eos_id: the token that ends an answer.
+      eos_id: the token, or the tokens, that end an answer.
       rng: key for random compressors.
+      placement: of B*Q rows, where in the text visual tokens belong; None for in front of it.
+      extras: see `models.vlm.ImageExtras`.
+      on_token: called with the tokens of each step, int32 [B*Q].
     """
     seconds: dict[str, Any] = {"decode": []}
-    layout = model.layout(images)
-    static = programs_of(model, layout)
-    images = (images, image_mask)
-    visual, signals = _timed(seconds, "encode", _encode, *static.encode, params, *images)
-    visual = _timed(
-        seconds,
-        "compress",
-        _compress,
-        model,
-        layout,
-        params,
-        visual,
-        signals,
-        prompts,
-        lengths,
-        rng,
-    )
+    if images is None:
+        static, layout = Programs((model, None, None), model, model, model), Layout(0, 1, 1)
+        visual = model.no_images(len(prompts) * np.shape(prompts)[1])
+        seconds["encode"] = seconds["compress"] = 0.0
+    else:
+        layout = model.layout(images, extras)
+        static = programs_of(model, layout)
+        images = (images, image_mask, extras)
+        visual, signals = _timed(seconds, "encode", _encode, *static.encode, params, *images)
+        question = (prompts, lengths, rng)
+        visual = _timed(
+            seconds, "compress", _compress, model, layout, params, visual, signals, *question
+        )
     token, cache, sources = _timed(
         seconds,
         "prefill",
@@ -176,14 +188,18 @@ def generate(
         prompts,
         lengths,
         rng,
+        placement,
     )
     kv_bytes = cache.nbytes
-    answers = np.full((token.shape[0], new_tokens), eos_id, np.int32)
+    ends = np.atleast_1d(np.asarray(eos_id))
+    answers = np.full((token.shape[0], new_tokens), ends[0], np.int32)
     done = np.asarray(lengths).reshape(-1) == 0
     for step in range(new_tokens):
-        chosen = np.where(done, eos_id, np.asarray(token))
+        chosen = np.where(done, ends[0], np.asarray(token)).astype(np.int32)
         answers[:, step] = chosen
-        done |= chosen == eos_id
+        if on_token is not None:
+            on_token(chosen)
+        done |= np.isin(chosen, ends)
         if done.all() or step == new_tokens - 1:
             break
         token, cache = _timed(seconds, "decode", _decode, static.decode, params, chosen, cache)

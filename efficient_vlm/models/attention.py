@@ -1,36 +1,21 @@
 """Attention, its masks and rotary positions, and the rows of it that compressors look at."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from efficient_vlm.models.layers import Dtype, Linear, RMSNorm
+from efficient_vlm.errors import unknown
+from efficient_vlm.models.layers import Dtype, Linear, make_norm
+from efficient_vlm.models.rotary import axial, rotate
 
 # Keys of this segment are seen by the queries of every segment of the row: the visual tokens.
 SHARED_SEGMENT = 0
 PADDING_SEGMENT = -1
 
 _NEGATIVE = -1e30  # finite, so that a row with no live key gives a mean and never NaN
-
-
-def rope(x: jax.Array, positions: jax.Array, theta: float, fraction: float = 1.0) -> jax.Array:
-    """Rotary position embedding (arXiv 2104.09864), in halves, as Llama does it.
-
-    Args:
-      x: [B, S, H, Dh].
-      positions: float or int [B, S]; fractional positions (merged tokens) are fine.
-      theta: base of the frequencies.
-      fraction: share of Dh that is rotated, the rest is left as it is.
-    """
-    rotated = int(x.shape[-1] * fraction) // 2 * 2
-    if rotated == 0:
-        return x
-    frequency = theta ** (-jnp.arange(0, rotated, 2, dtype=jnp.float32) / rotated)
-    angle = positions.astype(jnp.float32)[..., None, None] * frequency
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-    first, second, rest = jnp.split(x.astype(jnp.float32), [rotated // 2, rotated], axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin, rest]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
 def attention_mask(
@@ -42,17 +27,22 @@ def attention_mask(
     causal: bool = True,
     prefix_length: int = 0,
     window: int | None = None,
+    q_blocks: jax.Array | None = None,
+    kv_blocks: jax.Array | None = None,
 ) -> jax.Array:
     """The one place where masks are made: (causal OR same block) AND window AND valid AND segment.
 
     Args:
-      q_index: int [Sq] or [B, Sq], place of each query in the sequence (not its rotary position).
+      q_index: int [Sq] or [B, Sq], place of each query in the sequence (not its rotary position);
+        a merged token may have a fractional one.
       kv_index: int [Skv] or [B, Skv], likewise for keys.
       q_segments: int [B, Sq]; queries see keys of their own segment and of SHARED_SEGMENT.
       kv_segments: int [B, Skv]; PADDING_SEGMENT keys are never seen.
       causal: keys after the query are hidden, except inside the prefix.
       prefix_length: the first tokens form one block in which everyone sees everyone.
       window: a query sees this many keys up to and including its own place; the prefix stays.
+      q_blocks, kv_blocks: int [B, Sq] and [B, Skv]; tokens of one block see each other, whichever
+        comes first; 0 for tokens of no block.
 
     Returns:
       bool [B, Sq, Skv].
@@ -62,7 +52,11 @@ def attention_mask(
     visible = (k_seg == q_seg) | (k_seg == SHARED_SEGMENT)
     visible &= k_seg != PADDING_SEGMENT
     if causal:
-        visible &= (k <= q) | ((q < prefix_length) & (k < prefix_length))
+        ordered = (k <= q) | ((q < prefix_length) & (k < prefix_length))
+        if q_blocks is not None:
+            one, two = q_blocks[..., :, None], kv_blocks[..., None, :]
+            ordered |= (one == two) & (one > 0)
+        visible &= ordered
     if window is not None:
         visible &= (k > q - window) | (k < prefix_length)
     return visible
@@ -76,6 +70,7 @@ def dot_product_attention(
     scale: float,
     mask: jax.Array | None = None,
     key_bias: jax.Array | None = None,
+    softcap: float | None = None,
 ) -> jax.Array:
     """Softmax attention with grouped keys; logits and softmax in float32.
 
@@ -85,6 +80,7 @@ def dot_product_attention(
       scale: multiplies the logits.
       mask: bool [B, Sq, Skv], True where a key is seen.
       key_bias: float [B, Skv], added to the logits of a key (log of a merged token's size).
+      softcap: logits l become softcap * tanh(l / softcap) before bias and mask (arXiv 2408.00118).
 
     Returns:
       [B, Sq, H, Dh] in the dtype of v.
@@ -99,6 +95,8 @@ def dot_product_attention(
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     logits = jnp.matmul(q, k.swapaxes(2, 3), preferred_element_type=jnp.float32)
     logits = logits.reshape(batch, heads, queries, keys)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
     if key_bias is not None:
         logits += key_bias[:, None, None, :].astype(jnp.float32)
     if mask is not None:
@@ -161,60 +159,110 @@ def attention_received(q: jax.Array, k: jax.Array, scale: float, block: int = 64
     return total / (heads * count)
 
 
+QK_NORMS = ("none", "head", "full")
+
+
 class Attention(nn.Module):
     """Multi-head attention with grouped keys, optional QK-norm and rotary positions.
 
-    `qk_scale` multiplies the usual 1/sqrt(Dh). With QK-norm the logits are bounded by
-    qk_scale * sqrt(Dh), and a value above 1 is what lets small heads look up one token among many.
+    Attributes:
+      width: of the result.
+      qk_norm: normalise queries and keys: False or "none"; True or "head", each head by itself
+        with one scale for all heads; "full", all heads as one vector (OLMo2).
+      qk_scale: multiplies the usual 1/sqrt(Dh). With QK-norm the logits are bounded by
+        qk_scale * sqrt(Dh), and a value above 1 is what lets small heads look up one token among
+        many.
+      logit_scale: multiplies the logits in place of qk_scale / sqrt(Dh).
+      softcap: see `dot_product_attention`.
+      rope, local_rope: see `rotary.rotate`; the second for layers that are called with `local`.
+      axial_theta: base of rotary positions over rows and columns, see `rotary.axial`.
+      norm, norm_epsilon: of the QK-norm, see `layers.make_norm`.
     """
 
     width: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    qk_norm: bool = False
+    qk_norm: bool | str = False
     qk_scale: float = 1.0
-    rope_theta: float | None = None
-    rope_fraction: float = 1.0
+    logit_scale: float | None = None
+    softcap: float | None = None
+    rope: Mapping[str, Any] | None = None
+    local_rope: Mapping[str, Any] | None = None
+    axial_theta: float | None = None
+    norm: str = "rms"
+    norm_epsilon: float = 1e-6
+    qkv_bias: bool = False
+    out_bias: bool = False
     out_scale: float = 1.0
     dtype: Dtype = jnp.float32
 
     def setup(self):
         def heads(count: int, axis: str):
             shape, axes = (count, self.head_dim), (axis, "head_dim")
-            return Linear(("embed",), shape, axes, dtype=self.dtype)
+            return Linear(("embed",), shape, axes, dtype=self.dtype, bias=self.qkv_bias)
 
         self.query = heads(self.num_heads, "heads")
         self.key = heads(self.num_kv_heads, "kv_heads")
         self.value = heads(self.num_kv_heads, "kv_heads")
-        if self.qk_norm:
-            self.query_norm = RMSNorm("head_dim", dtype=self.dtype)
-            self.key_norm = RMSNorm("head_dim", dtype=self.dtype)
+        if self.normalises != "none":
+            axis = "head_dim" if self.normalises == "head" else "heads"
+            fields = dict(axis=axis, dtype=self.dtype)
+            self.query_norm = make_norm(self.norm, self.norm_epsilon, **fields)
+            self.key_norm = make_norm(self.norm, self.norm_epsilon, **fields)
         self.out = Linear(
-            ("heads", "head_dim"), (self.width,), ("embed",), self.out_scale, self.dtype
+            ("heads", "head_dim"),
+            (self.width,),
+            ("embed",),
+            self.out_scale,
+            self.dtype,
+            self.out_bias,
         )
+
+    @property
+    def normalises(self) -> str:
+        """`qk_norm` as a word."""
+        kind = {False: "none", True: "head"}.get(self.qk_norm, self.qk_norm)
+        if kind not in QK_NORMS:
+            raise unknown("qk_norm", str(kind), QK_NORMS)
+        return kind
 
     @property
     def scale(self) -> float:
         """What the logits are multiplied by."""
+        if self.logit_scale is not None:
+            return self.logit_scale
         return self.qk_scale * self.head_dim**-0.5
 
-    def queries(self, x: jax.Array, positions: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def queries(
+        self, x: jax.Array, positions: jax.Array | None, local: Any = False
+    ) -> tuple[jax.Array, jax.Array]:
         """[B, S, D] -> queries [B, S, H, Dh] with and without rotary positions."""
         q = self.query(x)
-        q = self.query_norm(q) if self.qk_norm else q
-        return self._rotate(q, positions), q
+        q = q if self.normalises == "none" else self._normalised(self.query_norm, q)
+        return self._rotate(q, positions, local), q
 
-    def keys(self, x: jax.Array, positions: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def keys(
+        self, x: jax.Array, positions: jax.Array | None, local: Any = False
+    ) -> tuple[jax.Array, jax.Array]:
         """[B, S, D] -> keys [B, S, Hkv, Dh] with and without rotary positions."""
         k = self.key(x)
-        k = self.key_norm(k) if self.qk_norm else k
-        return self._rotate(k, positions), k
+        k = k if self.normalises == "none" else self._normalised(self.key_norm, k)
+        return self._rotate(k, positions, local), k
 
-    def _rotate(self, x: jax.Array, positions: jax.Array | None) -> jax.Array:
-        if self.rope_theta is None or positions is None:
+    def _normalised(self, norm: nn.Module, x: jax.Array) -> jax.Array:
+        if self.normalises == "head":
+            return norm(x)
+        return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+
+    def _rotate(self, x: jax.Array, positions: jax.Array | None, local: Any) -> jax.Array:
+        if positions is None:
             return x
-        return rope(x, positions, self.rope_theta, self.rope_fraction)
+        if self.axial_theta is not None:
+            return axial(x, positions, self.axial_theta)
+        if self.rope is None:
+            return x
+        return rotate(x, positions, self.rope, self.local_rope, local)
 
     def __call__(
         self,
@@ -225,24 +273,26 @@ class Attention(nn.Module):
         key_bias: jax.Array | None = None,
         cache: tuple[jax.Array, jax.Array] | None = None,
         write_index: jax.Array | None = None,
+        local: Any = False,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Attends from x [B, S, D] to itself, or to a cache that x is first written into.
 
         Args:
           x: [B, S, D].
-          positions: [B, S], rotary positions; None where there are none.
+          positions: [B, S], or [B, S, axes], rotary positions; None where there are none.
           mask: bool [B, S, Skv].
           key_bias: float [B, Skv].
           cache: keys and values, each [B, Skv, Hkv, Dh].
           write_index: scalar, the place in the cache of the first of the S tokens; None for an
             empty cache, into whose first places they are written while they see only each other.
+          local: bool, static or traced, whether `local_rope` holds.
 
         Returns:
           [B, S, D], and {"query" [B, S, H, Dh], "key" [B, S, Hkv, Dh], both also as "plain_..."
           without rotary positions} with "cache": what came in, with the S tokens written, or None.
         """
-        q, plain_q = self.queries(x, positions)
-        k, plain_k = self.keys(x, positions)
+        q, plain_q = self.queries(x, positions, local)
+        k, plain_k = self.keys(x, positions, local)
         v = self.value(x)
         inner = {"query": q, "key": k, "plain_query": plain_q, "plain_key": plain_k}
         if cache is not None:
@@ -254,5 +304,7 @@ class Attention(nn.Module):
             if write_index is not None:
                 k, v = cache
         inner["cache"] = cache
-        out = dot_product_attention(q, k, v, scale=self.scale, mask=mask, key_bias=key_bias)
+        out = dot_product_attention(
+            q, k, v, scale=self.scale, mask=mask, key_bias=key_bias, softcap=self.softcap
+        )
         return self.out(out), inner

@@ -16,12 +16,17 @@ from efficient_vlm.compressors import POLICIES, Compressor, DecoderState, Signal
 from efficient_vlm.errors import UserError, check_fields, unknown
 from efficient_vlm.inference.cache import KVCache, SegmentCache
 from efficient_vlm.models.attention import PADDING_SEGMENT, SHARED_SEGMENT, attention_mask
-from efficient_vlm.models.decoder_block import DecoderBlock, LayerInputs
-from efficient_vlm.models.layers import Dtype, Linear, RMSNorm, logical
+from efficient_vlm.models.build import frozen
+from efficient_vlm.models.decoder_block import NORM_LAYOUTS, DecoderBlock, LayerInputs
+from efficient_vlm.models.decoder_stack import DENSE, MAIN, DecoderStack, joined
+from efficient_vlm.models.layers import Dtype, Linear, logical, make_norm
 from efficient_vlm.models.moe import check_moe
-from efficient_vlm.models.stack import layer_of, rematerialised, run_layers, stack_layers
+from efficient_vlm.models.placement import Placement, held_mean, place_tokens
+from efficient_vlm.models.rotary import check_rope
+from efficient_vlm.models.stack import stack_layers
 
 POSITIONS = ("rope", "learned")
+LAYER_TYPES = ("global", "local")
 
 
 class Run(NamedTuple):
@@ -48,8 +53,22 @@ class Decoder(nn.Module):
       position: "rope", or "learned": a table of `max_positions`, added to what enters the first
         layer (fractional positions of merged tokens are interpolated). Learned positions are then
         part of the tokens: a cut further up cannot renumber them, whatever its policy.
-      rope_theta, rope_fraction, qk_norm, qk_scale: see `attention.Attention`.
+      rope_theta, rope_fraction, rope_scaling, rope_sections, rope_interleaved: see
+        `rotary.rotate`.
+      layer_types: "global" or "local" for each layer; None for all global.
+      window: keys that a query of a local layer sees, see `attention.attention_mask`; None for all.
+      local_rope: theta and scaling of local layers, None for those of the others.
+      qk_norm, qk_scale, qkv_bias, out_bias: see `attention.Attention`; `attention_scale` is its
+        logit_scale, `attention_softcap` its softcap.
+      norm, norm_epsilon, norm_layout: see `decoder_block.DecoderBlock`.
+      mlp_gated, activation, mlp_bias: of the dense feed-forward layer, see `moe.FeedForward`.
+      dense_layers: layers that are dense where the others are mixtures of experts.
       out_scale: scale of the initial output projections.
+      embed_multiplier: text embeddings are multiplied by this (Gemma); visual tokens are not.
+      final_softcap: logits l become c * tanh(l / c).
+      head_bias: whether the head has a bias.
+      deepstack: visual tokens come with this many more features side by side in their channels,
+        added behind each of the first layers (arXiv 2406.04334).
       tie_embeddings: whether the head is the transposed embedding table.
       bidirectional_visual: visual tokens see all visual tokens (a prefix-LM) or only earlier ones.
       proportional_attention: add log(size) to the logits of a merged token (ToMe, arXiv 2210.09461,
@@ -73,10 +92,31 @@ class Decoder(nn.Module):
     max_positions: int | None = None
     rope_theta: float = 10_000.0
     rope_fraction: float = 1.0
-    qk_norm: bool = False
+    rope_scaling: Mapping[str, Any] | None = None
+    rope_sections: Sequence[int] | None = None
+    rope_interleaved: bool = False
+    layer_types: Sequence[str] | None = None
+    window: int | None = None
+    local_rope: Mapping[str, Any] | None = None
+    qk_norm: bool | str = False
     qk_scale: float = 1.0
+    qkv_bias: bool = False
+    out_bias: bool = False
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    norm: str = "rms"
+    norm_epsilon: float = 1e-6
+    norm_layout: str = "pre"
+    mlp_gated: bool = True
+    activation: str = "silu"
+    mlp_bias: bool = False
+    dense_layers: Sequence[int] = ()
     out_scale: float = 1.0
     embed_scale: float = 1.0
+    embed_multiplier: float = 1.0
+    final_softcap: float | None = None
+    head_bias: bool = False
+    deepstack: int = 0
     tie_embeddings: bool = False
     bidirectional_visual: bool = True
     proportional_attention: bool = False
@@ -98,16 +138,21 @@ class Decoder(nn.Module):
                 logical(nn.initializers.normal(self.embed_scale), "position", "embed"),
                 (self.max_positions, self.width),
             )
-        fields = self._block_fields()
-        # Named as the first segment was when each had a stack: its checkpoints stay readable.
-        self.layers = stack_layers(DecoderBlock, self.num_layers, 2)(**fields, name="segment_0")
+        blocks = self._blocks()
+        dense = sum(self._dense)
+        if dense < self.num_layers:
+            main = stack_layers(DecoderBlock, self.num_layers - dense, 2)
+            self.layers = main(**blocks[MAIN], name=MAIN)
+        if dense:
+            self.more_layers = stack_layers(DecoderBlock, dense, 2)(**blocks[DENSE], name=DENSE)
         self.reducers = [
             compressors.build(**segment["compressor"]) if segment.get("compressor") else None
             for segment in self.segments
         ]
-        self.norm = RMSNorm(dtype=self.dtype)
+        self.final_norm = make_norm(self.norm, self.norm_epsilon, dtype=self.dtype, name="norm")
         if not self.tie_embeddings:
-            self.head = Linear(("embed",), (self.vocab_size,), ("vocab",), dtype=self.dtype)
+            vocab = (self.vocab_size,), ("vocab",)
+            self.head = Linear(("embed",), *vocab, dtype=self.dtype, bias=self.head_bias)
 
     def _check(self) -> None:
         for i, segment in enumerate(self.segments):
@@ -131,7 +176,41 @@ class Decoder(nn.Module):
                 f"model.decoder.num_kv_heads: {self.num_kv_heads}",
                 allowed=f"divisors of num_heads={self.num_heads}",
             )
+        if self.norm_layout not in NORM_LAYOUTS:
+            raise unknown("model.decoder.norm_layout", self.norm_layout, NORM_LAYOUTS)
         check_moe(self.moe)
+        check_rope("model.decoder.rope", self._rope(), self.dim)
+        if self.layer_types is not None and len(self.layer_types) != self.num_layers:
+            raise UserError(
+                f"model.decoder.layer_types: {len(self.layer_types)} for {self.num_layers} layers",
+                fix="one of global, local for each layer, or None",
+            )
+        for kind in self.layer_types or ():
+            if kind not in LAYER_TYPES:
+                raise unknown("model.decoder.layer_types", str(kind), LAYER_TYPES)
+        if self.dense_layers and (self.moe is None or self.mlp_dim is None):
+            raise UserError(
+                f"model.decoder.dense_layers: {tuple(self.dense_layers)}, but moe or mlp_dim is "
+                "missing",
+                fix="set both, or dense_layers=()",
+            )
+
+    @property
+    def _dense(self) -> tuple[bool, ...]:
+        return tuple(i in tuple(self.dense_layers) for i in range(self.num_layers))
+
+    @property
+    def _local(self) -> tuple[bool, ...] | None:
+        if self.layer_types is None or "local" not in self.layer_types:
+            return None
+        return tuple(kind == "local" for kind in self.layer_types)
+
+    @nn.nowrap
+    def _rope(self) -> dict[str, Any] | None:
+        if self.position != "rope":
+            return None
+        spec = dict(theta=self.rope_theta, fraction=self.rope_fraction, scaling=self.rope_scaling)
+        return {**spec, "sections": self.rope_sections, "interleaved": self.rope_interleaved}
 
     @property
     def num_layers(self) -> int:
@@ -173,7 +252,9 @@ class Decoder(nn.Module):
         ]
 
     @nn.nowrap
-    def _block_fields(self) -> dict[str, Any]:
+    def _blocks(self) -> dict[str, dict[str, Any]]:
+        """Fields of the layers of each stack."""
+        spec = self._rope()
         attention = dict(
             width=self.width,
             num_heads=self.num_heads,
@@ -181,48 +262,63 @@ class Decoder(nn.Module):
             head_dim=self.dim,
             qk_norm=self.qk_norm,
             qk_scale=self.qk_scale,
-            rope_theta=self.rope_theta if self.position == "rope" else None,
-            rope_fraction=self.rope_fraction,
+            logit_scale=self.attention_scale,
+            softcap=self.attention_softcap,
+            rope=frozen(spec),
+            local_rope=frozen({**spec, **self.local_rope}) if self.local_rope and spec else None,
+            norm=self.norm,
+            norm_epsilon=self.norm_epsilon,
+            qkv_bias=self.qkv_bias,
+            out_bias=self.out_bias,
             out_scale=self.out_scale,
         )
-        return dict(attention=attention, mlp_dim=self.mlp_dim, moe=self.moe, dtype=self.dtype)
+        mlp = dict(
+            mlp_dim=self.mlp_dim,
+            out_scale=self.out_scale,
+            gated=self.mlp_gated,
+            activation=self.activation,
+            bias=self.mlp_bias,
+        )
+        fields = dict(
+            attention=attention,
+            mlp=mlp,
+            dtype=self.dtype,
+            norm=self.norm,
+            norm_epsilon=self.norm_epsilon,
+            norm_layout=self.norm_layout,
+        )
+        return {MAIN: {**fields, "moe": self.moe}, DENSE: {**fields, "moe": None}}
 
-    def _parameters(self) -> Any:
-        return nn.unbox(self.variables["params"]["segment_0"])
-
-    @nn.nowrap
-    def _block(self) -> DecoderBlock:
-        return DecoderBlock(**self._block_fields(), parent=None)
-
-    def _run(self, x, start, stop, inputs, cache):
-        """Layers `start` to `stop`; outputs with a leading axis, without what attention saw."""
-        block = self._block()
-
-        def layer(params, x, cache):
-            x, (outputs, _) = block.apply({"params": params}, x, inputs, cache)
-            return x, outputs
-
-        options = dict(remat=self.remat, unroll=self.scan_unroll)
-        return run_layers(layer, self._parameters(), x, start, stop, cache, **options)
-
-    def _one(self, index, x, inputs, cache):
-        """One layer apart, with what its attention saw."""
-        block = self._block()
-
-        def layer(params, x, cache):
-            return block.apply({"params": params}, x, inputs, cache)
-
-        return rematerialised(layer, self.remat)(layer_of(self._parameters(), index), x, cache)
+    def _stack(self, deepstack: jax.Array | None = None) -> DecoderStack:
+        names = ([MAIN] if not all(self._dense) else []) + ([DENSE] if any(self._dense) else [])
+        params, blocks = self.variables["params"], self._blocks()
+        return DecoderStack(
+            {name: blocks[name] for name in names},
+            {name: nn.unbox(params[name]) for name in names},
+            self._dense,
+            self._local,
+            remat=self.remat,
+            unroll=self.scan_unroll,
+            deepstack=deepstack,
+        )
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int [...] -> [..., width]."""
-        return jnp.take(self.table, tokens, axis=0).astype(self.dtype)
+        x = jnp.take(self.table, tokens, axis=0).astype(self.dtype)
+        return (
+            x if self.embed_multiplier == 1.0 else x * jnp.asarray(self.embed_multiplier, x.dtype)
+        )
 
     def logits(self, x: jax.Array) -> jax.Array:
         """[..., width] -> float32 [..., vocab]."""
-        x = self.norm(x)
+        x = self.final_norm(x)
         x = x @ self.table.T.astype(self.dtype) if self.tie_embeddings else self.head(x)
-        return x.astype(jnp.float32)
+        x = x.astype(jnp.float32)
+        return (
+            x
+            if self.final_softcap is None
+            else self.final_softcap * jnp.tanh(x / self.final_softcap)
+        )
 
     def __call__(
         self,
@@ -239,6 +335,7 @@ class Decoder(nn.Module):
         cache_slots: int | None = None,
         longest: int | None = None,
         probe: jax.Array | None = None,
+        placement: Placement | None = None,
     ) -> tuple[jax.Array, dict, tuple[SegmentCache, ...], tuple[jax.Array, ...]]:
         """Runs visual tokens and, behind them, text through all layers.
 
@@ -257,6 +354,9 @@ class Decoder(nn.Module):
           longest: static, places of the longest packed conversation; None for all of S.
           probe: int [B, R], text places whose attention to the visual tokens is wanted; only for a
             decoder that keeps all of them.
+          placement: where in the text the visual tokens belong, over the slots that `source` of
+            `visual` counts; then `positions`, `columns` and `bidirectional_visual` do not matter.
+            None for all in front of the text.
 
         Returns:
           text hidden states [B, S, width] before the final norm; statistics of the layers, each a
@@ -267,18 +367,24 @@ class Decoder(nn.Module):
         policy = position_policy or self.position_policy
         prompt = segments != PADDING_SEGMENT if prompt is None else prompt
         runs = self.runs(visual.embed.shape[1])
+        deep, slots = None, visual
+        if self.deepstack:
+            deep = visual.embed.reshape(*visual.embed.shape[:2], self.deepstack + 1, self.width)
+            visual, deep = visual.replace(embed=deep[:, :, 0]), deep[:, :, 1:]
         if self.position == "learned":
-            offset, places = self._visual_positions(visual, columns, policy)
-            self._check_table(offset + (longest or text.shape[1]) + (cache_slots or 0))
-            visual = visual.replace(embed=visual.embed + self._learned(places))
-            text = text + self._learned(offset + positions)
+            place = self._place(visual, positions, segments, prompt, columns, policy, placement)
+            lengths = (longest or text.shape[1]) + (cache_slots or 0)
+            self._check_table(visual.source.shape[1] * (policy == "retain") + lengths)
+            visual = visual.replace(embed=visual.embed + self._learned(place.visual_position))
+            text = text + self._learned(place.text_position)
         last_prompt = jnp.max(jnp.where(prompt, jnp.arange(prompt.shape[1]), 0), axis=1)
+        scale = self.attention_scale or self.qk_scale * self.dim**-0.5
         fixed = dict(
             prompt=prompt,
             first_visual=visual.embed,
             first_text=text,
             first_live=visual.mask,
-            scale=self.qk_scale * self.dim**-0.5,
+            scale=scale,
             bidirectional=self.bidirectional_visual,
         )
         outputs, caches, sources, state = [], [], [], None
@@ -289,45 +395,89 @@ class Decoder(nn.Module):
                 policy = run.reducer.position_policy or policy
             sources.append(visual.source)
             count = visual.embed.shape[1]
-            offset, visual_positions = self._visual_positions(visual, columns, policy)
-            shared = jnp.where(visual.mask, SHARED_SEGMENT, PADDING_SEGMENT)
-            marks = jnp.concatenate([shared, segments], axis=1)
-            index = jnp.arange(marks.shape[1])
-            prefix = count if self.bidirectional_visual else 0
-            inputs = LayerInputs(
-                positions=jnp.concatenate([visual_positions, offset + positions], axis=1),
-                mask=attention_mask(index, index, marks, marks, prefix_length=prefix),
-                key_bias=self._key_bias(visual, text.shape[1]),
-                live=marks != PADDING_SEGMENT,
-                probe=None if probe is None else (count + probe, visual.mask),
-            )
+            place = self._place(visual, positions, segments, prompt, columns, policy, placement)
+            inputs, index = self._inputs(visual, place, segments)
+            if probe is not None:
+                inputs = inputs.replace(probe=(count + probe, visual.mask))
             x = jnp.concatenate([visual.embed.astype(self.dtype), text], axis=1)
             if i == 0 and self.is_initializing():
-                self.layers(x, inputs, None)
+                for layers in (getattr(self, name, None) for name in ("layers", "more_layers")):
+                    if layers is not None:
+                        layers(x, inputs, None)
             following = runs[i + 1].reducer if i + 1 < len(runs) else None
+            stack = self._stack(_deep_of(deep, slots, visual) if i and deep is not None else deep)
             x, (kv, *rest), state = self._through(
-                run, following, x, inputs, cache_slots, count + last_prompt, fixed
+                stack, run, following, x, inputs, cache_slots, count + last_prompt, fixed
             )
             visual, text = visual.replace(embed=x[:, :count]), x[:, count:]
-            outputs.append(rest)
+            outputs.append((None, *rest))
             if cache_slots is not None:
                 grow = ((0, 0), (0, cache_slots))
+                behind = place.next_index[:, None] + jnp.arange(cache_slots)
                 caches.append(
                     SegmentCache(
                         key=kv[0],
                         value=kv[1],
                         live=jnp.pad(inputs.live, grow),
                         bias=jnp.pad(inputs.key_bias, grow),
-                        start=marks.shape[1],
-                        text_offset=offset,
+                        index=jnp.concatenate([index, behind.astype(index.dtype)], axis=1),
+                        behind=place.next_position,
+                        start=x.shape[1],
                     )
                 )
-        stats, attention = jax.tree.map(lambda *each: jnp.concatenate(each), *outputs)
+        _, stats, attention = joined(outputs)
         if probe is not None:
             stats["visual_attention"] = attention
         return text, stats, tuple(caches), tuple(sources)
 
-    def _through(self, run, following, x, inputs, cache_slots, last, fixed):
+    def _place(self, visual, positions, segments, prompt, columns, policy, placement) -> Placement:
+        """Places of what is left, under a policy; see `Placement`."""
+        if placement is not None:
+            return place_tokens(placement, visual, segments != PADDING_SEGMENT, policy)
+        offset, visual_position = self._visual_positions(visual, columns, policy)
+        rows, count = visual.mask.shape
+        index = jnp.broadcast_to(
+            jnp.arange(count + positions.shape[1]), (rows, count + positions.shape[1])
+        )
+        length = jnp.max(jnp.where(prompt, 1 + jnp.arange(prompt.shape[1]), 0), axis=1)
+        block = 1 if self.bidirectional_visual else 0
+        return Placement(
+            visual_index=index[:, :count],
+            text_index=index[:, count:],
+            visual_position=visual_position,
+            text_position=offset + positions,
+            visual_block=jnp.full((rows, count), block),
+            text_block=jnp.zeros_like(positions),
+            next_index=count + length,
+            next_position=offset + length,
+        )
+
+    def _inputs(self, visual, place: Placement, segments) -> tuple[LayerInputs, jax.Array]:
+        """What the layers of a run get, and the place of each token in the prompt."""
+        shared = jnp.where(visual.mask, SHARED_SEGMENT, PADDING_SEGMENT)
+        marks = jnp.concatenate([shared, segments], axis=1)
+        index, positions, blocks = (
+            jnp.concatenate(
+                [getattr(place, f"{part}_{name}") for part in ("visual", "text")], axis=1
+            )
+            for name in ("index", "position", "block")
+        )
+        options = dict(q_blocks=blocks, kv_blocks=blocks)
+        local = None
+        if self._local is not None and self.window is not None:
+            options["window"] = self.window
+            local = attention_mask(index, index, marks, marks, **options)
+            del options["window"]
+        inputs = LayerInputs(
+            positions=positions,
+            mask=attention_mask(index, index, marks, marks, **options),
+            key_bias=self._key_bias(visual, segments.shape[1]),
+            live=marks != PADDING_SEGMENT,
+            local_mask=local,
+        )
+        return inputs, index
+
+    def _through(self, stack, run, following, x, inputs, cache_slots, last, fixed):
         """One run of layers; the last one apart if the compressor behind it looks at it.
 
         Returns:
@@ -339,16 +489,14 @@ class Decoder(nn.Module):
         parts, state = [], None
         if done > run.start:
             cache = self._empty(x, cache_slots, done - run.start)
-            x, part = self._run(x, run.start, done, inputs, cache)
+            x, part = stack.run(x, run.start, done, inputs, cache)
             parts.append(part)
         if looked_at:
             before = x
-            x, (part, seen) = self._one(done, x, inputs, self._empty(x, cache_slots))
-            parts.append(jax.tree.map(lambda value: value[None], part))
+            x, part, seen = stack.one(done, x, inputs, self._empty(x, cache_slots))
+            parts.append(part)
             if getattr(following, "looks", "previous") == "next":
-                block = self._block()
-                params = {"params": layer_of(self._parameters(), run.stop)}
-                seen = block.apply(params, x, inputs.positions, last, method="look")
+                seen = stack.look(run.stop, x, inputs.positions, last)
             state = DecoderState(
                 **seen,
                 live=inputs.live,
@@ -358,9 +506,7 @@ class Decoder(nn.Module):
                 after=x,
                 **fixed,
             )
-        if len(parts) == 1:
-            return x, parts[0], state
-        return x, jax.tree.map(lambda *each: jnp.concatenate(each), *parts), state
+        return x, joined(parts), state
 
     def _empty(self, x, cache_slots, *layers) -> tuple[jax.Array, jax.Array] | None:
         """Room for the keys and values of x [B, S, D] and of `cache_slots` more tokens."""
@@ -396,18 +542,21 @@ class Decoder(nn.Module):
     def step(self, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """One token for every row: int [B] -> (float32 logits [B, vocab], the longer cache)."""
         x = self.embed(tokens)[:, None]
-        behind = cache.lengths + cache.generated
         if self.position == "learned":
-            x = x + self._learned((cache.segments[0].text_offset + behind)[:, None])
-        segments, start = [], 0
+            x = x + self._learned((cache.segments[0].behind + cache.generated)[:, None])
+        stack, segments, start = self._stack(), [], 0
         for part in cache.segments:
             stop = start + part.key.shape[0]
             slot = part.start + cache.generated
             live = part.live | (jnp.arange(part.live.shape[1]) == slot)
-            place = (part.text_offset + behind)[:, None]
+            place = (part.behind + cache.generated)[:, None]
             seen = jnp.ones_like(tokens, dtype=bool)[:, None]
             inputs = LayerInputs(place, live[:, None, :], part.bias, seen, write_index=slot)
-            x, (kv, *_) = self._run(x, start, stop, inputs, (part.key, part.value))
+            if self._local is not None and self.window is not None:
+                here = jax.lax.dynamic_slice_in_dim(part.index, slot, 1, axis=1)
+                near = live & (part.index > here - self.window)
+                inputs = inputs.replace(local_mask=near[:, None, :])
+            x, (kv, *_) = stack.run(x, start, stop, inputs, (part.key, part.value))
             segments.append(part.replace(key=kv[0], value=kv[1], live=live))
             start = stop
         cache = cache.replace(segments=tuple(segments), generated=cache.generated + 1)
@@ -432,3 +581,9 @@ class Decoder(nn.Module):
         if visual.bias is not None:
             bias += visual.bias
         return jnp.pad(jnp.where(visual.mask, bias, 0.0), ((0, 0), (0, text)))
+
+
+def _deep_of(deep: jax.Array, slots: VisualTokens, visual: VisualTokens) -> jax.Array:
+    """The features [B, T, n, D] of the tokens that are left, from those of all that entered."""
+    each = jnp.maximum(slots.source, 0)[:, :, None, None]
+    return held_mean(visual, jnp.take_along_axis(deep, each, axis=1))

@@ -9,8 +9,12 @@ from flax import linen as nn
 from flax import struct
 
 from efficient_vlm.models.attention import Attention, attention_rows
-from efficient_vlm.models.layers import Dtype, RMSNorm
-from efficient_vlm.models.moe import MoE, SwiGLU
+from efficient_vlm.models.layers import Dtype, make_norm
+from efficient_vlm.models.moe import FeedForward, MoE
+
+# Where a layer normalises: what goes into a sublayer; what comes out of it (OLMo2); both (Gemma2);
+# or once, what goes into attention and feed-forward side by side (Phi).
+NORM_LAYOUTS = ("pre", "post", "sandwich", "parallel")
 
 
 @struct.dataclass
@@ -18,12 +22,13 @@ class LayerInputs:
     """What every layer of a run gets beside the hidden states [B, S, D].
 
     Attributes:
-      positions: [B, S], rotary positions.
+      positions: [B, S] or [B, S, axes], rotary positions.
       mask: bool [B, S, Skv].
       key_bias: float32 [B, Skv], added to the logits of each key.
       live: bool [B, S], places that hold a token (the router counts no others).
       write_index: see `attention.Attention`.
       probe: (int [B, R], bool [B, T]), rows whose attention to T visual keys is wanted, or None.
+      local_mask: bool [B, S, Skv], in place of `mask` for local layers; None if there are none.
     """
 
     positions: jax.Array
@@ -32,70 +37,109 @@ class LayerInputs:
     live: jax.Array
     write_index: jax.Array | None = None
     probe: tuple[jax.Array, jax.Array] | None = None
+    local_mask: jax.Array | None = None
 
 
 class DecoderBlock(nn.Module):
-    """Pre-norm attention, then SwiGLU or a mixture of experts."""
+    """Attention, then a feed-forward layer or a mixture of experts, with norms around them.
+
+    Attributes:
+      attention: fields of `attention.Attention`.
+      mlp: fields of `moe.FeedForward`; not used with `moe`.
+      moe: fields of `moe.MoE`, or None.
+      norm, norm_epsilon: see `layers.make_norm`.
+      norm_layout: one of NORM_LAYOUTS.
+    """
 
     attention: Mapping[str, Any]
-    mlp_dim: int
+    mlp: Mapping[str, Any]
     moe: Mapping[str, Any] | None
     dtype: Dtype
+    norm: str = "rms"
+    norm_epsilon: float = 1e-6
+    norm_layout: str = "pre"
 
     def setup(self):
-        self.attention_norm = RMSNorm(dtype=self.dtype)
+        def norm():
+            return make_norm(self.norm, self.norm_epsilon, dtype=self.dtype)
+
+        layout = self.norm_layout
+        if layout != "post":
+            self.attention_norm = norm()
+        if layout in ("post", "sandwich"):
+            self.attention_post_norm, self.mlp_post_norm = norm(), norm()
         self.attend = Attention(**self.attention, dtype=self.dtype, name="attention")
-        self.mlp_norm = RMSNorm(dtype=self.dtype)
-        out_scale = self.attention["out_scale"]
+        if layout in ("pre", "sandwich"):
+            self.mlp_norm = norm()
         if self.moe is None:
-            self.feed_forward = SwiGLU(self.mlp_dim, out_scale, self.dtype, name="mlp")
+            self.feed_forward = FeedForward(**self.mlp, dtype=self.dtype, name="mlp")
         else:
+            out_scale = self.attention["out_scale"]
             self.feed_forward = MoE(**self.moe, out_scale=out_scale, dtype=self.dtype, name="moe")
 
-    def __call__(self, x: jax.Array, inputs: LayerInputs, cache: tuple | None):
+    def __call__(self, x: jax.Array, inputs: LayerInputs, cache: tuple | None, local: Any = False):
         """One layer over x [B, S, D].
 
         Args:
           x: hidden states.
           inputs: what is the same for all layers.
           cache: keys and values of this layer, see `attention.Attention`, or None.
+          local: bool, static or traced, whether this is a local layer.
 
         Returns:
           x behind the layer, and a pair: (cache, router statistics, attention of the probed rows),
           and what its attention saw: query, key, plain_query, plain_key.
         """
+        mask = inputs.mask
+        if inputs.local_mask is not None:
+            mask = jnp.where(local, inputs.local_mask, mask)
+        entered = self._entering(x)
         y, inner = self.attend(
-            self.attention_norm(x),
+            entered,
             inputs.positions,
-            mask=inputs.mask,
+            mask=mask,
             key_bias=inputs.key_bias,
             cache=cache,
             write_index=inputs.write_index,
+            local=local,
         )
+        if self.norm_layout in ("post", "sandwich"):
+            y = self.attention_post_norm(y)
         x = nn.with_logical_constraint(x + y, ("batch", None, "embed"))
         cache = inner.pop("cache")
         looks = None
         if inputs.probe is not None:
             query, key = inner["query"], inner["key"]
             looks = attention_rows(query, key, *inputs.probe, self.attend.scale)
-        y, stats = self.mlp_norm(x), {}
+        y, stats = x, {}
+        if self.norm_layout in ("pre", "sandwich"):
+            y = self.mlp_norm(x)
+        elif self.norm_layout == "parallel":
+            y = entered
         if self.moe is None:
             y = self.feed_forward(y)
         else:
             y, stats = self.feed_forward(y, inputs.live)
+        if self.norm_layout in ("post", "sandwich"):
+            y = self.mlp_post_norm(y)
         x = nn.with_logical_constraint(x + y, ("batch", None, "embed"))
         return x, ((cache, stats, looks), inner)
 
-    def look(self, x: jax.Array, positions: jax.Array, last: jax.Array) -> dict[str, jax.Array]:
+    def _entering(self, x: jax.Array) -> jax.Array:
+        return x if self.norm_layout == "post" else self.attention_norm(x)
+
+    def look(
+        self, x: jax.Array, positions: jax.Array, last: jax.Array, local: Any = False
+    ) -> dict[str, jax.Array]:
         """Keys of all places and the query of one place a row, as this layer would make them.
 
         The queries have the shape of all places, zero but for `last`: only that row is computed.
         """
-        y = self.attention_norm(x)
-        key, plain_key = self.attend.keys(y, positions)
-        row = jnp.take_along_axis(y, last[:, None, None], axis=1)
-        queries = self.attend.queries(row, jnp.take_along_axis(positions, last[:, None], axis=1))
+        y = self._entering(x)
+        key, plain_key = self.attend.keys(y, positions, local)
         rows = jnp.arange(x.shape[0])
+        row, place = y[rows, last][:, None], positions[rows, last][:, None]
+        queries = self.attend.queries(row, place, local)
         query, plain_query = (
             jnp.zeros((*x.shape[:2], *q.shape[2:]), q.dtype).at[rows, last].set(q[:, 0])
             for q in queries

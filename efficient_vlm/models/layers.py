@@ -1,11 +1,15 @@
 """Norms and products that all models share. All parameters carry logical axes."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+from efficient_vlm.errors import unknown
 
 Dtype = jnp.dtype | str
 
@@ -16,30 +20,81 @@ def logical(init, *axes: str | None):
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalisation (arXiv 1910.07467) over the last axis, in float32."""
+    """Root mean square normalisation (arXiv 1910.07467) over the last axis, in float32.
+
+    The result is multiplied by `offset` + scale; Gemma stores the scale minus one (offset 1).
+    """
 
     axis: str = "embed"
     epsilon: float = 1e-6
+    offset: float = 0.0
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param(
-            "scale", logical(nn.initializers.ones, self.axis), x.shape[-1:], jnp.float32
-        )
+        init = nn.initializers.zeros if self.offset else nn.initializers.ones
+        scale = self.param("scale", logical(init, self.axis), x.shape[-1:], jnp.float32)
+        scale = scale + self.offset if self.offset else scale
         x32 = x.astype(jnp.float32)
         x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
         return (x32 * scale).astype(self.dtype)
 
 
+class LayerNorm(nn.Module):
+    """Layer normalisation (arXiv 1607.06450) over the last axis, in float32."""
+
+    axis: str = "embed"
+    epsilon: float = 1e-5
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = x.shape[-1:]
+        scale = self.param("scale", logical(nn.initializers.ones, self.axis), shape, jnp.float32)
+        bias = self.param("bias", logical(nn.initializers.zeros, self.axis), shape, jnp.float32)
+        x32 = x.astype(jnp.float32)
+        x32 -= jnp.mean(x32, axis=-1, keepdims=True)
+        x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
+        return (x32 * scale + bias).astype(self.dtype)
+
+
+NORMS = ("rms", "rms_plus1", "layernorm")
+
+
+def make_norm(kind: str, epsilon: float = 1e-6, **fields: Any) -> nn.Module:
+    """The norm called "rms", "rms_plus1" (Gemma: times 1 + scale) or "layernorm"."""
+    if kind not in NORMS:
+        raise unknown("norm", kind, NORMS)
+    if kind == "layernorm":
+        return LayerNorm(epsilon=epsilon, **fields)
+    return RMSNorm(epsilon=epsilon, offset=1.0 if kind == "rms_plus1" else 0.0, **fields)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": nn.silu,
+    "relu": nn.relu,
+    "gelu_tanh": nn.gelu,
+    "gelu_erf": functools.partial(nn.gelu, approximate=False),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+}
+
+
+def activate(name: str) -> Callable[[jax.Array], jax.Array]:
+    """The activation of this name; UserError with the nearest one if there is none."""
+    if name not in ACTIVATIONS:
+        raise unknown("activation", name, ACTIVATIONS)
+    return ACTIVATIONS[name]
+
+
 class Linear(nn.Module):
-    """A product over the last `len(inputs)` axes of x; no bias.
+    """A product over the last `len(inputs)` axes of x, and a bias if asked for.
 
     Attributes:
       inputs: logical names of the contracted axes.
       features: sizes of the new axes.
       outputs: logical names of the new axes.
       scale: standard deviation of the initial kernel times sqrt(fan-in).
+      bias: whether a bias, at first zero, is added.
     """
 
     inputs: Sequence[str | None]
@@ -47,6 +102,7 @@ class Linear(nn.Module):
     outputs: Sequence[str | None]
     scale: float = 1.0
     dtype: Dtype = jnp.float32
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -69,4 +125,8 @@ class Linear(nn.Module):
         rows = x.shape[: x.ndim - len(contracted)]
         size = math.prod(contracted)
         y = x.astype(self.dtype).reshape(-1, size) @ kernel.astype(self.dtype).reshape(size, -1)
-        return y.reshape(*rows, *self.features)
+        y = y.reshape(*rows, *self.features)
+        if self.bias:
+            init = logical(nn.initializers.zeros, *self.outputs)
+            y = y + self.param("bias", init, self.features, jnp.float32).astype(self.dtype)
+        return y

@@ -1,4 +1,4 @@
-"""Feed-forward layers of the decoder: dense SwiGLU, and a dropless mixture of experts."""
+"""Feed-forward layers: dense, gated or not, and a dropless mixture of experts."""
 
 from collections.abc import Mapping
 
@@ -8,34 +8,36 @@ from flax import linen as nn
 
 from efficient_vlm.errors import UserError, check_fields
 from efficient_vlm.kernels.grouped_matmul import grouped_matmul
-from efficient_vlm.models.layers import Dtype, Linear, logical
+from efficient_vlm.models.layers import Dtype, Linear, activate, logical
 
 # A loss is a sum with its denominator, so that micro-batches and devices add up exactly.
 Ratio = tuple[jax.Array, jax.Array]
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+class FeedForward(nn.Module):
+    """down(act(gate(x)) * up(x)) (arXiv 2002.05202), or down(act(up(x))) where it is not gated."""
 
     mlp_dim: int
     out_scale: float = 1.0
     dtype: Dtype = jnp.float32
+    gated: bool = True
+    activation: str = "silu"
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        def wide(name: str):
-            return Linear(("embed",), (self.mlp_dim,), ("mlp",), dtype=self.dtype, name=name)(x)
+        fields = dict(dtype=self.dtype, bias=self.bias)
 
-        hidden = nn.silu(wide("gate")) * wide("up")
+        def wide(name: str):
+            return Linear(("embed",), (self.mlp_dim,), ("mlp",), name=name, **fields)(x)
+
+        act = activate(self.activation)
+        hidden = act(wide("gate")) * wide("up") if self.gated else act(wide("up"))
         hidden = nn.with_logical_constraint(hidden, ("batch", None, "mlp"))
-        return Linear(
-            ("mlp",),
-            (x.shape[-1],),
-            ("embed",),
-            scale=self.out_scale,
-            dtype=self.dtype,
-            name="down",
-        )(hidden)
+        down = Linear(
+            ("mlp",), (x.shape[-1],), ("embed",), scale=self.out_scale, name="down", **fields
+        )
+        return down(hidden)
 
 
 class MoE(nn.Module):
@@ -48,7 +50,7 @@ class MoE(nn.Module):
     Attributes:
       num_experts, top_k: experts, and experts per token.
       expert_dim: hidden width of one expert.
-      shared_dim: hidden width of a dense SwiGLU that every token also takes; 0 for none.
+      shared_dim: hidden width of a dense gated layer that every token also takes; 0 for none.
       normalize: whether the weights of the chosen experts sum to one. Not done for `top_k` 1, where
         the weight would be the constant 1 and the router would learn nothing from the loss.
     """
@@ -95,7 +97,7 @@ class MoE(nn.Module):
         y = rows[back].reshape(-1, k, width)
         y = jnp.einsum("tkd,tk->td", y, weights.astype(self.dtype))
         if self.shared_dim:
-            dense = SwiGLU(self.shared_dim, self.out_scale, self.dtype, name="shared")
+            dense = FeedForward(self.shared_dim, self.out_scale, self.dtype, name="shared")
             y = y + dense(x.reshape(shape)).reshape(-1, width)
 
         total = counted.sum()

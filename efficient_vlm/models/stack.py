@@ -9,8 +9,9 @@ from flax import linen as nn
 
 from efficient_vlm.errors import unknown
 
-# Names of stacks among parameters: the encoder's and the decoder's.
-STACKS = {"layers", "segment_0"}
+# Names of stacks among parameters: the encoder's, the decoder's, and those of its layers that are
+# dense where the others are mixtures of experts.
+STACKS = {"layers", "segment_0", "dense_layers"}
 
 
 def stack_layers(block: type[nn.Module], length: int, inputs: int) -> type[nn.Module]:

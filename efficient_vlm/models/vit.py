@@ -11,14 +11,16 @@ from flax import linen as nn
 from efficient_vlm.compressors import Signals, Stage, VisualTokens
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.models.attention import Attention, attention_received
-from efficient_vlm.models.layers import Dtype, Linear, RMSNorm, logical
+from efficient_vlm.models.layers import Dtype, Linear, activate, logical, make_norm
+from efficient_vlm.models.patch_positions import patch_mask, patch_positions
 from efficient_vlm.models.stack import layer_of, rematerialised, run_layers, stack_layers
-
-POSITIONS = ("factorised", "learned")
 
 
 class EncoderBlock(nn.Module):
-    """Pre-norm attention and GELU MLP, bidirectional."""
+    """Pre-norm attention and MLP, bidirectional.
+
+    Attributes: see `ViT`; `rope_theta` is the `axial_theta` of `attention.Attention`.
+    """
 
     width: int
     num_heads: int
@@ -26,6 +28,13 @@ class EncoderBlock(nn.Module):
     qk_norm: bool
     qk_scale: float
     dtype: Dtype
+    norm: str = "rms"
+    norm_epsilon: float = 1e-6
+    activation: str = "gelu_tanh"
+    mlp_gated: bool = False
+    bias: bool = False
+    layer_scale: bool = False
+    rope_theta: float | None = None
 
     @nn.compact
     def __call__(
@@ -33,9 +42,11 @@ class EncoderBlock(nn.Module):
         x: jax.Array,
         key_bias: jax.Array | None = None,
         merge: Callable[[jax.Array, dict], jax.Array] | None = None,
+        positions: jax.Array | None = None,
+        mask: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """[B, S, D] -> [B, S', D] and what attention saw; `merge` acts between the two halves."""
-        norm = functools.partial(RMSNorm, dtype=self.dtype)
+        norm = functools.partial(make_norm, self.norm, self.norm_epsilon, dtype=self.dtype)
         y, inner = Attention(
             width=self.width,
             num_heads=self.num_heads,
@@ -43,19 +54,32 @@ class EncoderBlock(nn.Module):
             head_dim=self.width // self.num_heads,
             qk_norm=self.qk_norm,
             qk_scale=self.qk_scale,
+            axial_theta=self.rope_theta,
+            qkv_bias=self.bias,
+            out_bias=self.bias,
             out_scale=0.5,
             dtype=self.dtype,
             name="attention",
-        )(norm(name="attention_norm")(x), key_bias=key_bias)
-        x = x + y
+        )(norm(name="attention_norm")(x), positions, key_bias=key_bias, mask=mask)
+        x = x + self._scaled("attention_scale", y)
         if merge is not None:
             x = merge(x, inner)
-        y = Linear(("embed",), (self.mlp_dim,), ("mlp",), dtype=self.dtype, name="up")(
-            norm(name="mlp_norm")(x)
-        )
-        y = nn.with_logical_constraint(nn.gelu(y), ("batch", None, "mlp"))
-        down = Linear(("mlp",), (self.width,), ("embed",), 0.5, self.dtype, name="down")
-        return x + down(y), inner
+        fields = dict(dtype=self.dtype, bias=self.bias)
+        normed, act = norm(name="mlp_norm")(x), activate(self.activation)
+
+        def wide(name: str):
+            return Linear(("embed",), (self.mlp_dim,), ("mlp",), name=name, **fields)(normed)
+
+        y = act(wide("gate")) * wide("up") if self.mlp_gated else act(wide("up"))
+        y = nn.with_logical_constraint(y, ("batch", None, "mlp"))
+        down = Linear(("mlp",), (self.width,), ("embed",), 0.5, name="down", **fields)
+        return x + self._scaled("mlp_scale", down(y)), inner
+
+    def _scaled(self, name: str, y: jax.Array) -> jax.Array:
+        if not self.layer_scale:
+            return y
+        init = logical(nn.initializers.constant(0.1), "embed")
+        return y * self.param(name, init, (self.width,), jnp.float32).astype(self.dtype)
 
 
 def _row(query: jax.Array, keys: jax.Array, scale: float) -> jax.Array:
@@ -92,9 +116,24 @@ class ViT(nn.Module):
       stem_dim: hidden width of a two-layer patch embedding (GELU between); None for one product.
       pixel_mean, pixel_std: images in [0, 1] are shifted and scaled by these (one number, or one
         per channel), so that content is not small beside the position embedding.
-      position: "factorised" (a row table plus a column table) or "learned" (a table of the grid).
+      patch_bias: whether the (last product of the) patch embedding has a bias.
+      temporal_patch: frames that one patch spans; a still picture stands for all of them.
+      position: one of `patch_positions.POSITIONS`.
+      position_grid: rows and columns of the position table; None for those of `image_size`.
       position_scale: standard deviation of the initial position tables.
+      rope_theta: base of rotary positions over rows and columns (`rotary.axial`); None for none.
+      window: patches along a side of the windows inside which layers attend, except `full_layers`;
+        None for no windows (arXiv 2502.13923, section 2.1.1).
       class_token: whether a learned CLS token stands before the patches; the features exclude it.
+      class_position: whether that token has a position embedding.
+      norm, norm_epsilon: see `layers.make_norm`.
+      activation, mlp_gated: of the MLP: "gelu_tanh" and others of `layers.ACTIVATIONS`.
+      bias: whether the products of the layers have biases.
+      layer_scale: a learned factor per channel behind attention and MLP (arXiv 2103.17239).
+      pre_norm: a norm in front of the first layer (CLIP).
+      final_norm: a norm behind the last; not with feature_layers.
+      feature_layers: the features are the outputs of these layers, side by side (-1 is the last);
+        None for the output of the last, normed. Layers behind all of them do not run.
       qk_norm, qk_scale: see `attention.Attention`.
       remat, scan_unroll: see `stack.run_layers`.
     """
@@ -108,9 +147,25 @@ class ViT(nn.Module):
     stem_dim: int | None = None
     pixel_mean: float | Sequence[float] = 0.5
     pixel_std: float | Sequence[float] = 0.5
+    patch_bias: bool = False
+    temporal_patch: int = 1
     position: str = "factorised"
+    position_grid: Sequence[int] | None = None
     position_scale: float = 0.5
+    rope_theta: float | None = None
+    window: int | None = None
+    full_layers: Sequence[int] = ()
     class_token: bool = False
+    class_position: bool = False
+    norm: str = "rms"
+    norm_epsilon: float = 1e-6
+    activation: str = "gelu_tanh"
+    mlp_gated: bool = False
+    bias: bool = False
+    layer_scale: bool = False
+    pre_norm: bool = False
+    final_norm: bool = True
+    feature_layers: Sequence[int] | None = None
     qk_norm: bool = False
     qk_scale: float = 1.0
     remat: str = "none"
@@ -129,6 +184,27 @@ class ViT(nn.Module):
             )
         return height // self.patch_size, width // self.patch_size
 
+    @property
+    def layers_run(self) -> int:
+        """Layers that the features need."""
+        if self.feature_layers is None:
+            return self.depth
+        return max(self._layer(layer) for layer in self.feature_layers) + 1
+
+    @property
+    def feature_width(self) -> int:
+        """Channels of the features."""
+        return self.width * len(self.feature_layers or (0,))
+
+    @nn.nowrap
+    def _layer(self, layer: int) -> int:
+        if not -self.depth <= layer < self.depth:
+            raise UserError(
+                f"model.encoder.feature_layers: {layer} of {self.depth} layers",
+                allowed=f"{-self.depth} to {self.depth - 1}",
+            )
+        return layer % self.depth
+
     @nn.compact
     def __call__(
         self,
@@ -136,18 +212,23 @@ class ViT(nn.Module):
         *,
         intermediates: Sequence[str] = (),
         stages: Sequence[Stage] = (),
+        valid: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Encodes images.
 
         Args:
-          images: uint8 [B, H, W, 3], or float in [0, 1].
+          images: uint8 [B, H, W, 3], or float in [0, 1]; [B, temporal_patch, H, W, 3] for frames
+            that differ.
           intermediates: "name/layer" with name one of INTERMEDIATES; a negative layer counts from
-            the last, a fraction is a part of the depth, rounded down.
+            the last that runs, a fraction is a part of those, rounded down.
           stages: where a compressor shortens the sequence inside the encoder, in order; not
             together with intermediates.
+          valid: int32 [B, 2], rows and columns of patches that are real, from the upper left
+            corner; the others are padding, which nothing sees. None for all.
 
         Returns:
-          features [B, N, width] after the final norm, and a dict: the intermediates by the name
+          features [B, N, feature_width], normed behind the last layer, and a dict: the
+          intermediates by the name
           asked for, N = h*w patches without CLS (features [B, N, width]; keys [B, N, heads, dim];
           rows and means float32 [B, N], attention that each patch receives: from CLS, from CLS
           with all heads as one (logits / sqrt(width)), from the mean query, from all queries;
@@ -158,16 +239,35 @@ class ViT(nn.Module):
           UserError: unknown name or layer, or a CLS row of an encoder without CLS.
         """
         wanted = {asked: self.parse_intermediate(asked) for asked in intermediates}
+        depth = self.layers_run
+        if self.feature_layers is None:
+            kept = []
+        else:
+            kept = [self._layer(layer) for layer in self.feature_layers]
+        if stages and len(kept) > 1:
+            raise UserError(
+                f"compressor.name: {stages[0].module.label} merges patches inside the encoder, "
+                f"whose features are those of {len(kept)} layers side by side",
+                allowed="methods between encoder and decoder, or inside the decoder",
+            )
         x = self._patches(images)
-        x = x + self._positions(images.shape[1:3])
-        grid = tuple(side // self.patch_size for side in images.shape[1:3])
-        tokens = VisualTokens.from_grid(x, grid) if stages else None
+        pixels = images.shape[-3:-1]
+        grid = tuple(side // self.patch_size for side in pixels)
+        x = x + patch_positions(self, grid, valid).astype(self.dtype)
+        mask = None if valid is None else patch_mask(grid, valid)
+        tracked = bool(stages) or self._placed or valid is not None
+        tokens = VisualTokens.from_grid(x, grid, mask=mask) if tracked else None
         extra = 0
         if self.class_token:
             init = logical(nn.initializers.normal(self.position_scale), "rows", "embed")
             cls = self.param("class_token", init, (1, self.width)).astype(self.dtype)
+            if self.class_position:
+                cls = cls + self.param("class_position", init, (1, self.width)).astype(self.dtype)
             x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), *cls.shape)), x], axis=1)
             extra = 1
+        norm = functools.partial(make_norm, self.norm, self.norm_epsilon, dtype=self.dtype)
+        if self.pre_norm:
+            x = norm(name="pre_norm")(x)
 
         fields = dict(
             width=self.width,
@@ -176,6 +276,13 @@ class ViT(nn.Module):
             qk_norm=self.qk_norm,
             qk_scale=self.qk_scale,
             dtype=self.dtype,
+            norm=self.norm,
+            norm_epsilon=self.norm_epsilon,
+            activation=self.activation,
+            mlp_gated=self.mlp_gated,
+            bias=self.bias,
+            layer_scale=self.layer_scale,
+            rope_theta=self.rope_theta,
         )
         stack = stack_layers(EncoderBlock, self.depth, 0)(**fields, name="layers")
         if self.is_initializing():
@@ -198,27 +305,39 @@ class ViT(nn.Module):
                 bias = jnp.pad(bias, ((0, 0), (extra, 0)))
             return jnp.concatenate([x[:, :extra], tokens.embed], axis=1)
 
+        def places(layer: int) -> dict[str, jax.Array | None]:
+            """Positions and mask of what is left, in this layer."""
+            if not self._placed and valid is None:
+                return {}
+            window = None if layer in tuple(self.full_layers) else self.window
+            seen = _seen(tokens, extra, window, valid is not None)
+            rotary = self.rope_theta is not None
+            return dict(positions=tokens.position if rotary else None, mask=seen)
+
         def plain(x, start, stop):
-            if start == stop:
-                return x
-            return run_layers(
-                lambda params, x, _: (block.apply({"params": params}, x, bias)[0], None),
-                stacked,
-                x,
-                start,
-                stop,
-                remat=self.remat,
-                unroll=self.scan_unroll,
-            )[0]
+            while start < stop:
+                end = stop if self.window is None else _stretch(self.full_layers, start, stop)
+                where = places(start)
+
+                def layer(params, x, _, where=where):
+                    return block.apply({"params": params}, x, bias, **where)[0], None
+
+                options = dict(remat=self.remat, unroll=self.scan_unroll)
+                x = run_layers(layer, stacked, x, start, end, **options)[0]
+                start = end
+            return x
 
         found: dict[str, Any] = {}
+        outputs: dict[int, jax.Array] = {}
         inside = {stage.layer: i for i, stage in enumerate(stages) if stage.inside}
         before = [(stage.layer, i) for i, stage in enumerate(stages) if not stage.inside]
         looked_at = {layer for _, layer in wanted.values()} | set(inside)
         done = 0
-        for layer in sorted(looked_at | {at for at, _ in before}):
+        for layer in sorted(looked_at | {at for at, _ in before} | {at + 1 for at in kept}):
             x = plain(x, done, layer)
             done = layer
+            if layer - 1 in kept:
+                outputs[layer - 1] = x[:, extra:]
             for index in (i for at, i in before if at == layer):
                 x = reduce(index, x, None)
             if layer in looked_at:
@@ -229,8 +348,10 @@ class ViT(nn.Module):
                     def merge(x, inner, index=index):
                         return reduce(index, x, inner["key"][:, extra:])
 
-                def one(params, x, merge=merge):
-                    return block.apply({"params": params}, x, bias, merge)
+                where = places(layer)
+
+                def one(params, x, merge=merge, where=where):
+                    return block.apply({"params": params}, x, bias, merge, **where)
 
                 # Without a merge nothing escapes the layer, so it can be computed again.
                 one = one if merge else rematerialised(one, self.remat)
@@ -241,11 +362,22 @@ class ViT(nn.Module):
                         scale = self.qk_scale * (self.width // self.num_heads) ** -0.5
                         value = INTERMEDIATES[name](x, inner["query"], inner["key"], scale)
                         found[asked] = value[:, extra:]
-        x = plain(x, done, self.depth)
-        features = RMSNorm(dtype=self.dtype, name="norm")(x[:, extra:])
+        x = plain(x, done, depth)
+        if kept:
+            outputs[done if done == depth else depth - 1] = x[:, extra:]
+            features = jnp.concatenate([outputs[layer] for layer in kept], axis=-1)
+        else:
+            features = x[:, extra:]
+        if self.final_norm and not kept:
+            features = norm(name="norm")(features)
         if stages:
             found["tokens"] = tokens.replace(embed=features)
         return features, found
+
+    @property
+    def _placed(self) -> bool:
+        """Whether layers need to know where a patch is."""
+        return self.rope_theta is not None or self.window is not None
 
     @nn.nowrap
     def parse_intermediate(self, asked: str) -> tuple[str, int]:
@@ -254,11 +386,12 @@ class ViT(nn.Module):
         if name not in INTERMEDIATES:
             raise unknown("encoder intermediate", name, INTERMEDIATES)
         if 0 < (part := _fraction(layer)) < 1:
-            layer = str(int(part * self.depth))
-        if not layer.lstrip("-").isdigit() or not -self.depth <= int(layer) < self.depth:
+            layer = str(int(part * self.layers_run))
+        depth = self.layers_run
+        if not layer.lstrip("-").isdigit() or not -depth <= int(layer) < depth:
             raise UserError(
                 f"compressor.layer (or middle_layer): {layer}, no layer of this encoder ({asked})",
-                allowed=f"{-self.depth} to {self.depth - 1}, or a fraction of the depth",
+                allowed=f"{-depth} to {depth - 1}, or a fraction of the depth",
             )
         if name.startswith("cls_") and not self.class_token:
             raise UserError(
@@ -267,42 +400,50 @@ class ViT(nn.Module):
                 "divprune, dart, stride need no attention",
                 fix="--compressor.attention=column_mean",
             )
-        return name, int(layer) % self.depth
+        return name, int(layer) % depth
 
     def _patches(self, images: jax.Array) -> jax.Array:
-        batch, height, width, channels = images.shape
+        if images.ndim == 4 and self.temporal_patch > 1:
+            images = jnp.broadcast_to(
+                images[:, None], (len(images), self.temporal_patch, *images.shape[1:])
+            )
+        elif images.ndim == 4:
+            images = images[:, None]
+        batch, frames, height, width, channels = images.shape
         p = self.patch_size
         if jnp.issubdtype(images.dtype, jnp.integer):
             images = images.astype(jnp.float32) / 255
         images = (images - jnp.asarray(self.pixel_mean)) / jnp.asarray(self.pixel_std)
-        x = images.astype(self.dtype).reshape(batch, height // p, p, width // p, p, channels)
-        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, p * p * channels)
+        x = images.astype(self.dtype)
+        x = x.reshape(batch, frames, height // p, p, width // p, p, channels)
+        x = x.transpose(0, 2, 4, 1, 3, 5, 6).reshape(batch, -1, frames * p * p * channels)
         if self.stem_dim is not None:
             x = Linear(("patch",), (self.stem_dim,), ("mlp",), dtype=self.dtype, name="stem")(x)
             x = nn.gelu(x)
         axis = "patch" if self.stem_dim is None else "mlp"
-        return Linear((axis,), (self.width,), ("embed",), dtype=self.dtype, name="embed")(x)
+        fields = dict(dtype=self.dtype, bias=self.patch_bias, name="embed")
+        return Linear((axis,), (self.width,), ("embed",), **fields)(x)
 
-    def _positions(self, pixels: tuple[int, int]) -> jax.Array:
-        """[h*w, width] for an image of `pixels`; tables are resampled to its grid."""
-        rows, columns = self.grid
-        h, w = pixels[0] // self.patch_size, pixels[1] // self.patch_size
-        init = nn.initializers.normal(self.position_scale)
 
-        def table(name: str, *axes: tuple[str, int]):
-            names, sizes = zip(*axes, strict=True)
-            return self.param(name, logical(init, *names, "embed"), (*sizes, self.width))
+def _stretch(full_layers: Sequence[int], start: int, stop: int) -> int:
+    """Where the layers end that attend in windows, or that do not, as layer `start`."""
+    for layer in range(start + 1, stop):
+        if (layer in tuple(full_layers)) != (start in tuple(full_layers)):
+            return layer
+    return stop
 
-        if self.position == "factorised":
-            row = _resample(table("row_position", ("rows", rows)), 0, h)
-            column = _resample(table("column_position", ("columns", columns)), 0, w)
-            grid = row[:, None] + column[None]
-        elif self.position == "learned":
-            grid = table("position", ("rows", rows), ("columns", columns))
-            grid = _resample(_resample(grid, 0, h), 1, w)
-        else:
-            raise unknown("model.encoder.position", self.position, POSITIONS)
-        return grid.reshape(h * w, self.width).astype(self.dtype)
+
+def _seen(tokens: VisualTokens, extra: int, window: int | None, padded: bool) -> jax.Array | None:
+    """bool [B, S, S], which tokens see which; None if all see all."""
+    if window is None and not padded:
+        return None
+    real = jnp.pad(tokens.mask, ((0, 0), (extra, 0)), constant_values=True)
+    mask = jnp.broadcast_to(real[:, None, :], (*real.shape, real.shape[1]))
+    if window is not None:
+        cell = jnp.floor(tokens.position / window)
+        same = (cell[:, :, None] == cell[:, None]).all(axis=-1)
+        mask &= jnp.pad(same, ((0, 0), (extra, 0), (extra, 0)), constant_values=True)
+    return mask
 
 
 def _fraction(layer: str) -> float:
@@ -310,13 +451,3 @@ def _fraction(layer: str) -> float:
         return float(layer)
     except ValueError:
         return 0.0
-
-
-def _resample(table: jax.Array, axis: int, size: int) -> jax.Array:
-    """A table over `axis` at `size` evenly spaced cells: the mean of what each cell covers, or,
-    where cells are smaller than the table's, linear interpolation between their centres."""
-    if table.shape[axis] == size:
-        return table
-    shape = list(table.shape)
-    shape[axis] = size
-    return jax.image.resize(table, shape, "linear", antialias=True)

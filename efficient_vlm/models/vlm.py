@@ -11,14 +11,18 @@ from flax import struct
 
 from efficient_vlm import compressors
 from efficient_vlm.compressors import Signals, VisualTokens, selectors
+from efficient_vlm.compressors.gather_pool import windows
 from efficient_vlm.compressors.methods import METHODS, find
 from efficient_vlm.compressors.tokens import zero_padding
 from efficient_vlm.errors import UserError
 from efficient_vlm.inference.cache import KVCache
-from efficient_vlm.models.attention import PADDING_SEGMENT
+from efficient_vlm.models.attention import PADDING_SEGMENT, SHARED_SEGMENT
 from efficient_vlm.models.build import check_positive, construct, frozen
 from efficient_vlm.models.decoder import Decoder
-from efficient_vlm.models.layers import Dtype, Linear
+from efficient_vlm.models.layers import Dtype, Linear, activate, logical, make_norm
+from efficient_vlm.models.patch_positions import patch_mask
+from efficient_vlm.models.placement import Placement
+from efficient_vlm.models.projectors import make_projector
 from efficient_vlm.models.vit import ViT
 
 
@@ -36,8 +40,33 @@ class Output:
     stats: dict[str, Any]
 
 
+@struct.dataclass
+class ImageExtras:
+    """What some models must know about images beside their pixels; B rows of M images.
+
+    Attributes:
+      valid: int32 [B, M, 2], rows and columns of patches that are real; None for all.
+      slot_mask: bool [B, M, tokens], which tokens the prompt has a slot for; None for all.
+      padding_share: float32 [B, M, patches], share of real pixels of each patch (Molmo).
+      pool_index: int32 [B, P, k], patches over all images of a row that each token reads, -1 for
+        none (Molmo2).
+    """
+
+    valid: jax.Array | None = None
+    slot_mask: jax.Array | None = None
+    padding_share: jax.Array | None = None
+    pool_index: jax.Array | None = None
+
+
+NO_EXTRAS = ImageExtras()
+
+
 class Layout(NamedTuple):
-    """The static shape of a row's images: how many, and the patch grid of each."""
+    """The static shape of a row's images: how many, and the grid of each.
+
+    The grid is that of the tokens which compressors get: patches, or what a projector makes of
+    them.
+    """
 
     images: int
     rows: int
@@ -48,12 +77,23 @@ class Connector(nn.Module):
     """Encoder width to decoder width: one product, or with `hidden_dim` two and a GELU between.
 
     With `identity` there is none: the compressor is the projector (mlp, deco, ldpv2, ...) and gives
-    the decoder's width itself (its option `features`).
+    the decoder's width itself (its option `features`), or the model has a `projector`.
+
+    Attributes:
+      features: channels of the result.
+      hidden_dim: channels between two products; None for one product.
+      activation: between them.
+      bias: whether products have biases.
+      norm, norm_epsilon: in front of the first product, see `layers.make_norm`; None for none.
     """
 
     features: int
     hidden_dim: int | None = None
     identity: bool = False
+    activation: str = "gelu_tanh"
+    bias: bool = False
+    norm: str | None = None
+    norm_epsilon: float = 1e-6
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -66,11 +106,15 @@ class Connector(nn.Module):
                     fix=f"set model.compressor.features={self.features}, or identity=False",
                 )
             return x
+        fields = dict(dtype=self.dtype, bias=self.bias)
+        if self.norm is not None:
+            norm = dict(axis="vision", dtype=self.dtype, name="norm")
+            x = make_norm(self.norm, self.norm_epsilon, **norm)(x)
         if self.hidden_dim is not None:
-            x = Linear(("vision",), (self.hidden_dim,), ("mlp",), dtype=self.dtype, name="up")(x)
-            x = nn.gelu(x)
+            x = Linear(("vision",), (self.hidden_dim,), ("mlp",), name="up", **fields)(x)
+            x = activate(self.activation)(x)
         axis = "vision" if self.hidden_dim is None else "mlp"
-        return Linear((axis,), (self.features,), ("embed",), dtype=self.dtype, name="out")(x)
+        return Linear((axis,), (self.features,), ("embed",), name="out", **fields)(x)
 
 
 class VisionLanguageModel(nn.Module):
@@ -78,7 +122,13 @@ class VisionLanguageModel(nn.Module):
 
     Attributes:
       vocab_size: entries of the tokenizer.
-      encoder: fields of `vit.ViT`.
+      encoder: fields of `vit.ViT`; None for a language model without images.
+      projector: name and fields of one of `projectors.PROJECTORS`: the model's own way from patches
+        to tokens, before any compressor; None for models whose patches are the tokens.
+      padding_embedding: whether features of patches that show padding get a learned vector added,
+        see `ImageExtras.padding_share` (Molmo).
+      slot_token: id of the text token whose embedding is added to visual tokens (Molmo); None where
+        they stand in its place.
       compressor: name, budget (visual tokens per image) and options of `compressors.build`.
       decoder: fields of `decoder.Decoder`.
       connector: fields of `Connector`.
@@ -87,14 +137,17 @@ class VisionLanguageModel(nn.Module):
     """
 
     vocab_size: int
-    encoder: Mapping[str, Any]
+    encoder: Mapping[str, Any] | None
     compressor: Mapping[str, Any]
     decoder: Mapping[str, Any]
     connector: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    projector: Mapping[str, Any] | None = None
+    padding_embedding: bool = False
+    slot_token: int | None = None
     dtype: Dtype = jnp.float32
 
     def __post_init__(self):
-        for name in ("encoder", "compressor", "decoder", "connector"):
+        for name in ("encoder", "compressor", "decoder", "connector", "projector"):
             object.__setattr__(self, name, frozen(getattr(self, name)))
         try:
             jnp.dtype(self.dtype)
@@ -105,21 +158,51 @@ class VisionLanguageModel(nn.Module):
         super().__post_init__()
 
     def setup(self):
+        self.language = self.make_decoder()
+        if self.encoder is None:
+            return
         self.vit = self.make_encoder()
         method = self.make_compressor()
         # A method inside the encoder or decoder leaves nothing to do between them.
         self.reduce = method if method.where == "between" else selectors.Identity(None)
-        self.language = self.make_decoder()
-        self.connect = construct(
-            Connector,
-            self.connector,
-            "model.connector",
-            features=self.language.width,
-            dtype=self.dtype,
-        )
+        width = self.language.width * (1 + self.language.deepstack)
+        fields = dict(features=width, dtype=self.dtype)
+        self.connect = construct(Connector, self.connector, "model.connector", **fields)
+        if self.projector is not None:
+            self._check_projector(method)
+            self.project = self.make_projector()
+        if self.padding_embedding:
+            init = logical(nn.initializers.normal(0.02), None, "vision")
+            shape = (2, self.vit.feature_width)
+            self.pad_embedding = self.param("padding_embedding", init, shape)
+
+    @nn.nowrap
+    def _check_projector(self, method: nn.Module) -> None:
+        if method.where == "encoder":
+            raise UserError(
+                f"compressor.name: {method.label} merges patches inside the encoder, but this "
+                f"model's projector ({self.projector['name']}) reads blocks of the whole grid",
+                allowed="methods between encoder and decoder, or inside the decoder",
+            )
+
+    def make_projector(self) -> nn.Module:
+        """The projector of this configuration, unbound."""
+        decoder = self.make_decoder()
+        fields = {}
+        if "features" not in self.projector and self.projector.get("name") != "average_pool":
+            fields["features"] = decoder.width
+        return make_projector(self.projector, **fields, dtype=self.dtype, parent=None)
+
+    @property
+    def slot_grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens that an image of the encoder's size becomes."""
+        grid = self.make_encoder().grid
+        return grid if self.projector is None else self.make_projector().cells(grid)
 
     def make_encoder(self) -> ViT:
         """The encoder of this configuration, unbound."""
+        if self.encoder is None:
+            raise UserError("model.encoder: None, this is a language model without images")
         vit = construct(ViT, self.encoder, "model.encoder", dtype=self.dtype, parent=None)
         names = ("patch_size", "width", "depth", "num_heads", "mlp_dim", "stem_dim")
         check_positive("model.encoder", vit, names)
@@ -129,7 +212,7 @@ class VisionLanguageModel(nn.Module):
         """The decoder of this configuration, unbound."""
         fields = {"vocab_size": self.vocab_size, "dtype": self.dtype, "parent": None}
         if self.make_compressor().where == "decoder":
-            fields["compressor"] = {"grid": self.make_encoder().grid, **self.compressor}
+            fields["compressor"] = {"grid": self.slot_grid, **self.compressor}
         decoder = construct(Decoder, self.decoder, "model.decoder", **fields)
         names = ("width", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
         check_positive("model.decoder", decoder, names)
@@ -150,7 +233,8 @@ class VisionLanguageModel(nn.Module):
         name = options.pop("name")
         if "budget" not in options and not find(name).optional_budget:
             raise UserError("model.compressor.budget: missing", fix="set it in the config")
-        options.setdefault("grid", self.make_encoder().grid)
+        if self.encoder is not None:
+            options.setdefault("grid", self.slot_grid)
         return compressors.build(name, parent=None, **options)
 
     def with_compressor(
@@ -167,8 +251,8 @@ class VisionLanguageModel(nn.Module):
     @property
     def selects_by_text(self) -> bool:
         """Whether different questions about one image get different visual tokens."""
-        rows, columns = self.make_encoder().grid
         method = self.make_compressor()
+        rows, columns = (0, 0) if self.encoder is None else method.grid
         if method.text_guided and (method.where != "between" or method.budget < rows * columns):
             return True
         inner = [s["compressor"]["name"] for s in self.decoder["segments"] if s.get("compressor")]
@@ -179,10 +263,14 @@ class VisionLanguageModel(nn.Module):
         method = self.make_compressor()
         return None if method.where == "decoder" else method.position_policy
 
-    def layout(self, images: jax.Array) -> Layout:
+    def layout(self, images: jax.Array, extras: ImageExtras = NO_EXTRAS) -> Layout:
         """The layout of images [B, M, H, W, 3]."""
+        if extras.pool_index is not None:
+            return Layout(1, 1, extras.pool_index.shape[1])
         patch = self.make_encoder().patch_size
-        return Layout(images.shape[1], images.shape[2] // patch, images.shape[3] // patch)
+        grid = tuple(side // patch for side in images.shape[-3:-1])
+        cells = grid if self.projector is None else self.make_projector().cells(grid)
+        return Layout(images.shape[1], *cells)
 
     # --- stages ------------------------------------------------------------------------------
 
@@ -193,32 +281,38 @@ class VisionLanguageModel(nn.Module):
         *,
         asked: Mapping[str, str] | None = None,
         grid: tuple[int, int] | None = None,
+        extras: ImageExtras = NO_EXTRAS,
     ) -> tuple[VisualTokens, Signals]:
-        """Images to patch tokens (fewer, if a method acts inside the encoder), each on its own.
+        """Images to tokens (patches, or what the projector makes of them), each on its own.
 
         Args:
-          images: uint8 [B, M, H, W, 3].
+          images: uint8 [B, M, H, W, 3], or float in [0, 1]; [B, M, frames, H, W, 3] for an encoder
+            whose patches span several frames.
           image_mask: bool [B, M]; a missing image gives padding tokens.
           asked: signal -> encoder intermediate, in place of what the compressor asks for.
-          grid: patches of the resized image, in place of what the compressor asks for.
+          grid: tokens of the resized image, in place of what the compressor asks for.
+          extras: see `ImageExtras`.
 
         Returns:
-          Tokens with a leading axis B*M, and the signals that the compressor needs.
+          Tokens with a leading axis B*M (B with a pool index), and the signals that the compressor
+          needs.
         """
-        _, *source_grid = self.layout(images)
+        _, *source_grid = self.layout(images, extras)
+        batch = images.shape[0]
         images = images.reshape(-1, *images.shape[2:])
         grid = grid or self.reduce.image_grid(tuple(source_grid))
+        patches = tuple(side // self.vit.patch_size for side in images.shape[-3:-1])
         if grid != tuple(source_grid):
-            images = _resize(images, [side * self.vit.patch_size for side in grid])
+            patches = self._resized_patches(grid, extras)
+            images = _resize(images, [side * self.vit.patch_size for side in patches])
         method, stages = self.make_compressor(), ()
         if method.where == "encoder":
             place = dict(class_token=self.vit.class_token)
-            stages = method.stages(self.vit.depth, grid[0] * grid[1], **place)
+            stages = method.stages(self.vit.layers_run, grid[0] * grid[1], **place)
         asked = method.intermediates() if asked is None else asked
+        valid = None if extras.valid is None else extras.valid.reshape(-1, 2)
         features, found = self.vit(
-            images,
-            intermediates=tuple(asked.values()),
-            stages=stages,
+            images, intermediates=tuple(asked.values()), stages=stages, valid=valid
         )
         there = image_mask.reshape(-1, 1)
         if stages:
@@ -226,11 +320,51 @@ class VisionLanguageModel(nn.Module):
             tokens = tokens.replace(
                 mask=tokens.mask & there, source=jnp.where(there, tokens.source, -1)
             )
-            tokens = zero_padding(tokens)
-        else:
-            mask = jnp.broadcast_to(there, features.shape[:2])
-            tokens = VisualTokens.from_grid(features, grid, tuple(source_grid), mask)
-        return tokens, Signals(**{name: found[value] for name, value in asked.items()})
+            return zero_padding(tokens), Signals()
+        if self.padding_embedding and extras.padding_share is not None:
+            features = features + self._padding_features(extras.padding_share)
+        real = jnp.ones(features.shape[:2], bool)
+        if valid is not None:
+            real = patch_mask(patches, valid)
+        signals = {name: found[value] for name, value in asked.items()}
+        if self.projector is not None:
+            index = extras.pool_index
+            if index is not None:
+                features, real, *values = (
+                    x.reshape(batch, -1, *x.shape[2:]) for x in (features, real, *signals.values())
+                )
+                signals = dict(zip(signals, values, strict=True))
+            features = self.project(features, patches, index)
+            if index is None:
+                index = jnp.asarray(windows(patches, self.project.side))[None]
+            real = _gathered(real, index).any(axis=2)
+            signals = {name: _pooled(name, x, index) for name, x in signals.items()}
+            if extras.pool_index is not None:
+                there = jnp.ones((batch, 1), bool)
+        mask = real & there
+        if extras.slot_mask is not None:
+            mask &= extras.slot_mask.reshape(mask.shape)
+        tokens = VisualTokens.from_grid(features, grid, tuple(source_grid), mask)
+        return tokens, Signals(**signals)
+
+    def _resized_patches(self, grid: tuple[int, int], extras: ImageExtras) -> tuple[int, int]:
+        """Patches of an image that is made smaller, so that it becomes a `grid` of tokens."""
+        if extras.pool_index is not None or extras.valid is not None:
+            raise UserError(
+                f"compressor.name: {self.reduce.label} makes images smaller, but tokens of this "
+                "model read patches across crops, or images of several sizes",
+                allowed="pool, which averages tokens; or a smaller picture",
+            )
+        side = 1 if self.projector is None else self.project.side
+        return grid[0] * side, grid[1] * side
+
+    def _padding_features(self, share: jax.Array) -> jax.Array:
+        """[B, M, N] shares of real pixels -> [B*M, N, C], what padding adds to the features."""
+        share = share.reshape(-1, share.shape[-1], 1)
+        none, part = self.pad_embedding.astype(self.dtype)
+        # As released: everything below 1 that is not 0 counts as partly padded, -1 too.
+        zero = jnp.zeros((), self.dtype)
+        return jnp.where(share == 0, none, zero) + jnp.where((share < 1) & (share != 0), part, zero)
 
     def compress(
         self,
@@ -260,6 +394,9 @@ class VisionLanguageModel(nn.Module):
         tokens = self.reduce(tokens, signals, rng=rng)
         if not self.reduce.projected:
             tokens = tokens.replace(embed=self.connect(tokens.embed))
+        if self.slot_token is not None:
+            slot = self.language.embed(jnp.asarray(self.slot_token))
+            tokens = tokens.replace(embed=tokens.embed + slot)
         count = tokens.embed.shape[1]
         image = jnp.tile(jnp.arange(images), tokens.embed.shape[0] // images)
         below = jnp.stack([image * rows, jnp.zeros_like(image)], axis=-1)
@@ -285,37 +422,99 @@ class VisionLanguageModel(nn.Module):
         *,
         new_tokens: int,
         rng: jax.Array | None = None,
+        placement: Placement | None = None,
     ) -> tuple[jax.Array, KVCache, tuple[jax.Array, ...]]:
-        """Reads prompts behind visual tokens.
+        """Reads prompts with visual tokens in front of the text, or where `placement` puts them.
 
         Args:
           visual: from `compress`, one row per prompt.
-          prompts: int32 [R, P], padded on the right.
+          prompts: int32 [R, P], text tokens, padded on the right.
           lengths: int32 [R].
           layout: from `layout`.
           new_tokens: room to leave in the cache.
           rng: key for random compressors between segments.
+          placement: see `placement.Placement`.
 
         Returns:
           float32 logits [R, vocab] behind the last prompt token; the cache; for each run of decoder
-          layers at one length, where every patch is: int32 [R, N], -1 if no token holds it.
+          layers at one length, where every slot is: int32 [R, N], -1 if no token holds it.
         """
-        place = jnp.arange(prompts.shape[1])
-        hidden, _, segments, sources = self.language(
-            visual,
-            self.language.embed(prompts),
-            jnp.broadcast_to(place, prompts.shape),
-            jnp.where(place < lengths[:, None], 1, PADDING_SEGMENT),
-            columns=layout.columns,
-            signals=Signals(text=self.instruction(prompts, lengths)),
-            prompt=place < lengths[:, None],
-            position_policy=self._position_policy(),
-            rng=rng,
-            cache_slots=new_tokens,
+        hidden, _, segments, sources = self._read(
+            visual, prompts, lengths, layout, rng, placement, cache_slots=new_tokens
         )
         last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
-        cache = KVCache(segments, lengths, jnp.zeros((), jnp.int32))
+        cache = KVCache(segments, jnp.zeros((), jnp.int32))
         return self.language.logits(last[:, 0]), cache, sources
+
+    def text_logits(
+        self,
+        images: jax.Array | None,
+        image_mask: jax.Array | None,
+        tokens: jax.Array,
+        lengths: jax.Array,
+        placement: Placement | None = None,
+        extras: ImageExtras = NO_EXTRAS,
+        *,
+        rng: jax.Array | None = None,
+    ) -> jax.Array:
+        """Next-token logits of prompts with images anywhere in them, all stages in one pass.
+
+        Args:
+          images, image_mask, extras: see `encode`; images None for none.
+          tokens: int32 [R, S], text tokens without visual slots, padded on the right.
+          lengths: int32 [R].
+          placement: see `placement.Placement`; None for images in front of the text.
+          rng: key for random compressors.
+
+        Returns:
+          float32 [R, S, vocab].
+        """
+        if images is None:
+            visual, layout = self.no_images(len(tokens)), Layout(0, 1, 1)
+        else:
+            layout = self.layout(images, extras)
+            patches, signals = self.encode(images, image_mask, extras=extras)
+            instruction = self.instruction(tokens, lengths)
+            visual = self.compress(patches, signals, instruction, layout, rng)
+        hidden, *_ = self._read(visual, tokens, lengths, layout, rng, placement)
+        return self.language.logits(hidden)
+
+    @nn.nowrap
+    def no_images(self, rows: int) -> VisualTokens:
+        """The visual tokens of prompts without images."""
+        none = jnp.zeros((rows, 0))
+        return VisualTokens(
+            embed=jnp.zeros((rows, 0, self.make_decoder().width), self.dtype),
+            position=jnp.zeros((rows, 0, 2)),
+            size=none,
+            mask=none.astype(bool),
+            source=none.astype(jnp.int32),
+        )
+
+    def _read(self, visual, tokens, lengths, layout, rng, placement, cache_slots=None):
+        place = jnp.arange(tokens.shape[1])
+        prompt = place < lengths[:, None]
+        judges = prompt
+        # Placed images may stand behind text, and see it; in front of all text they see none.
+        segment = 1 if placement is None else SHARED_SEGMENT
+        if placement is not None and placement.visual_index.shape[1]:
+            # Text in front of an image has not seen it: only what is behind all of them may judge.
+            behind = placement.text_index > placement.visual_index.max(axis=1, keepdims=True)
+            some = (prompt & behind).any(axis=1, keepdims=True)
+            judges = jnp.where(some, prompt & behind, prompt)
+        return self.language(
+            visual,
+            self.language.embed(tokens),
+            jnp.broadcast_to(place, tokens.shape),
+            jnp.where(prompt, segment, PADDING_SEGMENT),
+            columns=layout.columns,
+            signals=Signals(text=self.instruction(tokens, lengths)),
+            prompt=judges,
+            position_policy=self._position_policy(),
+            rng=rng,
+            cache_slots=cache_slots,
+            placement=placement,
+        )
 
     def decode(self, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """One token for every row: int32 [R] -> (float32 logits [R, vocab], the longer cache)."""
@@ -438,6 +637,23 @@ def repeat_rows(tree: Any, images: int, questions: int) -> Any:
         return grouped.reshape(-1, *x.shape[1:])
 
     return jax.tree.map(repeat, tree)
+
+
+def _gathered(x: jax.Array, index: jax.Array) -> jax.Array:
+    """[B, N, ...] at `index` [B or 1, T, k] -> [B, T, k, ...], zeros where it is -1."""
+    index = jnp.broadcast_to(index, (len(x), *index.shape[1:]))
+    taken = jax.vmap(lambda row, at: row[jnp.maximum(at, 0)])(x, index)
+    there = (index >= 0).reshape(*index.shape, *(1,) * (x.ndim - 2))
+    return jnp.where(there, taken, jnp.zeros((), x.dtype))
+
+
+def _pooled(name: str, x: jax.Array, index: jax.Array) -> jax.Array:
+    """A signal about patches as one about the tokens that read them: attention adds up."""
+    total = _gathered(x, index).sum(axis=2)
+    if name.endswith("_row"):
+        return total
+    count = jnp.maximum((index >= 0).sum(axis=2), 1)
+    return total / count.reshape(*count.shape, *(1,) * (total.ndim - 2)).astype(total.dtype)
 
 
 def _resize(images: jax.Array, size: list[int]) -> jax.Array:

@@ -1,0 +1,49 @@
+"""What a family is."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from efficient_vlm.interop.names import NameMap
+
+Config = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One family of published models.
+
+    Attributes:
+      name: as in `import --verify` and `presets`.
+      model_types: values of "model_type" in config.json.
+      model: config.json -> fields of `VisionLanguageModel`.
+      tensors: fills a name map, given config.json and the spelling of the names in the file.
+      spellings: the spellings that are accepted: name -> (pattern, replacement) pairs from the
+        names in a file to those that `tensors` uses; the first is that of the hub.
+      ignored: patterns of tensors (hub spelling) that the model does not use. They are carried
+        along, and exported again.
+      processor: (preprocessor config, config.json) -> a picture processor; None without images.
+      image_token: config.json -> id of the token that stands for each visual token in a prompt.
+      prompt: name of a function of `prompts` for checkpoints without a chat template.
+      placeholder: what stands for one image in a rendered prompt.
+      blocks: which tokens of a prompt see each other whichever comes first: None, "prefix" (all of
+        a prompt), "image" (those of one image) or "images" (all that belong to images).
+      block_ids: config.json -> ids of the other tokens that belong to images ("images").
+      positions: "sequence", or "mrope" (one position for time, row and column).
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    model: Callable[[Config], dict[str, Any]]
+    tensors: Callable[[NameMap, Config, str], None]
+    spellings: Mapping[str, tuple[tuple[str, str], ...]] = dataclasses.field(
+        default_factory=lambda: {"hub": ()}
+    )
+    ignored: tuple[str, ...] = ()
+    processor: Callable[[Config, Config], Any] | None = None
+    image_token: Callable[[Config], int] | None = None
+    prompt: str = "plain"
+    placeholder: str = "<image>"
+    blocks: str | None = None
+    block_ids: Callable[[Config], tuple[int, ...]] | None = None
+    positions: str = "sequence"

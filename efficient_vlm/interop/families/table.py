@@ -1,0 +1,26 @@
+"""All families, and which one a config.json belongs to."""
+
+from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.interop.families.base import Config, Family
+from efficient_vlm.interop.families.llava import LLAVA
+from efficient_vlm.interop.families.text import TEXTS, text_family
+
+FAMILIES: dict[str, Family] = {
+    kind: family
+    for family in (*(text_family(name) for name in TEXTS), LLAVA)
+    for kind in family.model_types
+}
+
+
+def family_of(config: Config) -> Family:
+    """The family of a config.json; UserError with the nearest name if there is none."""
+    kind = config.get("model_type")
+    if kind is None:
+        raise UserError(
+            "config.json: no model_type",
+            allowed=", ".join(sorted(FAMILIES)),
+            fix="use the directory that transformers' save_pretrained writes",
+        )
+    if kind not in FAMILIES:
+        raise unknown("config.json: model_type", str(kind), FAMILIES)
+    return FAMILIES[kind]

@@ -1,0 +1,222 @@
+"""Decoders: from the text part of config.json to fields of `decoder.Decoder`, and their names."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from efficient_vlm.errors import unknown
+from efficient_vlm.interop.families.base import Config, Family
+from efficient_vlm.interop.families.vision import activation
+from efficient_vlm.interop.names import NameMap
+
+PATH = "language/"
+
+
+class Text(NamedTuple):
+    """A kind of decoder.
+
+    Attributes:
+      fields: text config -> fields of `decoder.Decoder`.
+      tensors: (map, text config, prefix of names, name of the head, spelling).
+    """
+
+    fields: Callable[[Config], dict[str, Any]]
+    tensors: Callable[[NameMap, Config, str, str, str], None]
+
+
+def rope(config: Config, key: str | None = None) -> dict[str, Any]:
+    """Fields rope_theta, rope_fraction and rope_scaling, from either spelling of transformers.
+
+    Args:
+      config: with "rope_parameters", or with "rope_theta" and "rope_scaling" beside it.
+      key: layer type, where there is one entry for each.
+    """
+    given = dict(config.get("rope_parameters") or {})
+    if key is not None and key in given:
+        given = dict(given[key])
+    scaling = dict(config.get("rope_scaling") or {})
+    both = {**scaling, **given}
+    theta = both.get("rope_theta", config.get("rope_theta", 10_000.0))
+    fraction = both.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    kind = both.get("rope_type", both.get("type", "default"))
+    result = dict(rope_theta=float(theta), rope_fraction=float(fraction), rope_scaling=None)
+    # "mrope" of older Qwen2-VL files: plain frequencies on several axes.
+    if kind in ("default", "mrope", None):
+        return result
+    longest = config.get("max_position_embeddings")
+    original = both.get("original_max_position_embeddings")
+    original = original or config.get("original_max_position_embeddings")
+    spec: dict[str, Any] = {"type": kind, "factor": both.get("factor", 1.0)}
+    if kind == "linear":
+        pass
+    elif kind in ("dynamic", "llama3", "yarn"):
+        spec["original_length"] = original or longest
+        names = {
+            "dynamic": (),
+            "llama3": ("low_freq_factor", "high_freq_factor"),
+            "yarn": (
+                "beta_fast",
+                "beta_slow",
+                "truncate",
+                "attention_factor",
+                "mscale",
+                "mscale_all_dim",
+            ),
+        }[kind]
+        spec.update({name: both[name] for name in names if both.get(name) is not None})
+        if kind == "dynamic":
+            spec["original_length"] = longest
+    elif kind in ("longrope", "su"):
+        spec["type"] = "longrope"
+        spec["original_length"] = original or longest
+        spec.update({f"{name}_factor": tuple(both[f"{name}_factor"]) for name in ("short", "long")})
+        spec["attention_factor"] = both.get("attention_factor") or _longrope_attention(
+            both.get("factor") or longest / spec["original_length"], spec["original_length"]
+        )
+    else:
+        raise unknown(
+            "config.json: rope_type", str(kind), ("default", "linear", "dynamic", "llama3", "yarn")
+        )
+    return {**result, "rope_scaling": spec}
+
+
+def _longrope_attention(factor: float, original: int) -> float:
+    import math
+
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+
+
+def layer_types(text: Config, window: Any) -> dict[str, Any]:
+    """Fields layer_types and window from a list of attention types."""
+    kinds = text.get("layer_types")
+    if not kinds or window is None or "sliding_attention" not in kinds:
+        return {}
+    names = {"full_attention": "global", "sliding_attention": "local"}
+    return dict(layer_types=tuple(names[kind] for kind in kinds), window=int(window))
+
+
+def llama(text: Config) -> dict[str, Any]:
+    """Llama and what differs from it in numbers only (arXiv 2302.13971)."""
+    heads = text["num_attention_heads"]
+    bias = bool(text.get("attention_bias", False))
+    return dict(
+        width=text["hidden_size"],
+        segments=[{"layers": text["num_hidden_layers"]}],
+        num_heads=heads,
+        num_kv_heads=text.get("num_key_value_heads") or heads,
+        head_dim=text.get("head_dim") or text["hidden_size"] // heads,
+        mlp_dim=text["intermediate_size"],
+        norm_epsilon=text.get("rms_norm_eps", 1e-6),
+        activation=activation(text.get("hidden_act", text.get("hidden_activation", "silu"))),
+        qkv_bias=bias,
+        out_bias=bias,
+        mlp_bias=bool(text.get("mlp_bias", False)),
+        tie_embeddings=bool(text.get("tie_word_embeddings", False)),
+        bidirectional_visual=False,
+        **rope(text),
+    )
+
+
+def qwen2(text: Config) -> dict[str, Any]:
+    """Qwen2 (arXiv 2407.10671): biases of queries, keys and values only."""
+    window = text.get("sliding_window") if text.get("use_sliding_window") else None
+    kinds = layer_types(text, window)
+    if window is not None and not text.get("layer_types"):
+        first = text.get("max_window_layers", 0)
+        count = text["num_hidden_layers"]
+        types = ("local" if i >= first else "global" for i in range(count))
+        kinds = dict(layer_types=tuple(types), window=int(window))
+    return {**llama(text), "qkv_bias": True, "out_bias": False, **kinds}
+
+
+def qwen3(text: Config) -> dict[str, Any]:
+    """Qwen3 (arXiv 2505.09388): each head of queries and keys normed, no biases."""
+    window = text.get("sliding_window") if text.get("use_sliding_window") else None
+    return {**llama(text), "qk_norm": "head", **layer_types(text, window)}
+
+
+def llama_tensors(m: NameMap, text: Config, prefix: str, head: str, spelling: str = "hub") -> None:
+    """Names of Llama and its kin below `prefix` ("model."); `head` is "lm_head"."""
+    embeddings(m, prefix, head)
+    for i in range(text["num_hidden_layers"]):
+        ours, theirs = layer_paths(m, text, i, prefix)
+        attention(m, ours, theirs)
+        m.norm(f"{ours}attention_norm", f"{theirs}input_layernorm")
+        m.norm(f"{ours}mlp_norm", f"{theirs}post_attention_layernorm")
+        glu(m, ours, theirs)
+
+
+def embeddings(m: NameMap, prefix: str, head: str) -> None:
+    """The table, the last norm, and the head if it is not tied."""
+    m.plain(f"{PATH}embedding", f"{prefix}embed_tokens.weight")
+    m.norm(f"{PATH}norm", f"{prefix}norm")
+    if f"{PATH}head/kernel" in m:
+        m.linear(f"{PATH}head", head)
+
+
+def layer_paths(m: NameMap, text: Config, index: int, prefix: str) -> tuple[str, str]:
+    """Our path and their prefix of a layer."""
+    del text
+    return f"{PATH}segment_0/{index}/", f"{prefix}layers.{index}."
+
+
+def attention(m: NameMap, ours: str, theirs: str) -> None:
+    """Four products, and the norms of queries and keys if there are any."""
+    for name in ("query", "key", "value"):
+        m.linear(f"{ours}attention/{name}", f"{theirs}self_attn.{name[0]}_proj")
+    m.linear(f"{ours}attention/out", f"{theirs}self_attn.o_proj", inputs=2)
+    for name in ("query", "key"):
+        if f"{ours}attention/{name}_norm/scale" in m:
+            m.norm(f"{ours}attention/{name}_norm", f"{theirs}self_attn.{name[0]}_norm")
+
+
+def glu(m: NameMap, ours: str, theirs: str) -> None:
+    """A gated feed-forward layer."""
+    for name in ("gate", "up", "down"):
+        m.linear(f"{ours}mlp/{name}", f"{theirs}mlp.{name}_proj")
+
+
+TEXTS: dict[str, Text] = {
+    "llama": Text(llama, llama_tensors),
+    "mistral": Text(llama, llama_tensors),
+    "qwen2": Text(qwen2, llama_tensors),
+    "qwen3": Text(qwen3, llama_tensors),
+}
+
+
+def text_of(config: Config) -> Text:
+    """The kind of decoder of a text config; UserError for one that is not known."""
+    kind = config.get("model_type", "llama")
+    if kind not in TEXTS:
+        raise unknown("config.json: model_type of the language model", str(kind), TEXTS)
+    return TEXTS[kind]
+
+
+def decoder_fields(text: Config, tied: Any = None) -> dict[str, Any]:
+    """Fields of the decoder; `tied` is what the outer config says about the head, or None."""
+    fields = text_of(text).fields(text)
+    return fields if tied is None else {**fields, "tie_embeddings": bool(tied)}
+
+
+def _model(config: Config) -> dict[str, Any]:
+    return dict(
+        vocab_size=config["vocab_size"],
+        encoder=None,
+        compressor=dict(name="none"),
+        decoder=decoder_fields(config),
+    )
+
+
+def _tensors(m: NameMap, config: Config, spelling: str) -> None:
+    text_of(config).tensors(m, config, "model.", "lm_head", spelling)
+
+
+def text_family(model_type: str) -> Family:
+    """The family of a language model without images."""
+    return Family(
+        name=model_type,
+        model_types=(model_type,),
+        model=_model,
+        tensors=_tensors,
+        spellings={"hub": (), "memory": ()},
+        ignored=(r".*rotary_emb\.inv_freq", r".*attn\.(masked_)?bias"),
+    )

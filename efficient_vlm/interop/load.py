@@ -1,0 +1,316 @@
+"""Published checkpoints to models and parameters of ours, and back."""
+
+import functools
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from efficient_vlm.errors import UserError
+from efficient_vlm.interop import safetensors_write
+from efficient_vlm.interop.families.base import Config, Family
+from efficient_vlm.interop.families.table import family_of
+from efficient_vlm.interop.names import NameMap
+from efficient_vlm.interop.progress import progress
+from efficient_vlm.interop.safetensors_format import CheckpointError
+from efficient_vlm.interop.safetensors_read import Checkpoint
+from efficient_vlm.models.stack import STACKS, unstack
+from efficient_vlm.models.vlm import VisionLanguageModel
+
+
+def read_config(directory: str | os.PathLike) -> dict[str, Any]:
+    """config.json of a directory; UserError if there is none or it is no JSON object."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"{directory}: no config.json", fix="give a directory with config.json and safetensors"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {error}", fix="download it again") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not a JSON object", fix="download it again")
+    return config
+
+
+def build_model(
+    config: Config, *, dtype: Any = jnp.float32, compressor: Mapping[str, Any] | None = None
+) -> VisionLanguageModel:
+    """The model of a config.json, without weights.
+
+    Args:
+      config: content of config.json.
+      dtype: of activations.
+      compressor: name, budget and options, see `compressors.build`; None for all tokens.
+
+    Raises:
+      UserError: an unknown family, or a config that it cannot have.
+    """
+    family = family_of(config)
+    try:
+        fields = family.model(config)
+    except KeyError as error:
+        raise UserError(
+            f"config.json: no {error.args[0]!r}, which a model of type {config['model_type']} has",
+            fix="use the config.json that came with the weights",
+        ) from None
+    if compressor is not None:
+        fields = {**fields, "compressor": dict(compressor)}
+    return VisionLanguageModel(**fields, dtype=dtype)
+
+
+def parameter_shapes(model: VisionLanguageModel) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path -> shape and dtype of each parameter in split form, without computing anything."""
+    return flatten(jax.eval_shape(unstack, abstract_parameters(model)))
+
+
+@functools.lru_cache(maxsize=8)
+def abstract_parameters(model: VisionLanguageModel) -> Any:
+    """Shapes and dtypes of the parameters as `init` gives them."""
+    tokens, lengths = jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
+    images = mask = None
+    if model.encoder is not None:
+        vit = model.make_encoder()
+        sides = [side * vit.patch_size for side in vit.grid]
+        images, mask = jnp.zeros((1, 1, *sides, 3)), jnp.ones((1, 1), bool)
+    init = functools.partial(model.init, method="text_logits")
+    shapes = jax.eval_shape(init, jax.random.key(0), images, mask, tokens, lengths)
+    return nn.unbox(shapes)["params"]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings to "a/b/c" -> leaf."""
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{name}/"))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """ "a/b/c" -> leaf to nested dicts."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = value
+    return tree
+
+
+def name_map(
+    family: Family, config: Config, model: VisionLanguageModel, spelling: str = "hub"
+) -> NameMap:
+    """The name map of a model, checked to cover every parameter."""
+    shapes = {path: leaf.shape for path, leaf in parameter_shapes(model).items()}
+    names = NameMap(shapes)
+    family.tensors(names, config, spelling)
+    if missing := names.missing():
+        raise ValueError(f"{family.name}: no tensor is named for {missing[:3]} of {len(missing)}")
+    return names
+
+
+class Source:
+    """A checkpoint read under the names of its family.
+
+    Attributes:
+      names: the map that fits the spelling of the file.
+      carried: names (hub spelling) of tensors that the model does not use.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, family: Family, config: Config, model: Any):
+        self.checkpoint, self.family = checkpoint, family
+        tries = []
+        for spelling, renames in family.spellings.items():
+            names = name_map(family, config, model, spelling)
+            there = {renamed(name, renames): name for name in checkpoint.names}
+            wanted = names.tensors()
+            ignored = tuple(re.compile(pattern) for pattern in family.ignored)
+            carried = {
+                name
+                for name in set(there) - set(wanted)
+                if any(pattern.fullmatch(name) for pattern in ignored)
+            }
+            lost = sorted(set(wanted) - set(there))
+            unknown = sorted(set(there) - set(wanted) - carried)
+            tries.append((len(lost) + len(unknown), lost, unknown, names, there, carried))
+        _, lost, unknown, self.names, self.there, carried = min(tries, key=lambda item: item[0])
+        self.carried = tuple(sorted(carried))
+        if lost or unknown:
+            raise CheckpointError(
+                f"{checkpoint.files[0].parent}: {len(lost)} tensors are missing"
+                f"{_listed(lost)} and {len(unknown)} are unknown{_listed(unknown)}",
+                allowed=f"the {len(self.names.tensors())} tensors of this {family.name} config",
+                fix="use the config.json that came with these weights",
+            )
+        for name, shape in self.names.tensors().items():
+            found = checkpoint.shape(self.there[name])
+            if tuple(found) != tuple(shape):
+                raise CheckpointError(
+                    f"{checkpoint.files[0].parent}: tensor {name!r} has the shape {list(found)}",
+                    allowed=f"{list(shape)}, from config.json",
+                    fix="use the config.json that came with these weights",
+                )
+
+    def tensor(self, name: str) -> np.ndarray:
+        """A tensor by its hub name, memory-mapped."""
+        return self.checkpoint.read(self.there[name])
+
+    def check_finite(self) -> None:
+        """Raises CheckpointError if any value of any tensor that is used is NaN or infinite."""
+        for name in self.names.tensors():
+            self.checkpoint.read(self.there[name], finite=True)
+
+    def leaves(self, dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
+        """Path and value of each parameter in split form, one after the other.
+
+        Args:
+          dtype: to convert to; None for that of the file.
+        """
+        shapes = self.names.shapes
+
+        def size(item: tuple[str, Any]) -> int:
+            return math.prod(shapes[item[0]])
+
+        total = sum(math.prod(shape) for shape in shapes.values())
+        for path, leaf in progress(self.names.leaves.items(), size, total, "loading"):
+            value = leaf.read(shapes[path], self.tensor)
+            yield path, value if dtype is None else value.astype(dtype, copy=False)
+
+
+def renamed(name: str, renames: tuple[tuple[str, str], ...]) -> str:
+    """A name after the first pattern that fits it."""
+    for pattern, replacement in renames:
+        changed, count = re.subn(pattern, replacement, name)
+        if count:
+            return changed
+    return name
+
+
+def _listed(names: list[str]) -> str:
+    if not names:
+        return ""
+    more = ", ..." if len(names) > 4 else ""
+    return f" ({', '.join(names[:4])}{more})"
+
+
+def load_parameters(
+    source: Source,
+    *,
+    dtype: Any = jnp.float32,
+    sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+) -> dict[str, Any]:
+    """Parameters in split form (`models.stack.unstack`), each put where it belongs at once.
+
+    One tensor at a time is read from the mapped file, converted and placed; the host never holds
+    more than that beside what has been placed.
+
+    Args:
+      source: the checkpoint.
+      dtype: of the parameters; None for that of the file.
+      sharding: (path, shape) -> sharding; None for the default device.
+    """
+    placed = {}
+    for path, value in source.leaves(dtype):
+        if sharding is None:
+            placed[path] = jnp.array(value)
+        else:
+            placed[path] = jax.make_array_from_callback(
+                value.shape, sharding(path, value.shape), lambda index, v=value: v[index]
+            )
+    return nest(placed)
+
+
+def stacked(source: Source, dtype: Any = None) -> dict[str, Any]:
+    """Parameters on the host with the layers of each stack on a leading axis, for training.
+
+    Each stack is allocated once and filled layer by layer.
+    """
+    groups: dict[str, Any] = {}
+    counts = {
+        prefix: source.names.count(prefix)
+        for prefix in {
+            p[: p.index(f"/{s}/") + len(s) + 1]
+            for p in source.names.shapes
+            for s in STACKS
+            if f"/{s}/" in p
+        }
+    }
+    for path, value in source.leaves(dtype):
+        for prefix, count in counts.items():
+            if path.startswith(f"{prefix}/"):
+                layer, _, rest = path[len(prefix) + 1 :].partition("/")
+                whole = f"{prefix}/{rest}"
+                if whole not in groups:
+                    groups[whole] = np.empty((count, *value.shape), value.dtype)
+                groups[whole][int(layer)] = value
+                break
+        else:
+            groups[path] = np.array(value)
+    return nest(groups)
+
+
+def export(
+    directory: str | os.PathLike,
+    family: Family,
+    config: Config,
+    model: VisionLanguageModel,
+    params: Any,
+    *,
+    dtype: Any = None,
+    carried: Mapping[str, np.ndarray] | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> tuple[Path, ...]:
+    """Writes parameters as a Hugging Face checkpoint: hub names, config.json, safetensors.
+
+    Args:
+      directory: to write to.
+      family, config, model: what the parameters are of.
+      params: stacked or split.
+      dtype: to write; None for that of the parameters. `config.json` says which.
+      carried: tensors by hub name that the model does not use, written as they are.
+      max_shard_bytes: see `safetensors_write.write`.
+
+    Returns:
+      The weight files.
+    """
+    names = name_map(family, config, model)
+    flat = flatten(params)
+
+    def parameter(path: str) -> np.ndarray:
+        if path in flat:
+            return np.asarray(flat[path])
+        for name in STACKS:
+            if f"/{name}/" in path:
+                before, after = path.split(f"/{name}/", 1)
+                layer, rest = after.split("/", 1)
+                return np.asarray(flat[f"{before}/{name}/{rest}"][int(layer)])
+        raise KeyError(path)
+
+    def written(name: str) -> np.ndarray:
+        value = names.assemble(name, parameter)
+        return value if dtype is None else value.astype(dtype, copy=False)
+
+    kind = np.dtype(dtype or parameter(next(iter(names.leaves))).dtype)
+    tensors = [
+        (name, shape, kind, functools.partial(written, name))
+        for name, shape in names.tensors().items()
+    ]
+    for name, value in (carried or {}).items():
+        tensors.append((name, value.shape, value.dtype, functools.partial(np.asarray, value)))
+    files = safetensors_write.write(directory, tensors, max_shard_bytes=max_shard_bytes)
+    text = json.dumps({**config, "dtype": str(kind)}, indent=2, sort_keys=True)
+    (Path(directory) / "config.json").write_text(text + "\n", encoding="utf-8")
+    return files

@@ -1,0 +1,1 @@
+"""Pictures as published model families take them: pixels, tiles, token counts and prompt text."""

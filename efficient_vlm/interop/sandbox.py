@@ -1,0 +1,158 @@
+"""The jinja2 environment for chat templates of strangers.
+
+To jinja2's immutable sandbox (no private attributes, no changes to what is passed in, short ranges)
+it adds a budget of steps, which every pass of a loop and every call takes from, and a limit on what
+repetition and padding can make of a short value.
+"""
+
+import functools
+import re
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jinja2
+from jinja2 import ext, nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.utils import Namespace
+
+from efficient_vlm.errors import UserError
+
+# Filters whose result can be as long as a number in the template says.
+_PADDING_FILTERS = ("batch", "center", "format", "indent", "slice")
+# A width of seven digits, or one taken from an argument, in either kind of format string.
+_WIDE = re.compile(r"%[^a-zA-Z%]*([0-9]{7}|\*)|\{[^{}]*:[^{}]*([0-9]{7}|\{)")
+
+
+class _Generation(ext.Extension):
+    """{% generation %} marks what an assistant wrote, for training; the text stays as it is."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+class _PublicNamespace(Namespace):
+    """`namespace()` without names that begin with an underscore."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__()
+        for name, value in dict(*args, **kwargs).items():
+            self[name] = value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            raise SecurityError(f"namespace: {name!r} is private")
+        super().__setitem__(name, value)
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """Compiles and runs one template.
+
+    Args:
+      max_steps: passes of loops and calls of one rendering.
+      max_length: characters or items of a repeated or padded value.
+    """
+
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+    def __init__(self, max_steps: int, max_length: int):
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
+        )
+        self._max_steps, self._max_length = max_steps, max_length
+        self._running = threading.local()
+        self.filters["counted"] = self._counted
+        for name in _PADDING_FILTERS:
+            self.filters[name] = self._bounded(self.filters[name])
+        self.globals["raise_exception"] = _raise
+        self.globals["namespace"] = _PublicNamespace
+        del self.globals["lipsum"]  # Minutes of filler text in a single call.
+
+    def begin(self) -> None:
+        """Gives a rendering of this thread its full budget."""
+        self._running.steps = 0
+
+    def compiled(self, source: str) -> jinja2.Template:
+        """A template whose loops are counted.
+
+        Raises:
+          jinja2.TemplateSyntaxError: the source is not a template.
+        """
+        tree = self.parse(source)
+        for loop in tree.find_all((nodes.For,)):
+            loop.iter = nodes.Filter(
+                loop.iter, "counted", [], [], None, None, lineno=loop.lineno
+            ).set_environment(self)
+        return self.from_string(tree)
+
+    def call(self, context: Any, target: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Every call in a template goes through here, those of macros included."""
+        self._step()
+        self._check_numbers(*args, *kwargs.values())
+        return super().call(context, target, *args, **kwargs)
+
+    def wrap_str_format(self, value: Any) -> Any:
+        """Every look-up of an attribute goes through here, for `format` of a text."""
+        if getattr(value, "__name__", "") in ("format", "format_map"):
+            self._check_format(getattr(value, "__self__", None))
+        return super().wrap_str_format(value)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Products, powers and old-style formatting: refused where the result would be huge."""
+        if operator == "*":
+            for value, times in ((left, right), (right, left)):
+                repeats = isinstance(value, str | list | tuple) and isinstance(times, int)
+                if repeats and len(value) * times > self._max_length:
+                    self._refuse(f"{len(value)} items repeated {times:.3g} times")
+        if operator == "**" and isinstance(right, int) and abs(right) > 64:
+            self._refuse(f"a power with exponent {right:.3g}")
+        if operator == "%":
+            self._check_format(left)
+        return super().call_binop(context, operator, left, right)
+
+    def _counted(self, values: Iterable[Any]) -> Iterator[Any]:
+        for value in values:
+            self._step()
+            yield value
+
+    def _bounded(self, filter_function: Any) -> Any:
+        """A padding filter that refuses large numbers and large widths in format strings."""
+
+        @functools.wraps(filter_function)  # Keeps jinja2's marks of what it wants to be passed.
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            self._check_numbers(*args, *kwargs.values())
+            self._check_format(*args)
+            return filter_function(*args, **kwargs)
+
+        return checked
+
+    def _check_numbers(self, *values: Any) -> None:
+        for value in values:
+            if isinstance(value, int) and abs(value) > self._max_length:
+                self._refuse(f"a call with the number {value:.3g}")
+
+    def _check_format(self, *values: Any) -> None:
+        for value in values:
+            if isinstance(value, str) and _WIDE.search(value):
+                self._refuse(f"a field width in {value[:40]!r}")
+
+    def _step(self) -> None:
+        self._running.steps += 1
+        if self._running.steps > self._max_steps:
+            self._refuse(f"more than {self._max_steps:,} steps")
+
+    def _refuse(self, what: str) -> None:
+        raise UserError(
+            f"chat template: {what}",
+            allowed=f"{self._max_steps:,} steps, values up to {self._max_length:,} long",
+            fix="this template may be hostile: take it from the model's publisher",
+        )
+
+
+def _raise(message: str) -> None:
+    """`raise_exception` of templates: how they refuse a conversation."""
+    raise jinja2.TemplateError(str(message))

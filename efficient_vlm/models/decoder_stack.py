@@ -1,0 +1,127 @@
+"""The layers of a decoder as functions of their parameters: any stretch, or one apart."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efficient_vlm.models.decoder_block import DecoderBlock, LayerInputs
+from efficient_vlm.models.stack import layer_of, rematerialised, run_layers
+
+# The stack of all layers; it has the name that the first segment had when each had a stack, so
+# that older checkpoints stay readable. And that of dense layers among mixtures of experts.
+MAIN, DENSE = "segment_0", "dense_layers"
+
+
+class DecoderStack:
+    """All layers of a decoder.
+
+    Args:
+      blocks: stack name -> fields of `DecoderBlock`.
+      params: stack name -> parameters of its layers, stacked or split (`stack.unstack`).
+      dense: for each layer whether it belongs to the stack DENSE.
+      local: for each layer whether it is local; None if none is.
+      remat, unroll: see `stack.run_layers`.
+      deepstack: [B, T, n, D], what is added to the visual tokens behind each of the first n layers
+        (arXiv 2406.04334), or None.
+    """
+
+    def __init__(
+        self,
+        blocks: Mapping[str, Mapping[str, Any]],
+        params: Mapping[str, Any],
+        dense: Sequence[bool],
+        local: Sequence[bool] | None,
+        *,
+        remat: str = "none",
+        unroll: int = 1,
+        deepstack: jax.Array | None = None,
+    ):
+        self.blocks = {name: DecoderBlock(**fields, parent=None) for name, fields in blocks.items()}
+        self.params, self.dense = params, dense
+        self.local = None if local is None else np.asarray(local)
+        self.remat, self.unroll, self.deepstack = remat, unroll, deepstack
+
+    def run(
+        self, x: jax.Array, start: int, stop: int, inputs: LayerInputs, cache: Any
+    ) -> tuple[jax.Array, tuple]:
+        """Layers `start` to `stop` (excluded).
+
+        Returns:
+          x, and (caches, statistics, attention) with a leading axis over the layers.
+        """
+        parts = []
+        for first, last in self._stretches(start, stop):
+            name, begin = self._find(first)
+            block = self.blocks[name]
+
+            def layer(params, x, item, block=block):
+                cache, local = (item, False) if self.local is None else item
+                x, (outputs, _) = block.apply({"params": params}, x, inputs, cache, local)
+                return x, outputs
+
+            own = jax.tree.map(lambda c, a=first, b=last: c[a - start : b - start], cache)
+            each = own if self.local is None else (own, self.local[first:last])
+            end = begin + last - first
+            options = dict(remat=self.remat, unroll=self.unroll)
+            x, outputs = run_layers(layer, self.params[name], x, begin, end, each, **options)
+            x = self._deepened(last - 1, x)
+            parts.append(outputs)
+        return x, joined(parts)
+
+    def one(self, index: int, x: jax.Array, inputs: LayerInputs, cache: Any):
+        """One layer apart: x, its outputs with a leading axis of 1, what its attention saw."""
+        name, at = self._find(index)
+        block, local = self.blocks[name], self._is_local(index)
+
+        def layer(params, x, cache):
+            return block.apply({"params": params}, x, inputs, cache, local)
+
+        params = layer_of(self.params[name], at)
+        x, (outputs, seen) = rematerialised(layer, self.remat)(params, x, cache)
+        return self._deepened(index, x), jax.tree.map(lambda value: value[None], outputs), seen
+
+    def look(self, index: int, x: jax.Array, positions: jax.Array, last: jax.Array):
+        """Queries and keys that a layer would make; see `DecoderBlock.look`."""
+        name, at = self._find(index)
+        params = {"params": layer_of(self.params[name], at)}
+        local = self._is_local(index)
+        return self.blocks[name].apply(params, x, positions, last, local, method="look")
+
+    def _is_local(self, index: int) -> bool:
+        return False if self.local is None else bool(self.local[index])
+
+    def _find(self, index: int) -> tuple[str, int]:
+        """Stack and place in it of a layer."""
+        dense = self.dense[index]
+        return (DENSE if dense else MAIN), sum(d == dense for d in self.dense[:index])
+
+    def _stretches(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Layers that one loop can run: of one stack, with nothing to do between them."""
+        deep = 0 if self.deepstack is None else self.deepstack.shape[2]
+        first = start
+        for index in range(start + 1, stop + 1):
+            if index == stop or index <= deep or self.dense[index] != self.dense[first]:
+                yield first, index
+                first = index
+
+    def _deepened(self, index: int, x: jax.Array) -> jax.Array:
+        if self.deepstack is None or index >= self.deepstack.shape[2]:
+            return x
+        more = self.deepstack[:, :, index].astype(x.dtype)
+        return x.at[:, : more.shape[1]].add(more)
+
+
+def joined(parts: Sequence[tuple]) -> tuple:
+    """Outputs of stretches, one behind the other; dense layers have no statistics."""
+    if len(parts) == 1:
+        return parts[0]
+    caches, stats, looks = zip(*parts, strict=True)
+
+    def concatenate(trees):
+        return jax.tree.map(lambda *each: jnp.concatenate(each), *trees)
+
+    counted = [part for part in stats if part]
+    return concatenate(caches), concatenate(counted) if counted else {}, concatenate(looks)

@@ -1,0 +1,125 @@
+"""Where tokens stand in a prompt: images anywhere in the text, and what becomes of their places.
+
+In memory visual tokens always come first and text behind them; attention does not care about the
+order in memory. What it does care about is carried here: the place of each token in the prompt (for
+causal masks and windows), its rotary position, and the block in which tokens see each other.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from efficient_vlm.compressors import VisualTokens
+
+
+@struct.dataclass
+class Placement:
+    """Places of a batch of prompts. Rows R, text tokens S, slots V for visual tokens.
+
+    A slot is a place that a visual token of the uncompressed model would take.
+
+    Attributes:
+      visual_index, text_index: int32 [R, V] and [R, S], place in the prompt, from 0.
+      visual_position, text_position: rotary positions, int32 [R, V] and [R, S], or with a last axis
+        for models with several position axes (M-RoPE).
+      visual_block, text_block: int32 [R, V] and [R, S], 0 for tokens of no block, see
+        `attention.attention_mask`.
+      next_index, next_position: int32 [R], of the first token to be generated.
+    """
+
+    visual_index: jax.Array
+    text_index: jax.Array
+    visual_position: jax.Array
+    text_position: jax.Array
+    visual_block: jax.Array
+    text_block: jax.Array
+    next_index: jax.Array
+    next_position: jax.Array
+
+
+def held_mean(visual: VisualTokens, values: jax.Array) -> jax.Array:
+    """For each token the mean of what the slots that it holds carry.
+
+    Args:
+      visual: T tokens a row over V slots; `source` says which slot went where.
+      values: [R, V, ...].
+
+    Returns:
+      float32 [R, T, ...]; 0 for tokens that hold nothing.
+    """
+    slots, count = visual.source.shape[1], visual.embed.shape[1]
+    flat = values.astype(jnp.float32).reshape(values.shape[0], slots, -1)
+    holds = jax.nn.one_hot(visual.source, count, dtype=jnp.float32)
+    exact = jax.lax.Precision.HIGHEST
+    total = jnp.einsum("rvt,rvc->rtc", holds, flat, precision=exact)
+    mean = total / jnp.maximum(holds.sum(axis=1), 1.0)[..., None]
+    return mean.reshape(-1, count, *values.shape[2:])
+
+
+def place_tokens(
+    placement: Placement, visual: VisualTokens, text_live: jax.Array, policy: str
+) -> Placement:
+    """The placement of the visual tokens that are left.
+
+    Args:
+      placement: of all slots.
+      visual: T tokens over those slots.
+      text_live: bool [R, S].
+      policy: "retain" keeps positions (the mean, for merged tokens); "reindex" closes the gaps:
+        the distinct positions of all live tokens, on all axes together, are numbered from the
+        smallest on. With nothing dropped that changes nothing.
+
+    Returns:
+      The placement with a slot for each token; places in the prompt are kept in either case.
+    """
+    if visual.embed.shape[1] == 0:
+        return placement
+    index, position, block = (
+        held_mean(visual, value)
+        for value in (
+            placement.visual_index,
+            placement.visual_position,
+            placement.visual_block,
+        )
+    )
+    text, after = placement.text_position, placement.next_position
+    if policy == "reindex":
+        position, text, after = _close_gaps(position, text, after, visual.mask, text_live)
+    return placement.replace(
+        visual_index=index,
+        visual_position=position,
+        # Tokens of two blocks merged into one see neither: a fraction is no block.
+        visual_block=jnp.where(block == jnp.round(block), block, 0).astype(jnp.int32),
+        text_position=text,
+        next_position=after,
+    )
+
+
+def _close_gaps(visual, text, after, visual_live, text_live):
+    """Positions numbered without gaps; see `place_tokens`."""
+    axes = visual.ndim - 2
+    rows = visual.shape[0]
+
+    def spread(live, positions):
+        live = live.reshape(*live.shape, *(1,) * axes)
+        return jnp.broadcast_to(live, positions.shape).reshape(rows, -1)
+
+    both = [visual.astype(jnp.float32), text.astype(jnp.float32)]
+    values = jnp.concatenate([x.reshape(rows, -1) for x in both], axis=1)
+    live = jnp.concatenate([spread(visual_live, visual), spread(text_live, text)], axis=1)
+    far = jnp.finfo(jnp.float32).max
+    ordered = jnp.sort(jnp.where(live, values, far), axis=1)
+    first = jnp.pad(ordered[:, 1:] != ordered[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    first &= ordered < far
+    rank = jnp.cumsum(first, axis=1) - first  # Distinct values below each.
+    start = ordered[:, :1]
+    count = first.sum(axis=1)
+
+    def renumber(x):
+        place = jax.vmap(jnp.searchsorted)(ordered, x.reshape(rows, -1))
+        place = jnp.minimum(place, ordered.shape[1] - 1)
+        new = start + jnp.take_along_axis(rank, place, axis=1)
+        return new.reshape(x.shape)
+
+    # The token behind everything: one above the highest position that is left.
+    return *(renumber(x) for x in both), (start[:, 0] + count).astype(after.dtype)

@@ -80,7 +80,7 @@ def _decode(data: bytes, max_pixels: int, max_bytes: int) -> Image.Image:
         if width * height > limit:
             raise BadImage("too_large", f"{width} x {height} pixels, limit {limit}")
         image.load()
-        return _to_rgb(image)
+        return to_rgb(image)
     except BadImage:
         raise
     except UnidentifiedImageError as error:
@@ -94,7 +94,7 @@ def _decode(data: bytes, max_pixels: int, max_bytes: int) -> Image.Image:
         raise BadImage("corrupt", f"{type(error).__name__}: {error}") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Orientation, alpha on white, 16 to 8 bit, then RGB."""
     if image.mode == "RGB" and not image.info:
         return image

@@ -58,7 +58,8 @@ def rows_of(text):
 def test_counts_are_those_of_the_released_preprocessors(processor, size, expected):
     tokens, images = expected
     result = processor(ramp(*size))
-    assert processor.count(*size) == result.text.count("<") == tokens
+    assert processor.sequence(*size) == result.text.count("<") == tokens
+    assert processor.count(*size) == result.text.count("<im_patch>")
     assert result.images.shape == (images, processor.crop, processor.crop, 3)
     assert result.images.dtype == np.float32
     slots = result.slots if result.slots is not None else result.pool_index
@@ -69,8 +70,8 @@ def test_counts_are_those_of_the_released_preprocessors(processor, size, expecte
 
 def test_longest_pictures():
     # 12 x 1 crops are 100 rows of 12 tokens, each with its <im_col>; 1 x 12 have 12 <im_col>.
-    assert Molmo().count(5000, 360) == 1460
-    assert Molmo().count(360, 5000) == 1460 - 88
+    assert Molmo().sequence(5000, 360) == 1460
+    assert Molmo().sequence(360, 5000) == 1460 - 88
 
 
 @pytest.mark.parametrize(("processor", "size", "expected"), CASES)
@@ -155,7 +156,7 @@ def test_raster_covers_the_canvas_once_and_never_uses_an_inner_margin():
 @pytest.mark.parametrize("size", [(1, 1), (1, 3000), (112, 112), (113, 50), (2000, 1)])
 def test_pictures_smaller_than_the_margins(processor, size):
     result = processor(np.full((*size, 3), 255, np.uint8))
-    assert processor.count(*size) == result.text.count("<")
+    assert processor.sequence(*size) == result.text.count("<")
     assert result.images.max() == 1 and np.isfinite(result.boxes).all()
 
 
@@ -188,7 +189,7 @@ def test_settings_of_released_files():
     assert Molmo2.from_hf({"size": {"height": 378, "width": 378}}, {}) == Molmo2()
     assert Molmo.from_hf({"image_padding_mask": False}, {})(ramp(9, 9)).padding_share is None
     with_columns = Molmo2.from_hf({"use_single_crop_col_tokens": None}, {})
-    assert with_columns.count(336, 336) == 410 + 14
+    assert with_columns.sequence(336, 336) == 410 + 14
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from typing import Any
 
 from efficient_vlm.errors import UserError
 from efficient_vlm.interop.families.base import Config, Family
-from efficient_vlm.interop.families.text import decoder_fields, text_of
+from efficient_vlm.interop.families.texts import decoder_fields, text_of
 from efficient_vlm.interop.families.vision import (
     activation,
     clip,

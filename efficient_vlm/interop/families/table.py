@@ -3,7 +3,7 @@
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.interop.families.base import Config, Family
 from efficient_vlm.interop.families.llava import LLAVA
-from efficient_vlm.interop.families.text import TEXTS, text_family
+from efficient_vlm.interop.families.texts import TEXTS, text_family
 
 FAMILIES: dict[str, Family] = {
     kind: family

@@ -1,26 +1,13 @@
-"""Decoders: from the text part of config.json to fields of `decoder.Decoder`, and their names."""
+"""Llama and its kin, and what all decoders share: rotary positions, layer types, names."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from efficient_vlm.errors import unknown
-from efficient_vlm.interop.families.base import Config, Family
+from efficient_vlm.interop.families.base import Config
 from efficient_vlm.interop.families.vision import activation
 from efficient_vlm.interop.names import NameMap
 
 PATH = "language/"
-
-
-class Text(NamedTuple):
-    """A kind of decoder.
-
-    Attributes:
-      fields: text config -> fields of `decoder.Decoder`.
-      tensors: (map, text config, prefix of names, name of the head, spelling).
-    """
-
-    fields: Callable[[Config], dict[str, Any]]
-    tensors: Callable[[NameMap, Config, str, str, str], None]
 
 
 def rope(config: Config, key: str | None = None) -> dict[str, Any]:
@@ -80,8 +67,6 @@ def rope(config: Config, key: str | None = None) -> dict[str, Any]:
 
 
 def _longrope_attention(factor: float, original: int) -> float:
-    import math
-
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
@@ -173,50 +158,3 @@ def glu(m: NameMap, ours: str, theirs: str) -> None:
     """A gated feed-forward layer."""
     for name in ("gate", "up", "down"):
         m.linear(f"{ours}mlp/{name}", f"{theirs}mlp.{name}_proj")
-
-
-TEXTS: dict[str, Text] = {
-    "llama": Text(llama, llama_tensors),
-    "mistral": Text(llama, llama_tensors),
-    "qwen2": Text(qwen2, llama_tensors),
-    "qwen3": Text(qwen3, llama_tensors),
-}
-
-
-def text_of(config: Config) -> Text:
-    """The kind of decoder of a text config; UserError for one that is not known."""
-    kind = config.get("model_type", "llama")
-    if kind not in TEXTS:
-        raise unknown("config.json: model_type of the language model", str(kind), TEXTS)
-    return TEXTS[kind]
-
-
-def decoder_fields(text: Config, tied: Any = None) -> dict[str, Any]:
-    """Fields of the decoder; `tied` is what the outer config says about the head, or None."""
-    fields = text_of(text).fields(text)
-    return fields if tied is None else {**fields, "tie_embeddings": bool(tied)}
-
-
-def _model(config: Config) -> dict[str, Any]:
-    return dict(
-        vocab_size=config["vocab_size"],
-        encoder=None,
-        compressor=dict(name="none"),
-        decoder=decoder_fields(config),
-    )
-
-
-def _tensors(m: NameMap, config: Config, spelling: str) -> None:
-    text_of(config).tensors(m, config, "model.", "lm_head", spelling)
-
-
-def text_family(model_type: str) -> Family:
-    """The family of a language model without images."""
-    return Family(
-        name=model_type,
-        model_types=(model_type,),
-        model=_model,
-        tensors=_tensors,
-        spellings={"hub": (), "memory": ()},
-        ignored=(r".*rotary_emb\.inv_freq", r".*attn\.(masked_)?bias"),
-    )

@@ -101,7 +101,7 @@ def load_picture(picture: Image.Image | np.ndarray | str | os.PathLike) -> Image
         )
     try:
         picture.load()
-        return images._to_rgb(picture)
+        return images.to_rgb(picture)
     except Exception as error:  # Decoders of lazily opened files raise anything at all.
         raise UserError(
             f"picture: cannot read a Pillow image of mode {picture.mode} ({error})",

@@ -94,16 +94,13 @@ class Molmo(overlap.Overlapping):
             padding_mask=bool(settings.get("image_padding_mask", True)),
         )
 
-    def count(self, height: int, width: int) -> int:
+    def sequence(self, height: int, width: int) -> int:
         """Tokens that a picture of this size takes in the prompt, <im_start> and others included.
 
         Raises:
           UserError: the size is not one of a picture.
         """
-        base.check_size(height, width)
-        rows, columns = (
-            length // self.patch // self.pool for length in self.canvas(self.tiling(height, width))
-        )
+        rows, columns = self.grid(height, width)
         side = self.side // self.pool
         return 2 + side * (side + 1) + 2 + rows * (columns + 1)
 
@@ -238,17 +235,13 @@ class Molmo2(overlap.Overlapping):
             whole_start_token=bool(preprocessor.get("use_single_crop_start_token", True)),
         )
 
-    def count(self, height: int, width: int) -> int:
+    def sequence(self, height: int, width: int) -> int:
         """Tokens that a picture of this size takes in the prompt, <im_start> and others included.
 
         Raises:
           UserError: the size is not one of a picture.
         """
-        base.check_size(height, width)
-        rows, columns = (
-            math.ceil(length / self.patch / self.pool)
-            for length in self.canvas(self.tiling(height, width))
-        )
+        rows, columns = self.grid(height, width)
         side = math.ceil(self.side / self.pool)
         whole = 2 + side * (side + self.whole_column_tokens)
         return whole + 2 + rows * (columns + self.column_tokens)

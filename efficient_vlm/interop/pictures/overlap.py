@@ -9,6 +9,7 @@ preprocessors ("overlap-and-resize-c2").
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -108,19 +109,43 @@ class Overlapping:
 
     @property
     def side(self) -> int:
+        """Patches along the edge of a crop."""
         return self.crop // self.patch
 
     @property
     def window(self) -> int:
+        """Edge in pixels of what a crop contributes."""
         return self.crop - sum(self.margins) * self.patch
 
     def tiling(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of crops for a picture of this size."""
         margin = self.crop - self.window
         return select_tiling(height - margin, width - margin, self.window, self.max_crops)
 
     def canvas(self, tiling: tuple[int, int]) -> tuple[int, int]:
+        """Height and width in pixels of what these crops cover."""
         rows, columns = (count * self.window + self.crop - self.window for count in tiling)
         return rows, columns
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the visual tokens of all crops of a picture of this size.
+
+        Raises:
+          UserError: no pixels or too many.
+        """
+        base.check_size(height, width)
+        rows, columns = self.canvas(self.tiling(height, width))
+        edge = self.patch * self.pool
+        return math.ceil(rows / edge), math.ceil(columns / edge)
+
+    def count(self, height: int, width: int) -> int:
+        """Visual tokens of a picture of this size, those of the whole view included.
+
+        Raises:
+          UserError: no pixels or too many.
+        """
+        rows, columns = self.grid(height, width)
+        return math.ceil(self.side / self.pool) ** 2 + rows * columns
 
     def corners(self, tiling: tuple[int, int]) -> list[tuple[int, int]]:
         """Top left of each crop on the canvas in pixels, row by row."""
@@ -128,6 +153,7 @@ class Overlapping:
         return [(top, left) for top in rows for left in columns]
 
     def crops(self, canvas: np.ndarray, tiling: tuple[int, int]) -> np.ndarray:
+        """[crops, crop, crop, ...] of [H, W, ...], row by row."""
         return np.stack(
             [canvas[y : y + self.crop, x : x + self.crop] for y, x in self.corners(tiling)]
         )
@@ -147,6 +173,7 @@ def square(name: str, settings: Mapping[str, Any], default: int) -> int:
 
 
 def margins_of(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """`overlap_margins`, in patches."""
     value = settings.get("overlap_margins", (4, 4))
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise UserError(f"preprocessor: overlap_margins {value!r}", allowed="two whole numbers")

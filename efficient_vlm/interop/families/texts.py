@@ -1,0 +1,68 @@
+"""All decoders, by the model_type of the text config."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from efficient_vlm.errors import unknown
+from efficient_vlm.interop.families.base import Config, Family
+from efficient_vlm.interop.families.text import llama, llama_tensors, qwen2, qwen3
+from efficient_vlm.interop.names import NameMap
+
+
+class Text(NamedTuple):
+    """A kind of decoder.
+
+    Attributes:
+      fields: text config -> fields of `decoder.Decoder`.
+      tensors: (map, text config, prefix of names, name of the head, spelling).
+    """
+
+    fields: Callable[[Config], dict[str, Any]]
+    tensors: Callable[[NameMap, Config, str, str, str], None]
+
+
+TEXTS: dict[str, Text] = {
+    "llama": Text(llama, llama_tensors),
+    "mistral": Text(llama, llama_tensors),
+    "qwen2": Text(qwen2, llama_tensors),
+    "qwen3": Text(qwen3, llama_tensors),
+}
+
+
+def text_of(config: Config) -> Text:
+    """The kind of decoder of a text config; UserError for one that is not known."""
+    kind = config.get("model_type", "llama")
+    if kind not in TEXTS:
+        raise unknown("config.json: model_type of the language model", str(kind), TEXTS)
+    return TEXTS[kind]
+
+
+def decoder_fields(text: Config, tied: Any = None) -> dict[str, Any]:
+    """Fields of the decoder; `tied` is what the outer config says about the head, or None."""
+    fields = text_of(text).fields(text)
+    return fields if tied is None else {**fields, "tie_embeddings": bool(tied)}
+
+
+def _model(config: Config) -> dict[str, Any]:
+    return dict(
+        vocab_size=config["vocab_size"],
+        encoder=None,
+        compressor=dict(name="none"),
+        decoder=decoder_fields(config),
+    )
+
+
+def _tensors(m: NameMap, config: Config, spelling: str) -> None:
+    text_of(config).tensors(m, config, "model.", "lm_head", spelling)
+
+
+def text_family(model_type: str) -> Family:
+    """The family of a language model without images."""
+    return Family(
+        name=model_type,
+        model_types=(model_type,),
+        model=_model,
+        tensors=_tensors,
+        spellings={"hub": (), "memory": ()},
+        ignored=(r".*rotary_emb\.inv_freq", r".*attn\.(masked_)?bias"),
+    )

@@ -1,5 +1,6 @@
 """Llama and its kin, and what all decoders share: rotary positions, layer types, names."""
 
+import math
 from typing import Any
 
 from efficient_vlm.errors import unknown

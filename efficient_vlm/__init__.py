@@ -14,6 +14,7 @@ _WHERE = {
     "VisionLanguageModel": "efficient_vlm.models.vlm",
     "evaluate_run": "efficient_vlm.commands",
     "fit": "efficient_vlm.commands",
+    "from_pretrained": "efficient_vlm.interop.pretrained",
     "generate": "efficient_vlm.inference.generate",
     "load_config": "efficient_vlm.config",
 }

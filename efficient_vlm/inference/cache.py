@@ -11,7 +11,8 @@ class SegmentCache:
     Slots: [visual tokens of this segment | prompt, padded | generated].
 
     Attributes:
-      key, value: [layers, B, S, Hkv, Dh]; keys are already rotated.
+      key, value: [layers, B, S, Hkv, Dh]; keys are already rotated. A tuple over the layers where
+        parameters are split (`models.stack.unstack`): no step then copies all of them.
       live: bool [B, S], slots that hold a token.
       bias: float32 [B, S], added to the attention logits of each key.
       index: int or float [B, S], place of each token in the prompt, for windows.
@@ -19,8 +20,8 @@ class SegmentCache:
       start: slot of the first generated token (static).
     """
 
-    key: jax.Array
-    value: jax.Array
+    key: jax.Array | tuple[jax.Array, ...]
+    value: jax.Array | tuple[jax.Array, ...]
     live: jax.Array
     bias: jax.Array
     index: jax.Array
@@ -43,4 +44,5 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values."""
-        return sum(s.key.nbytes + s.value.nbytes for s in self.segments)
+        kept = [(s.key, s.value) for s in self.segments]
+        return sum(part.nbytes for part in jax.tree.leaves(kept))

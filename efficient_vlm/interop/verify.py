@@ -128,7 +128,7 @@ def _pictures(model, given, counts) -> _Pictures:
         each = _tokens_each(model, pixels.shape[2:])
         numbers = [count // each for count in counts]
         images, mask = _spread(pixels.transpose(0, 2, 3, 1), numbers)
-    model = _sized(model, images.shape[-3:-1])
+    model = model.sized(*images.shape[-3:-1])
     each = int(np.prod(model.slot_grid))
     slots = [_real_slots(mask[i], each, count) for i, count in enumerate(counts)]
     return _Pictures(model, images, mask, extras, slots, [None] * len(counts), mask.shape[1] * each)
@@ -139,16 +139,8 @@ def _real_slots(mask: np.ndarray, each: int, count: int) -> np.ndarray:
     return slots.astype(np.int64)[:count]
 
 
-def _sized(model: VisionLanguageModel, size) -> VisionLanguageModel:
-    """The same model for images of this many pixels; position tables stay as they are."""
-    vit = model.make_encoder()
-    grid = vit.position_grid or vit.grid
-    size = tuple(int(side) for side in size)
-    return model.clone(encoder={**model.encoder, "image_size": size, "position_grid": tuple(grid)})
-
-
 def _tokens_each(model: VisionLanguageModel, size) -> int:
-    return int(np.prod(_sized(model, size).slot_grid))
+    return int(np.prod(model.sized(*size).slot_grid))
 
 
 def _spread(images: np.ndarray, numbers: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -188,7 +180,7 @@ def _native(model, given, counts) -> _Pictures:
         numbers.append(image - first)
     images, mask = _spread(np.stack(flat), numbers)
     valid, _ = _spread(sizes.astype(np.int32), numbers)
-    model = _sized(model, (height * patch, width * patch))
+    model = model.sized(height * patch, width * patch)
     slot_grid = np.array(model.slot_grid)
     slots, grids = [], []
     for row in range(len(counts)):
@@ -223,7 +215,7 @@ def _crops(model, given) -> _Pictures:
         slot_mask=(index >= 0).reshape(rows, crops, -1), padding_share=given["image_masks"]
     )
     return _Pictures(
-        _sized(model, images.shape[2:4]),
+        model.sized(*images.shape[2:4]),
         images,
         np.ones((rows, crops), bool),
         extras,
@@ -256,7 +248,7 @@ def _pooled(model, given, counts) -> _Pictures:
             part = given["image_token_pooling"][start : start + tokens[i]]
             index[row, at : at + len(part)] = np.where(part >= 0, part + before * patches, -1)
             start, at, before = start + len(part), at + len(part), before + crops[i]
-    model = _sized(model, images.shape[2:4])
+    model = model.sized(*images.shape[2:4])
     model = model.clone(compressor={**model.compressor, "grid": (1, most)})
     slots = [np.arange(count) for count in counts]
     extras = ImageExtras(pool_index=index)

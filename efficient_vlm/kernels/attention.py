@@ -23,8 +23,9 @@ _NEGATIVE = -1e30  # finite, so that a row with no live key gives a mean and nev
 # Logits of one tile: 2 MiB. Smaller tiles make the products inefficient, larger ones leave the
 # cache (measured from 64 to 1024 queries of 1024 keys).
 _TILE_LOGITS = 2**19
-# Below this many logits in all, a loop costs more than it saves.
+# Below this many logits in all, or of one head, a loop costs more than it saves.
 _FEW_LOGITS = 2**20
+_FEW_LOGITS_OF_HEAD = 2**16
 
 
 def attention(
@@ -56,7 +57,8 @@ def attention(
     """
     batch, queries, heads, _ = q.shape
     scale, softcap = float(scale), None if softcap is None else float(softcap)
-    if queries == 1 or batch * heads * queries * k.shape[1] <= _FEW_LOGITS:
+    of_head = queries * k.shape[1]
+    if queries == 1 or of_head < _FEW_LOGITS_OF_HEAD or batch * heads * of_head <= _FEW_LOGITS:
         return attention_reference(q, k, v, mask, key_bias, scale=scale, softcap=softcap)
     return _attention(scale, softcap, q, k, v, mask, key_bias)
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from efficient_vlm.errors import unknown
-from efficient_vlm.models.layers import Dtype, Linear, make_norm
+from efficient_vlm.kernels.attention import attention as dot_product_attention
+from efficient_vlm.models.layers import Dtype, Linear, fused_product, make_norm
 from efficient_vlm.models.rotary import axial, rotate
 
 # Keys of this segment are seen by the queries of every segment of the row: the visual tokens.
@@ -60,51 +61,6 @@ def attention_mask(
     if window is not None:
         visible &= (k > q - window) | (k < prefix_length)
     return visible
-
-
-def dot_product_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    scale: float,
-    mask: jax.Array | None = None,
-    key_bias: jax.Array | None = None,
-    softcap: float | None = None,
-) -> jax.Array:
-    """Softmax attention with grouped keys; logits and softmax in float32.
-
-    Args:
-      q: [B, Sq, H, Dh].
-      k, v: [B, Skv, Hkv, Dh], H a multiple of Hkv.
-      scale: multiplies the logits.
-      mask: bool [B, Sq, Skv], True where a key is seen.
-      key_bias: float [B, Skv], added to the logits of a key (log of a merged token's size).
-      softcap: logits l become softcap * tanh(l / softcap) before bias and mask (arXiv 2408.00118).
-
-    Returns:
-      [B, Sq, H, Dh] in the dtype of v.
-    """
-    batch, queries, heads, dim = q.shape
-    kv_heads, keys = k.shape[2], k.shape[1]
-    groups = heads // kv_heads
-    # Heads first, and the queries that share keys as one matrix: plain batched products, which
-    # every backend has, forward and backward (on a CPU twice as fast as leaving it to einsum).
-    q = (q * jnp.asarray(scale, q.dtype)).reshape(batch, queries, kv_heads, groups, dim)
-    q = q.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, groups * queries, dim)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    logits = jnp.matmul(q, k.swapaxes(2, 3), preferred_element_type=jnp.float32)
-    logits = logits.reshape(batch, heads, queries, keys)
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
-    if key_bias is not None:
-        logits += key_bias[:, None, None, :].astype(jnp.float32)
-    if mask is not None:
-        logits = jnp.where(mask[:, None], logits, _NEGATIVE)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    out = jnp.matmul(weights.reshape(batch, kv_heads, groups * queries, keys), v)
-    out = out.reshape(batch, kv_heads, groups, queries, dim).transpose(0, 3, 1, 2, 4)
-    return out.reshape(batch, queries, heads, dim)
 
 
 def attention_rows(
@@ -238,7 +194,7 @@ class Attention(nn.Module):
         self, x: jax.Array, positions: jax.Array | None, local: Any = False
     ) -> tuple[jax.Array, jax.Array]:
         """[B, S, D] -> queries [B, S, H, Dh] with and without rotary positions."""
-        q = self.query(x)
+        q = self._project(x, "query")
         q = q if self.normalises == "none" else self._normalised(self.query_norm, q)
         return self._rotate(q, positions, local), q
 
@@ -246,9 +202,20 @@ class Attention(nn.Module):
         self, x: jax.Array, positions: jax.Array | None, local: Any = False
     ) -> tuple[jax.Array, jax.Array]:
         """[B, S, D] -> keys [B, S, Hkv, Dh] with and without rotary positions."""
-        k = self.key(x)
+        k = self._project(x, "key")
         k = k if self.normalises == "none" else self._normalised(self.key_norm, k)
         return self._rotate(k, positions, local), k
+
+    def _project(self, x: jax.Array, name: str) -> jax.Array:
+        """Queries, keys or values; all three are one product where `stack.fuse` joined them."""
+        if "query_key_value" not in self.variables.get("params", {}):
+            return getattr(self, name)(x)
+        counts = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        order = ("query", "key", "value").index(name)
+        start = sum(counts[:order]) * self.head_dim
+        all_three = fused_product(self, "query_key_value", x)
+        part = all_three[..., start : start + counts[order] * self.head_dim]
+        return part.reshape(*x.shape[:-1], counts[order], self.head_dim)
 
     def _normalised(self, norm: nn.Module, x: jax.Array) -> jax.Array:
         if self.normalises == "head":
@@ -293,7 +260,7 @@ class Attention(nn.Module):
         """
         q, plain_q = self.queries(x, positions, local)
         k, plain_k = self.keys(x, positions, local)
-        v = self.value(x)
+        v = self._project(x, "value")
         inner = {"query": q, "key": k, "plain_query": plain_q, "plain_key": plain_k}
         if cache is not None:
             at = (0, 0 if write_index is None else write_index, 0, 0)

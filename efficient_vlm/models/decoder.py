@@ -488,7 +488,7 @@ class Decoder(nn.Module):
         done = run.stop - looked_at
         parts, state = [], None
         if done > run.start:
-            cache = self._empty(x, cache_slots, done - run.start)
+            cache = self._empty(x, cache_slots, stack, done - run.start)
             x, part = stack.run(x, run.start, done, inputs, cache)
             parts.append(part)
         if looked_at:
@@ -508,12 +508,19 @@ class Decoder(nn.Module):
             )
         return x, joined(parts), state
 
-    def _empty(self, x, cache_slots, *layers) -> tuple[jax.Array, jax.Array] | None:
-        """Room for the keys and values of x [B, S, D] and of `cache_slots` more tokens."""
+    def _empty(self, x, cache_slots, stack=None, layers=None) -> tuple | None:
+        """Room for keys and values of x [B, S, D] and of `cache_slots` more tokens; of several
+        layers one array, or for split ones a tuple."""
         if cache_slots is None:
             return None
-        room = (*layers, x.shape[0], x.shape[1] + cache_slots, self.kv_heads, self.dim)
-        return jnp.zeros(room, self.dtype), jnp.zeros(room, self.dtype)
+        room = (x.shape[0], x.shape[1] + cache_slots, self.kv_heads, self.dim)
+        if layers is None:
+            part = jnp.zeros(room, self.dtype)
+        elif stack.split:
+            part = (jnp.zeros(room, self.dtype),) * layers
+        else:
+            part = jnp.zeros((layers, *room), self.dtype)
+        return part, part
 
     def _reduce(self, i, reducer, visual, signals, rng) -> VisualTokens:
         if self.compressor is None:
@@ -546,7 +553,7 @@ class Decoder(nn.Module):
             x = x + self._learned((cache.segments[0].behind + cache.generated)[:, None])
         stack, segments, start = self._stack(), [], 0
         for part in cache.segments:
-            stop = start + part.key.shape[0]
+            stop = start + len(part.key)
             slot = part.start + cache.generated
             live = part.live | (jnp.arange(part.live.shape[1]) == slot)
             place = (part.behind + cache.generated)[:, None]

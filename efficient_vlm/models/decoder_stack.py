@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_vlm.models.decoder_block import DecoderBlock, LayerInputs
-from efficient_vlm.models.stack import layer_of, rematerialised, run_layers
+from efficient_vlm.models.stack import is_split, layer_of, rematerialised, run_layers
 
 # The stack of all layers; it has the name that the first segment had when each had a stack, so
 # that older checkpoints stay readable. And that of dense layers among mixtures of experts.
@@ -43,6 +43,7 @@ class DecoderStack:
         self.params, self.dense = params, dense
         self.local = None if local is None else np.asarray(local)
         self.remat, self.unroll, self.deepstack = remat, unroll, deepstack
+        self.split = all(is_split(stack) for stack in params.values())
 
     def run(
         self, x: jax.Array, start: int, stop: int, inputs: LayerInputs, cache: Any
@@ -50,7 +51,8 @@ class DecoderStack:
         """Layers `start` to `stop` (excluded).
 
         Returns:
-          x, and (caches, statistics, attention) with a leading axis over the layers.
+          x, and (caches, statistics, attention) with a leading axis over the layers; caches of
+          split layers are tuples.
         """
         parts = []
         for first, last in self._stretches(start, stop):
@@ -62,11 +64,18 @@ class DecoderStack:
                 x, (outputs, _) = block.apply({"params": params}, x, inputs, cache, local)
                 return x, outputs
 
-            own = jax.tree.map(lambda c, a=first, b=last: c[a - start : b - start], cache)
-            each = own if self.local is None else (own, self.local[first:last])
+            own = cache
+            if cache is not None:
+                own = tuple(part[first - start : last - start] for part in cache)
+            local = None if self.local is None else self.local[first:last]
+            each = own if local is None else (own, local)
+            split = is_split(self.params[name])
+            if split:
+                each = [_item(own, local, i) for i in range(last - first)]
             end = begin + last - first
             options = dict(remat=self.remat, unroll=self.unroll)
             x, outputs = run_layers(layer, self.params[name], x, begin, end, each, **options)
+            outputs = _together(outputs) if split else outputs
             x = self._deepened(last - 1, x)
             parts.append(outputs)
         return x, joined(parts)
@@ -81,7 +90,11 @@ class DecoderStack:
 
         params = layer_of(self.params[name], at)
         x, (outputs, seen) = rematerialised(layer, self.remat)(params, x, cache)
-        return self._deepened(index, x), jax.tree.map(lambda value: value[None], outputs), seen
+        if is_split(self.params[name]):
+            outputs = _together([outputs])
+        else:
+            outputs = jax.tree.map(lambda value: value[None], outputs)
+        return self._deepened(index, x), outputs, seen
 
     def look(self, index: int, x: jax.Array, positions: jax.Array, last: jax.Array):
         """Queries and keys that a layer would make; see `DecoderBlock.look`."""
@@ -114,6 +127,20 @@ class DecoderStack:
         return x.at[:, : more.shape[1]].add(more)
 
 
+def _item(cache: Any, local: Any, index: int) -> Any:
+    """What one layer gets of caches and flags of several."""
+    own = None if cache is None else tuple(part[index] for part in cache)
+    return own if local is None else (own, local[index])
+
+
+def _together(outputs: Sequence[tuple]) -> tuple:
+    """Outputs of split layers: statistics stacked, caches as tuples, which costs no copy."""
+    caches, stats, looks = zip(*outputs, strict=True)
+    cache = None if caches[0] is None else tuple(zip(*caches, strict=True))
+    stats, looks = (jax.tree.map(lambda *each: jnp.stack(each), *part) for part in (stats, looks))
+    return cache, stats, looks
+
+
 def joined(parts: Sequence[tuple]) -> tuple:
     """Outputs of stretches, one behind the other; dense layers have no statistics."""
     if len(parts) == 1:
@@ -123,5 +150,9 @@ def joined(parts: Sequence[tuple]) -> tuple:
     def concatenate(trees):
         return jax.tree.map(lambda *each: jnp.concatenate(each), *trees)
 
+    def behind(each):
+        return sum(each, ()) if isinstance(each[0], tuple) else jnp.concatenate(each)
+
+    cache = None if caches[0] is None else tuple(map(behind, zip(*caches, strict=True)))
     counted = [part for part in stats if part]
-    return concatenate(caches), concatenate(counted) if counted else {}, concatenate(looks)
+    return cache, concatenate(counted) if counted else {}, concatenate(looks)

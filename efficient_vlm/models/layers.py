@@ -130,3 +130,13 @@ class Linear(nn.Module):
             init = logical(nn.initializers.zeros, *self.outputs)
             y = y + self.param("bias", init, self.features, jnp.float32).astype(self.dtype)
         return y
+
+
+def fused_product(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
+    """x [..., D] times several kernels that `stack.fuse` put side by side: [..., all of them].
+
+    XLA sees equal calls as one, so each of the parts may ask for it.
+    """
+    weights = module.variables["params"][name]
+    y = x.astype(module.dtype) @ weights["kernel"].astype(module.dtype)
+    return y + weights["bias"].astype(module.dtype) if "bias" in weights else y

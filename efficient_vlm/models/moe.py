@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from efficient_vlm.errors import UserError, check_fields
 from efficient_vlm.kernels.grouped_matmul import grouped_matmul
-from efficient_vlm.models.layers import Dtype, Linear, activate, logical
+from efficient_vlm.models.layers import Dtype, Linear, activate, fused_product, logical
 
 # A loss is a sum with its denominator, so that micro-batches and devices add up exactly.
 Ratio = tuple[jax.Array, jax.Array]
@@ -32,7 +32,11 @@ class FeedForward(nn.Module):
             return Linear(("embed",), (self.mlp_dim,), ("mlp",), name=name, **fields)(x)
 
         act = activate(self.activation)
-        hidden = act(wide("gate")) * wide("up") if self.gated else act(wide("up"))
+        if "gate_up" in self.variables.get("params", {}):
+            gate, up = jnp.split(fused_product(self, "gate_up", x), 2, axis=-1)
+            hidden = act(gate) * up
+        else:
+            hidden = act(wide("gate")) * wide("up") if self.gated else act(wide("up"))
         hidden = nn.with_logical_constraint(hidden, ("batch", None, "mlp"))
         down = Linear(
             ("mlp",), (x.shape[-1],), ("embed",), scale=self.out_scale, name="down", **fields

@@ -48,19 +48,55 @@ def unstack(params: Any) -> Any:
         return params
     split = {name: unstack(value) for name, value in params.items()}
     for name in STACKS & set(split):
-        if not _is_split(split[name]):
+        if not is_split(split[name]):
             count = jax.tree.leaves(split[name])[0].shape[0]
             split[name] = {str(i): layer_of(split[name], i) for i in range(count)}
     return split
 
 
-def _is_split(layers: Any) -> bool:
+# Products of one input that `fuse` joins: new name -> the old ones.
+_FUSED = {"query_key_value": ("query", "key", "value"), "gate_up": ("gate", "up")}
+
+
+def fuse(params: Any) -> Any:
+    """`unstack`, and kernels that multiply the same input put side by side, for inference.
+
+    One product with a few tokens is then fewer and larger reads of weights: a fifth faster on a
+    CPU. Not undone: keep the original for export.
+
+    Args:
+      params: as `init` or `unstack` give them, without logical axes.
+    """
+    params = unstack(params)
+    if not isinstance(params, Mapping):
+        return params
+    return {k: _fused(v) if k in STACKS else fuse(v) for k, v in params.items()}
+
+
+def _fused(tree: Any) -> Any:
+    if not isinstance(tree, Mapping):
+        return tree
+    tree = {name: _fused(value) for name, value in tree.items()}
+    for new, old in _FUSED.items():
+        parts = [tree.get(name) for name in old]
+        if all(isinstance(part, Mapping) and "kernel" in part for part in parts):
+            width = parts[0]["kernel"].shape[0]
+            joined = {"kernel": [p["kernel"].reshape(width, -1) for p in parts]}
+            if "bias" in parts[0]:
+                joined["bias"] = [p["bias"].reshape(-1) for p in parts]
+            tree = {name: value for name, value in tree.items() if name not in old}
+            tree[new] = {key: jnp.concatenate(value, axis=-1) for key, value in joined.items()}
+    return tree
+
+
+def is_split(layers: Any) -> bool:
+    """Whether parameters of layers are split (`unstack`), not stacked."""
     return "0" in layers
 
 
 def layer_of(layers: Any, index: int) -> Any:
     """The parameters of one layer, from a stack or from what `unstack` made of it."""
-    return layers[str(index)] if _is_split(layers) else jax.tree.map(lambda p: p[index], layers)
+    return layers[str(index)] if is_split(layers) else jax.tree.map(lambda p: p[index], layers)
 
 
 def rematerialised(function: Callable, remat: str) -> Callable:
@@ -96,25 +132,27 @@ def run_layers(
         loop that is written out).
       x: what goes from layer to layer.
       start, stop: static.
-      inputs: a tree with a leading axis over these layers, a slice for each; or None.
+      inputs: a tree with a leading axis over these layers, a slice for each, or None; for split
+        layers a list with one tree for each.
       remat: see `rematerialised`.
       unroll: layers per loop iteration; the number of layers removes the loop, which a CPU prefers.
 
     Returns:
-      x behind the last of them, and the outputs with a leading axis over these layers.
+      x behind the last of them, and the outputs with a leading axis over these layers; a list of
+      outputs for split layers.
     """
 
     def body(x, item):
         return layer(item[0], x, item[1])
 
     body = rematerialised(body, remat)
-    if _is_split(layers):
+    if is_split(layers):
         outputs = []
         for i in range(start, stop):
-            given = jax.tree.map(lambda value, i=i: value[i - start], inputs)
+            given = None if inputs is None else inputs[i - start]
             x, output = body(x, (layer_of(layers, i), given))
             outputs.append(output)
-        return x, jax.tree.map(lambda *each: jnp.stack(each), *outputs)
+        return x, outputs
     whole = (start, stop) == (0, jax.tree.leaves(layers)[0].shape[0])
     part = layers if whole else jax.tree.map(lambda p: p[start:stop], layers)
     return jax.lax.scan(body, x, (part, inputs), unroll=max(1, min(unroll, stop - start)))

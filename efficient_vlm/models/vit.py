@@ -11,7 +11,7 @@ from flax import linen as nn
 from efficient_vlm.compressors import Signals, Stage, VisualTokens
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.models.attention import Attention, attention_received
-from efficient_vlm.models.layers import Dtype, Linear, activate, logical, make_norm
+from efficient_vlm.models.layers import Dtype, Linear, activate, fused_product, logical, make_norm
 from efficient_vlm.models.patch_positions import patch_mask, patch_positions
 from efficient_vlm.models.stack import layer_of, rematerialised, run_layers, stack_layers
 
@@ -70,7 +70,11 @@ class EncoderBlock(nn.Module):
         def wide(name: str):
             return Linear(("embed",), (self.mlp_dim,), ("mlp",), name=name, **fields)(normed)
 
-        y = act(wide("gate")) * wide("up") if self.mlp_gated else act(wide("up"))
+        if "gate_up" in self.variables.get("params", {}):
+            gate, up = jnp.split(fused_product(self, "gate_up", normed), 2, axis=-1)
+            y = act(gate) * up
+        else:
+            y = act(wide("gate")) * wide("up") if self.mlp_gated else act(wide("up"))
         y = nn.with_logical_constraint(y, ("batch", None, "mlp"))
         down = Linear(("mlp",), (self.width,), ("embed",), 0.5, name="down", **fields)
         return x + self._scaled("mlp_scale", down(y)), inner

@@ -248,6 +248,13 @@ class VisionLanguageModel(nn.Module):
             del options["budget"]
         return self.clone(compressor=options)
 
+    def sized(self, height: int, width: int) -> "VisionLanguageModel":
+        """The same model for images of this many pixels; position tables keep their size."""
+        vit = self.make_encoder()
+        grid = tuple(vit.position_grid or vit.grid)
+        size = (int(height), int(width))
+        return self.clone(encoder={**self.encoder, "image_size": size, "position_grid": grid})
+
     @property
     def selects_by_text(self) -> bool:
         """Whether different questions about one image get different visual tokens."""

@@ -1,0 +1,142 @@
+"""Imported models: a published checkpoint as one of ours, with what it takes to give it back.
+
+A folder with config.json and the other settings as published, the parameters under checkpoints/
+(step 0, layers stacked, as training wants them), and carried.safetensors: tensors that our model
+does not use, kept for the way back.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from efficient_vlm.errors import UserError
+from efficient_vlm.interop.families.base import Config, Family
+from efficient_vlm.interop.families.table import family_of
+from efficient_vlm.interop.load import (
+    Source,
+    abstract_parameters,
+    build_model,
+    load_parameters,
+    read_config,
+    stacked,
+)
+from efficient_vlm.interop.safetensors_read import Checkpoint
+from efficient_vlm.models.stack import unstack
+from efficient_vlm.models.vlm import VisionLanguageModel
+
+CHECKPOINTS = "checkpoints"
+CARRIED = "carried"
+
+
+def open_weights(
+    directory: Path,
+    family: Family,
+    config: Config,
+    model: VisionLanguageModel,
+    *,
+    dtype: Any,
+    sharding: Callable | None = None,
+    check: bool = True,
+) -> tuple[Any, dict[str, np.ndarray]]:
+    """Parameters in split form, and the tensors that are only carried along (by hub name).
+
+    Args:
+      directory: a published or an imported one.
+      family, config, model: what it is of; the compressor of the model does not matter.
+      dtype: of the parameters.
+      sharding, check: see `pretrained.from_pretrained`.
+    """
+    model = model.clone(compressor={"name": "none"})
+    if not (directory / CHECKPOINTS).is_dir():
+        source = Source(Checkpoint.open(directory), family, config, model)
+        if check:
+            source.check_finite()
+        params = load_parameters(source, dtype=dtype, sharding=sharding)
+        return params, {name: source.tensor(name) for name in source.carried}
+    if sharding is not None:
+        raise UserError(
+            f"{directory}: sharding an imported model is not supported",
+            fix="give the published directory",
+        )
+    params = jax.tree.map(lambda p: p.astype(dtype), _restore(directory, model))
+    return unstack(params), read_carried(directory)
+
+
+def _restore(directory: Path, model: VisionLanguageModel) -> Any:
+    from efficient_vlm.train.checkpoint import Checkpoints
+
+    abstract = abstract_parameters(model)
+    dtype = (directory / "dtype").read_text().strip() if (directory / "dtype").is_file() else None
+    if dtype is not None:
+        kind = np.dtype(dtype)
+        abstract = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, kind), abstract)
+    with Checkpoints(directory / CHECKPOINTS, read_only=True) as checkpoints:
+        found = checkpoints.restore_latest({"params": abstract}, subset=True)
+    if found is None:
+        raise UserError(f"{directory}: no checkpoint", fix="run efficient-vlm import again")
+    return found[1]["params"]
+
+
+def read_carried(directory: Path) -> dict[str, np.ndarray]:
+    """Tensors of carried.safetensors by name; none if there is no such file."""
+    if not (directory / CARRIED).is_dir():
+        return {}
+    checkpoint = Checkpoint.open(directory / CARRIED)
+    return {name: checkpoint.read(name) for name in checkpoint.names}
+
+
+def import_model(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    sha256: Mapping[str, str] | None = None,
+) -> tuple[VisionLanguageModel, Any]:
+    """Writes a published checkpoint as one of ours; parameters keep their dtype.
+
+    Called again after a kill it starts over: nothing counts as imported until the checkpoint is
+    committed.
+
+    Args:
+      source: directory with config.json and safetensors.
+      target: folder to write.
+      sha256: see `Checkpoint.open`.
+
+    Returns:
+      The model and its parameters, stacked, on the host.
+
+    Raises:
+      UserError: see `from_pretrained`; or the target holds something else.
+    """
+    from efficient_vlm.interop import safetensors_write
+    from efficient_vlm.interop.pretrained import copy_settings
+    from efficient_vlm.train.checkpoint import Checkpoints
+
+    source, target = Path(source), Path(target)
+    config = read_config(source)
+    if target.exists() and any(target.iterdir()) and not (target / "config.json").is_file():
+        raise UserError(f"{target}: not empty", fix="name a folder that does not exist yet")
+    family, model = family_of(config), build_model(config)
+    reader = Source(Checkpoint.open(source, sha256=sha256), family, config, model)
+    reader.check_finite()
+    params = stacked(reader)
+    kinds = {value.dtype for value in jax.tree.leaves(params)}
+    if len(kinds) > 1:
+        widest = np.result_type(*kinds)
+        params = jax.tree.map(lambda p: p.astype(widest), params)
+        kinds = {widest}
+    target.mkdir(parents=True, exist_ok=True)
+    copy_settings(source, target)
+    (target / "config.json").write_bytes((source / "config.json").read_bytes())
+    (target / "dtype").write_text(f"{kinds.pop()}\n")
+    if reader.carried:
+        carried = [(n, reader.tensor(n)) for n in reader.carried]
+        tensors = [(n, t.shape, t.dtype, lambda t=t: t) for n, t in carried]
+        safetensors_write.write(target / CARRIED, tensors)
+    with Checkpoints(target / CHECKPOINTS) as checkpoints:
+        if not checkpoints.committed():
+            checkpoints.save(0, {"params": params}, wait=True)
+    return model, params

@@ -7,7 +7,19 @@ from collections.abc import Sequence
 from efficient_vlm import __version__
 from efficient_vlm.errors import UserError, closest, unknown
 
-VERBS = ("train", "eval", "audit", "compress", "report", "data", "doctor")
+VERBS = (
+    "train",
+    "eval",
+    "audit",
+    "compress",
+    "generate",
+    "import",
+    "export",
+    "presets",
+    "report",
+    "data",
+    "doctor",
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -82,6 +94,33 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--workdir", metavar="DIR", help="run whose model sees the picture")
     sub.add_argument("--question", metavar="TEXT", help="what methods that read text are asked")
     sub.add_argument("--grid", metavar="N", help="patches in a row, without a run (24)")
+    sub.add_argument("--json", action="store_true", help="print as JSON")
+    sub = verb("generate", "ask a published or an imported model about pictures")
+    sub.add_argument("model", metavar="MODEL", help="folder with config.json and weights")
+    sub.add_argument("question", metavar="QUESTION", help="what to ask")
+    sub.add_argument("--image", action="append", metavar="FILE", help="a picture; may be repeated")
+    sub.add_argument(
+        "--compressor",
+        metavar="NAME",
+        help="method, such as visionzip; --compressor.OPTION=VALUE sets its options",
+    )
+    sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(64)")
+    sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    sub.add_argument("--seed", type=int, default=0, metavar="N", help="of random compressors (0)")
+    sub.add_argument("--points", metavar="FILE.png", help="draw the points of the answer (Molmo)")
+    sub.add_argument("--json", action="store_true", help="print answer, times and tokens as JSON")
+    sub = verb("import", "turn a Hugging Face checkpoint into one of ours")
+    sub.add_argument("source", metavar="HF_DIR", help="folder with config.json and safetensors")
+    sub.add_argument("out", metavar="OUT", help="folder to write")
+    sub.add_argument(
+        "--verify", metavar="IO.npz", help="compare with what the reference gave; 1 if it differs"
+    )
+    sub.add_argument("--sha256", metavar="FILE", help="digests, as sha256sum prints them")
+    sub = verb("export", "turn an imported model, fine-tuned or not, back into safetensors")
+    sub.add_argument("checkpoint", metavar="CKPT", help="what import wrote")
+    sub.add_argument("out", metavar="HF_DIR", help="folder to write")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="as imported")
+    sub = verb("presets", "list published models: parameters, visual tokens")
     sub.add_argument("--json", action="store_true", help="print as JSON")
     verb("report", "write report.html from what a run has left", workdir=True)
     sub = verbs.add_parser("data", help="build or look at a data set")
@@ -160,7 +199,7 @@ def run(argv: Sequence[str]) -> int:
             f"--config.{overrides[0]}: {args.verb} takes no config",
             fix=f"leave it out; the run's own config is used by {args.verb}",
         )
-    if options and args.verb not in ("audit", "eval", "compress"):
+    if options and args.verb not in ("audit", "eval", "compress", "generate"):
         raise UserError(
             f"--compressor.{options[0]}: {args.verb} takes no options of a compressor",
             fix="config fields are --config.model.compressor.FIELD=VALUE",
@@ -170,6 +209,16 @@ def run(argv: Sequence[str]) -> int:
         from efficient_vlm.audit import command
 
         return command.audit(args, overrides)
+    if args.verb in ("import", "export", "generate"):
+        from efficient_vlm.interop import commands as published
+
+        if args.verb == "generate":
+            return published.generate(args, options)
+        return getattr(published, f"{args.verb}_checkpoint")(args)
+    if args.verb == "presets":
+        from efficient_vlm.interop.presets_table import presets_command
+
+        return presets_command(as_json=args.json)
     if args.verb == "doctor":
         from efficient_vlm import doctor
 

@@ -162,8 +162,12 @@ class Pretrained:
             stream=stream if single else None,
             rng=rng,
         )
-        answers = [self.tokenizer.decode(self._until_end(row)) for row in out.tokens[:, 0]]
+        answers = self.answers(out)
         return answers[0] if single else answers
+
+    def answers(self, out: Generated) -> list[str]:
+        """The text of each answer up to its end."""
+        return [self.tokenizer.decode(self._until_end(row)) for row in out.tokens[:, 0]]
 
     def run(
         self,

@@ -39,17 +39,16 @@ class Inputs(NamedTuple):
     visual: int
     place: dict[str, Any]
 
-    def row(self, row: int, ids: np.ndarray | None = None) -> "Inputs":
-        """One row alone; with other ids, of which all are prompt."""
-        prompt = self.prompts[row]
-        if ids is not None:
-            prompt = prompt._replace(ids=ids, types=None)
+    def row(self, row: int, ids: np.ndarray, length: int) -> "Inputs":
+        """One row alone with other ids, of which all are prompt; text padded to `length`."""
+        prompt = self.prompts[row]._replace(ids=ids, types=None)
         cut = slice(row, row + 1)
         return self._replace(
             images=None if self.images is None else self.images[cut],
             image_mask=None if self.images is None else self.image_mask[cut],
             extras=jax.tree.map(lambda x: x[cut], self.extras),
             prompts=[prompt],
+            place={**self.place, "length": length},
         )
 
     def placed(self):
@@ -356,7 +355,8 @@ def verify(
             continue
         whole = np.asarray(io[key])[0]
         count = len(inputs.prompts[row].ids)
-        ours = greedy(inputs.row(row, whole[:count]), params, len(whole) - count)[0]
+        alone = inputs.row(row, whole[:count], max(len(p.ids) for p in inputs.prompts))
+        ours = greedy(alone, params, len(whole) - count)[0]
         report["greedy_match"] = bool(report["greedy_match"] is not False) and bool(
             np.array_equal(ours, whole[count:])
         )

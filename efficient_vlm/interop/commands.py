@@ -1,0 +1,158 @@
+"""The verbs import, export and generate of the command line."""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from efficient_vlm.audit.compress import read_methods
+from efficient_vlm.errors import UserError
+from efficient_vlm.interop import pretrained, verify
+from efficient_vlm.interop.families.table import family_of
+from efficient_vlm.interop.imported import import_model, read_carried
+from efficient_vlm.interop.load import build_model, read_config
+from efficient_vlm.models.stack import unstack
+
+
+def import_checkpoint(args: argparse.Namespace) -> int:
+    """`efficient-vlm import HF_DIR OUT [--verify=io.npz]`: 1 if the comparison fails."""
+    io = None if args.verify is None else read_npz(args.verify)
+    sha256 = None if args.sha256 is None else read_sha256(args.sha256)
+    model, params = import_model(args.source, args.out, sha256=sha256)
+    config = read_config(args.out)
+    family = family_of(config)
+    used = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    carried = sum(value.size for value in read_carried(Path(args.out)).values())
+    report: dict[str, Any] = {"family": family.name, "params": used + carried}
+    if carried:
+        report["params_unused"] = carried
+    if io is None:
+        print(json.dumps(report))
+        return 0
+    whole = jax.tree.map(lambda p: np.asarray(p, np.float32), unstack(params))
+    found = verify.verify(family, config, build_model(config), whole, io)
+    ok = found.pop("ok")
+    print(json.dumps(report | found))
+    if not ok:
+        print(
+            f"error: {args.out} is imported, but differs from {args.verify} "
+            f"(allowed: {verify.TOLERANCE} of the largest logit, identical tokens)",
+            file=sys.stderr,
+        )
+    return 0 if ok else 1
+
+
+def export_checkpoint(args: argparse.Namespace) -> int:
+    """`efficient-vlm export CKPT HF_DIR`: the way back."""
+    dtype = _stored_dtype(Path(args.checkpoint)) if args.dtype is None else args.dtype
+    vlm = pretrained.from_pretrained(args.checkpoint, param_dtype=dtype)
+    for path in vlm.save(args.out):
+        print(path)
+    return 0
+
+
+def _stored_dtype(directory: Path) -> str:
+    path = directory / "dtype"
+    if not path.is_file():
+        raise UserError(
+            f"{directory}: not an imported model", fix="give what efficient-vlm import wrote"
+        )
+    return path.read_text().strip()
+
+
+def generate(args: argparse.Namespace, options: Sequence[str]) -> int:
+    """`efficient-vlm generate MODEL QUESTION --image=FILE`."""
+    from efficient_vlm.commands import enable_compilation_cache
+    from efficient_vlm.interop import pointing
+
+    enable_compilation_cache()
+    if options and args.compressor is None:
+        raise UserError(
+            f"--compressor.{options[0]}: no method", fix="add --compressor=NAME, such as visionzip"
+        )
+    compressor = None
+    if args.compressor is not None:
+        compressor, *more = read_methods([args.compressor], options)
+        if more:
+            raise UserError(f"--compressor={args.compressor}: one method at a time")
+    vlm = pretrained.from_pretrained(args.model, compressor=compressor, dtype=args.dtype)
+    stream = None
+    if not args.json:
+
+        def stream(text: str) -> None:
+            print(text, end="", flush=True)
+
+    out = vlm.run(
+        [args.question],
+        [args.image or []],
+        max_new_tokens=args.max_new_tokens,
+        stream=stream,
+        rng=jax.random.key(args.seed),
+    )
+    answer = vlm.answers(out)[0]
+    if args.json:
+        print(json.dumps(_report(vlm, out, answer)))
+    else:
+        print()
+    if args.points is not None:
+        _draw_points(vlm, pointing, answer, args)
+    return 0
+
+
+def _report(vlm: pretrained.Pretrained, out: Any, answer: str) -> dict[str, Any]:
+    decode = out.seconds["decode"]
+    seconds = {stage: out.seconds[stage] for stage in ("encode", "compress", "prefill")}
+    return {
+        "answer": answer,
+        "family": vlm.family.name,
+        "compressor": dict(vlm.model.compressor),
+        "visual_tokens": int(np.asarray(out.visual.mask).sum()),
+        "kv_bytes": out.kv_bytes,
+        "seconds": seconds | {"decode_step": float(np.median(decode)) if decode else None},
+    }
+
+
+def _draw_points(vlm: pretrained.Pretrained, pointing: Any, answer: str, args: Any) -> None:
+    from efficient_vlm.interop.pictures.base import load_picture
+
+    if len(args.image or []) != 1:
+        raise UserError("--points: needs one picture", fix="give --image=FILE once")
+    found = pointing.parse(answer)
+    if not found.points:
+        print(f"no points in the answer; {args.points} is not written", file=sys.stderr)
+        return
+    pointing.draw(found.points, load_picture(args.image[0])).save(args.points)
+    print(f"{len(found.points)} points: {args.points}", file=sys.stderr)
+
+
+def read_npz(path: str) -> dict[str, np.ndarray]:
+    """Arrays of an npz file; UserError if it is none, or holds Python objects."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] for key in file}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"--verify: {path} cannot be read ({error})",
+            allowed="an npz file as tests/parity/make_fixtures.py writes it",
+        ) from None
+
+
+def read_sha256(path: str) -> dict[str, str]:
+    """File name -> digest, from the output of sha256sum."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--sha256: {path} cannot be read ({error})") from None
+    digests = {}
+    for line in filter(str.strip, lines):
+        digest, _, name = line.strip().partition(" ")
+        if len(digest) != 64 or not name.strip():
+            raise UserError(f"--sha256: {line!r}", allowed="lines of sha256sum: digest, file name")
+        digests[name.strip().lstrip("*")] = digest
+    return digests

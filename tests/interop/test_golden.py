@@ -1,0 +1,91 @@
+"""Every family against what its reference implementation gave, from files kept with the tests.
+
+`tests/golden/README.md` says how they were made; live comparison: `pytest -m parity`.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from efficient_vlm.interop import load, verify
+from efficient_vlm.interop.families.table import family_of
+from efficient_vlm.interop.safetensors_read import Checkpoint
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+ENCODERS = ("clip_vision", "siglip_vision")
+CASES = sorted(p.name for p in GOLDEN.iterdir() if p.is_dir() and p.name not in ENCODERS)
+
+
+def opened(name):
+    config = load.read_config(GOLDEN / name)
+    family, model = family_of(config), load.build_model(config)
+    source = load.Source(Checkpoint.open(GOLDEN / name), family, config, model)
+    return config, family, model, source
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_features_and_tokens_are_the_reference_s(name):
+    config, family, model, source = opened(name)
+    params = load.load_parameters(source)
+    with np.load(GOLDEN / name / "io.npz") as io:
+        report = verify.verify(family, config, model, params, io)
+        assert report["greedy_match"] is (True if "gen/tokens" in io else None)
+        if "out/image_features" in io:
+            assert report["features_error"] is not None
+    assert report["ok"], report
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_import_and_export_are_bitwise(name, tmp_path):
+    config, family, model, source = opened(name)
+    params = load.stacked(source)
+    carried = {each: source.tensor(each) for each in source.carried}
+    load.export(tmp_path, family, config, model, params, carried=carried)
+    before, after = Checkpoint.open(GOLDEN / name), Checkpoint.open(tmp_path)
+    assert set(before.names) == set(after.names)
+    for each in before.names:
+        assert before.dtype(each) == after.dtype(each)
+        np.testing.assert_array_equal(before.read(each), after.read(each), each)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_parameter_has_its_tensor(name):
+    """And no tensor is left: the counts agree, with what is only carried along."""
+    *_, source = opened(name)
+    checkpoint = source.checkpoint
+    total = sum(int(np.prod(checkpoint.shape(each))) for each in checkpoint.names)
+    ours = sum(int(np.prod(shape)) for shape in source.names.shapes.values())
+    carried = sum(int(np.prod(checkpoint.shape(source.there[each]))) for each in source.carried)
+    assert ours + carried == total
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders_alone(name):
+    """The towers by themselves: last hidden state of all tokens."""
+    from efficient_vlm.interop.families import vision
+    from efficient_vlm.interop.names import NameMap
+    from efficient_vlm.models.stack import unstack
+    from efficient_vlm.models.vit import ViT
+
+    config = json.loads((GOLDEN / name / "config.json").read_text())
+    is_clip = name == "clip_vision"
+    fields = (vision.clip if is_clip else vision.siglip)(config)
+    fields = {**fields, "pixel_mean": 0.0, "pixel_std": 1.0}
+    vit = ViT(**fields)
+    with np.load(GOLDEN / name / "io.npz") as io:
+        pixels = io["in/pixel_values"].transpose(0, 2, 3, 1)
+        wanted = io["out/last_hidden_state"]
+    shapes = jax.eval_shape(lambda: unstack(vit.init(jax.random.key(0), pixels)["params"]))
+    shapes = {path: leaf.shape for path, leaf in load.flatten(load.nn.unbox(shapes)).items()}
+    names = NameMap(shapes)
+    tensors = vision.clip_tensors if is_clip else vision.siglip_tensors
+    tensors(names, config, "vision_model.", path="")
+    assert not names.missing()
+    checkpoint = Checkpoint.open(GOLDEN / name)
+    params = {p: leaf.read(shapes[p], checkpoint.read) for p, leaf in names.leaves.items()}
+    features, _ = vit.apply({"params": load.nest(params)}, pixels)
+    wanted = wanted[:, 1:] if is_clip else wanted
+    np.testing.assert_allclose(features, wanted, atol=1e-4 * np.abs(wanted).max())

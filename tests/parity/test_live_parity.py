@@ -22,7 +22,7 @@ from efficient_vlm.models.stack import unstack  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
-# Encoders alone have no language model; the others hold a part that is not built (docs/families.md).
+# Encoders alone have no language model; LFM2-VL needs a decoder that is not built.
 ENCODERS = [name for name in CASES if "vision" in name.split("__")[0]]
 NOT_BUILT = [name for name in CASES if name.split("__")[0] in ("lfm2_vl",)]
 NAMES = [name for name in CASES if name not in ENCODERS + NOT_BUILT]

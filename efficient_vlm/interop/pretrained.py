@@ -393,7 +393,7 @@ def gather(model: VisionLanguageModel, pictured: Sequence[Sequence[Pictured]]):
             start += len(p.images)
         slots.append(np.concatenate(own))
         grids.append(np.concatenate([p.grids for p in each]) if each else None)
-    if every[0].slots is not None:
+    if every[0].slots is not None or padded:
         has_slot = np.zeros((rows, most * grid.prod()), bool)
         for row, at in enumerate(slots):
             has_slot[row, at] = True

@@ -125,13 +125,13 @@ def parse_json(raw: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
         # Decoded here: json would also accept UTF-16 and UTF-32.
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except UnicodeDecodeError:
-        raise damaged(path, "header is not UTF-8") from None
+        raise damaged(path, "not UTF-8") from None
     except RecursionError:
-        raise damaged(path, "header is nested too deeply") from None
+        raise damaged(path, "JSON nested too deeply") from None
     except ValueError as error:
-        raise damaged(path, f"header is not JSON ({show(str(error))})") from None
+        raise damaged(path, f"not JSON ({show(str(error))})") from None
     if not isinstance(value, dict):
-        raise damaged(path, f"header is {type(value).__name__}, not a JSON object")
+        raise damaged(path, f"{type(value).__name__}, not a JSON object")
     return value
 
 

@@ -122,6 +122,7 @@ def _pictures(model, given, counts) -> _Pictures:
             cells = given["pixel_attention_mask"][:, :, ::patch, ::patch].astype(bool)
             valid = np.stack([cells.any(axis=3).sum(axis=2), cells.any(axis=2).sum(axis=2)], -1)
             extras = ImageExtras(valid=np.maximum(valid, 1).astype(np.int32))
+            # A tile's tokens are all in the prompt, also those that read padding alone.
         images = pixels.transpose(0, 1, 3, 4, 2)
     else:
         each = _tokens_each(model, pixels.shape[2:])
@@ -130,6 +131,8 @@ def _pictures(model, given, counts) -> _Pictures:
     model = model.sized(*images.shape[-3:-1])
     each = int(np.prod(model.slot_grid))
     slots = [_real_slots(mask[i], each, count) for i, count in enumerate(counts)]
+    if extras.valid is not None:
+        extras = extras.replace(slot_mask=np.repeat(mask[..., None], each, axis=2))
     return _Pictures(model, images, mask, extras, slots, [None] * len(counts), mask.shape[1] * each)
 
 

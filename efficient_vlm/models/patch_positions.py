@@ -73,7 +73,11 @@ def patch_positions(vit: Any, grid: tuple[int, int], valid: jax.Array | None) ->
     by_row, by_column = sample(rows, h, valid[:, 0]), sample(columns, w, valid[:, 1])
     exact = jax.lax.Precision.HIGHEST
     out = jnp.einsum("bhr,bwc,rcd->bhwd", by_row, by_column, whole, precision=exact)
-    return out.reshape(len(valid), h * w, vit.width)
+    out = out.reshape(len(valid), h * w, vit.width)
+    if vit.position == "bucketed":
+        # Padding has the first position: nothing attends to it, but a token may read it.
+        out = jnp.where(patch_mask(grid, valid)[..., None], out, whole[0, 0])
+    return out
 
 
 def _bucket(old: int, new: int, real: jax.Array) -> jax.Array:

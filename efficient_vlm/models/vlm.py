@@ -46,7 +46,8 @@ class ImageExtras:
 
     Attributes:
       valid: int32 [B, M, 2], rows and columns of patches that are real; None for all.
-      slot_mask: bool [B, M, tokens], which tokens the prompt has a slot for; None for all.
+      slot_mask: bool [B, M, tokens], which tokens the prompt has a slot for; None for those that
+        read a real patch.
       padding_share: float32 [B, M, patches], share of real pixels of each patch (Molmo).
       pool_index: int32 [B, P, k], patches over all images of a row that each token reads, -1 for
         none (Molmo2).
@@ -187,10 +188,9 @@ class VisionLanguageModel(nn.Module):
 
     def make_projector(self) -> nn.Module:
         """The projector of this configuration, unbound."""
-        decoder = self.make_decoder()
         fields = {}
-        if "features" not in self.projector and self.projector.get("name") != "average_pool":
-            fields["features"] = decoder.width
+        if self.projector.get("name") != "average_pool":
+            fields["features"] = self.decoder["width"]
         return make_projector(self.projector, **fields, dtype=self.dtype, parent=None)
 
     @property
@@ -348,9 +348,8 @@ class VisionLanguageModel(nn.Module):
             signals = {name: _pooled(name, x, index) for name, x in signals.items()}
             if extras.pool_index is not None:
                 there = jnp.ones((batch, 1), bool)
-        mask = real & there
-        if extras.slot_mask is not None:
-            mask &= extras.slot_mask.reshape(mask.shape)
+        mask = real if extras.slot_mask is None else extras.slot_mask.reshape(real.shape)
+        mask &= there
         tokens = VisualTokens.from_grid(features, grid, tuple(source_grid), mask)
         return tokens, Signals(**signals)
 

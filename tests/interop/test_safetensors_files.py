@@ -199,7 +199,7 @@ HOSTILE = {
     "not JSON": (pack(b"hello"), "not JSON"),
     "no header": (pack(b""), "not JSON"),
     "a list": (pack([1]), "list, not a JSON object"),
-    "JSON bomb": (pack(b'{"a":' + b"[" * 10**6), "nested too deeply"),
+    "JSON bomb": (pack(b'{"a":' + b"[" * 9 * 10**4), "nested too deeply"),
     "JSON bomb of objects": (pack(b'{"a":' * 4 * 10**4), "nested too deeply"),
     "number of a million digits": (pack(b'{"a":' + b"9" * 10**6 + b"}"), "not JSON"),
     "duplicate tensor": (
@@ -435,7 +435,8 @@ def test_index_leaves_the_directory(name, tmp_path):
         ('{"weight_map": {}}', "weight_map"),
         ('{"weight_map": ["a"]}', "weight_map"),
         ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "twice"),
-        ("[" * 10**6, "nested too deeply"),
+        ("[" * 9 * 10**4, "nested too deeply"),
+        ("[" * 10**6, "too many tensors"),
         ("version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
         (" " * (9 << 20) + "{}", "too much JSON"),
     ],

@@ -53,10 +53,10 @@ def _tensors(m: NameMap, config: Config, spelling: str) -> None:
     text_of(text).tensors(m, text, "language_model.model.", "language_model.lm_head", spelling)
 
 
-def _processor(preprocessor: Config, config: Config) -> Any:
+def _processor(preprocessor: Config, config: Config, **options: Any) -> Any:
     from efficient_vlm.interop.pictures.resized import LlavaPictures
 
-    return LlavaPictures.from_hf(preprocessor, config)
+    return LlavaPictures.from_hf(preprocessor, config, **options)
 
 
 LLAVA = Family(

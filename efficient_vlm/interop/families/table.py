@@ -3,11 +3,12 @@
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.interop.families.base import Config, Family
 from efficient_vlm.interop.families.llava import LLAVA
+from efficient_vlm.interop.families.smolvlm import SMOLVLM
 from efficient_vlm.interop.families.texts import TEXTS, text_family
 
 FAMILIES: dict[str, Family] = {
     kind: family
-    for family in (*(text_family(name) for name in TEXTS), LLAVA)
+    for family in (*(text_family(name) for name in TEXTS), LLAVA, SMOLVLM)
     for kind in family.model_types
 }
 

@@ -1,6 +1,7 @@
 """Llama and its kin, and what all decoders share: rotary positions, layer types, names."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from efficient_vlm.errors import unknown
@@ -159,3 +160,10 @@ def glu(m: NameMap, ours: str, theirs: str) -> None:
     """A gated feed-forward layer."""
     for name in ("gate", "up", "down"):
         m.linear(f"{ours}mlp/{name}", f"{theirs}mlp.{name}_proj")
+
+
+def fused_rows(m: NameMap, path: str, parts: Sequence[str], name: str) -> None:
+    """Products below `path` that are rows of one torch Linear, one behind the other."""
+    sizes = [math.prod(m.shapes[f"{path}{part}/kernel"][1:]) for part in parts]
+    for i, part in enumerate(parts):
+        m.linear(f"{path}{part}", name, rows=(sum(sizes[:i]), sum(sizes)))

@@ -5,6 +5,14 @@ from typing import Any, NamedTuple
 
 from efficient_vlm.errors import unknown
 from efficient_vlm.interop.families.base import Config, Family
+from efficient_vlm.interop.families.gpt_text import (
+    gpt_neo,
+    gpt_neo_tensors,
+    phi,
+    phi3,
+    phi3_tensors,
+    phi_tensors,
+)
 from efficient_vlm.interop.families.text import llama, llama_tensors, qwen2, qwen3
 from efficient_vlm.interop.names import NameMap
 
@@ -24,6 +32,9 @@ class Text(NamedTuple):
 TEXTS: dict[str, Text] = {
     "llama": Text(llama, llama_tensors),
     "mistral": Text(llama, llama_tensors),
+    "gpt_neo": Text(gpt_neo, gpt_neo_tensors),
+    "phi": Text(phi, phi_tensors),
+    "phi3": Text(phi3, phi3_tensors),
     "qwen2": Text(qwen2, llama_tensors),
     "qwen3": Text(qwen3, llama_tensors),
 }
@@ -64,5 +75,5 @@ def text_family(model_type: str) -> Family:
         model=_model,
         tensors=_tensors,
         spellings={"hub": (), "memory": ()},
-        ignored=(r".*rotary_emb\.inv_freq", r".*attn\.(masked_)?bias"),
+        ignored=(r".*rotary_emb\.inv_freq", r".*attn(\.attention)?\.(masked_)?bias"),
     )

@@ -117,6 +117,8 @@ class ViT(nn.Module):
       image_size: pixels, one side or (height, width), multiples of `patch_size`. The position
         tables have this size; another size at call time interpolates them.
       patch_size: pixels.
+      crop_remainder: whether an image that is no multiple of the patch size loses its last rows and
+        columns (SigLIP at 384 pixels has 27 patches of 14), or is an error.
       stem_dim: hidden width of a two-layer patch embedding (GELU between); None for one product.
       pixel_mean, pixel_std: images in [0, 1] are shifted and scaled by these (one number, or one
         per channel), so that content is not small beside the position embedding.
@@ -148,6 +150,7 @@ class ViT(nn.Module):
     depth: int
     num_heads: int
     mlp_dim: int
+    crop_remainder: bool = False
     stem_dim: int | None = None
     pixel_mean: float | Sequence[float] = 0.5
     pixel_std: float | Sequence[float] = 0.5
@@ -181,7 +184,8 @@ class ViT(nn.Module):
         """Patches per column and per row of an image of `image_size`."""
         size = self.image_size
         height, width = (size, size) if isinstance(size, int) else tuple(size)
-        if height % self.patch_size or width % self.patch_size:
+        remainder = height % self.patch_size or width % self.patch_size
+        if remainder and not self.crop_remainder:
             raise UserError(
                 f"model.encoder.image_size: {size} is not a multiple of the patch size",
                 allowed=f"multiples of model.encoder.patch_size={self.patch_size}",
@@ -413,8 +417,10 @@ class ViT(nn.Module):
             )
         elif images.ndim == 4:
             images = images[:, None]
-        batch, frames, height, width, channels = images.shape
         p = self.patch_size
+        rows, columns = (side // p for side in images.shape[2:4])
+        images = images[:, :, : rows * p, : columns * p]
+        batch, frames, height, width, channels = images.shape
         if jnp.issubdtype(images.dtype, jnp.integer):
             images = images.astype(jnp.float32) / 255
         images = (images - jnp.asarray(self.pixel_mean)) / jnp.asarray(self.pixel_std)

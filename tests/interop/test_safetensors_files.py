@@ -127,19 +127,6 @@ def test_every_dtype_goes_through_the_library(name, file):
     assert our_read(path) == library_read(path) == {"a": (name, (3, 1), data)}
 
 
-def test_bfloat16_and_float8_values(tmp_path):
-    torch = pytest.importorskip("torch")
-    torch_api = pytest.importorskip("safetensors.torch")
-    values = torch.linspace(-3, 3, 24).reshape(4, 6)
-    tensors = {"b": values.bfloat16(), "e": values.to(torch.float8_e4m3fn), "s": values[0, 0]}
-    torch_api.save_file({k: v.clone() for k, v in tensors.items()}, tmp_path / SINGLE)
-    ckpt = Checkpoint.open(tmp_path)
-    for name, tensor in tensors.items():
-        got = ckpt.read(name, finite=True).astype(np.float32)
-        np.testing.assert_array_equal(got, tensor.float().numpy())
-    assert ckpt.shape("s") == ()
-
-
 def test_unaligned_data_and_any_header_order(file):
     value = np.array([1.5, -2], ml_dtypes.bfloat16)
     header = {"later": entry([2], 1, 5, "BF16"), "first": entry([1], 0, 1, "U8")}
@@ -492,17 +479,6 @@ def test_pickles_are_refused_and_never_opened(name, tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-def test_the_conversion_hint_works(tmp_path):
-    torch = pytest.importorskip("torch")
-    weight = torch.arange(6.0).reshape(2, 3)
-    torch.save({"w": weight.T, "tied": weight}, tmp_path / "model.bin")
-    hint = refused(tmp_path, "if you trust").partition("convert it: python")[2]
-    subprocess.run(f"{sys.executable} {hint}", shell=True, check=True, cwd=tmp_path)
-    ckpt = Checkpoint.open(tmp_path)
-    np.testing.assert_array_equal(ckpt.read("w"), weight.T.numpy())
-    np.testing.assert_array_equal(ckpt.read("tied"), weight.numpy())
-
-
 def test_sha256(tmp_path):
     make_shards(tmp_path)
     digests = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in tmp_path.iterdir()}
@@ -562,12 +538,6 @@ def test_mixed_item_sizes_stay_aligned(tmp_path):
     write(tmp_path, declare({"odd": np.ones(3, np.uint8), "wide": np.ones(2, np.float64)}))
     ckpt = Checkpoint.open(tmp_path)
     assert ckpt.names == ("wide", "odd") and ckpt.read("wide").flags.aligned
-
-
-def test_transformers_style_loading(tmp_path):
-    torch_api = pytest.importorskip("safetensors.torch")
-    write(tmp_path, declare({"x": np.arange(4).astype(BF16)}))
-    assert torch_api.load_file(tmp_path / SINGLE)["x"].float().tolist() == [0, 1, 2, 3]
 
 
 _KILLED = """

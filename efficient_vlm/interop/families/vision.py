@@ -55,6 +55,7 @@ def _common(vision: Config, act: str, epsilon: float) -> dict[str, Any]:
     return dict(
         image_size=vision["image_size"],
         patch_size=vision["patch_size"],
+        crop_remainder=True,
         width=vision["hidden_size"],
         depth=vision["num_hidden_layers"],
         num_heads=vision["num_attention_heads"],

@@ -50,20 +50,10 @@ def import_checkpoint(args: argparse.Namespace) -> int:
 
 def export_checkpoint(args: argparse.Namespace) -> int:
     """`efficient-vlm export CKPT HF_DIR`: the way back."""
-    dtype = _stored_dtype(Path(args.checkpoint)) if args.dtype is None else args.dtype
-    vlm = pretrained.from_pretrained(args.checkpoint, param_dtype=dtype)
+    vlm = pretrained.from_pretrained(args.checkpoint, param_dtype=args.dtype or "stored")
     for path in vlm.save(args.out):
         print(path)
     return 0
-
-
-def _stored_dtype(directory: Path) -> str:
-    path = directory / "dtype"
-    if not path.is_file():
-        raise UserError(
-            f"{directory}: not an imported model", fix="give what efficient-vlm import wrote"
-        )
-    return path.read_text().strip()
 
 
 def generate(args: argparse.Namespace, options: Sequence[str]) -> int:

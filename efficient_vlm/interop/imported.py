@@ -1,10 +1,11 @@
 """Imported models: a published checkpoint as one of ours, with what it takes to give it back.
 
 A folder with config.json and the other settings as published, the parameters under checkpoints/
-(step 0, layers stacked, as training wants them), and carried.safetensors: tensors that our model
-does not use, kept for the way back.
+(step 0, layers stacked, as training wants them), dtypes.json (parameters keep theirs), and carried/:
+tensors that our model does not use, kept for the way back.
 """
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,16 +21,20 @@ from efficient_vlm.interop.load import (
     Source,
     abstract_parameters,
     build_model,
+    flatten,
     load_parameters,
+    nest,
     read_config,
     stacked,
 )
 from efficient_vlm.interop.safetensors_read import Checkpoint
+from efficient_vlm.interop.tokenizer import read_json
 from efficient_vlm.models.stack import unstack
 from efficient_vlm.models.vlm import VisionLanguageModel
 
 CHECKPOINTS = "checkpoints"
 CARRIED = "carried"
+DTYPES = "dtypes.json"
 
 
 def open_weights(
@@ -47,7 +52,7 @@ def open_weights(
     Args:
       directory: a published or an imported one.
       family, config, model: what it is of; the compressor of the model does not matter.
-      dtype: of the parameters.
+      dtype: of the parameters; None for those stored.
       sharding, check: see `pretrained.from_pretrained`.
     """
     model = model.clone(compressor={"name": "none"})
@@ -62,7 +67,9 @@ def open_weights(
             f"{directory}: sharding an imported model is not supported",
             fix="give the published directory",
         )
-    params = jax.tree.map(lambda p: p.astype(dtype), _restore(directory, model))
+    params = _restore(directory, model)
+    if dtype is not None:
+        params = jax.tree.map(lambda p: p.astype(dtype), params)
     return unstack(params), read_carried(directory)
 
 
@@ -70,10 +77,14 @@ def _restore(directory: Path, model: VisionLanguageModel) -> Any:
     from efficient_vlm.train.checkpoint import Checkpoints
 
     abstract = abstract_parameters(model)
-    dtype = (directory / "dtype").read_text().strip() if (directory / "dtype").is_file() else None
-    if dtype is not None:
-        kind = np.dtype(dtype)
-        abstract = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, kind), abstract)
+    kinds = read_json(directory / DTYPES)
+    flat = flatten(abstract)
+    abstract = nest(
+        {
+            path: jax.ShapeDtypeStruct(leaf.shape, np.dtype(kinds.get(path, leaf.dtype)))
+            for path, leaf in flat.items()
+        }
+    )
     with Checkpoints(directory / CHECKPOINTS, read_only=True) as checkpoints:
         found = checkpoints.restore_latest({"params": abstract}, subset=True)
     if found is None:
@@ -82,7 +93,7 @@ def _restore(directory: Path, model: VisionLanguageModel) -> Any:
 
 
 def read_carried(directory: Path) -> dict[str, np.ndarray]:
-    """Tensors of carried.safetensors by name; none if there is no such file."""
+    """Tensors that are only carried, by name."""
     if not (directory / CARRIED).is_dir():
         return {}
     checkpoint = Checkpoint.open(directory / CARRIED)
@@ -123,15 +134,11 @@ def import_model(
     reader = Source(Checkpoint.open(source, sha256=sha256), family, config, model)
     reader.check_finite()
     params = stacked(reader)
-    kinds = {value.dtype for value in jax.tree.leaves(params)}
-    if len(kinds) > 1:
-        widest = np.result_type(*kinds)
-        params = jax.tree.map(lambda p: p.astype(widest), params)
-        kinds = {widest}
     target.mkdir(parents=True, exist_ok=True)
     copy_settings(source, target)
     (target / "config.json").write_bytes((source / "config.json").read_bytes())
-    (target / "dtype").write_text(f"{kinds.pop()}\n")
+    kinds = {path: str(value.dtype) for path, value in flatten(params).items()}
+    (target / DTYPES).write_text(json.dumps(kinds, indent=0, sort_keys=True) + "\n")
     if reader.carried:
         carried = [(n, reader.tensor(n)) for n in reader.carried]
         tensors = [(n, t.shape, t.dtype, lambda t=t: t) for n, t in carried]

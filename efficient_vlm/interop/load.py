@@ -279,7 +279,7 @@ def export(
       directory: to write to.
       family, config, model: what the parameters are of.
       params: stacked or split.
-      dtype: to write; None for that of the parameters. `config.json` says which.
+      dtype: to write; None for those of the parameters. `config.json` says which most have.
       carried: tensors by hub name that the model does not use, written as they are.
       max_shard_bytes: see `safetensors_write.write`.
 
@@ -303,14 +303,19 @@ def export(
         value = names.assemble(name, parameter)
         return value if dtype is None else value.astype(dtype, copy=False)
 
-    kind = np.dtype(dtype or parameter(next(iter(names.leaves))).dtype)
+    kinds = {
+        piece.name: np.dtype(dtype or parameter(path).dtype)
+        for path, leaf in names.leaves.items()
+        for piece in leaf.pieces
+    }
     tensors = [
-        (name, shape, kind, functools.partial(written, name))
+        (name, shape, kinds[name], functools.partial(written, name))
         for name, shape in names.tensors().items()
     ]
     for name, value in (carried or {}).items():
         tensors.append((name, value.shape, value.dtype, functools.partial(np.asarray, value)))
     files = safetensors_write.write(directory, tensors, max_shard_bytes=max_shard_bytes)
+    kind = max(set(kinds.values()), key=list(kinds.values()).count)
     text = json.dumps({**config, "dtype": str(kind)}, indent=2, sort_keys=True)
     (Path(directory) / "config.json").write_text(text + "\n", encoding="utf-8")
     return files

@@ -446,7 +446,7 @@ def from_pretrained(
       compressor: name, budget and options, such as dict(name="visionzip", budget=64); None for all
         visual tokens.
       dtype: of activations, "float32" or "bfloat16".
-      param_dtype: of parameters; None for that of activations.
+      param_dtype: of parameters; None for that of activations, "stored" for those of the files.
       sharding: see `load.load_parameters`.
       check: read all values once, and refuse NaN and infinity.
       **picture_options: of the family's picture processor, such as max_pixels (Qwen).
@@ -464,7 +464,8 @@ def from_pretrained(
     family = family_of(config)
     model = build_model(config, dtype=jnp.dtype(dtype), compressor=compressor)
     check_compressor(model)
+    kind = None if param_dtype == "stored" else param_dtype or dtype
     params, carried = open_weights(
-        directory, family, config, model, dtype=param_dtype or dtype, sharding=sharding, check=check
+        directory, family, config, model, dtype=kind, sharding=sharding, check=check
     )
     return Pretrained(model, params, family, config, directory, picture_options, carried)

@@ -66,6 +66,8 @@ class Decoder(nn.Module):
       out_scale: scale of the initial output projections.
       embed_multiplier: text embeddings are multiplied by this (Gemma); visual tokens are not.
       final_softcap: logits l become c * tanh(l / c).
+      head_size: entries that the head scores, the first ones of the table; None for all. Molmo's
+        table has more rows than its head.
       head_bias: whether the head has a bias.
       deepstack: visual tokens come with this many more features side by side in their channels,
         added behind each of the first layers (arXiv 2406.04334).
@@ -115,6 +117,7 @@ class Decoder(nn.Module):
     embed_scale: float = 1.0
     embed_multiplier: float = 1.0
     final_softcap: float | None = None
+    head_size: int | None = None
     head_bias: bool = False
     deepstack: int = 0
     tie_embeddings: bool = False
@@ -151,7 +154,7 @@ class Decoder(nn.Module):
         ]
         self.final_norm = make_norm(self.norm, self.norm_epsilon, dtype=self.dtype, name="norm")
         if not self.tie_embeddings:
-            vocab = (self.vocab_size,), ("vocab",)
+            vocab = (self.head_size or self.vocab_size,), ("vocab",)
             self.head = Linear(("embed",), *vocab, dtype=self.dtype, bias=self.head_bias)
 
     def _check(self) -> None:
@@ -312,7 +315,8 @@ class Decoder(nn.Module):
     def logits(self, x: jax.Array) -> jax.Array:
         """[..., width] -> float32 [..., vocab]."""
         x = self.final_norm(x)
-        x = x @ self.table.T.astype(self.dtype) if self.tie_embeddings else self.head(x)
+        table = self.table[: self.head_size]
+        x = x @ table.T.astype(self.dtype) if self.tie_embeddings else self.head(x)
         x = x.astype(jnp.float32)
         return (
             x

@@ -56,14 +56,15 @@ class MoE(nn.Module):
       expert_dim: hidden width of one expert.
       shared_dim: hidden width of a dense gated layer that every token also takes; 0 for none.
       normalize: whether the weights of the chosen experts sum to one. Not done for `top_k` 1, where
-        the weight would be the constant 1 and the router would learn nothing from the loss.
+        the weight would be the constant 1 and the router would learn nothing from the loss; with
+        "always" it is done even so, as in published models.
     """
 
     num_experts: int
     top_k: int
     expert_dim: int
     shared_dim: int = 0
-    normalize: bool = True
+    normalize: bool | str = True
     out_scale: float = 1.0
     dtype: Dtype = jnp.float32
 
@@ -88,7 +89,7 @@ class MoE(nn.Module):
         logits = router(x.astype(jnp.float32))
         probabilities = jax.nn.softmax(logits, axis=-1)
         weights, chosen = jax.lax.top_k(probabilities, k)
-        if self.normalize and k > 1:
+        if self.normalize == "always" or (self.normalize and k > 1):
             weights = weights / weights.sum(axis=-1, keepdims=True)
 
         # Sort the k copies of every token by expert, multiply, put them back and add them up.
@@ -152,6 +153,10 @@ def check_moe(moe: Mapping | None) -> None:
         raise UserError(
             f"model.decoder.moe.top_k: {moe['top_k']}",
             allowed=f"1 to num_experts={moe['num_experts']}",
+        )
+    if moe.get("normalize", True) not in (True, False, "always"):
+        raise UserError(
+            f"model.decoder.moe.normalize: {moe['normalize']!r}", allowed="True, False, 'always'"
         )
 
 

@@ -25,7 +25,7 @@ class EncoderBlock(nn.Module):
     width: int
     num_heads: int
     mlp_dim: int
-    qk_norm: bool
+    qk_norm: bool | str
     qk_scale: float
     dtype: Dtype
     norm: str = "rms"
@@ -33,6 +33,7 @@ class EncoderBlock(nn.Module):
     activation: str = "gelu_tanh"
     mlp_gated: bool = False
     bias: bool = False
+    qkv_bias: bool | None = None
     layer_scale: bool = False
     rope_theta: float | None = None
 
@@ -55,7 +56,7 @@ class EncoderBlock(nn.Module):
             qk_norm=self.qk_norm,
             qk_scale=self.qk_scale,
             axial_theta=self.rope_theta,
-            qkv_bias=self.bias,
+            qkv_bias=self.bias if self.qkv_bias is None else self.qkv_bias,
             out_bias=self.bias,
             out_scale=0.5,
             dtype=self.dtype,
@@ -135,6 +136,7 @@ class ViT(nn.Module):
       norm, norm_epsilon: see `layers.make_norm`.
       activation, mlp_gated: of the MLP: "gelu_tanh" and others of `layers.ACTIVATIONS`.
       bias: whether the products of the layers have biases.
+      qkv_bias: whether those of queries, keys and values have; None for what `bias` says.
       layer_scale: a learned factor per channel behind attention and MLP (arXiv 2103.17239).
       pre_norm: a norm in front of the first layer (CLIP).
       final_norm: a norm behind the last; not with feature_layers.
@@ -169,11 +171,12 @@ class ViT(nn.Module):
     activation: str = "gelu_tanh"
     mlp_gated: bool = False
     bias: bool = False
+    qkv_bias: bool | None = None
     layer_scale: bool = False
     pre_norm: bool = False
     final_norm: bool = True
     feature_layers: Sequence[int] | None = None
-    qk_norm: bool = False
+    qk_norm: bool | str = False
     qk_scale: float = 1.0
     remat: str = "none"
     scan_unroll: int = 1
@@ -289,6 +292,7 @@ class ViT(nn.Module):
             activation=self.activation,
             mlp_gated=self.mlp_gated,
             bias=self.bias,
+            qkv_bias=self.qkv_bias,
             layer_scale=self.layer_scale,
             rope_theta=self.rope_theta,
         )

@@ -19,6 +19,11 @@ def _model(config: Config) -> dict[str, Any]:
     vision, text = config["vision_config"], config["text_config"]
     layers = config.get("vision_feature_layer", -2)
     layers = (layers,) if isinstance(layers, int) else tuple(layers)
+    if 0 in layers:
+        raise UserError(
+            "config.json: vision_feature_layer=0, the embedding of the patches",
+            allowed="1 to the number of layers, or -1, -2, ... from behind",
+        )
     # Their layer -1 is behind the last block, as ours; 0 is the embedding.
     layers = tuple(layer if layer < 0 else layer - 1 for layer in layers)
     select = config.get("vision_feature_select_strategy", "default")
@@ -55,8 +60,11 @@ def _tensors(m: NameMap, config: Config, spelling: str) -> None:
 
 def _processor(preprocessor: Config, config: Config, **options: Any) -> Any:
     from efficient_vlm.interop.pictures.resized import LlavaPictures
+    from efficient_vlm.interop.pictures.siglip import SiglipPictures
 
-    return LlavaPictures.from_hf(preprocessor, config, **options)
+    is_clip = config["vision_config"].get("model_type", "clip_vision_model").startswith("clip")
+    cls = LlavaPictures if is_clip else SiglipPictures
+    return cls.from_hf(preprocessor, config, **options)
 
 
 LLAVA = Family(

@@ -2,13 +2,27 @@
 
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.interop.families.base import Config, Family
+from efficient_vlm.interop.families.gemma3 import GEMMA3
+from efficient_vlm.interop.families.internvl import INTERNVL
 from efficient_vlm.interop.families.llava import LLAVA
+from efficient_vlm.interop.families.mobilevlm import MOBILEVLM
+from efficient_vlm.interop.families.paligemma import PALIGEMMA
+from efficient_vlm.interop.families.qwen_vl import QWEN_VL
 from efficient_vlm.interop.families.smolvlm import SMOLVLM
 from efficient_vlm.interop.families.texts import TEXTS, text_family
 
 FAMILIES: dict[str, Family] = {
     kind: family
-    for family in (*(text_family(name) for name in TEXTS), LLAVA, SMOLVLM)
+    for family in (
+        *(text_family(name) for name in TEXTS),
+        GEMMA3,
+        INTERNVL,
+        LLAVA,
+        MOBILEVLM,
+        PALIGEMMA,
+        QWEN_VL,
+        SMOLVLM,
+    )
     for kind in family.model_types
 }
 

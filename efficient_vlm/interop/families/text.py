@@ -121,14 +121,23 @@ def qwen3(text: Config) -> dict[str, Any]:
     return {**llama(text), "qk_norm": "head", **layer_types(text, window)}
 
 
+def olmo2(text: Config) -> dict[str, Any]:
+    """OLMo2 (arXiv 2501.00656): norms behind the sublayers, queries and keys normed as a whole."""
+    return {**llama(text), "norm_layout": "post", "qk_norm": "full"}
+
+
 def llama_tensors(m: NameMap, text: Config, prefix: str, head: str, spelling: str = "hub") -> None:
     """Names of Llama and its kin below `prefix` ("model."); `head` is "lm_head"."""
     embeddings(m, prefix, head)
     for i in range(text["num_hidden_layers"]):
         ours, theirs = layer_paths(m, text, i, prefix)
         attention(m, ours, theirs)
-        m.norm(f"{ours}attention_norm", f"{theirs}input_layernorm")
-        m.norm(f"{ours}mlp_norm", f"{theirs}post_attention_layernorm")
+        if f"{ours}attention_norm/scale" in m:
+            m.norm(f"{ours}attention_norm", f"{theirs}input_layernorm")
+            m.norm(f"{ours}mlp_norm", f"{theirs}post_attention_layernorm")
+        else:
+            m.norm(f"{ours}attention_post_norm", f"{theirs}post_attention_layernorm")
+            m.norm(f"{ours}mlp_post_norm", f"{theirs}post_feedforward_layernorm")
         glu(m, ours, theirs)
 
 

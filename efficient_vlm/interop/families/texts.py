@@ -5,6 +5,12 @@ from typing import Any, NamedTuple
 
 from efficient_vlm.errors import unknown
 from efficient_vlm.interop.families.base import Config, Family
+from efficient_vlm.interop.families.gemma_text import (
+    gemma,
+    gemma2,
+    gemma3_text,
+    sandwich_tensors,
+)
 from efficient_vlm.interop.families.gpt_text import (
     gpt_neo,
     gpt_neo_tensors,
@@ -13,7 +19,15 @@ from efficient_vlm.interop.families.gpt_text import (
     phi3_tensors,
     phi_tensors,
 )
-from efficient_vlm.interop.families.text import llama, llama_tensors, qwen2, qwen3
+from efficient_vlm.interop.families.moe_text import (
+    MIXTRAL,
+    OTHERS,
+    mixtral,
+    moe_tensors,
+    olmoe,
+    qwen3_moe,
+)
+from efficient_vlm.interop.families.text import llama, llama_tensors, olmo2, qwen2, qwen3
 from efficient_vlm.interop.names import NameMap
 
 
@@ -32,11 +46,18 @@ class Text(NamedTuple):
 TEXTS: dict[str, Text] = {
     "llama": Text(llama, llama_tensors),
     "mistral": Text(llama, llama_tensors),
+    "gemma": Text(gemma, llama_tensors),
+    "gemma2": Text(gemma2, sandwich_tensors),
+    "gemma3_text": Text(gemma3_text, sandwich_tensors),
     "gpt_neo": Text(gpt_neo, gpt_neo_tensors),
     "phi": Text(phi, phi_tensors),
     "phi3": Text(phi3, phi3_tensors),
     "qwen2": Text(qwen2, llama_tensors),
     "qwen3": Text(qwen3, llama_tensors),
+    "mixtral": Text(mixtral, moe_tensors("block_sparse_moe", MIXTRAL)),
+    "olmo2": Text(olmo2, llama_tensors),
+    "olmoe": Text(olmoe, moe_tensors("mlp", OTHERS)),
+    "qwen3_moe": Text(qwen3_moe, moe_tensors("mlp", OTHERS)),
 }
 
 

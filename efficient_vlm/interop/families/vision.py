@@ -53,7 +53,8 @@ def siglip(
 
 def _common(vision: Config, act: str, epsilon: float) -> dict[str, Any]:
     return dict(
-        image_size=vision["image_size"],
+        # Patches are whole: of 384 pixels and patches of 14 the last 6 are not seen.
+        image_size=vision["image_size"] // vision["patch_size"] * vision["patch_size"],
         patch_size=vision["patch_size"],
         crop_remainder=True,
         width=vision["hidden_size"],

@@ -109,12 +109,7 @@ class LlavaPictures:
         height, width = image.height, image.width
         above = left = 0  # Of padding, in pixels of the original.
         if self.pad:
-            edge = max(height, width)
-            base.check_work(image, edge, edge)
-            above, left = (edge - height) // 2, (edge - width) // 2
-            square = Image.new("RGB", (edge, edge), tuple(int(255 * x) for x in self.mean))
-            square.paste(image, (left, above))
-            image = square
+            image, above, left = pad_square(image, self.mean)
         short = min(image.height, image.width)
         rows, columns = (int(self.size * edge / short) for edge in (image.height, image.width))
         resized = base.resize(image, rows, columns, self.resample)
@@ -135,6 +130,23 @@ class LlavaPictures:
                 )
             ],
         )
+
+
+def pad_square(image: Image.Image, mean: Triple) -> tuple[Image.Image, int, int]:
+    """The picture in the middle of a square of the mean colour.
+
+    Returns:
+      The square, and how many of its pixels are above the picture and left of it.
+
+    Raises:
+      UserError: a picture so elongated that the square would not fit in memory.
+    """
+    edge = max(image.height, image.width)
+    base.check_work(image, edge, edge)
+    above, left = (edge - image.height) // 2, (edge - image.width) // 2
+    square = Image.new("RGB", (edge, edge), tuple(int(255 * x) for x in mean))
+    square.paste(image, (left, above))
+    return square, above, left
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,56 @@
+"""PaliGemma (arXiv 2407.07726) and PaliGemma 2 (arXiv 2412.03555): SigLIP, one product, Gemma."""
+
+from typing import Any
+
+from efficient_vlm.interop.families.base import Config, Family
+from efficient_vlm.interop.families.llava import LLAVA
+from efficient_vlm.interop.families.texts import decoder_fields, text_of
+from efficient_vlm.interop.families.vision import siglip, siglip_tensors
+from efficient_vlm.interop.names import NameMap
+
+
+def _vision(config: Config) -> Config:
+    # Files of the 224 pixel models leave their size out.
+    return {"image_size": 224, **config["vision_config"]}
+
+
+def _model(config: Config) -> dict[str, Any]:
+    text = config["text_config"]
+    return dict(
+        vocab_size=text["vocab_size"],
+        encoder=siglip(_vision(config)),
+        compressor=dict(name="none"),
+        connector=dict(bias=True),
+        decoder=decoder_fields(text, config.get("tie_word_embeddings")),
+    )
+
+
+def _tensors(m: NameMap, config: Config, spelling: str) -> None:
+    text = config["text_config"]
+    siglip_tensors(m, _vision(config), "vision_tower.vision_model.")
+    m.linear("connect/out", "multi_modal_projector.linear")
+    text_of(text).tensors(m, text, "language_model.model.", "language_model.lm_head", spelling)
+
+
+def _processor(preprocessor: Config, config: Config, **options: Any) -> Any:
+    from efficient_vlm.interop.pictures.resized import PaliGemmaPictures
+
+    return PaliGemmaPictures.from_hf(preprocessor, config, **options)
+
+
+PALIGEMMA = Family(
+    name="paligemma",
+    model_types=("paligemma",),
+    model=_model,
+    tensors=_tensors,
+    spellings=LLAVA.spellings,
+    ignored=(
+        r"vision_tower\.vision_model\.head\..*",
+        r".*\.position_ids",
+        r".*rotary_emb\.inv_freq",
+    ),
+    processor=_processor,
+    image_token=lambda config: config.get("image_token_index", config.get("image_token_id")),
+    prompt="paligemma",
+    blocks="prefix",
+)

@@ -1,0 +1,258 @@
+"""Every training-free method on every family of published models: what is run, and what cannot be.
+
+`test_matrix.py` runs it on the files of tests/golden. Their decoders have two layers; so that a
+method can cut twice, layers are repeated up to three.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efficient_vlm.compressors import Signals, VisualTokens, reachable
+from efficient_vlm.compressors.methods import METHODS
+from efficient_vlm.inference import generate
+from efficient_vlm.interop import load, verify
+from efficient_vlm.interop.families.table import FAMILIES, family_of
+from efficient_vlm.interop.safetensors_read import Checkpoint
+from efficient_vlm.models.attention import PADDING_SEGMENT, SHARED_SEGMENT
+from efficient_vlm.models.placement import Placement
+from efficient_vlm.models.vlm import VisionLanguageModel
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+LAYERS = 3  # Of a decoder in which a method cuts twice.
+
+# Methods with weights of their own, which a published checkpoint does not hold.
+TRAINED = {
+    "pixel_shuffle",
+    "resampler",
+    "mlp",
+    "deco",
+    "c_abstractor",
+    "ldp",
+    "ldpv2",
+    "tokenpacker",
+    "perceiver",
+    "qformer",
+    "mqt",
+    "molmo_pool",
+    "minicpm_merger",
+    "text_topk",
+}
+TRAINING_FREE = tuple(name for name in METHODS if name not in TRAINED)
+# Options of the methods inside the decoder: (half of the tokens or fewer, all of them).
+IN_DECODER = {
+    "fastv": (dict(layer=1, keep=0.5), dict(layer=1, keep=1.0)),
+    "pyramiddrop": (
+        dict(layers=(1, 2), keep=(0.5, 0.25)),
+        dict(layers=(1, 2), keep=(1.0, 1.0)),
+    ),
+    "feather": (
+        dict(layers=(1, 2), keep=0.3, stride=2),
+        dict(layers=(1, 2), keep=1.0, stride=2),
+    ),
+    "v2drop": (dict(layers=(1, 2), keep=(0.5, 0.5)), dict(layers=(1, 2), keep=(1.0, 1.0))),
+    "vtw": (dict(layer=2), None),  # It drops all tokens, always.
+    "sparsevlm": (dict(layers=(1, 2), keep=(0.5, 0.25)), dict(layers=(1, 2), keep=(1.0, 1.0))),
+    "dart": (dict(layer=1, keep=0.5), dict(layer=1, keep=1.0)),
+    "fitprune": (dict(counts=(0.5, 0.25)), dict(counts=(1.0, 1.0))),
+}
+
+
+class Read(NamedTuple):
+    """What the decoder makes of visual tokens and prompts.
+
+    Attributes:
+      cached: logits behind the prompt and behind one token more, through the cache: [R, 2, vocab].
+      whole: logits behind each token of those texts, without a cache: [R, S + 1, vocab].
+      held: bool [R, slots], which slots are in a token that the last layer sees.
+      tokens: static, visual tokens of a row in the last layer, padding included.
+    """
+
+    cached: np.ndarray
+    whole: np.ndarray
+    held: np.ndarray
+    tokens: int
+
+
+class Subject:
+    """A golden model with a batch of two rows: one picture, two pictures.
+
+    Attributes:
+      model, params: with at least `LAYERS` decoder layers.
+    """
+
+    def __init__(self, name: str):
+        directory = GOLDEN / name
+        self.name, self.config = name, load.read_config(directory)
+        self.family = family_of(self.config)
+        plain = load.build_model(self.config)
+        source = load.Source(Checkpoint.open(directory), self.family, self.config, plain)
+        self.model, self.params = deepened(plain, load.stacked(source))
+        with np.load(directory / "io.npz") as io:
+            self.io = dict(io)
+
+    @property
+    def has_class_token(self) -> bool:
+        return bool(self.model.encoder.get("class_token"))
+
+    @functools.cached_property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens that a compressor sees at once."""
+        inputs = self.inputs(self.model)
+        return inputs.model.compressor.get("grid", inputs.model.slot_grid)
+
+    def inputs(self, model: VisionLanguageModel) -> verify.Inputs:
+        """Two rows for a model with any compressor."""
+        inputs = verify.read_inputs(self.family, self.config, model, self.io)
+        if len(inputs.prompts) == 1:
+            return without_last_crop(inputs)
+        rows = slice(0, 2)
+        return inputs._replace(
+            images=inputs.images[rows],
+            image_mask=inputs.image_mask[rows],
+            extras=jax.tree.map(lambda x: x[rows], inputs.extras),
+            prompts=inputs.prompts[rows],
+        )
+
+    def options(self, method: str, full: bool) -> dict[str, Any] | None:
+        """Options of a method that keep half of the tokens, or all; None if it cannot keep all."""
+        if method in IN_DECODER:
+            return IN_DECODER[method][full]
+        if method == "none":
+            return {}
+        count = self.grid[0] * self.grid[1]
+        options = {}
+        if hasattr(METHODS[method], "attention") and not self.has_class_token:
+            options["attention"] = "column_mean"
+        if method == "hiprune":
+            options |= dict(middle_layer=0.5, alpha=1.0)
+        if full:
+            return {**options, "budget": count}
+        if method == "tome":
+            return {**options, "budget": count - count // 2}
+        found = [b for b in reachable(method, self.grid) if b <= (count + 1) // 2]
+        return {**options, "budget": found[0]}
+
+    def visual(self, model: VisionLanguageModel):
+        """Visual tokens in front of the decoder, and the inputs that they came from."""
+        inputs = self.inputs(model)
+        model = inputs.model
+        tokens, lengths, _ = inputs.placed()
+        layout = model.layout(inputs.images, inputs.extras)
+        asked = generate.programs_of(model, layout).encode
+        pictures = (inputs.images, inputs.image_mask, inputs.extras)
+        found = generate._encode(*asked, self.params, *pictures)
+        text = (tokens[:, None], lengths[:, None])
+        visual = generate._compress(model, layout, self.params, *found, *text, jax.random.key(0))
+        return visual, inputs
+
+    def read(self, model: VisionLanguageModel, follow: np.ndarray | None = None) -> Read:
+        """Runs a model; `follow` is a first generated token [R], None for its own choice."""
+        visual, inputs = self.visual(model)
+        tokens, lengths, placement = inputs.placed()
+        layout = inputs.model.layout(inputs.images, inputs.extras)
+        prefill = generate.programs_of(inputs.model, layout).prefill
+        own = np.full(len(tokens), -1, np.int32) if follow is None else follow
+        given = (visual, tokens, lengths, placement, own)
+        cached, whole, source, kept = _read(prefill, layout, self.params, *given)
+        return Read(np.asarray(cached), np.asarray(whole), np.asarray(source) >= 0, kept.shape[1])
+
+
+def deepened(model: VisionLanguageModel, params: Any) -> tuple[VisionLanguageModel, Any]:
+    """The model with its decoder layers repeated in turn until there are `LAYERS`."""
+    count = model.decoder["segments"][0]["layers"]
+    order = np.arange(max(count, LAYERS)) % count
+    decoder = {**model.decoder, "segments": [{"layers": len(order)}]}
+    if decoder.get("layer_types"):
+        decoder["layer_types"] = [decoder["layer_types"][i] for i in order]
+    language = {
+        name: jax.tree.map(lambda x: x[order], part) if name == "segment_0" else part
+        for name, part in params["language"].items()
+    }
+    return model.clone(decoder=decoder), {**params, "language": language}
+
+
+def without_last_crop(inputs: verify.Inputs) -> verify.Inputs:
+    """One row, and behind it the same without the last crop of its picture."""
+    crops = inputs.image_mask.shape[1]
+    each = inputs.visual // crops
+    mask = np.repeat(inputs.image_mask, 2, axis=0)
+    mask[1, -1] = False
+    extras = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), inputs.extras)
+    (prompt,) = inputs.prompts
+    there = prompt.slots < each * (crops - 1)
+    keep = np.ones(len(prompt.ids), bool)
+    keep[np.flatnonzero(prompt.ids == inputs.place["image_token"])[~there]] = False
+    shorter = prompt._replace(ids=prompt.ids[keep], slots=prompt.slots[there])
+    return inputs._replace(
+        images=np.repeat(inputs.images, 2, axis=0),
+        image_mask=mask,
+        extras=extras.replace(slot_mask=extras.slot_mask & mask[..., None]),
+        prompts=[prompt, shorter],
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _read(model, layout, params, visual, tokens, lengths, placement, follow):
+    """Logits through the cache and without it; where slots are in the end, and the last mask."""
+    apply = functools.partial(model.apply, {"params": params})
+    first, cache, sources = apply(
+        visual, tokens, lengths, layout, new_tokens=1, placement=placement, method="prefill"
+    )
+    follow = jnp.where(follow < 0, jnp.argmax(first, axis=-1), follow).astype(jnp.int32)
+    second, _ = apply(follow, cache, method="decode")
+    longer = appended(tokens, lengths, placement, follow)
+    whole = apply(visual, *longer, lengths, layout, method=without_cache)
+    kept = cache.segments[-1].live[:, : -tokens.shape[1] - 1]
+    return jnp.stack([first, second], axis=1), whole, sources[-1], kept
+
+
+def appended(tokens, lengths, placement: Placement, token):
+    """Texts with one token more behind each, and their placement."""
+    rows = jnp.arange(len(tokens))
+
+    def put(x, value):
+        x = jnp.pad(x, [(0, 0), (0, 1)] + [(0, 0)] * (x.ndim - 2))
+        value = jnp.asarray(value).reshape(-1, *(1,) * (x.ndim - 2))
+        return x.at[rows, lengths].set(jnp.broadcast_to(value, (len(rows), *x.shape[2:])))
+
+    return put(tokens, token), placement.replace(
+        text_index=put(placement.text_index, placement.next_index),
+        text_position=put(placement.text_position, placement.next_position),
+        text_block=put(placement.text_block, jnp.zeros_like(lengths)),
+    )
+
+
+def without_cache(model, visual: VisualTokens, tokens, placement, prompt_lengths, layout):
+    """Logits of texts in one pass, of which methods inside the decoder see the prompt only."""
+    place = jnp.arange(tokens.shape[1])
+    prompt = place < prompt_lengths[:, None]
+    live = place <= prompt_lengths[:, None]
+    behind = placement.text_index > placement.visual_index.max(axis=1, keepdims=True)
+    hidden, *_ = model.language(
+        visual,
+        model.language.embed(tokens),
+        jnp.broadcast_to(place, tokens.shape),
+        jnp.where(live, SHARED_SEGMENT, PADDING_SEGMENT),
+        columns=layout.columns,
+        signals=Signals(text=model.instruction(tokens, prompt_lengths)),
+        prompt=prompt & behind,
+        position_policy=model._position_policy(),
+        placement=placement,
+    )
+    return model.language.logits(hidden)
+
+
+def golden_models() -> list[str]:
+    """Golden models that see pictures, of the families that can be loaded."""
+    folders = sorted(path for path in GOLDEN.iterdir() if path.is_dir())
+    found = []
+    for path in folders:
+        kind = load.read_config(path)["model_type"]
+        if kind in FAMILIES and FAMILIES[kind].image_token is not None:
+            found.append(path.name)
+    return found

@@ -1,8 +1,8 @@
 """Imported models: a published checkpoint as one of ours, with what it takes to give it back.
 
 A folder with config.json and the other settings as published, the parameters under checkpoints/
-(step 0, layers stacked, as training wants them), dtypes.json (parameters keep theirs), and carried/:
-tensors that our model does not use, kept for the way back.
+(step 0, layers stacked, as training wants them), dtypes.json (parameters keep theirs), and
+carried/: tensors that our model does not use, kept for the way back.
 """
 
 import json

@@ -348,6 +348,10 @@ def verify(
     report: dict[str, Any] = dict(max_abs_error=error, features_error=None, greedy_match=None)
     if "out/image_features" in io and inputs.images is not None:
         theirs = np.asarray(io["out/image_features"])
+        if theirs.ndim == 4:  # Molmo gives features without a slot, too.
+            theirs = theirs.reshape(len(theirs), -1, theirs.shape[-1])
+            pairs = zip(theirs, inputs.prompts, strict=True)
+            theirs = np.concatenate([row[prompt.slots] for row, prompt in pairs])
         theirs = theirs.reshape(-1, theirs.shape[-1])
         ours = image_features(inputs, params)[:, : theirs.shape[1]]
         if len(ours) == len(theirs):

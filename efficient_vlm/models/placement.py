@@ -72,7 +72,7 @@ def place_tokens(
     Returns:
       The placement with a slot for each token; places in the prompt are kept in either case.
     """
-    if visual.embed.shape[1] == 0:
+    if visual.source.shape[1] == 0:
         return placement
     index, position, block = (
         held_mean(visual, value)

@@ -103,7 +103,8 @@ def phi_tensors(m: NameMap, text: Config, prefix: str, head: str, spelling: str)
     """Names of Phi below `prefix`."""
     m.plain(f"{PATH}embedding", f"{prefix}embed_tokens.weight")
     m.norm(f"{PATH}norm", f"{prefix}final_layernorm")
-    m.linear(f"{PATH}head", head)
+    if f"{PATH}head/kernel" in m:
+        m.linear(f"{PATH}head", head)
     for i in range(text["num_hidden_layers"]):
         ours, theirs = layer_paths(m, text, i, prefix)
         for name in ("query", "key", "value"):

@@ -45,7 +45,8 @@ def _model(config: Config) -> dict[str, Any]:
             bias=bias,
             activation=activation(config.get("projector_hidden_act", "gelu")),
         ),
-        decoder=decoder_fields(text, config.get("tie_word_embeddings")),
+        # The head is LLaVA's own, without bias: Phi's alone has one.
+        decoder={**decoder_fields(text, config.get("tie_word_embeddings")), "head_bias": False},
     )
 
 

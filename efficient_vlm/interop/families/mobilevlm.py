@@ -1,4 +1,4 @@
-"""MobileVLM (arXiv 2312.16886) and MobileVLM V2 (arXiv 2402.03766), as their authors publish them."""
+"""MobileVLM (arXiv 2312.16886) and MobileVLM V2 (arXiv 2402.03766), under their own names."""
 
 from typing import Any
 

@@ -6,6 +6,8 @@ from efficient_vlm.interop.families.gemma3 import GEMMA3
 from efficient_vlm.interop.families.internvl import INTERNVL
 from efficient_vlm.interop.families.llava import LLAVA
 from efficient_vlm.interop.families.mobilevlm import MOBILEVLM
+from efficient_vlm.interop.families.molmo import MOLMO
+from efficient_vlm.interop.families.molmo2 import MOLMO2
 from efficient_vlm.interop.families.paligemma import PALIGEMMA
 from efficient_vlm.interop.families.qwen_vl import QWEN_VL
 from efficient_vlm.interop.families.smolvlm import SMOLVLM
@@ -19,6 +21,8 @@ FAMILIES: dict[str, Family] = {
         INTERNVL,
         LLAVA,
         MOBILEVLM,
+        MOLMO,
+        MOLMO2,
         PALIGEMMA,
         QWEN_VL,
         SMOLVLM,

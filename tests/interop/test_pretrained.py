@@ -1,0 +1,168 @@
+"""A published directory asked in words: the tiny SmolVLM of tests/samples, tokenizer and all."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import efficient_vlm as evlm
+from efficient_vlm import cli
+from efficient_vlm.errors import UserError
+from efficient_vlm.interop.safetensors_read import Checkpoint
+
+TESTS = Path(__file__).parents[1]
+SAMPLE = TESTS / "samples" / "smolvlm"
+PHOTOS = [TESTS / "samples" / "llava" / f"{i:02}.jpg" for i in range(2)]
+
+
+def main(words):
+    """The command line; its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["efficient-vlm", *words])
+        return cli.main()
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return evlm.from_pretrained(SAMPLE)
+
+
+def test_a_batch_answers_as_each_alone(vlm):
+    """Rows with one, two and no picture, of different lengths."""
+    questions, photos = ["What is this?", "And these two, then?", "Hm"], [PHOTOS[:1], PHOTOS, []]
+    together = vlm.generate(questions, images=photos, max_new_tokens=6)
+    alone = [
+        vlm.generate(question, images=row, max_new_tokens=6)
+        for question, row in zip(questions, photos, strict=True)
+    ]
+    assert together == alone
+
+
+def test_a_stream_is_the_answer(vlm):
+    parts = []
+    answer = vlm.generate("Why?", images=PHOTOS[:1], max_new_tokens=8, stream=parts.append)
+    assert "".join(parts) == answer
+
+
+def test_no_new_program_for_another_question(vlm):
+    """Prompts of one length bucket share their programs."""
+    from efficient_vlm.inference import generate as module
+
+    programs = (module._encode, module._compress, module._prefill, module._decode)
+    vlm.generate("What is this?", images=PHOTOS[:1], max_new_tokens=4)
+    before = [program._cache_size() for program in programs]
+    vlm.generate("What else is here?", images=PHOTOS[:1], max_new_tokens=4)
+    assert [program._cache_size() for program in programs] == before
+
+
+@pytest.mark.parametrize("options", [dict(name="divprune", budget=4), dict(name="vtw", layer=1)])
+def test_full_budget_and_less(vlm, options):
+    request = vlm.request(["What?"], [PHOTOS[:1]])
+    plain = vlm.logits(request)[0, : request.lengths[0]]
+    other = vlm.with_compressor(**options)
+    logits = other.logits(other.request(["What?"], [PHOTOS[:1]]))[0, : request.lengths[0]]
+    # All four tokens of a tile are its full budget; vtw drops what it drops.
+    same = np.allclose(logits, plain, atol=1e-5 * np.abs(plain).max())
+    assert same is (options["name"] == "divprune")
+    fewer = vlm.with_compressor("divprune", 2).run(["What?"], [PHOTOS[:1]], max_new_tokens=2)
+    whole = vlm.run(["What?"], [PHOTOS[:1]], max_new_tokens=2)
+    assert np.asarray(whole.visual.mask).sum() == 2 * np.asarray(fewer.visual.mask).sum()
+    assert fewer.kv_bytes < whole.kv_bytes
+
+
+def test_other_weights_leave_and_come_back(vlm, tmp_path):
+    changed = vlm.with_params(jax.tree.map(lambda p: p * 1.5, vlm.params))
+    changed.save(tmp_path / "out")
+    again = evlm.from_pretrained(tmp_path / "out")
+    request = vlm.request(["What?"], [PHOTOS[:1]])
+    np.testing.assert_array_equal(changed.logits(request), again.logits(request))
+    assert not np.allclose(changed.logits(request), vlm.logits(request))
+    assert again.generate("Hm", max_new_tokens=2) == changed.generate("Hm", max_new_tokens=2)
+    with pytest.raises(UserError, match="came from there"):
+        vlm.save(SAMPLE)
+
+
+def test_import_verify_export(tmp_path, capsys):
+    golden = TESTS / "golden" / "llava"
+    imported, back = tmp_path / "imported", tmp_path / "back"
+    assert main(["import", str(golden), str(imported), f"--verify={golden / 'io.npz'}"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["family"] == "llava" and report["greedy_match"] is True
+    assert report["max_abs_error"] < 1e-4
+    assert main(["export", str(imported), str(back)]) == 0
+    before, after = Checkpoint.open(golden), Checkpoint.open(back)
+    assert report["params"] == sum(before.read(name).size for name in before.names)
+    assert all(np.array_equal(before.read(n), after.read(n)) for n in before.names)
+    # Other outputs than those of these weights: told, and the exit code says so.
+    with np.load(golden / "io.npz") as file:
+        arrays = {key: file[key] for key in file}
+    arrays["out/logits"] = arrays["out/logits"] * 1.01
+    np.savez(tmp_path / "other.npz", **arrays)
+    other = ["import", str(golden), str(tmp_path / "two"), f"--verify={tmp_path / 'other.npz'}"]
+    assert main(other) == 1
+
+
+def test_stored_dtypes_survive_an_import(tmp_path):
+    assert main(["import", str(SAMPLE), str(tmp_path / "one")]) == 0
+    assert main(["export", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    before, after = Checkpoint.open(SAMPLE), Checkpoint.open(tmp_path / "two")
+    for name in before.names:
+        assert before.dtype(name) == after.dtype(name)
+        assert before.read(name).tobytes() == after.read(name).tobytes()
+
+
+def spoiled(tmp_path, **changes):
+    """A copy of the sample with another config.json."""
+    folder = tmp_path / "spoiled"
+    shutil.copytree(SAMPLE, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "nowhere", "Hm"], "no such directory"),
+        (["generate", "{sample}", "Hm", "--image=nowhere.jpg"], "nowhere.jpg"),
+        (["generate", "{sample}", "Hm", "--max-new-tokens=0"], "max_new_tokens"),
+        (["generate", "{sample}", "Hm", "--compressor=visionzzip"], "visionzip"),
+        (
+            ["generate", "{sample}", "Hm", "--compressor=resampler", "--compressor.budget=2"],
+            "weights",
+        ),
+        (["generate", "{sample}", "Hm", "--compressor=tome", "--compressor.budget=2"], "projector"),
+        (["generate", "{sample}", "Hm", "--compressor=fastv", "--compressor.layer=9"], "layer"),
+        (["generate", "{sample}", "Hm", "--compressor.budget=2"], "no method"),
+        (["import", "{sample}", "{out}", "--verify=nowhere.npz"], "nowhere.npz"),
+        (["import", "{sample}/config.json", "{out}"], "config.json"),
+        (["export", "{sample}", "{sample}"], "came from there"),
+    ],
+)
+def test_mistakes_are_told_in_three_lines(arguments, message, tmp_path, capsys):
+    names = dict(sample=SAMPLE, out=tmp_path / "out")
+    assert main([word.format(**names) for word in arguments]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") <= 3
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "smolvlmm"}, "smolvlm"),
+        ({"model_type": None}, "model_type"),
+        ({"scale_factor": 4}, "shape"),
+        ({"text_config": {}}, "config.json: no"),
+        ({"tie_word_embeddings": True}, "unknown"),
+    ],
+)
+def test_another_config_than_that_of_the_weights(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message) as caught:
+        evlm.from_pretrained(spoiled(tmp_path, **changes))
+    assert str(caught.value).count("\n") <= 2

@@ -44,9 +44,6 @@ def audit(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """
     subject = read_subject(args, overrides)
     chosen = read_methods(subject, args.compressor, args.options)
-    if subject.own and all(m.fields["name"] in ("none", subject.own["name"]) for m in chosen):
-        # To compare a projector with itself would tell nothing.
-        subject = dataclasses.replace(subject, bare=True)
     target = parse_target(args.match) if args.match else None
     entries = [make_entry(subject, method, target) for method in chosen]
     if args.json:
@@ -187,7 +184,7 @@ def _finish(subject: Subject, entry: Entry) -> Entry:
     The ledger adds up fields; without this, it has numbers for what the model refuses.
     """
     fields = entry.ledger.compressor
-    dry_run(subject.model(fields), subject.images)
+    dry_run(subject.model(fields), subject.images, subject.pooled)
     return dataclasses.replace(entry, note=_count_note(fields, subject.images))
 
 
@@ -211,8 +208,8 @@ def _count_note(fields: Mapping[str, Any], images: int) -> str | None:
 def to_json(subject: Subject, entries: Sequence[Entry]) -> dict[str, Any]:
     """What --json prints: one method flat, several as a list under "methods"."""
     head = {subject.kind: subject.name, **subject.sizes}
-    if subject.own is not None:
-        head["own_compressor"] = dict(subject.own)
+    if subject.projector is not None:
+        head["projector"] = subject.projector
     found = []
     for entry in entries:
         row = entry.ledger.to_json()

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from efficient_vlm.models.vlm import VisionLanguageModel
+from efficient_vlm.models.vlm import ImageExtras, VisionLanguageModel
 
 
-def dry_run(model: VisionLanguageModel, images: int = 1) -> None:
+def dry_run(model: VisionLanguageModel, images: int = 1, pooled: int | None = None) -> None:
     """Traces a forward pass with abstract parameters and inputs; nothing is computed or allocated.
 
     Half a second for a model of 7B or 13B, some four for a method that cuts at every layer.
@@ -14,6 +14,8 @@ def dry_run(model: VisionLanguageModel, images: int = 1) -> None:
     Args:
       model: any configuration.
       images: of the row, as methods inside the decoder see them all.
+      pooled: tokens of the row that read patches of any image, see `vlm.ImageExtras`; None where
+        each image has its own.
 
     Raises:
       UserError: what the model itself refuses.
@@ -23,9 +25,18 @@ def dry_run(model: VisionLanguageModel, images: int = 1) -> None:
     inputs = {
         "images": jax.ShapeDtypeStruct((1, images, rows, columns, 3), jnp.uint8),
         "image_mask": jax.ShapeDtypeStruct((1, images), bool),
-        "tokens": jax.ShapeDtypeStruct((1, 1, 2), jnp.int32),
-        "lengths": jax.ShapeDtypeStruct((1, 1), jnp.int32),
-        "prompt_lengths": jax.ShapeDtypeStruct((1, 1), jnp.int32),
     }
+    options = {}
+    if pooled is None:
+        inputs["tokens"] = jax.ShapeDtypeStruct((1, 1, 2), jnp.int32)
+        inputs["lengths"] = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        inputs["prompt_lengths"] = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    else:
+        inputs["tokens"] = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+        inputs["lengths"] = jax.ShapeDtypeStruct((1,), jnp.int32)
+        each = model.make_projector().side ** 2
+        index = jax.ShapeDtypeStruct((1, pooled, each), jnp.int32)
+        inputs["extras"] = ImageExtras(pool_index=index)
+        options["method"] = "text_logits"
     key = jax.random.key(0)
-    jax.eval_shape(lambda key, inputs: model.init(key, **inputs, rng=key), key, inputs)
+    jax.eval_shape(lambda key, inputs: model.init(key, **inputs, rng=key, **options), key, inputs)

@@ -68,13 +68,17 @@ class EncoderCost:
 def encoder_cost(vit: ViT, patches: int, stages: Sequence[Stage] = ()) -> EncoderCost:
     """Counts a vision transformer over one image of `patches` patches, beside it its CLS token.
 
+    Only the layers that the features need. Layers that attend in windows count the full square: a
+    dense kernel with a mask computes it.
+
     Args:
       vit: unbound.
       patches: of the image.
       stages: of a method inside it; each leaves `module.budget` patch tokens.
     """
     special, head_dim = int(vit.class_token), vit.width // vit.num_heads
-    pixels = _CHANNELS * vit.patch_size**2
+    pixels = _CHANNELS * vit.temporal_patch * vit.patch_size**2
+    matrices = 3 if vit.mlp_gated else 2
     if vit.stem_dim is None:
         total = dense(patches, pixels, vit.width)
     else:
@@ -88,14 +92,14 @@ def encoder_cost(vit: ViT, patches: int, stages: Sequence[Stage] = ()) -> Encode
                 beside += with_keys(stage.module, head_dim).flops(count, vit.width)
                 count = after(stage.module, count)
 
-    for layer in range(vit.depth):
+    for layer in range(vit.layers_run):
         cut(layer, inside=False)
         tokens = count + special
         total += attention(tokens, tokens, vit.width, vit.num_heads, vit.num_heads, head_dim)
         cut(layer, inside=True)
-        total += 2 * dense(count + special, vit.width, vit.mlp_dim)
+        total += matrices * dense(count + special, vit.width, vit.mlp_dim)
         layers.append(EncoderLayerTokens(tokens, count + special))
-    cut(vit.depth, inside=False)
+    cut(vit.layers_run, inside=False)
     return EncoderCost(total, beside, tuple(layers), count)
 
 

@@ -254,7 +254,7 @@ def _cell(variant, params, asked, sources, *, label, text) -> maps.Cell:
     """The token map of one question, and the heat map where the method has one."""
     ended, found = heat.where_ended(sources), heat.heat(variant, params, *asked, sources)
     scores, meaning = found if found is not None else (None, "")
-    columns = variant.make_encoder().grid[1]
+    columns = variant.slot_grid[1]
     grid = (ended.size // columns, columns)
     return maps.Cell(*label, ended, text, grid=grid, scores=scores, meaning=meaning)
 

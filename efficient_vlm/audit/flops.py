@@ -4,8 +4,10 @@ Conventions, the same everywhere in this project:
 
 * 2 FLOPs per multiply-add; every matrix product counts, nothing else does (norms, softmax,
   activations, rotary positions, gathers, sorting and image resizing count as 0).
-* Attention counts the full rectangle queries x keys, also where a mask hides half of it: a dense
-  kernel computes it, and papers count it. A causal kernel that skips hidden blocks does less.
+* Attention counts the full rectangle queries x keys, also where a mask hides half of it, or all
+  but a window: a dense kernel computes it, and papers count it. A kernel that skips hidden blocks
+  does less.
+* Slots of a picture without a place in the prompt (overlapping crops) are computed, and count.
 * A mixture of experts counts the router, `top_k` experts a token, the weighted sum of their outputs
   and the shared expert; blocks padded by an implementation are not counted.
 * Decoding counts keys over the whole static cache, as the program reads it.
@@ -16,7 +18,7 @@ Conventions, the same everywhere in this project:
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -30,6 +32,7 @@ from efficient_vlm.audit.encoder_flops import (
 from efficient_vlm.audit.products import attention, dense, mixture
 from efficient_vlm.audit.records import STAGES
 from efficient_vlm.compressors.base import Compressor, describe
+from efficient_vlm.compressors.grids import Grid
 from efficient_vlm.errors import UserError
 from efficient_vlm.models.decoder import Decoder
 from efficient_vlm.models.vit import ViT
@@ -83,13 +86,14 @@ class Cost:
         return sum(layer.visual for layer in self.layers) / max(len(self.layers), 1)
 
 
-def layer_flops(decoder: Decoder, queries: int, keys: int) -> int:
-    """FLOPs of one decoder layer for `queries` new tokens that look at `keys` keys."""
+def layer_flops(decoder: Decoder, queries: int, keys: int, layer: int = 0) -> int:
+    """FLOPs of decoder layer `layer` for `queries` new tokens that look at `keys` keys."""
     heads, kv_heads, dim = decoder.num_heads, decoder.kv_heads, decoder.dim
     total = attention(queries, keys, decoder.width, heads, kv_heads, dim)
-    if decoder.moe is not None:
+    if decoder.moe is not None and layer not in tuple(decoder.dense_layers):
         return total + mixture(queries, decoder.width, decoder.moe)
-    return total + 3 * dense(queries, decoder.width, decoder.mlp_dim)
+    matrices = 3 if decoder.mlp_gated else 2
+    return total + matrices * dense(queries, decoder.width, decoder.mlp_dim)
 
 
 def amdahl(accelerated: float, speedup: float = math.inf) -> float:
@@ -118,6 +122,7 @@ def model_cost(
     new_tokens: int = 1,
     images: int = 1,
     image_size: int | tuple[int, int] | None = None,
+    pooled: int | None = None,
 ) -> Cost:
     """Counts one question about one row of images, batch 1.
 
@@ -127,6 +132,8 @@ def model_cost(
       new_tokens: room for generated tokens in the cache.
       images: images of the row.
       image_size: pixels, one side or (height, width); None for the encoder's own.
+      pooled: tokens of the row where each reads patches of any image (`vlm.ImageExtras`); a budget
+        in front of the decoder is then of all of them. None: each image has its own tokens.
 
     Raises:
       UserError: an image size that is no multiple of the patch size, or a negative length.
@@ -138,15 +145,18 @@ def model_cost(
     method = model.make_compressor()
     if image_size is not None:
         vit = vit.clone(image_size=image_size)
-    grid = method.image_grid(vit.grid)
-    patches = grid[0] * grid[1]
+    entrance = _entrance(model, method, vit, pooled)
+    patches = math.prod(entrance.patches)
     inside = method.where == "encoder"
-    stages = method.stages(vit.depth, patches, class_token=vit.class_token) if inside else ()
+    stages = method.stages(vit.layers_run, patches, class_token=vit.class_token) if inside else ()
     encoder = encoder_cost(vit, patches, stages)
-    joined, between = _join(model, method, vit, decoder.width, encoder.patches)
-    between = images * (between + encoder.stage_flops)
+    between = images * (encoder.stage_flops + signal_flops(vit, method, patches))
+    tokens = encoder.patches if inside else math.prod(entrance.read)
+    joined, more = _join(model, method, entrance, tokens, decoder.width)
+    rows = 1 if pooled else images
+    between += rows * (more + _projector_flops(model, vit, entrance, images if pooled else 1))
 
-    visual = joined * images
+    visual = joined * rows
     layers, prefill, decode, kv_tokens = [], 0, 0, 0
     left = visual
     for segment, (start, stop, reducer) in enumerate(decoder.runs(visual)):
@@ -154,11 +164,12 @@ def model_cost(
             between += _cut_flops(decoder, reducer, left, text_tokens)
             left = after(reducer, left)
         count, length = stop - start, left + text_tokens
-        prefill += count * layer_flops(decoder, length, length)
-        decode += count * layer_flops(decoder, 1, length + new_tokens)
+        for layer in range(start, stop):
+            prefill += layer_flops(decoder, length, length, layer)
+            decode += layer_flops(decoder, 1, length + new_tokens, layer)
         kv_tokens += count * (length + new_tokens)
         layers += [LayerTokens(segment, left, text_tokens)] * count
-    head = dense(1, decoder.width, decoder.vocab_size)
+    head = dense(1, decoder.width, decoder.head_size or decoder.vocab_size)
     per_token = 2 * decoder.kv_heads * decoder.dim * jnp.dtype(decoder.dtype).itemsize
     parts = (images * encoder.flops, between, prefill, head)
     return Cost(
@@ -172,28 +183,81 @@ def model_cost(
     )
 
 
+class _Entrance(NamedTuple):
+    """The grids on the way of one image (or of a whole row, where tokens are pooled across it).
+
+    Attributes:
+      source: of tokens, for an image of its own size.
+      read: of tokens that the compressor gets; smaller where the method makes images smaller.
+      patches: of one image, in the encoder.
+      width: channels of a token.
+      head_dim: of the encoder's keys.
+      pooled: whether tokens read patches of any image of the row.
+    """
+
+    source: Grid
+    read: Grid
+    patches: Grid
+    width: int
+    head_dim: int
+    pooled: bool
+
+
+def _entrance(
+    model: VisionLanguageModel, method: Compressor, vit: ViT, pooled: int | None
+) -> _Entrance:
+    projector = None if model.projector is None else model.make_projector()
+    source = vit.grid if projector is None else projector.cells(vit.grid)
+    source = (1, pooled) if pooled else source
+    read = method.image_grid(source)
+    patches = vit.grid
+    if read != source:
+        side = 1 if projector is None else projector.side
+        patches = read[0] * side, read[1] * side
+    width = vit.feature_width
+    if getattr(projector, "features", None):
+        width = projector.features * (1 + getattr(projector, "deepstack", 0))
+    return _Entrance(source, read, patches, width, vit.width // vit.num_heads, bool(pooled))
+
+
+def _projector_flops(
+    model: VisionLanguageModel, vit: ViT, entrance: _Entrance, images: int
+) -> int:
+    """FLOPs of the model's own projector, for one image or for all `images` of a pooled row."""
+    if model.projector is None:
+        return 0
+    projector, (rows, columns) = model.make_projector(), entrance.patches
+    options = {"tokens": math.prod(entrance.read)} if entrance.pooled else {}
+    return projector.flops((rows * images, columns), vit.feature_width, **options)
+
+
 def _join(
-    model: VisionLanguageModel, method: Compressor, vit: ViT, width: int, patches: int
+    model: VisionLanguageModel, method: Compressor, entrance: _Entrance, tokens: int, width: int
 ) -> tuple[int, int]:
-    """Tokens of one image that enter the decoder, and FLOPs from the encoder's end to there."""
+    """Tokens of one image that enter the decoder, and FLOPs from the projector's end to there.
+
+    Args:
+      model, method: whose.
+      entrance: of the image.
+      tokens: that the method gets.
+      width: of the decoder.
+    """
+    joined = entrance.width
+    connected = width * (1 + (model.decoder.get("deepstack") or 0))
     if method.where != "between":
-        return patches, _connector(model.connector, vit.width, width, patches)
-    _check_budget(method, vit.grid)
-    if method.image_grid(vit.grid) == vit.grid:
-        kept = after(method, patches)
-    else:
-        kept = method.budget  # `patches` of a smaller image, and padding behind them.
+        return tokens, _connector(model.connector, joined, connected, tokens)
+    _check_budget(method, entrance.source)
+    # `tokens` of a smaller image, and padding behind them.
+    kept = after(method, tokens) if entrance.read == entrance.source else method.budget
     if method.projected:
-        connector = _connector(model.connector, vit.width, width, patches)
-        return kept, connector + method.flops(patches, width, width)
-    sized = with_keys(method, vit.width // vit.num_heads)
-    total = sized.flops(patches, vit.width, width)
-    total += signal_flops(vit, method, patches)
-    joined = getattr(method, "features", None) or vit.width  # Width of what it gives out.
-    return kept, total + _connector(model.connector, joined, width, kept)
+        connector = _connector(model.connector, joined, connected, tokens)
+        return kept, connector + method.flops(tokens, connected, width)
+    total = with_keys(method, entrance.head_dim).flops(tokens, joined, width)
+    joined = getattr(method, "features", None) or joined  # Width of what it gives out.
+    return kept, total + _connector(model.connector, joined, connected, kept)
 
 
-def _check_budget(method: Compressor, grid: tuple[int, int]) -> None:
+def _check_budget(method: Compressor, grid: Grid) -> None:
     """The error of `Compressor.check_call`, without an input."""
     reachable = method.reachable(grid)
     if method.budget is not None and method.budget not in reachable:

@@ -113,10 +113,11 @@ def heat(
       length: of it.
       sources: for each run of decoder layers, int [N]; a row of `Generated.sources`.
     """
-    method, vit = model.make_compressor(), model.make_encoder()
+    method = model.make_compressor()
     asked = method.intermediates()
     if method.where == "between" and "attention_row" in asked:
-        row = _row(vit, asked["attention_row"], params["vit"], images)
+        plain = model.clone(compressor={"name": "none"})
+        row = _row(plain, asked["attention_row"], params, images)
         return Heat(np.asarray(row, float).reshape(-1), attention_meaning(asked["attention_row"]))
     if isinstance(method, selectors.TextTopK):
         given = (images[None], image_mask[None], prompt[None], np.array([length]))
@@ -144,10 +145,11 @@ def attention_meaning(intermediate: str) -> str:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _row(vit: ViT, asked: str, params, images):
-    """float32 [M, N] of the encoder alone: methods that read the same row share this program."""
-    _, found = vit.apply({"params": params}, images, intermediates=(asked,))
-    return found[asked]
+def _row(plain: VisionLanguageModel, asked: str, params, images):
+    """float32 [M, N] of the model without a method: those that read the same row share this."""
+    there, row = jnp.ones((1, len(images)), bool), {"attention_row": asked}
+    _, signals = plain.apply({"params": params}, images[None], there, asked=row, method="encode")
+    return signals.attention_row
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -122,6 +122,7 @@ def build(
     text_tokens: int,
     new_tokens: int = 1,
     images: int = 1,
+    pooled: int | None = None,
     baseline: Cost | None = None,
 ) -> Ledger:
     """The ledger of a model; nothing is initialised, traced or allocated.
@@ -134,12 +135,13 @@ def build(
       text_tokens: of the prompt; 0 counts visual tokens only, as PyramidDrop and FitPrune do.
       new_tokens: generated tokens.
       images: of one question (tiles, crops).
+      pooled: see `flops.model_cost`.
       baseline: cost without the method; None for the same model with the compressor "none".
 
     Raises:
       UserError: a budget, layer or grid that the method cannot have in this model.
     """
-    sizes = dict(text_tokens=text_tokens, new_tokens=new_tokens, images=images)
+    sizes = dict(text_tokens=text_tokens, new_tokens=new_tokens, images=images, pooled=pooled)
     cost = flops.model_cost(model, **sizes)
     if baseline is None:
         baseline = flops.model_cost(without(model), **sizes)
@@ -168,10 +170,10 @@ def without(model: VisionLanguageModel) -> VisionLanguageModel:
     """The same model with no compression at all, inside the decoder neither."""
     segments = tuple({"layers": s["layers"]} for s in model.decoder["segments"])
     decoder = {**model.decoder, "segments": segments, "compressor": None}
-    grid = model.make_encoder().grid
-    compressor = {"name": "none", "budget": grid[0] * grid[1]}
-    connector = {**model.connector, "identity": False}
-    return model.clone(compressor=compressor, decoder=decoder, connector=connector)
+    connector = model.connector
+    if model.projector is None:  # An identity only fits a compressor that is the projector.
+        connector = {**connector, "identity": False}
+    return model.clone(compressor={"name": "none"}, decoder=decoder, connector=connector)
 
 
 def _rows(cost: Cost) -> tuple[LayerRow, ...]:
@@ -184,13 +186,17 @@ def _rows(cost: Cost) -> tuple[LayerRow, ...]:
 
 
 def _published(decoder: Decoder, rows: tuple[LayerRow, ...], matrices: int) -> int:
-    moe = decoder.moe
-    if moe is None:
-        mlp_dim = decoder.mlp_dim
-    else:
-        mlp_dim = moe["top_k"] * moe["expert_dim"] + (moe.get("shared_dim") or 0)
+    moe, dense_layers = decoder.moe, tuple(decoder.dense_layers)
+
+    def mlp_dim(layer: int) -> int:
+        if moe is None or layer in dense_layers:
+            return decoder.mlp_dim
+        return moe["top_k"] * moe["expert_dim"] + (moe.get("shared_dim") or 0)
+
     return sum(
-        published_layer_flops(row.visual_in + row.text_in, decoder.width, mlp_dim, matrices)
+        published_layer_flops(
+            row.visual_in + row.text_in, decoder.width, mlp_dim(row.layer), matrices
+        )
         for row in rows
     )
 

@@ -35,10 +35,11 @@ def show(subject: "Subject", entries: Sequence["Entry"], console: Console | None
     )
     for fact in subject.facts:
         console.print(f"  {fact}", markup=False)
-    if subject.own is not None:
+    if subject.projector is not None:
+        rows, columns = subject.plain.slot_grid
         console.print(
-            f"  its own projector: {describe(subject.own)}; methods in the decoder act behind it, "
-            "others replace it",
+            f"  its own projector: {describe(subject.projector)}; methods get what it makes of an "
+            f"image, {rows} x {columns} tokens",
             markup=False,
         )
     for entry in entries:
@@ -56,11 +57,6 @@ def describe(compressor: Mapping[str, Any]) -> str:
         f"{k}={_short(v)}" for k, v in compressor.items() if k != "name" and v is not None
     )
     return f"{compressor['name']}({options})" if options else str(compressor["name"])
-
-
-def _title(subject: "Subject") -> str:
-    """What methods are compared with."""
-    return "none" if subject.own is None or subject.bare else "as published"
 
 
 def _short(value: Any) -> str:
@@ -81,7 +77,7 @@ def _one(subject: "Subject", entry: "Entry", console: Console) -> None:
         console.print(
             f"encoder: {attended[0]:,} tokens in, {found.encoder_out:,} out, of each image"
         )
-    console.print(_costs(found, base, _title(subject)))
+    console.print(_costs(found, base))
     law = found.amdahl
     console.print(
         f"Amdahl, with FLOPs for time: without it {100 * law.share:.3g} % of the work is "
@@ -106,10 +102,10 @@ def _layers(found: Ledger, title: str) -> Table:
     return table
 
 
-def _costs(found: Ledger, base: Ledger, name: str) -> Table:
+def _costs(found: Ledger, base: Ledger) -> Table:
     table = _table(None)
     table.add_column("")
-    for title in ("with", name, "share"):
+    for title in ("with", "none", "share"):
         table.add_column(title, justify="right")
 
     def row(title: str, value: int, other: int, shown=lambda n: si(n)):
@@ -160,7 +156,7 @@ def _several(subject: "Subject", entries: Sequence["Entry"], console: Console) -
             *more,
         )
 
-    row(_title(subject), base, *[""] * matched)
+    row("none", base, *[""] * matched)
     table.add_section()
     for entry in entries:
         more = [si(entry.match.goal) + (" !" if entry.match.far else "")] if matched else []

@@ -157,7 +157,7 @@ class WithRun:
         trained = loop.restore(self.config, workdir, _Known(self.tokenizer, spec))
         self.model, self.params, self._resize = trained.model, trained.params, spec.resize
         self._image, vit = image, self.model.make_encoder()
-        self.grid = vit.grid
+        self.grid = self.model.slot_grid
         self._pixels = tuple(side * vit.patch_size for side in vit.grid)
         self.note = f"the encoder and decoder of {workdir}"
         self.question = question or _question(data)
@@ -192,7 +192,7 @@ class WithRun:
             fields["attention"] = "column_mean"
         if "middle_layer" in has and "middle_layer" not in fields:
             fields["middle_layer"] = 9 / 24  # As published, in a deeper or shallower encoder.
-        depth = decoder.num_layers if kind.where == "decoder" else vit.depth
+        depth = decoder.num_layers if kind.where == "decoder" else vit.layers_run
         first_cut = {"layer": 1} if "layer" in has else {"layers": (1,)} if "layers" in has else {}
         try:
             return self._reach(fields, depth, budget)

@@ -75,7 +75,8 @@ def setting_of(variant: VisionLanguageModel, num_visual: int | None = None) -> S
 
     Args:
       variant: a model at one setting.
-      num_visual: patches of the input; None for one image of the encoder's own size.
+      num_visual: tokens that the method gets of the input; None for one image of the encoder's own
+        size.
 
     Raises:
       UserError: cuts that do not fit this encoder or decoder.
@@ -95,11 +96,11 @@ def setting_of(variant: VisionLanguageModel, num_visual: int | None = None) -> S
 def tokens_of_image(variant: VisionLanguageModel, num_visual: int | None = None) -> int:
     """Visual tokens of one image that enter the decoder; `num_visual` as in `setting_of`."""
     vit, method = variant.make_encoder(), variant.make_compressor()
-    tokens = num_visual or vit.grid[0] * vit.grid[1]
+    tokens = num_visual or math.prod(variant.slot_grid)
     if method.where == "between":
         return tokens if method.budget is None else method.budget
     if method.where == "encoder":
-        for stage in method.stages(vit.depth, tokens, class_token=vit.class_token):
+        for stage in method.stages(vit.layers_run, tokens, class_token=vit.class_token):
             tokens = stage.module.budget
     return tokens
 

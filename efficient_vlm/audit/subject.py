@@ -11,7 +11,7 @@ import ml_collections
 from efficient_vlm import config as configs
 from efficient_vlm.audit import flops, ledger
 from efficient_vlm.audit.ledger import Ledger
-from efficient_vlm.compressors import grids, methods
+from efficient_vlm.compressors import methods
 from efficient_vlm.errors import UserError
 from efficient_vlm.models import presets
 from efficient_vlm.models.build import construct
@@ -26,8 +26,7 @@ class Subject:
       kind, name: "preset" or "config", and which.
       config: with the section "model".
       text_tokens, new_tokens, images: of one question about one picture.
-      own: the projector that the published model has itself, or None.
-      bare: compare with no compression at all, also where the model has a projector of its own.
+      pooled: tokens of the picture where they read patches across crops, see `flops.model_cost`.
       facts: lines about the preset, for the reader.
     """
 
@@ -37,35 +36,25 @@ class Subject:
     text_tokens: int
     new_tokens: int
     images: int
-    own: Mapping[str, Any] | None = None
-    bare: bool = False
+    pooled: int | None = None
     facts: tuple[str, ...] = ()
 
     def model(self, method: Mapping[str, Any] | None = None) -> VisionLanguageModel:
         """The model with a method, or as it is configured.
 
-        A method inside the decoder acts behind the model's own projector. Any other takes its
-        place, and an identity connector, which only fits that projector, becomes one matrix.
+        A model's own projector is part of it: methods get the tokens that it makes.
         """
         fields = configs.section(self.config, "model")
-        if method is None:
-            return construct(VisionLanguageModel, fields, "model")
-        if self.own is not None and methods.find(method["name"]).where == "decoder":
-            found = {**self._entry_grid(), **method}
-            fields["decoder"] = {**fields["decoder"], "compressor": found}
-        else:
+        if method is not None:
             fields["compressor"] = dict(method)
-            if self.own is not None and method["name"] != self.own["name"]:
-                fields["connector"] = {**fields["connector"], "identity": False}
+        if self.pooled:
+            fields["compressor"] = {"grid": (1, self.pooled), **fields["compressor"]}
         return construct(VisionLanguageModel, fields, "model")
 
-    def _entry_grid(self) -> dict[str, grids.Grid]:
-        """The option `grid` of one image behind the model's own projector; {} if it has none."""
-        grid = self.model().make_encoder().grid
-        budget = self.own.get("budget")
-        if budget is not None:
-            grid = grids.fitted_grid(grid, budget)
-        return {"grid": grid} if budget in (None, grid[0] * grid[1]) else {}
+    @property
+    def projector(self) -> dict[str, Any] | None:
+        """The model's own projector, name and fields, or None."""
+        return configs.section(self.config, "model").get("projector")
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -73,35 +62,37 @@ class Subject:
 
     @functools.cached_property
     def plain(self) -> VisionLanguageModel:
-        """What methods are compared with: as published, or without any compression."""
-        model = self.model()
-        return ledger.without(model) if self.own is None or self.bare else model
+        """What methods are compared with: the model without any compression."""
+        return ledger.without(self.model())
 
     @functools.cached_property
     def _plain_cost(self) -> flops.Cost:
-        return flops.model_cost(self.plain, **self.sizes)
+        return flops.model_cost(self.plain, **self.sizes, pooled=self.pooled)
 
     @functools.cached_property
     def baseline(self) -> Ledger:
         """The ledger of `plain`."""
-        return ledger.build(self.plain, **self.sizes, baseline=self._plain_cost)
+        return self._ledger(self.plain)
 
     def ledger(self, method: Mapping[str, Any]) -> Ledger:
         """The ledger of the model with a method."""
-        built = ledger.build(self.model(method), **self.sizes, baseline=self._plain_cost)
-        return dataclasses.replace(built, compressor=dict(method))
+        return dataclasses.replace(self._ledger(self.model(method)), compressor=dict(method))
+
+    def _ledger(self, model: VisionLanguageModel) -> Ledger:
+        given = dict(self.sizes, pooled=self.pooled, baseline=self._plain_cost)
+        return ledger.build(model, **given)
 
     def knobs(self, method: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         """The settings of a method in this model, from the fewest tokens to the most."""
         encoder, decoder = self.plain.make_encoder(), self.plain.make_decoder()
-        rows, columns = encoder.grid
+        rows, columns = (1, self.pooled) if self.pooled else self.plain.slot_grid
         probe = dict(method)
         if "budget" not in probe and not _stands_alone(probe):
             probe["budget"] = rows * columns  # Only so that there is a module to ask.
         if methods.find(method["name"]).where == "decoder":
             module = methods.build(**probe, parent=None)
             return list(module.knobs(decoder.num_layers, self.baseline.entering))
-        return list(self.model(probe).make_compressor().knobs(encoder.depth, rows * columns))
+        return list(self.model(probe).make_compressor().knobs(encoder.layers_run, rows * columns))
 
 
 def _stands_alone(method: Mapping[str, Any]) -> bool:
@@ -120,22 +111,25 @@ def read_subject(args: argparse.Namespace, overrides: Sequence[str]) -> Subject:
     if (args.preset is None) == (args.config is None):
         raise UserError(
             "audit: give one of --preset and --config",
-            allowed="--preset=" + ", ".join(presets.names()),
+            allowed="--preset=" + ", ".join(presets.visual_names()),
             fix="for example --preset=llava-1.5-7b, or --config=configs/quickstart.py",
         )
     facts: tuple[str, ...] = ()
-    own = None
+    pooled = None
     if args.preset is not None:
         preset = presets.get(args.preset)
+        if preset["visual_tokens"] is None:
+            raise UserError(
+                f"--preset={args.preset}: a language model without images, nothing to compress",
+                allowed=", ".join(presets.visual_names()),
+            )
         config = ml_collections.ConfigDict({"model": preset["model"]})
         for override in overrides:
             configs.apply_override(config, override)
         text, images = preset["text_tokens"], preset["images"]
         facts = preset["notes"]
         if args.images is None:
-            facts = (f"picture: {preset['picture']}", *facts)
-        if config.model.compressor["name"] != "none":
-            own = config.model.compressor.to_dict()
+            facts, pooled = (f"picture: {preset['picture']}", *facts), preset["pooled"]
     else:
         config = configs.load(args.config, overrides)
         if "model" not in config:
@@ -150,7 +144,7 @@ def read_subject(args: argparse.Namespace, overrides: Sequence[str]) -> Subject:
     name = args.preset or args.config
     kind = "preset" if args.preset else "config"
     counts = sizes["text"], sizes["new"], sizes["images"]
-    return Subject(kind, name, config, *counts, own=own, facts=facts)
+    return Subject(kind, name, config, *counts, pooled=pooled, facts=facts)
 
 
 def _read_data(config: ml_collections.ConfigDict) -> tuple[int, int]:

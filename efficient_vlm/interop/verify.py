@@ -243,13 +243,12 @@ def _pooled(model, given, counts) -> _Pictures:
     images, mask = _spread(images, [sum(crops[i] for i in own) for own in per_row])
     most = max(counts)
     index = np.full((len(counts), most, given["image_token_pooling"].shape[1]), -1, np.int32)
-    start = 0
-    for row, own in enumerate(per_row):
-        at = before = 0
-        for i in own:
-            part = given["image_token_pooling"][start : start + tokens[i]]
-            index[row, at : at + len(part)] = np.where(part >= 0, part + before * patches, -1)
-            start, at, before = start + len(part), at + len(part), before + crops[i]
+    start = before = 0
+    for row, count in enumerate(counts):
+        part = given["image_token_pooling"][start : start + count]
+        # Theirs count the patches of the batch, ours those of a row.
+        index[row, :count] = np.where(part >= 0, part - before * patches, -1)
+        start, before = start + count, before + sum(crops[i] for i in per_row[row])
     model = model.sized(*images.shape[2:4])
     model = model.clone(compressor={**model.compressor, "grid": (1, most)})
     slots = [np.arange(count) for count in counts]

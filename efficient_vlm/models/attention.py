@@ -30,6 +30,7 @@ def attention_mask(
     window: int | None = None,
     q_blocks: jax.Array | None = None,
     kv_blocks: jax.Array | None = None,
+    window_spares_blocks: bool = False,
 ) -> jax.Array:
     """The one place where masks are made: (causal OR same block) AND window AND valid AND segment.
 
@@ -44,6 +45,7 @@ def attention_mask(
       window: a query sees this many keys up to and including its own place; the prefix stays.
       q_blocks, kv_blocks: int [B, Sq] and [B, Skv]; tokens of one block see each other, whichever
         comes first; 0 for tokens of no block.
+      window_spares_blocks: whether they do so however far apart; else the window holds there too.
 
     Returns:
       bool [B, Sq, Skv].
@@ -52,14 +54,15 @@ def attention_mask(
     q_seg, k_seg = q_segments[..., :, None], kv_segments[..., None, :]
     visible = (k_seg == q_seg) | (k_seg == SHARED_SEGMENT)
     visible &= k_seg != PADDING_SEGMENT
+    same_block = False
+    if q_blocks is not None:
+        one, two = q_blocks[..., :, None], kv_blocks[..., None, :]
+        same_block = (one == two) & (one > 0)
     if causal:
-        ordered = (k <= q) | ((q < prefix_length) & (k < prefix_length))
-        if q_blocks is not None:
-            one, two = q_blocks[..., :, None], kv_blocks[..., None, :]
-            ordered |= (one == two) & (one > 0)
-        visible &= ordered
+        visible &= (k <= q) | ((q < prefix_length) & (k < prefix_length)) | same_block
     if window is not None:
-        visible &= (k > q - window) | (k < prefix_length)
+        near = (k > q - window) | (k < prefix_length)
+        visible &= near | same_block if window_spares_blocks else near
     return visible
 
 

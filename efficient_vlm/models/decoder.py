@@ -56,7 +56,8 @@ class Decoder(nn.Module):
       rope_theta, rope_fraction, rope_scaling, rope_sections, rope_interleaved: see
         `rotary.rotate`.
       layer_types: "global" or "local" for each layer; None for all global.
-      window: keys that a query of a local layer sees, see `attention.attention_mask`; None for all.
+      window, window_spares_blocks: keys that a query of a local layer sees, see
+        `attention.attention_mask`; window None for all.
       local_rope: theta and scaling of local layers, None for those of the others.
       qk_norm, qk_scale, qkv_bias, out_bias: see `attention.Attention`; `attention_scale` is its
         logit_scale, `attention_softcap` its softcap.
@@ -99,6 +100,7 @@ class Decoder(nn.Module):
     rope_interleaved: bool = False
     layer_types: Sequence[str] | None = None
     window: int | None = None
+    window_spares_blocks: bool = False
     local_rope: Mapping[str, Any] | None = None
     qk_norm: bool | str = False
     qk_scale: float = 1.0
@@ -469,9 +471,8 @@ class Decoder(nn.Module):
         options = dict(q_blocks=blocks, kv_blocks=blocks)
         local = None
         if self._local is not None and self.window is not None:
-            options["window"] = self.window
-            local = attention_mask(index, index, marks, marks, **options)
-            del options["window"]
+            near = dict(window=self.window, window_spares_blocks=self.window_spares_blocks)
+            local = attention_mask(index, index, marks, marks, **near, **options)
         inputs = LayerInputs(
             positions=positions,
             mask=attention_mask(index, index, marks, marks, **options),

@@ -53,7 +53,7 @@ def held_mean(visual: VisualTokens, values: jax.Array) -> jax.Array:
     exact = jax.lax.Precision.HIGHEST
     total = jnp.einsum("rvt,rvc->rtc", holds, flat, precision=exact)
     mean = total / jnp.maximum(holds.sum(axis=1), 1.0)[..., None]
-    return mean.reshape(-1, count, *values.shape[2:])
+    return mean.reshape(values.shape[0], count, *values.shape[2:])
 
 
 def place_tokens(

@@ -1,176 +1,32 @@
-"""Published models as configurations of ours: their geometry, no weights.
+"""Published models as configurations of ours: their exact geometry, no weights.
 
-A preset fixes what decides tokens, FLOPs and bytes: patches, widths, layers, heads (with grouped
-keys), feed-forward widths, experts, vocabulary, and how a picture becomes images. Ours differ from
-the originals in what costs next to nothing: no biases, RMSNorm instead of LayerNorm, GELU for each
-of its variants. Where more than that differs, `notes` of the preset says so.
-
-Sizes: transformers 5.23 and allenai/molmo configurations and their parameter counts.
-`tests/models/test_presets.py` lists what ours leave out, part by part: with that the counts are
-equal.
+A preset is an entry of `interop.published` read by its family: the fields that its weights load
+into, how the default picture becomes images, and the published sizes.
+`tests/models/test_presets.py` counts every model's parameters against them, to the unit.
 """
 
-import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from efficient_vlm.errors import unknown
+from efficient_vlm.interop import published
+from efficient_vlm.interop.families.table import family_of
 
 # Prompt with its template, about; papers count 30 (M3) to 64 tokens. The same for every preset.
 TEXT_TOKENS = 64
-
-# 23 of the 24 layers of CLIP ViT-L/14-336: LLaVA and Molmo take features in front of the last.
-_CLIP = dict(
-    image_size=336,
-    patch_size=14,
-    width=1024,
-    depth=23,
-    num_heads=16,
-    mlp_dim=4096,
-    position="learned",
-    class_token=True,
-)
-_SIGLIP = dict(
-    patch_size=14, width=1152, depth=27, num_heads=16, mlp_dim=4304, position="learned"
-)  # so400m
-
-
-def _decoder(width: int, layers: int, **fields: Any) -> dict[str, Any]:
-    causal = dict(bidirectional_visual=False)
-    return {"width": width, "segments": [{"layers": layers}], **causal, **fields}
-
-
-def _llava(width: int, layers: int, heads: int, mlp_dim: int) -> dict[str, Any]:
-    return dict(
-        model=dict(
-            vocab_size=32_064,
-            encoder=_CLIP,
-            compressor=dict(name="none", budget=576),
-            connector=dict(hidden_dim=width),
-            decoder=_decoder(width, layers, num_heads=heads, mlp_dim=mlp_dim),
-        ),
-        picture="any, resized to 336 x 336",
-        source="arXiv 2310.03744",
-    )
-
-
-def _paligemma(size: int) -> dict[str, Any]:
-    return dict(
-        model=dict(
-            vocab_size=257_216,
-            encoder={**_SIGLIP, "image_size": size},
-            compressor=dict(name="none", budget=(size // 14) ** 2),
-            connector={},
-            decoder=_decoder(
-                2048,
-                18,
-                num_heads=8,
-                num_kv_heads=1,
-                head_dim=256,
-                mlp_dim=16_384,
-                tie_embeddings=True,
-                bidirectional_visual=True,  # A prefix-LM.
-            ),
-        ),
-        picture=f"any, resized to {size} x {size}",
-        source="arXiv 2407.07726",
-    )
-
-
-def _molmo(hidden_dim: int, vocab_size: int, decoder: dict[str, Any]) -> dict[str, Any]:
-    pool = dict(num_heads=16, head_dim=64, hidden_dim=hidden_dim, features=decoder["width"])
-    return dict(
-        model=dict(
-            vocab_size=vocab_size,
-            encoder=_CLIP,
-            compressor=dict(name="molmo_pool", budget=144, **pool),
-            connector=dict(identity=True),
-            decoder=decoder,
-        ),
-        images=2,
-        picture="336 x 336: one crop and the whole picture",
-        source="arXiv 2409.17146",
-        notes=(
-            "the pooling reads one encoder layer of width 1024, the original two side by side",
-            "crops of larger pictures overlap and share tokens; here each of --images has all 144",
-            "the 28 tokens that mark rows and crops are text here: add them with --text",
-        ),
-    )
-
-
-_PRESETS: dict[str, dict[str, Any]] = {
-    "llava-1.5-7b": _llava(4096, 32, 32, 11_008),
-    "llava-1.5-13b": _llava(5120, 40, 40, 13_824),
-    "smolvlm-256m": dict(
-        model=dict(
-            vocab_size=49_280,
-            encoder=dict(
-                image_size=512,
-                patch_size=16,
-                width=768,
-                depth=12,
-                num_heads=12,
-                mlp_dim=3072,
-                position="learned",
-            ),
-            compressor=dict(name="pixel_shuffle", budget=64, features=576),
-            connector=dict(identity=True),
-            decoder=_decoder(576, 30, num_heads=9, num_kv_heads=3, mlp_dim=1536),
-        ),
-        images=13,
-        picture="768 x 1024: 3 x 4 tiles of 512 and the whole picture",
-        source="arXiv 2504.05299",
-    ),
-    "paligemma-3b-224": _paligemma(224),
-    "paligemma-3b-448": _paligemma(448),
-    "paligemma-3b-896": _paligemma(896),
-    "qwen2-vl-2b": dict(
-        model=dict(
-            vocab_size=151_936,
-            encoder=dict(
-                image_size=(756, 1036),
-                patch_size=14,
-                width=1280,
-                depth=32,
-                num_heads=16,
-                mlp_dim=5120,
-            ),
-            # The merger: 2 x 2 neighbours side by side, 5120 -> 5120 -> decoder.
-            compressor=dict(name="pixel_shuffle", budget=999, features=5120),
-            connector={},
-            decoder=_decoder(
-                1536, 28, num_heads=12, num_kv_heads=2, mlp_dim=8960, tie_embeddings=True
-            ),
-        ),
-        picture="768 x 1024, resized to 756 x 1036",
-        source="arXiv 2409.12191",
-        notes=(
-            "the patch embedding sees each picture once, the original twice (as two frames)",
-            "position tables stand for the axial rotary positions",
-        ),
-    ),
-    "molmo-7b-d": _molmo(
-        18_944,
-        152_064,
-        _decoder(3584, 28, num_heads=28, num_kv_heads=4, mlp_dim=18_944),
-    ),
-    "molmoe-1b": _molmo(
-        1024,
-        50_304,
-        _decoder(
-            2048,
-            16,
-            num_heads=16,
-            qk_norm=True,
-            moe=dict(num_experts=64, top_k=8, expert_dim=1024, normalize=False),
-        ),
-    ),
-}
+# Sizes of a published model that a preset repeats.
+_SIZES = ("params", "params_active", "params_vision")
 
 
 def names() -> tuple[str, ...]:
-    """The presets that `get` knows."""
-    return tuple(_PRESETS)
+    """The presets that `get` knows, sorted; `visual_names` are those with a vision encoder."""
+    return published.names()
+
+
+def visual_names() -> tuple[str, ...]:
+    """The presets that see pictures."""
+    return tuple(name for name in names() if published.get(name)["visual_tokens"] is not None)
 
 
 def get(name: str) -> dict[str, Any]:
@@ -180,19 +36,138 @@ def get(name: str) -> dict[str, Any]:
       name: one of `names()`.
 
     Returns:
-      model: fields of `VisionLanguageModel`, half precision; its `compressor` is the model's own
-        projector (Molmo's pooling, SmolVLM's and Qwen's space-to-depth), "none" where it has none.
+      model: fields of `VisionLanguageModel`, half precision, with the compressor "none"; an encoder
+        for pictures near their own size is set to what the default picture is resized to.
+      family: of `interop.families`.
       text_tokens: of a prompt.
-      images: tiles, crops and thumbnails that one picture becomes.
-      picture: the picture that this is for, in words.
-      notes: what differs from the original beside biases and norms.
-      source: the paper.
+      images: tiles, crops and thumbnails that one picture becomes; 0 for a language model.
+      pooled: visual tokens of the picture where they read patches across crops, else None.
+      picture: the picture that this is for, in words; None for a language model.
+      notes: what the numbers do not say.
+      source: the paper, and the weights' name on the hub.
+      params, params_active, params_vision: see `published.get`.
+      visual_tokens: that the default picture becomes; None for a language model.
 
     Raises:
       UserError: no such preset, with the nearest name.
     """
-    if not isinstance(name, str) or name not in _PRESETS:
-        raise unknown("--preset", str(name), _PRESETS)
-    preset: Mapping[str, Any] = copy.deepcopy(_PRESETS[name])
-    filled = {"text_tokens": TEXT_TOKENS, "images": 1, "notes": (), **preset}
-    return {**filled, "model": {**filled["model"], "dtype": "bfloat16"}}
+    if name not in names():
+        raise unknown("--preset", str(name), names())
+    entry = published.get(name)
+    config, visual = entry["config"], entry["visual_tokens"] or {}
+    family = family_of(config)
+    fields = family.model(config)
+    size = _native_size(entry)
+    if size is not None:
+        fields["encoder"] = {**fields["encoder"], "image_size": size}
+    notes = list(entry["notes"])
+    images, tokens = visual.get("images", 0), visual.get("tokens")
+    # Molmo2 pools patches across its crops.
+    pooled = tokens if family.name == "molmo2" else None
+    if family.name == "molmo":
+        notes.append(
+            f"crops overlap: {tokens:,} of their tokens have a place in the prompt; all of each of "
+            "--images are computed, and counted here"
+        )
+    if marks := visual.get("sequence", tokens or 0) - (tokens or 0):
+        notes.append(f"{marks} tokens that mark rows and crops are text: add them with --text")
+    return {
+        "model": {**fields, "dtype": "bfloat16"},
+        "family": family.name,
+        "text_tokens": TEXT_TOKENS,
+        "images": images,
+        "pooled": pooled,
+        "picture": _picture(entry, size),
+        "notes": tuple(notes),
+        "source": entry["source"],
+        "visual_tokens": tokens,
+        **{size: entry[size] for size in _SIZES},
+    }
+
+
+def table() -> list[dict[str, Any]]:
+    """All presets, one row each, from the published table alone.
+
+    Returns:
+      Rows with name, family, the sizes of `published.get`, visual_tokens and images of the default
+      picture (None for a language model), context (positions that the language model was made for)
+      and source.
+    """
+    rows = []
+    for name in names():
+        entry = published.get(name)
+        text = entry["config"].get("text_config") or entry["config"]
+        visual = entry["visual_tokens"] or {}
+        rows.append(
+            {
+                "name": name,
+                "family": family_of(entry["config"]).name,
+                **{size: entry[size] for size in _SIZES},
+                "visual_tokens": visual.get("tokens"),
+                "images": visual.get("images"),
+                "picture": visual.get("picture"),
+                "context": text.get("max_position_embeddings") or text.get("max_sequence_length"),
+                "source": entry["source"],
+            }
+        )
+    return rows
+
+
+def count(name: str) -> dict[str, int]:
+    """Parameters of a published checkpoint, counted on our model without allocating any.
+
+    Tensors that the checkpoint holds and no parameter of ours is made of are added from the table
+    (`unused`).
+
+    Args:
+      name: one of `names()`.
+
+    Returns:
+      params: all, tied tables once.
+      params_active: of them those that one token uses: `top_k` of the experts of each mixture.
+    """
+    from efficient_vlm.interop.load import build_model, name_map, parameter_shapes
+
+    entry = published.get(name)
+    config = entry["config"]
+    model = build_model(config)
+    sizes = {path: math.prod(leaf.shape) for path, leaf in parameter_shapes(model).items()}
+    used = name_map(family_of(config), config, model).tensors()
+    unread = sum(
+        size for part, size in entry["unused"].items() if not any(part in name for name in used)
+    )
+    total = sum(sizes.values()) + unread
+    moe, idle = model.decoder.get("moe"), 0
+    if moe:
+        experts = sum(n for path, n in sizes.items() if path.endswith(("moe/gate", "moe/up",
+                                                                       "moe/down")))  # fmt: skip
+        idle = experts * (moe["num_experts"] - moe["top_k"]) // moe["num_experts"]
+    return {"params": total, "params_active": total - idle}
+
+
+def _native_size(entry: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Pixels that the default picture is resized to, for encoders without a size of their own."""
+    settings = entry["image_processor"]
+    if settings is None or "merge_size" not in settings:
+        return None
+    from efficient_vlm.interop.pictures.native import smart_resize
+
+    height, width = map(int, entry["visual_tokens"]["picture"].split(" x "))
+    size = settings["size"]
+    return smart_resize(
+        height,
+        width,
+        factor=settings["patch_size"] * settings["merge_size"],
+        min_pixels=size["shortest_edge"],
+        max_pixels=size["longest_edge"],
+    )
+
+
+def _picture(entry: Mapping[str, Any], size: tuple[int, int] | None) -> str | None:
+    """What the visual tokens are of."""
+    visual = entry["visual_tokens"]
+    if visual is None:
+        return None
+    resized = f", resized to {size[0]} x {size[1]}" if size else ""
+    crops = f", {visual['images']} tiles or crops" if visual["images"] > 1 else ""
+    return f"{visual['picture']}{resized}{crops}"

@@ -2,7 +2,8 @@
 
 A projector is part of a model, not a method under study: its weights come with the checkpoint, and
 what it gives back are the tokens that methods then choose from. It is a module called on patch
-features [B, h*w, C] of one grid, and says with `cells` what grid it makes of it.
+features [B, h*w, C] of one grid, and says with `cells` what grid it makes of it. `flops` counts its
+matrix products for one image, 2 for a multiply-add, as `compressors.base.Compressor.flops` does.
 """
 
 from collections.abc import Mapping
@@ -64,6 +65,18 @@ class PatchMerger(nn.Module):
             )
         return grid[0] // self.side, grid[1] // self.side
 
+    @nn.nowrap
+    def flops(self, grid: Grid, width: int) -> int:
+        """FLOPs for one image of `grid` patches of `width` channels."""
+        rows, columns = self.cells(grid)
+        parts = self.deepstack + 1
+        inputs = width // parts * self.side**2
+        if self.hidden_dim is None:
+            weights = inputs * self.features
+        else:
+            weights = self.hidden_dim * (inputs + self.features)
+        return 2 * rows * columns * parts * weights
+
     @nn.compact
     def __call__(self, x: jax.Array, grid: Grid, real: jax.Array | None = None) -> jax.Array:
         """[B, h*w, C] -> [B, cells, features * (1 + deepstack)]."""
@@ -98,6 +111,12 @@ class AveragePool(nn.Module):
 
     cells = PatchMerger.cells
 
+    @nn.nowrap
+    def flops(self, grid: Grid, width: int) -> int:
+        """None: means count as 0."""
+        del grid, width
+        return 0
+
     @nn.compact
     def __call__(self, x: jax.Array, grid: Grid, real: jax.Array | None = None) -> jax.Array:
         """[B, h*w, C] -> [B, cells, C]."""
@@ -130,6 +149,18 @@ class AttentionPool(nn.Module):
     def cells(self, grid: Grid) -> Grid:
         """The grid of tokens that a grid of patches becomes."""
         return -(-grid[0] // self.side), -(-grid[1] // self.side)
+
+    @nn.nowrap
+    def flops(self, grid: Grid, width: int, tokens: int | None = None) -> int:
+        """FLOPs for `grid` patches of `width` channels; `tokens` that read side x side of them
+        each where an index names these, None for those of the blocks."""
+        patches, inner = grid[0] * grid[1], self.num_heads * self.head_dim
+        if tokens is None:
+            rows, columns = self.cells(grid)
+            tokens = rows * columns
+        total = 2 * inner * width * (tokens + 2 * patches)
+        total += 2 * 2 * tokens * self.side**2 * inner
+        return total + 2 * tokens * (inner**2 + self.hidden_dim * (2 * inner + self.features))
 
     @nn.compact
     def __call__(self, x: jax.Array, grid: Grid, real: jax.Array | None = None) -> jax.Array:
@@ -186,13 +217,21 @@ class Method(nn.Module):
 
     cells = PatchMerger.cells
 
+    @nn.nowrap
+    def flops(self, grid: Grid, width: int) -> int:
+        """FLOPs for one image of `grid` patches of `width` channels."""
+        return self._module(grid, parent=None).flops(grid[0] * grid[1], width)
+
     @nn.compact
     def __call__(self, x: jax.Array, grid: Grid, real: jax.Array | None = None) -> jax.Array:
         """[B, h*w, C] -> [B, cells, features]."""
+        return self._module(grid)(VisualTokens.from_grid(x, grid)).embed
+
+    @nn.nowrap
+    def _module(self, grid: Grid, **fields: Any) -> compressors.Compressor:
         rows, columns = self.cells(grid)
         options = dict(budget=rows * columns, grid=grid, features=self.features)
-        module = compressors.build(self.method, **options)
-        return module(VisualTokens.from_grid(x, grid)).embed
+        return compressors.build(self.method, **options, **fields)
 
 
 PROJECTORS: dict[str, type[nn.Module]] = {

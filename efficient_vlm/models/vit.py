@@ -131,7 +131,9 @@ class ViT(nn.Module):
       rope_theta: base of rotary positions over rows and columns (`rotary.axial`); None for none.
       window: patches along a side of the windows inside which layers attend, except `full_layers`;
         None for no windows (arXiv 2502.13923, section 2.1.1).
-      class_token: whether a learned CLS token stands before the patches; the features exclude it.
+      class_token: whether a learned CLS token stands before the patches.
+      class_feature: whether the features include that token, in front; they are then no grid but
+        one row.
       class_position: whether that token has a position embedding.
       norm, norm_epsilon: see `layers.make_norm`.
       activation, mlp_gated: of the MLP: "gelu_tanh" and others of `layers.ACTIVATIONS`.
@@ -165,6 +167,7 @@ class ViT(nn.Module):
     window: int | None = None
     full_layers: Sequence[int] = ()
     class_token: bool = False
+    class_feature: bool = False
     class_position: bool = False
     norm: str = "rms"
     norm_epsilon: float = 1e-6
@@ -194,6 +197,11 @@ class ViT(nn.Module):
                 allowed=f"multiples of model.encoder.patch_size={self.patch_size}",
             )
         return height // self.patch_size, width // self.patch_size
+
+    @nn.nowrap
+    def feature_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the features of an image of `grid` patches."""
+        return (1, 1 + grid[0] * grid[1]) if self.class_feature else tuple(grid)
 
     @property
     def layers_run(self) -> int:
@@ -276,6 +284,7 @@ class ViT(nn.Module):
                 cls = cls + self.param("class_position", init, (1, self.width)).astype(self.dtype)
             x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), *cls.shape)), x], axis=1)
             extra = 1
+        skipped = 0 if self.class_feature else extra
         norm = functools.partial(make_norm, self.norm, self.norm_epsilon, dtype=self.dtype)
         if self.pre_norm:
             x = norm(name="pre_norm")(x)
@@ -349,7 +358,7 @@ class ViT(nn.Module):
             x = plain(x, done, layer)
             done = layer
             if layer - 1 in kept:
-                outputs[layer - 1] = x[:, extra:]
+                outputs[layer - 1] = x[:, skipped:]
             for index in (i for at, i in before if at == layer):
                 x = reduce(index, x, None)
             if layer in looked_at:
@@ -373,13 +382,13 @@ class ViT(nn.Module):
                     if at == layer:
                         scale = self.qk_scale * (self.width // self.num_heads) ** -0.5
                         value = INTERMEDIATES[name](x, inner["query"], inner["key"], scale)
-                        found[asked] = value[:, extra:]
+                        found[asked] = value[:, skipped:]
         x = plain(x, done, depth)
         if kept:
-            outputs[done if done == depth else depth - 1] = x[:, extra:]
+            outputs[done if done == depth else depth - 1] = x[:, skipped:]
             features = jnp.concatenate([outputs[layer] for layer in kept], axis=-1)
         else:
-            features = x[:, extra:]
+            features = x[:, skipped:]
         if self.final_norm and not kept:
             features = norm(name="norm")(features)
         if stages:

@@ -164,6 +164,12 @@ class VisionLanguageModel(nn.Module):
             return
         self.vit = self.make_encoder()
         method = self.make_compressor()
+        if self.vit.class_feature and method.where == "encoder":
+            raise UserError(
+                f"compressor.name: {method.label} merges patches inside the encoder, but the "
+                "features of this model include the CLS token (model.encoder.class_feature)",
+                allowed="methods between encoder and decoder, or inside the decoder",
+            )
         # A method inside the encoder or decoder leaves nothing to do between them.
         self.reduce = method if method.where == "between" else selectors.Identity(None)
         width = self.language.width * (1 + self.language.deepstack)
@@ -196,7 +202,8 @@ class VisionLanguageModel(nn.Module):
     @property
     def slot_grid(self) -> tuple[int, int]:
         """Rows and columns of tokens that an image of the encoder's size becomes."""
-        grid = self.make_encoder().grid
+        vit = self.make_encoder()
+        grid = vit.feature_grid(vit.grid)
         return grid if self.projector is None else self.make_projector().cells(grid)
 
     def make_encoder(self) -> ViT:
@@ -274,8 +281,8 @@ class VisionLanguageModel(nn.Module):
         """The layout of images [B, M, H, W, 3]."""
         if extras.pool_index is not None:
             return Layout(1, 1, extras.pool_index.shape[1])
-        patch = self.make_encoder().patch_size
-        grid = tuple(side // patch for side in images.shape[-3:-1])
+        vit = self.make_encoder()
+        grid = vit.feature_grid(tuple(side // vit.patch_size for side in images.shape[-3:-1]))
         cells = grid if self.projector is None else self.make_projector().cells(grid)
         return Layout(images.shape[1], *cells)
 
@@ -355,10 +362,11 @@ class VisionLanguageModel(nn.Module):
 
     def _resized_patches(self, grid: tuple[int, int], extras: ImageExtras) -> tuple[int, int]:
         """Patches of an image that is made smaller, so that it becomes a `grid` of tokens."""
-        if extras.pool_index is not None or extras.valid is not None:
+        no_grid = self.vit.class_feature
+        if no_grid or extras.pool_index is not None or extras.valid is not None:
             raise UserError(
                 f"compressor.name: {self.reduce.label} makes images smaller, but tokens of this "
-                "model read patches across crops, or images of several sizes",
+                "model read patches across crops, or images of several sizes, or are no grid",
                 allowed="pool, which averages tokens; or a smaller picture",
             )
         side = 1 if self.projector is None else self.project.side

@@ -62,22 +62,6 @@ IN_DECODER = {
 }
 
 
-class Read(NamedTuple):
-    """What the decoder makes of visual tokens and prompts.
-
-    Attributes:
-      cached: logits behind the prompt and behind one token more, through the cache: [R, 2, vocab].
-      whole: logits behind each token of those texts, without a cache: [R, S + 1, vocab].
-      held: bool [R, slots], which slots are in a token that the last layer sees.
-      tokens: static, visual tokens of a row in the last layer, padding included.
-    """
-
-    cached: np.ndarray
-    whole: np.ndarray
-    held: np.ndarray
-    tokens: int
-
-
 class Subject:
     """A golden model with a batch of two rows: one picture, two pictures.
 
@@ -137,29 +121,57 @@ class Subject:
         found = [b for b in reachable(method, self.grid) if b <= (count + 1) // 2]
         return {**options, "budget": found[0]}
 
-    def visual(self, model: VisionLanguageModel):
-        """Visual tokens in front of the decoder, and the inputs that they came from."""
+    def at(self, model: VisionLanguageModel) -> "Reading":
+        """Visual tokens of a model in front of its decoder; UserError if it cannot be."""
         inputs = self.inputs(model)
         model = inputs.model
-        tokens, lengths, _ = inputs.placed()
+        tokens, lengths, placement = inputs.placed()
         layout = model.layout(inputs.images, inputs.extras)
-        asked = generate.programs_of(model, layout).encode
+        programs = generate.programs_of(model, layout)
         pictures = (inputs.images, inputs.image_mask, inputs.extras)
-        found = generate._encode(*asked, self.params, *pictures)
+        found = generate._encode(*programs.encode, self.params, *pictures)
         text = (tokens[:, None], lengths[:, None])
         visual = generate._compress(model, layout, self.params, *found, *text, jax.random.key(0))
-        return visual, inputs
+        given = (visual, tokens, lengths, placement)
+        return Reading(programs.prefill, layout, self.params, given)
 
-    def read(self, model: VisionLanguageModel, follow: np.ndarray | None = None) -> Read:
-        """Runs a model; `follow` is a first generated token [R], None for its own choice."""
-        visual, inputs = self.visual(model)
-        tokens, lengths, placement = inputs.placed()
-        layout = inputs.model.layout(inputs.images, inputs.extras)
-        prefill = generate.programs_of(inputs.model, layout).prefill
-        own = np.full(len(tokens), -1, np.int32) if follow is None else follow
-        given = (visual, tokens, lengths, placement, own)
-        cached, whole, source, kept = _read(prefill, layout, self.params, *given)
-        return Read(np.asarray(cached), np.asarray(whole), np.asarray(source) >= 0, kept.shape[1])
+
+class Reading(NamedTuple):
+    """A model whose decoder is about to read visual tokens and prompts.
+
+    Attributes:
+      model, layout: static.
+      given: visual tokens, text tokens [R, S], lengths [R], placement.
+    """
+
+    model: VisionLanguageModel
+    layout: Any
+    params: Any
+    given: tuple
+
+    @property
+    def rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of the last prompt token of each row."""
+        return np.arange(len(self.given[2])), self.given[2] - 1
+
+    def whole(self, follow: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Logits behind each token of the prompts and of one token [R] more, in one pass.
+
+        Returns:
+          float32 [R, S + 1, vocab]; int32 [R, slots], which token of the last layer holds each
+          slot, -1 for none.
+        """
+        found = _whole(self.model, self.layout, self.params, *self.given, follow)
+        return tuple(map(np.asarray, found))
+
+    def cached(self, follow: np.ndarray) -> tuple[np.ndarray, int]:
+        """Logits behind the prompts and behind one token more, through the cache.
+
+        Returns:
+          float32 [R, 2, vocab]; keys of the last layer's cache that are visual tokens.
+        """
+        logits, keys = _cached(self.model, self.layout, self.params, *self.given, follow)
+        return np.asarray(logits), keys.shape[1] - self.given[1].shape[1] - 1
 
 
 def deepened(model: VisionLanguageModel, params: Any) -> tuple[VisionLanguageModel, Any]:
@@ -197,18 +209,20 @@ def without_last_crop(inputs: verify.Inputs) -> verify.Inputs:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _read(model, layout, params, visual, tokens, lengths, placement, follow):
-    """Logits through the cache and without it; where slots are in the end, and the last mask."""
+def _cached(model, layout, params, visual, tokens, lengths, placement, follow):
     apply = functools.partial(model.apply, {"params": params})
-    first, cache, sources = apply(
-        visual, tokens, lengths, layout, new_tokens=1, placement=placement, method="prefill"
-    )
-    follow = jnp.where(follow < 0, jnp.argmax(first, axis=-1), follow).astype(jnp.int32)
+    options = dict(new_tokens=1, placement=placement)
+    first, cache, _ = apply(visual, tokens, lengths, layout, **options, method="prefill")
+    live = cache.segments[-1].live
     second, _ = apply(follow, cache, method="decode")
+    return jnp.stack([first, second], axis=1), live
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _whole(model, layout, params, visual, tokens, lengths, placement, follow):
     longer = appended(tokens, lengths, placement, follow)
-    whole = apply(visual, *longer, lengths, layout, method=without_cache)
-    kept = cache.segments[-1].live[:, : -tokens.shape[1] - 1]
-    return jnp.stack([first, second], axis=1), whole, sources[-1], kept
+    given = (visual, *longer, lengths, layout)
+    return model.apply({"params": params}, *given, method=without_cache)
 
 
 def appended(tokens, lengths, placement: Placement, token):
@@ -228,12 +242,13 @@ def appended(tokens, lengths, placement: Placement, token):
 
 
 def without_cache(model, visual: VisualTokens, tokens, placement, prompt_lengths, layout):
-    """Logits of texts in one pass, of which methods inside the decoder see the prompt only."""
+    """Logits of texts in one pass, of which methods inside the decoder see the prompt only; and
+    where the slots are in the last layer."""
     place = jnp.arange(tokens.shape[1])
     prompt = place < prompt_lengths[:, None]
     live = place <= prompt_lengths[:, None]
     behind = placement.text_index > placement.visual_index.max(axis=1, keepdims=True)
-    hidden, *_ = model.language(
+    hidden, _, _, sources = model.language(
         visual,
         model.language.embed(tokens),
         jnp.broadcast_to(place, tokens.shape),
@@ -244,7 +259,7 @@ def without_cache(model, visual: VisualTokens, tokens, placement, prompt_lengths
         position_policy=model._position_policy(),
         placement=placement,
     )
-    return model.language.logits(hidden)
+    return model.language.logits(hidden), sources[-1]
 
 
 def golden_models() -> list[str]:

@@ -13,6 +13,7 @@ from efficient_vlm.interop.names import NameMap
 
 def _model(config: Config) -> dict[str, Any]:
     vision, text = config["vision_config"], config["text_config"]
+    decoder = decoder_fields(text, config.get("tie_word_embeddings"))
     return dict(
         # Released files leave it out.
         vocab_size=text.get("vocab_size", 262_208),
@@ -20,7 +21,7 @@ def _model(config: Config) -> dict[str, Any]:
         compressor=dict(name="none"),
         projector=dict(name="average_pool", side=_side(config)),
         connector=dict(norm="rms_plus1", norm_epsilon=vision.get("layer_norm_eps", 1e-6)),
-        decoder=decoder_fields(text, config.get("tie_word_embeddings")),
+        decoder={**decoder, "bidirectional_visual": True},
     )
 
 

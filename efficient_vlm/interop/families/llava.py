@@ -28,13 +28,15 @@ def _model(config: Config) -> dict[str, Any]:
     layers = tuple(layer if layer < 0 else layer - 1 for layer in layers)
     select = config.get("vision_feature_select_strategy", "default")
     is_clip = vision.get("model_type", "clip_vision_model").startswith("clip")
-    if is_clip != (select == "default"):
+    if select != "full" and not (is_clip and select == "default"):
         raise UserError(
             f"config.json: vision_feature_select_strategy={select!r} with a "
             f"{vision.get('model_type')}",
-            allowed="default (the CLS token is left out) for CLIP, full for SigLIP",
+            allowed="full, or for CLIP default (the CLS token is left out)",
         )
     encoder = clip(vision, layers) if is_clip else siglip(vision, layers)
+    if is_clip and select == "full":
+        encoder["class_feature"] = True
     bias = config.get("multimodal_projector_bias", True)
     return dict(
         vocab_size=text["vocab_size"],

@@ -16,12 +16,14 @@ def _vision(config: Config) -> Config:
 
 def _model(config: Config) -> dict[str, Any]:
     text = config["text_config"]
+    decoder = decoder_fields(text, config.get("tie_word_embeddings"))
     return dict(
         vocab_size=text["vocab_size"],
         encoder=siglip(_vision(config)),
         compressor=dict(name="none"),
         connector=dict(bias=True),
-        decoder=decoder_fields(text, config.get("tie_word_embeddings")),
+        # The window of Gemma 2 does not cut the prefix, as in transformers.
+        decoder={**decoder, "bidirectional_visual": True, "window_spares_blocks": True},
     )
 
 

@@ -53,8 +53,7 @@ def siglip(
 
 def _common(vision: Config, act: str, epsilon: float) -> dict[str, Any]:
     return dict(
-        # Patches are whole: of 384 pixels and patches of 14 the last 6 are not seen.
-        image_size=vision["image_size"] // vision["patch_size"] * vision["patch_size"],
+        image_size=vision["image_size"],
         patch_size=vision["patch_size"],
         crop_remainder=True,
         width=vision["hidden_size"],

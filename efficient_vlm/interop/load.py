@@ -17,11 +17,12 @@ from flax import linen as nn
 from efficient_vlm.errors import UserError
 from efficient_vlm.interop import safetensors_write
 from efficient_vlm.interop.families.base import Config, Family
-from efficient_vlm.interop.families.table import family_of
+from efficient_vlm.interop.families.table import FAMILIES, family_of
 from efficient_vlm.interop.names import NameMap
 from efficient_vlm.interop.progress import progress
 from efficient_vlm.interop.safetensors_format import CheckpointError
 from efficient_vlm.interop.safetensors_read import Checkpoint
+from efficient_vlm.interop.tokenizer import special_id
 from efficient_vlm.models.stack import STACKS, unstack
 from efficient_vlm.models.vlm import VisionLanguageModel
 
@@ -39,6 +40,10 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f"{path}: {error}", fix="download it again") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: not a JSON object", fix="download it again")
+    family = FAMILIES.get(config.get("model_type"))
+    for name, token in family.special_ids.items() if family else ():
+        if name not in config and (found := special_id(directory, token)) is not None:
+            config[name] = found
     return config
 
 
@@ -145,7 +150,10 @@ class Source:
             }
             lost = sorted(set(wanted) - set(there))
             unknown = sorted(set(there) - set(wanted) - carried)
-            tries.append((len(lost) + len(unknown), lost, unknown, names, there, carried))
+            shapes = ((checkpoint.shape(there[n]), wanted[n]) for n in set(wanted) & set(there))
+            other = sum(tuple(found) != tuple(shape) for found, shape in shapes)
+            score = (len(lost) + len(unknown), other)
+            tries.append((score, lost, unknown, names, there, carried))
         _, lost, unknown, self.names, self.there, carried = min(tries, key=lambda item: item[0])
         self.carried = tuple(sorted(carried))
         if lost or unknown:

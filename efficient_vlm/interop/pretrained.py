@@ -267,7 +267,11 @@ class Pretrained:
         self, ids: Sequence[Sequence[int]], pictured: Sequence[Sequence[Pictured]]
     ) -> Request:
         """Token ids with visual slots among them, and the pictures that go there, as arrays."""
-        model, images, mask, extras, slots, grids = gather(self.model, pictured)
+        model = self.model
+        if any(pictured):
+            seen = dict(pixel_mean=self.pictures.mean, pixel_std=self.pictures.std)
+            model = model.clone(encoder={**model.encoder, **seen})
+        model, images, mask, extras, slots, grids = gather(model, pictured)
         prompts = [
             Prompt(np.asarray(row), s, g) for row, s, g in zip(ids, slots, grids, strict=True)
         ]

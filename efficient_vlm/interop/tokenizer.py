@@ -55,6 +55,17 @@ def special_tokens(directory: str | os.PathLike) -> dict[str, str]:
     return named
 
 
+def special_id(directory: str | os.PathLike, token: str) -> int | None:
+    """Id of a special token by the files of a tokenizer, without building it; None for none."""
+    directory = Path(directory)
+    added = read_json(directory / "tokenizer.json").get("added_tokens") or ()
+    ids = {entry["content"]: entry["id"] for entry in added}
+    decoder = read_json(directory / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    ids.update({entry["content"]: int(number) for number, entry in decoder.items()})
+    ids.update(read_json(directory / "added_tokens.json"))
+    return ids.get(token)
+
+
 class Tokenizer:
     """Text to ids and back as the published model means it.
 

@@ -24,6 +24,8 @@ class Family:
         along, and exported again.
       processor: (preprocessor config, config.json) -> a picture processor; None without images.
       image_token: config.json -> id of the token that stands for each visual token in a prompt.
+      special_ids: settings that config.json may lack -> the special token whose id they are, looked
+        up in the files of the tokenizer.
       prompt: name of a function of `prompts` for checkpoints without a chat template.
       placeholder: what stands for one image in a rendered prompt.
       blocks: which tokens of a prompt see each other whichever comes first: None, "prefix" (all of
@@ -42,6 +44,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     processor: Callable[[Config, Config], Any] | None = None
     image_token: Callable[[Config], int] | None = None
+    special_ids: Mapping[str, str] = dataclasses.field(default_factory=dict)
     prompt: str = "plain"
     placeholder: str = "<image>"
     blocks: str | None = None

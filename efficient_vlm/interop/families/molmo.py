@@ -77,7 +77,8 @@ def _rows(config: Config) -> int:
 
 
 def _image_token(config: Config) -> int:
-    """<im_patch>: the third of the additional rows, unless its id is given (MolmoE: 50282)."""
+    """<im_patch>: the third of the additional rows, unless the tokenizer says otherwise (MolmoE:
+    50282, a row of the language model's own)."""
     return config.get("image_patch_id", _rows(config) + 2)
 
 
@@ -275,6 +276,7 @@ MOLMO = Family(
     ignored=(r".*rotary_emb\.inv_freq",),
     processor=_processor,
     image_token=_image_token,
+    special_ids={"image_patch_id": "<im_patch>"},
     prompt="molmo",
     placeholder="<|image|>",
 )

@@ -89,6 +89,9 @@ def _tensors(m: NameMap, config: Config, spelling: str) -> None:
     is_memory = spelling == "memory"
     if is_memory:
         m.plain(f"{PATH}embedding", "model.language_model.embed_tokens.weight")
+    elif spelling == "saved":
+        # save_pretrained of transformers 5.24 cuts the table in the middle.
+        table(m, -(-m.shapes[f"{PATH}embedding"][0] // 2))
     else:
         table(m, text["vocab_size"])
     m.norm(f"{PATH}norm", f"{TRANSFORMER}ln_f")
@@ -140,6 +143,7 @@ MOLMO2 = Family(
     tensors=_tensors,
     spellings={
         "hub": (),
+        "saved": (),
         "memory": (
             (r"^model\.language_model\.norm\.", f"{TRANSFORMER}ln_f."),
             (rf"{_LAYER}input_layernorm\.", f"{_BLOCK}attn_norm."),

@@ -220,9 +220,7 @@ def _entrance(
     return _Entrance(source, read, patches, width, vit.width // vit.num_heads, bool(pooled))
 
 
-def _projector_flops(
-    model: VisionLanguageModel, vit: ViT, entrance: _Entrance, images: int
-) -> int:
+def _projector_flops(model: VisionLanguageModel, vit: ViT, entrance: _Entrance, images: int) -> int:
     """FLOPs of the model's own projector, for one image or for all `images` of a pooled row."""
     if model.projector is None:
         return 0

@@ -14,7 +14,6 @@ import numpy as np
 
 from efficient_vlm.audit.settings import tokens_of_image
 from efficient_vlm.compressors import selectors
-from efficient_vlm.models.vit import ViT
 from efficient_vlm.models.vlm import VisionLanguageModel
 
 _WHOSE = {

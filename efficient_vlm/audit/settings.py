@@ -1,6 +1,7 @@
 """What is evaluated: methods at their budgets, what each is called, whether it has been trained."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 

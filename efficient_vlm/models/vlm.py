@@ -362,11 +362,12 @@ class VisionLanguageModel(nn.Module):
 
     def _resized_patches(self, grid: tuple[int, int], extras: ImageExtras) -> tuple[int, int]:
         """Patches of an image that is made smaller, so that it becomes a `grid` of tokens."""
+        crops = (extras.pool_index, extras.slot_mask, extras.padding_share)
         no_grid = self.vit.class_feature
-        if no_grid or extras.pool_index is not None or extras.valid is not None:
+        if no_grid or extras.valid is not None or any(part is not None for part in crops):
             raise UserError(
-                f"compressor.name: {self.reduce.label} makes images smaller, but tokens of this "
-                "model read patches across crops, or images of several sizes, or are no grid",
+                "compressor.name: downsample makes images smaller, but tokens of this model read "
+                "patches across crops, or images of several sizes, or are no grid",
                 allowed="pool, which averages tokens; or a smaller picture",
             )
         side = 1 if self.projector is None else self.project.side

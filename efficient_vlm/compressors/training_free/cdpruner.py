@@ -69,13 +69,16 @@ class CDPruner(Compressor):
             quality = tokens.mask.astype(jnp.float32)
         else:
             text = score.unit(jax.lax.stop_gradient(signals.text))
-            if text.shape[-1] != unit.shape[-1]:
+            width = text.shape[-1]
+            if unit.shape[-1] % width:
                 raise UserError(
-                    f"signals.text: width {text.shape[-1]}, but the tokens have {unit.shape[-1]}",
+                    f"signals.text: width {width}, but the tokens have {unit.shape[-1]}",
                     allowed="one width: cdpruner compares projected tokens with the instruction",
                     fix="compress behind the connector, or compressor.relevance=none",
                 )
-            cosine = jnp.einsum("btd,bd->bt", unit, text, precision=jax.lax.Precision.HIGHEST)
+            # Features for deeper layers stand behind the embedding (deepstack).
+            embed = score.unit(unit[..., :width])
+            cosine = jnp.einsum("btd,bd->bt", embed, text, precision=jax.lax.Precision.HIGHEST)
             sign = -1.0 if self.relevance == "negative" else 1.0
             quality = score.min_max(sign * cosine, tokens.mask)
         return fold.drop(tokens, select.map_dpp(unit, quality, tokens.mask, self.budget))

@@ -106,7 +106,15 @@ class Pretrained:
             **read_json(self.directory / "processor_config.json"),
             **read_json(self.directory / "preprocessor_config.json"),
         }
-        return self.family.processor(settings, self.config, **self._picture_options)
+        try:
+            return self.family.processor(settings, self.config, **self._picture_options)
+        except TypeError:
+            if not self._picture_options:
+                raise
+            raise UserError(
+                f"{', '.join(self._picture_options)}: no option of {self.family.name}'s pictures",
+                allowed="max_pixels and min_pixels (Qwen), split (SmolVLM), max_tiles (InternVL)",
+            ) from None
 
     # --- what a user does ------------------------------------------------------------------------
 
@@ -297,6 +305,8 @@ class Pretrained:
         options = {}
         if isinstance(self.template, prompting.Template):
             options["add_generation_prompt"] = True
+        elif self.template == "plain":
+            options["placeholder"] = self.family.placeholder
         text = prompting.render([message], self.template, **options)
         text = prompting.expand(text, [p.text for p in pictured], self.family.placeholder)
         spelled = isinstance(self.template, prompting.Template) or self.template in (

@@ -165,10 +165,10 @@ VICUNA_SYSTEM = (
 )
 
 
-def plain(messages: Sequence[Message]) -> str:
-    """Placeholders and texts of all messages, nothing added: `<image>` per picture."""
+def plain(messages: Sequence[Message], placeholder: str = "<image>") -> str:
+    """Placeholders and texts of all messages, nothing added."""
     return "".join(
-        part if part is not None else "<image>" for _, parts in _turns(messages) for part in parts
+        part if part is not None else placeholder for _, parts in _turns(messages) for part in parts
     )
 
 

@@ -43,23 +43,33 @@ TRAINED = {
     "text_topk",
 }
 TRAINING_FREE = tuple(name for name in METHODS if name not in TRAINED)
-# Options of the methods inside the decoder: (half of the tokens or fewer, all of them).
-IN_DECODER = {
-    "fastv": (dict(layer=1, keep=0.5), dict(layer=1, keep=1.0)),
-    "pyramiddrop": (
-        dict(layers=(1, 2), keep=(0.5, 0.25)),
-        dict(layers=(1, 2), keep=(1.0, 1.0)),
-    ),
-    "feather": (
-        dict(layers=(1, 2), keep=0.3, stride=2),
-        dict(layers=(1, 2), keep=1.0, stride=2),
-    ),
-    "v2drop": (dict(layers=(1, 2), keep=(0.5, 0.5)), dict(layers=(1, 2), keep=(1.0, 1.0))),
-    "vtw": (dict(layer=2), None),  # It drops all tokens, always.
-    "sparsevlm": (dict(layers=(1, 2), keep=(0.5, 0.25)), dict(layers=(1, 2), keep=(1.0, 1.0))),
-    "dart": (dict(layer=1, keep=0.5), dict(layer=1, keep=1.0)),
-    "fitprune": (dict(counts=(0.5, 0.25)), dict(counts=(1.0, 1.0))),
+# Part of the plain `pytest` for every family: method -> policy.
+FEW = {"stride": "reindex", "pool": "reindex", "fastv": "retain", "tome": "retain"}
+# Methods whose cache is compared with a pass without one; of LLaVA, all.
+CACHED = {"stride", "pool", "fastv"}
+
+# What cannot be: method -> golden model -> part of the message.
+_BLOCKS = "reads blocks of the whole grid"
+_SIZES = "read patches across crops, or images of several sizes"
+_TILED = ("idefics3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm")
+_CROPPED = ("molmo2", "molmo2_olmo", "molmo_olmo", "molmo_olmoe", "molmo_qwen2")
+REFUSED: dict[str, dict[str, str]] = {
+    "tome": dict.fromkeys((*_TILED, *_CROPPED, "gemma3", "internvl"), _BLOCKS),
+    "downsample": dict.fromkeys((*_TILED, *_CROPPED), _SIZES),
 }
+
+
+def in_decoder(method: str, first: int | float, second: int | float) -> dict[str, Any]:
+    """Options of a method inside the decoder that keep so much behind layers 1 and 2."""
+    if method in ("fastv", "dart"):
+        return dict(layer=1, keep=first)
+    if method == "vtw":
+        return dict(layer=2)
+    if method == "fitprune":
+        return dict(counts=(first, second))
+    if method == "feather":
+        return dict(layers=(1, 2), keep=first, stride=2)
+    return dict(layers=(1, 2), keep=(first, second))
 
 
 class Subject:
@@ -102,15 +112,28 @@ class Subject:
             prompts=inputs.prompts[rows],
         )
 
+    @functools.cached_property
+    def slots(self) -> list[np.ndarray]:
+        """Slots of each picture, tile or crop of each row (of all of a row where they are one)."""
+        count = self.grid[0] * self.grid[1]
+        prompts = self.inputs(self.model).prompts
+        return [np.unique(prompt.slots // count, return_counts=True)[1] for prompt in prompts]
+
     def options(self, method: str, full: bool) -> dict[str, Any] | None:
-        """Options of a method that keep half of the tokens, or all; None if it cannot keep all."""
-        if method in IN_DECODER:
-            return IN_DECODER[method][full]
+        """Options of a method that keep half of the tokens, or all; None if it cannot keep all.
+
+        Half of the real ones of the smallest picture, or row: padding is in no one's way.
+        """
         if method == "none":
             return {}
+        if METHODS[method].where == "decoder":
+            if full:
+                return None if method == "vtw" else in_decoder(method, 1.0, 1.0)
+            row = min(int(each.sum()) for each in self.slots)
+            return in_decoder(method, row // 2, max(1, row // 4))
         count = self.grid[0] * self.grid[1]
         options = {}
-        if hasattr(METHODS[method], "attention") and not self.has_class_token:
+        if looks_at_class_token(method) and not self.has_class_token:
             options["attention"] = "column_mean"
         if method == "hiprune":
             options |= dict(middle_layer=0.5, alpha=1.0)
@@ -118,8 +141,8 @@ class Subject:
             return {**options, "budget": count}
         if method == "tome":
             return {**options, "budget": count - count // 2}
-        found = [b for b in reachable(method, self.grid) if b <= (count + 1) // 2]
-        return {**options, "budget": found[0]}
+        half = (min(int(each.min()) for each in self.slots) + 1) // 2
+        return {**options, "budget": next(b for b in reachable(method, self.grid) if b <= half)}
 
     def at(self, model: VisionLanguageModel) -> "Reading":
         """Visual tokens of a model in front of its decoder; UserError if it cannot be."""
@@ -271,3 +294,69 @@ def golden_models() -> list[str]:
         if kind in FAMILIES and FAMILIES[kind].image_token is not None:
             found.append(path.name)
     return found
+
+
+def looks_at_class_token(method: str) -> bool:
+    """Whether the attention of a CLS token is a method's default."""
+    return getattr(METHODS[method], "attention", None) == "cls"
+
+
+# ---- the table of the documents ------------------------------------------------------------------
+
+DOCS = Path(__file__).parents[2] / "docs" / "families.md"
+START, END = "## Which method runs on which family", "<!-- end of the table of methods -->"
+HEAD = f"""{START}
+
+Written by `python tests/interop/method_matrix.py`; `pytest -m matrix tests/interop/test_matrix.py`
+runs every cell on the tiny models of `tests/golden`: two rows with different numbers of pictures,
+under both position policies, with about half of the tokens (finite logits, fewer tokens in the
+decoder, text in front of the pictures unchanged) and with all of them (logits equal to those
+without a compressor, to 1e-5 of the largest). Methods not in the table are trained.
+"""
+NOTES = f"""
+* **attn**: yes, with `attention=column_mean`: the default is the attention of a CLS token, which
+  this encoder does not have.
+* **no (1)**: the projector reads blocks of patches, the method merges patches inside the encoder.
+* **no (2)**: the method makes the picture smaller; here tokens read patches across crops, or the
+  pictures (or tiles) of the batch have several sizes.
+* `vtw` drops all tokens, so it has no setting that changes nothing.
+* Budgets are per picture, or per tile or crop where the model cuts pictures up; for Molmo2 they are
+  of all pictures of a row, whose tokens are one row of a grid (`pool`, `hiprune` and the grid of
+  `feather` then work along it). Counts of methods inside the decoder are of all visual tokens of a
+  row, padding of rows with fewer pictures included.
+* Methods inside the decoder compute attention again, without a soft cap (Gemma 2), local windows
+  (Gemma 3) and blocks of tokens that see each other (PaliGemma, Gemma 3, Molmo2). Text judges from
+  behind all pictures, so it sees them all in any case; in the rows of visual tokens (`fitprune`,
+  `fastv` with `row=mean`) this is an approximation. The model itself computes exactly.
+
+{END}
+"""
+
+
+def cell(method: str, name: str) -> str:
+    """One entry of the table."""
+    if name in REFUSED.get(method, {}):
+        return "no (1)" if REFUSED[method][name] == _BLOCKS else "no (2)"
+    encoder = load.build_model(load.read_config(GOLDEN / name)).encoder
+    return "attn" if looks_at_class_token(method) and not encoder.get("class_token") else "yes"
+
+
+def section() -> str:
+    """The section of docs/families.md."""
+    names = golden_models()
+    lines = [f"| method | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for method in TRAINING_FREE:
+        lines.append(f"| `{method}` | {' | '.join(cell(method, name) for name in names)} |")
+    return "\n".join([HEAD, *lines, NOTES])
+
+
+def write() -> None:
+    """Puts the section into the document, in place of the one before."""
+    text = DOCS.read_text(encoding="utf-8") if DOCS.exists() else "# Families\n\n"
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(f"{END}\n")
+    DOCS.write_text(before + section() + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()

@@ -23,7 +23,7 @@ class CDPruner(Compressor):
     Deviations from the paper and its code: relevance there is between CLIP's image and text
     embeddings, averaged over segments of the text; without CLIP's text tower the instruction
     embedding of the decoder (`Signals.text`, one for the whole text) stands in, compared with the
-    projected tokens, so both must have the decoder's width. Tokens that lie in the span of the kept
+    projected tokens (without their deepstack features), so both must have the decoder's width. Tokens that lie in the span of the kept
     ones (to 1e-5) add nothing, and come last by lowest index, where the code meets rounding noise
     or a division by zero; equal relevances mean r = 1, not 0 / 0.
 
@@ -77,7 +77,7 @@ class CDPruner(Compressor):
                     fix="compress behind the connector, or compressor.relevance=none",
                 )
             # Features for deeper layers stand behind the embedding (deepstack).
-            embed = score.unit(unit[..., :width])
+            embed = unit if unit.shape[-1] == width else score.unit(unit[..., :width])
             cosine = jnp.einsum("btd,bd->bt", embed, text, precision=jax.lax.Precision.HIGHEST)
             sign = -1.0 if self.relevance == "negative" else 1.0
             quality = score.min_max(sign * cosine, tokens.mask)

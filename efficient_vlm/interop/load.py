@@ -148,6 +148,7 @@ class Source:
                 for name in set(there) - set(wanted)
                 if any(pattern.fullmatch(name) for pattern in ignored)
             }
+            carried |= self._repeated_heads(names, there, model)
             lost = sorted(set(wanted) - set(there))
             unknown = sorted(set(there) - set(wanted) - carried)
             shapes = ((checkpoint.shape(there[n]), wanted[n]) for n in set(wanted) & set(there))
@@ -171,6 +172,16 @@ class Source:
                     allowed=f"{list(shape)}, from config.json",
                     fix="use the config.json that came with these weights",
                 )
+
+    def _repeated_heads(self, names: NameMap, there: dict[str, str], model: Any) -> set[str]:
+        """Heads that a tied model's file holds all the same, if they are equal to the table."""
+        table = names.leaves.get("language/embedding")
+        if table is None or not model.decoder.get("tie_embeddings"):
+            return set()
+        tied = there.get(table.pieces[0].name)
+        heads = {name for name in there if name.endswith("lm_head.weight")}
+        read = self.checkpoint.read
+        return {h for h in heads if tied and np.array_equal(read(there[h]), read(tied))}
 
     def tensor(self, name: str) -> np.ndarray:
         """A tensor by its hub name, memory-mapped."""

@@ -62,6 +62,24 @@ def test_every_parameter_has_its_tensor(name):
     assert ours + carried == total
 
 
+def test_a_tied_head_that_is_stored_too(tmp_path):
+    """Accepted if it repeats the table, and carried; another one contradicts the config."""
+    from efficient_vlm.interop import safetensors_write
+
+    name = "llama_rope3_tied"
+    config, family, model, source = opened(name)
+    arrays = {each: source.tensor(each) for each in source.checkpoint.names}
+    table = arrays["model.embed_tokens.weight"]
+    for folder, head in (("same", table), ("other", table + 1)):
+        held = {**arrays, "lm_head.weight": head}
+        tensors = [(n, a.shape, a.dtype, lambda a=a: a) for n, a in held.items()]
+        safetensors_write.write(tmp_path / folder, tensors)
+    again = load.Source(Checkpoint.open(tmp_path / "same"), family, config, model)
+    assert again.carried == ("lm_head.weight",)
+    with pytest.raises(load.CheckpointError, match=r"lm_head\.weight"):
+        load.Source(Checkpoint.open(tmp_path / "other"), family, config, model)
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 def test_encoders_alone(name):
     """The towers by themselves: last hidden state of all tokens."""

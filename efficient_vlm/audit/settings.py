@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 

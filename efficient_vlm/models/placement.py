@@ -45,14 +45,22 @@ def held_mean(visual: VisualTokens, values: jax.Array) -> jax.Array:
       values: [R, V, ...].
 
     Returns:
-      float32 [R, T, ...]; 0 for tokens that hold nothing.
+      float32 [R, T, ...]. A token that holds nothing gets what the next one that does gets, or the
+      last: padding, and cells of `pool` that only have the lesser part of each of their slots.
     """
     slots, count = visual.source.shape[1], visual.embed.shape[1]
     flat = values.astype(jnp.float32).reshape(values.shape[0], slots, -1)
     holds = jax.nn.one_hot(visual.source, count, dtype=jnp.float32)
     exact = jax.lax.Precision.HIGHEST
     total = jnp.einsum("rvt,rvc->rtc", holds, flat, precision=exact)
-    mean = total / jnp.maximum(holds.sum(axis=1), 1.0)[..., None]
+    held = holds.sum(axis=1)
+    mean = total / jnp.maximum(held, 1.0)[..., None]
+    if count:
+        # Place 0 would be in front of the prompt, where all text sees it.
+        place = jnp.arange(count)
+        following = jax.lax.cummin(jnp.where(held > 0, place, count), axis=1, reverse=True)
+        last = jnp.max(jnp.where(held > 0, place, 0), axis=1, keepdims=True)
+        mean = jnp.take_along_axis(mean, jnp.minimum(following, last)[..., None], axis=1)
     return mean.reshape(values.shape[0], count, *values.shape[2:])
 
 

@@ -100,6 +100,7 @@ def check_reduced(name, method, policies, cached):
             first = [placement.visual_index[row, at].min() for row, at in enumerate(slots)]
             above = np.arange(tokens.shape[1]) < lengths[:, None]
             above &= placement.text_index < np.array(first)[:, None]
+            above &= placement.text_block == 0  # Molmo2: the tokens around an image see all of it.
             assert above.any()
             close(logits[:, :-1][above], full[:, :-1][above], scale, 1e-5)
         if cached:
@@ -136,7 +137,7 @@ def test_a_method_is_trained_or_training_free():
     one = subject("llava")
     model = one.inputs(one.model).model
     assert set(METHODS) >= TRAINED
-    for method in TRAINED:
+    for method in TRAINED - {"minicpm_merger"}:  # Inside the encoder, for an even grid.
         budget = reachable(method, one.grid)[-1]
         with pytest.raises(UserError, match="weights of its own"):
             check_compressor(model.with_compressor(method, budget))

@@ -23,9 +23,10 @@ class CDPruner(Compressor):
     Deviations from the paper and its code: relevance there is between CLIP's image and text
     embeddings, averaged over segments of the text; without CLIP's text tower the instruction
     embedding of the decoder (`Signals.text`, one for the whole text) stands in, compared with the
-    projected tokens (without their deepstack features), so both must have the decoder's width. Tokens that lie in the span of the kept
-    ones (to 1e-5) add nothing, and come last by lowest index, where the code meets rounding noise
-    or a division by zero; equal relevances mean r = 1, not 0 / 0.
+    projected tokens (without their deepstack features), so both must have the decoder's width.
+    Tokens that lie in the span of the kept ones (to 1e-5) add nothing, and come last by lowest
+    index, where the code meets rounding noise or a division by zero; equal relevances mean r = 1,
+    not 0 / 0.
 
     Attributes:
       relevance: "negative", r from -cos(token, text) as in the official code (features of CLIP

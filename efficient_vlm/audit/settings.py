@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 

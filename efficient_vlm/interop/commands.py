@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ def read_npz(path: str) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {key: file[key] for key in file}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(
             f"--verify: {path} cannot be read ({error})",
             allowed="an npz file as tests/parity/make_fixtures.py writes it",

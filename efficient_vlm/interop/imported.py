@@ -7,6 +7,7 @@ carried/: tensors that our model does not use, kept for the way back.
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -128,13 +129,17 @@ def import_model(
 
     source, target = Path(source), Path(target)
     config = read_config(source)
-    if target.exists() and any(target.iterdir()) and not (target / "config.json").is_file():
-        raise UserError(f"{target}: not empty", fix="name a folder that does not exist yet")
+    if target.exists() and not (target.is_dir() and _is_free(target)):
+        raise UserError(
+            f"{target}: not empty, or an imported model",
+            fix="name a folder that does not exist yet",
+        )
     family, model = family_of(config), build_model(config)
     reader = Source(Checkpoint.open(source, sha256=sha256), family, config, model)
     reader.check_finite()
     params = stacked(reader)
     target.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(target / CARRIED, ignore_errors=True)
     copy_settings(source, target)
     (target / "config.json").write_bytes((source / "config.json").read_bytes())
     kinds = {path: str(value.dtype) for path, value in flatten(params).items()}
@@ -144,6 +149,18 @@ def import_model(
         tensors = [(n, t.shape, t.dtype, lambda t=t: t) for n, t in carried]
         safetensors_write.write(target / CARRIED, tensors)
     with Checkpoints(target / CHECKPOINTS) as checkpoints:
-        if not checkpoints.committed():
-            checkpoints.save(0, {"params": params}, wait=True)
+        checkpoints.save(0, {"params": params}, wait=True)
     return model, params
+
+
+def _is_free(target: Path) -> bool:
+    """Whether a folder is empty, or what an import that did not end has left."""
+    from efficient_vlm.train.checkpoint import Checkpoints
+
+    names = {path.name for path in target.iterdir()}
+    if names and DTYPES not in names:
+        return False
+    if CHECKPOINTS not in names:
+        return True
+    with Checkpoints(target / CHECKPOINTS, read_only=True) as checkpoints:
+        return not checkpoints.committed()

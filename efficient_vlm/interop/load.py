@@ -274,6 +274,12 @@ def stacked(source: Source, dtype: Any = None) -> dict[str, Any]:
                 whole = f"{prefix}/{rest}"
                 if whole not in groups:
                     groups[whole] = np.empty((count, *value.shape), value.dtype)
+                if groups[whole].dtype != value.dtype:
+                    raise CheckpointError(
+                        f"{path}: stored as {value.dtype}, but other layers as "
+                        f"{groups[whole].dtype}",
+                        fix="convert the checkpoint to one dtype first",
+                    )
                 groups[whole][int(layer)] = value
                 break
         else:
@@ -331,10 +337,19 @@ def export(
         (name, shape, kinds[name], functools.partial(written, name))
         for name, shape in names.tensors().items()
     ]
+    table = names.leaves.get("language/embedding")
+    tied = table is not None and model.decoder.get("tie_embeddings")
     for name, value in (carried or {}).items():
+        if tied and name.endswith("lm_head.weight"):
+            # It repeated the table when it was read, and must do so still.
+            piece = table.pieces[0]
+            again = functools.partial(written, piece.name)
+            tensors.append((name, piece.shape, kinds[piece.name], again))
+            continue
         tensors.append((name, value.shape, value.dtype, functools.partial(np.asarray, value)))
     files = safetensors_write.write(directory, tensors, max_shard_bytes=max_shard_bytes)
     kind = max(set(kinds.values()), key=list(kinds.values()).count)
+    config = {key: value for key, value in config.items() if key != "torch_dtype"}
     text = json.dumps({**config, "dtype": str(kind)}, indent=2, sort_keys=True)
     (Path(directory) / "config.json").write_text(text + "\n", encoding="utf-8")
     return files

@@ -28,6 +28,7 @@ from efficient_vlm.models.vlm import NO_EXTRAS, ImageExtras, VisionLanguageModel
 
 # Text is padded to a multiple of this: prompts of about one length share a program.
 BUCKET = 32
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,10 @@ class Pretrained:
     @functools.cached_property
     def fused(self) -> Any:
         """Parameters as `generate` uses them: products of one input joined (`stack.fuse`)."""
-        return fuse(self.params)
+        leaf = jax.tree.leaves(self.params)[0]
+        # A second copy of most weights, worth it where reading them is all that decoding does.
+        on_cpu = all(device.platform == "cpu" for device in jnp.asarray(leaf).devices())
+        return fuse(self.params) if on_cpu else self.params
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -124,7 +128,7 @@ class Pretrained:
         if budget is not None:
             compressor["budget"] = budget
         model = self.model.clone(compressor=compressor)
-        check_compressor(model)
+        check_compressor(model, self.family.variable)
         parts = (self.family, self.config, self.directory, self._picture_options, self._carried)
         other = Pretrained(model, self.params, *parts)
         for name in ("fused", "tokenizer", "template", "pictures"):
@@ -165,7 +169,7 @@ class Pretrained:
         single = isinstance(prompt, str)
         out = self.run(
             [prompt] if single else list(prompt),
-            [images or []] if single else images,
+            [[] if images is None else images] if single else images,
             max_new_tokens=max_new_tokens,
             stream=stream if single else None,
             rng=rng,
@@ -257,6 +261,8 @@ class Pretrained:
         self, questions: Sequence[str], images: Sequence[Sequence[Any]] | None = None
     ) -> Request:
         """Renders, tokenises and places prompts; see `generate`."""
+        if not questions:
+            raise UserError("prompt: none", fix="ask at least one question")
         images = [[] for _ in questions] if images is None else list(images)
         if len(images) != len(questions):
             raise UserError(
@@ -265,8 +271,10 @@ class Pretrained:
             )
         pictured = []
         for row in images:
-            if isinstance(row, str | bytes | os.PathLike):
-                raise UserError(f"images: {row!r} is not a list", fix=f"images=[{row!r}]")
+            if not isinstance(row, list | tuple):
+                raise UserError(
+                    f"images: a {type(row).__name__}, not a list", fix="images=[picture]"
+                )
             pictured.append(tuple(self.pictures(picture) for picture in row))
         ids = [self._ids(question, row) for question, row in zip(questions, pictured, strict=True)]
         return self.place(ids, pictured)
@@ -300,7 +308,9 @@ class Pretrained:
         return Request(model, *both, tuple(map(tuple, pictured)))
 
     def _ids(self, question: str, pictured: Sequence[Pictured]) -> list[int]:
-        content = [{"type": "image"}] * len(pictured) + [{"type": "text", "text": question}]
+        content: Any = question  # What templates of language models expect.
+        if self.family.processor is not None:
+            content = [{"type": "image"}] * len(pictured) + [{"type": "text", "text": question}]
         message = {"role": "user", "content": content}
         options = {}
         if isinstance(self.template, prompting.Template):
@@ -333,14 +343,22 @@ def visual_tokens(model: VisionLanguageModel, mask: np.ndarray, extras: ImageExt
     return mask.shape[1] * math.prod(model.slot_grid)
 
 
-def check_compressor(model: VisionLanguageModel) -> None:
-    """Raises UserError for a compressor that this model cannot have, before anything runs."""
+def check_compressor(model: VisionLanguageModel, variable: bool = False) -> None:
+    """Raises UserError for a compressor that this model cannot have, before anything runs.
+
+    Args:
+      model: at its nominal size of image.
+      variable: see `families.base.Family`; then a larger budget is not an error yet.
+    """
     if model.encoder is None:
         if model.compressor["name"] != "none":
             raise UserError(
                 f"compressor.name: {model.compressor['name']}, but this model sees no images"
             )
         return
+    budget, cells = model.compressor.get("budget"), math.prod(model.slot_grid)
+    if variable and isinstance(budget, int) and budget > cells:
+        model = model.clone(compressor={**model.compressor, "budget": cells})
     plain = model.clone(compressor={"name": "none"})
     more = set(parameter_shapes(model)) - set(parameter_shapes(plain))
     if more:
@@ -436,8 +454,9 @@ def _gather_pooled(model, pictured, images, mask, extras):
 def copy_settings(source: Path, target: Path) -> None:
     """Copies tokenizer, chat template and processor settings; config.json and weights stay."""
     for path in sorted(source.iterdir()):
-        is_text = path.suffix in (".json", ".jinja", ".txt", ".model")
-        ours = path.name in ("config.json", "import.json") or path.name.endswith(".index.json")
+        # Code goes along, unread: config.json of models outside transformers names it.
+        is_text = path.suffix in (".json", ".jinja", ".txt", ".model", ".py")
+        ours = path.name in ("config.json", "dtypes.json") or path.name.endswith(".index.json")
         if path.is_file() and is_text and not ours:
             (target / path.name).write_bytes(path.read_bytes())
 
@@ -474,10 +493,17 @@ def from_pretrained(
             f"{path}: no such directory",
             fix="download the model's files first; names on a hub are not resolved",
         )
+    for name, given in (("dtype", dtype), ("param_dtype", param_dtype or dtype)):
+        if str(given) not in (*DTYPES, *(["stored"] if name == "param_dtype" else [])):
+            raise UserError(f"{name}: {given!r}", allowed=", ".join(DTYPES))
+    if compressor is not None and not isinstance(compressor, Mapping):
+        raise UserError(
+            f"compressor: {compressor!r} is not a mapping", fix='dict(name="visionzip", budget=64)'
+        )
     config = read_config(directory)
     family = family_of(config)
     model = build_model(config, dtype=jnp.dtype(dtype), compressor=compressor)
-    check_compressor(model)
+    check_compressor(model, family.variable)
     kind = None if param_dtype == "stored" else param_dtype or dtype
     params, carried = open_weights(
         directory, family, config, model, dtype=kind, sharding=sharding, check=check

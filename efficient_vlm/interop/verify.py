@@ -335,15 +335,24 @@ def verify(
             "--verify: the file has no in/input_ids or no out/logits",
             fix="write it with tests/parity/make_fixtures.py",
         )
-    inputs = read_inputs(family, config, model, io)
     wanted = np.asarray(io["out/logits"])
+    try:
+        inputs = read_inputs(family, config, model, io)
+        if wanted.shape[:2] != io["in/input_ids"].shape or wanted.shape[2] > model.vocab_size:
+            raise ValueError(f"out/logits has the shape {wanted.shape}")
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise UserError(
+            f"--verify: the file does not fit this model ({error})",
+            fix="use the file that was written for these weights",
+        ) from None
     scale, error = np.abs(wanted).max(), 0.0
     mask = np.asarray(io.get("in/attention_mask", np.ones(wanted.shape[:2]))).astype(bool)
     token = inputs.place["image_token"]
     for row, ours in enumerate(logits(inputs, params)):
         theirs = wanted[row][mask[row]][inputs.prompts[row].ids != token]
         ours = ours[:, : theirs.shape[1]]
-        error = max(error, float(np.abs(ours - theirs).max() / scale))
+        # Not max(): that would drop a NaN.
+        error = float(np.maximum(error, np.abs(ours - theirs).max() / scale))
     report: dict[str, Any] = dict(max_abs_error=error, features_error=None, greedy_match=None)
     if "out/image_features" in io and inputs.images is not None:
         theirs = np.asarray(io["out/image_features"])
@@ -353,8 +362,9 @@ def verify(
             theirs = np.concatenate([row[prompt.slots] for row, prompt in pairs])
         theirs = theirs.reshape(-1, theirs.shape[-1])
         ours = image_features(inputs, params)[:, : theirs.shape[1]]
-        if len(ours) == len(theirs):
-            report["features_error"] = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+        if len(ours) != len(theirs):
+            raise UserError(f"--verify: {len(theirs)} image features for {len(ours)} slots")
+        report["features_error"] = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
     for row in range(len(inputs.prompts)):
         key = "gen/tokens" if row == 0 else f"gen/tokens_{row}"
         if key not in io:
@@ -367,5 +377,5 @@ def verify(
             np.array_equal(ours, whole[count:])
         )
     errors = [error, report["features_error"] or 0.0]
-    report["ok"] = bool(max(errors) <= TOLERANCE) and report["greedy_match"] is not False
+    report["ok"] = bool(np.max(errors) <= TOLERANCE) and report["greedy_match"] is not False
     return report

@@ -90,14 +90,16 @@ def place_tokens(
             placement.visual_block,
         )
     )
+    square = held_mean(visual, jnp.square(placement.visual_block.astype(jnp.float32)))
+    of_one = jnp.abs(square - jnp.square(block)) < 1e-3
     text, after = placement.text_position, placement.next_position
     if policy == "reindex":
         position, text, after = _close_gaps(position, text, after, visual.mask, text_live)
     return placement.replace(
         visual_index=index,
         visual_position=position,
-        # Tokens of two blocks merged into one see neither: a fraction is no block.
-        visual_block=jnp.where(block == jnp.round(block), block, 0).astype(jnp.int32),
+        # Tokens of two blocks merged into one are of neither.
+        visual_block=jnp.where(of_one, jnp.round(block), 0).astype(jnp.int32),
         text_position=text,
         next_position=after,
     )

@@ -134,13 +134,13 @@ def count(name: str) -> dict[str, int]:
     sizes = {path: math.prod(leaf.shape) for path, leaf in parameter_shapes(model).items()}
     used = name_map(family_of(config), config, model).tensors()
     unread = sum(
-        size for part, size in entry["unused"].items() if not any(part in name for name in used)
+        size for part, size in entry["unused"].items() if not any(part in tensor for tensor in used)
     )
     total = sum(sizes.values()) + unread
     moe, idle = model.decoder.get("moe"), 0
     if moe:
-        experts = sum(n for path, n in sizes.items() if path.endswith(("moe/gate", "moe/up",
-                                                                       "moe/down")))  # fmt: skip
+        parts = ("moe/gate", "moe/up", "moe/down")
+        experts = sum(size for path, size in sizes.items() if path.endswith(parts))
         idle = experts * (moe["num_experts"] - moe["top_k"]) // moe["num_experts"]
     return {"params": total, "params_active": total - idle}
 

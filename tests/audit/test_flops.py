@@ -1,5 +1,7 @@
 """FLOPs from fields against the traced program, XLA's own count, and published numbers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from efficient_vlm.audit.products import published_layer_flops
 from efficient_vlm.audit.traced import traced_flops
 from efficient_vlm.errors import UserError
 from efficient_vlm.models.vit import INTERMEDIATES
-from efficient_vlm.models.vlm import VisionLanguageModel
+from efficient_vlm.models.vlm import ImageExtras, VisionLanguageModel
 
 PROMPT, NEW = 10, 3
 MOE = {"num_experts": 8, "top_k": 2, "expert_dim": 96, "shared_dim": 64}
@@ -26,9 +28,10 @@ ENCODER = {
 }
 
 
-def build(compressor=None, segments=None, encoder=(), connector=None, **decoder):
+def build(compressor=None, segments=None, encoder=(), connector=None, projector=None, **decoder):
     return VisionLanguageModel(
         vocab_size=97,
+        projector=projector,
         encoder={**ENCODER, **dict(encoder)},
         compressor=compressor or {"name": "average_pool", "budget": 16},
         connector=connector or {},
@@ -80,10 +83,12 @@ def stages(model, images=1):
     return {"encode": encode, "compress": join, "prefill": fill, "decode": step}, cache
 
 
-def router_statistics(model, tokens):
-    """Products of the MoE layer that only feed its statistics, left out of the closed form."""
+def router_statistics(model, layer, tokens):
+    """Products of an MoE layer that only feed its statistics, left out of the closed form."""
     moe = model.decoder.get("moe")
-    return 0 if moe is None else 2 * 2 * tokens * moe["num_experts"]
+    if moe is None or layer in model.decoder.get("dense_layers", ()):
+        return 0
+    return 2 * 2 * tokens * moe["num_experts"]
 
 
 CASES = {
@@ -91,6 +96,8 @@ CASES = {
     "one_product_stem": build(encoder={"stem_dim": None}),
     "moe": build(moe=MOE, mlp_dim=None),
     "moe_without_shared": build(moe={"num_experts": 4, "top_k": 1, "expert_dim": 64}),
+    "moe_with_dense_layers": build(moe=MOE, dense_layers=(0, 2)),
+    "plain_mlp_and_smaller_head": build(mlp_gated=False, head_size=90),
     "multi_head_and_mlp_connector": build(
         num_kv_heads=None, head_dim=None, connector={"hidden_dim": 200}
     ),
@@ -111,7 +118,8 @@ def test_equals_the_traced_program(name):
     cost = flops.model_cost(model, text_tokens=PROMPT, new_tokens=NEW)
     programs, cache = stages(model)
     traced = {k: traced_flops(f, *args) for k, (f, args) in programs.items()}
-    extra = sum(router_statistics(model, t.visual + t.text) for t in cost.layers)
+    layers = list(enumerate(cost.layers))
+    extra = sum(router_statistics(model, i, t.visual + t.text) for i, t in layers)
     # The only products left out of the encoder resize images and position tables.
     resizing = traced["encode"] - cost.flops["encoder"]
     if name.startswith("downsample"):
@@ -124,11 +132,41 @@ def test_equals_the_traced_program(name):
         connector = cost.flops["compressor"]
         assert connector <= traced["compress"] <= connector + 64 * 16 * 2 * 200
     assert cost.flops["decoder"] + cost.flops["head"] == traced["prefill"] - extra
-    steps = sum(router_statistics(model, 1) for _ in cost.layers)
+    steps = sum(router_statistics(model, i, 1) for i, _ in layers)
     assert cost.decode_flops == traced["decode"] - steps
     assert cost.kv_bytes == sum(s.key.size * 4 + s.value.size * 4 for s in cache.segments)
 
 
+NONE, IDENTITY = {"name": "none"}, {"identity": True}
+MERGER = dict(
+    projector={"name": "patch_merger", "side": 2, "hidden_dim": 72, "norm": "rms"},
+    connector=IDENTITY,
+)
+POOL = {"name": "attention_pool", "hidden_dim": 80, "num_heads": 4, "head_dim": 24}
+# Of published models: what their encoders and projectors have that ours alone do not.
+PUBLISHED_PARTS = dict(
+    clip={"encoder": {"class_token": True, "feature_layers": (-2,), "depth": 3}},
+    two_layers={"encoder": {"feature_layers": (-2, 0), "depth": 4}},
+    gated_windows={"encoder": {"mlp_gated": True, "window": 4, "full_layers": (1,)}},
+    frames={"encoder": {"temporal_patch": 2, "stem_dim": None}},
+    merger=MERGER,
+    one_product={"projector": {"name": "patch_merger", "side": 4}, "connector": IDENTITY},
+    deepstack={
+        **MERGER,
+        "projector": {**MERGER["projector"], "deepstack": 1},
+        "encoder": {"feature_layers": (0, -1)},
+        "deepstack": 1,
+    },
+    average_pool={"projector": {"name": "average_pool", "side": 2}},
+    attention_pool={
+        "projector": POOL,
+        "connector": IDENTITY,
+        "encoder": {"feature_layers": (0, 1)},
+    },
+    attention_pool_past_the_edge={"projector": {**POOL, "side": 3}, "connector": IDENTITY},
+    ldp={"projector": {"name": "method", "method": "ldp"}, "connector": IDENTITY},
+    ldpv2={"projector": {"name": "method", "method": "ldpv2"}, "connector": IDENTITY},
+)
 CLS, PLAIN_HEADS = {"class_token": True}, {"head_dim": None}
 STAGED = {
     "class_token": build({"name": "none", "budget": 64}, encoder=CLS),
@@ -148,6 +186,12 @@ STAGED = {
     "cls_row_full": build({"name": "prumerge", "budget": 16}, encoder=CLS),
     "column_mean": build({"name": "fastervlm", "budget": 16, "attention": "column_mean"}),
     "mean_query": build({"name": "fastervlm", "budget": 16, "attention": "mean_query"}),
+    **{name: build(NONE, **fields) for name, fields in PUBLISHED_PARTS.items()},
+    "projector_fastv": build({"name": "fastv", "layer": 1, "keep": 8}, **MERGER),
+    "projector_divprune": build({"name": "divprune", "budget": 8}, **MERGER),
+    "projector_cls_row": build(
+        {"name": "fastervlm", "budget": 8}, **{**MERGER, "encoder": {"class_token": True}}
+    ),
     "identity_connector": build(
         {"name": "pixel_shuffle", "budget": 16, "features": 128}, connector={"identity": True}
     ),
@@ -166,6 +210,30 @@ def test_methods_inside_the_model_equal_the_traced_program(name):
     assert cost.flops["decoder"] + cost.flops["head"] <= traced["prefill"]
     assert cost.decode_flops == traced["decode"]
     assert cost.kv_bytes == sum(s.key.size * 4 + s.value.size * 4 for s in cache.segments)
+
+
+def test_tokens_pooled_across_images():
+    """Molmo2: 21 tokens read patches of three crops; a budget is of all of them together."""
+    images, pooled = 3, 21
+    for method in ({"name": "none"}, {"name": "divprune", "budget": 5}):
+        model = build({"grid": (1, pooled), **method}, projector=POOL, connector=IDENTITY)
+        pixels = jax.ShapeDtypeStruct((1, images, 64, 64, 3), jnp.uint8)
+        present = jax.ShapeDtypeStruct((1, images), bool)
+        text = jax.ShapeDtypeStruct((1, PROMPT), jnp.int32)
+        lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+        extras = ImageExtras(pool_index=jax.ShapeDtypeStruct((1, pooled, 4), jnp.int32))
+        inputs = (pixels, present, text, lengths, None, extras)
+
+        def run(params, *inputs, model=model):
+            return model.apply(params, *inputs, method="text_logits")
+
+        init = functools.partial(model.init, method="text_logits")
+        params = jax.eval_shape(init, jax.random.key(0), *inputs)
+        cost = flops.model_cost(model, text_tokens=PROMPT, images=images, pooled=pooled)
+        assert cost.visual_tokens == method.get("budget", pooled)
+        logits = PROMPT * cost.flops["head"]  # Of all of the prompt, not of its end alone.
+        traced = traced_flops(run, params, *inputs)
+        assert cost.total - cost.flops["head"] + logits == traced
 
 
 @pytest.mark.parametrize("name", ["dense", "moe"])
@@ -219,6 +287,19 @@ def test_downsample_hands_on_its_budget():
     assert cost.visual_tokens == cost.layers[0].visual == cost.left == 12
     with pytest.raises(UserError, match="cannot give 65 tokens"):
         flops.model_cost(build({"name": "downsample", "budget": 65}), text_tokens=PROMPT)
+
+
+def test_downsample_in_front_of_a_projector():
+    """4 tokens of 4 x 4 patches: the encoder gets an image of 32 x 32 pixels, not of 64."""
+    model = build({"name": "downsample", "budget": 4}, **MERGER)
+    cost = flops.model_cost(model, text_tokens=PROMPT, new_tokens=NEW)
+    assert cost.visual_tokens == 4 and cost.encoder_layers[0].attention == 16
+    programs, _ = stages(model)
+    traced = sum(traced_flops(*programs[k][:1], *programs[k][1])
+                 for k in ("encode", "compress", "prefill"))  # fmt: skip
+    # Not counted, by convention: resizing the image and the two position tables.
+    resizing = 2 * 3 * (32 * 64 * 64 + 32 * 32 * 64) + 2 * 2 * 4 * 8 * 128
+    assert traced == cost.total + resizing
 
 
 def test_every_intermediate_has_a_price():

@@ -122,12 +122,13 @@ def check_full(name, method):
     close(logits, full, np.abs(full).max(), 1e-5)
 
 
-def check(name, method, policies, cached):
+def check(name, method, policies, cached, full=True):
     if name in REFUSED.get(method, {}):
         check_refused(name, method)
         return
     check_reduced(name, method, policies, cached)
-    check_full(name, method)
+    if full:
+        check_full(name, method)
 
 
 # ---- part of the plain `pytest` ------------------------------------------------------------------
@@ -146,13 +147,14 @@ def test_a_method_is_trained_or_training_free():
 @pytest.mark.parametrize("method", TRAINING_FREE)
 def test_llava_with_every_method(method):
     policy = POLICIES[TRAINING_FREE.index(method) % 2]
-    check("llava", method, (policy,), cached=method in CACHED)
+    short = METHODS[method].where == "between" or method in CACHED  # To compile.
+    check("llava", method, (policy,), cached=method in CACHED, full=short)
 
 
 @pytest.mark.parametrize("name", [model for model in MODELS if model != "llava"])
 def test_every_family_with_a_few_methods(name):
     for method, policy in FEW.items():
-        check(name, method, (policy,), cached=False)
+        check(name, method, (policy,), cached=False, full=METHODS[method].where == "between")
 
 
 @pytest.mark.parametrize("name", MODELS)

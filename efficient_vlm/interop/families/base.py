@@ -31,6 +31,8 @@ class Family:
       blocks: which tokens of a prompt see each other whichever comes first: None, "prefix" (all of
         a prompt), "image" (those of one image) or "images" (all that belong to images).
       block_ids: config.json -> ids of the other tokens that belong to images ("images").
+      variable: whether pictures of other sizes become other numbers of tokens of one image, so
+        that a budget can only be checked when they come.
       positions: "sequence", or "mrope" (one position for time, row and column).
     """
 
@@ -48,5 +50,6 @@ class Family:
     prompt: str = "plain"
     placeholder: str = "<image>"
     blocks: str | None = None
+    variable: bool = False
     block_ids: Callable[[Config], tuple[int, ...]] | None = None
     positions: str = "sequence"

@@ -139,6 +139,7 @@ _CONNECTOR = r"^model\.multi_modal_projector\."
 MOLMO2 = Family(
     name="molmo2",
     model_types=("molmo2",),
+    variable=True,
     model=_model,
     tensors=_tensors,
     spellings={

@@ -144,6 +144,7 @@ def _processor(preprocessor: Config, config: Config, **options: Any) -> Any:
 QWEN_VL = Family(
     name="qwen_vl",
     model_types=tuple(_SECTIONS),
+    variable=True,
     model=_model,
     tensors=_tensors,
     spellings={

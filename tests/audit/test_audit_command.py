@@ -11,6 +11,22 @@ from efficient_vlm.audit import command
 from efficient_vlm.compressors import methods
 from efficient_vlm.models import presets
 
+# One of each way from a picture to tokens.
+VISUAL = (
+    "llava-1.5-7b",
+    "tinyllava-phi-2-siglip-3.1b",
+    "paligemma-3b-224",
+    "smolvlm-256m",
+    "internvl3-1b",
+    "gemma-3-4b",
+    "mobilevlm-v2-1.7b",
+    "qwen2-vl-2b",
+    "qwen2.5-vl-3b",
+    "qwen3-vl-2b",
+    "molmo-7b-d",
+    "molmoe-1b",
+    "molmo2-4b",
+)
 FASTV = ("--compressor=fastv", "--compressor.layer=2", "--compressor.keep=0.5")
 
 
@@ -75,37 +91,77 @@ def test_a_table_for_people(call):
     assert max(map(len, out.splitlines())) <= 110
 
 
-@pytest.mark.parametrize("name", presets.visual_names())
-def test_every_preset_as_published(call, name):
+@pytest.mark.parametrize("name", VISUAL)
+def test_a_preset_as_published(call, name):
     start = time.monotonic()
-    code, out, err = call(f"--preset={name}")
+    code, out, err = call(f"--preset={name}", "--json")
     assert code == 0, err
-    assert name in out
+    found, preset = json.loads(out), presets.get(name)
     assert time.monotonic() - start < 20
+    # Crops of Molmo overlap: all of their 144 tokens are computed.
+    entering = 13 * 144 if preset["family"] == "molmo" else preset["visual_tokens"]
+    assert found["visual_tokens"]["entering"] == entering
+    assert found["images"] == preset["images"]
+    assert found["baseline"]["flops"] == found["flops"]
 
 
-def test_a_projector_is_compared_with_none(audited):
-    found = audited("--preset=smolvlm-256m")
-    assert found["compressor"]["name"] == "pixel_shuffle"
-    assert found["baseline"]["compressor"]["name"] == "none"
-    assert found["baseline"]["visual_tokens"]["entering"] == 16 * 832
+def test_a_language_model_has_nothing_to_compress(call):
+    code, out, err = call("--preset=qwen2-0.5b")
+    assert code == 2 and not out
+    assert "nothing to compress" in err and "llava-1.5-7b" in err
+    assert len(err.strip().splitlines()) <= 3
 
 
-def test_methods_in_the_decoder_act_behind_the_models_own_projector(audited):
-    found = audited("--preset=smolvlm-256m", "--compressor=fastv", "--compressor.keep=0.5")
-    assert found["own_compressor"]["name"] == "pixel_shuffle"
+def test_methods_in_the_decoder_act_behind_the_models_own_projector(audited, call):
+    words = ("--preset=smolvlm-256m", "--compressor=fastv", "--compressor.keep=0.5")
+    found = audited(*words)
+    assert found["projector"]["name"] == "patch_merger"
     assert [row["visual_in"] for row in found["layers"]] == [832, 832] + [416] * 28
     assert found["baseline"]["visual_tokens"]["entering"] == 832
+    assert "own projector: patch_merger" in call(*words)[1]
 
 
-def test_other_methods_take_the_projectors_place(audited):
-    found = audited("--preset=smolvlm-256m", "--compressor=divprune", "--compressor.budget=32")
+def test_methods_in_front_of_the_decoder_get_the_projectors_tokens(audited, call):
+    words = ("--preset=smolvlm-256m", "--compressor=divprune")
+    found = audited(*words, "--compressor.budget=32")
     assert found["visual_tokens"]["entering"] == 13 * 32
-    assert found["baseline"]["compressor"]["name"] == "pixel_shuffle"
+    base = found["baseline"]["flops"]["full"]
+    assert found["flops"]["full"]["encoder"] == base["encoder"]
+    # 64 tokens of 576 channels for each tile: the projector as before, and similarities of all to
+    # all, then to each that is chosen.
+    more = 13 * 2 * (64 + 32) * 64 * 576
+    assert found["flops"]["full"]["compressor"] == base["compressor"] + more
+    code, _, err = call(*words, "--compressor.budget=65")
+    assert code == 2 and "1 to 64" in err
+
+
+@pytest.mark.parametrize("name", ["smolvlm-256m", "qwen2-vl-2b", "molmo-7b-d"])
+def test_no_merging_of_patches_that_a_projector_reads(call, name):
+    code, out, err = call(f"--preset={name}", "--compressor=tome", "--compressor.r=8")
+    assert code == 2 and not out
+    assert "tome merges patches inside the encoder" in err and "projector" in err
+    assert len(err.strip().splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("name", "entering"),
+    [
+        ("paligemma-3b-224", 32),
+        ("qwen2-vl-2b", 32),
+        ("molmo-7b-d", 13 * 32),
+        ("molmo2-4b", 32),  # Of all crops together.
+    ],
+)
+def test_methods_without_weights_run_on_published_models(audited, name, entering):
+    words = (f"--preset={name}", "--compressor=visionzip,divprune,stride")
+    words += ("--compressor.budget=32", "--compressor.visionzip.attention=column_mean")
+    for method in audited(*words)["methods"]:
+        assert method["visual_tokens"]["entering"] == entering
+        assert 1 < method["amdahl"]["speedup"] < method["amdahl"]["bound"]
 
 
 def test_several_methods_matched(audited, call, monkeypatch):
-    monkeypatch.setattr(command, "dry_run", lambda model, images: None)  # Seconds, for tome.
+    monkeypatch.setattr(command, "dry_run", lambda *args: None)  # Seconds, for tome.
     words = ("--preset=llava-1.5-7b", "--compressor=fastv,stride", "--compressor=tome")
     found = audited(*words, "--match=mean_processed:128")
     reached = {m["compressor"]["name"]: m for m in found["methods"]}
@@ -128,7 +184,7 @@ def test_several_methods_matched(audited, call, monkeypatch):
 @pytest.mark.parametrize("name", methods.names())
 def test_every_method_can_be_matched(audited, monkeypatch, name):
     # That the model runs with each method is for other tests, and takes longer.
-    monkeypatch.setattr(command, "dry_run", lambda model, images: None)
+    monkeypatch.setattr(command, "dry_run", lambda *args: None)
     found = audited("--preset=llava-1.5-7b", f"--compressor={name}", "--match=mean_processed:128")
     assert found["match"]["reached"] == found["visual_tokens"]["mean_processed"]
 
@@ -144,7 +200,7 @@ def test_what_is_not_matched_is_marked(call):
     assert "! more than 5 % off" in call(*words, "--compressor=m3")[1].replace("\n", " ")
 
 
-@pytest.mark.parametrize("name", presets.names())
+@pytest.mark.parametrize("name", ["llava-1.5-7b", "smolvlm-256m", "qwen2-vl-2b", "molmo-7b-d"])
 def test_feather_knows_the_grid_of_one_image(audited, name):
     found = audited(f"--preset={name}", "--compressor=feather", "--compressor.keep=0.1")
     entering = found["visual_tokens"]["entering"]
@@ -159,15 +215,15 @@ def test_feather_knows_the_grid_of_one_image(audited, name):
 
 def test_a_count_with_several_images_is_explained(audited, call):
     words = ("--preset=molmo-7b-d", "--compressor=fastv")
-    note = "keep=100 counts the tokens of all 2 images together"
+    note = "keep=100 counts the tokens of all 13 images together"
     assert note in audited(*words, "--compressor.keep=100")["note"]
     assert note in call(*words, "--compressor.keep=100")[1].replace("\n", " ")
     assert "note" not in audited(*words, "--compressor.keep=0.5")
     assert "note" not in audited(*words, "--compressor.keep=100", "--images=1")
     between = ("--preset=molmo-7b-d", "--compressor=stride", "--compressor.budget=16")
     assert "note" not in audited(*between)
-    matched = audited(*words, "--compressor=pyramiddrop", "--match=mean_processed:200")
-    assert all("all 2 images" in method["note"] for method in matched["methods"])
+    matched = audited(*words, "--compressor=pyramiddrop", "--match=mean_processed:900")
+    assert all("all 13 images" in method["note"] for method in matched["methods"])
 
 
 CONFIG = """

@@ -238,24 +238,22 @@ def test_amdahl_bound():
     assert base.amdahl.speedup == 1 and base.amdahl.touched == ("decoder",)
 
 
-@pytest.mark.parametrize("preset", presets.names())
+@pytest.mark.parametrize("preset", ["llava-1.5-7b", "smolvlm-256m", "qwen3-vl-2b", "molmoe-1b"])
 def test_a_speedup_never_exceeds_its_bound(preset):
     """Without text and at one token, where hardly anything is left of what a method touches."""
     given = presets.get(preset)
     fields, own = given["model"], given["model"]["compressor"]
-    connector = {**fields["connector"], "identity": False}
     for method in (
         dict(name="stride", budget=1),
         dict(name="divprune", budget=1),
         dict(name="pool", budget=1),
         dict(name="downsample", budget=1),
-        dict(name="tome", r=64),
         dict(name="fastv", layer=1, keep=1),
         dict(name="vtw", layer=1),
+        *([] if fields.get("projector") else [dict(name="tome", r=64)]),
         own,
     ):
         model = VisionLanguageModel(**{**fields, "compressor": method})
-        model = model if method is own else model.clone(connector=connector)
         found = ledger.build(model, text_tokens=0, images=given["images"]).amdahl
         assert 0 < found.speedup <= found.bound, (method, found)
 

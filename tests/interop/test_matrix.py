@@ -11,15 +11,14 @@ import numpy as np
 import pytest
 from method_matrix import (
     CACHED,
-    DOCS,
     FEW,
     REFUSED,
     TRAINED,
     TRAINING_FREE,
     Subject,
     golden_models,
-    section,
 )
+from method_table import DOCS, section
 
 from efficient_vlm.compressors.methods import METHODS, reachable
 from efficient_vlm.errors import UserError
@@ -170,7 +169,7 @@ def test_attention_of_a_class_token_needs_one(name):
 
 def test_the_table_in_the_documents_is_this_one():
     text = DOCS.read_text(encoding="utf-8")
-    assert section() in text, "run: python tests/interop/method_matrix.py"
+    assert section() in text, "run: python tests/interop/method_table.py"
 
 
 def test_every_golden_model_is_in_the_tables():

@@ -14,18 +14,6 @@ SCALINGS = ("linear", "dynamic", "llama3", "yarn", "longrope")
 _FIELDS = ("theta", "fraction", "scaling", "sections", "interleaved")
 
 
-def rope(x: jax.Array, positions: jax.Array, theta: float, fraction: float = 1.0) -> jax.Array:
-    """Rotary position embedding (arXiv 2104.09864), in halves, as Llama does it.
-
-    Args:
-      x: [B, S, H, Dh].
-      positions: float or int [B, S]; fractional positions (merged tokens) are fine.
-      theta: base of the frequencies.
-      fraction: share of Dh that is rotated, the rest is left as it is.
-    """
-    return rotate(x, positions, {"theta": theta, "fraction": fraction})
-
-
 def rotate(
     x: jax.Array,
     positions: jax.Array,
@@ -33,12 +21,13 @@ def rotate(
     other: Mapping[str, Any] | None = None,
     use_other: Any = False,
 ) -> jax.Array:
-    """Rotates by positions.
+    """Rotary position embedding (arXiv 2104.09864), in halves, as Llama does it.
 
     Args:
       x: [B, S, H, Dh].
-      positions: [B, S], or [B, S, A] with one position per axis (`sections`); with sections, [B, S]
-        are positions that are the same on all axes, those of text.
+      positions: int or float [B, S] (fractions, of merged tokens, are fine), or [B, S, A] with one
+        position per axis (`sections`); with sections, [B, S] are positions that are the same on all
+        axes, those of text.
       spec: theta; fraction (1.0), the share of Dh that is rotated; scaling (None), see
         `frequencies`; sections (None), how many frequencies belong to each axis, of which each
         axis takes its own (M-RoPE, arXiv 2409.12191, section 2.1): in chunks, or `interleaved`

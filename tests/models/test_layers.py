@@ -85,7 +85,7 @@ def test_rope_is_relative_and_exact():
     q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
 
     def product(m, n):
-        at = [rotary.rope(x, jnp.array([[p]]), 100.0) for x, p in ((q, m), (k, n))]
+        at = [rotary.rotate(x, jnp.array([[p]]), {"theta": 100.0}) for x, p in ((q, m), (k, n))]
         return float((at[0] * at[1]).sum())
 
     assert product(3, 1) == pytest.approx(product(7.5, 5.5), abs=1e-5)
@@ -93,13 +93,13 @@ def test_rope_is_relative_and_exact():
     # As complex numbers, by the definition: (x_j + i x_{j+d/2}) e^{i m theta_j}.
     x = np.asarray(q)[0, 0, 0].astype(np.complex128)
     turned = (x[:4] + 1j * x[4:]) * np.exp(1j * 2.0 * 100.0 ** (-np.arange(4) / 4))
-    ours = np.asarray(rotary.rope(q, jnp.array([[2]]), 100.0))[0, 0, 0]
+    ours = np.asarray(rotary.rotate(q, jnp.array([[2]]), {"theta": 100.0}))[0, 0, 0]
     np.testing.assert_allclose(ours, np.concatenate([turned.real, turned.imag]), atol=1e-6)
 
 
 def test_rope_fraction_leaves_the_rest():
     x = jnp.ones((1, 2, 1, 8))
-    out = rotary.rope(x, jnp.array([[5, 9]]), 100.0, fraction=0.5)
+    out = rotary.rotate(x, jnp.array([[5, 9]]), {"theta": 100.0, "fraction": 0.5})
     np.testing.assert_array_equal(out[..., 4:], 1)
     assert not np.allclose(out[..., :4], 1)
 

@@ -17,7 +17,7 @@ from efficient_vlm.compressors.in_decoder import fitprune, sparsevlm_plan, spars
 from efficient_vlm.compressors.in_decoder.clusters import dpc_knn
 from efficient_vlm.compressors.tokens import DecoderState
 from efficient_vlm.errors import UserError
-from efficient_vlm.models.attention import rope
+from efficient_vlm.models.rotary import rotate
 
 GRID, TOKENS, TEXT = (4, 6), 24, 5
 VISUAL = (24, 17, 9, 3, 0)  # real tokens by row
@@ -129,7 +129,8 @@ class TestSparseVLM:
         rng, depth, places = np.random.default_rng(0), 8, 9
         plain = jnp.asarray(rng.normal(size=(1, places, 2, depth)), jnp.float32)
         where = jnp.asarray(rng.integers(0, 40, (1, places)))
-        turned = jax.jit(rope, static_argnums=(2, 3))(plain, where, 100.0, fraction)
+        spec = {"theta": 100.0, "fraction": fraction}
+        turned = jax.jit(lambda x, at: rotate(x, at, spec))(plain, where)
         _, state = random_case(0, grid=(2, 2), text=5, visual=(4,))
         state = dataclasses.replace(
             state,

@@ -98,7 +98,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("generate", "ask a published or an imported model about pictures")
     sub.add_argument("model", metavar="MODEL", help="folder with config.json and weights")
     sub.add_argument("question", metavar="QUESTION", help="what to ask")
-    sub.add_argument("--image", action="append", metavar="FILE", help="a picture; may be repeated")
+    sub.add_argument(
+        "--image",
+        action="append",
+        metavar="FILE",
+        help="a picture; may be repeated; --pictures.OPTION=VALUE sets max_pixels, split, "
+        "max_tiles or max_crops, where the model has it",
+    )
     sub.add_argument(
         "--compressor",
         metavar="NAME",
@@ -146,7 +152,7 @@ def _joined(argv: Sequence[str]) -> list[str]:
     words: list[str] = []
     for word in argv:
         last = words[-1] if words else ""
-        option = last.startswith(("--config.", "--compressor.")) and "=" not in last
+        option = last.startswith(("--config.", "--compressor.", "--pictures.")) and "=" not in last
         if option and not word.startswith("--"):
             words[-1] = f"{last}={word}"
         else:
@@ -154,9 +160,9 @@ def _joined(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def _split_overrides(rest: Sequence[str]) -> tuple[list[str], list[str]]:
-    """("section.field=value" of --config., "option=value" of --compressor.) of what is left."""
-    found: dict[str, list[str]] = {"--config.": [], "--compressor.": []}
+def _split_overrides(rest: Sequence[str]) -> tuple[list[str], ...]:
+    """("section.field=value" of --config., "option=value" of --compressor. and of --pictures.)."""
+    found: dict[str, list[str]] = {"--config.": [], "--compressor.": [], "--pictures.": []}
     known = ("--config", "--workdir", "--help", "--version")
     pending = None
     for word in rest:
@@ -179,7 +185,7 @@ def _split_overrides(rest: Sequence[str]) -> tuple[list[str], list[str]]:
     if pending is not None:
         option = "".join(pending)
         raise UserError(f"{option}: no value", fix=f"write {option}=VALUE")
-    return found["--config."], found["--compressor."]
+    return tuple(found.values())
 
 
 def run(argv: Sequence[str]) -> int:
@@ -191,7 +197,7 @@ def run(argv: Sequence[str]) -> int:
     if not argv[0].startswith("-") and argv[0] not in VERBS:
         raise unknown("verb", argv[0], VERBS)
     args, rest = parser.parse_known_args(_joined(argv))
-    overrides, options = _split_overrides(rest)
+    overrides, options, pictures = _split_overrides(rest)
     if args.verb is None:
         raise UserError("no verb given", allowed=", ".join(VERBS), fix="see efficient-vlm --help")
     if overrides and "config" not in args:
@@ -204,6 +210,8 @@ def run(argv: Sequence[str]) -> int:
             f"--compressor.{options[0]}: {args.verb} takes no options of a compressor",
             fix="config fields are --config.model.compressor.FIELD=VALUE",
         )
+    if pictures and args.verb != "generate":
+        raise UserError(f"--pictures.{pictures[0]}: {args.verb} takes no options of pictures")
     args.options = options
     if args.verb == "audit":
         from efficient_vlm.audit import command
@@ -213,7 +221,7 @@ def run(argv: Sequence[str]) -> int:
         from efficient_vlm.interop import commands as published
 
         if args.verb == "generate":
-            return published.generate(args, options)
+            return published.generate(args, options, pictures)
         return getattr(published, f"{args.verb}_checkpoint")(args)
     if args.verb == "presets":
         from efficient_vlm.interop.presets_table import presets_command

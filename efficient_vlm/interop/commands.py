@@ -57,7 +57,9 @@ def export_checkpoint(args: argparse.Namespace) -> int:
     return 0
 
 
-def generate(args: argparse.Namespace, options: Sequence[str]) -> int:
+def generate(
+    args: argparse.Namespace, options: Sequence[str], picture_options: Sequence[str]
+) -> int:
     """`efficient-vlm generate MODEL QUESTION --image=FILE`."""
     from efficient_vlm.commands import enable_compilation_cache
     from efficient_vlm.interop import pointing
@@ -72,7 +74,11 @@ def generate(args: argparse.Namespace, options: Sequence[str]) -> int:
         compressor, *more = read_methods([args.compressor], options)
         if more:
             raise UserError(f"--compressor={args.compressor}: one method at a time")
-    vlm = pretrained.from_pretrained(args.model, compressor=compressor, dtype=args.dtype)
+    pictures = dict(option.split("=", 1) for option in picture_options)
+    pictures = {name: read_literal(f"--pictures.{name}", value) for name, value in pictures.items()}
+    vlm = pretrained.from_pretrained(
+        args.model, compressor=compressor, dtype=args.dtype, **pictures
+    )
     stream = None
     if not args.json:
 
@@ -94,6 +100,16 @@ def generate(args: argparse.Namespace, options: Sequence[str]) -> int:
     if args.points is not None:
         _draw_points(vlm, pointing, answer, args)
     return 0
+
+
+def read_literal(option: str, text: str) -> int | bool:
+    """A whole number or a truth value of the command line."""
+    words = {"true": True, "false": False}
+    if text.lower() in words:
+        return words[text.lower()]
+    if text.isascii() and text.isdigit():
+        return int(text)
+    raise UserError(f"{option}: {text!r}", allowed="a whole number, true or false")
 
 
 def _report(vlm: pretrained.Pretrained, out: Any, answer: str) -> dict[str, Any]:

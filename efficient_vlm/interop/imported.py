@@ -29,6 +29,7 @@ from efficient_vlm.interop.load import (
     stacked,
 )
 from efficient_vlm.interop.safetensors_read import Checkpoint
+from efficient_vlm.interop.staging import Stage, identity
 from efficient_vlm.interop.tokenizer import read_json
 from efficient_vlm.models.stack import unstack
 from efficient_vlm.models.vlm import VisionLanguageModel
@@ -36,6 +37,7 @@ from efficient_vlm.models.vlm import VisionLanguageModel
 CHECKPOINTS = "checkpoints"
 CARRIED = "carried"
 DTYPES = "dtypes.json"
+STAGE = "under_way"
 
 
 def open_weights(
@@ -109,8 +111,9 @@ def import_model(
 ) -> tuple[VisionLanguageModel, Any]:
     """Writes a published checkpoint as one of ours; parameters keep their dtype.
 
-    Called again after a kill it starts over: nothing counts as imported until the checkpoint is
-    committed.
+    Called again after a kill it goes on with the tensors that were not converted yet; nothing
+    counts as imported until the checkpoint is committed. It needs room on the disk for the
+    parameters twice, and in memory for the largest tensor.
 
     Args:
       source: directory with config.json and safetensors.
@@ -118,7 +121,7 @@ def import_model(
       sha256: see `Checkpoint.open`.
 
     Returns:
-      The model and its parameters, stacked, on the host.
+      The model and its parameters, stacked, memory-mapped.
 
     Raises:
       UserError: see `from_pretrained`; or the target holds something else.
@@ -135,10 +138,11 @@ def import_model(
             fix="name a folder that does not exist yet",
         )
     family, model = family_of(config), build_model(config)
-    reader = Source(Checkpoint.open(source, sha256=sha256), family, config, model)
+    checkpoint = Checkpoint.open(source, sha256=sha256)
+    reader = Source(checkpoint, family, config, model)
     reader.check_finite()
-    params = stacked(reader)
-    target.mkdir(parents=True, exist_ok=True)
+    stage = Stage(target / STAGE, identity((source / "config.json", *checkpoint.files)))
+    params = stacked(reader, stage=stage)
     shutil.rmtree(target / CARRIED, ignore_errors=True)
     copy_settings(source, target)
     (target / "config.json").write_bytes((source / "config.json").read_bytes())
@@ -150,6 +154,7 @@ def import_model(
         safetensors_write.write(target / CARRIED, tensors)
     with Checkpoints(target / CHECKPOINTS) as checkpoints:
         checkpoints.save(0, {"params": params}, wait=True)
+    stage.remove()
     return model, params
 
 
@@ -158,7 +163,7 @@ def _is_free(target: Path) -> bool:
     from efficient_vlm.train.checkpoint import Checkpoints
 
     names = {path.name for path in target.iterdir()}
-    if names and DTYPES not in names:
+    if names and STAGE not in names:
         return False
     if CHECKPOINTS not in names:
         return True

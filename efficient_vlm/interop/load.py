@@ -22,6 +22,7 @@ from efficient_vlm.interop.names import NameMap
 from efficient_vlm.interop.progress import progress
 from efficient_vlm.interop.safetensors_format import CheckpointError
 from efficient_vlm.interop.safetensors_read import Checkpoint
+from efficient_vlm.interop.staging import Stage
 from efficient_vlm.interop.tokenizer import special_id
 from efficient_vlm.models.stack import STACKS, unstack
 from efficient_vlm.models.vlm import VisionLanguageModel
@@ -192,21 +193,22 @@ class Source:
         for name in self.names.tensors():
             self.checkpoint.read(self.there[name], finite=True)
 
-    def leaves(self, dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
-        """Path and value of each parameter in split form, one after the other.
+    def paths(self) -> Iterator[str]:
+        """Path of each parameter in split form, in the order of the file, with a progress bar."""
 
-        Args:
-          dtype: to convert to; None for that of the file.
-        """
-        shapes = self.names.shapes
+        def size(path: str) -> int:
+            return math.prod(self.names.shapes[path]) * self.dtype(path).itemsize
 
-        def size(item: tuple[str, Any]) -> int:
-            return math.prod(shapes[item[0]])
+        total = sum(map(size, self.names.leaves))
+        yield from progress(self.names.leaves, size, total, "loading")
 
-        total = sum(math.prod(shape) for shape in shapes.values())
-        for path, leaf in progress(self.names.leaves.items(), size, total, "loading"):
-            value = leaf.read(shapes[path], self.tensor)
-            yield path, value if dtype is None else value.astype(dtype, copy=False)
+    def dtype(self, path: str) -> np.dtype:
+        """The dtype of a parameter in the file."""
+        return self.checkpoint.dtype(self.there[self.names.leaves[path].pieces[0].name])
+
+    def read(self, path: str) -> np.ndarray:
+        """A parameter in split form."""
+        return self.names.leaves[path].read(self.names.shapes[path], self.tensor)
 
 
 def renamed(name: str, renames: tuple[tuple[str, str], ...]) -> str:
@@ -242,7 +244,9 @@ def load_parameters(
       sharding: (path, shape) -> sharding; None for the default device.
     """
     placed = {}
-    for path, value in source.leaves(dtype):
+    for path in source.paths():
+        value = source.read(path)
+        value = value if dtype is None else value.astype(dtype, copy=False)
         if sharding is None:
             placed[path] = jnp.array(value)
         else:
@@ -252,39 +256,45 @@ def load_parameters(
     return nest(placed)
 
 
-def stacked(source: Source, dtype: Any = None) -> dict[str, Any]:
+def stacked(source: Source, dtype: Any = None, stage: Stage | None = None) -> dict[str, Any]:
     """Parameters on the host with the layers of each stack on a leading axis, for training.
 
     Each stack is allocated once and filled layer by layer.
+
+    Args:
+      source: the checkpoint.
+      dtype: to convert to; None for that of the file.
+      stage: where to keep them on disk and to go on after a kill; None for memory.
     """
     groups: dict[str, Any] = {}
-    counts = {
-        prefix: source.names.count(prefix)
-        for prefix in {
-            p[: p.index(f"/{s}/") + len(s) + 1]
-            for p in source.names.shapes
-            for s in STACKS
-            if f"/{s}/" in p
-        }
-    }
-    for path, value in source.leaves(dtype):
-        for prefix, count in counts.items():
-            if path.startswith(f"{prefix}/"):
-                layer, _, rest = path[len(prefix) + 1 :].partition("/")
-                whole = f"{prefix}/{rest}"
-                if whole not in groups:
-                    groups[whole] = np.empty((count, *value.shape), value.dtype)
-                if groups[whole].dtype != value.dtype:
-                    raise CheckpointError(
-                        f"{path}: stored as {value.dtype}, but other layers as "
-                        f"{groups[whole].dtype}",
-                        fix="convert the checkpoint to one dtype first",
-                    )
-                groups[whole][int(layer)] = value
-                break
-        else:
-            groups[path] = np.array(value)
+    for path in source.paths():
+        prefix, layer, rest = _in_stack(path)
+        whole = path if layer is None else f"{prefix}/{rest}"
+        kind = np.dtype(dtype or source.dtype(path))
+        if whole not in groups:
+            layers = () if layer is None else (source.names.count(prefix),)
+            shape = (*layers, *source.names.shapes[path])
+            groups[whole] = stage.array(whole, shape, kind) if stage else np.empty(shape, kind)
+        if groups[whole].dtype != kind:
+            raise CheckpointError(
+                f"{path}: stored as {kind}, but other layers as {groups[whole].dtype}",
+                fix="convert the checkpoint to one dtype first",
+            )
+        if stage and stage.is_done(path):
+            continue
+        groups[whole][... if layer is None else layer] = source.read(path)
+        if stage:
+            stage.done(path, groups[whole])
     return nest(groups)
+
+
+def _in_stack(path: str) -> tuple[str, int | None, str]:
+    """Prefix of a stack, layer and the rest of a path in split form; no layer outside of stacks."""
+    parts = path.split("/")
+    for i, name in enumerate(parts):
+        if name in STACKS:
+            return "/".join(parts[: i + 1]), int(parts[i + 1]), "/".join(parts[i + 2 :])
+    return path, None, ""
 
 
 def export(
@@ -317,12 +327,8 @@ def export(
     def parameter(path: str) -> np.ndarray:
         if path in flat:
             return np.asarray(flat[path])
-        for name in STACKS:
-            if f"/{name}/" in path:
-                before, after = path.split(f"/{name}/", 1)
-                layer, rest = after.split("/", 1)
-                return np.asarray(flat[f"{before}/{name}/{rest}"][int(layer)])
-        raise KeyError(path)
+        prefix, layer, rest = _in_stack(path)
+        return np.asarray(flat[f"{prefix}/{rest}"][layer])
 
     def written(name: str) -> np.ndarray:
         value = names.assemble(name, parameter)

@@ -1,6 +1,5 @@
 """A published model ready to be asked: weights, tokenizer, pictures and prompt in one object."""
 
-import dataclasses
 import functools
 import math
 import os
@@ -12,44 +11,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.inference.generate import Generated, generate
-from efficient_vlm.interop import prompts as prompting
+from efficient_vlm.interop.conversation import Conversation, is_one, prompt_ids
 from efficient_vlm.interop.families.base import Family
 from efficient_vlm.interop.families.table import family_of
 from efficient_vlm.interop.imported import open_weights
 from efficient_vlm.interop.load import build_model, export, parameter_shapes, read_config
 from efficient_vlm.interop.pictures.base import Pictured
 from efficient_vlm.interop.placing import Prompt, place
+from efficient_vlm.interop.prompts import Template
+from efficient_vlm.interop.request import Request, gather, visual_tokens
 from efficient_vlm.interop.tokenizer import Tokenizer, read_json
-from efficient_vlm.models.placement import Placement
 from efficient_vlm.models.stack import fuse
-from efficient_vlm.models.vlm import NO_EXTRAS, ImageExtras, VisionLanguageModel
+from efficient_vlm.models.vlm import VisionLanguageModel
 
 # Text is padded to a multiple of this: prompts of about one length share a program.
 BUCKET = 32
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A batch of prompts as arrays; see `VisionLanguageModel.text_logits`.
-
-    Attributes:
-      model: at the size of these pictures.
-      tokens, lengths, placement: of R rows.
-      images, image_mask, extras: of R rows; images None for none.
-      pictured: for each row what each of its pictures became.
-    """
-
-    model: VisionLanguageModel
-    tokens: np.ndarray
-    lengths: np.ndarray
-    placement: Placement
-    images: np.ndarray | None
-    image_mask: np.ndarray | None
-    extras: ImageExtras
-    pictured: tuple[tuple[Pictured, ...], ...]
 
 
 class Pretrained:
@@ -93,13 +72,10 @@ class Pretrained:
         return Tokenizer.from_hf(self.directory)
 
     @functools.cached_property
-    def template(self) -> prompting.Template | str:
+    def template(self) -> Template | str:
         """The chat template of the directory, or the name of the family's own prompt."""
-        names = ("chat_template.jinja", "chat_template.json")
-        own = any((self.directory / name).is_file() for name in names)
-        for name in ("tokenizer_config.json", "processor_config.json"):
-            own = own or "chat_template" in read_json(self.directory / name)
-        return prompting.Template.from_hf(self.directory) if own else self.family.prompt
+        found = None if self.family.own_prompt else Template.find(self.directory)
+        return found or self.family.prompt
 
     @functools.cached_property
     def pictures(self) -> Any:
@@ -110,15 +86,7 @@ class Pretrained:
             **read_json(self.directory / "processor_config.json"),
             **read_json(self.directory / "preprocessor_config.json"),
         }
-        try:
-            return self.family.processor(settings, self.config, **self._picture_options)
-        except TypeError:
-            if not self._picture_options:
-                raise
-            raise UserError(
-                f"{', '.join(self._picture_options)}: no option of {self.family.name}'s pictures",
-                allowed="max_pixels and min_pixels (Qwen), split (SmolVLM), max_tiles (InternVL)",
-            ) from None
+        return self.family.processor(settings, self.config, **self._picture_options)
 
     # --- what a user does ------------------------------------------------------------------------
 
@@ -143,7 +111,7 @@ class Pretrained:
 
     def generate(
         self,
-        prompt: str | Sequence[str],
+        prompt: Conversation | Sequence[Conversation],
         images: Any = None,
         *,
         max_new_tokens: int = 64,
@@ -153,11 +121,14 @@ class Pretrained:
         """Answers a question, or several, greedily.
 
         Args:
-          prompt: a question, or a list of them.
-          images: for one question a list of pictures (paths, Pillow images, uint8 arrays); for
-            several a list of lists. None for none.
+          prompt: a question, or a conversation: [{"role": "user", "content": [{"type": "image"},
+            {"type": "text", "text": ...}]}, ...], the last message being the user's; or a list of
+            questions and conversations.
+          images: for one prompt a picture (a path, a Pillow image, a uint8 array [H, W, 3]) or a
+            list of them, in the order of the conversation; for several a list of lists. None for
+            none.
           max_new_tokens: the most tokens of an answer.
-          stream: called with pieces of the answer to a single question as they come.
+          stream: called with pieces of the answer to a single prompt as they come.
           rng: key for random compressors.
 
         Returns:
@@ -166,12 +137,16 @@ class Pretrained:
         Raises:
           UserError: a picture or a prompt that cannot be used.
         """
-        single = isinstance(prompt, str)
+        single = is_one(prompt)
+        if stream is not None and not single:
+            raise UserError(f"stream: {len(prompt)} prompts", fix="stream one prompt at a time")
+        if single and images is not None:
+            images = [images if isinstance(images, list | tuple) else [images]]
         out = self.run(
             [prompt] if single else list(prompt),
-            [[] if images is None else images] if single else images,
+            images,
             max_new_tokens=max_new_tokens,
-            stream=stream if single else None,
+            stream=stream,
             rng=rng,
         )
         answers = self.answers(out)
@@ -183,7 +158,7 @@ class Pretrained:
 
     def run(
         self,
-        questions: Sequence[str],
+        questions: Sequence[Conversation],
         images: Sequence[Sequence[Any]] | None = None,
         *,
         max_new_tokens: int = 64,
@@ -191,8 +166,8 @@ class Pretrained:
         rng: jax.Array | None = None,
     ) -> Generated:
         """As `generate` for several questions, with tokens, times and cache sizes."""
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens: {max_new_tokens}", allowed="1, 2, 3, ...")
+        if type(max_new_tokens) is not int or max_new_tokens < 1:
+            raise UserError(f"max_new_tokens: {max_new_tokens!r}", allowed="1, 2, 3, ...")
         request = self.request(questions, images)
         ends = self.tokenizer.eos_ids or (-1,)
         decoder = self.tokenizer.stream()
@@ -258,7 +233,7 @@ class Pretrained:
     # --- from words and pictures to arrays -------------------------------------------------------
 
     def request(
-        self, questions: Sequence[str], images: Sequence[Sequence[Any]] | None = None
+        self, questions: Sequence[Conversation], images: Sequence[Sequence[Any]] | None = None
     ) -> Request:
         """Renders, tokenises and places prompts; see `generate`."""
         if not questions:
@@ -276,7 +251,8 @@ class Pretrained:
                     f"images: a {type(row).__name__}, not a list", fix="images=[picture]"
                 )
             pictured.append(tuple(self.pictures(picture) for picture in row))
-        ids = [self._ids(question, row) for question, row in zip(questions, pictured, strict=True)]
+        how = (self.family, self.config, self.template, self.tokenizer)
+        ids = [prompt_ids(*how, *row) for row in zip(questions, pictured, strict=True)]
         return self.place(ids, pictured)
 
     def place(
@@ -307,24 +283,6 @@ class Pretrained:
         both = (tokens, lengths, placement, images, mask, extras)
         return Request(model, *both, tuple(map(tuple, pictured)))
 
-    def _ids(self, question: str, pictured: Sequence[Pictured]) -> list[int]:
-        content: Any = question  # What templates of language models expect.
-        if self.family.processor is not None:
-            content = [{"type": "image"}] * len(pictured) + [{"type": "text", "text": question}]
-        message = {"role": "user", "content": content}
-        options = {}
-        if isinstance(self.template, prompting.Template):
-            options["add_generation_prompt"] = True
-        elif self.template == "plain":
-            options["placeholder"] = self.family.placeholder
-        text = prompting.render([message], self.template, **options)
-        text = prompting.expand(text, [p.text for p in pictured], self.family.placeholder)
-        spelled = isinstance(self.template, prompting.Template) or self.template in (
-            "paligemma",
-            "molmo",
-        )
-        return self.tokenizer.encode(text, bos=False if spelled else None)
-
     def _until_end(self, tokens: np.ndarray) -> list[int]:
         ends = [i for i, token in enumerate(tokens) if int(token) in self.tokenizer.eos_ids]
         return [int(token) for token in tokens[: ends[0] if ends else len(tokens)]]
@@ -334,13 +292,6 @@ class Pretrained:
 def _logits(model, params, *args):
     *args, rng = args
     return model.apply({"params": params}, *args, rng=rng, method="text_logits")
-
-
-def visual_tokens(model: VisionLanguageModel, mask: np.ndarray, extras: ImageExtras) -> int:
-    """Slots of a row, real or not."""
-    if extras.pool_index is not None:
-        return extras.pool_index.shape[1]
-    return mask.shape[1] * math.prod(model.slot_grid)
 
 
 def check_compressor(model: VisionLanguageModel, variable: bool = False) -> None:
@@ -367,88 +318,6 @@ def check_compressor(model: VisionLanguageModel, variable: bool = False) -> None
             "which a published checkpoint does not hold",
             allowed="training-free methods, see docs/compressors.md",
         )
-
-
-def gather(model: VisionLanguageModel, pictured: Sequence[Sequence[Pictured]]):
-    """Pictures of R rows as arrays of one shape.
-
-    Returns:
-      The model at that size; images [R, M, H, W, 3], mask [R, M] and extras; for each row its
-      slots and the grids of its images (`placing.Prompt`).
-    """
-    rows = len(pictured)
-    nothing = [np.zeros(0, np.int64)] * rows
-    most = max(sum(len(p.images) for p in row) for row in pictured)
-    if most == 0:
-        return model, None, None, NO_EXTRAS, nothing, [None] * rows
-    patch = model.encoder["patch_size"]
-    every = [p for row in pictured for p in row]
-    size = [max(p.images.shape[axis] for p in every) for axis in (1, 2)]
-    model = model.sized(*size)
-    images = np.zeros((rows, most, *size, 3), np.float32)
-    mask = np.zeros((rows, most), bool)
-    valid = np.tile(np.array(size) // patch, (rows, most, 1)).astype(np.int32)
-    for row, each in enumerate(pictured):
-        at = 0
-        for p in each:
-            count, height, width = p.images.shape[:3]
-            images[row, at : at + count, :height, :width] = p.images
-            mask[row, at : at + count] = True
-            valid[row, at : at + count] = p.valid
-            at += count
-    padded = (valid[mask] != np.array(size) // patch).any()
-    extras = ImageExtras(valid=valid if padded else None)
-    if every[0].pool_index is not None:
-        return _gather_pooled(model, pictured, images, mask, extras)
-    if every[0].padding_share is not None:
-        share = np.zeros((rows, most, every[0].padding_share.shape[1]), np.float32)
-        for row, each in enumerate(pictured):
-            if each:
-                whole = np.concatenate([p.padding_share for p in each])
-                share[row, : len(whole)] = whole
-        extras = extras.replace(padding_share=share)
-    grid = np.array(model.slot_grid)
-    index = np.arange(grid.prod()).reshape(grid)
-    slots, grids = [], []
-    for each in pictured:
-        own, start = [np.zeros(0, np.int64)], 0
-        for p in each:
-            tokens = np.concatenate(
-                [
-                    index[:h, :w].reshape(-1) + (start + i) * grid.prod()
-                    for i, (h, w) in enumerate(p.grids)
-                ]
-            )
-            if p.slots is not None:
-                tokens = p.slots + start * grid.prod()
-            own.append(tokens)
-            start += len(p.images)
-        slots.append(np.concatenate(own))
-        grids.append(np.concatenate([p.grids for p in each]) if each else None)
-    if every[0].slots is not None or padded:
-        has_slot = np.zeros((rows, most * grid.prod()), bool)
-        for row, at in enumerate(slots):
-            has_slot[row, at] = True
-        extras = extras.replace(slot_mask=has_slot.reshape(rows, most, -1))
-    return model, images, mask, extras, slots, grids
-
-
-def _gather_pooled(model, pictured, images, mask, extras):
-    """Pictures whose tokens read patches across crops (Molmo2)."""
-    patches = math.prod(side // model.encoder["patch_size"] for side in images.shape[2:4])
-    counts = [sum(len(p.pool_index) for p in each) for each in pictured]
-    width = max(p.pool_index.shape[1] for each in pictured for p in each)
-    index = np.full((len(pictured), max(counts), width), -1, np.int32)
-    for row, each in enumerate(pictured):
-        at = start = 0
-        for p in each:
-            moved = np.where(p.pool_index >= 0, p.pool_index + start * patches, -1)
-            index[row, at : at + len(moved), : moved.shape[1]] = moved
-            at, start = at + len(moved), start + len(p.images)
-    model = model.clone(compressor={**model.compressor, "grid": (1, max(counts))})
-    slots = [np.arange(count) for count in counts]
-    extras = extras.replace(pool_index=index)
-    return model, images, mask, extras, slots, [None] * len(pictured)
 
 
 def copy_settings(source: Path, target: Path) -> None:
@@ -482,7 +351,8 @@ def from_pretrained(
       param_dtype: of parameters; None for that of activations, "stored" for those of the files.
       sharding: see `load.load_parameters`.
       check: read all values once, and refuse NaN and infinity.
-      **picture_options: of the family's picture processor, such as max_pixels (Qwen).
+      **picture_options: of the family's picture processor: min_pixels and max_pixels (Qwen-VL),
+        split (SmolVLM), max_tiles (InternVL), max_crops (Molmo).
 
     Raises:
       UserError: no such model, a damaged file, or a compressor that this model cannot have.
@@ -502,6 +372,10 @@ def from_pretrained(
         )
     config = read_config(directory)
     family = family_of(config)
+    for name in picture_options:
+        if name not in family.picture_options:
+            options = family.picture_options or (f"none for {family.name}",)
+            raise unknown("option of from_pretrained or its pictures", name, options)
     model = build_model(config, dtype=jnp.dtype(dtype), compressor=compressor)
     check_compressor(model, family.variable)
     kind = None if param_dtype == "stored" else param_dtype or dtype

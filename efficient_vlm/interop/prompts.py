@@ -55,6 +55,18 @@ class Template:
         Raises:
           UserError: none of the files holds a template of this name, or one is damaged.
         """
+        found = cls.find(directory, name)
+        if found is None:
+            raise UserError(
+                f"chat template: none in {directory}",
+                allowed="chat_template.jinja, or chat_template in tokenizer_config.json",
+                fix=f"name a family instead: {', '.join(FAMILIES)}",
+            )
+        return found
+
+    @classmethod
+    def find(cls, directory: str | os.PathLike, name: str = "default") -> "Template | None":
+        """As `from_hf`, but None where no file holds a template."""
         directory = Path(directory)
         tokens = special_tokens(directory)
         jinja = directory / "chat_template.jinja"
@@ -64,11 +76,7 @@ class Template:
             found = read_json(directory / file).get("chat_template")
             if found:
                 return cls(_named(found, name, file), tokens)
-        raise UserError(
-            f"chat template: none in {directory}",
-            allowed="chat_template.jinja, or chat_template in tokenizer_config.json",
-            fix=f"name a family instead: {', '.join(FAMILIES)}",
-        )
+        return None
 
     def render(
         self,
@@ -117,7 +125,7 @@ class Template:
         # A template is a program: type errors, missing keys and its own complaints end up here.
         except Exception as error:
             raise UserError(
-                f"chat template: {error or type(error).__name__}",
+                f"chat template: {str(error) or type(error).__name__}",
                 fix="check roles and contents of the messages against the model's documentation",
             ) from error
 

@@ -1,8 +1,8 @@
 """The jinja2 environment for chat templates of strangers.
 
 To jinja2's immutable sandbox (no private attributes, no changes to what is passed in, short ranges)
-it adds a budget of steps, which every pass of a loop and every call takes from, and a limit on what
-repetition and padding can make of a short value.
+it adds a budget of steps, which every pass of a loop, every item of a filter and every call takes
+from, and a limit on the length of what is repeated, padded, joined, replaced or added.
 """
 
 import functools
@@ -13,13 +13,21 @@ from typing import Any
 
 import jinja2
 from jinja2 import ext, nodes
+from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
 
 from efficient_vlm.errors import UserError
 
 # Filters whose result can be as long as a number in the template says.
 _PADDING_FILTERS = ("batch", "center", "format", "indent", "slice")
+# Filters that go through the items of their first argument.
+_ITERATING_FILTERS = (
+    *("first", "groupby", "join", "last", "list", "map", "max", "min", "reject", "rejectattr"),
+    *("reverse", "select", "selectattr", "sort", "sum", "unique"),
+)
+_MAX_BITS = 10_000  # Of a whole number.
 # A width of seven digits, or one taken from an argument, in either kind of format string.
 _WIDE = re.compile(r"%[^a-zA-Z%]*([0-9]{7}|\*)|\{[^{}]*:[^{}]*([0-9]{7}|\{)")
 
@@ -57,7 +65,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
       max_length: characters or items of a repeated or padded value.
     """
 
-    intercepted_binops = frozenset({"*", "**", "%"})
+    intercepted_binops = frozenset({"*", "**", "%", "+"})
 
     def __init__(self, max_steps: int, max_length: int):
         super().__init__(
@@ -65,9 +73,16 @@ class Sandbox(ImmutableSandboxedEnvironment):
         )
         self._max_steps, self._max_length = max_steps, max_length
         self._running = threading.local()
-        self.filters["counted"] = self._counted
         for name in _PADDING_FILTERS:
             self.filters[name] = self._bounded(self.filters[name])
+        for name in _ITERATING_FILTERS:
+            self.filters[name] = self._iterating(name, self.filters[name])
+        replace = self.filters["replace"]
+        self.filters |= {
+            "counted": self._counted,
+            "concatenated": self._concatenated,
+            "replace": functools.wraps(replace)(self._replacing(replace)),
+        }
         self.globals["raise_exception"] = _raise
         self.globals["namespace"] = _PublicNamespace
         del self.globals["lipsum"]  # Minutes of filler text in a single call.
@@ -83,16 +98,19 @@ class Sandbox(ImmutableSandboxedEnvironment):
           jinja2.TemplateSyntaxError: the source is not a template.
         """
         tree = self.parse(source)
-        for loop in tree.find_all((nodes.For,)):
-            loop.iter = nodes.Filter(
-                loop.iter, "counted", [], [], None, None, lineno=loop.lineno
-            ).set_environment(self)
-        return self.from_string(tree)
+        return self.from_string(_Rewritten().visit(tree).set_environment(self))
 
     def call(self, context: Any, target: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Every call in a template goes through here, those of macros included."""
         self._step()
         self._check_numbers(*args, *kwargs.values())
+        text, method = getattr(target, "__self__", None), getattr(target, "__name__", "")
+        if isinstance(text, str) and method == "join" and args:
+            args = (self._joinable(text, args[0]), *args[1:])
+        elif isinstance(text, str) and method == "replace":
+            self._check_replacement(text, *args)
+        elif isinstance(target, LoopContext) and args:  # A recursive loop is called with values.
+            args = (self._counted(args[0]), *args[1:])
         return super().call(context, target, *args, **kwargs)
 
     def wrap_str_format(self, value: Any) -> Any:
@@ -108,11 +126,66 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 repeats = isinstance(value, str | list | tuple) and isinstance(times, int)
                 if repeats and len(value) * times > self._max_length:
                     self._refuse(f"{len(value)} items repeated {times:.3g} times")
-        if operator == "**" and isinstance(right, int) and abs(right) > 64:
-            self._refuse(f"a power with exponent {right:.3g}")
+            if isinstance(left, int) and isinstance(right, int):
+                self._check_bits(left.bit_length() + right.bit_length())
+        if operator == "**" and isinstance(left, int) and isinstance(right, int):
+            self._check_bits(left.bit_length() * max(right, 0))
+        if operator == "+" and isinstance(left, str | list | tuple):
+            self._check_length(len(left) + len(right if isinstance(right, type(left)) else ()))
         if operator == "%":
             self._check_format(left)
         return super().call_binop(context, operator, left, right)
+
+    def _concatenated(self, values: list[Any]) -> str:
+        """`a ~ b`."""
+        return "".join(self._joinable("", [str(value) for value in values]))
+
+    def _joinable(self, separator: str, values: Iterable[Any]) -> list[Any]:
+        """The values, if joining them gives a text of a length that is allowed."""
+        values = list(self._counted(values))
+        lengths = sum(len(value) for value in values if isinstance(value, str))
+        self._check_length(lengths + len(separator) * len(values))
+        return values
+
+    def _iterating(self, name: str, filter_function: Any) -> Any:
+        """A filter that takes a step for each item it is given."""
+        first = int(hasattr(filter_function, "jinja_pass_arg"))
+
+        @functools.wraps(filter_function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            args = list(args)
+            if name == "join":
+                separator = kwargs.get("d", args[first + 1] if len(args) > first + 1 else "")
+                args[first] = self._joinable(str(separator), args[first])
+            elif not isinstance(args[first], str | dict):
+                # What is asked for its length, or from behind, must stay a list.
+                items = self._counted(args[first])
+                args[first] = list(items) if isinstance(args[first], list | tuple) else items
+            start = kwargs.get("start", args[first + 2] if len(args) > first + 2 else 0)
+            if name == "sum" and not isinstance(start, int | float):
+                self._refuse("a sum of texts or lists")
+            return filter_function(*args, **kwargs)
+
+        return checked
+
+    def _replacing(self, filter_function: Any) -> Any:
+        def checked(eval_ctx: Any, s: str, old: str, new: str, count: int | None = None) -> Any:
+            self._check_replacement(s, old, new)
+            return filter_function(eval_ctx, s, old, new, count)
+
+        return checked
+
+    def _check_replacement(self, text: Any, old: Any = "", new: Any = "", *_: Any) -> None:
+        text, old, new = map(str, (text, old, new))
+        self._check_length(len(text) + text.count(old) * max(len(new) - len(old), 0))
+
+    def _check_length(self, length: int) -> None:
+        if length > self._max_length:
+            self._refuse(f"a value of length {length:.3g}")
+
+    def _check_bits(self, bits: int) -> None:
+        if bits > _MAX_BITS:
+            self._refuse(f"a number of {bits:.3g} bits")
 
     def _counted(self, values: Iterable[Any]) -> Iterator[Any]:
         for value in values:
@@ -151,6 +224,23 @@ class Sandbox(ImmutableSandboxedEnvironment):
             allowed=f"{self._max_steps:,} steps, values up to {self._max_length:,} long",
             fix="this template may be hostile: take it from the model's publisher",
         )
+
+
+class _Rewritten(NodeTransformer):
+    """A template whose loops are counted and whose concatenations are bounded."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        self.generic_visit(node)
+        node.iter = _filtered(node.iter, "counted")
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return _filtered(nodes.List(node.nodes, lineno=node.lineno), "concatenated")
+
+
+def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 
 def _raise(message: str) -> None:

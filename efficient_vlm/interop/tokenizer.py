@@ -94,7 +94,8 @@ class Tokenizer:
     @classmethod
     def from_hf(cls, directory: str | os.PathLike) -> "Tokenizer":
         """From `tokenizer.json` and, where present, `tokenizer_config.json`,
-        `special_tokens_map.json`, `added_tokens.json` and `generation_config.json`.
+        `special_tokens_map.json`, `added_tokens.json`; ids that end an answer are those of
+        `generation_config.json`, else of `config.json`.
 
         Raises:
           UserError: `tokenizer.json` is missing or damaged, an added token does not get the id that
@@ -114,9 +115,7 @@ class Tokenizer:
             ) from error
         special = special_tokens(directory)
         _add_tokens(backend, directory, special)
-        eos = read_json(directory / "generation_config.json").get("eos_token_id")
-        eos = eos if isinstance(eos, list) else [eos]
-        return cls(backend, special, [i for i in eos if type(i) is int])
+        return cls(backend, special, _ends(directory))
 
     def encode(self, text: str, bos: bool | None = None) -> list[int]:
         """Ids of a text; special tokens in it become their ids.
@@ -142,6 +141,10 @@ class Tokenizer:
     def stream(self, skip_special: bool = True) -> "Stream":
         """A decoder that takes one id at a time."""
         return Stream(self, skip_special)
+
+    def knows(self, token: str) -> bool:
+        """Whether a text is a token by itself."""
+        return self._backend.token_to_id(token) is not None
 
     def id_of(self, token: str) -> int:
         """Id of a token by its text ("<im_patch>") or by its role ("eos_token").
@@ -197,6 +200,19 @@ class Stream:
         return text[len(before) :]
 
 
+def _ends(directory: Path) -> list[int]:
+    """Ids that end an answer, by the first file that names any."""
+    config = read_json(directory / "config.json")
+    text = config.get("text_config")
+    settings = (read_json(directory / "generation_config.json"), config, text)
+    for found in settings:
+        eos = found.get("eos_token_id") if isinstance(found, dict) else None
+        ids = [i for i in (eos if isinstance(eos, list) else [eos]) if type(i) is int]
+        if ids:
+            return ids
+    return []
+
+
 def _add_tokens(backend: Any, directory: Path, special: Mapping[str, str]) -> None:
     """Adds what the files beside `tokenizer.json` name and it does not hold, by ascending id."""
     from tokenizers import AddedToken
@@ -240,5 +256,11 @@ def _no_tokenizer(directory: Path) -> UserError:
             fix=f"convert it once, with transformers and sentencepiece installed: "
             f"AutoTokenizer.from_pretrained({str(directory)!r}, use_fast=True)"
             f".save_pretrained({str(directory)!r})",
+        )
+    if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+        return UserError(
+            f"tokenizer: {directory} has vocab.json and merges.txt but no tokenizer.json",
+            fix=f"convert it once, with transformers: AutoTokenizer.from_pretrained("
+            f"{str(directory)!r}).save_pretrained({str(directory)!r})",
         )
     return UserError(f"tokenizer: no tokenizer.json in {directory}", fix="download it as well")

@@ -1,6 +1,8 @@
 """A published directory asked in words: the tiny SmolVLM of tests/samples, tokenizer and all."""
 
+import functools
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -12,6 +14,8 @@ import pytest
 import efficient_vlm as evlm
 from efficient_vlm import cli
 from efficient_vlm.errors import UserError
+from efficient_vlm.interop import load
+from efficient_vlm.interop.imported import import_model
 from efficient_vlm.interop.safetensors_read import Checkpoint
 
 TESTS = Path(__file__).parents[1]
@@ -104,6 +108,44 @@ def test_import_verify_export(tmp_path, capsys):
     np.savez(tmp_path / "other.npz", **arrays)
     other = ["import", str(golden), str(tmp_path / "two"), f"--verify={tmp_path / 'other.npz'}"]
     assert main(other) == 1
+
+
+def test_an_import_goes_on_where_it_was_killed(tmp_path, monkeypatch):
+    """Nothing that is on the disk is read again; weights that changed meanwhile start it over."""
+    source = shutil.copytree(TESTS / "golden" / "llava", tmp_path / "source")
+    target, real, read = tmp_path / "out", load.Source.read, []
+
+    def dies(self, path, after):
+        if len(read) == after:
+            raise KeyboardInterrupt
+        read.append(path)
+        return real(self, path)
+
+    for after in (5, 20):
+        monkeypatch.setattr(load.Source, "read", functools.partialmethod(dies, after=after))
+        with pytest.raises(KeyboardInterrupt):
+            import_model(source, target)
+    (target / "under_way" / "journal.jsonl").open("a").write('{"part": "lang')  # Half a line.
+    monkeypatch.setattr(load.Source, "read", functools.partialmethod(dies, after=-1))
+    _, params = import_model(source, target)
+    assert len(read) == len(set(read))
+    count = len(read)
+    whole = load.flatten(evlm.from_pretrained(source).params)
+    assert count == len(whole)
+    again = load.flatten(evlm.from_pretrained(target).params)
+    assert all(np.array_equal(whole[path], again[path]) for path in whole)
+    assert sorted(path.name for path in target.iterdir()) == sorted(
+        {"checkpoints", "dtypes.json", *(path.name for path in source.glob("*.json"))}
+    )
+
+    read.clear()
+    monkeypatch.setattr(load.Source, "read", functools.partialmethod(dies, after=5))
+    with pytest.raises(KeyboardInterrupt):
+        import_model(source, tmp_path / "two")
+    os.utime(source / "model.safetensors", (1, 1))
+    monkeypatch.setattr(load.Source, "read", functools.partialmethod(dies, after=-1))
+    import_model(source, tmp_path / "two")
+    assert len(read) == 5 + len(whole)
 
 
 def test_stored_dtypes_survive_an_import(tmp_path):

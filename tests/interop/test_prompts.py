@@ -151,6 +151,14 @@ def test_what_templates_use():
     messages = [{"role": "skip"}, {"role": "user", "content": "<é>"}]
     rendered = Template(source).render(messages, strftime_now=lambda form: "1999" + form, flag=7)
     assert rendered == '"<é>"True\n1999%Y>7'
+    source = (
+        "{{ messages | map(attribute='content') | join(', ') ~ 1 }} {{ [1, 2, 3] | sum }} "
+        "{{ messages | selectattr('role', 'equalto', 'b') | list | length }} "
+        "{{ 'a-b'.replace('-', '+').split('+') | last }} {{ ['x', 'y'] | first }}"
+        "{{ 'abc' | list | reverse | join }} {{ messages[1:] | map(attribute='role') | first }}"
+    )
+    messages = [{"role": "a", "content": "one"}, {"role": "b", "content": "two"}]
+    assert Template(source).render(messages) == "one, two1 6 1 b xcba b"
 
 
 @pytest.mark.parametrize(
@@ -169,7 +177,25 @@ def test_what_templates_use():
         ("{% for i in [1] recursive %}{{ loop([1, 1]) }}{% endfor %}", "exceeds a limit"),
         ("{% for i in range(90000) %}{{ 'x' * 1000 }}{% endfor %}", "writes more than"),
         ("{{ 'x' * 10**9 }}", "repeated"),
-        ("{{ 10 ** 99999 }}", "power"),
+        ("{{ 10 ** 99999 }}", "bits"),
+        ("{% set x = 9**64 %}{% set x = x**64 %}{% set x = x**64 %}{{ x }}", "bits"),
+        ("{% for i in [1] recursive %}{{ loop(range(90000)) }}{% endfor %}", "steps|exceeds"),
+        ("{{ range(3000) | list | join('a' * 100000) }}", "length"),
+        ("{{ ('a' * 100000).join(['a'] * 4000) }}", "length"),
+        ("{{ ('a' * 4000).replace('a', 'b' * 100000) }}", "length"),
+        ("{{ ('a' * 4000) | replace('a', 'b' * 100000) }}", "length"),
+        ("{{ ([[1] * 1000] * 4000) | sum(start=[]) }}", "sum"),
+        ("{{ (range(90000) | list * 40) | map('string') | list }}", "steps"),
+        (
+            "{% set n = namespace(x='a' * 99999) %}{% for i in range(99) %}"
+            "{% set n.x = n.x ~ n.x %}{% endfor %}",
+            "length",
+        ),
+        (
+            "{% set n = namespace(x='a' * 99999) %}{% for i in range(99) %}"
+            "{% set n.x = n.x + n.x %}{% endfor %}",
+            "length",
+        ),
         ("{{ 'x' | center(10**9) }}", "1e\\+09"),
         ("{{ [1] | batch(10**9, 0) | list }}", "1e\\+09"),
         ("{{ '%99999999d' % 1 }}", "field width"),

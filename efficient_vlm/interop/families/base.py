@@ -26,7 +26,14 @@ class Family:
       image_token: config.json -> id of the token that stands for each visual token in a prompt.
       special_ids: settings that config.json may lack -> the special token whose id they are, looked
         up in the files of the tokenizer.
+      picture_options: options of the processor that a user may set.
       prompt: name of a function of `prompts` for checkpoints without a chat template.
+      prompt_options: options of that function.
+      own_prompt: whether that function is used although the checkpoint has a chat template.
+      begin: where the beginning token comes from: "tokenizer" (what it puts around a text, unless
+        the template has written the token), "prompt" (the function above writes it), "template"
+        (nothing is added to what the template writes; so it is for all language models) or
+        "bos_or_eos" (in front of everything the tokenizer's beginning or else end token).
       placeholder: what stands for one image in a rendered prompt.
       blocks: which tokens of a prompt see each other whichever comes first: None, "prefix" (all of
         a prompt), "image" (those of one image) or "images" (all that belong to images).
@@ -47,7 +54,11 @@ class Family:
     processor: Callable[[Config, Config], Any] | None = None
     image_token: Callable[[Config], int] | None = None
     special_ids: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    picture_options: tuple[str, ...] = ()
     prompt: str = "plain"
+    prompt_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    own_prompt: bool = False
+    begin: str = "tokenizer"
     placeholder: str = "<image>"
     blocks: str | None = None
     variable: bool = False

@@ -149,5 +149,6 @@ INTERNVL = Family(
     ignored=(r"vision_tower\.embeddings\.mask_token", r".*rotary_emb\.inv_freq"),
     processor=_processor,
     image_token=lambda config: config["image_token_id"],
+    picture_options=("max_tiles",),
     placeholder="<IMG_CONTEXT>",
 )

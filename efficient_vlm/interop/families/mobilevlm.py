@@ -7,6 +7,7 @@ from efficient_vlm.interop.families.base import Config, Family
 from efficient_vlm.interop.families.texts import decoder_fields, text_of
 from efficient_vlm.interop.families.vision import clip, clip_tensors
 from efficient_vlm.interop.names import NameMap, Piece
+from efficient_vlm.interop.prompts import VICUNA_SYSTEM
 
 # The released files name this tower and do not describe it.
 _TOWER = "clip-vit-large-patch14-336"
@@ -129,4 +130,6 @@ MOBILEVLM = Family(
     # A placeholder of their code, not a row of the vocabulary.
     image_token=lambda config: config.get("image_token_index", -200),
     prompt="llava",
+    # Their code asks with the conversation "v1", which has the sentence.
+    prompt_options={"system": VICUNA_SYSTEM},
 )

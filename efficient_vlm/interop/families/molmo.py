@@ -241,18 +241,10 @@ def connector_tensors(m: NameMap) -> None:
         m.plain("padding_embedding", f"{BACKBONE}pad_embed")
 
 
-def pictures(cls: Any, preprocessor: Config, config: Config, options: Mapping[str, Any]) -> Any:
-    """A processor of `pictures.molmo`; `max_crops` may be another than the file's."""
-    for name in options:
-        if name != "max_crops":
-            raise unknown("option of pictures", name, ("max_crops",))
-    return cls.from_hf({**preprocessor, **options}, config)
-
-
 def _processor(preprocessor: Config, config: Config, **options: Any) -> Any:
     from efficient_vlm.interop.pictures.molmo import Molmo
 
-    return pictures(Molmo, preprocessor, config, options)
+    return Molmo.from_hf({**preprocessor, **options}, config)
 
 
 _BLOCK = r"^model\.transformer\.blocks\.(\d+)\."
@@ -277,6 +269,10 @@ MOLMO = Family(
     processor=_processor,
     image_token=_image_token,
     special_ids={"image_patch_id": "<im_patch>"},
+    picture_options=("max_crops",),
+    # The template in its files has neither pictures nor a beginning token.
     prompt="molmo",
+    own_prompt=True,
+    begin="prompt",
     placeholder="<|image|>",
 )

@@ -8,7 +8,6 @@ from efficient_vlm.interop.families.molmo import (
     TRANSFORMER,
     connector_tensors,
     fixed,
-    pictures,
     table,
     tower_tensors,
 )
@@ -127,7 +126,7 @@ def _block_ids(config: Config) -> tuple[int, ...]:
 def _processor(preprocessor: Config, config: Config, **options: Any) -> Any:
     from efficient_vlm.interop.pictures.molmo import Molmo2
 
-    return pictures(Molmo2, preprocessor, config, options)
+    return Molmo2.from_hf({**preprocessor, **options}, config)
 
 
 _LAYER = r"^model\.language_model\.layers\.(\d+)\."
@@ -167,7 +166,9 @@ MOLMO2 = Family(
     ignored=(r".*rotary_emb.*\.inv_freq",),
     processor=_processor,
     image_token=lambda config: config["image_patch_id"],
+    picture_options=("max_crops",),
     placeholder="<|image|>",
+    begin="bos_or_eos",
     blocks="images",
     block_ids=_block_ids,
 )

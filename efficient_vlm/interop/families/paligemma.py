@@ -54,5 +54,6 @@ PALIGEMMA = Family(
     processor=_processor,
     image_token=lambda config: config.get("image_token_index", config.get("image_token_id")),
     prompt="paligemma",
+    begin="prompt",
     blocks="prefix",
 )

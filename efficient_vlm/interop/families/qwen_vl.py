@@ -157,6 +157,7 @@ QWEN_VL = Family(
     ignored=(r".*rotary_emb\.inv_freq", r".*rotary_pos_emb\.inv_freq"),
     processor=_processor,
     image_token=lambda config: config["image_token_id"],
+    picture_options=("min_pixels", "max_pixels"),
     placeholder="<|image_pad|>",
     positions="mrope",
 )

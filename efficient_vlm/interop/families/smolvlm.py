@@ -41,4 +41,5 @@ SMOLVLM = Family(
     ignored=(r".*rotary_emb\.inv_freq", r".*\.position_ids"),
     processor=_processor,
     image_token=lambda config: config["image_token_id"],
+    picture_options=("split",),
 )

@@ -96,5 +96,6 @@ def text_family(model_type: str) -> Family:
         model=_model,
         tensors=_tensors,
         spellings={"hub": (), "memory": ()},
+        begin="template",
         ignored=(r".*rotary_emb\.inv_freq", r".*attn(\.attention)?\.(masked_)?bias"),
     )

@@ -1,0 +1,91 @@
+"""What a user asks -> token ids of a prompt, by the template and the tokenizer of a model."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from efficient_vlm.errors import UserError
+from efficient_vlm.interop import prompts
+from efficient_vlm.interop.families.base import Config, Family
+from efficient_vlm.interop.pictures.base import Pictured
+from efficient_vlm.interop.tokenizer import Tokenizer
+
+Conversation = str | Sequence[prompts.Message]
+
+
+def is_one(prompt: Any) -> bool:
+    """Whether a prompt is one conversation, not a list of them; UserError if it is neither."""
+    if isinstance(prompt, str):
+        return True
+    if not isinstance(prompt, list | tuple) or not prompt:
+        raise UserError(
+            f"prompt: {prompt!r:.80}",
+            allowed='a question, messages [{"role": ..., "content": ...}, ...], or a list of these',
+        )
+    if all(isinstance(part, Mapping) for part in prompt):
+        return True
+    if not all(
+        isinstance(part, str) or (isinstance(part, list) and is_one(part)) for part in prompt
+    ):
+        raise UserError(
+            f"prompt: a list with {[type(part).__name__ for part in prompt][:6]}",
+            allowed='questions, or conversations [{"role": ..., "content": ...}, ...]',
+        )
+    return False
+
+
+def prompt_ids(
+    family: Family,
+    config: Config,
+    template: prompts.Template | str,
+    tokenizer: Tokenizer,
+    asked: Conversation,
+    pictured: Sequence[Pictured],
+) -> list[int]:
+    """Ids of a prompt, with one id for each visual token.
+
+    Args:
+      family, config: of the model.
+      template: of the checkpoint, or the name of a function of `prompts`.
+      tokenizer: of the checkpoint.
+      asked: a question, which comes behind all pictures; or messages, see `Template.render`, which
+        say with {"type": "image"} where each picture stands.
+      pictured: the pictures.
+
+    Raises:
+      UserError: a conversation that the template refuses, or that has other pictures.
+    """
+    if isinstance(asked, str):
+        content: Any = asked  # What templates of language models expect.
+        if family.processor is not None:
+            content = [{"type": "image"}] * len(pictured) + [{"type": "text", "text": asked}]
+        asked = [{"role": "user", "content": content}]
+    options: dict[str, Any] = {}
+    if isinstance(template, str):
+        options = dict(family.prompt_options)
+        if template == "plain":
+            options["placeholder"] = family.placeholder
+    text = prompts.render(asked, template, **options)
+    text = prompts.expand(text, [p.text for p in pictured], family.placeholder)
+    return _encode(family, config, template, tokenizer, text)
+
+
+def _encode(family, config, template, tokenizer, text: str) -> list[int]:
+    first = tokenizer.special.get("bos_token", "")
+    if family.begin == "bos_or_eos":
+        first = first or tokenizer.special.get("eos_token", "")
+        text = text if text.startswith(first) else first + text
+    written = {
+        "tokenizer": bool(first) and text.startswith(first),
+        "template": isinstance(template, prompts.Template),
+    }
+    bos = False if written.get(family.begin, True) else None
+    if tokenizer.knows(family.placeholder) or family.placeholder not in text:
+        return tokenizer.encode(text, bos=bos)
+    # A placeholder that is no token (LLaVA's and MobileVLM's own code): the parts between are
+    # tokenised one by one.
+    start, *parts = text.split(family.placeholder)
+    ids = tokenizer.encode(start, bos=bos)
+    for part in parts:
+        ids.append(family.image_token(config))
+        ids += tokenizer.encode(part, bos=False) if part else []
+    return ids

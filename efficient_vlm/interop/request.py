@@ -1,0 +1,121 @@
+"""Pictures and prompts of a batch as arrays of one shape."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from efficient_vlm.interop.pictures.base import Pictured
+from efficient_vlm.models.placement import Placement
+from efficient_vlm.models.vlm import NO_EXTRAS, ImageExtras, VisionLanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A batch of prompts as arrays; see `VisionLanguageModel.text_logits`.
+
+    Attributes:
+      model: at the size of these pictures.
+      tokens, lengths, placement: of R rows.
+      images, image_mask, extras: of R rows; images None for none.
+      pictured: for each row what each of its pictures became.
+    """
+
+    model: VisionLanguageModel
+    tokens: np.ndarray
+    lengths: np.ndarray
+    placement: Placement
+    images: np.ndarray | None
+    image_mask: np.ndarray | None
+    extras: ImageExtras
+    pictured: tuple[tuple[Pictured, ...], ...]
+
+
+def gather(model: VisionLanguageModel, pictured: Sequence[Sequence[Pictured]]):
+    """Pictures of R rows as arrays of one shape.
+
+    Returns:
+      The model at that size; images [R, M, H, W, 3], mask [R, M] and extras; for each row its
+      slots and the grids of its images (`placing.Prompt`).
+    """
+    rows = len(pictured)
+    nothing = [np.zeros(0, np.int64)] * rows
+    most = max(sum(len(p.images) for p in row) for row in pictured)
+    if most == 0:
+        return model, None, None, NO_EXTRAS, nothing, [None] * rows
+    patch = model.encoder["patch_size"]
+    every = [p for row in pictured for p in row]
+    size = [max(p.images.shape[axis] for p in every) for axis in (1, 2)]
+    model = model.sized(*size)
+    images = np.zeros((rows, most, *size, 3), np.float32)
+    mask = np.zeros((rows, most), bool)
+    valid = np.tile(np.array(size) // patch, (rows, most, 1)).astype(np.int32)
+    for row, each in enumerate(pictured):
+        at = 0
+        for p in each:
+            count, height, width = p.images.shape[:3]
+            images[row, at : at + count, :height, :width] = p.images
+            mask[row, at : at + count] = True
+            valid[row, at : at + count] = p.valid
+            at += count
+    padded = (valid[mask] != np.array(size) // patch).any()
+    extras = ImageExtras(valid=valid if padded else None)
+    if every[0].pool_index is not None:
+        return _gather_pooled(model, pictured, images, mask, extras)
+    if every[0].padding_share is not None:
+        share = np.zeros((rows, most, every[0].padding_share.shape[1]), np.float32)
+        for row, each in enumerate(pictured):
+            if each:
+                whole = np.concatenate([p.padding_share for p in each])
+                share[row, : len(whole)] = whole
+        extras = extras.replace(padding_share=share)
+    grid = np.array(model.slot_grid)
+    index = np.arange(grid.prod()).reshape(grid)
+    slots, grids = [], []
+    for each in pictured:
+        own, start = [np.zeros(0, np.int64)], 0
+        for p in each:
+            tokens = np.concatenate(
+                [
+                    index[:h, :w].reshape(-1) + (start + i) * grid.prod()
+                    for i, (h, w) in enumerate(p.grids)
+                ]
+            )
+            if p.slots is not None:
+                tokens = p.slots + start * grid.prod()
+            own.append(tokens)
+            start += len(p.images)
+        slots.append(np.concatenate(own))
+        grids.append(np.concatenate([p.grids for p in each]) if each else None)
+    if every[0].slots is not None or padded:
+        has_slot = np.zeros((rows, most * grid.prod()), bool)
+        for row, at in enumerate(slots):
+            has_slot[row, at] = True
+        extras = extras.replace(slot_mask=has_slot.reshape(rows, most, -1))
+    return model, images, mask, extras, slots, grids
+
+
+def _gather_pooled(model, pictured, images, mask, extras):
+    """Pictures whose tokens read patches across crops (Molmo2)."""
+    patches = math.prod(side // model.encoder["patch_size"] for side in images.shape[2:4])
+    counts = [sum(len(p.pool_index) for p in each) for each in pictured]
+    width = max(p.pool_index.shape[1] for each in pictured for p in each)
+    index = np.full((len(pictured), max(counts), width), -1, np.int32)
+    for row, each in enumerate(pictured):
+        at = start = 0
+        for p in each:
+            moved = np.where(p.pool_index >= 0, p.pool_index + start * patches, -1)
+            index[row, at : at + len(moved), : moved.shape[1]] = moved
+            at, start = at + len(moved), start + len(p.images)
+    model = model.clone(compressor={**model.compressor, "grid": (1, max(counts))})
+    slots = [np.arange(count) for count in counts]
+    extras = extras.replace(pool_index=index)
+    return model, images, mask, extras, slots, [None] * len(pictured)
+
+
+def visual_tokens(model: VisionLanguageModel, mask: np.ndarray, extras: ImageExtras) -> int:
+    """Slots of a row, real or not."""
+    if extras.pool_index is not None:
+        return extras.pool_index.shape[1]
+    return mask.shape[1] * math.prod(model.slot_grid)

@@ -15,6 +15,7 @@ import numpy as np
 from flax import struct
 
 from efficient_vlm.compressors import VisualTokens
+from efficient_vlm.errors import UserError
 from efficient_vlm.inference.cache import KVCache
 from efficient_vlm.models.placement import Placement
 from efficient_vlm.models.vlm import (
@@ -161,7 +162,12 @@ def generate(
       placement: of B*Q rows, where in the text visual tokens belong; None for in front of it.
       extras: see `models.vlm.ImageExtras`.
       on_token: called with the tokens of each step, int32 [B*Q].
+
+    Raises:
+      UserError: a prompt that ends with an image, or an answer that would cross the position at
+        which longrope changes all frequencies.
     """
+    _check_ends(model, lengths, placement, new_tokens)
     seconds: dict[str, Any] = {"decode": []}
     if images is None:
         static, layout = Programs((model, None, None), model, model, model), Layout(0, 1, 1)
@@ -205,6 +211,31 @@ def generate(
         token, cache = _timed(seconds, "decode", _decode, static.decode, params, chosen, cache)
     shape = (*np.shape(prompts)[:2], new_tokens)
     return Generated(answers.reshape(shape), visual, sources, kv_bytes, seconds)
+
+
+def _check_ends(model, lengths: Any, placement: Placement | None, new_tokens: int) -> None:
+    if placement is None:
+        return
+    lengths = np.asarray(lengths).reshape(-1)
+    rows = np.flatnonzero(lengths)
+    last = np.asarray(placement.text_index)[rows, lengths[rows] - 1]
+    ends = np.asarray(placement.next_index)[rows]
+    if (last + 1 != ends).any():
+        raise UserError(
+            f"prompt {rows[(last + 1 != ends).argmax()]}: ends with an image",
+            fix="put text behind it, such as the beginning of the answer",
+        )
+    scaling = model.decoder.get("rope_scaling")
+    if scaling is None or scaling["type"] != "longrope":
+        return
+    # Keys in the cache have turned by the frequencies of a short text.
+    start, switch = np.asarray(placement.next_position)[rows], scaling["original_length"]
+    room = int(switch - start.max(initial=0))
+    if (start.max(initial=0) <= switch) and room < new_tokens - 1:
+        raise UserError(
+            f"new_tokens: {new_tokens}, but longrope changes its frequencies at {switch} tokens",
+            allowed=f"up to {room + 1} behind this prompt, or a prompt longer than that",
+        )
 
 
 def _timed(seconds: dict[str, Any], stage: str, function: Callable, *args: Any) -> Any:

@@ -39,7 +39,9 @@ def import_checkpoint(args: argparse.Namespace) -> int:
     whole = jax.tree.map(lambda p: np.asarray(p, np.float32), unstack(params))
     found = verify.verify(family, config, build_model(config), whole, io)
     ok = found.pop("ok")
-    print(json.dumps(report | found))
+    # JSON has no NaN; an error that is no number is null.
+    numbers = {k: None if v is None or not np.isfinite(v) else v for k, v in found.items()}
+    print(json.dumps(report | numbers))
     if not ok:
         print(
             f"error: {args.out} is imported, but differs from {args.verify} "
@@ -51,6 +53,12 @@ def import_checkpoint(args: argparse.Namespace) -> int:
 
 def export_checkpoint(args: argparse.Namespace) -> int:
     """`efficient-vlm export CKPT HF_DIR`: the way back."""
+    folder = Path(args.checkpoint)
+    if (folder / "checkpoints").is_dir() and not (folder / "dtypes.json").is_file():
+        raise UserError(
+            f"{folder}: a run of efficient-vlm train, whose model has no published layout",
+            allowed="what efficient-vlm import wrote, fine-tuned or not",
+        )
     vlm = pretrained.from_pretrained(args.checkpoint, param_dtype=args.dtype or "stored")
     for path in vlm.save(args.out):
         print(path)
@@ -161,5 +169,5 @@ def read_sha256(path: str) -> dict[str, str]:
         digest, _, name = line.strip().partition(" ")
         if len(digest) != 64 or not name.strip():
             raise UserError(f"--sha256: {line!r}", allowed="lines of sha256sum: digest, file name")
-        digests[name.strip().lstrip("*")] = digest
+        digests[Path(name.strip().lstrip("*")).name] = digest
     return digests

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from efficient_vlm.errors import UserError
+from efficient_vlm.interop import safetensors_write
 from efficient_vlm.interop.families.base import Config, Family
 from efficient_vlm.interop.families.table import family_of
 from efficient_vlm.interop.load import (
@@ -29,6 +30,7 @@ from efficient_vlm.interop.load import (
     stacked,
 )
 from efficient_vlm.interop.safetensors_read import Checkpoint
+from efficient_vlm.interop.safetensors_write import writing
 from efficient_vlm.interop.staging import Stage, identity
 from efficient_vlm.interop.tokenizer import read_json
 from efficient_vlm.models.stack import unstack
@@ -49,6 +51,7 @@ def open_weights(
     dtype: Any,
     sharding: Callable | None = None,
     check: bool = True,
+    sha256: Mapping[str, str] | None = None,
 ) -> tuple[Any, dict[str, np.ndarray]]:
     """Parameters in split form, and the tensors that are only carried along (by hub name).
 
@@ -56,40 +59,39 @@ def open_weights(
       directory: a published or an imported one.
       family, config, model: what it is of; the compressor of the model does not matter.
       dtype: of the parameters; None for those stored.
-      sharding, check: see `pretrained.from_pretrained`.
+      sharding, check, sha256: see `pretrained.from_pretrained`.
     """
     model = model.clone(compressor={"name": "none"})
     if not (directory / CHECKPOINTS).is_dir():
-        source = Source(Checkpoint.open(directory), family, config, model)
+        source = Source(Checkpoint.open(directory, sha256=sha256), family, config, model)
         if check:
             source.check_finite()
         params = load_parameters(source, dtype=dtype, sharding=sharding)
         return params, {name: source.tensor(name) for name in source.carried}
-    if sharding is not None:
-        raise UserError(
-            f"{directory}: sharding an imported model is not supported",
-            fix="give the published directory",
-        )
-    params = _restore(directory, model)
-    if dtype is not None:
-        params = jax.tree.map(lambda p: p.astype(dtype), params)
-    return unstack(params), read_carried(directory)
+    stacks, params = flatten(_restore(directory, model)), {}
+    for path in list(stacks):
+        # Stack after stack, each converted and let go: there are never two copies of the model.
+        for name, value in flatten(unstack(nest({path: stacks.pop(path)}))).items():
+            value = value if dtype is None else value.astype(dtype)
+            where = None if sharding is None else sharding(name, value.shape)
+            params[name] = value if where is None else jax.device_put(value, where)
+    return nest(params), read_carried(directory)
 
 
 def _restore(directory: Path, model: VisionLanguageModel) -> Any:
     from efficient_vlm.train.checkpoint import Checkpoints
 
-    abstract = abstract_parameters(model)
     kinds = read_json(directory / DTYPES)
-    flat = flatten(abstract)
-    abstract = nest(
-        {
+    try:
+        abstract = {
             path: jax.ShapeDtypeStruct(leaf.shape, np.dtype(kinds.get(path, leaf.dtype)))
-            for path, leaf in flat.items()
+            for path, leaf in flatten(abstract_parameters(model)).items()
         }
-    )
+    except TypeError as error:
+        again = "run efficient-vlm import again"
+        raise UserError(f"{directory / DTYPES}: {error}", fix=again) from None
     with Checkpoints(directory / CHECKPOINTS, read_only=True) as checkpoints:
-        found = checkpoints.restore_latest({"params": abstract}, subset=True)
+        found = checkpoints.restore_latest({"params": nest(abstract)}, subset=True)
     if found is None:
         raise UserError(f"{directory}: no checkpoint", fix="run efficient-vlm import again")
     return found[1]["params"]
@@ -126,9 +128,7 @@ def import_model(
     Raises:
       UserError: see `from_pretrained`; or the target holds something else.
     """
-    from efficient_vlm.interop import safetensors_write
-    from efficient_vlm.interop.pretrained import copy_settings
-    from efficient_vlm.train.checkpoint import Checkpoints
+    from efficient_vlm.train.checkpoint import SaveFailed
 
     source, target = Path(source), Path(target)
     config = read_config(source)
@@ -137,13 +137,32 @@ def import_model(
             f"{target}: not empty, or an imported model",
             fix="name a folder that does not exist yet",
         )
+    if source.resolve() in target.resolve().parents:
+        raise UserError(f"{target}: inside {source}", fix="name a folder outside of it")
     family, model = family_of(config), build_model(config)
     checkpoint = Checkpoint.open(source, sha256=sha256)
     reader = Source(checkpoint, family, config, model)
     reader.check_finite()
-    stage = Stage(target / STAGE, identity((source / "config.json", *checkpoint.files)))
+    try:
+        with writing(target):
+            params = _write(source, target, reader)
+    except SaveFailed as error:
+        raise UserError(f"{target}: {error}", fix="mend that and call it again") from None
+    return model, params
+
+
+def _write(source: Path, target: Path, reader: Source) -> Any:
+    from efficient_vlm.interop.pretrained import copy_settings
+    from efficient_vlm.train.checkpoint import Checkpoints
+
+    files = reader.checkpoint.files
+    stage = Stage(target / STAGE, identity((source / "config.json", *files)))
+    for leftover in target.iterdir():  # Of an import that was killed, perhaps of another model.
+        if leftover.is_dir() and leftover.name != STAGE:
+            shutil.rmtree(leftover)
+        elif leftover.name != STAGE:
+            leftover.unlink()
     params = stacked(reader, stage=stage)
-    shutil.rmtree(target / CARRIED, ignore_errors=True)
     copy_settings(source, target)
     (target / "config.json").write_bytes((source / "config.json").read_bytes())
     kinds = {path: str(value.dtype) for path, value in flatten(params).items()}
@@ -155,7 +174,7 @@ def import_model(
     with Checkpoints(target / CHECKPOINTS) as checkpoints:
         checkpoints.save(0, {"params": params}, wait=True)
     stage.remove()
-    return model, params
+    return params
 
 
 def _is_free(target: Path) -> bool:

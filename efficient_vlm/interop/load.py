@@ -17,19 +17,25 @@ from flax import linen as nn
 from efficient_vlm.errors import UserError
 from efficient_vlm.interop import safetensors_write
 from efficient_vlm.interop.families.base import Config, Family
+from efficient_vlm.interop.families.defaults import complete
 from efficient_vlm.interop.families.table import FAMILIES, family_of
 from efficient_vlm.interop.names import NameMap
 from efficient_vlm.interop.progress import progress
-from efficient_vlm.interop.safetensors_format import CheckpointError
+from efficient_vlm.interop.safetensors_format import CheckpointError, show
 from efficient_vlm.interop.safetensors_read import Checkpoint
 from efficient_vlm.interop.staging import Stage
 from efficient_vlm.interop.tokenizer import special_id
 from efficient_vlm.models.stack import STACKS, unstack
 from efficient_vlm.models.vlm import VisionLanguageModel
+from efficient_vlm.train.manifest import write_atomic
 
 
 def read_config(directory: str | os.PathLike) -> dict[str, Any]:
-    """config.json of a directory; UserError if there is none or it is no JSON object."""
+    """config.json of a directory, with what it leaves out (`families.defaults`).
+
+    Raises:
+      UserError: there is none, it is no JSON object, or it has a size that no model has.
+    """
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise UserError(
@@ -41,6 +47,7 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f"{path}: {error}", fix="download it again") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: not a JSON object", fix="download it again")
+    config = complete(config)
     family = FAMILIES.get(config.get("model_type"))
     for name, token in family.special_ids.items() if family else ():
         if name not in config and (found := special_id(directory, token)) is not None:
@@ -61,14 +68,19 @@ def build_model(
     Raises:
       UserError: an unknown family, or a config that it cannot have.
     """
-    family = family_of(config)
+    family, config = family_of(config), complete(config)
+    fix = "use the config.json that came with the weights"
     try:
         fields = family.model(config)
+        # Values of a wrong kind are found where they are used: when shapes are made.
+        abstract_parameters(VisionLanguageModel(**fields))
     except KeyError as error:
         raise UserError(
             f"config.json: no {error.args[0]!r}, which a model of type {config['model_type']} has",
-            fix="use the config.json that came with the weights",
+            fix=fix,
         ) from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"config.json: {str(error).splitlines()[0]:.200}", fix=fix) from error
     if compressor is not None:
         fields = {**fields, "compressor": dict(compressor)}
     return VisionLanguageModel(**fields, dtype=dtype)
@@ -79,9 +91,13 @@ def parameter_shapes(model: VisionLanguageModel) -> dict[str, jax.ShapeDtypeStru
     return flatten(jax.eval_shape(unstack, abstract_parameters(model)))
 
 
-@functools.lru_cache(maxsize=8)
 def abstract_parameters(model: VisionLanguageModel) -> Any:
     """Shapes and dtypes of the parameters as `init` gives them."""
+    return _abstract_parameters(model.clone(dtype=jnp.float32))  # Of activations; one trace.
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract_parameters(model: VisionLanguageModel) -> Any:
     tokens, lengths = jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
     images = mask = None
     if model.encoder is not None:
@@ -122,7 +138,7 @@ def name_map(
     """The name map of a model, checked to cover every parameter."""
     shapes = {path: leaf.shape for path, leaf in parameter_shapes(model).items()}
     names = NameMap(shapes)
-    family.tensors(names, config, spelling)
+    family.tensors(names, complete(config), spelling)
     if missing := names.missing():
         raise ValueError(f"{family.name}: no tensor is named for {missing[:3]} of {len(missing)}")
     return names
@@ -138,10 +154,14 @@ class Source:
 
     def __init__(self, checkpoint: Checkpoint, family: Family, config: Config, model: Any):
         self.checkpoint, self.family = checkpoint, family
-        tries = []
+        place, tries = checkpoint.files[0].parent, []
         for spelling, renames in family.spellings.items():
             names = name_map(family, config, model, spelling)
-            there = {renamed(name, renames): name for name in checkpoint.names}
+            there: dict[str, str] = {}
+            twice = []
+            for name in checkpoint.names:
+                same = there.setdefault(renamed(name, renames), name)
+                twice += [] if same == name else [(same, name)]
             wanted = names.tensors()
             ignored = tuple(re.compile(pattern) for pattern in family.ignored)
             carried = {
@@ -155,21 +175,33 @@ class Source:
             shapes = ((checkpoint.shape(there[n]), wanted[n]) for n in set(wanted) & set(there))
             other = sum(tuple(found) != tuple(shape) for found, shape in shapes)
             score = (len(lost) + len(unknown), other)
-            tries.append((score, lost, unknown, names, there, carried))
-        _, lost, unknown, self.names, self.there, carried = min(tries, key=lambda item: item[0])
+            tries.append((score, lost, unknown, names, there, carried, twice))
+        _, lost, unknown, self.names, self.there, carried, twice = min(tries, key=lambda t: t[0])
         self.carried = tuple(sorted(carried))
+        if twice:
+            raise CheckpointError(
+                f"{place}: {show(twice[0][0])} and {show(twice[0][1])} are one tensor, twice",
+                fix="leave out one of them",
+            )
         if lost or unknown:
             raise CheckpointError(
-                f"{checkpoint.files[0].parent}: {len(lost)} tensors are missing"
+                f"{place}: {len(lost)} tensors are missing"
                 f"{_listed(lost)} and {len(unknown)} are unknown{_listed(unknown)}",
                 allowed=f"the {len(self.names.tensors())} tensors of this {family.name} config",
                 fix="use the config.json that came with these weights",
             )
         for name, shape in self.names.tensors().items():
             found = checkpoint.shape(self.there[name])
+            kind = checkpoint.dtype(self.there[name])
+            if not jnp.issubdtype(kind, jnp.floating):
+                raise CheckpointError(
+                    f"{place}: tensor {show(name)} holds {kind}, a quantised model",
+                    allowed="floating point weights",
+                    fix="use the checkpoint that was quantised, or dequantise this one",
+                )
             if tuple(found) != tuple(shape):
                 raise CheckpointError(
-                    f"{checkpoint.files[0].parent}: tensor {name!r} has the shape {list(found)}",
+                    f"{place}: tensor {show(name)} has the shape {list(found)}",
                     allowed=f"{list(shape)}, from config.json",
                     fix="use the config.json that came with these weights",
                 )
@@ -192,6 +224,7 @@ class Source:
         """Raises CheckpointError if any value of any tensor that is used is NaN or infinite."""
         for name in self.names.tensors():
             self.checkpoint.read(self.there[name], finite=True)
+            self.checkpoint.release(self.there[name])
 
     def paths(self) -> Iterator[str]:
         """Path of each parameter in split form, in the order of the file, with a progress bar."""
@@ -206,9 +239,29 @@ class Source:
         """The dtype of a parameter in the file."""
         return self.checkpoint.dtype(self.there[self.names.leaves[path].pieces[0].name])
 
-    def read(self, path: str) -> np.ndarray:
-        """A parameter in split form."""
-        return self.names.leaves[path].read(self.names.shapes[path], self.tensor)
+    def read(self, path: str, dtype: Any = None, out: np.ndarray | None = None) -> np.ndarray:
+        """A parameter in split form, written straight into one array.
+
+        Args:
+          path: of the parameter.
+          dtype: to convert to; None for that of the file.
+          out: to write into; None for a new one.
+
+        Raises:
+          CheckpointError: a value is finite in the file and not in `dtype`.
+        """
+        kind, leaf = self.dtype(path), self.names.leaves[path]
+        out = aligned(self.names.shapes[path], np.dtype(dtype or kind)) if out is None else out
+        with np.errstate(over="ignore"):
+            leaf.read(self.tensor, out)
+        if jnp.finfo(out.dtype).max < jnp.finfo(kind).max and not np.isfinite(out).all():
+            raise CheckpointError(
+                f"{self.checkpoint.files[0].parent}: {path} has values beyond {out.dtype}",
+                fix=f"load it as {kind}",
+            )
+        for piece in leaf.pieces:
+            self.checkpoint.release(self.there[piece.name])
+        return out
 
 
 def renamed(name: str, renames: tuple[tuple[str, str], ...]) -> str:
@@ -224,7 +277,7 @@ def _listed(names: list[str]) -> str:
     if not names:
         return ""
     more = ", ..." if len(names) > 4 else ""
-    return f" ({', '.join(names[:4])}{more})"
+    return f" ({', '.join(map(show, names[:4]))}{more})"
 
 
 def load_parameters(
@@ -235,8 +288,8 @@ def load_parameters(
 ) -> dict[str, Any]:
     """Parameters in split form (`models.stack.unstack`), each put where it belongs at once.
 
-    One tensor at a time is read from the mapped file, converted and placed; the host never holds
-    more than that beside what has been placed.
+    One at a time is converted from the mapped file into one array, and placed: on a CPU that array
+    is the parameter, on another device the host holds one array at a time.
 
     Args:
       source: the checkpoint.
@@ -245,10 +298,9 @@ def load_parameters(
     """
     placed = {}
     for path in source.paths():
-        value = source.read(path)
-        value = value if dtype is None else value.astype(dtype, copy=False)
+        value = source.read(path, dtype)
         if sharding is None:
-            placed[path] = jnp.array(value)
+            placed[path] = jnp.asarray(value)
         else:
             placed[path] = jax.make_array_from_callback(
                 value.shape, sharding(path, value.shape), lambda index, v=value: v[index]
@@ -282,10 +334,19 @@ def stacked(source: Source, dtype: Any = None, stage: Stage | None = None) -> di
             )
         if stage and stage.is_done(path):
             continue
-        groups[whole][... if layer is None else layer] = source.read(path)
+        target = groups[whole] if layer is None else groups[whole][layer : layer + 1]
+        source.read(path, out=target.reshape(source.names.shapes[path]))
         if stage:
             stage.done(path, groups[whole])
     return nest(groups)
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that JAX takes on a CPU without a copy."""
+    count = math.prod(shape) * dtype.itemsize
+    room = np.empty(count + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + count].view(dtype).reshape(shape)
 
 
 def _in_stack(path: str) -> tuple[str, int | None, str]:
@@ -357,5 +418,6 @@ def export(
     kind = max(set(kinds.values()), key=list(kinds.values()).count)
     config = {key: value for key, value in config.items() if key != "torch_dtype"}
     text = json.dumps({**config, "dtype": str(kind)}, indent=2, sort_keys=True)
-    (Path(directory) / "config.json").write_text(text + "\n", encoding="utf-8")
+    with safetensors_write.writing(Path(directory)):
+        write_atomic(Path(directory) / "config.json", (text + "\n").encode())
     return files

@@ -69,13 +69,13 @@ class Leaf(NamedTuple):
     pieces: tuple[Piece, ...]
     stacked: bool = False
 
-    def read(self, shape: Shape, tensor: Callable[[str], np.ndarray]) -> np.ndarray:
-        """The parameter, from a function that gives whole tensors."""
-        if len(self.pieces) == 1 and not self.stacked:
-            return self.pieces[0].take(tensor(self.pieces[0].name)).reshape(shape)
-        parts = [piece.take(tensor(piece.name)) for piece in self.pieces]
-        whole = np.stack(parts) if self.stacked else np.concatenate(parts)
-        return whole.reshape(shape)
+    def read(self, tensor: Callable[[str], np.ndarray], out: np.ndarray) -> None:
+        """Writes the parameter into `out`, contiguous, from a function that gives tensors."""
+        flat, start = out.reshape(-1), 0
+        for piece in self.pieces:
+            part = piece.take(tensor(piece.name))
+            flat[start : start + part.size].reshape(part.shape)[...] = part
+            start += part.size
 
     def split(self, value: np.ndarray) -> list[np.ndarray]:
         """The parameter cut into what each piece takes back."""

@@ -22,6 +22,7 @@ from efficient_vlm.interop.pictures.base import Pictured
 from efficient_vlm.interop.placing import Prompt, place
 from efficient_vlm.interop.prompts import Template
 from efficient_vlm.interop.request import Request, gather, visual_tokens
+from efficient_vlm.interop.safetensors_write import writing
 from efficient_vlm.interop.tokenizer import Tokenizer, read_json
 from efficient_vlm.models.stack import fuse
 from efficient_vlm.models.vlm import VisionLanguageModel
@@ -227,7 +228,8 @@ class Pretrained:
             carried=self._carried,
             **options,
         )
-        copy_settings(self.directory, directory)
+        with writing(directory):
+            copy_settings(self.directory, directory)
         return files
 
     # --- from words and pictures to arrays -------------------------------------------------------
@@ -338,6 +340,7 @@ def from_pretrained(
     param_dtype: Any = None,
     sharding: Callable | None = None,
     check: bool = True,
+    sha256: Mapping[str, str] | None = None,
     **picture_options: Any,
 ) -> Pretrained:
     """Loads a published model.
@@ -351,6 +354,7 @@ def from_pretrained(
       param_dtype: of parameters; None for that of activations, "stored" for those of the files.
       sharding: see `load.load_parameters`.
       check: read all values once, and refuse NaN and infinity.
+      sha256: file name -> digest of every safetensors file; they are read and compared first.
       **picture_options: of the family's picture processor: min_pixels and max_pixels (Qwen-VL),
         split (SmolVLM), max_tiles (InternVL), max_crops (Molmo).
 
@@ -363,9 +367,10 @@ def from_pretrained(
             f"{path}: no such directory",
             fix="download the model's files first; names on a hub are not resolved",
         )
-    for name, given in (("dtype", dtype), ("param_dtype", param_dtype or dtype)):
-        if str(given) not in (*DTYPES, *(["stored"] if name == "param_dtype" else [])):
-            raise UserError(f"{name}: {given!r}", allowed=", ".join(DTYPES))
+    dtype = _dtype("dtype", dtype)
+    kind = None
+    if param_dtype != "stored":
+        kind = dtype if param_dtype is None else _dtype("param_dtype", param_dtype)
     if compressor is not None and not isinstance(compressor, Mapping):
         raise UserError(
             f"compressor: {compressor!r} is not a mapping", fix='dict(name="visionzip", budget=64)'
@@ -376,10 +381,19 @@ def from_pretrained(
         if name not in family.picture_options:
             options = family.picture_options or (f"none for {family.name}",)
             raise unknown("option of from_pretrained or its pictures", name, options)
-    model = build_model(config, dtype=jnp.dtype(dtype), compressor=compressor)
+    model = build_model(config, dtype=dtype, compressor=compressor)
     check_compressor(model, family.variable)
-    kind = None if param_dtype == "stored" else param_dtype or dtype
     params, carried = open_weights(
-        directory, family, config, model, dtype=kind, sharding=sharding, check=check
+        directory, family, config, model, dtype=kind, sharding=sharding, check=check, sha256=sha256
     )
     return Pretrained(model, params, family, config, directory, picture_options, carried)
+
+
+def _dtype(name: str, given: Any) -> np.dtype:
+    try:
+        found = jnp.dtype(given)
+    except TypeError:
+        found = None
+    if str(found) not in DTYPES:
+        raise UserError(f"{name}: {given!r}", allowed=", ".join(DTYPES))
+    return found

@@ -90,6 +90,14 @@ class Checkpoint:
             _check_sha256(files, sha256)
         return cls(files, tensors)
 
+    def release(self, name: str) -> None:
+        """Lets the system take back the pages that reading a tensor has brought into memory."""
+        _, data, entry = self._find(name)
+        page = mmap.PAGESIZE
+        first, last = -(-entry.begin // page) * page, entry.end // page * page
+        if last > first and hasattr(mmap, "MADV_DONTNEED"):
+            data.madvise(mmap.MADV_DONTNEED, first, last - first)
+
     def _find(self, name: str) -> tuple[Path, Any, Entry]:
         if name not in self._tensors:
             guess = closest(name, self.names)

@@ -107,13 +107,13 @@ def write(
             if _is_written(path, header, shard):
                 advance(sum(tensor.nbytes for tensor in shard))
                 continue
-            with _disk(directory / INDEX):
+            with writing(directory / INDEX):
                 # From here on the old index would join old and new shards.
                 (directory / INDEX).unlink(missing_ok=True)
                 fsync_directory(directory)
             _write_file(path, header, shard, advance)
     if index:
-        with _disk(directory / INDEX):
+        with writing(directory / INDEX):
             write_atomic(directory / INDEX, index)
     return tuple(directory / name for name in names)
 
@@ -142,7 +142,7 @@ def _build_index(shards: Mapping[str, list[Tensor]], total: int) -> bytes:
 
 
 @contextlib.contextmanager
-def _disk(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Turns what the operating system says into a UserError; not for errors of `Tensor.make`."""
     try:
         yield
@@ -155,7 +155,7 @@ def _disk(path: Path) -> Iterator[None]:
 
 def _prepare(directory: Path, planned: set[str]) -> None:
     """Makes the directory, removes what a killed writer left, refuses other weights."""
-    with _disk(directory):
+    with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         for leftover in directory.glob(".model*.tmp"):
             leftover.unlink()
@@ -192,18 +192,18 @@ def _write_file(
     # The process id keeps two writers from sharing a temporary name.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with _disk(path):
+        with writing(path):
             # Unbuffered: closing the file then cannot fail for want of space.
             file = open(temporary, "wb", buffering=0)  # noqa: SIM115
         with file:
-            with _disk(path):
+            with writing(path):
                 _write_all(file, header)
             for tensor in shard:
                 _append(file, tensor, path)
                 advance(tensor.nbytes)
-            with _disk(path):
+            with writing(path):
                 os.fsync(file.fileno())
-        with _disk(path):
+        with writing(path):
             os.replace(temporary, path)
             fsync_directory(path.parent)
     except BaseException:
@@ -214,7 +214,7 @@ def _write_file(
 def _append(file: BinaryIO, tensor: Tensor, path: Path) -> None:
     # A function of its own, so that its array is freed before the next one is made.
     data = tensor.data()
-    with _disk(path):
+    with writing(path):
         _write_all(file, data)
 
 

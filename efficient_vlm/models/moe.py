@@ -45,7 +45,7 @@ class FeedForward(nn.Module):
 
 
 class MoE(nn.Module):
-    """Top-k mixture of SwiGLU experts; no token is dropped.
+    """Top-k mixture of gated experts (arXiv 2002.05202); no token is dropped.
 
     The router is a softmax over all experts in float32, of which the `top_k` largest are kept
     (and, with `normalize`, rescaled to sum to one). Losses follow Switch (arXiv 2101.03961, eq. 4)
@@ -58,6 +58,7 @@ class MoE(nn.Module):
       normalize: whether the weights of the chosen experts sum to one. Not done for `top_k` 1, where
         the weight would be the constant 1 and the router would learn nothing from the loss; with
         "always" it is done even so, as in published models.
+      activation: of the experts, see `layers.ACTIVATIONS`.
     """
 
     num_experts: int
@@ -65,6 +66,7 @@ class MoE(nn.Module):
     expert_dim: int
     shared_dim: int = 0
     normalize: bool | str = True
+    activation: str = "silu"
     out_scale: float = 1.0
     dtype: Dtype = jnp.float32
 
@@ -119,7 +121,7 @@ class MoE(nn.Module):
         return y.reshape(shape), stats
 
     def _experts(self, rows: jax.Array, sizes: jax.Array) -> jax.Array:
-        """[M, D] sorted by expert -> [M, D], each row through the SwiGLU of its expert."""
+        """[M, D] sorted by expert -> [M, D], each row through the gated layer of its expert."""
         width = rows.shape[-1]
 
         def weight(name: str, inner: int, outer: int, axes: tuple[str, str], scale: float):
@@ -138,7 +140,7 @@ class MoE(nn.Module):
         # One product for gate and up: the rows are laid out in blocks once.
         both = grouped_matmul(rows, jnp.concatenate([gate, up], axis=-1), sizes)
         hidden, linear = jnp.split(both, 2, axis=-1)
-        return grouped_matmul(nn.silu(hidden) * linear, down, sizes)
+        return grouped_matmul(activate(self.activation)(hidden) * linear, down, sizes)
 
 
 def check_moe(moe: Mapping | None) -> None:
@@ -161,4 +163,4 @@ def check_moe(moe: Mapping | None) -> None:
 
 
 def moe_fields() -> tuple[str, ...]:
-    return ("num_experts", "top_k", "expert_dim", "shared_dim", "normalize")
+    return ("num_experts", "top_k", "expert_dim", "shared_dim", "normalize", "activation")

@@ -10,7 +10,13 @@ import numpy as np
 
 from efficient_vlm.errors import UserError, check_fields, unknown
 
-SCALINGS = ("linear", "dynamic", "llama3", "yarn", "longrope")
+_NEEDED = {
+    "linear": ("factor",),
+    "dynamic": ("factor", "original_length"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_length"),
+    "yarn": ("factor", "original_length"),
+    "longrope": ("short_factor", "long_factor", "original_length", "attention_factor"),
+}
 _FIELDS = ("theta", "fraction", "scaling", "sections", "interleaved")
 
 
@@ -140,8 +146,13 @@ def check_rope(where: str, spec: Mapping[str, Any] | None, dim: int) -> None:
         return
     check_fields(where, spec, _FIELDS)
     scaling = spec.get("scaling")
-    if scaling is not None and scaling.get("type") not in SCALINGS:
-        raise unknown(f"{where}.scaling.type", str(scaling.get("type")), SCALINGS)
+    if scaling is not None and scaling.get("type") not in _NEEDED:
+        raise unknown(f"{where}.scaling.type", str(scaling.get("type")), _NEEDED)
+    for name in () if scaling is None else _NEEDED[scaling["type"]]:
+        if scaling.get(name) is None:
+            raise UserError(
+                f"{where}.scaling.{name}: missing", fix=f"{scaling['type']} scaling has one"
+            )
     sections = spec.get("sections")
     rotated = int(dim * spec.get("fraction", 1.0)) // 2
     if sections is not None and sum(sections) != rotated:

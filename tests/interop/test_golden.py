@@ -3,12 +3,11 @@
 `tests/golden/README.md` says how they were made; live comparison: `pytest -m parity`.
 """
 
-import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+from encoders import check_encoder
 
 from efficient_vlm.interop import load, verify
 from efficient_vlm.interop.families.table import family_of
@@ -82,28 +81,4 @@ def test_a_tied_head_that_is_stored_too(tmp_path):
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_encoders_alone(name):
-    """The towers by themselves: last hidden state of all tokens."""
-    from efficient_vlm.interop.families import vision
-    from efficient_vlm.interop.names import NameMap
-    from efficient_vlm.models.stack import unstack
-    from efficient_vlm.models.vit import ViT
-
-    config = json.loads((GOLDEN / name / "config.json").read_text())
-    is_clip = name == "clip_vision"
-    fields = (vision.clip if is_clip else vision.siglip)(config)
-    fields = {**fields, "pixel_mean": 0.0, "pixel_std": 1.0}
-    vit = ViT(**fields)
-    with np.load(GOLDEN / name / "io.npz") as io:
-        pixels = io["in/pixel_values"].transpose(0, 2, 3, 1)
-        wanted = io["out/last_hidden_state"]
-    shapes = jax.eval_shape(lambda: unstack(vit.init(jax.random.key(0), pixels)["params"]))
-    shapes = {path: leaf.shape for path, leaf in load.flatten(load.nn.unbox(shapes)).items()}
-    names = NameMap(shapes)
-    tensors = vision.clip_tensors if is_clip else vision.siglip_tensors
-    tensors(names, config, "vision_model.", path="")
-    assert not names.missing()
-    checkpoint = Checkpoint.open(GOLDEN / name)
-    params = {p: leaf.read(shapes[p], checkpoint.read) for p, leaf in names.leaves.items()}
-    features, _ = vit.apply({"params": load.nest(params)}, pixels)
-    wanted = wanted[:, 1:] if is_clip else wanted
-    np.testing.assert_allclose(features, wanted, atol=1e-4 * np.abs(wanted).max())
+    check_encoder(GOLDEN / name)

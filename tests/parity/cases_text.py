@@ -60,6 +60,8 @@ LLAMA_VARIANTS = dict(
     # Within the original length, which is where "dynamic" does not depend on padding.
     dynamic=rope(1e4, rope_type="dynamic", factor=4.0),
     yarn=rope(1e4, rope_type="yarn", factor=4.0, original_max_position_embeddings=32),
+    # A factor that is not the ratio of the lengths.
+    yarn_other=rope(1e4, rope_type="yarn", factor=3.0, original_max_position_embeddings=16),
     yarn_tuned=rope(
         1e4,
         rope_type="yarn",
@@ -75,6 +77,15 @@ for _name, _changes in LLAMA_VARIANTS.items():
     case(f"llama__{_name}")(lambda changes=_changes: make_llama(ODD, LONG, **changes))
 case("llama__sharded")(lambda: make_llama(ODD, storage=dict(shard_size="60KB")))
 case("llama__bfloat16")(lambda: make_llama(ODD, storage=dict(bfloat16=True)))
+
+
+def make_mistral(**changes):
+    config = T.MistralConfig(**ODD.text(**(rope(1e4) | changes)))
+    return causal(T.MistralForCausalLM, config, ODD)
+
+
+case("mistral__window")(lambda: make_mistral(sliding_window=4))
+case("mistral__whole")(lambda: make_mistral(sliding_window=None))
 
 
 def make_qwen2(size, **changes):
@@ -192,17 +203,18 @@ def olmoe(size):
 
 
 case("olmoe__gqa")(lambda: make_olmoe(ODD, num_key_value_heads=2, norm_topk_prob=True))
+case("olmoe__gelu")(lambda: make_olmoe(ODD, hidden_act="gelu_pytorch_tanh"))
 case("olmoe__memory")(lambda: make_olmoe(ODD, dict(original_format=False)))
 
 
-def make_mixtral(size, storage=None):
-    changes = dict(
+def make_mixtral(size, storage=None, **changes):
+    base = dict(
         head_dim=size.head_dim if size is ODD else None,
         intermediate_size=size.ff // 2 - 2,
         num_local_experts=size.experts - (size is BASE) * 4,
         num_experts_per_tok=size.top_k,
     )
-    config = T.MixtralConfig(**size.text(**changes))
+    config = T.MixtralConfig(**size.text(**(base | changes)))
     return causal(T.MixtralForCausalLM, config, size, **(storage or {}))
 
 
@@ -211,6 +223,7 @@ def mixtral(size):
     return make_mixtral(size)
 
 
+case("mixtral__gelu")(lambda: make_mixtral(ODD, hidden_act="gelu"))
 case("mixtral__memory")(lambda: make_mixtral(ODD, dict(original_format=False)))
 
 

@@ -15,8 +15,7 @@ def _model(config: Config) -> dict[str, Any]:
     vision, text = config["vision_config"], config["text_config"]
     decoder = decoder_fields(text, config.get("tie_word_embeddings"))
     return dict(
-        # Released files leave it out.
-        vocab_size=text.get("vocab_size", 262_208),
+        vocab_size=text["vocab_size"],
         encoder=siglip(vision),
         compressor=dict(name="none"),
         projector=dict(name="average_pool", side=_side(config)),

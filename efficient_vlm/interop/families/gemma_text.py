@@ -15,29 +15,13 @@ from efficient_vlm.interop.families.text import (
 )
 from efficient_vlm.interop.names import NameMap
 
-# Released files leave out what is the default of their class.
-_GEMMA = dict(
-    num_attention_heads=16,
-    head_dim=256,
-    hidden_activation="gelu_pytorch_tanh",
-    rms_norm_eps=1e-6,
-    tie_word_embeddings=True,
-)
-_GEMMA2 = dict(
-    _GEMMA,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    query_pre_attn_scalar=256,
-    sliding_window=4096,
-)
-
 
 def gemma(text: Config) -> dict[str, Any]:
     """Gemma (arXiv 2403.08295)."""
     # Early files say "gelu" and mean its approximation, with which all were trained.
     named = text.get("hidden_activation") or text.get("hidden_act")
     act = "gelu_pytorch_tanh" if named in (None, "gelu") else named
-    text = {**_GEMMA, **text, "hidden_act": act}
+    text = {**text, "hidden_act": act}
     return {
         **llama(text),
         "norm": "rms_plus1",
@@ -47,8 +31,7 @@ def gemma(text: Config) -> dict[str, Any]:
 
 def gemma2(text: Config) -> dict[str, Any]:
     """Gemma 2 (arXiv 2408.00118): norms on both sides, soft caps, a window in every other layer."""
-    caps = dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
-    return _sandwiched({**_GEMMA2, **caps, **text}, every=2)
+    return _sandwiched(text, every=2)
 
 
 def gemma3_text(text: Config) -> dict[str, Any]:
@@ -71,7 +54,7 @@ def gemma3_text(text: Config) -> dict[str, Any]:
     local = rope({"rope_parameters": local})
     every = text.get("sliding_window_pattern") or 6
     return {
-        **_sandwiched({**_GEMMA2, **text}, every),
+        **_sandwiched(text, every),
         **rope({"rope_theta": 1e6, **text}, "full_attention"),
         "local_rope": {name: local[f"rope_{name}"] for name in ("theta", "fraction", "scaling")},
         "qk_norm": "head",
@@ -98,7 +81,7 @@ def sandwich_tensors(m: NameMap, text: Config, prefix: str, head: str, spelling:
     """Names of Gemma 2 and 3 below `prefix`: four norms a layer."""
     embeddings(m, prefix, head)
     for i in range(text["num_hidden_layers"]):
-        ours, theirs = layer_paths(m, text, i, prefix)
+        ours, theirs = layer_paths(i, prefix)
         attention(m, ours, theirs)
         m.norm(f"{ours}attention_norm", f"{theirs}input_layernorm")
         m.norm(f"{ours}attention_post_norm", f"{theirs}post_attention_layernorm")

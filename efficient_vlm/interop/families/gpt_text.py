@@ -6,6 +6,7 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.interop.families.base import Config
 from efficient_vlm.interop.families.text import (
     PATH,
+    all_local,
     embeddings,
     fused_rows,
     layer_paths,
@@ -74,10 +75,7 @@ def phi(text: Config) -> dict[str, Any]:
 
 def phi3(text: Config) -> dict[str, Any]:
     """Phi-3 (arXiv 2404.14219): Llama with fused products; a window, if any, is in all layers."""
-    window, kinds = text.get("sliding_window"), {}
-    if window is not None:
-        kinds = dict(layer_types=("local",) * text["num_hidden_layers"], window=int(window))
-    return {**llama({"rms_norm_eps": 1e-5, **text}), **kinds}
+    return {**llama(text), **all_local(text, text.get("sliding_window"))}
 
 
 def gpt_neo_tensors(m: NameMap, text: Config, prefix: str, head: str, spelling: str) -> None:
@@ -106,7 +104,7 @@ def phi_tensors(m: NameMap, text: Config, prefix: str, head: str, spelling: str)
     if f"{PATH}head/kernel" in m:
         m.linear(f"{PATH}head", head)
     for i in range(text["num_hidden_layers"]):
-        ours, theirs = layer_paths(m, text, i, prefix)
+        ours, theirs = layer_paths(i, prefix)
         for name in ("query", "key", "value"):
             m.linear(f"{ours}attention/{name}", f"{theirs}self_attn.{name[0]}_proj")
         m.linear(f"{ours}attention/out", f"{theirs}self_attn.dense", inputs=2)
@@ -122,7 +120,7 @@ def phi3_tensors(m: NameMap, text: Config, prefix: str, head: str, spelling: str
     """Names of Phi-3 below `prefix`: rows [query; key; value] and [gate; up] of one tensor."""
     embeddings(m, prefix, head)
     for i in range(text["num_hidden_layers"]):
-        ours, theirs = layer_paths(m, text, i, prefix)
+        ours, theirs = layer_paths(i, prefix)
         fused_rows(m, f"{ours}attention/", ("query", "key", "value"), f"{theirs}self_attn.qkv_proj")
         fused_rows(m, f"{ours}mlp/", ("gate", "up"), f"{theirs}mlp.gate_up_proj")
         m.linear(f"{ours}attention/out", f"{theirs}self_attn.o_proj", inputs=2)

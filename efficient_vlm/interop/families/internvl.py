@@ -5,7 +5,7 @@ from typing import Any
 from efficient_vlm.errors import UserError
 from efficient_vlm.interop.families.base import Config, Family
 from efficient_vlm.interop.families.texts import decoder_fields, text_of
-from efficient_vlm.interop.families.vision import activation
+from efficient_vlm.interop.families.vision import activation, embedding_refused
 from efficient_vlm.interop.names import NameMap, Piece
 
 NORMS = {"layer_norm": "layernorm", "rms_norm": "rms"}
@@ -16,12 +16,14 @@ def internvit(vision: Config, feature_layer: int = -1) -> dict[str, Any]:
 
     Args:
       vision: "vision_config" of config.json.
-      feature_layer: -1 for what the encoder gives; others count its hidden states, 0 being what
-        enters the first layer.
+      feature_layer: -1 for what the encoder gives; others count its hidden states, 1 being what
+        comes out of the first layer.
     """
     kind = vision.get("norm_type", "layer_norm")
     if kind not in NORMS:
         raise UserError(f"config.json: norm_type={kind!r}", allowed=", ".join(NORMS))
+    if feature_layer == 0:
+        raise embedding_refused("vision_feature_layer")
     last = feature_layer == -1
     final_norm = last and not vision.get("use_mean_pooling", True)
     if final_norm and kind != "layer_norm":

@@ -9,6 +9,7 @@ from efficient_vlm.interop.families.vision import (
     activation,
     clip,
     clip_tensors,
+    embedding_refused,
     siglip,
     siglip_tensors,
 )
@@ -20,10 +21,7 @@ def _model(config: Config) -> dict[str, Any]:
     layers = config.get("vision_feature_layer", -2)
     layers = (layers,) if isinstance(layers, int) else tuple(layers)
     if 0 in layers:
-        raise UserError(
-            "config.json: vision_feature_layer=0, the embedding of the patches",
-            allowed="1 to the number of layers, or -1, -2, ... from behind",
-        )
+        raise embedding_refused("vision_feature_layer")
     # Their layer -1 is behind the last block, as ours; 0 is the embedding.
     layers = tuple(layer if layer < 0 else layer - 1 for layer in layers)
     select = config.get("vision_feature_select_strategy", "default")
@@ -47,8 +45,12 @@ def _model(config: Config) -> dict[str, Any]:
             bias=bias,
             activation=activation(config.get("projector_hidden_act", "gelu")),
         ),
-        # The head is LLaVA's own, without bias: Phi's alone has one.
-        decoder={**decoder_fields(text, config.get("tie_word_embeddings")), "head_bias": False},
+        # The head is LLaVA's own, without the bias of Phi's and the soft cap of Gemma 2's.
+        decoder={
+            **decoder_fields(text, config.get("tie_word_embeddings")),
+            "head_bias": False,
+            "final_softcap": None,
+        },
     )
 
 

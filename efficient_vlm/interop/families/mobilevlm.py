@@ -5,7 +5,7 @@ from typing import Any
 from efficient_vlm.errors import UserError
 from efficient_vlm.interop.families.base import Config, Family
 from efficient_vlm.interop.families.texts import decoder_fields, text_of
-from efficient_vlm.interop.families.vision import clip, clip_tensors
+from efficient_vlm.interop.families.vision import clip, clip_tensors, embedding_refused
 from efficient_vlm.interop.names import NameMap, Piece
 from efficient_vlm.interop.prompts import VICUNA_SYSTEM
 
@@ -50,6 +50,8 @@ def _method(config: Config) -> str:
 def _model(config: Config) -> dict[str, Any]:
     text = _text(config)
     layer = config.get("mm_vision_select_layer", config.get("vision_feature_layer", -2))
+    if layer == 0:
+        raise embedding_refused("mm_vision_select_layer")
     if config.get("mm_vision_select_feature", "patch") != "patch":
         raise UserError(
             f"config.json: mm_vision_select_feature={config['mm_vision_select_feature']!r}",

@@ -5,7 +5,16 @@ from typing import Any
 
 from efficient_vlm.errors import UserError
 from efficient_vlm.interop.families.base import Config
-from efficient_vlm.interop.families.text import PATH, attention, embeddings, glu, llama, qwen3
+from efficient_vlm.interop.families.text import (
+    PATH,
+    all_local,
+    attention,
+    embeddings,
+    glu,
+    llama,
+    qwen3,
+)
+from efficient_vlm.interop.families.vision import activation
 from efficient_vlm.interop.names import NameMap, Piece
 
 # Ours to theirs, of the products of one expert.
@@ -13,23 +22,24 @@ MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2"}
 OTHERS = {name: f"{name}_proj" for name in ("gate", "up", "down")}
 
 
-def mixture(experts: int, top_k: int, width: int, normalize: bool) -> dict[str, Any]:
+def mixture(text: Config, width: int, normalize: bool) -> dict[str, Any]:
     """Field moe of a decoder; released models normalise one chosen expert, too."""
     return dict(
-        num_experts=experts,
-        top_k=top_k,
+        # Under either of the names that transformers takes.
+        num_experts=text.get("num_local_experts", text.get("num_experts")),
+        top_k=text["num_experts_per_tok"],
         expert_dim=width,
         normalize="always" if normalize else False,
+        activation=activation(text.get("hidden_act", "silu")),
     )
 
 
 def mixtral(text: Config) -> dict[str, Any]:
     """Mixtral (arXiv 2401.04088): Llama with experts, whose weights sum to one."""
-    experts, top_k = _num_experts(text), text["num_experts_per_tok"]
     return {
         **llama(text),
-        **_window(text, text.get("sliding_window")),
-        "moe": mixture(experts, top_k, text["intermediate_size"], True),
+        **all_local(text, text.get("sliding_window")),
+        "moe": mixture(text, text["intermediate_size"], True),
     }
 
 
@@ -40,41 +50,27 @@ def olmoe(text: Config) -> dict[str, Any]:
             f"config.json: clip_qkv={text['clip_qkv']}",
             allowed="null, as in the released OLMoE-1B-7B",
         )
-    experts, top_k = _num_experts(text), text["num_experts_per_tok"]
     normalize = bool(text.get("norm_topk_prob", False))
     return {
         **llama(text),
         "qk_norm": "full",
-        "moe": mixture(experts, top_k, text["intermediate_size"], normalize),
+        "moe": mixture(text, text["intermediate_size"], normalize),
     }
 
 
 def qwen3_moe(text: Config) -> dict[str, Any]:
     """Qwen3-MoE (arXiv 2505.09388): some layers may be dense."""
-    experts, top_k = _num_experts(text), text["num_experts_per_tok"]
     window = text.get("sliding_window") if text.get("use_sliding_window") else None
     step, dense = text.get("decoder_sparse_step", 1), text.get("mlp_only_layers") or ()
     normalize = bool(text.get("norm_topk_prob", False))
     return {
         **qwen3(text),
-        **_window(text, window),
-        "moe": mixture(experts, top_k, text["moe_intermediate_size"], normalize),
+        **all_local(text, window),
+        "moe": mixture(text, text["moe_intermediate_size"], normalize),
         "dense_layers": tuple(
             i for i in range(text["num_hidden_layers"]) if i in dense or (i + 1) % step
         ),
     }
-
-
-def _num_experts(text: Config) -> int:
-    """Under either of the names that transformers takes."""
-    return text["num_experts"] if "num_experts" in text else text["num_local_experts"]
-
-
-def _window(text: Config, window: int | None) -> dict[str, Any]:
-    """Fields of a decoder all of whose layers are local."""
-    if window is None:
-        return {}
-    return dict(layer_types=("local",) * text["num_hidden_layers"], window=int(window))
 
 
 def moe_tensors(

@@ -114,8 +114,9 @@ def _decoder(config: Config, width: int) -> dict[str, Any]:
         raise unknown("config.json: block_type", str(kind), ("sequential", "moe"))
     moe = None
     if kind == "moe":
-        count, top_k = config["moe_num_experts"], config["moe_top_k"]
-        moe = mixture(count, top_k, _hidden(config), False)
+        names = {"num_experts": "moe_num_experts", "num_experts_per_tok": "moe_top_k"}
+        counts = {ours: config[theirs] for ours, theirs in names.items()}
+        moe = mixture(counts, _hidden(config), normalize=False)
     return dict(
         width=width,
         segments=[{"layers": config["n_layers"]}],

@@ -9,17 +9,12 @@ from efficient_vlm.interop.families.vision import siglip, siglip_tensors
 from efficient_vlm.interop.names import NameMap
 
 
-def _vision(config: Config) -> Config:
-    # Files of the 224 pixel models leave their size out.
-    return {"image_size": 224, **config["vision_config"]}
-
-
 def _model(config: Config) -> dict[str, Any]:
     text = config["text_config"]
     decoder = decoder_fields(text, config.get("tie_word_embeddings"))
     return dict(
         vocab_size=text["vocab_size"],
-        encoder=siglip(_vision(config)),
+        encoder=siglip(config["vision_config"]),
         compressor=dict(name="none"),
         connector=dict(bias=True),
         # The window of Gemma 2 does not cut the prefix, as in transformers.
@@ -29,7 +24,7 @@ def _model(config: Config) -> dict[str, Any]:
 
 def _tensors(m: NameMap, config: Config, spelling: str) -> None:
     text = config["text_config"]
-    siglip_tensors(m, _vision(config), "vision_tower.vision_model.")
+    siglip_tensors(m, config["vision_config"], "vision_tower.vision_model.")
     m.linear("connect/out", "multi_modal_projector.linear")
     text_of(text).tensors(m, text, "language_model.model.", "language_model.lm_head", spelling)
 

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from efficient_vlm.errors import UserError
 from efficient_vlm.interop.families.base import Config, Family
 from efficient_vlm.interop.families.text import fused_rows, llama_tensors, qwen2, qwen3
 from efficient_vlm.interop.families.vision import activation
@@ -25,6 +26,8 @@ def _model(config: Config) -> dict[str, Any]:
     given = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     deep = tuple(vision.get("deepstack_visual_indexes", ())) if is_third else ()
+    if list(deep) != sorted(set(deep)):
+        raise UserError(f"config.json: deepstack_visual_indexes={deep}", allowed="in rising order")
     side, encoder = vision.get("spatial_merge_size", 2), _encoder(kind, vision, deep)
     return dict(
         vocab_size=text["vocab_size"],

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from efficient_vlm.errors import unknown
+from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.interop.families.base import Config
 from efficient_vlm.interop.families.vision import activation
 from efficient_vlm.interop.names import NameMap
@@ -62,9 +62,8 @@ def rope(config: Config, key: str | None = None) -> dict[str, Any]:
             both.get("factor") or longest / spec["original_length"], spec["original_length"]
         )
     else:
-        raise unknown(
-            "config.json: rope_type", str(kind), ("default", "linear", "dynamic", "llama3", "yarn")
-        )
+        kinds = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+        raise unknown("config.json: rope_type", str(kind), kinds)
     return {**result, "rope_scaling": spec}
 
 
@@ -85,6 +84,13 @@ def llama(text: Config) -> dict[str, Any]:
     """Llama and what differs from it in numbers only (arXiv 2302.13971)."""
     heads = text["num_attention_heads"]
     bias = bool(text.get("attention_bias", False))
+    rotary = rope(text)
+    if rotary["rope_fraction"] != 1.0 and text.get("model_type") != "phi3":
+        raise UserError(
+            f"config.json: partial_rotary_factor={rotary['rope_fraction']} of a "
+            f"{text.get('model_type')}",
+            allowed="1, as in all released models but Phi's",
+        )
     return dict(
         width=text["hidden_size"],
         segments=[{"layers": text["num_hidden_layers"]}],
@@ -99,8 +105,20 @@ def llama(text: Config) -> dict[str, Any]:
         mlp_bias=bool(text.get("mlp_bias", False)),
         tie_embeddings=bool(text.get("tie_word_embeddings", False)),
         bidirectional_visual=False,
-        **rope(text),
+        **rotary,
     )
+
+
+def mistral(text: Config) -> dict[str, Any]:
+    """Mistral (arXiv 2310.06825): Llama with a window in every layer, or none."""
+    return {**llama(text), **all_local(text, text.get("sliding_window"))}
+
+
+def all_local(text: Config, window: Any) -> dict[str, Any]:
+    """Fields layer_types and window of a decoder all of whose layers are local."""
+    if window is None:
+        return {}
+    return dict(layer_types=("local",) * text["num_hidden_layers"], window=int(window))
 
 
 def qwen2(text: Config) -> dict[str, Any]:
@@ -130,7 +148,7 @@ def llama_tensors(m: NameMap, text: Config, prefix: str, head: str, spelling: st
     """Names of Llama and its kin below `prefix` ("model."); `head` is "lm_head"."""
     embeddings(m, prefix, head)
     for i in range(text["num_hidden_layers"]):
-        ours, theirs = layer_paths(m, text, i, prefix)
+        ours, theirs = layer_paths(i, prefix)
         attention(m, ours, theirs)
         if f"{ours}attention_norm/scale" in m:
             m.norm(f"{ours}attention_norm", f"{theirs}input_layernorm")
@@ -149,9 +167,8 @@ def embeddings(m: NameMap, prefix: str, head: str) -> None:
         m.linear(f"{PATH}head", head)
 
 
-def layer_paths(m: NameMap, text: Config, index: int, prefix: str) -> tuple[str, str]:
+def layer_paths(index: int, prefix: str) -> tuple[str, str]:
     """Our path and their prefix of a layer."""
-    del text
     return f"{PATH}segment_0/{index}/", f"{prefix}layers.{index}."
 
 

@@ -27,7 +27,14 @@ from efficient_vlm.interop.families.moe_text import (
     olmoe,
     qwen3_moe,
 )
-from efficient_vlm.interop.families.text import llama, llama_tensors, olmo2, qwen2, qwen3
+from efficient_vlm.interop.families.text import (
+    llama,
+    llama_tensors,
+    mistral,
+    olmo2,
+    qwen2,
+    qwen3,
+)
 from efficient_vlm.interop.names import NameMap
 
 
@@ -45,7 +52,7 @@ class Text(NamedTuple):
 
 TEXTS: dict[str, Text] = {
     "llama": Text(llama, llama_tensors),
-    "mistral": Text(llama, llama_tensors),
+    "mistral": Text(mistral, llama_tensors),
     "gemma": Text(gemma, llama_tensors),
     "gemma2": Text(gemma2, sandwich_tensors),
     "gemma3_text": Text(gemma3_text, sandwich_tensors),

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from efficient_vlm.errors import unknown
+from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.interop.families.base import Config
 from efficient_vlm.interop.names import NameMap
 
@@ -24,6 +24,14 @@ def activation(name: str) -> str:
     if name not in ACTIVATIONS:
         raise unknown("config.json: hidden_act", str(name), ACTIVATIONS)
     return ACTIVATIONS[name]
+
+
+def embedding_refused(name: str) -> UserError:
+    """For features that are what enters the first layer."""
+    return UserError(
+        f"config.json: {name}=0, the embedding of the patches",
+        allowed="1 to the number of layers, or -1, -2, ... from behind",
+    )
 
 
 def clip(vision: Config, feature_layers: Sequence[int] | None = None) -> dict[str, Any]:

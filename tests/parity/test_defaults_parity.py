@@ -1,0 +1,51 @@
+"""What released files leave out, against the defaults of the reference's own classes."""
+
+import pytest
+
+transformers = pytest.importorskip("transformers")
+
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
+
+from efficient_vlm.interop.families import defaults  # noqa: E402
+from efficient_vlm.interop.families.text import rope  # noqa: E402
+
+pytestmark = pytest.mark.parity
+
+PARTS = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "internvl"}
+
+
+def reference(kind, part):
+    """The default config of a class, as a mapping."""
+    config = CONFIG_MAPPING[kind]
+    if kind in PARTS:
+        config = config.sub_configs[part]
+    return config().to_dict()
+
+
+def same(ours, theirs):
+    for name, value in ours.items():
+        if name == "rope_theta":
+            assert rope(theirs)["rope_theta"] == value
+            continue
+        if name == "num_experts" and name not in theirs:
+            name = "num_local_experts"
+        found = theirs[name]
+        if isinstance(found, list):
+            value = list(value) if isinstance(value, tuple) else [value] * len(found)
+        assert found == value, name
+
+
+@pytest.mark.parametrize("kind", defaults.TEXTS)
+def test_decoders(kind):
+    same(defaults.TEXTS[kind], reference(kind, "text_config"))
+
+
+@pytest.mark.parametrize("kind", defaults.VISIONS)
+def test_encoders(kind):
+    same(defaults.VISIONS[kind], reference(kind, "vision_config"))
+
+
+@pytest.mark.parametrize("kind", defaults.MODELS)
+def test_models(kind):
+    *_, own = defaults.MODELS[kind]
+    same(own, CONFIG_MAPPING[kind]().to_dict())

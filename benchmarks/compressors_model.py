@@ -12,7 +12,8 @@ import numpy as np
 from efficient_vlm import compressors
 from efficient_vlm.audit.flops import Cost, model_cost
 from efficient_vlm.inference.generate import Programs, programs_of
-from efficient_vlm.models.vlm import Layout, VisionLanguageModel
+from efficient_vlm.models.images import Layout
+from efficient_vlm.models.vlm import VisionLanguageModel
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,8 @@ from compressors_timing import Program, Timing, compiled, interleave
 from efficient_vlm import compressors
 from efficient_vlm.compressors import DecoderState, Signals, VisualTokens
 from efficient_vlm.inference import generate
+from efficient_vlm.models.intermediates import INTERMEDIATES
 from efficient_vlm.models.stack import layer_of, unstack
-from efficient_vlm.models.vit import INTERMEDIATES
 from efficient_vlm.models.vlm import VisionLanguageModel
 
 DECODE_STEPS = 8

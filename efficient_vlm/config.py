@@ -233,7 +233,7 @@ def _class_of(where: str, config: ml_collections.ConfigDict) -> type | None:
     # Late, and here alone: the classes bring JAX with them.
     from efficient_vlm.audit.evaluate import EvalConfig
     from efficient_vlm.compressors.methods import METHODS
-    from efficient_vlm.models import decoder, moe, vit, vlm
+    from efficient_vlm.models import connector, decoder, moe, vit, vlm
     from efficient_vlm.train.loop import TrainConfig
     from efficient_vlm.train.optimizer import OptimizerConfig
 
@@ -242,7 +242,7 @@ def _class_of(where: str, config: ml_collections.ConfigDict) -> type | None:
     return {
         "model": vlm.VisionLanguageModel,
         "model.encoder": vit.ViT,
-        "model.connector": vlm.Connector,
+        "model.connector": connector.Connector,
         "model.decoder": decoder.Decoder,
         "model.decoder.moe": moe.MoE,
         "train": TrainConfig,

@@ -14,6 +14,33 @@ from efficient_vlm import commands
 
 commands.enable_compilation_cache()
 
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_collection_modifyitems(config, items):
+    """The whole matrix of methods and families takes minutes: it runs with `-m matrix` only."""
+    if "matrix" in config.option.markexpr:
+        return
+    out = [item for item in items if item.get_closest_marker("matrix")]
+    if out:
+        config.stash[LEFT_OUT] = len(out)
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in set(out)]
+    if hasattr(config, "workeroutput"):  # Of pytest-xdist, whose workers collect.
+        config.workeroutput["left_out"] = len(out)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if count := config.stash.get(LEFT_OUT, 0):
+        terminalreporter.write_line(
+            f"{count} combinations of methods and families left out: pytest -m matrix runs them"
+        )
+
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from efficient_vlm.models.vlm import ImageExtras, VisionLanguageModel
+from efficient_vlm.models.images import ImageExtras
+from efficient_vlm.models.vlm import VisionLanguageModel
 
 
 def dry_run(model: VisionLanguageModel, images: int = 1, pooled: int | None = None) -> None:
@@ -14,7 +15,7 @@ def dry_run(model: VisionLanguageModel, images: int = 1, pooled: int | None = No
     Args:
       model: any configuration.
       images: of the row, as methods inside the decoder see them all.
-      pooled: tokens of the row that read patches of any image, see `vlm.ImageExtras`; None where
+      pooled: tokens of the row that read patches of any image, see `images.ImageExtras`; None where
         each image has its own.
 
     Raises:

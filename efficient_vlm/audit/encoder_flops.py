@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from efficient_vlm.audit.products import attention, dense
 from efficient_vlm.compressors.base import Compressor, Stage
 from efficient_vlm.errors import UserError
+from efficient_vlm.models.intermediates import parse_intermediate
 from efficient_vlm.models.vit import ViT
 
 _CHANNELS = 3
@@ -107,7 +108,8 @@ def signal_flops(vit: ViT, method: Compressor, patches: int) -> int:
     """FLOPs of what the encoder computes for a method beside its layers, one image."""
     places, total = patches + int(vit.class_token), 0
     for asked in set(method.intermediates().values()):
-        name, _ = vit.parse_intermediate(asked)  # Refuses what this encoder cannot give.
+        # Refuses what this encoder cannot give.
+        name, _ = parse_intermediate(asked, vit.layers_run, vit.class_token)
         total += INTERMEDIATE_FLOPS[name](places, vit.width)
     return total
 

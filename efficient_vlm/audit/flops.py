@@ -132,8 +132,8 @@ def model_cost(
       new_tokens: room for generated tokens in the cache.
       images: images of the row.
       image_size: pixels, one side or (height, width); None for the encoder's own.
-      pooled: tokens of the row where each reads patches of any image (`vlm.ImageExtras`); a budget
-        in front of the decoder is then of all of them. None: each image has its own tokens.
+      pooled: tokens of the row where each reads patches of any image (`images.ImageExtras`); a
+        budget in front of the decoder is then of all of them. None: each image has its own tokens.
 
     Raises:
       UserError: an image size that is no multiple of the patch size, or a negative length.

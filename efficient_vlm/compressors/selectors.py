@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from efficient_vlm.compressors import fold, score, select
 from efficient_vlm.compressors.base import Compressor, positive_int
-from efficient_vlm.compressors.tokens import NO_SIGNALS
+from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens
 from efficient_vlm.errors import UserError, unknown
 
 BIASES = ("add", "straight_through", "none")
@@ -75,7 +75,7 @@ class TextTopK(Compressor):
     score_t = <W_q n(text), W_k n(token_t)> / sqrt(d), n = division by the root mean square; the
     `budget` best are kept. A selection has no gradient, so the score is trained in other ways. At
     the full budget the model can teach it where the decoder looks (`selector` loss of training,
-    see `VisionLanguageModel.selector_loss`); at smaller ones the attention bias of the kept tokens
+    see `imitation_loss`); at smaller ones the attention bias of the kept tokens
     carries a gradient:
 
     * "add": `tokens.bias` is the score, in value and gradient: a token that is more relevant is
@@ -155,6 +155,41 @@ class TextTopK(Compressor):
             query.reshape(*query.shape[:-1], *heads), keys.reshape(*keys.shape[:-1], *heads)
         )
         return jnp.where(tokens.mask[:, None], relevance, 0.0)
+
+    def imitation_loss(
+        self,
+        patches: VisualTokens,
+        instruction: jax.Array,
+        attention: jax.Array,
+        asked: jax.Array,
+        images: int,
+    ) -> tuple[jax.Array, jax.Array]:
+        """How far the scores are from where the decoder looks, in nats.
+
+        The teacher is the attention of the last prompt token to the visual tokens, mean over heads
+        and layers; the student is a softmax over the scores. Only the selector learns from it.
+
+        Args:
+          patches: leading axis B*M.
+          instruction: [B, Q, width].
+          attention: [layers, B, Q, M*N].
+          asked: bool [B, Q], questions that exist.
+          images: M.
+
+        Returns:
+          (sum over questions of KL(teacher, student), number of questions).
+        """
+        batch, questions = asked.shape
+        text = jnp.repeat(jax.lax.stop_gradient(instruction), images, axis=0)
+        scores = self.scores(jax.lax.stop_gradient(patches), text)
+        scores = scores.reshape(batch, images, questions, -1).swapaxes(1, 2)
+        real = patches.mask.reshape(batch, 1, -1)
+        scores = jnp.where(real, scores.reshape(batch, questions, -1), -1e30)
+        teacher = jax.lax.stop_gradient(attention.mean(axis=0))
+        ratio = jnp.log(jnp.maximum(teacher, 1e-9)) - jax.nn.log_softmax(scores, axis=-1)
+        counted = asked & real.any(axis=-1)
+        loss = jnp.where(counted, jnp.sum(jnp.where(real, teacher * ratio, 0.0), axis=-1), 0.0)
+        return loss.sum(), counted.sum().astype(jnp.float32)
 
     def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
         self.check_call(tokens, signals, needs_grid=False)

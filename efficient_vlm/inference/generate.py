@@ -17,14 +17,9 @@ from flax import struct
 from efficient_vlm.compressors import VisualTokens
 from efficient_vlm.errors import UserError
 from efficient_vlm.inference.cache import KVCache
+from efficient_vlm.models.images import NO_EXTRAS, ImageExtras, Layout, repeat_rows
 from efficient_vlm.models.placement import Placement
-from efficient_vlm.models.vlm import (
-    NO_EXTRAS,
-    ImageExtras,
-    Layout,
-    VisionLanguageModel,
-    repeat_rows,
-)
+from efficient_vlm.models.vlm import VisionLanguageModel
 
 STAGES = ("encode", "compress", "prefill", "decode")
 
@@ -160,7 +155,7 @@ def generate(
       eos_id: the token, or the tokens, that end an answer.
       rng: key for random compressors.
       placement: of B*Q rows, where in the text visual tokens belong; None for in front of it.
-      extras: see `models.vlm.ImageExtras`.
+      extras: see `models.images.ImageExtras`.
       on_token: called with the tokens of each step, int32 [B*Q].
 
     Raises:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from efficient_vlm.interop.pictures.base import Pictured
+from efficient_vlm.models.images import NO_EXTRAS, ImageExtras
 from efficient_vlm.models.placement import Placement
-from efficient_vlm.models.vlm import NO_EXTRAS, ImageExtras, VisionLanguageModel
+from efficient_vlm.models.vlm import VisionLanguageModel
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,8 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.inference.generate import generate
 from efficient_vlm.interop.families.base import Config, Family
 from efficient_vlm.interop.placing import Prompt, place
-from efficient_vlm.models.vlm import NO_EXTRAS, ImageExtras, VisionLanguageModel
+from efficient_vlm.models.images import NO_EXTRAS, ImageExtras
+from efficient_vlm.models.vlm import VisionLanguageModel
 
 TOLERANCE = 1e-4  # Of the largest logit of the reference.
 
@@ -191,7 +192,10 @@ def _native(model, given, counts) -> _Pictures:
         at = [index[:h, :w].reshape(-1) + i * slot_grid.prod() for i, (h, w) in enumerate(own)]
         slots.append(np.concatenate(at) if at else np.zeros(0, np.int64))
         grids.append(own)
-    extras = ImageExtras(valid=np.where(mask[..., None], valid, slot_grid * side).astype(np.int32))
+    extras = NO_EXTRAS
+    if (sizes != sizes.max(axis=0)).any():
+        valid = np.where(mask[..., None], valid, slot_grid * side).astype(np.int32)
+        extras = ImageExtras(valid=valid)
     return _Pictures(
         model, images, mask, extras, slots, grids, mask.shape[1] * int(slot_grid.prod())
     )

@@ -1,7 +1,7 @@
 """The vision encoder: one configurable vision transformer (arXiv 2010.11929)."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,106 +9,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from efficient_vlm.compressors import Signals, Stage, VisualTokens
-from efficient_vlm.errors import UserError, unknown
-from efficient_vlm.models.attention import Attention, attention_received
-from efficient_vlm.models.layers import Dtype, Linear, activate, fused_product, logical, make_norm
+from efficient_vlm.errors import UserError
+from efficient_vlm.models.encoder_block import EncoderBlock
+from efficient_vlm.models.intermediates import INTERMEDIATES, parse_intermediate
+from efficient_vlm.models.layers import Dtype, Linear, logical, make_norm
 from efficient_vlm.models.patch_positions import patch_mask, patch_positions
 from efficient_vlm.models.stack import layer_of, rematerialised, run_layers, stack_layers
-
-
-class EncoderBlock(nn.Module):
-    """Pre-norm attention and MLP, bidirectional.
-
-    Attributes: see `ViT`; `rope_theta` is the `axial_theta` of `attention.Attention`.
-    """
-
-    width: int
-    num_heads: int
-    mlp_dim: int
-    qk_norm: bool | str
-    qk_scale: float
-    dtype: Dtype
-    norm: str = "rms"
-    norm_epsilon: float = 1e-6
-    activation: str = "gelu_tanh"
-    mlp_gated: bool = False
-    bias: bool = False
-    qkv_bias: bool | None = None
-    layer_scale: bool = False
-    rope_theta: float | None = None
-
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        key_bias: jax.Array | None = None,
-        merge: Callable[[jax.Array, dict], jax.Array] | None = None,
-        positions: jax.Array | None = None,
-        mask: jax.Array | None = None,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """[B, S, D] -> [B, S', D] and what attention saw; `merge` acts between the two halves."""
-        norm = functools.partial(make_norm, self.norm, self.norm_epsilon, dtype=self.dtype)
-        y, inner = Attention(
-            width=self.width,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_heads,
-            head_dim=self.width // self.num_heads,
-            qk_norm=self.qk_norm,
-            qk_scale=self.qk_scale,
-            axial_theta=self.rope_theta,
-            qkv_bias=self.bias if self.qkv_bias is None else self.qkv_bias,
-            out_bias=self.bias,
-            out_scale=0.5,
-            dtype=self.dtype,
-            name="attention",
-        )(norm(name="attention_norm")(x), positions, key_bias=key_bias, mask=mask)
-        x = x + self._scaled("attention_scale", y)
-        if merge is not None:
-            x = merge(x, inner)
-        fields = dict(dtype=self.dtype, bias=self.bias)
-        normed, act = norm(name="mlp_norm")(x), activate(self.activation)
-
-        def wide(name: str):
-            return Linear(("embed",), (self.mlp_dim,), ("mlp",), name=name, **fields)(normed)
-
-        if "gate_up" in self.variables.get("params", {}):
-            gate, up = jnp.split(fused_product(self, "gate_up", normed), 2, axis=-1)
-            y = act(gate) * up
-        else:
-            y = act(wide("gate")) * wide("up") if self.mlp_gated else act(wide("up"))
-        y = nn.with_logical_constraint(y, ("batch", None, "mlp"))
-        down = Linear(("mlp",), (self.width,), ("embed",), 0.5, name="down", **fields)
-        return x + self._scaled("mlp_scale", down(y)), inner
-
-    def _scaled(self, name: str, y: jax.Array) -> jax.Array:
-        if not self.layer_scale:
-            return y
-        init = logical(nn.initializers.constant(0.1), "embed")
-        return y * self.param(name, init, (self.width,), jnp.float32).astype(self.dtype)
-
-
-def _row(query: jax.Array, keys: jax.Array, scale: float) -> jax.Array:
-    """Attention of one query [B, H, Dh] to keys [B, S, H, Dh], mean over heads: float32 [B, S]."""
-    logits = jnp.einsum("bhd,bkhd->bhk", query.astype(jnp.float32), keys.astype(jnp.float32))
-    return jax.nn.softmax(scale * logits, axis=-1).mean(axis=1)
-
-
-def _all_heads(x: jax.Array) -> jax.Array:
-    return x.reshape(*x.shape[:-2], 1, -1)
-
-
-# What can be asked of a layer: (states behind it, queries, keys, scale of the logits) -> array.
-# One-row signals are computed beside the attention from one query, never from a whole matrix.
-INTERMEDIATES: dict[str, Callable[[jax.Array, jax.Array, jax.Array, float], jax.Array]] = {
-    "features": lambda x, q, k, scale: x,
-    "keys": lambda x, q, k, scale: k,
-    "cls_row": lambda x, q, k, scale: _row(q[:, 0], k, scale),
-    "cls_row_full": lambda x, q, k, scale: _row(
-        _all_heads(q[:, 0]), _all_heads(k), scale * q.shape[-2] ** -0.5
-    ),
-    "mean_query_row": lambda x, q, k, scale: _row(q.astype(jnp.float32).mean(axis=1), k, scale),
-    "column_mean": lambda x, q, k, scale: attention_received(q, k, scale),
-}
 
 
 class ViT(nn.Module):
@@ -257,8 +163,8 @@ class ViT(nn.Module):
         Raises:
           UserError: unknown name or layer, or a CLS row of an encoder without CLS.
         """
-        wanted = {asked: self.parse_intermediate(asked) for asked in intermediates}
         depth = self.layers_run
+        wanted = {a: parse_intermediate(a, depth, self.class_token) for a in intermediates}
         if self.feature_layers is None:
             kept = []
         else:
@@ -400,29 +306,6 @@ class ViT(nn.Module):
         """Whether layers need to know where a patch is."""
         return self.rope_theta is not None or self.window is not None
 
-    @nn.nowrap
-    def parse_intermediate(self, asked: str) -> tuple[str, int]:
-        """ "name/layer" -> (name, layer from 0); see `__call__`."""
-        name, _, layer = asked.partition("/")
-        if name not in INTERMEDIATES:
-            raise unknown("encoder intermediate", name, INTERMEDIATES)
-        if 0 < (part := _fraction(layer)) < 1:
-            layer = str(int(part * self.layers_run))
-        depth = self.layers_run
-        if not layer.lstrip("-").isdigit() or not -depth <= int(layer) < depth:
-            raise UserError(
-                f"compressor.layer (or middle_layer): {layer}, no layer of this encoder ({asked})",
-                allowed=f"{-depth} to {depth - 1}, or a fraction of the depth",
-            )
-        if name.startswith("cls_") and not self.class_token:
-            raise UserError(
-                "compressor.attention: 'cls', but this encoder has no CLS token",
-                allowed="'column_mean' (attention received from all patches), 'mean_query'; "
-                "divprune, dart, stride need no attention",
-                fix="--compressor.attention=column_mean",
-            )
-        return name, int(layer) % depth
-
     def _patches(self, images: jax.Array) -> jax.Array:
         if images.ndim == 4 and self.temporal_patch > 1:
             images = jnp.broadcast_to(
@@ -467,10 +350,3 @@ def _seen(tokens: VisualTokens, extra: int, window: int | None, padded: bool) ->
         same = (cell[:, :, None] == cell[:, None]).all(axis=-1)
         mask &= jnp.pad(same, ((0, 0), (extra, 0), (extra, 0)), constant_values=True)
     return mask
-
-
-def _fraction(layer: str) -> float:
-    try:
-        return float(layer)
-    except ValueError:
-        return 0.0

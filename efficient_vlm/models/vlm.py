@@ -1,29 +1,34 @@
 """The whole model: encoder -> token compressor -> connector -> decoder."""
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from efficient_vlm import compressors
 from efficient_vlm.compressors import Signals, VisualTokens, selectors
 from efficient_vlm.compressors.gather_pool import windows
-from efficient_vlm.compressors.methods import METHODS, find
 from efficient_vlm.compressors.tokens import zero_padding
 from efficient_vlm.errors import UserError
 from efficient_vlm.inference.cache import KVCache
 from efficient_vlm.models.attention import PADDING_SEGMENT, SHARED_SEGMENT
-from efficient_vlm.models.build import check_positive, construct, frozen
-from efficient_vlm.models.decoder import Decoder
-from efficient_vlm.models.layers import Dtype, Linear, activate, logical, make_norm
+from efficient_vlm.models.build import construct
+from efficient_vlm.models.connector import Connector
+from efficient_vlm.models.images import (
+    NO_EXTRAS,
+    ImageExtras,
+    Layout,
+    gathered,
+    pooled,
+    repeat_rows,
+    resized,
+)
+from efficient_vlm.models.layers import logical
 from efficient_vlm.models.patch_positions import patch_mask
 from efficient_vlm.models.placement import Placement
-from efficient_vlm.models.projectors import make_projector
-from efficient_vlm.models.vit import ViT
+from efficient_vlm.models.vlm_fields import VisionLanguageFields
 
 
 @struct.dataclass
@@ -33,130 +38,18 @@ class Output:
     Attributes:
       logits: float32 [B, Q, L, vocab].
       stats: (sum, denominator) pairs: router statistics with a leading axis over the layers (none
-        for a dense decoder), and "selector", see `VisionLanguageModel.selector_loss`.
+        for a dense decoder), and "selector", see `TextTopK.imitation_loss`.
     """
 
     logits: jax.Array
     stats: dict[str, Any]
 
 
-@struct.dataclass
-class ImageExtras:
-    """What some models must know about images beside their pixels; B rows of M images.
-
-    Attributes:
-      valid: int32 [B, M, 2], rows and columns of patches that are real; None for all.
-      slot_mask: bool [B, M, tokens], which tokens the prompt has a slot for; None for those that
-        read a real patch.
-      padding_share: float32 [B, M, patches], share of real pixels of each patch (Molmo).
-      pool_index: int32 [B, P, k], patches over all images of a row that each token reads, -1 for
-        none (Molmo2).
-    """
-
-    valid: jax.Array | None = None
-    slot_mask: jax.Array | None = None
-    padding_share: jax.Array | None = None
-    pool_index: jax.Array | None = None
-
-
-NO_EXTRAS = ImageExtras()
-
-
-class Layout(NamedTuple):
-    """The static shape of a row's images: how many, and the grid of each.
-
-    The grid is that of the tokens which compressors get: patches, or what a projector makes of
-    them.
-    """
-
-    images: int
-    rows: int
-    columns: int
-
-
-class Connector(nn.Module):
-    """Encoder width to decoder width: one product, or with `hidden_dim` two and a GELU between.
-
-    With `identity` there is none: the compressor is the projector (mlp, deco, ldpv2, ...) and gives
-    the decoder's width itself (its option `features`), or the model has a `projector`.
-
-    Attributes:
-      features: channels of the result.
-      hidden_dim: channels between two products; None for one product.
-      activation: between them.
-      bias: whether products have biases.
-      norm, norm_epsilon: in front of the first product, see `layers.make_norm`; None for none.
-    """
-
-    features: int
-    hidden_dim: int | None = None
-    identity: bool = False
-    activation: str = "gelu_tanh"
-    bias: bool = False
-    norm: str | None = None
-    norm_epsilon: float = 1e-6
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        if self.identity:
-            if x.shape[-1] != self.features:
-                raise UserError(
-                    f"model.connector.identity: the tokens have width {x.shape[-1]}, the decoder "
-                    f"{self.features}",
-                    fix=f"set model.compressor.features={self.features}, or identity=False",
-                )
-            return x
-        fields = dict(dtype=self.dtype, bias=self.bias)
-        if self.norm is not None:
-            norm = dict(axis="vision", dtype=self.dtype, name="norm")
-            x = make_norm(self.norm, self.norm_epsilon, **norm)(x)
-        if self.hidden_dim is not None:
-            x = Linear(("vision",), (self.hidden_dim,), ("mlp",), name="up", **fields)(x)
-            x = activate(self.activation)(x)
-        axis = "vision" if self.hidden_dim is None else "mlp"
-        return Linear((axis,), (self.features,), ("embed",), name="out", **fields)(x)
-
-
-class VisionLanguageModel(nn.Module):
+class VisionLanguageModel(VisionLanguageFields):
     """A vision-language model with one fixed token budget; other budgets share its parameters.
 
-    Attributes:
-      vocab_size: entries of the tokenizer.
-      encoder: fields of `vit.ViT`; None for a language model without images.
-      projector: name and fields of one of `projectors.PROJECTORS`: the model's own way from patches
-        to tokens, before any compressor; None for models whose patches are the tokens.
-      padding_embedding: whether features of patches that show padding get a learned vector added,
-        see `ImageExtras.padding_share` (Molmo).
-      slot_token: id of the text token whose embedding is added to visual tokens (Molmo); None where
-        they stand in its place.
-      compressor: name, budget (visual tokens per image) and options of `compressors.build`.
-      decoder: fields of `decoder.Decoder`.
-      connector: fields of `Connector`.
-      dtype: of activations ("bfloat16" for mixed precision); parameters, norms, logits and softmax
-        stay float32.
+    Its fields: `vlm_fields.VisionLanguageFields`.
     """
-
-    vocab_size: int
-    encoder: Mapping[str, Any] | None
-    compressor: Mapping[str, Any]
-    decoder: Mapping[str, Any]
-    connector: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    projector: Mapping[str, Any] | None = None
-    padding_embedding: bool = False
-    slot_token: int | None = None
-    dtype: Dtype = jnp.float32
-
-    def __post_init__(self):
-        for name in ("encoder", "compressor", "decoder", "connector", "projector"):
-            object.__setattr__(self, name, frozen(getattr(self, name)))
-        try:
-            jnp.dtype(self.dtype)
-        except TypeError:
-            raise UserError(
-                f"model.dtype: {self.dtype!r}", allowed="float32, bfloat16, float16"
-            ) from None
-        super().__post_init__()
 
     def setup(self):
         self.language = self.make_decoder()
@@ -192,100 +85,6 @@ class VisionLanguageModel(nn.Module):
                 allowed="methods between encoder and decoder, or inside the decoder",
             )
 
-    def make_projector(self) -> nn.Module:
-        """The projector of this configuration, unbound."""
-        fields = {}
-        if self.projector.get("name") != "average_pool":
-            fields["features"] = self.decoder["width"]
-        return make_projector(self.projector, **fields, dtype=self.dtype, parent=None)
-
-    @property
-    def slot_grid(self) -> tuple[int, int]:
-        """Rows and columns of tokens that an image of the encoder's size becomes."""
-        vit = self.make_encoder()
-        grid = vit.feature_grid(vit.grid)
-        return grid if self.projector is None else self.make_projector().cells(grid)
-
-    def make_encoder(self) -> ViT:
-        """The encoder of this configuration, unbound."""
-        if self.encoder is None:
-            raise UserError("model.encoder: None, this is a language model without images")
-        vit = construct(ViT, self.encoder, "model.encoder", dtype=self.dtype, parent=None)
-        names = ("patch_size", "width", "depth", "num_heads", "mlp_dim", "stem_dim")
-        check_positive("model.encoder", vit, names)
-        return vit
-
-    def make_decoder(self) -> Decoder:
-        """The decoder of this configuration, unbound."""
-        fields = {"vocab_size": self.vocab_size, "dtype": self.dtype, "parent": None}
-        if self.make_compressor().where == "decoder":
-            fields["compressor"] = {"grid": self.slot_grid, **self.compressor}
-        decoder = construct(Decoder, self.decoder, "model.decoder", **fields)
-        names = ("width", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
-        check_positive("model.decoder", decoder, names)
-        for i, segment in enumerate(decoder.segments):
-            layers = segment.get("layers")
-            if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
-                raise UserError(
-                    f"model.decoder.segments[{i}].layers: {layers!r}",
-                    allowed="a whole number above 0",
-                )
-        return decoder
-
-    def make_compressor(self) -> nn.Module:
-        """The compressor of this configuration, unbound."""
-        options = dict(self.compressor)
-        if "name" not in options:
-            raise UserError("model.compressor.name: missing", fix="set it in the config")
-        name = options.pop("name")
-        if "budget" not in options and not find(name).optional_budget:
-            raise UserError("model.compressor.budget: missing", fix="set it in the config")
-        if self.encoder is not None:
-            options.setdefault("grid", self.slot_grid)
-        return compressors.build(name, parent=None, **options)
-
-    def with_compressor(
-        self, name: str, budget: int | None = None, **options: Any
-    ) -> "VisionLanguageModel":
-        """The same model with another compressor; parameters carry over where shapes agree."""
-        if name == self.compressor["name"]:
-            options = {**self.compressor, **options}
-        options = {**options, "name": name, "budget": budget}
-        if budget is None:
-            del options["budget"]
-        return self.clone(compressor=options)
-
-    def sized(self, height: int, width: int) -> "VisionLanguageModel":
-        """The same model for images of this many pixels; position tables keep their size."""
-        vit = self.make_encoder()
-        grid = tuple(vit.position_grid or vit.grid)
-        size = (int(height), int(width))
-        return self.clone(encoder={**self.encoder, "image_size": size, "position_grid": grid})
-
-    @property
-    def selects_by_text(self) -> bool:
-        """Whether different questions about one image get different visual tokens."""
-        method = self.make_compressor()
-        rows, columns = (0, 0) if self.encoder is None else method.grid
-        if method.text_guided and (method.where != "between" or method.budget < rows * columns):
-            return True
-        inner = [s["compressor"]["name"] for s in self.decoder["segments"] if s.get("compressor")]
-        return any(METHODS[name].text_guided for name in inner if name in METHODS)
-
-    def _position_policy(self) -> str | None:
-        """The policy that the compressor states, if it has chosen the tokens that enter."""
-        method = self.make_compressor()
-        return None if method.where == "decoder" else method.position_policy
-
-    def layout(self, images: jax.Array, extras: ImageExtras = NO_EXTRAS) -> Layout:
-        """The layout of images [B, M, H, W, 3]."""
-        if extras.pool_index is not None:
-            return Layout(1, 1, extras.pool_index.shape[1])
-        vit = self.make_encoder()
-        grid = vit.feature_grid(tuple(side // vit.patch_size for side in images.shape[-3:-1]))
-        cells = grid if self.projector is None else self.make_projector().cells(grid)
-        return Layout(images.shape[1], *cells)
-
     # --- stages ------------------------------------------------------------------------------
 
     def encode(
@@ -318,7 +117,7 @@ class VisionLanguageModel(nn.Module):
         patches = tuple(side // self.vit.patch_size for side in images.shape[-3:-1])
         if grid != tuple(source_grid):
             patches = self._resized_patches(grid, extras)
-            images = _resize(images, [side * self.vit.patch_size for side in patches])
+            images = resized(images, [side * self.vit.patch_size for side in patches])
         method, stages = self.make_compressor(), ()
         if method.where == "encoder":
             place = dict(class_token=self.vit.class_token)
@@ -351,8 +150,8 @@ class VisionLanguageModel(nn.Module):
             features = self.project(features, patches, index)
             if index is None:
                 index = jnp.asarray(windows(patches, self.project.side))[None]
-            real = _gathered(real, index).any(axis=2)
-            signals = {name: _pooled(name, x, index) for name, x in signals.items()}
+            real = gathered(real, index).any(axis=2)
+            signals = {name: pooled(name, x, index) for name, x in signals.items()}
             if extras.pool_index is not None:
                 there = jnp.ones((batch, 1), bool)
         mask = real if extras.slot_mask is None else extras.slot_mask.reshape(real.shape)
@@ -597,7 +396,8 @@ class VisionLanguageModel(nn.Module):
         if self.teaches_selector:
             attention = stats.pop("visual_attention")
             asked = (lengths > 0) & (prompt_lengths > 0)
-            stats["selector"] = self.selector_loss(patches, instruction, attention, asked, layout)
+            teach = (patches, instruction, attention, asked, layout.images)
+            stats["selector"] = self.reduce.imitation_loss(*teach)
         logits = self.language.logits(hidden)
         return Output(logits.reshape(batch, questions, length, -1), stats)
 
@@ -607,73 +407,3 @@ class VisionLanguageModel(nn.Module):
         inner = any(segment.get("compressor") for segment in self.decoder["segments"])
         selector = isinstance(self.make_compressor(), selectors.TextTopK)
         return selector and not self.selects_by_text and not inner
-
-    def selector_loss(
-        self,
-        patches: VisualTokens,
-        instruction: jax.Array,
-        attention: jax.Array,
-        asked: jax.Array,
-        layout: Layout,
-    ) -> tuple[jax.Array, jax.Array]:
-        """How far the scores of a text-guided selector are from where the decoder looks, in nats.
-
-        The teacher is the attention of the last prompt token to the visual tokens, mean over heads
-        and layers; the student is a softmax over the scores. Only the selector learns from it.
-
-        Args:
-          patches: from `encode`, leading axis B*M.
-          instruction: [B, Q, width].
-          attention: [layers, B, Q, M*N].
-          asked: bool [B, Q], questions that exist.
-          layout: from `layout`.
-
-        Returns:
-          (sum over questions of KL(teacher, student), number of questions).
-        """
-        batch, questions = asked.shape
-        text = jnp.repeat(jax.lax.stop_gradient(instruction), layout.images, axis=0)
-        scores = self.reduce.scores(jax.lax.stop_gradient(patches), text)
-        scores = scores.reshape(batch, layout.images, questions, -1).swapaxes(1, 2)
-        real = patches.mask.reshape(batch, 1, -1)
-        scores = jnp.where(real, scores.reshape(batch, questions, -1), -1e30)
-        teacher = jax.lax.stop_gradient(attention.mean(axis=0))
-        ratio = jnp.log(jnp.maximum(teacher, 1e-9)) - jax.nn.log_softmax(scores, axis=-1)
-        counted = asked & real.any(axis=-1)
-        loss = jnp.where(counted, jnp.sum(jnp.where(real, teacher * ratio, 0.0), axis=-1), 0.0)
-        return loss.sum(), counted.sum().astype(jnp.float32)
-
-
-def repeat_rows(tree: Any, images: int, questions: int) -> Any:
-    """Leading axis B*M -> B*Q*M: the images of each row once for every question."""
-
-    def repeat(x):
-        grouped = jnp.repeat(x.reshape(-1, images, *x.shape[1:]), questions, axis=0)
-        return grouped.reshape(-1, *x.shape[1:])
-
-    return jax.tree.map(repeat, tree)
-
-
-def _gathered(x: jax.Array, index: jax.Array) -> jax.Array:
-    """[B, N, ...] at `index` [B or 1, T, k] -> [B, T, k, ...], zeros where it is -1."""
-    index = jnp.broadcast_to(index, (len(x), *index.shape[1:]))
-    taken = jax.vmap(lambda row, at: row[jnp.maximum(at, 0)])(x, index)
-    there = (index >= 0).reshape(*index.shape, *(1,) * (x.ndim - 2))
-    return jnp.where(there, taken, jnp.zeros((), x.dtype))
-
-
-def _pooled(name: str, x: jax.Array, index: jax.Array) -> jax.Array:
-    """A signal about patches as one about the tokens that read them: attention adds up."""
-    total = _gathered(x, index).sum(axis=2)
-    if name.endswith("_row"):
-        return total
-    count = jnp.maximum((index >= 0).sum(axis=2), 1)
-    return total / count.reshape(*count.shape, *(1,) * (total.ndim - 2)).astype(total.dtype)
-
-
-def _resize(images: jax.Array, size: list[int]) -> jax.Array:
-    """uint8 or float [B, H, W, 3] -> float32 in [0, 1] [B, h, w, 3], bilinear, antialiased."""
-    top = 255 if jnp.issubdtype(images.dtype, jnp.integer) else 1
-    images = images.astype(jnp.float32) / top
-    shape = (images.shape[0], *size, images.shape[3])
-    return jax.image.resize(images, shape, "linear", antialias=True)

@@ -12,8 +12,9 @@ from efficient_vlm.audit.encoder_flops import INTERMEDIATE_FLOPS, encoder_cost
 from efficient_vlm.audit.products import published_layer_flops
 from efficient_vlm.audit.traced import traced_flops
 from efficient_vlm.errors import UserError
-from efficient_vlm.models.vit import INTERMEDIATES
-from efficient_vlm.models.vlm import ImageExtras, VisionLanguageModel
+from efficient_vlm.models.images import ImageExtras
+from efficient_vlm.models.intermediates import INTERMEDIATES
+from efficient_vlm.models.vlm import VisionLanguageModel
 
 PROMPT, NEW = 10, 3
 MOE = {"num_experts": 8, "top_k": 2, "expert_dim": 96, "shared_dim": 64}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from efficient_vlm.compressors import DecoderState, Signals, VisualTokens, build
-from efficient_vlm.models.vit import INTERMEDIATES
+from efficient_vlm.models.intermediates import INTERMEDIATES
 
 GRID, TEXT, HEADS, DEPTH = (24, 24), 64, 2, 16
 TOKENS = GRID[0] * GRID[1]

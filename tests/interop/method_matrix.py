@@ -53,10 +53,14 @@ BLOCKS = "reads blocks of the whole grid"
 _SIZES = "read patches across crops, or images of several sizes"
 _TILED = ("idefics3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm")
 _CROPPED = ("molmo2", "molmo2_olmo", "molmo_olmo", "molmo_olmoe", "molmo_qwen2")
+_PROJECTED = ("gemma3", "internvl", "mobilevlm", "mobilevlm_v2")
 REFUSED: dict[str, dict[str, str]] = {
-    "tome": dict.fromkeys((*_TILED, *_CROPPED, "gemma3", "internvl"), BLOCKS),
+    "tome": dict.fromkeys((*_TILED, *_CROPPED, *_PROJECTED), BLOCKS),
     "downsample": dict.fromkeys((*_TILED, *_CROPPED), _SIZES),
 }
+# Of those, what can be where all pictures, or tiles, have one size and no padding.
+OF_ONE_SIZE = {"downsample": _TILED}
+ONE_SIZE = ", pictures of one size"
 
 
 def in_decoder(method: str, first: int | float, second: int | float) -> dict[str, Any]:
@@ -75,12 +79,14 @@ def in_decoder(method: str, first: int | float, second: int | float) -> dict[str
 class Subject:
     """A golden model with a batch of two rows: one picture, two pictures.
 
+    A name that ends in `ONE_SIZE` has no padding in any of them.
+
     Attributes:
       model, params: with at least `LAYERS` decoder layers.
     """
 
     def __init__(self, name: str):
-        directory = GOLDEN / name
+        directory = GOLDEN / name.removesuffix(ONE_SIZE)
         self.name, self.config = name, load.read_config(directory)
         self.family = family_of(self.config)
         plain = load.build_model(self.config)
@@ -88,6 +94,8 @@ class Subject:
         self.model, self.params = deepened(plain, load.stacked(source))
         with np.load(directory / "io.npz") as io:
             self.io = dict(io)
+        if name.endswith(ONE_SIZE):
+            self.io = of_one_size(self.io, self.family.image_token(self.config))
 
     @property
     def has_class_token(self) -> bool:
@@ -209,6 +217,28 @@ def deepened(model: VisionLanguageModel, params: Any) -> tuple[VisionLanguageMod
         for name, part in params["language"].items()
     }
     return model.clone(decoder=decoder), {**params, "language": language}
+
+
+def of_one_size(io: dict[str, np.ndarray], token: int) -> dict[str, np.ndarray]:
+    """Inputs without padding: whole tiles, or for Qwen three pictures of 8 x 8 patches."""
+    io = {key: value for key, value in io.items() if key != "in/pixel_attention_mask"}
+    if "in/image_grid_thw" not in io:
+        pixels = io["in/pixel_values"]
+        noise = np.random.default_rng(0).standard_normal(pixels.shape).astype(pixels.dtype)
+        return io | {"in/pixel_values": np.where(pixels.any((2, 3, 4), keepdims=True), noise, 0)}
+    dim, side, each = io["in/pixel_values"].shape[1], 8, 16
+    one, two = (
+        np.concatenate([[5], *([np.full(each, token), [6]] * n), [7, 8, 9]]) for n in (1, 2)
+    )
+    ids = np.stack([np.pad(row, (0, len(two) - len(row))) for row in (one, two)])
+    return {
+        "in/input_ids": ids,
+        "in/attention_mask": (ids > 0).astype(np.int64),
+        "in/image_grid_thw": np.tile([1, side, side], (3, 1)),
+        "in/pixel_values": np.random.default_rng(0)
+        .standard_normal((3 * side * side, dim))
+        .astype(np.float32),
+    }
 
 
 def without_last_crop(inputs: verify.Inputs) -> verify.Inputs:

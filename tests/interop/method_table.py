@@ -5,6 +5,7 @@ from pathlib import Path
 from method_matrix import (
     BLOCKS,
     GOLDEN,
+    OF_ONE_SIZE,
     REFUSED,
     TRAINING_FREE,
     golden_models,
@@ -26,9 +27,12 @@ without a compressor, to 1e-5 of the largest). Methods not in the table are trai
 NOTES = f"""
 * **attn**: yes, with `attention=column_mean`: the default is the attention of a CLS token, which
   this encoder does not have.
-* **no (1)**: the projector reads blocks of patches, the method merges patches inside the encoder.
-* **no (2)**: the method makes the picture smaller; here tokens read patches across crops, or the
-  pictures (or tiles) of the batch have several sizes.
+* **size**: yes, where all pictures (or tiles) of a batch have one size and no padding, as the tiles
+  of SmolVLM's processor do, and pictures of one shape for Qwen.
+* **no (1)**: not built. The method merges patches inside the encoder; the projector reads blocks
+  of the whole grid: they would have to be put back first, which saves time in the encoder but
+  tokens nowhere.
+* **no (2)**: the method makes the picture smaller; here tokens read patches across crops.
 * `vtw` drops all tokens, so it has no setting that changes nothing.
 * Budgets are per picture, or per tile or crop where the model cuts pictures up; for Molmo2 they are
   of all pictures of a row, whose tokens are one row of a grid (`pool`, `hiprune` and the grid of
@@ -46,6 +50,8 @@ NOTES = f"""
 def cell(method: str, name: str) -> str:
     """One entry of the table."""
     if name in REFUSED.get(method, {}):
+        if name in OF_ONE_SIZE.get(method, ()):
+            return "size"
         return "no (1)" if REFUSED[method][name] == BLOCKS else "no (2)"
     encoder = load.build_model(load.read_config(GOLDEN / name)).encoder
     return "attn" if looks_at_class_token(method) and not encoder.get("class_token") else "yes"

@@ -364,7 +364,7 @@ def test_selector_learns_from_the_decoder_and_teaches_it_nothing(
         text = m.instruction(batch["tokens"], batch["prompt_lengths"])
         uniform = jnp.ones((2, 3, 2, 32)) / 32
         asked = jnp.ones((3, 2), bool)
-        loss = m.selector_loss(patches, text, uniform, asked, m.layout(batch["images"]))
+        loss = m.reduce.imitation_loss(patches, text, uniform, asked, 2)
         return loss, m.reduce.scores(patches, jnp.repeat(text, 2, axis=0))
 
     (total, _), scores = model.apply({"params": params}, method=parts)

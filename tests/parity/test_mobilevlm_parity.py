@@ -1,159 +1,23 @@
 """MobileVLM: the two ends against the reference library, the projector against float64 in torch.
 
-The reference library has no class for it. A checkpoint with its names is put together here from a
-CLIP tower, a projector written from the papers' formulas, and a Llama.
+See `mobilevlm_reference`.
 """
 
 import pytest
 
-torch = pytest.importorskip("torch")
-T = pytest.importorskip("transformers")
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
 
-import numpy as np  # noqa: E402
-from cases_vision import square_pictures  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from tiny_torch import ODD, build, redraw, write_rows  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
+import numpy as np
+from mobilevlm_reference import NAMES, make
+from tiny_torch import ODD
 
-from efficient_vlm.errors import UserError  # noqa: E402
-from efficient_vlm.interop import load, verify  # noqa: E402
-from efficient_vlm.interop.families.table import family_of  # noqa: E402
-from efficient_vlm.interop.safetensors_read import Checkpoint  # noqa: E402
+from efficient_vlm.errors import UserError
+from efficient_vlm.interop import load, verify
+from efficient_vlm.interop.families.table import family_of
+from efficient_vlm.interop.safetensors_read import Checkpoint
 
 pytestmark = pytest.mark.parity
-
-IMAGE = -200  # No row of the vocabulary.
-SIDE, PATCH, WIDTH = 6, ODD.patch, 36
-DECODER = ODD.hidden
-SQUEEZED = 16  # A quarter of 48 is 12, which rounds to a multiple of 8.
-
-NORM = ("weight", (DECODER,)), ("bias", (DECODER,))
-BLOCK = {
-    "0.0": (("weight", (DECODER, 1, 3, 3)),),
-    "0.1": NORM,
-    "1.fc1": (("weight", (SQUEEZED, DECODER, 1, 1)), ("bias", (SQUEEZED,))),
-    "1.fc2": (("weight", (DECODER, SQUEEZED, 1, 1)), ("bias", (DECODER,))),
-    "2.0": (("weight", (DECODER, DECODER, 1, 1)),),
-    "2.1": NORM,
-}
-
-
-def linear(inputs):
-    return ("weight", (DECODER, inputs)), ("bias", (DECODER,))
-
-
-NAMES = {
-    "ldpnet": {
-        "model.mlp.1": linear(WIDTH),
-        "model.mlp.3": linear(DECODER),
-        **{f"model.mb_block.{i}.block.{k}": v for i in (1, 2) for k, v in BLOCK.items()},
-    },
-    "ldpnetv2": {
-        "mlp.mlp.0": linear(WIDTH),
-        "mlp.mlp.2": linear(DECODER),
-        "peg.peg.0": (("weight", (DECODER, 1, 3, 3)), ("bias", (DECODER,))),
-    },
-}
-
-
-def weights(kind):
-    """Random weights of a projector; norms near 1, and no bias 0."""
-    holder = nn.Module()
-    for name, parts in NAMES[kind].items():
-        for part, shape in parts:
-            start = (
-                torch.ones(shape) if part == "weight" and len(shape) == 1 else torch.zeros(shape)
-            )
-            flat = f"{name}.{part}".replace(".", "_")
-            holder.register_parameter(flat, nn.Parameter(start))
-    redraw(holder)
-    drawn = dict(holder.named_parameters())
-    return {
-        f"{name}.{part}": drawn[f"{name}.{part}".replace(".", "_")].detach()
-        for name, parts in NAMES[kind].items()
-        for part, _ in parts
-    }
-
-
-def project(kind, w, x):
-    """Patches [B, N, C] to tokens [B, N / 4, D] in float64, from the formulas of the papers."""
-    w, x = {name: value.double() for name, value in w.items()}, x.double()
-
-    def at(name):
-        return w[f"{name}.weight"], w.get(f"{name}.bias")
-
-    up, down = [name for name in NAMES[kind] if "mlp" in name]
-    x = F.linear(F.gelu(F.linear(x, *at(up))), *at(down))
-    x = x.transpose(1, 2).unflatten(2, (SIDE, SIDE))
-    if kind == "ldpnetv2":  # arXiv 2402.03766, eq. 3
-        x = F.avg_pool2d(x, 2)
-        x = x + F.conv2d(x, *at("peg.peg.0"), padding=1, groups=DECODER)
-        return x.flatten(2).transpose(1, 2)
-
-    def norm(x, name):
-        return F.layer_norm(x.movedim(1, -1), (DECODER,), *at(name), eps=1e-5).movedim(-1, 1)
-
-    for i, stride in ((1, 1), (2, 2)):  # arXiv 2312.16886, eq. 1
-        name = f"model.mb_block.{i}.block."
-        y = F.conv2d(x, *at(f"{name}0.0"), stride=stride, padding=1, groups=DECODER)
-        y = F.hardswish(norm(y, f"{name}0.1"))
-        gate = F.relu(F.conv2d(y.mean((2, 3), keepdim=True), *at(f"{name}1.fc1")))
-        y = y * F.hardsigmoid(F.conv2d(gate, *at(f"{name}1.fc2")))
-        y = norm(F.conv2d(y, *at(f"{name}2.0")), f"{name}2.1")
-        x = x + y if stride == 1 else y
-    return x.flatten(2).transpose(1, 2)
-
-
-def make(kind, folder, flat=False):
-    """Writes a checkpoint to `folder`; returns its config, and what the reference computes."""
-    vision = T.CLIPVisionConfig(
-        **ODD.vision, **ODD.vision_eps, image_size=SIDE * PATCH, patch_size=PATCH
-    )
-    text = T.LlamaConfig(**ODD.text(tie_word_embeddings=False))
-    tower, llama = build(T.CLIPVisionModel, vision), build(T.LlamaForCausalLM, text)
-    w = weights(kind)
-    tensors = dict(llama.state_dict())
-    for name, value in tower.state_dict().items():
-        name = name.removeprefix("vision_model.")
-        tensors[f"model.vision_tower.vision_tower.vision_model.{name}"] = value
-    tensors |= {f"model.mm_projector.{name}": value for name, value in w.items()}
-    save_file(
-        {name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors"
-    )
-    config = dict(model_type="mobilevlm", mm_projector_type=kind, vision_config=vision.to_dict())
-    config |= text.to_dict() | config if flat else dict(text_config=text.to_dict())
-
-    rows = write_rows(ODD, picture=square_pictures(ODD, SIDE, SIDE**2 // 4))
-    ids = [[IMAGE if token == ODD.image_id else token for token in row.ids] for row in rows]
-    longest = max(map(len, ids))
-    images = torch.stack([image for row in rows for image in row.images])
-    with torch.no_grad():
-        hidden = tower(images, output_hidden_states=True).hidden_states[-2][:, 1:]
-        features = project(kind, w, hidden).float()
-        logits = torch.zeros(len(ids), longest, ODD.vocab)
-        generated = {}
-        for i, row in enumerate(ids):
-            row = torch.tensor(row)
-            embeds = llama.get_input_embeddings()(row.clamp_min(0))
-            seen = sum(len(r.images) for r in rows[:i])
-            own = features[seen : seen + len(rows[i].images)].flatten(0, 1)
-            embeds[row == IMAGE] = own
-            logits[i, : len(row)] = llama(inputs_embeds=embeds[None]).logits[0]
-            more = llama.generate(
-                inputs_embeds=embeds[None], max_new_tokens=6, do_sample=False, eos_token_id=None
-            )
-            key = "gen/tokens" if i == 0 else f"gen/tokens_{i}"
-            generated[key] = np.concatenate([row.numpy()[None], more.numpy()], axis=1)
-    io = {
-        "in/input_ids": np.array([row + [0] * (longest - len(row)) for row in ids]),
-        "in/attention_mask": np.array([[1] * len(r) + [0] * (longest - len(r)) for r in ids]),
-        "in/pixel_values": images.numpy(),
-        "out/logits": logits.numpy(),
-        "out/image_features": features.flatten(0, 1).numpy(),
-        **generated,
-    }
-    return config, io
 
 
 def opened(config, folder):

@@ -1,0 +1,52 @@
+"""From the encoder's width to the decoder's."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from efficient_vlm.errors import UserError
+from efficient_vlm.models.layers import Dtype, Linear, activate, make_norm
+
+
+class Connector(nn.Module):
+    """Encoder width to decoder width: one product, or with `hidden_dim` two and a GELU between.
+
+    With `identity` there is none: the compressor is the projector (mlp, deco, ldpv2, ...) and gives
+    the decoder's width itself (its option `features`), or the model has a `projector`.
+
+    Attributes:
+      features: channels of the result.
+      hidden_dim: channels between two products; None for one product.
+      activation: between them.
+      bias: whether products have biases.
+      norm, norm_epsilon: in front of the first product, see `layers.make_norm`; None for none.
+    """
+
+    features: int
+    hidden_dim: int | None = None
+    identity: bool = False
+    activation: str = "gelu_tanh"
+    bias: bool = False
+    norm: str | None = None
+    norm_epsilon: float = 1e-6
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.identity:
+            if x.shape[-1] != self.features:
+                raise UserError(
+                    f"model.connector.identity: the tokens have width {x.shape[-1]}, the decoder "
+                    f"{self.features}",
+                    fix=f"set model.compressor.features={self.features}, or identity=False",
+                )
+            return x
+        fields = dict(dtype=self.dtype, bias=self.bias)
+        if self.norm is not None:
+            norm = dict(axis="vision", dtype=self.dtype, name="norm")
+            x = make_norm(self.norm, self.norm_epsilon, **norm)(x)
+        if self.hidden_dim is not None:
+            x = Linear(("vision",), (self.hidden_dim,), ("mlp",), name="up", **fields)(x)
+            x = activate(self.activation)(x)
+        axis = "vision" if self.hidden_dim is None else "mlp"
+        return Linear((axis,), (self.features,), ("embed",), name="out", **fields)(x)

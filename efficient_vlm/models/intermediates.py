@@ -1,0 +1,71 @@
+"""What compressors may ask of the encoder's layers: features, keys, rows of attention."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.models.attention import attention_received
+
+
+def _row(query: jax.Array, keys: jax.Array, scale: float) -> jax.Array:
+    """Attention of one query [B, H, Dh] to keys [B, S, H, Dh], mean over heads: float32 [B, S]."""
+    logits = jnp.einsum("bhd,bkhd->bhk", query.astype(jnp.float32), keys.astype(jnp.float32))
+    return jax.nn.softmax(scale * logits, axis=-1).mean(axis=1)
+
+
+def _all_heads(x: jax.Array) -> jax.Array:
+    return x.reshape(*x.shape[:-2], 1, -1)
+
+
+# What can be asked of a layer: (states behind it, queries, keys, scale of the logits) -> array.
+# One-row signals are computed beside the attention from one query, never from a whole matrix.
+INTERMEDIATES: dict[str, Callable[[jax.Array, jax.Array, jax.Array, float], jax.Array]] = {
+    "features": lambda x, q, k, scale: x,
+    "keys": lambda x, q, k, scale: k,
+    "cls_row": lambda x, q, k, scale: _row(q[:, 0], k, scale),
+    "cls_row_full": lambda x, q, k, scale: _row(
+        _all_heads(q[:, 0]), _all_heads(k), scale * q.shape[-2] ** -0.5
+    ),
+    "mean_query_row": lambda x, q, k, scale: _row(q.astype(jnp.float32).mean(axis=1), k, scale),
+    "column_mean": lambda x, q, k, scale: attention_received(q, k, scale),
+}
+
+
+def parse_intermediate(asked: str, layers: int, class_token: bool) -> tuple[str, int]:
+    """ "name/layer" -> (name, layer from 0).
+
+    Args:
+      asked: see `ViT.__call__`.
+      layers: that run.
+      class_token: whether the encoder has one.
+
+    Raises:
+      UserError: unknown name or layer, or a CLS row of an encoder without CLS.
+    """
+    name, _, layer = asked.partition("/")
+    if name not in INTERMEDIATES:
+        raise unknown("encoder intermediate", name, INTERMEDIATES)
+    if 0 < (part := _fraction(layer)) < 1:
+        layer = str(int(part * layers))
+    if not layer.lstrip("-").isdigit() or not -layers <= int(layer) < layers:
+        raise UserError(
+            f"compressor.layer (or middle_layer): {layer}, no layer of this encoder ({asked})",
+            allowed=f"{-layers} to {layers - 1}, or a fraction of the depth",
+        )
+    if name.startswith("cls_") and not class_token:
+        raise UserError(
+            "compressor.attention: 'cls', but this encoder has no CLS token",
+            allowed="'column_mean' (attention received from all patches), 'mean_query'; "
+            "divprune, dart, stride need no attention",
+            fix="--compressor.attention=column_mean",
+        )
+    return name, int(layer) % layers
+
+
+def _fraction(layer: str) -> float:
+    try:
+        return float(layer)
+    except ValueError:
+        return 0.0

@@ -1,0 +1,152 @@
+"""The fields of the whole model, and the parts that they describe."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from efficient_vlm import compressors
+from efficient_vlm.compressors.methods import METHODS, find
+from efficient_vlm.errors import UserError
+from efficient_vlm.models.build import check_positive, construct, frozen
+from efficient_vlm.models.decoder import Decoder
+from efficient_vlm.models.images import NO_EXTRAS, ImageExtras, Layout
+from efficient_vlm.models.layers import Dtype
+from efficient_vlm.models.projectors import make_projector
+from efficient_vlm.models.vit import ViT
+
+
+class VisionLanguageFields(nn.Module):
+    """What a `vlm.VisionLanguageModel` is made of, and the parts that its fields describe.
+
+    Attributes:
+      vocab_size: entries of the tokenizer.
+      encoder: fields of `vit.ViT`; None for a language model without images.
+      projector: name and fields of one of `projectors.PROJECTORS`: the model's own way from patches
+        to tokens, before any compressor; None for models whose patches are the tokens.
+      padding_embedding: whether features of patches that show padding get a learned vector added,
+        see `ImageExtras.padding_share` (Molmo).
+      slot_token: id of the text token whose embedding is added to visual tokens (Molmo); None where
+        they stand in its place.
+      compressor: name, budget (visual tokens per image) and options of `compressors.build`.
+      decoder: fields of `decoder.Decoder`.
+      connector: fields of `Connector`.
+      dtype: of activations ("bfloat16" for mixed precision); parameters, norms, logits and softmax
+        stay float32.
+    """
+
+    vocab_size: int
+    encoder: Mapping[str, Any] | None
+    compressor: Mapping[str, Any]
+    decoder: Mapping[str, Any]
+    connector: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    projector: Mapping[str, Any] | None = None
+    padding_embedding: bool = False
+    slot_token: int | None = None
+    dtype: Dtype = jnp.float32
+
+    def __post_init__(self):
+        for name in ("encoder", "compressor", "decoder", "connector", "projector"):
+            object.__setattr__(self, name, frozen(getattr(self, name)))
+        try:
+            jnp.dtype(self.dtype)
+        except TypeError:
+            raise UserError(
+                f"model.dtype: {self.dtype!r}", allowed="float32, bfloat16, float16"
+            ) from None
+        super().__post_init__()
+
+    def make_projector(self) -> nn.Module:
+        """The projector of this configuration, unbound."""
+        fields = {}
+        if self.projector.get("name") != "average_pool":
+            fields["features"] = self.decoder["width"]
+        return make_projector(self.projector, **fields, dtype=self.dtype, parent=None)
+
+    @property
+    def slot_grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens that an image of the encoder's size becomes."""
+        vit = self.make_encoder()
+        grid = vit.feature_grid(vit.grid)
+        return grid if self.projector is None else self.make_projector().cells(grid)
+
+    def make_encoder(self) -> ViT:
+        """The encoder of this configuration, unbound."""
+        if self.encoder is None:
+            raise UserError("model.encoder: None, this is a language model without images")
+        vit = construct(ViT, self.encoder, "model.encoder", dtype=self.dtype, parent=None)
+        names = ("patch_size", "width", "depth", "num_heads", "mlp_dim", "stem_dim")
+        check_positive("model.encoder", vit, names)
+        return vit
+
+    def make_decoder(self) -> Decoder:
+        """The decoder of this configuration, unbound."""
+        fields = {"vocab_size": self.vocab_size, "dtype": self.dtype, "parent": None}
+        if self.make_compressor().where == "decoder":
+            fields["compressor"] = {"grid": self.slot_grid, **self.compressor}
+        decoder = construct(Decoder, self.decoder, "model.decoder", **fields)
+        names = ("width", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
+        check_positive("model.decoder", decoder, names)
+        for i, segment in enumerate(decoder.segments):
+            layers = segment.get("layers")
+            if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
+                raise UserError(
+                    f"model.decoder.segments[{i}].layers: {layers!r}",
+                    allowed="a whole number above 0",
+                )
+        return decoder
+
+    def make_compressor(self) -> nn.Module:
+        """The compressor of this configuration, unbound."""
+        options = dict(self.compressor)
+        if "name" not in options:
+            raise UserError("model.compressor.name: missing", fix="set it in the config")
+        name = options.pop("name")
+        if "budget" not in options and not find(name).optional_budget:
+            raise UserError("model.compressor.budget: missing", fix="set it in the config")
+        if self.encoder is not None:
+            options.setdefault("grid", self.slot_grid)
+        return compressors.build(name, parent=None, **options)
+
+    def with_compressor(self, name: str, budget: int | None = None, **options: Any) -> Self:
+        """The same model with another compressor; parameters carry over where shapes agree."""
+        if name == self.compressor["name"]:
+            options = {**self.compressor, **options}
+        options = {**options, "name": name, "budget": budget}
+        if budget is None:
+            del options["budget"]
+        return self.clone(compressor=options)
+
+    def sized(self, height: int, width: int) -> Self:
+        """The same model for images of this many pixels; position tables keep their size."""
+        vit = self.make_encoder()
+        grid = tuple(vit.position_grid or vit.grid)
+        size = (int(height), int(width))
+        return self.clone(encoder={**self.encoder, "image_size": size, "position_grid": grid})
+
+    @property
+    def selects_by_text(self) -> bool:
+        """Whether different questions about one image get different visual tokens."""
+        method = self.make_compressor()
+        rows, columns = (0, 0) if self.encoder is None else method.grid
+        if method.text_guided and (method.where != "between" or method.budget < rows * columns):
+            return True
+        inner = [s["compressor"]["name"] for s in self.decoder["segments"] if s.get("compressor")]
+        return any(METHODS[name].text_guided for name in inner if name in METHODS)
+
+    def _position_policy(self) -> str | None:
+        """The policy that the compressor states, if it has chosen the tokens that enter."""
+        method = self.make_compressor()
+        return None if method.where == "decoder" else method.position_policy
+
+    def layout(self, images: jax.Array, extras: ImageExtras = NO_EXTRAS) -> Layout:
+        """The layout of images [B, M, H, W, 3]."""
+        if extras.pool_index is not None:
+            return Layout(1, 1, extras.pool_index.shape[1])
+        vit = self.make_encoder()
+        grid = vit.feature_grid(tuple(side // vit.patch_size for side in images.shape[-3:-1]))
+        cells = grid if self.projector is None else self.make_projector().cells(grid)
+        return Layout(images.shape[1], *cells)

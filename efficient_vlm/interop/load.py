@@ -300,7 +300,7 @@ def load_parameters(
     for path in source.paths():
         value = source.read(path, dtype)
         if sharding is None:
-            placed[path] = jnp.asarray(value)
+            placed[path] = jax.device_put(value)
         else:
             placed[path] = jax.make_array_from_callback(
                 value.shape, sharding(path, value.shape), lambda index, v=value: v[index]

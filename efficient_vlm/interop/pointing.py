@@ -7,6 +7,8 @@ Molmo writes percent of width and height, `<point x="12.3" y="45.6" alt="cup">cu
 and y of each point; pictures are separated by a tab or ";". In `<tracks coords=...>` seconds take
 the place of the picture's number.
 
+Without a tag, "(12.3, 45.6)", "Click(12.3, 45.6)" and x="12.3" y="45.6" are percent too.
+
 Source: Deitke et al. 2024, "Molmo and PixMo", section 2; Molmo2's published output format.
 """
 
@@ -20,7 +22,10 @@ from PIL import Image, ImageDraw, ImageFont
 from efficient_vlm.errors import UserError, unknown
 
 FORMS = ("molmo", "molmo2")
-_START = re.compile(r"<(points?|tracks)\b")
+_START = re.compile(r"<(points?|tracks)\b", re.IGNORECASE)
+# Answers without a tag that the published evaluation reads as well, in percent.
+_BARE = re.compile(r"\(\s*([0-9]+(?:\.[0-9]+)?)\s*,\s*([0-9]+(?:\.[0-9]+)?)\s*\)")
+_BARE_ATTRIBUTES = re.compile(r"""\bx="([^"<]*)"\s+y="([^"<]*)\"""")
 _INSIDE = re.compile(r"""((?:\s+[\w-]+\s*=\s*(?:"[^"<]*"|'[^'<]*'))*)\s*/?>""")
 _ATTRIBUTE = re.compile(r"""([\w-]+)\s*=\s*(?:"([^"]*)"|'([^']*)')""")
 _NUMBER = re.compile(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+")
@@ -84,18 +89,24 @@ def parse(text: str) -> Pointed:
         if tag is None:
             problems.append(f"damaged tag: {shown!r}")
             continue
-        attributes = {
-            name: double or single for name, double, single in _ATTRIBUTE.findall(tag.group(1))
-        }
+        found = _ATTRIBUTE.findall(tag.group(1))
+        attributes = {name.lower(): double or single for name, double, single in found}
+        if len(attributes) < len(found):
+            problems.append(f"an attribute twice: {shown!r}")
+            continue
         label = _label(text, tag.end(), start.group(1), attributes)
         before = len(points), len(problems)
         if "coords" in attributes:
-            timed = start.group(1) == "tracks"
+            timed = start.group(1).lower() == "tracks"
             _thousandths(attributes["coords"], label, timed, points, problems)
         else:
             _percent(attributes, label, points, problems)
         if (len(points), len(problems)) == before:
             problems.append(f"no points: {shown!r}")
+    if not points and not problems:
+        pairs = _BARE.findall(text) or _BARE_ATTRIBUTES.findall(text)
+        for number, pair in enumerate(pairs, 1):
+            _add(pair, 100, problems, points, label="", id=number)
     total = _TOTAL.search(text)
     number = int(total.group(1)) if total else 0 if _NONE.search(text) else None
     # A track has a point in every frame; what is counted is what has a number of its own.

@@ -17,6 +17,7 @@ from compressors_timing import Program, Timing, compiled, interleave
 from efficient_vlm import compressors
 from efficient_vlm.compressors import DecoderState, Signals, VisualTokens
 from efficient_vlm.inference import generate
+from efficient_vlm.models.images import NO_EXTRAS
 from efficient_vlm.models.intermediates import INTERMEDIATES
 from efficient_vlm.models.stack import layer_of, unstack
 from efficient_vlm.models.vlm import VisionLanguageModel
@@ -79,7 +80,7 @@ class Run:
             key_of[method.name] = key = method.programs.encode
             if key not in programs:
                 given = (self.params(key[0]), self.batch["images"], self.batch["image_mask"])
-                programs[key], _ = compiled(generate._encode, key, *given)
+                programs[key], _ = compiled(generate._encode, key, *given, NO_EXTRAS)
                 self.encoded[key] = jax.block_until_ready(programs[key].run())
         timing = interleave(programs, self.none.programs.encode, self.rounds)
         self.found.take("encode", timing, programs, key_of)
@@ -155,7 +156,8 @@ class Run:
             key_of[method.name] = key = (model, visual.embed.shape, visual.bias is None)
             if key not in programs:
                 static = (model, self.layout, self.new_tokens)
-                programs[key], _ = compiled(generate._prefill, static, params, visual, *prompts)
+                given = (params, visual, *prompts, None)
+                programs[key], _ = compiled(generate._prefill, static, *given)
                 token, cache, _ = jax.block_until_ready(programs[key].run())
                 later = method.programs.decode
                 decoders[key], kept[key] = self._decoder(later, params, token, cache), cache.nbytes

@@ -13,6 +13,9 @@ from tiny_models import DECODER, ENCODER, VOCAB, make_tiny_config
 from efficient_vlm import commands
 
 commands.enable_compilation_cache()
+# Thousands of small programs that run once or twice: compiling them is nearly all of the time.
+# Processes that tests start, which train and time, compile as users' do.
+jax.config.update("jax_disable_most_optimizations", True)
 
 LEFT_OUT = pytest.StashKey[int]()
 

@@ -1,5 +1,6 @@
 """The table of methods and families in docs/families.md: python tests/interop/method_table.py"""
 
+import functools
 from pathlib import Path
 
 from method_matrix import (
@@ -53,8 +54,14 @@ def cell(method: str, name: str) -> str:
         if name in OF_ONE_SIZE.get(method, ()):
             return "size"
         return "no (1)" if REFUSED[method][name] == BLOCKS else "no (2)"
+    return "attn" if looks_at_class_token(method) and not has_class_token(name) else "yes"
+
+
+@functools.cache
+def has_class_token(name: str) -> bool:
+    """Whether the encoder of a golden model has a CLS token."""
     encoder = load.build_model(load.read_config(GOLDEN / name)).encoder
-    return "attn" if looks_at_class_token(method) and not encoder.get("class_token") else "yes"
+    return bool(encoder.get("class_token"))
 
 
 def section() -> str:

@@ -31,16 +31,6 @@ FOLLOW = np.array([5, 6], np.int32)  # The token behind the prompt of each row.
 POLICIES = ("retain", "reindex")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-    """A thousand small programs that run once: compiling them is nearly all of the time."""
-    name = "jax_disable_most_optimizations"
-    before = jax.config.read(name)
-    jax.config.update(name, True)
-    yield
-    jax.config.update(name, before)
-
-
 @functools.lru_cache(maxsize=1)
 def subject(name):
     jax.clear_caches()  # Programs of the family before; thousands at once are too many.

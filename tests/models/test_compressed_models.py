@@ -16,6 +16,7 @@ from efficient_vlm.compressors.tokens import merge, take
 from efficient_vlm.errors import UserError
 from efficient_vlm.inference.generate import generate
 from efficient_vlm.models.decoder_block import DecoderBlock, LayerInputs
+from efficient_vlm.models.decoder_stack import MAIN
 from efficient_vlm.models.stack import unstack
 from efficient_vlm.models.vit import ViT
 
@@ -314,7 +315,7 @@ def test_what_methods_in_the_decoder_see(plain, inputs, monkeypatch, looks):
     model.apply({"params": params}, **inputs(batch))  # Not compiled: the state has values.
     state = Watcher.seen[looks]
     decoder = model.make_decoder()
-    block = DecoderBlock(**decoder._block_fields())
+    block = DecoderBlock(**decoder.blocks()[MAIN])
     layers = params["language"]["segment_0"]
     count = 16
     x = jnp.concatenate([state.first_visual, state.first_text], axis=1)

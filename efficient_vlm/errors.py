@@ -50,3 +50,8 @@ def check_fields(field: str, given: Mapping[str, Any], allowed: Iterable[str]) -
     for key in given:
         if key not in allowed:
             raise unknown(field, key, allowed)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one short line."""
+    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -29,8 +29,8 @@ def _there_anyway(places: int, width: int) -> int:
     return 0
 
 
-# FLOPs beside the encoder's layers of each of `models.vit.INTERMEDIATES`, from the tokens of an
-# image, CLS included, and the encoder's width (all heads together, however many they are).
+# FLOPs beside the encoder's layers of each of `models.intermediates.INTERMEDIATES`, from the tokens
+# of an image, CLS included, and the encoder's width (all heads together, however many they are).
 INTERMEDIATE_FLOPS: dict[str, Callable[[int, int], int]] = {
     "features": _there_anyway,
     "keys": _there_anyway,

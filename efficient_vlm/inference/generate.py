@@ -225,8 +225,10 @@ def _check_ends(model, lengths: Any, placement: Placement | None, new_tokens: in
         return
     # Keys in the cache have turned by the frequencies of a short text.
     start, switch = np.asarray(placement.next_position)[rows], scaling["original_length"]
-    room = int(switch - start.max(initial=0))
-    if (start.max(initial=0) <= switch) and room < new_tokens - 1:
+    longest = int(start.max(initial=0))
+    room = switch - longest
+    closes_gaps = model.make_compressor().position_policy == "reindex"
+    if (room >= 0 or closes_gaps) and room < new_tokens - 1:
         raise UserError(
             f"new_tokens: {new_tokens}, but longrope changes its frequencies at {switch} tokens",
             allowed=f"up to {room + 1} behind this prompt, or a prompt longer than that",

@@ -115,7 +115,7 @@ def read_literal(option: str, text: str) -> int | bool:
     words = {"true": True, "false": False}
     if text.lower() in words:
         return words[text.lower()]
-    if text.isascii() and text.isdigit():
+    if text.isascii() and text.isdigit() and len(text) < 20:
         return int(text)
     raise UserError(f"{option}: {text!r}", allowed="a whole number, true or false")
 

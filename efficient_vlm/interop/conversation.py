@@ -23,9 +23,8 @@ def is_one(prompt: Any) -> bool:
         )
     if all(isinstance(part, Mapping) for part in prompt):
         return True
-    if not all(
-        isinstance(part, str) or (isinstance(part, list) and is_one(part)) for part in prompt
-    ):
+    several = [part for part in prompt if not isinstance(part, str)]
+    if not all(isinstance(part, list | tuple) and is_one(part) for part in several):
         raise UserError(
             f"prompt: a list with {[type(part).__name__ for part in prompt][:6]}",
             allowed='questions, or conversations [{"role": ..., "content": ...}, ...]',

@@ -23,6 +23,7 @@ from efficient_vlm.interop.load import (
     Source,
     abstract_parameters,
     build_model,
+    check_range,
     flatten,
     load_parameters,
     nest,
@@ -72,7 +73,9 @@ def open_weights(
     for path in list(stacks):
         # Stack after stack, each converted and let go: there are never two copies of the model.
         for name, value in flatten(unstack(nest({path: stacks.pop(path)}))).items():
+            before = value.dtype
             value = value if dtype is None else value.astype(dtype)
+            check_range(name, value, before)
             where = None if sharding is None else sharding(name, value.shape)
             params[name] = value if where is None else jax.device_put(value, where)
     return nest(params), read_carried(directory)
@@ -115,7 +118,7 @@ def import_model(
 
     Called again after a kill it goes on with the tensors that were not converted yet; nothing
     counts as imported until the checkpoint is committed. It needs room on the disk for the
-    parameters twice, and in memory for the largest tensor.
+    parameters three times: converted, written, and the same again to spare, as every save does.
 
     Args:
       source: directory with config.json and safetensors.
@@ -132,6 +135,9 @@ def import_model(
 
     source, target = Path(source), Path(target)
     config = read_config(source)
+    if (target / DTYPES).is_file() and _committed(target):
+        # An import that was killed behind its very last step.
+        shutil.rmtree(target / STAGE, ignore_errors=True)
     if target.exists() and not (target.is_dir() and _is_free(target)):
         raise UserError(
             f"{target}: not empty, or an imported model",
@@ -158,7 +164,7 @@ def _write(source: Path, target: Path, reader: Source) -> Any:
     files = reader.checkpoint.files
     stage = Stage(target / STAGE, identity((source / "config.json", *files)))
     for leftover in target.iterdir():  # Of an import that was killed, perhaps of another model.
-        if leftover.is_dir() and leftover.name != STAGE:
+        if leftover.is_dir() and not leftover.is_symlink() and leftover.name != STAGE:
             shutil.rmtree(leftover)
         elif leftover.name != STAGE:
             leftover.unlink()
@@ -179,12 +185,14 @@ def _write(source: Path, target: Path, reader: Source) -> Any:
 
 def _is_free(target: Path) -> bool:
     """Whether a folder is empty, or what an import that did not end has left."""
+    names = {path.name for path in target.iterdir()}
+    return not names or (STAGE in names and not _committed(target))
+
+
+def _committed(target: Path) -> bool:
     from efficient_vlm.train.checkpoint import Checkpoints
 
-    names = {path.name for path in target.iterdir()}
-    if names and STAGE not in names:
+    if not (target / CHECKPOINTS).is_dir():
         return False
-    if CHECKPOINTS not in names:
-        return True
     with Checkpoints(target / CHECKPOINTS, read_only=True) as checkpoints:
-        return not checkpoints.committed()
+        return bool(checkpoints.committed())

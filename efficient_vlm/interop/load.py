@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, first_line
 from efficient_vlm.interop import safetensors_write
 from efficient_vlm.interop.families.base import Config, Family
 from efficient_vlm.interop.families.defaults import complete
@@ -80,7 +80,7 @@ def build_model(
             fix=fix,
         ) from None
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"config.json: {str(error).splitlines()[0]:.200}", fix=fix) from error
+        raise UserError(f"config.json: {first_line(error)}", fix=fix) from error
     if compressor is not None:
         fields = {**fields, "compressor": dict(compressor)}
     return VisionLanguageModel(**fields, dtype=dtype)
@@ -254,14 +254,19 @@ class Source:
         out = aligned(self.names.shapes[path], np.dtype(dtype or kind)) if out is None else out
         with np.errstate(over="ignore"):
             leaf.read(self.tensor, out)
-        if jnp.finfo(out.dtype).max < jnp.finfo(kind).max and not np.isfinite(out).all():
-            raise CheckpointError(
-                f"{self.checkpoint.files[0].parent}: {path} has values beyond {out.dtype}",
-                fix=f"load it as {kind}",
-            )
+        check_range(path, out, kind)
         for piece in leaf.pieces:
             self.checkpoint.release(self.there[piece.name])
         return out
+
+
+def check_range(path: str, value: Any, before: Any) -> None:
+    """Raises CheckpointError if a value was finite in the dtype `before` and is not any more."""
+    finite = np.isfinite if isinstance(value, np.ndarray) else jnp.isfinite
+    if jnp.finfo(value.dtype).max < jnp.finfo(before).max and not finite(value).all():
+        raise CheckpointError(
+            f"{path}: has values beyond {value.dtype}", fix=f"load the model as {before}"
+        )
 
 
 def renamed(name: str, renames: tuple[tuple[str, str], ...]) -> str:
@@ -337,7 +342,7 @@ def stacked(source: Source, dtype: Any = None, stage: Stage | None = None) -> di
         target = groups[whole] if layer is None else groups[whole][layer : layer + 1]
         source.read(path, out=target.reshape(source.names.shapes[path]))
         if stage:
-            stage.done(path, groups[whole])
+            stage.done(path, whole, groups[whole])
     return nest(groups)
 
 

@@ -222,7 +222,8 @@ class Pretrained:
         files = export(
             directory,
             self.family,
-            self.config,
+            # As it was read: without the defaults that were filled in.
+            read_json(self.directory / "config.json"),
             self.model,
             self.params,
             carried=self._carried,

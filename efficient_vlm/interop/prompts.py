@@ -160,6 +160,10 @@ def _compile(source: str) -> Any:
 
 def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
     """jinja2's own filter escapes HTML, which no model has seen in training."""
+    if isinstance(indent, int) and indent > 100:
+        raise UserError(
+            f"chat template: tojson with an indent of {indent:.3g}", allowed="up to 100"
+        )
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

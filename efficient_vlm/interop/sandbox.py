@@ -86,6 +86,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.globals["raise_exception"] = _raise
         self.globals["namespace"] = _PublicNamespace
         del self.globals["lipsum"]  # Minutes of filler text in a single call.
+        for name in ("wordwrap", "urlize"):  # Minutes for one long text, and in no chat template.
+            del self.filters[name]
 
     def begin(self) -> None:
         """Gives a rendering of this thread its full budget."""
@@ -107,6 +109,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         text, method = getattr(target, "__self__", None), getattr(target, "__name__", "")
         if isinstance(text, str) and method == "join" and args:
             args = (self._joinable(text, args[0]), *args[1:])
+        elif isinstance(text, str) and method in ("translate", "expandtabs", "encode"):
+            self._refuse(f"a call of {method}")
         elif isinstance(text, str) and method == "replace":
             self._check_replacement(text, *args)
         elif isinstance(target, LoopContext) and args:  # A recursive loop is called with values.
@@ -123,7 +127,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """Products, powers and old-style formatting: refused where the result would be huge."""
         if operator == "*":
             for value, times in ((left, right), (right, left)):
-                repeats = isinstance(value, str | list | tuple) and isinstance(times, int)
+                repeats = isinstance(value, str | bytes | list | tuple) and isinstance(times, int)
                 if repeats and len(value) * times > self._max_length:
                     self._refuse(f"{len(value)} items repeated {times:.3g} times")
             if isinstance(left, int) and isinstance(right, int):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, first_line
 from efficient_vlm.inference.generate import generate
 from efficient_vlm.interop.families.base import Config, Family
 from efficient_vlm.interop.placing import Prompt, place
@@ -341,9 +341,9 @@ def verify(
         return _compare(family, config, model, params, io)
     except (KeyError, ValueError, IndexError, TypeError, ArithmeticError) as error:
         raise UserError(
-            f"--verify: the file does not fit this model ({str(error).splitlines()[0]:.200})",
+            f"--verify: the file does not fit this model ({first_line(error)})",
             fix="use the file that tests/parity/make_fixtures.py wrote for these weights",
-        ) from None
+        ) from error
 
 
 def _compare(family, config, model, params, io) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def frequencies(
       yarn: factor, original_length, beta_fast (32), beta_slow (1), truncate (True),
         attention_factor or mscale and mscale_all_dim (arXiv 2309.00071);
       longrope: short_factor, long_factor (one number per frequency), original_length and
-        attention_factor, or length to derive it from (arXiv 2402.13753).
+        attention_factor (arXiv 2402.13753).
     """
     theta, scaling = spec["theta"], spec.get("scaling")
     exponent = jnp.arange(0, dim, 2, dtype=jnp.float32) / dim

@@ -69,8 +69,11 @@ def host_copy(leaf: Any) -> Any:
     """A host copy that later donation of the device buffer cannot touch.
 
     On CPU `np.asarray` is a view into the device buffer; hence the explicit copy. An array that
-    lives on several processes cannot be copied here and is returned as it is.
+    lives on several processes cannot be copied here and is returned as it is; one that is mapped
+    from a file stays there.
     """
+    if isinstance(leaf, np.memmap):
+        return leaf.view(np.ndarray)
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return leaf
     return np.array(leaf, copy=True)

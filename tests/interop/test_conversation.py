@@ -45,7 +45,8 @@ CASES = {
         f"<fake>{TWO}<fake>",
         "<|im_start|>user\n@Hi<|im_end|>\nassistant\n",
     ),
-    "paligemma": (None, "<bos>", True, TWO, "@<bos>Hi\n"),
+    # Whatever template lies in the folder, as its processor does.
+    "paligemma": (GEMMA, "<bos>", True, TWO, "@<bos>Hi\n"),
     "gemma3": (
         GEMMA,
         "<bos>",

@@ -171,7 +171,7 @@ def test_one_tensor_in_both_spellings(tmp_path):
     tensors = [(n, a.shape, a.dtype, lambda a=a: a) for n, a in arrays.items()]
     config = load.read_config(GOLDEN / "llava")
     safetensors_write.write(tmp_path, tensors)
-    with pytest.raises(UserError, match=r"language_model\.norm\.weight|twice"):
+    with pytest.raises(UserError, match="are one tensor, twice"):
         load.Source(Checkpoint.open(tmp_path), family_of(config), config, load.build_model(config))
 
 
@@ -188,7 +188,7 @@ def test_digests_are_compared(tmp_path):
 
 @pytest.mark.parametrize("options", [dict(compresor=dict(name="fastv")), dict(max_pixels=3)])
 def test_options_that_do_not_exist(options):
-    with pytest.raises(UserError, match=f"unknown.*{next(iter(options))}|{next(iter(options))}"):
+    with pytest.raises(UserError, match=f"{next(iter(options))!r}"):
         evlm.from_pretrained(GOLDEN / "llama", **options)
 
 
@@ -218,7 +218,60 @@ def test_another_import_leaves_nothing_of_the_first(tmp_path):
     out = tmp_path / "out"
     (out / STAGE).mkdir(parents=True)
     (out / STAGE / "journal.jsonl").write_text('{"identity": "another"}\n')
+    (out / STAGE / "language.embedding").write_bytes(b"of another model")
     (out / "tokenizer.json").write_text("{}")
     (out / "carried").mkdir()
     import_model(GOLDEN / "llama", out)
     assert sorted(p.name for p in out.iterdir()) == ["checkpoints", "config.json", "dtypes.json"]
+    whole, again = (evlm.from_pretrained(path).params for path in (GOLDEN / "llama", out))
+    assert all(
+        np.array_equal(value, load.flatten(again)[path])
+        for path, value in load.flatten(whole).items()
+    )
+    # Killed behind the commit: what is left is swept away, and the import stands.
+    (out / STAGE).mkdir()
+    with pytest.raises(UserError, match="an imported model"):
+        import_model(GOLDEN / "llama", out)
+    assert not (out / STAGE).exists()
+
+
+def test_a_parameter_that_was_lost_is_converted_again(tmp_path):
+    """The journal says it is done, the disk says otherwise; and a journal that is damaged."""
+    from efficient_vlm.interop.staging import Stage
+
+    def fill(stage):
+        array = stage.array("a/b", (2, 3), np.dtype(np.float32))
+        was = [stage.is_done(part) for part in ("a/0/b", "a/1/b")]
+        for layer, part in enumerate(("a/0/b", "a/1/b")):
+            array[layer] = layer + 1
+            stage.done(part, "a/b", array)
+        stage._journal.close()
+        return was
+
+    assert fill(Stage(tmp_path, "one")) == [False, False]
+    assert fill(Stage(tmp_path, "one")) == [True, True]
+    (tmp_path / "a.b").write_bytes(b"short")
+    assert fill(Stage(tmp_path, "one")) == [False, False]
+    with (tmp_path / "journal.jsonl").open("r+b") as file:
+        file.seek(-30, 2)
+        file.write(b"\0" * 30)
+    assert fill(Stage(tmp_path, "one"))[0]
+    assert fill(Stage(tmp_path, "two")) == [False, False]
+
+
+def test_an_imported_model_says_what_float16_cannot_hold(tmp_path):
+    from efficient_vlm.interop.imported import import_model
+
+    folder = changed(tmp_path, lambda a: a | {NORM: a[NORM] * 1e6})
+    import_model(folder, tmp_path / "out")
+    with pytest.raises(UserError, match="beyond float16"):
+        evlm.from_pretrained(tmp_path / "out", dtype="float16")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "smolvlm"])
+def test_the_config_leaves_as_it_came(name, tmp_path):
+    """Defaults that were filled in are ours: the reference may read one name for another."""
+    evlm.from_pretrained(GOLDEN / name, param_dtype="stored").save(tmp_path / "out")
+    folders = (GOLDEN / name, tmp_path / "out")
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in folders)
+    assert {**before, "dtype": "float32"} == {**after, "dtype": "float32"}

@@ -30,9 +30,13 @@ def same(ours, theirs):
         if name == "num_experts" and name not in theirs:
             name = "num_local_experts"
         found = theirs[name]
-        if isinstance(found, list):
-            value = list(value) if isinstance(value, tuple) else [value] * len(found)
-        assert found == value, name
+        if isinstance(found, list) and not isinstance(value, tuple):
+            value = [value] * len(found)
+        assert _lists(found) == _lists(value), name
+
+
+def _lists(value):
+    return [_lists(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 @pytest.mark.parametrize("kind", defaults.TEXTS)

@@ -63,6 +63,7 @@ TEXTS: dict[str, Config] = {
         hidden_size=2048,
         num_layers=24,
         num_heads=16,
+        attention_types=((("global", "local"), 12),),
         vocab_size=50_257,
         max_position_embeddings=2048,
     ),
@@ -159,7 +160,7 @@ MODELS: dict[str, tuple[str, str | None, Config]] = {
 _MOST = {
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers", "depth"), 2000),
     **dict.fromkeys(("num_attention_heads", "num_heads", "n_heads", "num_key_value_heads"), 2000),
-    **dict.fromkeys(("num_experts", "num_local_experts"), 10_000),
+    **dict.fromkeys(("num_experts", "num_local_experts", "head_dim"), 10_000),
     **dict.fromkeys(("hidden_size", "d_model", "embed_dim"), 200_000),
     "intermediate_size": 1_000_000,
     "vocab_size": 10_000_000,
@@ -176,36 +177,46 @@ def complete(config: Config) -> dict[str, Any]:
       UserError: a size that is no positive number, or that no model has.
     """
     kind = config.get("model_type")
-    if not isinstance(kind, str | None):
-        raise UserError(f"config.json: model_type={kind!r:.60}", allowed="a name")
     _check(config, "")
     if kind in TEXTS and kind not in MODELS:
-        return {**TEXTS[kind], **config}
+        return _with_text_defaults(kind, config)
     if kind not in MODELS:
         return dict(config)
     text_kind, vision_kind, own = MODELS[kind]
-    vision = config.get("vision_config") or {}
+    if "vision_config" not in config:
+        raise UserError("config.json: no 'vision_config'", fix="use that of the weights")
+    vision = config["vision_config"]
     _check(vision, "vision_config.")
     vision_kind = vision_kind or vision.get("model_type", "clip_vision_model")
     named = {"image_token_id", "image_token_index"} & set(config)
     own = {name: value for name, value in own.items() if not (named and "token" in name)}
     full = {**own, **config, "vision_config": {**VISIONS.get(vision_kind, {}), **vision}}
     if "text_config" not in config and "hidden_size" in config:  # Qwen2-VL of transformers 4.
-        return {**TEXTS[text_kind], **full}
+        return _with_text_defaults(text_kind, full)
     text = config.get("text_config") or {}
     _check(text, "text_config.")
     text_kind = text_kind if text_kind in MODELS else text.get("model_type", text_kind)
     named = {} if text_kind in MODELS else {"model_type": text_kind}
-    return {**full, "text_config": {**named, **TEXTS.get(text_kind, {}), **text}}
+    return {**full, "text_config": {**named, **_with_text_defaults(text_kind, text)}}
+
+
+def _with_text_defaults(kind: str, text: Config) -> dict[str, Any]:
+    known = dict(TEXTS.get(kind, {}))
+    if "num_local_experts" in text:  # Another name of the same number.
+        known.pop("num_experts", None)
+    return {**known, **text}
 
 
 def _check(config: Any, prefix: str) -> None:
     if not isinstance(config, dict):
         raise UserError(f"config.json: {prefix.rstrip('.')} is {config!r:.60}", allowed="an object")
+    if not isinstance(config.get("model_type"), str | None):
+        kind = config["model_type"]
+        raise UserError(f"config.json: {prefix}model_type={kind!r:.60}", allowed="a name")
     for name, value in config.items():
         sizes = value if isinstance(value, list | tuple) else [value]
         if (most := _MOST.get(name)) is not None:
-            if value is None and name in ("intermediate_size", "num_key_value_heads"):
+            if value is None and name in ("intermediate_size", "num_key_value_heads", "head_dim"):
                 continue  # Derived from another one.
             if not all(type(n) is int and 0 < n <= most for n in sizes):
                 raise UserError(

@@ -21,7 +21,7 @@ def gpt_neo(text: Config) -> dict[str, Any]:
     """GPT-Neo (doi 10.5281/zenodo.5297715): learned positions, logits that are not scaled."""
     kinds = text.get("attention_layers")
     if kinds is None:
-        kinds = [kind for block, times in text["attention_types"] for kind in block * times]
+        kinds = [kind for block, times in text["attention_types"] for kind in list(block) * times]
     return dict(
         width=text["hidden_size"],
         segments=[{"layers": text["num_layers"]}],

@@ -26,7 +26,7 @@ def mixture(text: Config, width: int, normalize: bool) -> dict[str, Any]:
     """Field moe of a decoder; released models normalise one chosen expert, too."""
     return dict(
         # Under either of the names that transformers takes.
-        num_experts=text.get("num_local_experts", text.get("num_experts")),
+        num_experts=text.get("num_local_experts") or text["num_experts"],
         top_k=text["num_experts_per_tok"],
         expert_dim=width,
         normalize="always" if normalize else False,

@@ -49,6 +49,7 @@ PALIGEMMA = Family(
     processor=_processor,
     image_token=lambda config: config.get("image_token_index", config.get("image_token_id")),
     prompt="paligemma",
+    own_prompt=True,
     begin="prompt",
     blocks="prefix",
 )

@@ -69,8 +69,8 @@ def pooled(name: str, x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def resized(images: jax.Array, size: list[int]) -> jax.Array:
-    """uint8 or float [B, H, W, 3] -> float32 in [0, 1] [B, h, w, 3], bilinear, antialiased."""
+    """uint8 or float [..., H, W, 3] -> float32 in [0, 1] [..., h, w, 3], bilinear, antialiased."""
     top = 255 if jnp.issubdtype(images.dtype, jnp.integer) else 1
     images = images.astype(jnp.float32) / top
-    shape = (images.shape[0], *size, images.shape[3])
+    shape = (*images.shape[:-3], *size, images.shape[-1])
     return jax.image.resize(images, shape, "linear", antialias=True)

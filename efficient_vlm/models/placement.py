@@ -122,7 +122,8 @@ def _close_gaps(visual, text, after, visual_live, text_live):
     first = jnp.pad(ordered[:, 1:] != ordered[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     first &= ordered < far
     rank = jnp.cumsum(first, axis=1) - first  # Distinct values below each.
-    start = ordered[:, :1]
+    # Whole also where the first token is merged, of positions 0 and 1: generated ones are.
+    start = jnp.floor(ordered[:, :1])
     count = first.sum(axis=1)
 
     def renumber(x):

@@ -63,14 +63,14 @@ OF_ONE_SIZE = {"downsample": _TILED}
 ONE_SIZE = ", pictures of one size"
 
 
-def in_decoder(method: str, first: int | float, second: int | float) -> dict[str, Any]:
-    """Options of a method inside the decoder that keep so much behind layers 1 and 2."""
+def in_decoder(method: str, first: int | float, second: int | float, layers: int) -> dict[str, Any]:
+    """Options of a method inside a decoder that keep so much behind layers 1 and 2."""
     if method in ("fastv", "dart"):
         return dict(layer=1, keep=first)
     if method == "vtw":
         return dict(layer=2)
     if method == "fitprune":
-        return dict(counts=(first, second))
+        return dict(counts=(first, *(second,) * (layers - 2)))
     if method == "feather":
         return dict(layers=(1, 2), keep=first, stride=2)
     return dict(layers=(1, 2), keep=(first, second))
@@ -135,10 +135,11 @@ class Subject:
         if method == "none":
             return {}
         if METHODS[method].where == "decoder":
+            layers = self.model.decoder["segments"][0]["layers"]
             if full:
-                return None if method == "vtw" else in_decoder(method, 1.0, 1.0)
+                return None if method == "vtw" else in_decoder(method, 1.0, 1.0, layers)
             row = min(int(each.sum()) for each in self.slots)
-            return in_decoder(method, row // 2, max(1, row // 4))
+            return in_decoder(method, row // 2, max(1, row // 4), layers)
         count = self.grid[0] * self.grid[1]
         options = {}
         if looks_at_class_token(method) and not self.has_class_token:

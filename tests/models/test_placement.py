@@ -65,6 +65,11 @@ def test_a_merged_token_stands_between_its_parts():
     check(placed(*LINE, [[0, 1], [3]], "reindex"), [1, 2], [0, 3, 4], 5)
 
 
+def test_a_merged_token_may_come_first():
+    """Numbers start where the prompt does, whole: generated tokens go on from them."""
+    check(placed([0, 1, 2, 3], [4, 5], [[0, 1], [3]], "reindex"), [0, 1], [2, 3], 4)
+
+
 # A picture of 3 x 3 tokens behind one word, as M-RoPE counts (time, row, column), and two words.
 SQUARE = [(1, 1 + row, 1 + column) for row in range(3) for column in range(3)]
 WORDS = [(0, 0, 0), (4, 4, 4), (5, 5, 5)]

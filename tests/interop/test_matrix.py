@@ -187,7 +187,13 @@ def test_every_golden_model_is_in_the_tables():
 
 @pytest.mark.matrix
 @pytest.mark.parametrize(
-    ("name", "method"), [(name, method) for name in MODELS for method in TRAINING_FREE]
+    ("name", "method"),
+    [
+        # A process keeps the programs of one family: with --dist=loadgroup it gets all of them.
+        pytest.param(name, method, marks=pytest.mark.xdist_group(name))
+        for name in MODELS
+        for method in TRAINING_FREE
+    ],
 )
 def test_every_family_with_every_method(name, method):
     check(name, method, POLICIES, cached=method in CACHED or name == "llava")

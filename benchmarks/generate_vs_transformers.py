@@ -181,10 +181,15 @@ def savings(folder, pixels, ids, repeats, new) -> dict:
             "predicted_saving": predicted,
             "measured_saving": measured,
             "decoder_prefill_time": decoder,
-            "decoder_prefill_flops": cost.flops["prefill"] / before.flops["prefill"],
+            "decoder_prefill_flops": _decoder(cost) / _decoder(before),
             "kv_bytes": cost.kv_bytes / before.kv_bytes,
         }
     return {"none": {"seconds": base}, **result}
+
+
+def _decoder(cost) -> int:
+    """FLOPs of the decoder and its head, which the stage "prefill" is."""
+    return cost.flops["decoder"] + cost.flops["head"]
 
 
 def first_token(folder: Path, cache: Path) -> float:

@@ -1,7 +1,7 @@
 """Parameters kept on disk while a checkpoint is being converted, so that a killed import goes on.
 
 Each parameter is a file that is filled through a memory map; a journal names what is in them for
-good. The host then holds one tensor at a time, however large the model.
+good. Converting holds one tensor at a time; writing the checkpoint then holds the parameters once.
 """
 
 import fcntl

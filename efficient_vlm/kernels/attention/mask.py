@@ -1,0 +1,207 @@
+"""Which keys a query sees, as a few numbers for each query and each key: never a map of N x M.
+
+Every mask of the models is here: causal by position, prefix, sliding window, packed segments,
+blocks that see each other, and lengths. A key j is seen by a query i when
+
+    (position_j <= high_i  or  same block)  and  (near_j > low_i  or  same block that is spared)
+    and (same segment or the key's segment is shared)
+
+with `high` from causality, the prefix and the window's right side, `low` from its left side. What
+is not there sees nothing and is not seen: its `high` is -inf, its `position` +inf.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from efficient_vlm.errors import UserError
+
+__all__ = ["Mask", "all_seen", "make_mask", "visible"]
+
+# Above every position, below the +inf of what is not there.
+EVERYTHING = 1e30
+# No query block has the number of a key that is in no block, nor the other way round.
+_NO_QUERY_BLOCK, _NO_KEY_BLOCK = -1, -2
+# The segment of keys that all queries see; those of users are not negative.
+SHARED = -2
+
+
+@struct.dataclass
+class Mask:
+    """See the module. Rows B, or 1 for the same in every row; N queries, M keys.
+
+    Attributes:
+      high: float32 [B, N]; -inf for a query that is not there.
+      position: float32 [B, M]; +inf for a key that is not there.
+      low, near: float32 [B, N] and [B, M], or None without a window; `near` is the position, or
+        +inf for keys that no window cuts.
+      q_segment, kv_segment: int32 [B, N] and [B, M], or None; kv_segment is SHARED for keys that
+        every query sees.
+      q_block, kv_block: int32 [B, N] and [B, M], or None; equal numbers see each other.
+      spares: whether they do so outside the window, too.
+    """
+
+    high: jax.Array
+    position: jax.Array
+    low: jax.Array | None = None
+    near: jax.Array | None = None
+    q_segment: jax.Array | None = None
+    kv_segment: jax.Array | None = None
+    q_block: jax.Array | None = None
+    kv_block: jax.Array | None = None
+    spares: bool = struct.field(pytree_node=False, default=False)
+
+
+def make_mask(
+    queries: int,
+    keys: int,
+    *,
+    causal: bool = False,
+    q_positions: jax.Array | None = None,
+    kv_positions: jax.Array | None = None,
+    q_segments: jax.Array | None = None,
+    kv_segments: jax.Array | None = None,
+    shared_segment: int | None = None,
+    prefix_length: jax.Array | int | None = None,
+    window: int | tuple[int | None, int | None] | None = None,
+    q_blocks: jax.Array | None = None,
+    kv_blocks: jax.Array | None = None,
+    window_spares_blocks: bool = False,
+    q_lengths: jax.Array | None = None,
+    kv_lengths: jax.Array | None = None,
+) -> Mask | None:
+    """The mask of a batch, made once for all layers; None where everything sees everything.
+
+    Args:
+      queries, keys: N and M.
+      causal: a query sees the keys up to its own position.
+      q_positions, kv_positions: [B, N] and [B, M], or without B, int or float (a merged token may
+        stand between two others); kept tokens keep their own. None counts from 0. Below 2**24.
+      q_segments, kv_segments: int [B, N] and [B, M], both or none: a query sees the keys of its own
+        segment. Negative ones are padding, which sees nothing and is seen by nothing.
+      shared_segment: keys of this segment are seen from every segment.
+      prefix_length: int or [B]; tokens at positions below it see each other, also under `causal`,
+        and no window cuts its keys.
+      window: a number w of keys up to and including the query's own place, or (left, right), how
+        far a key may be before and after the query, None for any distance.
+      q_blocks, kv_blocks: int [B, N] and [B, M]; tokens of one block see each other, whichever
+        comes first; 0 for tokens of no block.
+      window_spares_blocks: whether they do so however far apart; else the window holds there too.
+      q_lengths, kv_lengths: int [B]; queries and keys from there on are not there.
+
+    Raises:
+      UserError: one of a pair without the other, or shapes that are not those above.
+    """
+    for one, two, name in (
+        (q_segments, kv_segments, "segments"),
+        (q_blocks, kv_blocks, "blocks"),
+    ):
+        if (one is None) != (two is None):
+            raise UserError(f"attention: q_{name} and kv_{name} are given together or not at all")
+    _check_window(window)
+    q = _each(q_positions, queries, "q_positions")
+    k = _each(kv_positions, keys, "kv_positions")
+    q_segments = None if q_segments is None else _each(q_segments, queries, "q_segments", jnp.int32)
+    kv_segments = None if kv_segments is None else _each(kv_segments, keys, "kv_segments", jnp.int32)
+    limited = causal or window is not None or q_segments is not None
+    if not limited and q_lengths is None and kv_lengths is None:
+        return None
+
+    high = q if causal else jnp.full_like(q, EVERYTHING)
+    low = near = None
+    left, right = (window - 1, None) if isinstance(window, int) else (window or (None, None))
+    if right is not None:
+        high = jnp.minimum(high, q + right)
+    if left is not None:
+        # Strictly above `low`: whole positions from q - left on, fractions from there as well.
+        low = q - left - 1 if isinstance(window, int) else _below(q - left)
+        near = k
+    if prefix_length is not None:
+        prefix = jnp.asarray(prefix_length, jnp.float32).reshape(-1, 1)
+        high = jnp.where(q < prefix, jnp.maximum(high, _below(prefix)), high)
+        if near is not None:
+            near = jnp.where(k < prefix, jnp.inf, k)
+
+    gone_q = jnp.zeros((1, queries), bool)
+    gone_k = jnp.zeros((1, keys), bool)
+    if q_lengths is not None:
+        gone_q = gone_q | (jnp.arange(queries) >= jnp.reshape(jnp.asarray(q_lengths), (-1, 1)))
+    if kv_lengths is not None:
+        gone_k = gone_k | (jnp.arange(keys) >= jnp.reshape(jnp.asarray(kv_lengths), (-1, 1)))
+    if q_segments is not None:
+        gone_q, gone_k = gone_q | (q_segments < 0), gone_k | (kv_segments < 0)
+        if shared_segment is not None:
+            kv_segments = jnp.where(kv_segments == shared_segment, SHARED, kv_segments)
+    q_block = kv_block = None
+    if q_blocks is not None and (causal or window is not None):
+        q_blocks = _each(q_blocks, queries, "q_blocks", jnp.int32)
+        kv_blocks = _each(kv_blocks, keys, "kv_blocks", jnp.int32)
+        q_block = jnp.where((q_blocks > 0) & ~gone_q, q_blocks, _NO_QUERY_BLOCK)
+        kv_block = jnp.where((kv_blocks > 0) & ~gone_k, kv_blocks, _NO_KEY_BLOCK)
+    return Mask(
+        high=jnp.where(gone_q, -jnp.inf, high),
+        position=jnp.where(gone_k, jnp.inf, k),
+        low=low,
+        near=near,
+        q_segment=q_segments,
+        kv_segment=kv_segments,
+        q_block=q_block,
+        kv_block=kv_block,
+        spares=window_spares_blocks and q_block is not None,
+    )
+
+
+def visible(mask: Mask) -> jax.Array:
+    """bool [B, N, M], or [1, N, M]: the map itself, for the reference and for tests."""
+
+    def pair(q, k):
+        return q[:, :, None], k[:, None, :]
+
+    high, position = pair(mask.high, mask.position)
+    seen = position <= high
+    same = False
+    if mask.q_block is not None:
+        one, two = pair(mask.q_block, mask.kv_block)
+        same = one == two
+        seen |= same
+    if mask.low is not None:
+        low, near = pair(mask.low, mask.near)
+        seen &= (near > low) | same if mask.spares else near > low
+    if mask.q_segment is not None:
+        one, two = pair(mask.q_segment, mask.kv_segment)
+        seen &= (one == two) | (two == SHARED)
+    return seen
+
+
+def all_seen(queries: int, keys: int) -> Mask:
+    """A mask that hides nothing, for code that wants one."""
+    return Mask(
+        high=jnp.full((1, queries), EVERYTHING, jnp.float32),
+        position=jnp.zeros((1, keys), jnp.float32),
+    )
+
+
+def _each(x, count: int, name: str, dtype=jnp.float32) -> jax.Array:
+    """[B, count], or [1, count]."""
+    if x is None:
+        return jnp.arange(count, dtype=dtype)[None]
+    x = jnp.asarray(x)
+    if x.ndim not in (1, 2) or x.shape[-1] != count:
+        raise UserError(
+            f"attention: {name} has shape {x.shape}", allowed=f"[batch, {count}] or [{count}]"
+        )
+    return x.astype(dtype).reshape(-1, count)
+
+
+def _below(x: jax.Array) -> jax.Array:
+    return jnp.nextafter(x, jnp.full_like(x, -jnp.inf))
+
+
+def _check_window(window) -> None:
+    parts = window if isinstance(window, tuple) else (window,)
+    good = all(p is None or (isinstance(p, int) and p >= 0) for p in parts)
+    if not good or len(parts) > 2 or (isinstance(window, int) and window < 1):
+        raise UserError(
+            f"attention: window {window!r}",
+            allowed="a number of keys from 1, or (left, right) of numbers from 0 or None",
+        )

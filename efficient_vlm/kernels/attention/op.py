@@ -1,0 +1,284 @@
+"""`attention`: the one entry behind every attention layer, whichever implementation computes it.
+
+  reference  the whole map, by definition and plain autodiff; float64 in float64. Small problems.
+  xla        blocks of the map in plain XLA, O(N) memory: CPUs, and GPUs without a kernel.
+  tpu        Pallas (Mosaic): blocks that hold nothing are neither fetched nor computed.
+  gpu        Pallas (Mosaic GPU) for Hopper.
+  cudnn      cuDNN's, by explicit choice only.
+
+With `implementation=None` the choice is made when the program is lowered, not when it is traced, so
+that a program compiled for a TPU on a CPU host gets the kernels of the TPU.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.kernels.attention import reference, xla
+from efficient_vlm.kernels.attention.mask import Mask, make_mask
+
+__all__ = ["IMPLEMENTATIONS", "AttentionResult", "attention"]
+
+IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu", "cudnn")
+
+# Below this many logits in all, or of one head, blocks cost more than they save.
+_FEW_LOGITS = 2**20
+_FEW_LOGITS_OF_HEAD = 2**16
+
+
+class AttentionResult(NamedTuple):
+    """What `attention` gives.
+
+    Attributes:
+      out: [B, H, N, Dv] in the dtype of v; 0 in rows that see no key.
+      lse: float32 [B, H, N], natural logarithm of the sum of exponentials of the logits; +inf in
+        rows that see no key, so that exp(logit - lse) is 0 there.
+      importance: float32 [B, M], or None where no weights were given.
+    """
+
+    out: jax.Array
+    lse: jax.Array
+    importance: jax.Array | None
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    q_positions: jax.Array | None = None,
+    kv_positions: jax.Array | None = None,
+    q_segments: jax.Array | None = None,
+    kv_segments: jax.Array | None = None,
+    prefix_length: jax.Array | int | None = None,
+    window: int | tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    key_bias: jax.Array | None = None,
+    q_lengths: jax.Array | None = None,
+    kv_lengths: jax.Array | None = None,
+    importance_weights: jax.Array | None = None,
+    importance_rows: jax.Array | None = None,
+    mask: Mask | None = None,
+    implementation: str | None = None,
+) -> AttentionResult:
+    """Softmax attention with grouped keys over tokens of which some are merged and some are gone.
+
+    Logits, in this order: s = scale q.k; s = c tanh(s / c) with `softcap` c; s += key_bias of the
+    key; s = -inf where the mask hides the key. Logits, softmax and sums are float32 (float64 for
+    float64). The backward pass computes the logits again: memory is O(N + M), and gradients flow
+    through `out`, `lse` and `importance` to q, k, v, key_bias and the weights.
+
+    Args:
+      q: [B, H, N, D], bfloat16, float16, float32 or float64.
+      k, v: [B, Hk, M, D] and [B, Hk, M, Dv] in the dtype of q; H a multiple of Hk. Absent keys may
+        hold anything finite.
+      scale: multiplies the logits; None for D ** -0.5.
+      causal, q_positions, kv_positions, q_segments, kv_segments, prefix_length, window, q_lengths,
+        kv_lengths: what is seen, see `mask.make_mask`.
+      softcap: see above (arXiv 2408.00118).
+      key_bias: float [B, M], or [1, M]: log n makes a merged token count as its n (ToMe,
+        arXiv 2210.09461, equation 1), exactly as n copies of the key and value would.
+      importance_weights: float [B, N], not negative, one for each query row; asks for
+        importance[b, j] = mean over heads of sum_i weights[b, i] P[b, h, i, j].
+      importance_rows: int [B, R], the query rows that `importance_weights`, then [B, R], are for:
+        O(R M) instead of a second pass over the map.
+      mask: made before by `make_mask`, in place of its arguments.
+      implementation: one of IMPLEMENTATIONS; None for the best one where the program runs.
+
+    Raises:
+      UserError: shapes that do not fit, an unknown implementation, or one that cannot serve this.
+    """
+    _check(q, k, v, key_bias, importance_weights, importance_rows)
+    shapes = dict(
+        causal=causal,
+        q_positions=q_positions,
+        kv_positions=kv_positions,
+        q_segments=q_segments,
+        kv_segments=kv_segments,
+        prefix_length=prefix_length,
+        window=window,
+        q_lengths=q_lengths,
+        kv_lengths=kv_lengths,
+    )
+    if mask is None:
+        mask = make_mask(q.shape[2], k.shape[2], **shapes)
+    elif given := [name for name, value in shapes.items() if value is not None and value is not False]:
+        raise UserError(f"attention: mask and {given[0]} are both given", fix="leave one out")
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    softcap = None if softcap is None else float(softcap)
+    if key_bias is not None:
+        key_bias = jnp.broadcast_to(key_bias, (q.shape[0], k.shape[2]))
+    call = _Call(scale, softcap, _choice(implementation, q, k, v, mask, importance_weights))
+    every = importance_weights if importance_rows is None else None
+    if call.implementation == "reference":
+        found = reference.attend(q, k, v, key_bias, mask, every, scale=scale, softcap=softcap)
+    else:
+        found = _attend(call, q, k, v, key_bias, mask, every)
+    out, lse, importance = found
+    if importance_rows is not None:
+        importance = _of_rows(call, q, k, key_bias, mask, lse, importance_weights, importance_rows)
+    return AttentionResult(out, lse, importance)
+
+
+@struct.dataclass
+class _Call:
+    """What is static of a call."""
+
+    scale: float = struct.field(pytree_node=False)
+    softcap: float | None = struct.field(pytree_node=False)
+    implementation: str | None = struct.field(pytree_node=False)
+
+    def run(self, pass_name: str, *args):
+        """One pass, by the implementation chosen, or by that of the platform lowered for."""
+
+        def of(name: str):
+            return functools.partial(_pass(name, pass_name), scale=self.scale, softcap=self.softcap)
+
+        if self.implementation is not None:
+            return of(self.implementation)(*args)
+        options = {"cpu": of("xla_looped"), "default": of("xla")}
+        if not _unserved("tpu", *args[:3]):
+            options["tpu"] = of("tpu")
+        return lax.platform_dependent(*args, **options)
+
+
+def _pass(implementation: str, name: str):
+    if implementation.startswith("xla"):
+        looped = implementation == "xla_looped"
+        return functools.partial(getattr(xla, name), looped=looped)
+    return getattr(_module(implementation), name)
+
+
+def _module(implementation: str):
+    # Pallas is imported where it is used: it takes half a second.
+    import importlib
+
+    return importlib.import_module(f"efficient_vlm.kernels.attention.{implementation}")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(call, q, k, v, key_bias, mask, weights):
+    out, lse = call.run("forward", q, k, v, key_bias, mask)
+    importance = None
+    if weights is not None:
+        importance = call.run("importance", q, k, key_bias, mask, lse, weights)
+    return out, lse, importance
+
+
+def _forward(call, *args):
+    found = _attend(call, *args)
+    return found, (args, found)
+
+
+def _backward(call, saved, cotangents):
+    (q, k, v, key_bias, mask, weights), (out, lse, _) = saved
+    d_out, d_lse, d_importance = cotangents
+    exact = lse.dtype
+    delta = jnp.sum(d_out.astype(exact) * out.astype(exact), axis=-1)
+    delta -= jnp.where(jnp.isfinite(lse), d_lse, 0)
+    dim, d_weights = v.shape[-1], None
+    if weights is not None:
+        # Importance is attention to one more column of values, g, whose rows' cotangents are the
+        # weights: its gradient needs no kernel of its own.
+        g = (d_importance / q.shape[1])[:, None, :, None]
+        column = jnp.broadcast_to(g, (*k.shape[:3], 1))
+        received, _ = call.run("forward", q, k, column.astype(v.dtype), key_bias, mask)
+        received = received[..., 0].astype(exact)
+        delta += weights[:, None] * received
+        d_weights = received.sum(axis=1).astype(weights.dtype)
+        v = jnp.concatenate([v, column.astype(v.dtype)], axis=-1)
+        row = jnp.broadcast_to(weights[:, None, :, None], (*q.shape[:3], 1))
+        d_out = jnp.concatenate([d_out, row.astype(d_out.dtype)], axis=-1)
+    dq, dk, dv, d_bias = call.run(
+        "backward", q, k, v, key_bias, mask, lse, delta, d_out.astype(q.dtype)
+    )
+    return dq, dk, dv[..., :dim], d_bias, None, d_weights
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _of_rows(call, q, k, key_bias, mask, lse, weights, rows):
+    """Importance of R rows from their lse: no softmax is computed a second time."""
+    some = jnp.take_along_axis(q, rows[:, None, :, None], axis=2)
+    lse = jnp.take_along_axis(lse, rows[:, None], axis=2)
+    if mask is not None:
+        fields = {}
+        for name in ("high", "low", "q_segment", "q_block"):
+            if (x := getattr(mask, name)) is not None:
+                x = jnp.broadcast_to(x, (len(rows), x.shape[1]))
+                fields[name] = jnp.take_along_axis(x, rows, axis=1)
+        mask = mask.replace(**fields)
+    options = dict(scale=call.scale, softcap=call.softcap)
+    return reference.rows(some, k, key_bias, mask, lse, weights, **options)
+
+
+def _choice(implementation, q, k, v, mask, weights) -> str | None:
+    """The name of an implementation, or None for that of the platform."""
+    if implementation is None:
+        batch, heads, queries, _ = q.shape
+        of_head = queries * k.shape[2]
+        few = of_head < _FEW_LOGITS_OF_HEAD or batch * heads * of_head <= _FEW_LOGITS
+        return "reference" if few or queries == 1 else None
+    if implementation not in IMPLEMENTATIONS:
+        raise unknown("implementation", str(implementation), IMPLEMENTATIONS)
+    if implementation == "xla":
+        return "xla_looped" if jax.default_backend() == "cpu" else "xla"
+    if problem := _unserved(implementation, q, k, v, mask=mask, weights=weights):
+        able = [
+            name
+            for name in IMPLEMENTATIONS
+            if not _unserved(name, q, k, v, mask=mask, weights=weights)
+        ]
+        raise UserError(
+            f"attention: implementation {implementation!r} has no {problem}",
+            allowed=", ".join(able),
+            fix=f"implementation={able[-1]!r}, or None for the best one",
+        )
+    return implementation
+
+
+def _unserved(implementation: str, q, k, v, mask=None, weights=None) -> str | None:
+    """The feature that an implementation lacks for this call, or None."""
+    if implementation in ("reference", "xla"):
+        return None
+    return _module(implementation).unserved(q, k, v, mask=mask, weights=weights)
+
+
+def _check(q, k, v, key_bias, weights, rows) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise UserError(f"attention: {name} has shape {x.shape}", allowed="four axes")
+    batch, heads, queries, dim = q.shape
+    if k.shape[:3] != v.shape[:3] or k.shape[0] != batch or k.shape[3] != dim:
+        raise UserError(
+            f"attention: q {q.shape}, k {k.shape} and v {v.shape} do not fit",
+            allowed="q [B, H, N, D], k [B, Hk, M, D], v [B, Hk, M, Dv]",
+        )
+    if heads % k.shape[1]:
+        raise UserError(
+            f"attention: {heads} heads of q over {k.shape[1]} of k", allowed="a multiple"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise UserError(
+            f"attention: dtypes {q.dtype}, {k.dtype} and {v.dtype} of q, k and v",
+            allowed="the same for all three",
+        )
+    if key_bias is not None and key_bias.shape not in ((batch, k.shape[2]), (1, k.shape[2])):
+        raise UserError(
+            f"attention: key_bias has shape {key_bias.shape}", allowed=f"[{batch}, {k.shape[2]}]"
+        )
+    if rows is not None and weights is None:
+        raise UserError("attention: importance_rows without importance_weights")
+    asked = (batch, queries) if rows is None else (batch, *rows.shape[1:])
+    if weights is not None and weights.shape != asked:
+        raise UserError(
+            f"attention: importance_weights has shape {weights.shape}", allowed=str(list(asked))
+        )

@@ -1,0 +1,355 @@
+"""Attention in blocks of the map, in plain XLA: O(N) memory on every backend.
+
+Each batch row and each key head is one problem of G x N queries (the G heads that share its keys)
+and M keys. On a CPU the problems are a loop, blocks that hold nothing are left out, and the logits
+of one block stay in the cache: XLA's batched products on a CPU are several times slower than the
+same products one by one. Elsewhere they are one batch.
+
+The formulas are those of the recurrence of online softmax (arXiv 2205.14135, section 3.1).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from efficient_vlm.kernels.attention import blocks as tables
+from efficient_vlm.kernels.attention.mask import SHARED, Mask
+
+__all__ = ["backward", "forward", "importance"]
+
+# Logits of one block: 2 MiB in float32. Smaller blocks make the products inefficient, larger ones
+# leave the cache.
+_BLOCK_LOGITS = 2**19
+_MOST_KEYS = 1024
+# Keys of a block where some of them may be left out.
+_MASKED_KEYS = 512
+_NEGATIVE = -1e30
+
+
+def forward(q, k, v, key_bias, mask, *, scale, softcap, looped):
+    """q [B, H, N, D], k and v [B, Hk, M, D and Dv] -> (out [B, H, N, Dv], lse [B, H, N])."""
+    cut = _Cut(q, k, mask, looped)
+    logits = functools.partial(_logits, scale=scale, softcap=softcap)
+
+    def problem(item):
+        q, k, v, bias, mask, live = item
+
+        def queries(item):
+            q, i = item
+
+            def step(t, carry):
+                acc, total, top = carry
+                j = t if live is None else live[0][i, t]
+                s, seen = logits(q, k[j], _at(bias, j), cut.part(mask, i, j))
+                higher = jnp.maximum(top, s.max(axis=-1, keepdims=True))
+                p = jnp.exp(s - higher)
+                if seen is not None:
+                    p = jnp.where(seen, p, 0)
+                shrink = jnp.exp(top - higher)
+                total = total * shrink + p.sum(axis=-1, keepdims=True)
+                acc = acc * shrink.reshape(-1, 1) + _dot(_flat(p).astype(cut.operand), v[j])
+                return acc, total, higher
+
+            rows = (*q.shape[:2], 1)
+            start = (
+                jnp.zeros((rows[0] * rows[1], v.shape[-1]), cut.exact),
+                jnp.zeros(rows, cut.exact),
+                jnp.full(rows, _NEGATIVE, cut.exact),
+            )
+            acc, total, top = cut.over_keys(step, start, live, i)
+            some = total > 0
+            total = jnp.where(some, total, 1)
+            out = jnp.where(_flat(some), acc / _flat(total), 0).reshape(*q.shape[:2], -1)
+            lse = jnp.where(some, top + jnp.log(total), jnp.inf)[..., 0]
+            return out, lse
+
+        return _loop(queries, (q, jnp.arange(len(q))), True)
+
+    items = (cut.queries(q), cut.keys(k), cut.keys(v), cut.bias(key_bias), *cut.mask_items())
+    out, lse = _loop(problem, items, looped)
+    return cut.back(out).astype(v.dtype), cut.back(lse[..., None])[..., 0]
+
+
+def backward(q, k, v, key_bias, mask, lse, delta, d_out, *, scale, softcap, looped):
+    """(dq, dk, dv, d key_bias [B, M]) from what the forward pass gave.
+
+    Args:
+      lse: [B, H, N]; `inf` where a row sees nothing.
+      delta: [B, H, N], sum of d_out * out, minus the cotangent of lse.
+      d_out: [B, H, N, Dv].
+    """
+    cut = _Cut(q, k, mask, looped)
+    logits = functools.partial(_logits, scale=scale, softcap=softcap, slope=True)
+    dims = (k.shape[-1], v.shape[-1])
+
+    def problem(item):
+        q, d_out, lse, delta, k, v, bias, mask, live = item
+        keys = k.shape[:2]
+
+        def queries(sums, item):
+            q, d_out, lse, delta, i = item
+            flat_q, flat_d = _flat(q).astype(cut.operand), _flat(d_out).astype(cut.operand)
+
+            def step(t, carry):
+                dq, sums = carry
+                j = t if live is None else live[0][i, t]
+                s, seen, slope = logits(q, k[j], _at(bias, j), cut.part(mask, i, j))
+                p = jnp.exp(s - lse[..., None])
+                if seen is not None:
+                    p = jnp.where(seen, p, 0)
+                d_p = _dot(flat_d, v[j].T).reshape(p.shape)
+                d_s = p * (d_p - delta[..., None])
+                parts = [_dot(_flat(p).T.astype(cut.operand), flat_d)]
+                if bias is not None:
+                    parts.append(d_s.sum(axis=(0, 1)))
+                d_s = _flat(d_s if slope is None else d_s * slope).astype(cut.operand)
+                parts.append(_dot(d_s.T, flat_q))
+                sums = [
+                    lax.dynamic_update_index_in_dim(total, total[j] + part, j, 0)
+                    for total, part in zip(sums, parts, strict=True)
+                ]
+                return dq + _dot(d_s, k[j]), sums
+
+            start = (jnp.zeros(flat_q.shape, cut.exact), sums)
+            dq, sums = cut.over_keys(step, start, live, i)
+            return sums, dq.reshape(q.shape)
+
+        sums = [jnp.zeros((*keys, dims[1]), cut.exact), jnp.zeros((*keys, dims[0]), cut.exact)]
+        if bias is not None:
+            sums.insert(1, jnp.zeros(keys, cut.exact))
+        return lax.scan(queries, sums, (q, d_out, lse, delta, jnp.arange(len(q))))
+
+    items = (
+        cut.queries(q),
+        cut.queries(d_out),
+        cut.queries(lse[..., None], jnp.inf)[..., 0],
+        cut.queries(delta[..., None])[..., 0],
+        cut.keys(k),
+        cut.keys(v),
+        cut.bias(key_bias),
+        *cut.mask_items(),
+    )
+    sums, dq = _loop(problem, items, looped)
+    dv, dk = cut.whole_keys(sums[0]), cut.whole_keys(sums[-1])
+    d_bias = None
+    if key_bias is not None:
+        d_bias = cut.whole_keys(sums[1][..., None])[..., 0].sum(axis=1).astype(key_bias.dtype)
+    return (
+        (cut.back(dq) * scale).astype(q.dtype),
+        (dk * scale).astype(k.dtype),
+        dv.astype(v.dtype),
+        d_bias,
+    )
+
+
+def importance(q, k, key_bias, mask, lse, weights, *, scale, softcap, looped):
+    """[B, M]: mean over heads of sum_i weights[b, i] P[b, h, i, j]; weights [B, N] from 0."""
+    cut = _Cut(q, k, mask, looped, weights)
+    logits = functools.partial(_logits, scale=scale, softcap=softcap)
+    # One vector carries the normalisation of a row and its weight, and leaves out rows of weight 0.
+    row = jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1)), -jnp.inf)
+    lse = jnp.where(row[:, None] > -jnp.inf, lse - row[:, None], jnp.inf)
+
+    def problem(item):
+        q, lse, k, bias, mask, live = item
+
+        def queries(total, item):
+            q, lse, i = item
+
+            def step(t, total):
+                j = t if live is None else live[0][i, t]
+                s, seen = logits(q, k[j], _at(bias, j), cut.part(mask, i, j))
+                p = jnp.exp(s - lse[..., None])
+                p = p if seen is None else jnp.where(seen, p, 0)
+                return lax.dynamic_update_index_in_dim(total, total[j] + p.sum((0, 1)), j, 0)
+
+            return cut.over_keys(step, total, live, i), None
+
+        return lax.scan(
+            queries, jnp.zeros(k.shape[:2], cut.exact), (q, lse, jnp.arange(len(q)))
+        )[0]
+
+    items = (
+        cut.queries(q),
+        cut.queries(lse[..., None], jnp.inf)[..., 0],
+        cut.keys(k),
+        cut.bias(key_bias),
+        *cut.mask_items(),
+    )
+    total = _loop(problem, items, looped)
+    return cut.whole_keys(total[..., None])[..., 0].sum(axis=1) / q.shape[1]
+
+
+def _logits(q, k, bias, mask, *, scale, softcap, slope=False):
+    """Of one block: q [G, bq, D], k [bk, D] -> logits [G, bq, bk], what is seen, or None.
+
+    With `slope` also what the cap multiplies gradients by, or None.
+    """
+    exact = jnp.promote_types(q.dtype, jnp.float32)
+    # float32 queries are scaled by the caller's block, which has fewer numbers than the logits.
+    early = q.dtype == exact
+    s = _dot(_flat(q * jnp.asarray(scale, q.dtype) if early else q), k.T)
+    s = s if early else s * scale
+    bent = None
+    if softcap is not None:
+        bent = jnp.tanh(s / softcap)
+        s = softcap * bent
+        bent = (1 - bent * bent).reshape(*q.shape[:2], -1)
+    s = s if bias is None else s + bias
+    s = s.reshape(*q.shape[:2], -1)
+    seen = None
+    if mask is not None:
+        seen = _seen(mask)
+        s = jnp.where(seen, s, _NEGATIVE)
+    return (s, seen, bent) if slope else (s, seen)
+
+
+def _seen(mask: Mask):
+    """bool [bq, bk] of one block; fields [bq] and [bk]. See `mask.visible`."""
+    seen = mask.position <= mask.high[:, None]
+    same = False
+    if mask.q_block is not None:
+        same = mask.q_block[:, None] == mask.kv_block
+        seen |= same
+    if mask.low is not None:
+        near = mask.near > mask.low[:, None]
+        seen &= near | same if mask.spares else near
+    if mask.q_segment is not None:
+        seen &= (mask.q_segment[:, None] == mask.kv_segment) | (mask.kv_segment == SHARED)
+    return seen
+
+
+_Q_FIELDS = ("high", "low", "q_segment", "q_block")
+_K_FIELDS = ("position", "near", "kv_segment", "kv_block")
+
+
+class _Cut:
+    """How a problem is cut into blocks, and its arrays in that form."""
+
+    def __init__(self, q, k, mask: Mask | None, looped: bool, weights=None):
+        self.batch, self.heads, self.count, _ = q.shape
+        self.kv_heads, self.num_keys = k.shape[1:3]
+        self.groups = self.heads // self.kv_heads
+        self.exact = jnp.promote_types(q.dtype, jnp.float32)
+        # A CPU multiplies nothing but float32 and float64 fast.
+        self.operand = self.exact if looped else q.dtype
+        self.block_k = min(self.num_keys, _MOST_KEYS if mask is None else _MASKED_KEYS)
+        most = max(1, _BLOCK_LOGITS // (self.groups * self.block_k)) if looped else 2048
+        pieces = -(-self.count // most)
+        self.block_q = -(-self.count // pieces)
+        self.blocks_q = -(-self.count // self.block_q)
+        self.blocks_k = -(-self.num_keys // self.block_k)
+        self.padded_q = self.blocks_q * self.block_q
+        self.padded_k = self.blocks_k * self.block_k
+        if mask is None and self.padded_k > self.num_keys:
+            from efficient_vlm.kernels.attention.mask import all_seen
+
+            mask = all_seen(self.count, self.num_keys)
+        self.mask = None
+        if mask is not None:
+            self.mask = tables.pad_mask(mask, self.padded_q, self.padded_k)
+        self.live = None
+        blocks = self.blocks_q * self.blocks_k
+        if looped and blocks > 1 and (self.mask is not None or weights is not None):
+            live = jnp.ones((1, self.blocks_q, self.blocks_k), bool)
+            if self.mask is not None:
+                live = tables.live_blocks(self.mask, self.block_q, self.block_k)
+            if weights is not None:
+                weighs = self._pad(weights > 0, self.padded_q).reshape(
+                    self.batch, self.blocks_q, self.block_q
+                )
+                live = live & weighs.any(axis=-1)[..., None]
+            self.live = tables.listed(live)
+
+    def _pad(self, x, count, fill=0):
+        widths = [(0, 0)] * x.ndim
+        axis = 1 if x.ndim == 2 else 2
+        widths[axis] = (0, count - x.shape[axis])
+        return jnp.pad(x, widths, constant_values=fill)
+
+    def queries(self, x, fill=0):
+        """[B, H, N, C] -> [B * Hk, blocks, G, block, C]"""
+        x = self._pad(x, self.padded_q, fill)
+        x = x.reshape(-1, self.groups, self.blocks_q, self.block_q, x.shape[-1])
+        return x.swapaxes(1, 2)
+
+    def back(self, x):
+        """The other way."""
+        x = x.swapaxes(1, 2).reshape(self.batch, self.heads, self.padded_q, x.shape[-1])
+        return x[:, :, : self.count]
+
+    def keys(self, x):
+        """[B, Hk, M, C] -> [B * Hk, blocks, block, C]"""
+        x = self._pad(x, self.padded_k).astype(self.operand)
+        return x.reshape(-1, self.blocks_k, self.block_k, x.shape[-1])
+
+    def whole_keys(self, x):
+        """The other way."""
+        x = x.reshape(self.batch, self.kv_heads, self.padded_k, x.shape[-1])
+        return x[:, :, : self.num_keys]
+
+    def bias(self, bias):
+        """[B, M] -> [B * Hk, blocks, block]"""
+        if bias is None:
+            return None
+        bias = self._pad(bias.astype(self.exact), self.padded_k)
+        return self._each_head(bias.reshape(-1, self.blocks_k, self.block_k))
+
+    def mask_items(self) -> tuple:
+        """(mask in blocks, lists of live blocks), each with B * Hk in front, or None."""
+        mask = live = None
+        if self.mask is not None:
+            cut = {}
+            for names, block in ((_Q_FIELDS, self.block_q), (_K_FIELDS, self.block_k)):
+                for name in names:
+                    if (x := getattr(self.mask, name)) is not None:
+                        cut[name] = self._each_head(x.reshape(len(x), -1, block))
+            mask = self.mask.replace(**cut)
+        if self.live is not None:
+            live = jax.tree.map(self._each_head, self.live)
+        return mask, live
+
+    def _each_head(self, x):
+        x = jnp.broadcast_to(x[:, None], (self.batch, self.kv_heads, *x.shape[1:]))
+        return x.reshape(-1, *x.shape[2:])
+
+    def part(self, mask: Mask | None, i, j) -> Mask | None:
+        """The mask of one block."""
+        if mask is None:
+            return None
+        fields = {name: _at(getattr(mask, name), i) for name in _Q_FIELDS}
+        fields |= {name: _at(getattr(mask, name), j) for name in _K_FIELDS}
+        return mask.replace(**fields)
+
+    def over_keys(self, step, start, live, i):
+        """`step` over the blocks of keys; over those that hold anything, where they are listed."""
+        if live is not None:
+            return lax.fori_loop(0, live[1][i], step, start)
+        if self.blocks_k == 1:
+            return step(0, start)
+        return lax.fori_loop(0, self.blocks_k, step, start)
+
+
+def _dot(a, b):
+    exact = jnp.promote_types(a.dtype, jnp.float32)
+    return jnp.matmul(a, b.astype(a.dtype), preferred_element_type=exact)
+
+
+def _flat(x):
+    """[G, block, C] -> [G * block, C]"""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _at(x, i):
+    return None if x is None else x[i]
+
+
+def _loop(function, items, looped: bool):
+    """`lax.map`, without a loop for a single item; or all items at once."""
+    if not looped:
+        return jax.vmap(function)(items)
+    if len(jax.tree.leaves(items)[0]) > 1:
+        return lax.map(function, items)
+    return jax.tree.map(lambda x: x[None], function(jax.tree.map(lambda x: x[0], items)))

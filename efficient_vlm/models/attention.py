@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from efficient_vlm.errors import unknown
+from efficient_vlm.kernels.attention import Mask
 from efficient_vlm.kernels.attention import attention as dot_product_attention
 from efficient_vlm.models.layers import Dtype, Linear, fused_product, make_norm
 from efficient_vlm.models.rotary import axial, rotate
@@ -17,53 +18,6 @@ SHARED_SEGMENT = 0
 PADDING_SEGMENT = -1
 
 _NEGATIVE = -1e30  # finite, so that a row with no live key gives a mean and never NaN
-
-
-def attention_mask(
-    q_index: jax.Array,
-    kv_index: jax.Array,
-    q_segments: jax.Array,
-    kv_segments: jax.Array,
-    *,
-    causal: bool = True,
-    prefix_length: int = 0,
-    window: int | None = None,
-    q_blocks: jax.Array | None = None,
-    kv_blocks: jax.Array | None = None,
-    window_spares_blocks: bool = False,
-) -> jax.Array:
-    """The one place where masks are made: (causal OR same block) AND window AND valid AND segment.
-
-    Args:
-      q_index: int [Sq] or [B, Sq], place of each query in the sequence (not its rotary position);
-        a merged token may have a fractional one.
-      kv_index: int [Skv] or [B, Skv], likewise for keys.
-      q_segments: int [B, Sq]; queries see keys of their own segment and of SHARED_SEGMENT.
-      kv_segments: int [B, Skv]; PADDING_SEGMENT keys are never seen.
-      causal: keys after the query are hidden, except inside the prefix.
-      prefix_length: the first tokens form one block in which everyone sees everyone.
-      window: a query sees this many keys up to and including its own place; the prefix stays.
-      q_blocks, kv_blocks: int [B, Sq] and [B, Skv]; tokens of one block see each other, whichever
-        comes first; 0 for tokens of no block.
-      window_spares_blocks: whether they do so however far apart; else the window holds there too.
-
-    Returns:
-      bool [B, Sq, Skv].
-    """
-    q, k = q_index[..., :, None], kv_index[..., None, :]
-    q_seg, k_seg = q_segments[..., :, None], kv_segments[..., None, :]
-    visible = (k_seg == q_seg) | (k_seg == SHARED_SEGMENT)
-    visible &= k_seg != PADDING_SEGMENT
-    same_block = False
-    if q_blocks is not None:
-        one, two = q_blocks[..., :, None], kv_blocks[..., None, :]
-        same_block = (one == two) & (one > 0)
-    if causal:
-        visible &= (k <= q) | ((q < prefix_length) & (k < prefix_length)) | same_block
-    if window is not None:
-        near = (k > q - window) | (k < prefix_length)
-        visible &= near | same_block if window_spares_blocks else near
-    return visible
 
 
 def attention_rows(
@@ -86,36 +40,6 @@ def attention_rows(
     logits = scale * jnp.einsum("brhd,bthd->bhrt", rows, keys)
     logits = jnp.where(key_mask[:, None, None], logits, _NEGATIVE)
     return jax.nn.softmax(logits, axis=-1).mean(axis=1)
-
-
-def attention_received(q: jax.Array, k: jax.Array, scale: float, block: int = 64) -> jax.Array:
-    """Attention that each key receives, mean over queries and heads, in blocks of queries.
-
-    Never more than [B, H, block, S] at once. Every query sees every key.
-
-    Args:
-      q, k: [B, S, H, Dh].
-      scale: multiplies the logits.
-      block: queries at a time.
-
-    Returns:
-      float32 [B, S]; rows sum to 1.
-    """
-    batch, count, heads, dim = q.shape
-    blocks = -(-count // block)
-    q = jnp.pad(q.astype(jnp.float32), ((0, 0), (0, blocks * block - count), (0, 0), (0, 0)))
-    k = k.astype(jnp.float32)
-    real = jnp.arange(blocks * block) < count
-
-    def step(total, rows):
-        queries, valid = rows
-        weights = jax.nn.softmax(scale * jnp.einsum("bqhd,bkhd->bhqk", queries, k), axis=-1)
-        return total + jnp.einsum("bhqk,q->bk", weights, valid.astype(jnp.float32)), None
-
-    split = q.reshape(batch, blocks, block, heads, dim).swapaxes(0, 1)
-    start = jnp.zeros((batch, k.shape[1]), jnp.float32)
-    total, _ = jax.lax.scan(step, start, (split, real.reshape(blocks, block)))
-    return total / (heads * count)
 
 
 QK_NORMS = ("none", "head", "full")
@@ -239,7 +163,7 @@ class Attention(nn.Module):
         x: jax.Array,
         positions: jax.Array | None = None,
         *,
-        mask: jax.Array | None = None,
+        mask: Mask | None = None,
         key_bias: jax.Array | None = None,
         cache: tuple[jax.Array, jax.Array] | None = None,
         write_index: jax.Array | None = None,
@@ -250,7 +174,7 @@ class Attention(nn.Module):
         Args:
           x: [B, S, D].
           positions: [B, S], or [B, S, axes], rotary positions; None where there are none.
-          mask: bool [B, S, Skv].
+          mask: which keys are seen, see `kernels.attention.make_mask`.
           key_bias: float [B, Skv].
           cache: keys and values, each [B, Skv, Hkv, Dh].
           write_index: scalar, the place in the cache of the first of the S tokens; None for an
@@ -259,7 +183,8 @@ class Attention(nn.Module):
 
         Returns:
           [B, S, D], and {"query" [B, S, H, Dh], "key" [B, S, Hkv, Dh], both also as "plain_..."
-          without rotary positions} with "cache": what came in, with the S tokens written, or None.
+          without rotary positions; "lse" float32 [B, H, S], "mask" and "key_bias" of the attention}
+          with "cache": what came in, with the S tokens written, or None.
         """
         q, plain_q = self.queries(x, positions, local)
         k, plain_k = self.keys(x, positions, local)
@@ -274,7 +199,9 @@ class Attention(nn.Module):
             if write_index is not None:
                 k, v = cache
         inner["cache"] = cache
-        out = dot_product_attention(
+        q, k, v = (x.swapaxes(1, 2).astype(self.dtype) for x in (q, k, v))
+        inner |= {"mask": mask, "key_bias": key_bias}
+        out, inner["lse"], _ = dot_product_attention(
             q, k, v, scale=self.scale, mask=mask, key_bias=key_bias, softcap=self.softcap
         )
-        return self.out(out), inner
+        return self.out(out.swapaxes(1, 2)), inner

@@ -12,7 +12,8 @@ from efficient_vlm import compressors
 from efficient_vlm.compressors import DecoderState, Signals, VisualTokens
 from efficient_vlm.errors import UserError
 from efficient_vlm.inference.cache import KVCache, SegmentCache
-from efficient_vlm.models.attention import PADDING_SEGMENT, SHARED_SEGMENT, attention_mask
+from efficient_vlm.kernels.attention import key_mask, make_mask
+from efficient_vlm.models.attention import PADDING_SEGMENT, SHARED_SEGMENT
 from efficient_vlm.models.decoder_block import DecoderBlock, LayerInputs
 from efficient_vlm.models.decoder_fields import DecoderFields
 from efficient_vlm.models.decoder_stack import DENSE, MAIN, DecoderStack, joined
@@ -232,14 +233,23 @@ class Decoder(DecoderFields):
             )
             for name in ("index", "position", "block")
         )
-        options = dict(q_blocks=blocks, kv_blocks=blocks)
-        local = None
+        options = dict(
+            causal=True,
+            q_positions=index,
+            kv_positions=index,
+            q_segments=marks,
+            kv_segments=marks,
+            shared_segment=SHARED_SEGMENT,
+            q_blocks=blocks,
+            kv_blocks=blocks,
+        )
+        sizes, local = (index.shape[1], index.shape[1]), None
         if self.local_at is not None and self.window is not None:
             near = dict(window=self.window, window_spares_blocks=self.window_spares_blocks)
-            local = attention_mask(index, index, marks, marks, **near, **options)
+            local = make_mask(*sizes, **near, **options)
         inputs = LayerInputs(
             positions=positions,
-            mask=attention_mask(index, index, marks, marks, **options),
+            mask=make_mask(*sizes, **options),
             key_bias=self._key_bias(visual, segments.shape[1]),
             live=marks != PADDING_SEGMENT,
             local_mask=local,
@@ -327,11 +337,11 @@ class Decoder(DecoderFields):
             live = part.live | (jnp.arange(part.live.shape[1]) == slot)
             place = (part.behind + cache.generated)[:, None]
             seen = jnp.ones_like(tokens, dtype=bool)[:, None]
-            inputs = LayerInputs(place, live[:, None, :], part.bias, seen, write_index=slot)
+            inputs = LayerInputs(place, key_mask(live, 1), part.bias, seen, write_index=slot)
             if self.local_at is not None and self.window is not None:
                 here = jax.lax.dynamic_slice_in_dim(part.index, slot, 1, axis=1)
                 near = live & (part.index > here - self.window)
-                inputs = inputs.replace(local_mask=near[:, None, :])
+                inputs = inputs.replace(local_mask=key_mask(near, 1))
             x, (kv, *_) = stack.run(x, start, stop, inputs, (part.key, part.value))
             segments.append(part.replace(key=kv[0], value=kv[1], live=live))
             start = stop

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
+from efficient_vlm.kernels.attention import Mask, choose
 from efficient_vlm.models.attention import Attention, attention_rows
 from efficient_vlm.models.layers import Dtype, make_norm
 from efficient_vlm.models.moe import FeedForward, MoE
@@ -23,21 +24,21 @@ class LayerInputs:
 
     Attributes:
       positions: [B, S] or [B, S, axes], rotary positions.
-      mask: bool [B, S, Skv].
+      mask: which keys are seen, see `kernels.attention.make_mask`.
       key_bias: float32 [B, Skv], added to the logits of each key.
       live: bool [B, S], places that hold a token (the router counts no others).
       write_index: see `attention.Attention`.
       probe: (int [B, R], bool [B, T]), rows whose attention to T visual keys is wanted, or None.
-      local_mask: bool [B, S, Skv], in place of `mask` for local layers; None if there are none.
+      local_mask: in place of `mask` for local layers; None if there are none.
     """
 
     positions: jax.Array
-    mask: jax.Array
+    mask: Mask
     key_bias: jax.Array
     live: jax.Array
     write_index: jax.Array | None = None
     probe: tuple[jax.Array, jax.Array] | None = None
-    local_mask: jax.Array | None = None
+    local_mask: Mask | None = None
 
 
 class DecoderBlock(nn.Module):
@@ -92,7 +93,7 @@ class DecoderBlock(nn.Module):
         """
         mask = inputs.mask
         if inputs.local_mask is not None:
-            mask = jnp.where(local, inputs.local_mask, mask)
+            mask = choose(local, inputs.local_mask, mask)
         entered = self._entering(x)
         y, inner = self.attend(
             entered,
@@ -107,6 +108,7 @@ class DecoderBlock(nn.Module):
             y = self.attention_post_norm(y)
         x = nn.with_logical_constraint(x + y, ("batch", None, "embed"))
         cache = inner.pop("cache")
+        inner = {name: inner[name] for name in ("query", "key", "plain_query", "plain_key")}
         looks = None
         if inputs.probe is not None:
             query, key = inner["query"], inner["key"]

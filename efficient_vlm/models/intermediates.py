@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_vlm.errors import UserError, unknown
-from efficient_vlm.models.attention import attention_received
+from efficient_vlm.kernels.attention import attention_importance
 
 
 def _row(query: jax.Array, keys: jax.Array, scale: float) -> jax.Array:
@@ -19,17 +19,30 @@ def _all_heads(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:-2], 1, -1)
 
 
-# What can be asked of a layer: (states behind it, queries, keys, scale of the logits) -> array.
-# One-row signals are computed beside the attention from one query, never from a whole matrix.
-INTERMEDIATES: dict[str, Callable[[jax.Array, jax.Array, jax.Array, float], jax.Array]] = {
-    "features": lambda x, q, k, scale: x,
-    "keys": lambda x, q, k, scale: k,
-    "cls_row": lambda x, q, k, scale: _row(q[:, 0], k, scale),
-    "cls_row_full": lambda x, q, k, scale: _row(
-        _all_heads(q[:, 0]), _all_heads(k), scale * q.shape[-2] ** -0.5
+def _column_mean(seen: dict, scale: float) -> jax.Array:
+    """Attention that each key receives, mean over queries and heads: float32 [B, S], sums to 1."""
+    q, k = (seen[name].swapaxes(1, 2) for name in ("query", "key"))
+    weights = jnp.full((q.shape[0], q.shape[2]), 1 / q.shape[2], jnp.float32)
+    told = dict(key_bias=seen["key_bias"], mask=seen["mask"])
+    return attention_importance(q, k, seen["lse"], weights, scale=scale, **told)
+
+
+# What can be asked of a layer: (states behind it, what its attention saw, scale of the logits)
+# -> array. One-row signals are computed beside the attention from one query, never from a whole
+# matrix.
+INTERMEDIATES: dict[str, Callable[[jax.Array, dict, float], jax.Array]] = {
+    "features": lambda x, seen, scale: x,
+    "keys": lambda x, seen, scale: seen["key"],
+    "cls_row": lambda x, seen, scale: _row(seen["query"][:, 0], seen["key"], scale),
+    "cls_row_full": lambda x, seen, scale: _row(
+        _all_heads(seen["query"][:, 0]),
+        _all_heads(seen["key"]),
+        scale * seen["query"].shape[-2] ** -0.5,
     ),
-    "mean_query_row": lambda x, q, k, scale: _row(q.astype(jnp.float32).mean(axis=1), k, scale),
-    "column_mean": lambda x, q, k, scale: attention_received(q, k, scale),
+    "mean_query_row": lambda x, seen, scale: _row(
+        seen["query"].astype(jnp.float32).mean(axis=1), seen["key"], scale
+    ),
+    "column_mean": lambda x, seen, scale: _column_mean(seen, scale),
 }
 
 

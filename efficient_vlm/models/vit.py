@@ -10,11 +10,14 @@ from flax import linen as nn
 
 from efficient_vlm.compressors import Signals, Stage, VisualTokens
 from efficient_vlm.errors import UserError
+from efficient_vlm.kernels.attention import Mask, key_mask
 from efficient_vlm.models.encoder_block import EncoderBlock
 from efficient_vlm.models.intermediates import INTERMEDIATES, parse_intermediate
 from efficient_vlm.models.layers import Dtype, Linear, logical, make_norm
 from efficient_vlm.models.patch_positions import patch_mask, patch_positions
 from efficient_vlm.models.stack import layer_of, rematerialised, run_layers, stack_layers
+
+_MOST_CELLS = 1 << 12  # Windows along a side: what makes one number of a row and a column of them.
 
 
 class ViT(nn.Module):
@@ -163,6 +166,8 @@ class ViT(nn.Module):
         Raises:
           UserError: unknown name or layer, or a CLS row of an encoder without CLS.
         """
+        if self.class_token and self.window is not None:
+            raise UserError("model.encoder.window: not with class_token, which is in no window")
         depth = self.layers_run
         wanted = {a: parse_intermediate(a, depth, self.class_token) for a in intermediates}
         if self.feature_layers is None:
@@ -287,7 +292,7 @@ class ViT(nn.Module):
                 for asked, (name, at) in wanted.items():
                     if at == layer:
                         scale = self.qk_scale * (self.width // self.num_heads) ** -0.5
-                        value = INTERMEDIATES[name](x, inner["query"], inner["key"], scale)
+                        value = INTERMEDIATES[name](x, inner, scale)
                         found[asked] = value[:, skipped:]
         x = plain(x, done, depth)
         if kept:
@@ -339,14 +344,14 @@ def _stretch(full_layers: Sequence[int], start: int, stop: int) -> int:
     return stop
 
 
-def _seen(tokens: VisualTokens, extra: int, window: int | None, padded: bool) -> jax.Array | None:
-    """bool [B, S, S], which tokens see which; None if all see all."""
+def _seen(tokens: VisualTokens, extra: int, window: int | None, padded: bool) -> Mask | None:
+    """Which tokens see which; None if all see all. Windows are cells of the plane."""
     if window is None and not padded:
         return None
     real = jnp.pad(tokens.mask, ((0, 0), (extra, 0)), constant_values=True)
-    mask = jnp.broadcast_to(real[:, None, :], (*real.shape, real.shape[1]))
-    if window is not None:
-        cell = jnp.floor(tokens.position / window)
-        same = (cell[:, :, None] == cell[:, None]).all(axis=-1)
-        mask &= jnp.pad(same, ((0, 0), (extra, 0), (extra, 0)), constant_values=True)
-    return mask
+    mask = key_mask(real, real.shape[1])
+    if window is None:
+        return mask
+    cell = jnp.floor(tokens.position / window).astype(jnp.int32)
+    cell = cell[..., 0] * _MOST_CELLS + cell[..., 1]
+    return mask.replace(q_segment=cell, kv_segment=cell)

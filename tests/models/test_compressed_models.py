@@ -15,6 +15,7 @@ from efficient_vlm.compressors.methods import METHODS
 from efficient_vlm.compressors.tokens import merge, take
 from efficient_vlm.errors import UserError
 from efficient_vlm.inference.generate import generate
+from efficient_vlm.kernels.attention import make_mask
 from efficient_vlm.models.decoder_block import DecoderBlock, LayerInputs
 from efficient_vlm.models.decoder_stack import MAIN
 from efficient_vlm.models.stack import unstack
@@ -322,11 +323,9 @@ def test_what_methods_in_the_decoder_see(plain, inputs, monkeypatch, looks):
     text = state.prompt.shape[1]
     positions = jnp.concatenate([jnp.arange(count), count + jnp.arange(text)])
     positions = jnp.broadcast_to(positions, state.live.shape).astype(jnp.float32)
-    place = jnp.arange(count + text)
-    sees = (place <= place[:, None]) | ((place < count) & (place[:, None] < count))
-    given = LayerInputs(
-        positions, sees & state.live[:, None], jnp.zeros(state.live.shape), state.live
-    )
+    sizes = (count + text,) * 2
+    mask = make_mask(*sizes, causal=True, prefix_length=count, kv_live=state.live)
+    given = LayerInputs(positions, mask, jnp.zeros(state.live.shape), state.live)
     states, saw = [x], []
     for layer in range(3):
         own = jax.tree.map(lambda p, layer=layer: p[layer], layers)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from efficient_vlm.kernels.attention import make_mask, visible
 from efficient_vlm.models import attention, rotary
 from efficient_vlm.models.moe import MoE
 
@@ -15,46 +16,6 @@ def softmax(x):
     return x / x.sum(-1, keepdims=True)
 
 
-def attention_by_hand(q, k, v, scale, mask, bias):
-    """Loops over batch, heads and queries."""
-    out = np.zeros(q.shape)
-    per_key = q.shape[2] // k.shape[2]
-    for b, i, h in np.ndindex(q.shape[:3]):
-        logits = scale * k[b, :, h // per_key] @ q[b, i, h] + bias[b]
-        logits[~mask[b, i]] = -np.inf
-        out[b, i, h] = softmax(logits) @ v[b, :, h // per_key]
-    return out
-
-
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_attention(kv_heads):
-    rng = np.random.default_rng(0)
-    q = rng.normal(size=(2, 5, 4, 8))
-    k, v = rng.normal(size=(2, 2, 7, kv_heads, 8))
-    mask = rng.random((2, 5, 7)) < 0.6
-    mask[..., 0] = True
-    bias = rng.normal(size=(2, 7))
-    ours = attention.dot_product_attention(
-        *(jnp.asarray(x, jnp.float32) for x in (q, k, v)),
-        scale=0.3,
-        mask=jnp.asarray(mask),
-        key_bias=jnp.asarray(bias, jnp.float32),
-    )
-    np.testing.assert_allclose(ours, attention_by_hand(q, k, v, 0.3, mask, bias), atol=1e-5)
-
-
-def test_log_size_equals_copies():
-    """A key of bias log n weighs as much as n copies of it (arXiv 2210.09461)."""
-    rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=(1, 3, 1, 4)), jnp.float32) for _ in range(3))
-    copies = jnp.array([1, 3, 2])
-    merged = attention.dot_product_attention(q, k, v, scale=1.0, key_bias=jnp.log(copies)[None])
-    repeated = [jnp.repeat(x, copies, axis=1, total_repeat_length=6) for x in (k, v)]
-    np.testing.assert_allclose(
-        merged, attention.dot_product_attention(q, *repeated, scale=1.0), atol=1e-6
-    )
-
-
 @pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("prefix", [0, 3])
 @pytest.mark.parametrize("causal", [True, False])
@@ -62,17 +23,21 @@ def test_mask_by_definition(causal, prefix, window):
     rng = np.random.default_rng(0)
     segments = rng.integers(-1, 3, (2, 8))
     index = np.arange(8)
-    mask = attention.attention_mask(
-        jnp.asarray(index),
-        jnp.asarray(index),
-        jnp.asarray(segments),
-        jnp.asarray(segments),
-        causal=causal,
-        prefix_length=prefix,
-        window=window,
+    mask = visible(
+        make_mask(
+            *(8, 8),
+            q_positions=index,
+            kv_positions=index,
+            q_segments=segments,
+            kv_segments=segments,
+            shared_segment=0,
+            causal=causal,
+            prefix_length=prefix,
+            window=window,
+        )
     )
     for b, i, j in np.ndindex(2, 8, 8):
-        seen = segments[b, j] in (segments[b, i], 0) and segments[b, j] != -1
+        seen = segments[b, j] in (segments[b, i], 0) and -1 not in (segments[b, i], segments[b, j])
         if causal:
             seen &= j <= i or (i < prefix and j < prefix)
         if window is not None:

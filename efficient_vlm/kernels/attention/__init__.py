@@ -1,6 +1,28 @@
 """Fused sparse attention over compressed tokens: one op, one contract, several implementations."""
 
-from efficient_vlm.kernels.attention.mask import Mask, make_mask
-from efficient_vlm.kernels.attention.op import IMPLEMENTATIONS, AttentionResult, attention
+from efficient_vlm.kernels.attention.compact import Compacted, compact, keep_blocks
+from efficient_vlm.kernels.attention.decode import attention_decode, quantise
+from efficient_vlm.kernels.attention.mask import Mask, choose, key_mask, make_mask, visible
+from efficient_vlm.kernels.attention.op import (
+    IMPLEMENTATIONS,
+    AttentionResult,
+    attention,
+    attention_importance,
+)
 
-__all__ = ["IMPLEMENTATIONS", "AttentionResult", "Mask", "attention", "make_mask"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "AttentionResult",
+    "Compacted",
+    "Mask",
+    "attention",
+    "attention_decode",
+    "attention_importance",
+    "choose",
+    "compact",
+    "keep_blocks",
+    "key_mask",
+    "make_mask",
+    "quantise",
+    "visible",
+]

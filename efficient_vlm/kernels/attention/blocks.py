@@ -1,4 +1,4 @@
-"""Which blocks of a mask hold anything: what kernels skip, found in O(blocks) from O(N + M) data."""
+"""Which blocks of a mask hold anything: what kernels leave out, from O(N + M) data."""
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ def live_blocks(mask: Mask, block_q: int, block_k: int) -> jax.Array:
 
 
 def whole_blocks(mask: Mask, block_q: int, block_k: int) -> jax.Array:
-    """bool, as `live_blocks`: True only where every query sees every key; no mask is needed there."""
+    """bool, as `live_blocks`: True only where every query sees every key."""
     q, k = _Bounds(None, block_q), _Bounds(None, block_k)
     seen = _pair(q.min(mask.high), k.max(mask.position), lambda high, at: at <= high)
     if mask.low is not None:
@@ -121,5 +121,3 @@ def _pair(q, k, compare):
 def _overlap(q, k, one, two, among_q, among_k):
     start = _pair(q.min(one, among_q), k.max(two, among_k), lambda a, b: a <= b)
     return start & _pair(q.max(one, among_q), k.min(two, among_k), lambda a, b: b <= a)
-
-

@@ -12,11 +12,12 @@ is not there sees nothing and is not seen: its `high` is -inf, its `position` +i
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from efficient_vlm.errors import UserError
 
-__all__ = ["Mask", "all_seen", "make_mask", "visible"]
+__all__ = ["Mask", "all_seen", "choose", "key_mask", "make_mask", "visible"]
 
 # Above every position, below the +inf of what is not there.
 EVERYTHING = 1e30
@@ -69,6 +70,7 @@ def make_mask(
     window_spares_blocks: bool = False,
     q_lengths: jax.Array | None = None,
     kv_lengths: jax.Array | None = None,
+    kv_live: jax.Array | None = None,
 ) -> Mask | None:
     """The mask of a batch, made once for all layers; None where everything sees everything.
 
@@ -88,6 +90,7 @@ def make_mask(
         comes first; 0 for tokens of no block.
       window_spares_blocks: whether they do so however far apart; else the window holds there too.
       q_lengths, kv_lengths: int [B]; queries and keys from there on are not there.
+      kv_live: bool [B, M], or without B; keys that are there.
 
     Raises:
       UserError: one of a pair without the other, or shapes that are not those above.
@@ -102,9 +105,11 @@ def make_mask(
     q = _each(q_positions, queries, "q_positions")
     k = _each(kv_positions, keys, "kv_positions")
     q_segments = None if q_segments is None else _each(q_segments, queries, "q_segments", jnp.int32)
-    kv_segments = None if kv_segments is None else _each(kv_segments, keys, "kv_segments", jnp.int32)
-    limited = causal or window is not None or q_segments is not None
-    if not limited and q_lengths is None and kv_lengths is None:
+    kv_segments = (
+        None if kv_segments is None else _each(kv_segments, keys, "kv_segments", jnp.int32)
+    )
+    limits = (window, q_segments, q_lengths, kv_lengths, kv_live)
+    if not causal and all(limit is None for limit in limits):
         return None
 
     high = q if causal else jnp.full_like(q, EVERYTHING)
@@ -128,6 +133,8 @@ def make_mask(
         gone_q = gone_q | (jnp.arange(queries) >= jnp.reshape(jnp.asarray(q_lengths), (-1, 1)))
     if kv_lengths is not None:
         gone_k = gone_k | (jnp.arange(keys) >= jnp.reshape(jnp.asarray(kv_lengths), (-1, 1)))
+    if kv_live is not None:
+        gone_k = gone_k | ~_each(kv_live, keys, "kv_live", bool)
     if q_segments is not None:
         gone_q, gone_k = gone_q | (q_segments < 0), gone_k | (kv_segments < 0)
         if shared_segment is not None:
@@ -173,12 +180,37 @@ def visible(mask: Mask) -> jax.Array:
     return seen
 
 
-def all_seen(queries: int, keys: int) -> Mask:
-    """A mask that hides nothing, for code that wants one."""
+def key_mask(live: jax.Array, queries: int) -> Mask:
+    """The mask of keys `live`, bool [B, M], which each of the queries sees."""
     return Mask(
         high=jnp.full((1, queries), EVERYTHING, jnp.float32),
-        position=jnp.zeros((1, keys), jnp.float32),
+        position=jnp.where(live, 0.0, jnp.inf).astype(jnp.float32),
     )
+
+
+def all_seen(queries: int, keys: int) -> Mask:
+    """A mask that hides nothing, for code that wants one."""
+    return key_mask(jnp.ones((1, keys), bool), queries)
+
+
+def choose(pick: jax.Array | bool, one: Mask, two: Mask) -> Mask:
+    """`one` where `pick` is true, else `two`; both of the same segments and blocks.
+
+    Args:
+      pick: bool, static or traced scalar: one program serves layers with and without a window.
+    """
+    if isinstance(pick, (bool, np.bool_)):
+        return one if pick else two
+
+    def windowed(mask):
+        if mask.low is not None:
+            return mask
+        return mask.replace(low=jnp.full_like(mask.high, -jnp.inf), near=mask.position)
+
+    if (one.low is None) != (two.low is None):
+        one, two = windowed(one), windowed(two)
+    two = two.replace(spares=one.spares)  # Without a window there is nothing to be spared.
+    return jax.tree.map(lambda a, b: jnp.where(pick, a, b), one, two)
 
 
 def _each(x, count: int, name: str, dtype=jnp.float32) -> jax.Array:
@@ -194,7 +226,8 @@ def _each(x, count: int, name: str, dtype=jnp.float32) -> jax.Array:
 
 
 def _below(x: jax.Array) -> jax.Array:
-    return jnp.nextafter(x, jnp.full_like(x, -jnp.inf))
+    """The next lower number; below 0 one that processors do not flush to 0."""
+    return jnp.where(x == 0, -1e-30, jnp.nextafter(x, jnp.full_like(x, -jnp.inf)))
 
 
 def _check_window(window) -> None:

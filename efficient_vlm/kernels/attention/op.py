@@ -22,7 +22,7 @@ from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.kernels.attention import reference, xla
 from efficient_vlm.kernels.attention.mask import Mask, make_mask
 
-__all__ = ["IMPLEMENTATIONS", "AttentionResult", "attention"]
+__all__ = ["IMPLEMENTATIONS", "AttentionResult", "attention", "attention_importance"]
 
 IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu", "cudnn")
 
@@ -109,7 +109,9 @@ def attention(
     )
     if mask is None:
         mask = make_mask(q.shape[2], k.shape[2], **shapes)
-    elif given := [name for name, value in shapes.items() if value is not None and value is not False]:
+    elif given := [
+        name for name, value in shapes.items() if value is not None and value is not False
+    ]:
         raise UserError(f"attention: mask and {given[0]} are both given", fix="leave one out")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
@@ -125,6 +127,44 @@ def attention(
     if importance_rows is not None:
         importance = _of_rows(call, q, k, key_bias, mask, lse, importance_weights, importance_rows)
     return AttentionResult(out, lse, importance)
+
+
+def attention_importance(
+    q: jax.Array,
+    k: jax.Array,
+    lse: jax.Array,
+    weights: jax.Array,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    key_bias: jax.Array | None = None,
+    mask: Mask | None = None,
+    rows: jax.Array | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """The importance of keys from the lse of an attention computed before; no gradients.
+
+    Args:
+      q, k, scale, softcap, key_bias, mask, implementation: those of that call of `attention`.
+      lse: what it gave, float32 [B, H, N].
+      weights: float [B, N], or [B, R] with `rows`; see `attention`.
+      rows: int [B, R], the query rows of the weights; None for all.
+
+    Returns:
+      float32 [B, M], mean over heads of sum_i weights[b, i] P[b, h, i, j].
+    """
+    q, k, lse, weights, key_bias = lax.stop_gradient((q, k, lse, weights, key_bias))
+    _check(q, k, k, key_bias, weights, rows)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    softcap = None if softcap is None else float(softcap)
+    if key_bias is not None:
+        key_bias = jnp.broadcast_to(key_bias, (q.shape[0], k.shape[2]))
+    call = _Call(scale, softcap, _choice(implementation, q, k, k, mask, weights))
+    if rows is not None:
+        return _of_rows(call, q, k, key_bias, mask, lse, weights, rows)
+    if call.implementation == "reference":
+        return reference.rows(q, k, key_bias, mask, lse, weights, scale=scale, softcap=softcap)
+    return call.run("importance", q, k, key_bias, mask, lse, weights)
 
 
 @struct.dataclass
@@ -144,7 +184,7 @@ class _Call:
         if self.implementation is not None:
             return of(self.implementation)(*args)
         options = {"cpu": of("xla_looped"), "default": of("xla")}
-        if not _unserved("tpu", *args[:3]):
+        if not _unserved("tpu", args[0], args[1], args[1]):
             options["tpu"] = of("tpu")
         return lax.platform_dependent(*args, **options)
 

@@ -167,9 +167,7 @@ def importance(q, k, key_bias, mask, lse, weights, *, scale, softcap, looped):
 
             return cut.over_keys(step, total, live, i), None
 
-        return lax.scan(
-            queries, jnp.zeros(k.shape[:2], cut.exact), (q, lse, jnp.arange(len(q)))
-        )[0]
+        return lax.scan(queries, jnp.zeros(k.shape[:2], cut.exact), (q, lse, jnp.arange(len(q))))[0]
 
     items = (
         cut.queries(q),

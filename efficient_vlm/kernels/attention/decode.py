@@ -1,0 +1,182 @@
+"""Attention of a few new queries to a cache: contiguous or in pages, whole or thinned out, int8."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.kernels.attention.op import AttentionResult
+
+__all__ = ["attention_decode", "quantise"]
+
+_NEGATIVE = -1e30
+# A shorter contiguous cache is one product either way.
+_FEW_KEYS = 1024
+
+
+def attention_decode(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    key_bias: jax.Array | None = None,
+    pages: jax.Array | None = None,
+    kept: jax.Array | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+    live: jax.Array | None = None,
+    importance: bool = False,
+    implementation: str | None = None,
+) -> AttentionResult:
+    """Each query sees the whole cache of its row, up to `lengths`; forward only.
+
+    Without `pages` the cache is k, v [B, Hk, M, D]. With them it is a pool of pages of S tokens,
+    [P, Hk, S, D], and token t of row b is token t % S of page pages[b, t // S]; M = T S for T
+    pages a row. Tokens are read from where they are: no copy of a row's cache is made on a TPU.
+
+    Args:
+      q: [B, H, R, D], R new tokens of each row; all of them see the same keys.
+      k, v: as above; int8 with k_scale and v_scale, else in the dtype of q.
+      lengths: int32 [B], tokens of the cache, or of `kept`.
+      scale, softcap: see `attention`.
+      key_bias: float [B, M], by place in the row.
+      pages: int32 [B, T], or None.
+      kept: int32 [B, K], places in the row of the tokens that are left, in the first `lengths` of
+        the K, for a cache from which tokens were evicted; None for all.
+      k_scale, v_scale: float32, the shape of k and v without D: a token's key is k * k_scale.
+      live: bool [B, M], by place in the row; keys that are seen; None for all.
+      importance: whether to give the attention that each key receives: mean over heads, sum over
+        the R queries (what eviction adds up), [B, M], or [B, K] with `kept`.
+      implementation: "xla", "tpu" (whole pages of 128 tokens or more, no `kept`), or None for the
+        best one where the program runs.
+
+    Returns:
+      out [B, H, R, Dv] in the dtype of q, lse float32 [B, H, R], importance or None. The lse is
+      what merges the parts of a cache: weights exp(lse_a - lse) and exp(lse_b - lse).
+
+    Raises:
+      UserError: shapes that do not fit, or an implementation that cannot serve this.
+    """
+    _check(q, k, v, lengths, pages, k_scale, v_scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    exact = jnp.promote_types(q.dtype, jnp.float32)
+
+    if implementation not in (None, "xla", "tpu"):
+        raise unknown("implementation", str(implementation), ("xla", "tpu"))
+    if problem := _unserved_by_tpu(q, k, pages, kept, importance):
+        if implementation == "tpu":
+            raise UserError(
+                f"attention_decode: implementation 'tpu' has no {problem}",
+                allowed="xla",
+                fix="implementation='xla', or None for the best one",
+            )
+        implementation = "xla"
+    keys = k.shape[2] if pages is None else pages.shape[1] * k.shape[2]
+    columns = jnp.zeros((q.shape[0], keys), exact) if key_bias is None else key_bias.astype(exact)
+    if live is not None:
+        columns = jnp.where(live, columns, _NEGATIVE)
+    options = dict(scale=scale, softcap=None if softcap is None else float(softcap))
+    args = (q, k, v, lengths, pages, columns, k_scale, v_scale)
+    if implementation == "xla":
+        return _plain(*args, kept, importance, **options)
+    from efficient_vlm.kernels.attention.tpu_decode import decode
+
+    kernel = functools.partial(decode, **options)
+    if implementation == "tpu":
+        return AttentionResult(*kernel(*args), None)
+    few = pages is None and keys < _FEW_KEYS
+    plain = lambda *args: _plain(*args, None, False, **options)[:2]  # noqa: E731
+    if few:
+        return AttentionResult(*plain(*args), None)
+    return AttentionResult(*lax.platform_dependent(*args, tpu=kernel, default=plain), None)
+
+
+def _plain(q, k, v, lengths, pages, columns, k_scale, v_scale, kept, importance, *, scale, softcap):
+    """The same in plain XLA; the pages of a row, or its kept tokens, are gathered."""
+    exact = columns.dtype
+
+    def rows(x):
+        """[B, Hk, M, ...] of what is read."""
+        if x is None:
+            return None
+        if pages is not None:
+            x = jnp.moveaxis(x[pages], 2, 1)  # [B, Hk, T, S, ...]
+            x = x.reshape(*x.shape[:2], -1, *x.shape[4:])
+        if kept is None:
+            return x
+        at = kept.reshape(len(kept), 1, -1, *(1,) * (x.ndim - 3))
+        return jnp.take_along_axis(x, at, axis=2)
+
+    k, v, k_scale, v_scale = map(rows, (k, v, k_scale, v_scale))
+    if kept is not None:
+        columns = jnp.take_along_axis(columns, kept, axis=1)
+    batch, heads, queries, dim = q.shape
+    kv_heads, keys = k.shape[1:3]
+    # Queries that share keys are one matrix. The scales of a token multiply whole columns of
+    # logits and of weights: nothing of the size of the cache is dequantised.
+    packed = q.reshape(batch, kv_heads, -1, dim).astype(exact)
+    s = jnp.einsum("bhgd,bhmd->bhgm", packed, k.astype(exact), precision="highest") * scale
+    s = s if k_scale is None else s * k_scale[:, :, None]
+    s = s if softcap is None else softcap * jnp.tanh(s / softcap)
+    seen = (columns > 0.5 * _NEGATIVE) & (jnp.arange(keys) < lengths[:, None])
+    seen = seen[:, None, None]
+    s = jnp.where(seen, s + columns[:, None, None], _NEGATIVE)
+    top = s.max(axis=-1, keepdims=True)
+    p = jnp.where(seen, jnp.exp(s - top), 0)
+    total = p.sum(axis=-1, keepdims=True)
+    some = total > 0
+    p = p / jnp.where(some, total, 1)
+    mixed = p if v_scale is None else jnp.where(seen, p * v_scale[:, :, None], 0)
+    # What absent places hold may be anything.
+    values = jnp.where(jnp.moveaxis(seen, -1, -2), v.astype(exact), 0)
+    out = jnp.einsum("bhgm,bhmd->bhgd", mixed, values, precision="highest")
+    lse = jnp.where(some, top + jnp.log(jnp.where(some, total, 1)), jnp.inf)[..., 0]
+    shape = (batch, heads, queries)
+    found = p.sum(axis=(1, 2)) / heads if importance else None
+    return AttentionResult(out.reshape(*shape, -1).astype(q.dtype), lse.reshape(shape), found)
+
+
+def _unserved_by_tpu(q, k, pages, kept, importance) -> str | None:
+    """The feature that the kernel lacks for this call, or None."""
+    if kept is not None:
+        return "kept tokens (whole pages only)"
+    if importance:
+        return "importance"
+    if q.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"{q.dtype}"
+    if pages is not None and k.shape[2] % 128:
+        return f"pages of {k.shape[2]} tokens (multiples of 128)"
+    return None
+
+
+def quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[..., D] -> int8 [..., D] and float32 [...], a scale for each token and head."""
+    x = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(x), axis=-1) / 127
+    safe = jnp.where(scale > 0, scale, 1)
+    return jnp.round(x / safe[..., None]).astype(jnp.int8), scale
+
+
+def _check(q, k, v, lengths, pages, k_scale, v_scale) -> None:
+    batch, heads, _, dim = q.shape
+    if k.ndim != 4 or k.shape[:3] != v.shape[:3] or k.shape[3] != dim or heads % k.shape[1]:
+        raise UserError(
+            f"attention_decode: q {q.shape}, k {k.shape} and v {v.shape} do not fit",
+            allowed="q [B, H, R, D], k and v [B, Hk, M, D], or pages [P, Hk, S, D]",
+        )
+    if (pages is None and k.shape[0] != batch) or (pages is not None and len(pages) != batch):
+        raise UserError(f"attention_decode: q has {batch} rows, the cache another number")
+    if jnp.shape(lengths) != (batch,):
+        raise UserError(f"attention_decode: lengths {jnp.shape(lengths)}", allowed=f"[{batch}]")
+    for name, x, given in (("k", k, k_scale), ("v", v, v_scale)):
+        if (x.dtype == jnp.int8) != (given is not None):
+            raise UserError(
+                f"attention_decode: {name} is {x.dtype} and {name}_scale "
+                + ("missing" if given is None else "given"),
+                allowed="int8 with a scale for each token and head, or neither",
+            )

@@ -1,0 +1,193 @@
+"""Attention of a few queries to a cache on TPUs: pages are read from where they are, int8 as int8.
+
+One grid step is one page (or one block of a contiguous cache) of one key head. The page table and
+the lengths are prefetched scalars that drive the index maps, so that pages behind the end of a row
+are neither fetched nor computed; the queries that share a key head are the rows of one product.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from efficient_vlm.kernels.attention import tpu
+
+_NEGATIVE = -1e30
+_LANES = 128
+_ROWS = 16  # Queries of a product are padded to whole tiles, of bfloat16 as well.
+_BLOCK = 512  # Keys of a block of a contiguous cache.
+_VMEM_BYTES = 32 * 2**20
+
+
+def decode(q, k, v, lengths, pages, columns, k_scale, v_scale, *, scale, softcap):
+    """(out [B, H, R, Dv] in the dtype of q, lse float32 [B, H, R]).
+
+    Args:
+      q: [B, H, R, D].
+      k, v: [P, Hk, S, D and Dv] with pages int32 [B, T], or [B, Hk, M, D and Dv] with pages None.
+      lengths: int32 [B].
+      columns: float32 [B, M]: the bias of each key, -1e30 for one that is not seen.
+      k_scale, v_scale: float32, the shape of k and v without D, for int8; else None.
+    """
+    batch, heads, queries, dim = q.shape
+    kv_heads, value_dim = k.shape[1], v.shape[-1]
+    rows = heads // kv_heads * queries
+    padded = -(-rows // _ROWS) * _ROWS
+    packed = q.reshape(batch, kv_heads, rows, dim)
+    packed = jnp.pad(packed, ((0, 0), (0, 0), (0, padded - rows), (0, 0)))
+    contiguous = pages is None
+    if contiguous:
+        k, v, columns, k_scale, v_scale, block = _blocks(k, v, columns, k_scale, v_scale)
+        # Blocks of a row are its pages: a table is not needed, but keeps one kernel.
+        steps = k.shape[2] // block
+        pages = jnp.zeros((batch, 1), jnp.int32)
+    else:
+        block, steps = k.shape[2], pages.shape[1]
+    counts = (jnp.minimum(lengths, steps * block) + block - 1) // block
+
+    def last(b, t, counts):
+        return jnp.minimum(t, jnp.maximum(counts[b] - 1, 0))
+
+    def page(b, h, t, lengths, counts, pages):
+        if contiguous:
+            return b, h, last(b, t, counts), 0
+        return pages[b, last(b, t, counts)], h, 0, 0
+
+    def scale_row(b, h, t, lengths, counts, pages):
+        first, head, place, _ = page(b, h, t, lengths, counts, pages)
+        return first, head, 0, place
+
+    def own(b, h, t, lengths, counts, pages):
+        return b, h, 0, 0
+
+    def column(b, h, t, lengths, counts, pages):
+        return b, 0, last(b, t, counts)
+
+    operands = [packed, k, v, columns[:, None]]
+    in_specs = [
+        pl.BlockSpec((1, 1, padded, dim), own),
+        pl.BlockSpec((1, 1, block, dim), page),
+        pl.BlockSpec((1, 1, block, value_dim), page),
+        pl.BlockSpec((1, 1, block), column),
+    ]
+    for x in (k_scale, v_scale):
+        if x is not None:
+            operands.append(x.astype(jnp.float32)[:, :, None])
+            in_specs.append(pl.BlockSpec((1, 1, 1, block), scale_row))
+    kernel = functools.partial(
+        _kernel,
+        scale=scale,
+        softcap=softcap,
+        block=block,
+        steps=steps,
+        scaled=(k_scale is not None, v_scale is not None),
+    )
+    out, lse = pl.pallas_call(
+        kernel,
+        out_shape=(
+            jax.ShapeDtypeStruct((batch, kv_heads, padded, value_dim), q.dtype),
+            jax.ShapeDtypeStruct((batch, kv_heads, padded, _LANES), jnp.float32),
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(batch, kv_heads, steps),
+            in_specs=in_specs,
+            out_specs=(
+                pl.BlockSpec((1, 1, padded, value_dim), own),
+                pl.BlockSpec((1, 1, padded, _LANES), own),
+            ),
+            scratch_shapes=[
+                pltpu.VMEM((padded, _LANES), jnp.float32),
+                pltpu.VMEM((padded, _LANES), jnp.float32),
+                pltpu.VMEM((padded, value_dim), jnp.float32),
+            ],
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=_VMEM_BYTES,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * batch * heads * queries * steps * block * (dim + value_dim),
+            transcendentals=batch * heads * queries * steps * block,
+            bytes_accessed=batch * kv_heads * steps * block * (dim + value_dim) * k.dtype.itemsize,
+        ),
+        interpret=tpu.interpretation(),
+        name="attention_decode",
+    )(lengths.astype(jnp.int32), counts.astype(jnp.int32), pages.astype(jnp.int32), *operands)
+    shape = (batch, heads, queries)
+    out = out[:, :, :rows].reshape(*shape, value_dim)
+    return out, lse[:, :, :rows, 0].reshape(shape)
+
+
+def _blocks(k, v, columns, k_scale, v_scale):
+    """A contiguous cache in whole blocks; what is added is not seen."""
+    count = k.shape[2]
+    block = min(_BLOCK, -(-count // _LANES) * _LANES)
+    more = -count % block
+    if more:
+        k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in (k, v))
+        columns = jnp.pad(columns, ((0, 0), (0, more)), constant_values=_NEGATIVE)
+        k_scale, v_scale = (
+            None if x is None else jnp.pad(x, ((0, 0), (0, 0), (0, more)))
+            for x in (k_scale, v_scale)
+        )
+    return k, v, columns, k_scale, v_scale, block
+
+
+def _kernel(lengths, counts, pages, q, k, v, columns, *rest, scale, softcap, block, steps, scaled):
+    del pages  # The index maps read it.
+    rest = list(rest)
+    k_scale = rest.pop(0) if scaled[0] else None
+    v_scale = rest.pop(0) if scaled[1] else None
+    out, lse, top, total, acc = rest
+    b, t = pl.program_id(0), pl.program_id(2)
+
+    @pl.when(t == 0)
+    def _():
+        top[...] = jnp.full_like(top, _NEGATIVE)
+        total[...] = jnp.zeros_like(total)
+        acc[...] = jnp.zeros_like(acc)
+
+    @pl.when(t < counts[b])
+    def _():
+        queries = q[0, 0]
+        s = _dot(queries, k[0, 0].astype(queries.dtype), 1) * scale
+        if k_scale is not None:
+            s = s * k_scale[0, 0]
+        if softcap is not None:
+            s = softcap * jnp.tanh(s / softcap)
+        bias = columns[0]
+        place = t * block + lax.broadcasted_iota(jnp.int32, bias.shape, 1)
+        seen = (bias > 0.5 * _NEGATIVE) & (place < lengths[b])
+        s = jnp.where(seen, s + bias, _NEGATIVE)
+        before = top[:, :1]
+        higher = jnp.maximum(before, s.max(axis=-1, keepdims=True))
+        p = jnp.where(seen, jnp.exp(s - higher), 0.0)
+        shrink = jnp.exp(before - higher)
+        total[...] = jnp.broadcast_to(
+            total[:, :1] * shrink + p.sum(axis=-1, keepdims=True), total.shape
+        )
+        top[...] = jnp.broadcast_to(higher, top.shape)
+        if v_scale is not None:
+            p = jnp.where(seen, p * v_scale[0, 0], 0.0)
+        acc[...] = acc[...] * shrink + _dot(
+            p.astype(queries.dtype), v[0, 0].astype(queries.dtype), 0
+        )
+
+    @pl.when(t == steps - 1)
+    def _():
+        some = total[:, :1] > 0
+        norm = jnp.where(some, total[:, :1], 1.0)
+        out[0, 0] = jnp.where(some, acc[...] / norm, 0.0).astype(out.dtype)
+        lse[0, 0] = jnp.where(some, top[...] + jnp.log(norm), jnp.inf)
+
+
+def _dot(a, b, axis):
+    """a [R, K] with b, contracted over its `axis`; float32."""
+    exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return lax.dot_general(
+        a, b, (((1,), (axis,)), ((), ())), precision=exact, preferred_element_type=jnp.float32
+    )

@@ -1,0 +1,162 @@
+"""Attention in blocks: the contract, float64 against autodiff, memory, platforms."""
+
+import attention_cases as cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_contract import AttentionContract
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from efficient_vlm.errors import UserError
+from efficient_vlm.kernels.attention import attention, op, xla
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Blocks of a few dozen, so that small problems have many."""
+    monkeypatch.setattr(xla, "_BLOCK_LOGITS", 2**12)
+    monkeypatch.setattr(xla, "_MOST_KEYS", 64)
+    monkeypatch.setattr(xla, "_MASKED_KEYS", 64)
+
+
+class TestLooped(AttentionContract):
+    """As on a CPU."""
+
+    implementation = "xla"
+
+
+class TestBatched(AttentionContract):
+    """As on an accelerator without a kernel."""
+
+    implementation = "xla"
+
+    @pytest.fixture(autouse=True)
+    def elsewhere(self, monkeypatch):
+        monkeypatch.setattr(op.jax, "default_backend", lambda: "gpu")
+
+
+class TestReference(AttentionContract):
+    """The oracle itself, against loops and identities."""
+
+    implementation = "reference"
+
+
+FEATURES = [name for name in cases.FEATURES if name != "importance"]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    features=st.lists(st.sampled_from(FEATURES), min_size=1, max_size=3, unique=True),
+    importance=st.booleans(),
+    groups=st.sampled_from([(4, 4), (4, 2), (4, 1)]),
+    looped=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_float64_agrees_with_autodiff(features, importance, groups, looped, seed):
+    """Closed-form gradients in blocks against autodiff of the definition: 1e-12."""
+    features = [*features, "importance"] if importance else features
+    shape = (2, *groups, 21, 27, 8, 5)
+    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(xla, "_BLOCK_LOGITS", 8 * 8 * groups[0] // groups[1])
+        patch.setattr(xla, "_MOST_KEYS", 8)
+        patch.setattr(xla, "_MASKED_KEYS", 8)
+        patch.setattr(op.jax, "default_backend", lambda: "cpu" if looped else "gpu")
+        q, k, v = cases.arrays(shape, seed, np.float64)
+        options = cases.options(features, shape, seed, np.float64)
+        names = [name for name in ("key_bias", "importance_weights") if name in options]
+        moved = [q, k, v, *(options.pop(name) for name in names)]
+        rng = np.random.default_rng(seed)
+        sizes = [(2, 4, 21, 5), (2, 4, 21), (2, 27)]
+        ways = [jnp.asarray(rng.normal(size=size)) for size in sizes]
+
+        def everything(implementation):
+            def function(q, k, v, *rest):
+                more = dict(zip(names, rest, strict=True))
+                found = attention(q, k, v, implementation=implementation, **more, **options)
+                lse = jnp.where(jnp.isfinite(found.lse), found.lse, 0)
+                return tuple(x for x in (found.out, lse, found.importance) if x is not None)
+
+            @jax.jit
+            def both(*moved):
+                found, pull = jax.vjp(function, *moved)
+                return *found, *pull(tuple(ways[: len(found)]))
+
+            return both(*moved)
+
+        for one, two in zip(everything("xla"), everything("reference"), strict=True):
+            assert one.dtype == jnp.float64
+            np.testing.assert_allclose(one, two, rtol=1e-12, atol=1e-12)
+        loops = cases.by_hand(q, k, v, **dict(zip(names, moved[3:], strict=True)), **options)
+        found = attention(
+            *(q, k, v),
+            implementation="reference",
+            **dict(zip(names, moved[3:], strict=True)),
+            **options,
+        )
+        for one, two in zip(found, loops, strict=True):
+            if two is not None:
+                np.testing.assert_allclose(one, two, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("looped", [True, False])
+def test_memory_grows_with_tokens_not_with_their_square(backward, looped, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(op.jax, "default_backend", lambda: "cpu" if looped else "gpu")
+
+    def temporaries(count):
+        def function(q, k, v, bias, weights):
+            given = dict(key_bias=bias, importance_weights=weights, implementation="xla")
+            found = attention(q, k, v, causal=True, **given)
+            return found.out.sum() + found.importance[:, :9].sum()
+
+        function = jax.grad(function, (0, 1, 2, 3)) if backward else function
+        shapes = [jax.ShapeDtypeStruct((1, 2, count, 64), jnp.float32)] * 3
+        shapes += [jax.ShapeDtypeStruct((1, count), jnp.float32)] * 2
+        compiled = jax.jit(function).lower(*shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    if looped:
+        assert temporaries(8192) < 8192 * 8192 * 4 / 4
+    assert temporaries(16384) < 2.3 * temporaries(8192)
+
+
+LARGE = [jax.ShapeDtypeStruct((1, 12, 1024, 64), jnp.float32)] * 3
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_platform_lowered_for_decides(platform, backward):
+    def function(q, k, v):
+        return attention(q, k, v).out.sum()
+
+    function = jax.grad(function, (0, 1, 2)) if backward else function
+    text = jax.jit(function).trace(*LARGE).lower(lowering_platforms=(platform,)).as_text()
+    assert "12x1024x1024xf32" not in text
+    batched = "12x1x1024x64xf32" in text
+    assert batched == (platform == "cuda")
+
+
+def test_small_problems_take_the_whole_map():
+    small = [jax.ShapeDtypeStruct((2, 4, 64, 16), jnp.float32)] * 3
+    text = jax.jit(lambda q, k, v: attention(q, k, v).out).lower(*small).as_text()
+    assert "while" not in text and "2x4x64x64xf32" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(implementation="cuda"), "reference, tpu, xla"),
+        (dict(key_bias=np.zeros((2, 5))), "[2, 27]"),
+        (dict(window=-1), "from 1"),
+        (dict(q_segments=np.zeros((2, 21))), "together"),
+        (dict(kv_positions=np.arange(3)), "[batch, 27]"),
+        (dict(importance_weights=np.zeros((2, 27))), "[2, 21]"),
+    ],
+)
+def test_mistakes_are_named(change, words):
+    with pytest.raises(UserError) as error:
+        attention(*cases.arrays(cases.SMALL), **change)
+    assert words in str(error.value) and len(str(error.value).splitlines()) <= 3

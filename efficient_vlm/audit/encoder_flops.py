@@ -10,7 +10,6 @@ from efficient_vlm.models.intermediates import parse_intermediate
 from efficient_vlm.models.vit import ViT
 
 _CHANNELS = 3
-_BLOCK = 64  # Queries at a time in `models.attention.attention_received`.
 
 
 def _one_row(places: int, width: int) -> int:
@@ -19,9 +18,8 @@ def _one_row(places: int, width: int) -> int:
 
 
 def _all_rows(places: int, width: int) -> int:
-    """All queries with all keys, in whole blocks, and their sum: about half an attention."""
-    queries = -(-places // _BLOCK) * _BLOCK
-    return dense(queries, width, places) + dense(queries, 1, places)
+    """All queries with all keys a second time: half an attention (`attention_importance`)."""
+    return dense(places, width, places)
 
 
 def _there_anyway(places: int, width: int) -> int:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_vlm.compressors import grids
+from efficient_vlm.kernels.attention import Mask
 
 
 @flax.struct.dataclass
@@ -99,7 +100,11 @@ class DecoderState:
       after: [B, S, D], those that left it; the visual part is the `embed` of the tokens.
       first_visual, first_text: [B, N, D] and [B, L, D], what entered the decoder's first layer.
       first_live: bool [B, N], which of the first visual tokens are real.
+      mask: which keys each place sees in that layer; None for all places up to its own.
+      lse: float32 [B, H, S], logarithm of the sum of exponentials of the logits of that layer; None
+        where it was not computed.
       scale: static, multiplies the logits.
+      softcap: static, of the logits, see `kernels.attention`.
       bidirectional: static, whether visual tokens see all visual tokens or only earlier ones.
     """
 
@@ -116,7 +121,10 @@ class DecoderState:
     first_visual: jax.Array
     first_text: jax.Array
     first_live: jax.Array
+    mask: Mask | None = None
+    lse: jax.Array | None = None
     scale: float = flax.struct.field(pytree_node=False, default=1.0)
+    softcap: float | None = flax.struct.field(pytree_node=False, default=None)
     bidirectional: bool = flax.struct.field(pytree_node=False, default=False)
 
 

@@ -156,6 +156,7 @@ class Decoder(DecoderFields):
             first_text=text,
             first_live=visual.mask,
             scale=scale,
+            softcap=self.attention_softcap,
             bidirectional=self.bidirectional_visual,
         )
         outputs, caches, sources, state = [], [], [], None
@@ -275,7 +276,7 @@ class Decoder(DecoderFields):
             x, part, seen = stack.one(done, x, inputs, self._empty(x, cache_slots))
             parts.append(part)
             if getattr(following, "looks", "previous") == "next":
-                seen = stack.look(run.stop, x, inputs.positions, last)
+                seen = stack.look(run.stop, x, inputs, last)
             state = DecoderState(
                 **seen,
                 live=inputs.live,

@@ -40,6 +40,10 @@ class LayerInputs:
     probe: tuple[jax.Array, jax.Array] | None = None
     local_mask: Mask | None = None
 
+    def mask_of(self, local: Any) -> Mask:
+        """The mask of a layer that is local, or is not: bool, static or traced."""
+        return self.mask if self.local_mask is None else choose(local, self.local_mask, self.mask)
+
 
 class DecoderBlock(nn.Module):
     """Attention, then a feed-forward layer or a mixture of experts, with norms around them.
@@ -89,11 +93,9 @@ class DecoderBlock(nn.Module):
 
         Returns:
           x behind the layer, and a pair: (cache, router statistics, attention of the probed rows),
-          and what its attention saw: query, key, plain_query, plain_key.
+          and what its attention saw: query, key, plain_query, plain_key, mask, lse.
         """
-        mask = inputs.mask
-        if inputs.local_mask is not None:
-            mask = choose(local, inputs.local_mask, mask)
+        mask = inputs.mask_of(local)
         entered = self._entering(x)
         y, inner = self.attend(
             entered,
@@ -108,7 +110,10 @@ class DecoderBlock(nn.Module):
             y = self.attention_post_norm(y)
         x = nn.with_logical_constraint(x + y, ("batch", None, "embed"))
         cache = inner.pop("cache")
-        inner = {name: inner[name] for name in ("query", "key", "plain_query", "plain_key")}
+        inner = {
+            name: inner[name]
+            for name in ("query", "key", "plain_query", "plain_key", "mask", "lse")
+        }
         looks = None
         if inputs.probe is not None:
             query, key = inner["query"], inner["key"]

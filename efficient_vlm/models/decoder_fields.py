@@ -45,7 +45,7 @@ class DecoderFields(nn.Module):
         `rotary.rotate`.
       layer_types: "global" or "local" for each layer; None for all global.
       window, window_spares_blocks: keys that a query of a local layer sees, see
-        `attention.attention_mask`; window None for all.
+        `kernels.attention.make_mask`; window None for all.
       local_rope: theta and scaling of local layers, None for those of the others.
       qk_norm, qk_scale, qkv_bias, out_bias: see `attention.Attention`; `attention_scale` is its
         logit_scale, `attention_softcap` its softcap.

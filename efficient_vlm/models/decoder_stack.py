@@ -96,12 +96,13 @@ class DecoderStack:
             outputs = jax.tree.map(lambda value: value[None], outputs)
         return self._deepened(index, x), outputs, seen
 
-    def look(self, index: int, x: jax.Array, positions: jax.Array, last: jax.Array):
-        """Queries and keys that a layer would make; see `DecoderBlock.look`."""
+    def look(self, index: int, x: jax.Array, inputs: LayerInputs, last: jax.Array):
+        """Queries, keys and mask that a layer would have; see `DecoderBlock.look`."""
         name, at = self._find(index)
         params = {"params": layer_of(self.params[name], at)}
         local = self._is_local(index)
-        return self.blocks[name].apply(params, x, positions, last, local, method="look")
+        seen = self.blocks[name].apply(params, x, inputs.positions, last, local, method="look")
+        return {**seen, "mask": inputs.mask_of(local)}
 
     def _is_local(self, index: int) -> bool:
         return False if self.local is None else bool(self.local[index])

@@ -23,7 +23,7 @@ class Placement:
       visual_position, text_position: rotary positions, int32 [R, V] and [R, S], or with a last axis
         for models with several position axes (M-RoPE).
       visual_block, text_block: int32 [R, V] and [R, S], 0 for tokens of no block, see
-        `attention.attention_mask`.
+        `kernels.attention.make_mask`.
       next_index, next_position: int32 [R], of the first token to be generated.
     """
 

@@ -11,6 +11,7 @@ from tiny_models import MOE
 
 from efficient_vlm.compressors import Signals, VisualTokens, build, names
 from efficient_vlm.compressors.in_decoder.base import InDecoder
+from efficient_vlm.compressors.in_decoder.rows import attention_rows
 from efficient_vlm.compressors.methods import METHODS
 from efficient_vlm.compressors.tokens import merge, take
 from efficient_vlm.errors import UserError
@@ -323,7 +324,8 @@ def test_what_methods_in_the_decoder_see(plain, inputs, monkeypatch, looks):
     text = state.prompt.shape[1]
     positions = jnp.concatenate([jnp.arange(count), count + jnp.arange(text)])
     positions = jnp.broadcast_to(positions, state.live.shape).astype(jnp.float32)
-    sizes = (count + text,) * 2
+    place = jnp.arange(count + text)
+    sizes = (len(place),) * 2
     mask = make_mask(*sizes, causal=True, prefix_length=count, kv_live=state.live)
     given = LayerInputs(positions, mask, jnp.zeros(state.live.shape), state.live)
     states, saw = [x], []
@@ -347,6 +349,13 @@ def test_what_methods_in_the_decoder_see(plain, inputs, monkeypatch, looks):
     where = live if looks == "previous" else asked
     same(state.query, expected["query"], where)
     same(state.plain_query, expected["plain_query"], where)
+    # What the layer masked and summed is what the rows of attention are made of.
+    index = jnp.broadcast_to(place, state.live.shape) if looks == "previous" else asked[1][:, None]
+    alone = state.replace(mask=None, lse=None)
+    assert (state.lse is not None) == (looks == "previous")
+    np.testing.assert_allclose(
+        attention_rows(state, index), attention_rows(alone, index), atol=1e-6
+    )
     lengths = batch["prompt_lengths"].reshape(-1)
     np.testing.assert_array_equal(state.last, count + lengths - 1)
     np.testing.assert_array_equal(state.prompt.sum(1), lengths)

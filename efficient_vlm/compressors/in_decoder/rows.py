@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_vlm.compressors.tokens import DecoderState
+from efficient_vlm.kernels.attention import mask_rows, visible
 
 HEADS = ("mean", "max", "each")
 BLOCK = 64
@@ -31,8 +32,9 @@ def attention_rows(
 ) -> jax.Array:
     """softmax(scale q_i K^T + bias) of some query rows i, over the live keys that they see.
 
-    A row sees the places up to its own; a visual row of a `bidirectional` decoder all visual
-    places. Heads of the query share keys in groups, in order (GQA).
+    A row sees what the layer's mask says; where the state has none, the places up to its own, and a
+    visual row of a `bidirectional` decoder all visual places. Heads of the query share keys in
+    groups, in order (GQA).
 
     Args:
       state: of the layer that is looked at.
@@ -63,17 +65,27 @@ def attention_rows(
         preferred_element_type=jnp.float32,
     ).reshape(batch, kv_heads * groups, rows, places)
     bias = jnp.where(state.live, state.bias, 0).astype(jnp.float32)
-    logits = logits * state.scale + bias[:, None, None]
+    logits = logits * state.scale
+    if state.softcap is not None:
+        logits = state.softcap * jnp.tanh(logits / state.softcap)
+    logits = logits + bias[:, None, None]
 
-    place, own = jnp.arange(places), index[..., None]
-    sees = place <= own
-    if state.bidirectional:
-        count = num_visual(state)
-        sees |= (own < count) & (place < count)
+    if state.mask is not None:
+        sees = visible(mask_rows(state.mask, index))
+    else:
+        place, own = jnp.arange(places), index[..., None]
+        sees = place <= own
+        if state.bidirectional:
+            count = num_visual(state)
+            sees |= (own < count) & (place < count)
     sees &= state.live[:, None] & lives[..., None]
     if among is not None:
         sees &= among[:, None]
     sees = sees[:, None]  # [B, 1, R, S]
+    if state.lse is not None and rotary and among is None:
+        # The layer has summed these exponentials already.
+        lse = jnp.take_along_axis(state.lse, index[:, None], axis=2)[..., None]
+        return jnp.where(sees, jnp.exp(jnp.where(sees, logits, 0.0) - lse), 0.0)
     top = jnp.max(jnp.where(sees, logits, -jnp.inf), axis=-1, keepdims=True)
     top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
     weight = jnp.where(sees, jnp.exp(jnp.where(sees, logits - top, 0.0)), 0.0)

@@ -2,7 +2,14 @@
 
 from efficient_vlm.kernels.attention.compact import Compacted, compact, keep_blocks
 from efficient_vlm.kernels.attention.decode import attention_decode, quantise
-from efficient_vlm.kernels.attention.mask import Mask, choose, key_mask, make_mask, visible
+from efficient_vlm.kernels.attention.mask import (
+    Mask,
+    choose,
+    key_mask,
+    make_mask,
+    mask_rows,
+    visible,
+)
 from efficient_vlm.kernels.attention.op import (
     IMPLEMENTATIONS,
     AttentionResult,
@@ -23,6 +30,7 @@ __all__ = [
     "keep_blocks",
     "key_mask",
     "make_mask",
+    "mask_rows",
     "quantise",
     "visible",
 ]

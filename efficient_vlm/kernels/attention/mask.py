@@ -17,7 +17,7 @@ from flax import struct
 
 from efficient_vlm.errors import UserError
 
-__all__ = ["Mask", "all_seen", "choose", "key_mask", "make_mask", "visible"]
+__all__ = ["Mask", "all_seen", "choose", "key_mask", "make_mask", "mask_rows", "visible"]
 
 # Above every position, below the +inf of what is not there.
 EVERYTHING = 1e30
@@ -191,6 +191,22 @@ def key_mask(live: jax.Array, queries: int) -> Mask:
 def all_seen(queries: int, keys: int) -> Mask:
     """A mask that hides nothing, for code that wants one."""
     return key_mask(jnp.ones((1, keys), bool), queries)
+
+
+def mask_rows(mask: Mask, rows: jax.Array) -> Mask:
+    """The mask of some queries: rows int [B, R]."""
+
+    def take(x):
+        if x is None:
+            return None
+        return jnp.take_along_axis(jnp.broadcast_to(x, (len(rows), x.shape[1])), rows, axis=1)
+
+    return mask.replace(
+        high=take(mask.high),
+        low=take(mask.low),
+        q_segment=take(mask.q_segment),
+        q_block=take(mask.q_block),
+    )
 
 
 def choose(pick: jax.Array | bool, one: Mask, two: Mask) -> Mask:

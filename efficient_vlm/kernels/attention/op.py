@@ -20,7 +20,7 @@ from jax import lax
 
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.kernels.attention import reference, xla
-from efficient_vlm.kernels.attention.mask import Mask, make_mask
+from efficient_vlm.kernels.attention.mask import Mask, make_mask, mask_rows
 
 __all__ = ["IMPLEMENTATIONS", "AttentionResult", "attention", "attention_importance"]
 
@@ -249,13 +249,7 @@ def _of_rows(call, q, k, key_bias, mask, lse, weights, rows):
     """Importance of R rows from their lse: no softmax is computed a second time."""
     some = jnp.take_along_axis(q, rows[:, None, :, None], axis=2)
     lse = jnp.take_along_axis(lse, rows[:, None], axis=2)
-    if mask is not None:
-        fields = {}
-        for name in ("high", "low", "q_segment", "q_block"):
-            if (x := getattr(mask, name)) is not None:
-                x = jnp.broadcast_to(x, (len(rows), x.shape[1]))
-                fields[name] = jnp.take_along_axis(x, rows, axis=1)
-        mask = mask.replace(**fields)
+    mask = None if mask is None else mask_rows(mask, rows)
     options = dict(scale=call.scale, softcap=call.softcap)
     return reference.rows(some, k, key_bias, mask, lse, weights, **options)
 

@@ -159,10 +159,12 @@ def attention_importance(
     softcap = None if softcap is None else float(softcap)
     if key_bias is not None:
         key_bias = jnp.broadcast_to(key_bias, (q.shape[0], k.shape[2]))
-    call = _Call(scale, softcap, _choice(implementation, q, k, k, mask, weights))
+    if implementation is not None:
+        implementation = _choice(implementation, q, k, k, mask, weights)
+    call = _Call(scale, softcap, implementation)
     if rows is not None:
         return _of_rows(call, q, k, key_bias, mask, lse, weights, rows)
-    if call.implementation == "reference":
+    if implementation == "reference":
         return reference.rows(q, k, key_bias, mask, lse, weights, scale=scale, softcap=softcap)
     return call.run("importance", q, k, key_bias, mask, lse, weights)
 

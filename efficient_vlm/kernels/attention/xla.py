@@ -19,12 +19,13 @@ from efficient_vlm.kernels.attention.mask import SHARED, Mask
 
 __all__ = ["backward", "forward", "importance"]
 
-# Logits of one block: 2 MiB in float32. Smaller blocks make the products inefficient, larger ones
-# leave the cache.
-_BLOCK_LOGITS = 2**19
-_MOST_KEYS = 1024
-# Keys of a block where some of them may be left out.
-_MASKED_KEYS = 512
+# Queries (of all heads that share keys) and keys of one block: 2 MiB of logits in float32. Smaller
+# blocks make the products inefficient, larger ones leave the cache (measured from 512 to 2048
+# queries and 256 to 1024 keys, forward and backward).
+_BLOCK_QUERIES = 1024
+_BLOCK_KEYS = 512
+# Under a mask smaller blocks leave out more.
+_MASKED_KEYS = 256
 _NEGATIVE = -1e30
 
 
@@ -233,8 +234,8 @@ class _Cut:
         self.exact = jnp.promote_types(q.dtype, jnp.float32)
         # A CPU multiplies nothing but float32 and float64 fast.
         self.operand = self.exact if looped else q.dtype
-        self.block_k = min(self.num_keys, _MOST_KEYS if mask is None else _MASKED_KEYS)
-        most = max(1, _BLOCK_LOGITS // (self.groups * self.block_k)) if looped else 2048
+        self.block_k = min(self.num_keys, _BLOCK_KEYS if mask is None else _MASKED_KEYS)
+        most = max(1, _BLOCK_QUERIES // self.groups) if looped else 2048
         pieces = -(-self.count // most)
         self.block_q = -(-self.count // pieces)
         self.blocks_q = -(-self.count // self.block_q)

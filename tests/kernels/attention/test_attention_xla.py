@@ -16,8 +16,8 @@ from efficient_vlm.kernels.attention import attention, op, xla
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks of a few dozen, so that small problems have many."""
-    monkeypatch.setattr(xla, "_BLOCK_LOGITS", 2**12)
-    monkeypatch.setattr(xla, "_MOST_KEYS", 64)
+    monkeypatch.setattr(xla, "_BLOCK_QUERIES", 128)
+    monkeypatch.setattr(xla, "_BLOCK_KEYS", 128)
     monkeypatch.setattr(xla, "_MASKED_KEYS", 64)
 
 
@@ -59,8 +59,8 @@ def test_float64_agrees_with_autodiff(features, importance, groups, looped, seed
     features = [*features, "importance"] if importance else features
     shape = (2, *groups, 21, 27, 8, 5)
     with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(xla, "_BLOCK_LOGITS", 8 * 8 * groups[0] // groups[1])
-        patch.setattr(xla, "_MOST_KEYS", 8)
+        patch.setattr(xla, "_BLOCK_QUERIES", 8 * groups[0] // groups[1])
+        patch.setattr(xla, "_BLOCK_KEYS", 8)
         patch.setattr(xla, "_MASKED_KEYS", 8)
         patch.setattr(op.jax, "default_backend", lambda: "cpu" if looped else "gpu")
         q, k, v = cases.arrays(shape, seed, np.float64)

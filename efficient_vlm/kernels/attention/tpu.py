@@ -1,0 +1,126 @@
+"""Attention on TPUs: Pallas (Mosaic) kernels that neither fetch nor compute blocks without keys.
+
+A mask of O(N + M) numbers (`mask.Mask`) says which blocks of the map hold anything. The lists of
+them are prefetched scalars that drive the index maps of the pipeline: a block that is not listed is
+never fetched, and blocks in which everything is seen skip the arithmetic of the mask. The numbers
+of a token (of its mask, bias, lse and delta) lie side by side, 32 bytes; lse and sums over queries
+are written as rows, 4 bytes a number where lanes would take 512.
+
+The passes are those of arXiv 2205.14135 (section 3.1, appendix B.4) with a bias for each key and
+its gradient, one more sum of a row. The kernels are checked in Pallas' interpreters, for races as well,
+and compiled ahead of time for v5e, v5p and v6e; they have not been run on a TPU.
+"""
+
+import contextlib
+import contextvars
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from efficient_vlm.kernels.attention import tpu_kernels as kernels
+from efficient_vlm.kernels.attention.tpu_call import LANES, Call
+
+__all__ = ["backward", "forward", "importance", "interpretation", "interpreted", "unserved"]
+
+_MOST_DIM = 256
+
+_INTERPRET: contextvars.ContextVar[Any] = contextvars.ContextVar("interpret", default=False)
+
+
+@contextlib.contextmanager
+def interpreted(how: Any = True):
+    """Kernels traced inside run in an interpreter: True, or a `pltpu.InterpretParams`."""
+    token = _INTERPRET.set(how)
+    try:
+        yield
+    finally:
+        _INTERPRET.reset(token)
+
+
+def interpretation() -> Any:
+    """What `interpreted` says now, for `pallas_call`."""
+    return _INTERPRET.get()
+
+
+def unserved(q, k, v, mask=None, weights=None) -> str | None:
+    """The feature that these kernels lack for a call, or None."""
+    del k, v, mask, weights
+    if q.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return str(q.dtype)
+    return f"head dim {q.shape[-1]} (at most {_MOST_DIM})" if q.shape[-1] > _MOST_DIM else None
+
+
+def forward(q, k, v, key_bias, mask, *, scale, softcap):
+    """(out [B, H, N, Dv], lse float32 [B, H, N]); see `xla.forward`."""
+    call = Call("forward", q, k, v, key_bias, mask, scale, softcap)
+    wide, rows = call.v.shape[-1], call.block_q
+    shapes = (
+        jax.ShapeDtypeStruct((*call.q.shape[:3], wide), call.dtype),
+        jax.ShapeDtypeStruct((*call.q.shape[:2], 1, call.padded_q), jnp.float32),
+    )
+    scratch = ((rows, LANES), (rows, LANES), (rows, wide), (rows, LANES))
+    spec, lists = call.by_queries(("q", "k", "v", "rows", "columns"), ("out", "lse"), scratch)
+    run = _kernel(call, kernels.forward_kernel, shapes, spec, call.dim + call.value_dim)
+    out, lse = run(*lists, call.q, call.k, call.v, call.rows(), call.columns())
+    return call.back(out, call.value_dim).astype(v.dtype), lse[:, :, 0, : call.count]
+
+
+def backward(q, k, v, key_bias, mask, lse, delta, d_out, *, scale, softcap):
+    """(dq, dk, dv, d key_bias [B, M] or None); see `xla.backward`."""
+    given = (q, k, v, key_bias, mask, scale, softcap)
+    names = ("q", "k", "v", "d_out", "rows", "columns")
+
+    call = Call("backward_q", *given)
+    arrays = (call.q, call.k, call.v, call.queries(d_out, call.value_dim))
+    arrays += (call.rows(lse, delta), call.columns())
+    shape = jax.ShapeDtypeStruct(call.q.shape, jnp.float32)
+    scratch = ((call.block_q, call.q.shape[-1]), (call.block_q, LANES))
+    spec, lists = call.by_queries(names, ("q",), scratch)
+    products = 2 * call.dim + call.value_dim
+    (dq,) = _kernel(call, kernels.backward_q_kernel, (shape,), spec, products)(*lists, *arrays)
+
+    call = Call("backward_kv", *given)
+    arrays = (call.q, call.k, call.v, call.queries(d_out, call.value_dim))
+    arrays += (call.rows(lse, delta), call.columns())
+    row = (call.batch, call.kv_heads, 1, call.padded_k)
+    shapes = tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in (call.k.shape, call.v.shape, row))
+    lanes = (call.block_k, LANES)
+    scratch = ((call.block_k, call.k.shape[-1]), (call.block_k, call.v.shape[-1]), lanes, lanes)
+    spec, lists = call.by_keys(names, ("k", "v", "key_row"), scratch)
+    products = 2 * (call.dim + call.value_dim)
+    run = _kernel(call, kernels.backward_kv_kernel, shapes, spec, products)
+    dk, dv, d_bias = run(*lists, *arrays)
+    dk, dv = dk[:, :, : call.num_keys, : call.dim], dv[:, :, : call.num_keys, : call.value_dim]
+    if key_bias is not None:
+        d_bias = d_bias[:, :, 0, : call.num_keys].sum(axis=1).astype(key_bias.dtype)
+    dq = dq[:, :, : q.shape[2], : q.shape[3]].astype(q.dtype)
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype), None if key_bias is None else d_bias
+
+
+def importance(q, k, key_bias, mask, lse, weights, *, scale, softcap):
+    """float32 [B, M]; see `xla.importance`."""
+    call = Call("importance", q, k, None, key_bias, mask, scale, softcap, weights)
+    # One vector carries the normalisation of a row and its weight, and leaves out rows of weight 0.
+    share = jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1)), -jnp.inf)
+    lse = jnp.where(share[:, None] > -jnp.inf, lse - share[:, None], jnp.inf)
+    shape = jax.ShapeDtypeStruct((call.batch, 1, 1, call.padded_k), jnp.float32)
+    scratch = ((call.block_k, LANES),) * 2
+    names = ("q", "k", "rows", "columns")
+    spec, lists = call.by_keys(names, ("key_row",), scratch, every_head=True)
+    run = _kernel(call, kernels.importance_kernel, (shape,), spec, call.dim)
+    (found,) = run(*lists, call.q, call.k, call.rows(lse), call.columns())
+    return found[:, 0, 0, : call.num_keys] / call.heads
+
+
+def _kernel(call: Call, body, shapes, spec, products: int):
+    return pl.pallas_call(
+        functools.partial(body, call=call.static),
+        out_shape=shapes,
+        grid_spec=spec,
+        interpret=interpretation(),
+        name=f"attention_{call.name}",
+        **call.options(products, spec.grid),
+    )

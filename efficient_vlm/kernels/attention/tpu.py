@@ -7,8 +7,8 @@ of a token (of its mask, bias, lse and delta) lie side by side, 32 bytes; lse an
 are written as rows, 4 bytes a number where lanes would take 512.
 
 The passes are those of arXiv 2205.14135 (section 3.1, appendix B.4) with a bias for each key and
-its gradient, one more sum of a row. The kernels are checked in Pallas' interpreters, for races as well,
-and compiled ahead of time for v5e, v5p and v6e; they have not been run on a TPU.
+its gradient, one more sum of a row. The kernels are checked in Pallas' interpreters, for races as
+well, and compiled ahead of time for v5e, v5p and v6e; they have not been run on a TPU.
 """
 
 import contextlib

@@ -9,7 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from efficient_vlm.kernels.attention import blocks as tables
 from efficient_vlm.kernels.attention.mask import Mask, all_seen
-from efficient_vlm.kernels.attention.tpu_blocks import block_sizes, lane_dim, vmem_limit
+from efficient_vlm.kernels.attention.tpu_blocks import block_sizes, lane_dim, vmem_bytes
 
 LANES = 128
 _ROWS = 8  # Numbers of a token side by side, 32 bytes: a whole tile.
@@ -59,6 +59,9 @@ class Call:
         self.dtype = jnp.float32 if q.dtype == jnp.float16 else q.dtype
         self.wide = lane_dim(max(self.dim, self.value_dim or 0))
         self.block_q, self.block_k = block_sizes(name, self.count, self.num_keys, self.wide)
+        self.vmem = vmem_bytes(
+            name, self.block_q, self.block_k, self.wide, jnp.dtype(self.dtype).itemsize
+        )
         self.padded_q = tables.padded(self.count, self.block_q)
         self.padded_k = tables.padded(self.num_keys, self.block_k)
         if mask is None and (self.padded_q, self.padded_k) != (self.count, self.num_keys):
@@ -213,7 +216,7 @@ class Call:
         size = self.q.dtype.itemsize
         return dict(
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=semantics, vmem_limit_bytes=vmem_limit()
+                dimension_semantics=semantics, vmem_limit_bytes=self.vmem
             ),
             cost_estimate=pl.CostEstimate(
                 flops=2 * entries * products,

@@ -1,0 +1,84 @@
+"""Compiling for accelerators that are not there: the real TPU compiler on a CPU host.
+
+It proves lowering, layouts and that fast memory suffices; it does not prove numbers, races or speed.
+Needs libtpu, which is a package of the registry (`pip install 'efficient_vlm[test]'` on Linux).
+"""
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from efficient_vlm.errors import UserError, unknown
+
+__all__ = ["TOPOLOGIES", "compile_for_tpu", "lowered_for_tpu", "tpu_devices"]
+
+# Generation -> the accelerator type that libtpu is told, any size of it.
+TOPOLOGIES = {"v5e": "v5litepod-4", "v6e": "v6e-4", "v5p": "v5p-8", "v4": "v4-8"}
+
+
+@functools.cache
+def tpu_devices(topology: str) -> tuple[Any, ...]:
+    """The devices of a topology such as "v5e:2x2", described, not there.
+
+    Raises:
+      UserError: no libtpu, or no such topology.
+    """
+    generation = topology.partition(":")[0]
+    if generation not in TOPOLOGIES or ":" not in topology:
+        raise unknown("topology", topology, [f"{name}:2x2" for name in TOPOLOGIES])
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "compiling for a TPU needs libtpu, which is not installed",
+            fix="pip install 'efficient_vlm[test]' (Linux on x86-64), or pip install libtpu",
+        )
+    # Read when libtpu is loaded: no metadata server is asked, and several processes may compile.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", TOPOLOGIES[generation])
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    from jax.experimental import topologies
+
+    try:
+        found = topologies.get_topology_desc(topology_name=topology, platform="tpu")
+    except Exception as error:
+        raise UserError(
+            f"topology: {topology!r} is none of libtpu's: {str(error).splitlines()[0][:120]}",
+            allowed="v5e:2x2, v5e:16x16, v6e:2x2, v5p:2x2x1, ...",
+        ) from error
+    return tuple(found.devices)
+
+
+@contextlib.contextmanager
+def _one_device(topology: str) -> Iterator[NamedSharding]:
+    device = np.array(tpu_devices(topology)[:1])
+    mesh = Mesh(device, ("x",), axis_types=(AxisType.Auto,))
+    # Says what is compiled for: Pallas asks for the kind of the device.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        yield NamedSharding(mesh, PartitionSpec())
+
+
+def lowered_for_tpu(function: Callable, *shapes: Any, topology: str = "v5e:2x2"):
+    """`jax.stages.Lowered` of `function` for one device of a topology.
+
+    Args:
+      function: of arrays like `shapes`, pytrees of `jax.ShapeDtypeStruct`.
+    """
+    with _one_device(topology) as sharding:
+        given = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
+        )
+        return jax.jit(function).lower(*given)
+
+
+def compile_for_tpu(function: Callable, *shapes: Any, topology: str = "v5e:2x2"):
+    """`jax.stages.Compiled` of `function` for one device of a topology; see `lowered_for_tpu`."""
+    lowered = lowered_for_tpu(function, *shapes, topology=topology)
+    with _one_device(topology):
+        return lowered.compile()

@@ -64,6 +64,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--control", choices=("blank", "shuffled"), help="a control for chance level")
     sub.add_argument("--json", action="store_true", help="print results as JSON")
     sub = verb("audit", "tokens, FLOPs and KV bytes of every layer, without weights, in seconds")
+    sub.add_argument(
+        "what",
+        nargs="?",
+        choices=("kernels",),
+        help="kernels: compile every kernel for a TPU that need not be there",
+    )
+    sub.add_argument("--topology", default="v5e:2x2", metavar="NAME", help="(v5e:2x2), or all")
+    sub.add_argument("--quick", action="store_true", help="kernels at one size only")
     sub.add_argument("--preset", metavar="NAME", help="a published model, such as llava-1.5-7b")
     sub.add_argument("--config", metavar="FILE.py[:ARG]", help="config file, instead of --preset")
     sub.add_argument(
@@ -213,6 +221,10 @@ def run(argv: Sequence[str]) -> int:
     if pictures and args.verb != "generate":
         raise UserError(f"--pictures.{pictures[0]}: {args.verb} takes no options of pictures")
     args.options = options
+    if args.verb == "audit" and args.what == "kernels":
+        from efficient_vlm.audit.kernels import audit_kernels
+
+        return audit_kernels(args)
     if args.verb == "audit":
         from efficient_vlm.audit import command
 

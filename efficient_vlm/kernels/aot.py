@@ -1,7 +1,7 @@
 """Compiling for accelerators that are not there: the real TPU compiler on a CPU host.
 
-It proves lowering, layouts and that fast memory suffices; it does not prove numbers, races or speed.
-Needs libtpu, which is a package of the registry (`pip install 'efficient_vlm[test]'` on Linux).
+It proves lowering, layouts and that fast memory suffices, not numbers, races or speed. Needs
+libtpu, which is a package of the registry (`pip install 'efficient_vlm[test]'` on Linux).
 """
 
 import contextlib

@@ -19,7 +19,7 @@ _NEGATIVE = -1e30
 _LANES = 128
 _ROWS = 16  # Queries of a product are padded to whole tiles, of bfloat16 as well.
 _BLOCK = 512  # Keys of a block of a contiguous cache.
-_VMEM_BYTES = 32 * 2**20
+VMEM_BYTES = 16 * 2**20
 
 
 def decode(q, k, v, lengths, pages, columns, k_scale, v_scale, *, scale, softcap):
@@ -107,7 +107,7 @@ def decode(q, k, v, lengths, pages, columns, k_scale, v_scale, *, scale, softcap
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=_VMEM_BYTES,
+            vmem_limit_bytes=VMEM_BYTES,
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * batch * heads * queries * steps * block * (dim + value_dim),

@@ -1,0 +1,193 @@
+"""`efficient-vlm audit kernels`: every kernel through the real TPU compiler, without a TPU."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from efficient_vlm.errors import first_line
+from efficient_vlm.kernels import aot
+from efficient_vlm.kernels.attention import attention, attention_decode
+from efficient_vlm.kernels.attention.tpu_blocks import block_sizes, lane_dim, vmem_bytes
+from efficient_vlm.kernels.grouped_matmul import grouped_matmul
+
+ALL = ("v5e:2x2", "v6e:2x2", "v5p:2x2x1")
+_TOKENS, _DIMS, _QUICK = (576, 1152, 2880, 8192), (64, 128), ((576, 64),)
+_HEADS = {"": (8, 8), "grouped keys": (8, 2)}
+_PASSES = {
+    "forward": ("forward",),
+    "backward": ("backward_q", "backward_kv"),
+    "importance": ("importance",),
+}
+# What the compiled text calls a kernel of ours.
+_MARK = "tpu_custom_call"
+
+_shape = jax.ShapeDtypeStruct
+
+
+@dataclasses.dataclass
+class Row:
+    """One program.
+
+    Attributes:
+      compiled: whether it compiled and the kernel is in it.
+      vmem_bytes: fast memory that the kernel is allowed, and fits in; None for XLA's own.
+      error: one line, or None.
+    """
+
+    topology: str
+    kernel: str
+    shape: str
+    dtype: str
+    direction: str
+    compiled: bool
+    vmem_bytes: int | None
+    error: str | None
+
+
+@dataclasses.dataclass
+class _Program:
+    kernel: str
+    shape: str
+    dtype: str
+    direction: str
+    function: Callable
+    given: tuple[Any, ...]
+    vmem_bytes: int | None
+    calls: int  # Kernels that must be in the program.
+
+
+def audit_kernels(args: argparse.Namespace) -> int:
+    """`efficient-vlm audit kernels`: 0 if everything compiled.
+
+    Args:
+      args: topology, quick, json.
+    """
+    topologies = ALL if args.topology == "all" else (args.topology,)
+    for topology in topologies:
+        aot.tpu_devices(topology)  # A mistake is said before anything is compiled.
+    rows = [
+        compiled(program, topology) for topology in topologies for program in programs(args.quick)
+    ]
+    if args.json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+    else:
+        _show(rows)
+    return 0 if all(row.compiled for row in rows) else 1
+
+
+def compiled(program: _Program, topology: str) -> Row:
+    """Compiles one program and looks for the kernels in it."""
+    error = None
+    try:
+        text = aot.compile_for_tpu(program.function, *program.given, topology=topology).as_text()
+        if (found := text.count(f'custom_call_target="{_MARK}"')) < program.calls:
+            error = f"{found} of {program.calls} kernels are in the program"
+    except Exception as problem:  # Whatever the compiler says is the answer.
+        error = first_line(problem)
+    facts = (program.kernel, program.shape, program.dtype, program.direction)
+    return Row(topology, *facts, error is None, program.vmem_bytes, error)
+
+
+def programs(quick: bool = False) -> Iterator[_Program]:
+    """What is compiled: causal, ragged, with a bias for each key, in bfloat16."""
+    sizes = _QUICK if quick else [(n, d) for n in _TOKENS for d in _DIMS]
+    for heads in _HEADS.values():
+        for tokens, dim in sizes:
+            yield from _attention(tokens, dim, *heads)
+    yield from _decode()
+    yield from _experts()
+
+
+def _attention(tokens: int, dim: int, heads: int, kv_heads: int) -> Iterator[_Program]:
+    q = _shape((1, heads, tokens, dim), jnp.bfloat16)
+    k = _shape((1, kv_heads, tokens, dim), jnp.bfloat16)
+    bias, lengths = _shape((1, tokens), jnp.float32), _shape((1,), jnp.int32)
+
+    def forward(q, k, v, bias, lengths, weights=None):
+        options = dict(causal=True, key_bias=bias, kv_lengths=lengths, implementation="tpu")
+        return attention(q, k, v, importance_weights=weights, **options)
+
+    def loss(q, k, v, bias, lengths):
+        return forward(q, k, v, bias, lengths).out.astype(jnp.float32).sum()
+
+    functions = {
+        "forward": (lambda *args: forward(*args)[:2], (), 1),
+        "backward": (jax.grad(loss, (0, 1, 2, 3)), (), 3),
+        "importance": (lambda *args: forward(*args).importance, (bias,), 2),
+    }
+    for direction, (function, more, calls) in functions.items():
+        vmem = max(
+            vmem_bytes(name, *block_sizes(name, tokens, tokens, lane_dim(dim)), lane_dim(dim), 2)
+            for name in _PASSES[direction]
+        )
+        yield _Program(
+            "attention",
+            f"1 x {heads}/{kv_heads} x {tokens} x {dim}",
+            "bfloat16",
+            direction,
+            function,
+            (q, k, k, bias, lengths, *more),
+            vmem,
+            calls,
+        )
+
+
+def _decode() -> Iterator[_Program]:
+    from efficient_vlm.kernels.attention.tpu_decode import VMEM_BYTES
+
+    q, lengths = _shape((4, 8, 1, 128), jnp.bfloat16), _shape((4,), jnp.int32)
+    for dtype in ("bfloat16", "int8"):
+        pool = _shape((96, 2, 128, 128), dtype)
+        scale = _shape(pool.shape[:3], jnp.float32) if dtype == "int8" else None
+
+        def decode(q, k, v, lengths, pages, scale):
+            options = dict(pages=pages, k_scale=scale, v_scale=scale, implementation="tpu")
+            return attention_decode(q, k, v, lengths, **options)[:2]
+
+        given = (q, pool, pool, lengths, _shape((4, 24), jnp.int32), scale)
+        shape = "4 x 8/2 x 1, 24 pages of 128 x 128"
+        yield _Program("attention_decode", shape, dtype, "forward", decode, given, VMEM_BYTES, 1)
+
+
+def _experts() -> Iterator[_Program]:
+    given = (
+        _shape((8192, 1024), jnp.bfloat16),
+        _shape((64, 1024, 1024), jnp.bfloat16),
+        _shape((64,), jnp.int32),
+    )
+
+    def loss(lhs, rhs, sizes):
+        return grouped_matmul(lhs, rhs, sizes).astype(jnp.float32).sum()
+
+    shape = "8192 x 1024 x 1024, 64 experts"
+    for direction, function in (
+        ("forward", grouped_matmul),
+        ("backward", jax.grad(loss, (0, 1))),
+    ):
+        # XLA's own form of `ragged_dot`: whether it is a kernel of its own is XLA's choice.
+        yield _Program("grouped_matmul", shape, "bfloat16", direction, function, given, None, 0)
+
+
+def _show(rows: list[Row]) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    for name in ("topology", "kernel", "shape", "dtype", "direction", "compiled", "VMEM", "error"):
+        table.add_column(name, justify="right" if name == "VMEM" else "left")
+    for row in rows:
+        vmem = "" if row.vmem_bytes is None else f"{row.vmem_bytes / 2**20:.1f} MiB"
+        facts = (row.topology, row.kernel, row.shape, row.dtype, row.direction)
+        table.add_row(*facts, "yes" if row.compiled else "NO", vmem, row.error or "")
+    console.print(table)
+    console.print(
+        f"{sum(row.compiled for row in rows)} of {len(rows)} compiled. Compiled ahead of time on "
+        "this host: lowering, layouts and fast memory are checked; nothing was run on a TPU."
+    )

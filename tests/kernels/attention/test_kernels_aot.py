@@ -1,0 +1,113 @@
+"""The real TPU compiler takes the kernels, and a program for a TPU holds them by default."""
+
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from efficient_vlm import cli
+from efficient_vlm.audit import kernels as audit
+from efficient_vlm.errors import UserError
+from efficient_vlm.kernels import aot
+from efficient_vlm.kernels.attention import attention
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu has no package for this platform"
+)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_the_audit_compiles_everything(capsys):
+    assert cli.run(["audit", "kernels", "--topology=all", "--quick", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["topology"] for row in rows} == set(audit.ALL)
+    assert {"attention", "attention_decode", "grouped_matmul"} == {row["kernel"] for row in rows}
+    assert {"forward", "backward", "importance"} == {row["direction"] for row in rows}
+    for row in rows:
+        assert row["compiled"] and row["error"] is None, row
+        assert row["kernel"] == "grouped_matmul" or 0 < row["vmem_bytes"] < 2**26
+
+
+@needs_libtpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
+@pytest.mark.parametrize("dim", [72, 256])
+def test_every_feature_compiles(dtype, dim):
+    """All at once; padded head dims, and kernels that may use no more VMEM than is estimated."""
+    q, k = (jax.ShapeDtypeStruct((1, h, 700, dim), dtype) for h in (4, 2))
+    row = jax.ShapeDtypeStruct((1, 700), jnp.float32)
+
+    def loss(q, k, v, bias, weights, segments):
+        found = attention(
+            *(q, k, v),
+            causal=True,
+            window=100,
+            prefix_length=7,
+            softcap=10.0,
+            q_segments=segments,
+            kv_segments=segments,
+            key_bias=bias,
+            importance_weights=weights,
+            implementation="tpu",
+        )
+        return jnp.sum(found.out.astype(jnp.float32)) + jnp.sum(found.importance**2)
+
+    segments = jax.ShapeDtypeStruct((1, 700), jnp.int32)
+    gradient = jax.grad(loss, (0, 1, 2, 3))
+    text = aot.compile_for_tpu(gradient, q, k, k, row, row, segments).as_text()
+    # Forward, importance, u = P g for the gradient of importance, and the two backward kernels.
+    assert text.count('custom_call_target="tpu_custom_call"') == 5
+
+
+@needs_libtpu
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_tpu_gets_the_kernels_by_default(backward):
+    """Compiled on a CPU host, where `jax.default_backend()` says something else."""
+    given = [jax.ShapeDtypeStruct((1, 12, 1024, 64), jnp.bfloat16)] * 3
+
+    def function(q, k, v):
+        return attention(q, k, v).out.astype(jnp.float32).sum()
+
+    function = jax.grad(function, (0, 1, 2)) if backward else function
+    text = aot.compile_for_tpu(function, *given).as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == (3 if backward else 1)
+    assert "12,1024,1024" not in text
+
+
+def test_a_kernel_that_is_not_in_the_program_is_an_error(monkeypatch):
+    class Text:
+        def as_text(self):
+            return ""
+
+    monkeypatch.setattr(aot, "compile_for_tpu", lambda *args, **options: Text())
+    program = next(iter(audit.programs(quick=True)))
+    row = audit.compiled(program, "v5e:2x2")
+    assert not row.compiled and row.error == "0 of 1 kernels are in the program"
+
+
+@needs_libtpu
+def test_what_the_compiler_refuses_is_said(monkeypatch):
+    from efficient_vlm.kernels.attention import tpu_call
+
+    monkeypatch.setattr(tpu_call, "vmem_bytes", lambda *args: 2**20)
+    row = audit.compiled(next(iter(audit.programs(quick=True))), "v5e:2x2")
+    assert not row.compiled and "vmem" in row.error.lower()
+
+
+@pytest.mark.parametrize("topology", ["v9:2x2", "v5e", "v5e:9x9x9"])
+def test_an_unknown_topology(topology):
+    if importlib.util.find_spec("libtpu") is None and topology.startswith("v5e:"):
+        pytest.skip("libtpu has no package for this platform")
+    with pytest.raises(UserError) as error:
+        cli.run(["audit", "kernels", f"--topology={topology}"])
+    assert topology in str(error.value) and len(str(error.value).splitlines()) <= 3
+
+
+def test_no_libtpu_is_said(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    aot.tpu_devices.cache_clear()
+    with pytest.raises(UserError, match="libtpu"):
+        aot.tpu_devices("v5e:2x2")
+    aot.tpu_devices.cache_clear()

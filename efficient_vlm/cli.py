@@ -70,7 +70,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=("kernels",),
         help="kernels: compile every kernel for a TPU that need not be there",
     )
-    sub.add_argument("--topology", default="v5e:2x2", metavar="NAME", help="(v5e:2x2), or all")
+    sub.add_argument(
+        "--topology", default="v5e:2x2", metavar="NAME", help="of a TPU (v5e:2x2), all, or h100"
+    )
     sub.add_argument("--quick", action="store_true", help="kernels at one size only")
     sub.add_argument("--preset", metavar="NAME", help="a published model, such as llava-1.5-7b")
     sub.add_argument("--config", metavar="FILE.py[:ARG]", help="config file, instead of --preset")

@@ -1,5 +1,7 @@
 """The benchmark of compressors runs on tiny shapes and writes what the docs are made from."""
 
+import functools
+import importlib.util
 import json
 import os
 import subprocess
@@ -145,3 +147,52 @@ def test_targets_and_table(result):
         assert f"| {row['method']}(" in table
         named = f"{row['method']} (batch 2)" in table.rpartition("Slower than")[2]
         assert named == row["slower_than_none"]
+
+
+def load(name):
+    """A script of benchmarks/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_attention_beside_its_peers(tmp_path):
+    out = tmp_path / "out.json"
+    words = [sys.executable, "benchmarks/attention_cpu.py", "--quick", f"--out={out}"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    found = json.loads(out.read_text())
+    assert {row["direction"] for row in found["rows"]} == {"forward", "forward and backward"}
+    assert all(row["times_faster_than"]["jax.nn"] > 0 for row in found["rows"])
+    assert [row["kept"] for row in found["kept_keys"]] == ["1/1", "1/2", "1/4", "1/9"]
+    assert set(found["importance"]["extra_to_forward"]) == {"one row", "all rows"}
+
+
+def test_the_benchmark_of_gpus_says_what_it_needs(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["attention_gpu.py"])
+    assert load("attention_gpu").main() == 2
+    assert "Hopper" in capsys.readouterr().err
+
+
+def test_the_benchmark_of_gpus_measures_what_it_says(monkeypatch):
+    """On a CPU with a stand-in for each implementation: all rows, all targets."""
+    script = load("attention_gpu")
+    monkeypatch.setattr(script, "TOKENS", 64)
+    monkeypatch.setattr(script, "draw", functools.partial(script.draw, tokens=64, width=32))
+    real = script.attention
+
+    def stand_in(*args, implementation, **options):
+        return real(*args, implementation="reference", **options)
+
+    monkeypatch.setattr(script, "attention", stand_in)
+    rows = script.dense_case(16, 16, True, 1) + script.compressed_case(16, 16, 1)
+    assert [row["kind"] for row in rows] == ["dense", "dense", "bias"] + ["kept"] * 4
+    missing = {name for row in rows for name, ms in row["ms"].items() if ms is None}
+    assert missing == {"cudnn, bias materialised"}  # The one that asks the library itself.
+    assert all("cudnn" in text.lower() for row in rows for text in row["failed"].values())
+    whole = [row | {"tokens": 2048, "dim": 128, "causal": False} for row in rows]
+    names = {line[0] for line in script.targets(rows) + script.targets(whole)}
+    assert len(names) == 7
+    assert all(line[3] in ("PASS", "MISS") for line in script.targets(whole))

@@ -41,6 +41,7 @@ class Row:
       compiled: whether it compiled and the kernel is in it.
       vmem_bytes: fast memory that the kernel is allowed, and fits in; None for XLA's own.
       error: one line, or None.
+      registers, spill_bytes: of a GPU's kernels, the most of one, and the sum; else None.
     """
 
     topology: str
@@ -51,6 +52,8 @@ class Row:
     compiled: bool
     vmem_bytes: int | None
     error: str | None
+    registers: int | None = None
+    spill_bytes: int | None = None
 
 
 @dataclasses.dataclass
@@ -71,12 +74,19 @@ def audit_kernels(args: argparse.Namespace) -> int:
     Args:
       args: topology, quick, json.
     """
-    topologies = ALL if args.topology == "all" else (args.topology,)
-    for topology in topologies:
-        aot.tpu_devices(topology)  # A mistake is said before anything is compiled.
-    rows = [
-        compiled(program, topology) for topology in topologies for program in programs(args.quick)
-    ]
+    if args.topology == "h100":
+        from efficient_vlm.audit import kernels_gpu
+
+        rows = kernels_gpu.compiled(args.quick)
+    else:
+        topologies = ALL if args.topology == "all" else (args.topology,)
+        for topology in topologies:
+            aot.tpu_devices(topology)  # A mistake is said before anything is compiled.
+        rows = [
+            compiled(program, topology)
+            for topology in topologies
+            for program in programs(args.quick)
+        ]
     if args.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
     else:
@@ -97,24 +107,28 @@ def compiled(program: _Program, topology: str) -> Row:
     return Row(topology, *facts, error is None, program.vmem_bytes, error)
 
 
-def programs(quick: bool = False) -> Iterator[_Program]:
+def programs(quick: bool = False, implementation: str = "tpu") -> Iterator[_Program]:
     """What is compiled: causal, ragged, with a bias for each key, in bfloat16."""
     sizes = _QUICK if quick else [(n, d) for n in _TOKENS for d in _DIMS]
     for heads in _HEADS.values():
         for tokens, dim in sizes:
-            yield from _attention(tokens, dim, *heads)
-    yield from _decode()
-    yield from _experts()
+            yield from _attention(tokens, dim, *heads, implementation)
+    if implementation == "tpu":
+        yield from _decode()
+        yield from _experts()
 
 
-def _attention(tokens: int, dim: int, heads: int, kv_heads: int) -> Iterator[_Program]:
+def _attention(
+    tokens: int, dim: int, heads: int, kv_heads: int, implementation: str
+) -> Iterator[_Program]:
     q = _shape((1, heads, tokens, dim), jnp.bfloat16)
     k = _shape((1, kv_heads, tokens, dim), jnp.bfloat16)
     bias, lengths = _shape((1, tokens), jnp.float32), _shape((1,), jnp.int32)
 
     def forward(q, k, v, bias, lengths, weights=None):
-        options = dict(causal=True, key_bias=bias, kv_lengths=lengths, implementation="tpu")
-        return attention(q, k, v, importance_weights=weights, **options)
+        options = dict(causal=True, key_bias=bias, kv_lengths=lengths)
+        options |= dict(importance_weights=weights, implementation=implementation)
+        return attention(q, k, v, **options)
 
     def loss(q, k, v, bias, lengths):
         return forward(q, k, v, bias, lengths).out.astype(jnp.float32).sum()
@@ -180,14 +194,17 @@ def _experts() -> Iterator[_Program]:
 def _show(rows: list[Row]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for name in ("topology", "kernel", "shape", "dtype", "direction", "compiled", "VMEM", "error"):
-        table.add_column(name, justify="right" if name == "VMEM" else "left")
+    gpu = any(row.registers is not None for row in rows)
+    fits = ("registers", "spills") if gpu else ("VMEM",)
+    for name in ("topology", "kernel", "shape", "dtype", "direction", "compiled", *fits, "error"):
+        table.add_column(name, justify="right" if name in fits else "left")
     for row in rows:
-        vmem = "" if row.vmem_bytes is None else f"{row.vmem_bytes / 2**20:.1f} MiB"
+        fit = ("" if row.vmem_bytes is None else f"{row.vmem_bytes / 2**20:.1f} MiB",)
+        fit = (str(row.registers), f"{row.spill_bytes} B") if gpu else fit
         facts = (row.topology, row.kernel, row.shape, row.dtype, row.direction)
-        table.add_row(*facts, "yes" if row.compiled else "NO", vmem, row.error or "")
+        table.add_row(*facts, "yes" if row.compiled else "NO", *fit, row.error or "")
     console.print(table)
     console.print(
-        f"{sum(row.compiled for row in rows)} of {len(rows)} compiled. Compiled ahead of time on "
-        "this host: lowering, layouts and fast memory are checked; nothing was run on a TPU."
+        f"{sum(row.compiled for row in rows)} of {len(rows)} compiled, ahead of time on this host: "
+        "lowering, layouts and what fits are checked; nothing was run on an accelerator."
     )

@@ -1,13 +1,13 @@
 """Attention on Hopper GPUs: Pallas (Mosaic GPU) kernels with TMA and wgmma.
 
 One thread block owns 128 queries (or keys), 64 for each of two warpgroups, and goes through the
-listed blocks of the other side, which a third warpgroup fetches ahead; blocks without keys are in no
-list. The passes are those of arXiv 2205.14135 and 2407.08608 with a bias for each key, importance
-and their gradients.
+listed blocks of the other side, which a third warpgroup fetches ahead; blocks without keys are in
+no list. The passes are those of arXiv 2205.14135 and 2407.08608 with a bias for each key,
+importance and their gradients.
 
-The kernels have been exported for CUDA and compiled for sm_90a, not run: there is no GPU where they
-were written. They are used by explicit choice only until tests/kernels/attention/test_attention_gpu.py
-has passed on one.
+The kernels are checked in Pallas' GPU interpreter (JAX 0.11 and newer), exported for CUDA and
+compiled for sm_90a without spills; they have not been run on a GPU. They are used by explicit
+choice only until tests/kernels/attention/test_attention_gpu.py has passed on one.
 """
 
 import functools
@@ -26,9 +26,9 @@ __all__ = ["backward", "forward", "importance", "unserved"]
 _MOST_DIM = 128
 
 
-def unserved(q, k, v, mask=None, weights=None) -> str | None:
+def unserved(q, k, v) -> str | None:
     """The feature that these kernels lack for a call, or None."""
-    del k, mask, weights
+    del k
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"{q.dtype} (bfloat16 and float16 only)"
     if (dim := max(q.shape[-1], v.shape[-1])) > _MOST_DIM:
@@ -83,7 +83,9 @@ def backward(q, k, v, key_bias, mask, lse, delta, d_out, *, scale, softcap):
     ]
     shape = jax.ShapeDtypeStruct(call.q.shape, dtype)
     arrays = (call.q, call.k, call.v, call.queries(d_out), call.rows(lse, delta, weight))
-    run = _kernel("backward_q", kernels.backward_q_kernel, call, call.heads, shape, scratch, weighed)
+    run = _kernel(
+        "backward_q", kernels.backward_q_kernel, call, call.heads, shape, scratch, weighed
+    )
     dq = run(*call.lists, *arrays, call.columns(gain))[:, :, : call.count, : call.dim]
 
     call = Call("keys", 64, *given)

@@ -71,7 +71,8 @@ def pipeline(step, context, grid, in_specs, operands):
 
 
 def forward_kernel(
-    counts, table, q, k, v, rows, columns, out, lse, q_own, rows_own, lse_own, barriers, *, call: Static
+    counts, table, q, k, v, rows, columns, out, lse, q_own, rows_own, lse_own, barriers,
+    *, call: Static,
 ):  # fmt: skip
     """Online softmax over the listed blocks of keys."""
     batch, head, group = _place()
@@ -158,7 +159,8 @@ def backward_q_kernel(
         (acc,) = carry
         own = rows_own.at[group]
         s = _product(q_own.at[group], transposed(k_now))
-        s, slope = _logits(call, s, _columns(columns_now, BIAS) if call.biased else None, _by_column)
+        bias = _columns(columns_now, BIAS) if call.biased else None
+        s, slope = _logits(call, s, bias, _by_column)
         p = jnp.exp2(s - _by_row(_row(own, LSE), s.shape))
         if call.masked:
             p = jnp.where(_seen(call, s.shape, own, columns_now, _row, _columns), p, 0.0)
@@ -256,7 +258,8 @@ def backward_kv_kernel(
         return k_acc, v_acc, b_acc
 
     def matrix_at(t):
-        return kv_head * call.groups + lax.div(t, count), _queries_at(call, table, line, t, count), 0
+        head = kv_head * call.groups + lax.div(t, count)
+        return head, table[line * call.steps + lax.rem(t, count)], 0
 
     def numbers_at(t):
         head, block, _ = matrix_at(t)
@@ -328,10 +331,6 @@ def _place():
 
 def _line(call: Static, batch):
     return (batch if call.list_rows > 1 else 0) * call.lines + lax.axis_index("block")
-
-
-def _queries_at(call: Static, table, line, t, count):
-    return table[line * call.steps + lax.rem(t, count)]
 
 
 def _headed(rows: int, dim: int, index):

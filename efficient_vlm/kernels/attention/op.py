@@ -37,12 +37,12 @@ class AttentionResult(NamedTuple):
     Attributes:
       out: [B, H, N, Dv] in the dtype of v; 0 in rows that see no key.
       lse: float32 [B, H, N], natural logarithm of the sum of exponentials of the logits; +inf in
-        rows that see no key, so that exp(logit - lse) is 0 there.
+        rows that see no key, so that exp(logit - lse) is 0 there. None from cuDNN.
       importance: float32 [B, M], or None where no weights were given.
     """
 
     out: jax.Array
-    lse: jax.Array
+    lse: jax.Array | None
     importance: jax.Array | None
 
 
@@ -107,17 +107,23 @@ def attention(
         q_lengths=q_lengths,
         kv_lengths=kv_lengths,
     )
-    if mask is None:
-        mask = make_mask(q.shape[2], k.shape[2], **shapes)
-    elif given := [
-        name for name, value in shapes.items() if value is not None and value is not False
-    ]:
+    given = [name for name, x in shapes.items() if x is not None and x is not False]
+    if mask is not None and given:
         raise UserError(f"attention: mask and {given[0]} are both given", fix="leave one out")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
     if key_bias is not None:
         key_bias = jnp.broadcast_to(key_bias, (q.shape[0], k.shape[2]))
-    call = _Call(scale, softcap, _choice(implementation, q, k, v, mask, importance_weights))
+    told = dict(softcap=softcap, key_bias=key_bias, weights=importance_weights)
+    told["given"] = shapes if mask is None else {"mask": mask}
+    implementation = _choice(implementation, q, k, v, **told)
+    if implementation == "cudnn":
+        names = ("causal", "window", "q_lengths", "kv_lengths")
+        served = {name: shapes[name] for name in names}
+        out = _module("cudnn").attend(q, k, v, key_bias, scale=scale, **served)
+        return AttentionResult(out, None, None)
+    mask = make_mask(q.shape[2], k.shape[2], **shapes) if mask is None else mask
+    call = _Call(scale, softcap, implementation)
     every = importance_weights if importance_rows is None else None
     if call.implementation == "reference":
         found = reference.attend(q, k, v, key_bias, mask, every, scale=scale, softcap=softcap)
@@ -160,7 +166,7 @@ def attention_importance(
     if key_bias is not None:
         key_bias = jnp.broadcast_to(key_bias, (q.shape[0], k.shape[2]))
     if implementation is not None:
-        implementation = _choice(implementation, q, k, k, mask, weights)
+        implementation = _choice(implementation, q, k, k, weights=weights)
     call = _Call(scale, softcap, implementation)
     if rows is not None:
         return _of_rows(call, q, k, key_bias, mask, lse, weights, rows)
@@ -256,7 +262,7 @@ def _of_rows(call, q, k, key_bias, mask, lse, weights, rows):
     return reference.rows(some, k, key_bias, mask, lse, weights, **options)
 
 
-def _choice(implementation, q, k, v, mask, weights) -> str | None:
+def _choice(implementation, q, k, v, **told) -> str | None:
     """The name of an implementation, or None for that of the platform."""
     if implementation is None:
         batch, heads, queries, _ = q.shape
@@ -267,12 +273,8 @@ def _choice(implementation, q, k, v, mask, weights) -> str | None:
         raise unknown("implementation", str(implementation), IMPLEMENTATIONS)
     if implementation == "xla":
         return "xla_looped" if jax.default_backend() == "cpu" else "xla"
-    if problem := _unserved(implementation, q, k, v, mask=mask, weights=weights):
-        able = [
-            name
-            for name in IMPLEMENTATIONS
-            if not _unserved(name, q, k, v, mask=mask, weights=weights)
-        ]
+    if problem := _unserved(implementation, q, k, v, **told):
+        able = [name for name in IMPLEMENTATIONS if not _unserved(name, q, k, v, **told)]
         raise UserError(
             f"attention: implementation {implementation!r} has no {problem}",
             allowed=", ".join(able),
@@ -281,11 +283,13 @@ def _choice(implementation, q, k, v, mask, weights) -> str | None:
     return implementation
 
 
-def _unserved(implementation: str, q, k, v, mask=None, weights=None) -> str | None:
+def _unserved(name: str, q, k, v, softcap=None, key_bias=None, weights=None, given=None):
     """The feature that an implementation lacks for this call, or None."""
-    if implementation in ("reference", "xla"):
+    if name in ("reference", "xla"):
         return None
-    return _module(implementation).unserved(q, k, v, mask=mask, weights=weights)
+    if name == "cudnn":
+        return _module(name).unserved(q, v, softcap, key_bias, weights, given or {})
+    return _module(name).unserved(q, k, v)
 
 
 def _check(q, k, v, key_bias, weights, rows) -> None:

@@ -45,9 +45,9 @@ def interpretation() -> Any:
     return _INTERPRET.get()
 
 
-def unserved(q, k, v, mask=None, weights=None) -> str | None:
+def unserved(q, k, v) -> str | None:
     """The feature that these kernels lack for a call, or None."""
-    del k, v, mask, weights
+    del k, v
     if q.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return str(q.dtype)
     return f"head dim {q.shape[-1]} (at most {_MOST_DIM})" if q.shape[-1] > _MOST_DIM else None

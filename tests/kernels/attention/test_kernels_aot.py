@@ -9,8 +9,9 @@ import pytest
 
 from efficient_vlm import cli
 from efficient_vlm.audit import kernels as audit
+from efficient_vlm.audit import kernels_gpu
 from efficient_vlm.errors import UserError
-from efficient_vlm.kernels import aot
+from efficient_vlm.kernels import aot, aot_gpu
 from efficient_vlm.kernels.attention import attention
 
 needs_libtpu = pytest.mark.skipif(
@@ -111,3 +112,38 @@ def test_no_libtpu_is_said(monkeypatch):
     with pytest.raises(UserError, match="libtpu"):
         aot.tpu_devices("v5e:2x2")
     aot.tpu_devices.cache_clear()
+
+
+# --- GPU -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("0 bytes spill stores\nptxas info : Used 168 registers\nkernels: 1\n", None),
+        ("kernels: 1\n", None),  # An earlier program has the same kernel: it is not compiled again.
+        ("12 bytes spill stores\nUsed 168 registers\nkernels: 1\n", "12 bytes of registers"),
+        ("kernels: 0\n", "0 of 1 kernels"),
+        ("error: no such layout\n", "no such layout"),
+    ],
+)
+def test_what_ptxas_says(text, error):
+    row = kernels_gpu._row(next(iter(audit.programs(True, "gpu"))), text)
+    assert row.compiled == (error is None)
+    assert row.error is None if error is None else error in row.error
+
+
+def test_no_gpu_compiler_is_said(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="aot-gpu"):
+        cli.run(["audit", "kernels", "--topology=h100"])
+
+
+def test_hopper_without_spills():
+    """Where the extra `aot-gpu` is installed."""
+    try:
+        aot_gpu.environment()
+    except UserError as error:
+        pytest.skip(str(error).splitlines()[-1].strip())
+    rows = kernels_gpu.compiled(quick=True)
+    assert rows and all(row.compiled and not row.spill_bytes for row in rows), rows

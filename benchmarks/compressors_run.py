@@ -17,6 +17,7 @@ from compressors_timing import Program, Timing, compiled, interleave
 from efficient_vlm import compressors
 from efficient_vlm.compressors import DecoderState, Signals, VisualTokens
 from efficient_vlm.inference import generate
+from efficient_vlm.kernels.attention import attention
 from efficient_vlm.models.images import NO_EXTRAS
 from efficient_vlm.models.intermediates import INTERMEDIATES
 from efficient_vlm.models.stack import layer_of, unstack
@@ -140,8 +141,14 @@ class Run:
             wanted[method.name] = [name for name in asked if name not in ("features", "keys")]
         programs = {}
         for name in sorted({name for names in wanted.values() for name in names}):
-            row = jax.jit(functools.partial(INTERMEDIATES[name], None, scale=dim**-0.5))
-            programs[name] = compiled(row, (), q, k)[0]
+
+            def signal(q, k, lse, name=name):
+                seen = dict(query=q, key=k, lse=lse, mask=None, key_bias=None)
+                return INTERMEDIATES[name](None, seen, dim**-0.5)
+
+            # The attention beside it has given the lse.
+            lse = attention(*(x.swapaxes(1, 2) for x in (q, k, k)), scale=dim**-0.5).lse
+            programs[name] = compiled(jax.jit(signal), (), q, k, lse)[0]
         if programs:
             found = interleave(programs, next(iter(programs)), self.rounds)
             for name, names in wanted.items():

@@ -200,12 +200,12 @@ def test_files_stay_short():
 
 
 def test_import_is_light():
-    """Compressors pull in JAX and Flax, but no other room of the house and no plotting."""
+    """Compressors pull in JAX, Flax and the kernels, no other room of the house and no plotting."""
     code = (
         "import sys, efficient_vlm.compressors; "
         "print(*(m for m in sys.modules if m.startswith('efficient_vlm.')), "
         "*({'matplotlib', 'sklearn', 'tensorflow', 'grain', 'tokenizers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    allowed = ("efficient_vlm.compressors", "efficient_vlm.errors")
+    allowed = ("efficient_vlm.compressors", "efficient_vlm.kernels", "efficient_vlm.errors")
     assert [m for m in done.stdout.split() if not m.startswith(allowed)] == []

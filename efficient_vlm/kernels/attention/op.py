@@ -189,10 +189,10 @@ class _Call:
         def of(name: str):
             return functools.partial(_pass(name, pass_name), scale=self.scale, softcap=self.softcap)
 
-        if self.implementation is not None:
+        if self.implementation not in (None, "xla"):
             return of(self.implementation)(*args)
         options = {"cpu": of("xla_looped"), "default": of("xla")}
-        if not _unserved("tpu", args[0], args[1], args[1]):
+        if self.implementation is None and not _unserved("tpu", args[0], args[1], args[1]):
             options["tpu"] = of("tpu")
         return lax.platform_dependent(*args, **options)
 
@@ -271,8 +271,6 @@ def _choice(implementation, q, k, v, **told) -> str | None:
         return "reference" if few or queries == 1 else None
     if implementation not in IMPLEMENTATIONS:
         raise unknown("implementation", str(implementation), IMPLEMENTATIONS)
-    if implementation == "xla":
-        return "xla_looped" if jax.default_backend() == "cpu" else "xla"
     if problem := _unserved(implementation, q, k, v, **told):
         able = [name for name in IMPLEMENTATIONS if not _unserved(name, q, k, v, **told)]
         raise UserError(

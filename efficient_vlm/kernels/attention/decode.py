@@ -81,6 +81,9 @@ def attention_decode(
     if live is not None:
         columns = jnp.where(live, columns, _NEGATIVE)
     options = dict(scale=scale, softcap=None if softcap is None else float(softcap))
+    if pages is not None:
+        # Places of a table behind the end of a row may hold anything.
+        pages = jnp.clip(pages, 0, len(k) - 1)
     args = (q, k, v, lengths, pages, columns, k_scale, v_scale)
     if implementation == "xla":
         return _plain(*args, kept, importance, **options)

@@ -70,7 +70,8 @@ def vmem_bytes(name: str, block_q: int, block_k: int, dim: int, itemsize: int = 
         "backward_kv": (2 * rows + 4 * keys, 2 * keys),
         "importance": (rows + keys, 0),
     }[name]
-    vectors = 2 * 4 * 8 * (block_q + block_k) + 4 * 4 * _LANES * max(block_q, block_k)
+    # Numbers of tokens spread over all lanes: sums, and what the compiler keeps of masks.
+    vectors = 2 * 4 * 8 * (block_q + block_k) + 12 * 4 * _LANES * max(block_q, block_k)
     logits = 4 * _LOGITS[name] * block_q * block_k
     return 2 * itemsize * arrays[0] + 4 * arrays[1] + vectors + logits
 

@@ -63,6 +63,25 @@ def test_every_feature_compiles(dtype, dim):
 
 
 @needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", audit.ALL)
+@pytest.mark.parametrize("sizes", [(1000, 40), (40, 1000)])
+def test_narrow_blocks_fit(topology, sizes):
+    """Where logits are few, other things take the room; found on v5p."""
+    queries, keys = sizes
+    q = jax.ShapeDtypeStruct((2, 8, queries, 256), jnp.float32)
+    k = jax.ShapeDtypeStruct((2, 2, keys, 256), jnp.float32)
+    bias = jax.ShapeDtypeStruct((2, keys), jnp.float32)
+
+    def loss(q, k, v, bias):
+        options = dict(causal=True, window=(30, 9), softcap=10.0, prefix_length=7)
+        found = attention(q, k, v, key_bias=bias, implementation="tpu", **options)
+        return found.out.sum()
+
+    aot.compile_for_tpu(jax.grad(loss, (0, 1, 2, 3)), q, k, k, bias, topology=topology)
+
+
+@needs_libtpu
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_tpu_gets_the_kernels_by_default(backward):
     """Compiled on a CPU host, where `jax.default_backend()` says something else."""

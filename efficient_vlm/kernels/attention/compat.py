@@ -9,7 +9,8 @@ __all__ = ["kernel_options", "load", "transposed"]
 
 def load(ref, layout):
     """A whole array in fast memory, in a layout: the index is required first and refused later."""
-    if "idx" in inspect.signature(plgpu.load).parameters:
+    index = inspect.signature(plgpu.load).parameters.get("idx")
+    if index is not None and index.default is inspect.Parameter.empty:
         return plgpu.load(ref, (), layout=layout)
     return plgpu.load(ref, layout=layout)
 

@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         help="kernels: compile every kernel for a TPU that need not be there",
     )
     sub.add_argument(
-        "--topology", default="v5e:2x2", metavar="NAME", help="of a TPU (v5e:2x2), all, or h100"
+        "--topology", metavar="NAME", help="kernels for a TPU (v5e:2x2), for all of them, or h100"
     )
     sub.add_argument("--quick", action="store_true", help="kernels at one size only")
     sub.add_argument("--preset", metavar="NAME", help="a published model, such as llava-1.5-7b")
@@ -230,6 +230,9 @@ def run(argv: Sequence[str]) -> int:
 
         return audit_kernels(args)
     if args.verb == "audit":
+        for name in ("topology", "quick"):
+            if getattr(args, name):
+                raise UserError(f"--{name}: only `audit kernels` takes it")
         from efficient_vlm.audit import command
 
         return command.audit(args, overrides)

@@ -13,12 +13,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from efficient_vlm.errors import first_line
+from efficient_vlm.errors import UserError, first_line
 from efficient_vlm.kernels import aot
 from efficient_vlm.kernels.attention import attention, attention_decode
 from efficient_vlm.kernels.attention.tpu_blocks import block_sizes, lane_dim, vmem_bytes
 from efficient_vlm.kernels.grouped_matmul import grouped_matmul
 
+_TAKES = "--topology, --quick and --json"
 ALL = ("v5e:2x2", "v6e:2x2", "v5p:2x2x1")
 _TOKENS, _DIMS, _QUICK = (576, 1152, 2880, 8192), (64, 128), ((576, 64),)
 _HEADS = {"": (8, 8), "grouped keys": (8, 2)}
@@ -72,8 +73,16 @@ def audit_kernels(args: argparse.Namespace) -> int:
     """`efficient-vlm audit kernels`: 0 if everything compiled.
 
     Args:
-      args: topology, quick, json.
+      args: topology or None, quick, json, and what `audit` alone takes.
+
+    Raises:
+      UserError: an option of `audit` alone, or no such topology.
     """
+    for name in ("preset", "config", "compressor", "text", "new", "images", "match", "options"):
+        if getattr(args, name):
+            word = "compressor" if name == "options" else name
+            raise UserError(f"--{word}: `audit kernels` does not take it", allowed=_TAKES)
+    args.topology = args.topology or ALL[0]
     if args.topology == "h100":
         from efficient_vlm.audit import kernels_gpu
 
@@ -139,10 +148,13 @@ def _attention(
         "importance": (lambda *args: forward(*args).importance, (bias,), 2),
     }
     for direction, (function, more, calls) in functions.items():
-        vmem = max(
-            vmem_bytes(name, *block_sizes(name, tokens, tokens, lane_dim(dim)), lane_dim(dim), 2)
-            for name in _PASSES[direction]
-        )
+        vmem = None
+        if implementation == "tpu":
+            wide = lane_dim(dim)
+            vmem = max(
+                vmem_bytes(name, *block_sizes(name, tokens, tokens, wide), wide, 2)
+                for name in _PASSES[direction]
+            )
         yield _Program(
             "attention",
             f"1 x {heads}/{kv_heads} x {tokens} x {dim}",

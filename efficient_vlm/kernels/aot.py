@@ -4,11 +4,10 @@ It proves lowering, layouts and that fast memory suffices, not numbers, races or
 libtpu, which is a package of the registry (`pip install 'efficient_vlm[test]'` on Linux).
 """
 
-import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from efficient_vlm.errors import UserError, unknown
 
-__all__ = ["TOPOLOGIES", "compile_for_tpu", "lowered_for_tpu", "tpu_devices"]
+__all__ = ["TOPOLOGIES", "compile_for", "compile_for_tpu", "tpu_devices"]
 
 # Generation -> the accelerator type that libtpu is told, any size of it.
 TOPOLOGIES = {"v5e": "v5litepod-4", "v6e": "v6e-4", "v5p": "v5p-8", "v4": "v4-8"}
@@ -55,30 +54,22 @@ def tpu_devices(topology: str) -> tuple[Any, ...]:
     return tuple(found.devices)
 
 
-@contextlib.contextmanager
-def _one_device(topology: str) -> Iterator[NamedSharding]:
-    device = np.array(tpu_devices(topology)[:1])
-    mesh = Mesh(device, ("x",), axis_types=(AxisType.Auto,))
-    # Says what is compiled for: Pallas asks for the kind of the device.
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        yield NamedSharding(mesh, PartitionSpec())
-
-
-def lowered_for_tpu(function: Callable, *shapes: Any, topology: str = "v5e:2x2"):
-    """`jax.stages.Lowered` of `function` for one device of a topology.
+def compile_for(device: Any, function: Callable, *shapes: Any):
+    """`jax.stages.Compiled` of `function` for one described device.
 
     Args:
       function: of arrays like `shapes`, pytrees of `jax.ShapeDtypeStruct`.
     """
-    with _one_device(topology) as sharding:
-        given = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
-        )
-        return jax.jit(function).lower(*given)
+    mesh = Mesh(np.array([device]), ("x",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    given = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
+    )
+    # Says what is compiled for: Pallas asks for the kind of the device.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.jit(function).lower(*given).compile()
 
 
 def compile_for_tpu(function: Callable, *shapes: Any, topology: str = "v5e:2x2"):
-    """`jax.stages.Compiled` of `function` for one device of a topology; see `lowered_for_tpu`."""
-    lowered = lowered_for_tpu(function, *shapes, topology=topology)
-    with _one_device(topology):
-        return lowered.compile()
+    """`compile_for` one device of a topology of TPUs."""
+    return compile_for(tpu_devices(topology)[0], function, *shapes)

@@ -11,11 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-
 from efficient_vlm.errors import UserError
+from efficient_vlm.kernels.aot import compile_for
 
 __all__ = ["compile_for_hopper", "environment"]
 
@@ -68,11 +65,5 @@ def _device() -> Any:
 
 
 def compile_for_hopper(function: Callable, *shapes: Any):
-    """`jax.stages.Compiled` of `function` for one H100; `environment` must have been set before."""
-    mesh = Mesh(np.array([_device()]), ("x",), axis_types=(AxisType.Auto,))
-    sharding = NamedSharding(mesh, PartitionSpec())
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        given = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
-        )
-        return jax.jit(function).lower(*given).compile()
+    """`compile_for` one H100; `environment` must have been set before."""
+    return compile_for(_device(), function, *shapes)

@@ -116,10 +116,10 @@ def test_what_the_compiler_refuses_is_said(monkeypatch):
     assert not row.compiled and "vmem" in row.error.lower()
 
 
-@pytest.mark.parametrize("topology", ["v9:2x2", "v5e", "v5e:9x9x9"])
+@pytest.mark.parametrize(
+    "topology", ["v9:2x2", "v5e", pytest.param("v5e:9x9x9", marks=needs_libtpu)]
+)
 def test_an_unknown_topology(topology):
-    if importlib.util.find_spec("libtpu") is None and topology.startswith("v5e:"):
-        pytest.skip("libtpu has no package for this platform")
     with pytest.raises(UserError) as error:
         cli.run(["audit", "kernels", f"--topology={topology}"])
     assert topology in str(error.value) and len(str(error.value).splitlines()) <= 3

@@ -1,6 +1,5 @@
 """The benchmark of compressors runs on tiny shapes and writes what the docs are made from."""
 
-import functools
 import importlib.util
 import json
 import os
@@ -180,7 +179,8 @@ def test_the_benchmark_of_gpus_measures_what_it_says(monkeypatch):
     """On a CPU with a stand-in for each implementation: all rows, all targets."""
     script = load("attention_gpu")
     monkeypatch.setattr(script, "TOKENS", 64)
-    monkeypatch.setattr(script, "draw", functools.partial(script.draw, tokens=64, width=32))
+    monkeypatch.setattr(script, "WIDTH", 32)
+    monkeypatch.setattr(script, "device_ms", lambda program, given, repeats: [len(program(*given))])
     real = script.attention
 
     def stand_in(*args, implementation, **options):
@@ -190,7 +190,8 @@ def test_the_benchmark_of_gpus_measures_what_it_says(monkeypatch):
     rows = script.dense_case(16, 16, True, 1) + script.compressed_case(16, 16, 1)
     assert [row["kind"] for row in rows] == ["dense", "dense", "bias"] + ["kept"] * 4
     missing = {name for row in rows for name, ms in row["ms"].items() if ms is None}
-    assert missing == {"cudnn, bias materialised"}  # The one that asks the library itself.
+    # Those that ask the library itself.
+    assert all("cudnn" in name for name in missing) and len(missing) == 4
     assert all("cudnn" in text.lower() for row in rows for text in row["failed"].values())
     whole = [row | {"tokens": 2048, "dim": 128, "causal": False} for row in rows]
     names = {line[0] for line in script.targets(rows) + script.targets(whole)}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from efficient_vlm.kernels.attention.mask import SHARED, Mask
 
-__all__ = ["live_blocks", "listed", "pad_mask", "padded", "whole_blocks"]
+__all__ = ["listed", "live_blocks", "pad_mask", "padded", "weighed_blocks", "whole_blocks"]
 
 
 def padded(count: int, block: int) -> int:
@@ -64,15 +64,21 @@ def whole_blocks(mask: Mask, block_q: int, block_k: int) -> jax.Array:
     if mask.low is not None:
         seen &= _pair(q.max(mask.low), k.min(mask.near), lambda low, at: at > low)
     if mask.q_segment is not None:
-        shared = k.min(mask.kv_segment == SHARED)[:, None]
+        shared = k.max(mask.kv_segment) == SHARED  # Those of others are not below it.
         one = _pair(q.min(mask.q_segment), k.max(mask.kv_segment), lambda a, b: a == b)
         two = _pair(q.max(mask.q_segment), k.min(mask.kv_segment), lambda a, b: a == b)
-        seen &= shared | (one & two)
+        seen &= shared[:, None] | (one & two)
     return seen
 
 
-def listed(live: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The live blocks of each row, packed to the front.
+def weighed_blocks(weights: jax.Array, queries: int, block_q: int) -> jax.Array:
+    """bool [B, blocks], which hold a row of any weight; weights [B, N], `queries` with padding."""
+    weighs = jnp.pad(weights > 0, ((0, 0), (0, queries - weights.shape[1])))
+    return weighs.reshape(len(weights), -1, block_q).any(axis=-1)
+
+
+def listed(live: jax.Array, first: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """The live blocks of each row, packed to the front; those that are `first` before others.
 
     Returns:
       int32 like `live`: the numbers of the live blocks in order, then the last of them again (a
@@ -80,7 +86,8 @@ def listed(live: jax.Array) -> tuple[jax.Array, jax.Array]:
       there are.
     """
     count = jnp.sum(live, axis=-1, dtype=jnp.int32)
-    order = jnp.argsort(~live, axis=-1, stable=True).astype(jnp.int32)
+    rank = 2 * ~live + (0 if first is None else ~first)
+    order = jnp.argsort(rank, axis=-1, stable=True).astype(jnp.int32)
     last = jnp.maximum(count - 1, 0)[..., None]
     place = jnp.minimum(jnp.arange(live.shape[-1], dtype=jnp.int32), last)
     return jnp.take_along_axis(order, place, axis=-1), count

@@ -37,7 +37,7 @@ def unserved(q, v, softcap, key_bias, weights, given) -> str | None:
     return None
 
 
-def attend(q, k, v, key_bias, *, scale, causal, window, q_lengths, kv_lengths):
+def attend(q, k, v, key_bias=None, *, scale, causal, window=None, q_lengths=None, kv_lengths=None):
     """[B, H, N, Dv]; arguments as those of `attention`, gradients by JAX."""
     width = v.shape[-1]
     if key_bias is not None:

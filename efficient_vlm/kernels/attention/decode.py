@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.kernels.attention.mask import NEGATIVE
 from efficient_vlm.kernels.attention.op import AttentionResult
 
 __all__ = ["attention_decode", "quantise"]
 
-_NEGATIVE = -1e30
 # A shorter contiguous cache is one product either way.
 _FEW_KEYS = 1024
 
@@ -44,12 +44,12 @@ def attention_decode(
       k, v: as above; int8 with k_scale and v_scale, else in the dtype of q.
       lengths: int32 [B], tokens of the cache, or of `kept`.
       scale, softcap: see `attention`.
-      key_bias: float [B, M], by place in the row.
+      key_bias: float [B, M] or [1, M], by place in the row.
       pages: int32 [B, T], or None.
       kept: int32 [B, K], places in the row of the tokens that are left, in the first `lengths` of
         the K, for a cache from which tokens were evicted; None for all.
       k_scale, v_scale: float32, the shape of k and v without D: a token's key is k * k_scale.
-      live: bool [B, M], by place in the row; keys that are seen; None for all.
+      live: bool [B, M] or [1, M], by place in the row; keys that are seen; None for all.
       importance: whether to give the attention that each key receives: mean over heads, sum over
         the R queries (what eviction adds up), [B, M], or [B, K] with `kept`.
       implementation: "xla", "tpu" (whole pages of 128 tokens or more, no `kept`), or None for the
@@ -63,6 +63,8 @@ def attention_decode(
       UserError: shapes that do not fit, or an implementation that cannot serve this.
     """
     _check(q, k, v, lengths, pages, k_scale, v_scale)
+    keys = k.shape[2] if pages is None else pages.shape[1] * k.shape[2]
+    _check_columns(len(q), keys, key_bias=key_bias, live=live, kept=kept)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     exact = jnp.promote_types(q.dtype, jnp.float32)
 
@@ -76,30 +78,31 @@ def attention_decode(
                 fix="implementation='xla', or None for the best one",
             )
         implementation = "xla"
-    keys = k.shape[2] if pages is None else pages.shape[1] * k.shape[2]
-    columns = jnp.zeros((q.shape[0], keys), exact) if key_bias is None else key_bias.astype(exact)
+    columns = jnp.zeros((1, keys), exact) if key_bias is None else key_bias.astype(exact)
+    columns = jnp.broadcast_to(columns, (len(q), keys))
     if live is not None:
-        columns = jnp.where(live, columns, _NEGATIVE)
+        columns = jnp.where(live, columns, NEGATIVE)
     options = dict(scale=scale, softcap=None if softcap is None else float(softcap))
     if pages is not None:
         # Places of a table behind the end of a row may hold anything.
         pages = jnp.clip(pages, 0, len(k) - 1)
     args = (q, k, v, lengths, pages, columns, k_scale, v_scale)
-    if implementation == "xla":
-        return _plain(*args, kept, importance, **options)
+    plain = functools.partial(_plain, kept=kept, importance=importance, **options)
+    kernel = functools.partial(_kernel, **options)
+    if implementation == "tpu":
+        return kernel(*args)
+    if implementation == "xla" or (pages is None and keys < _FEW_KEYS):
+        return plain(*args)
+    return lax.platform_dependent(*args, tpu=kernel, default=plain)
+
+
+def _kernel(*args, **options) -> AttentionResult:
     from efficient_vlm.kernels.attention.tpu_decode import decode
 
-    kernel = functools.partial(decode, **options)
-    if implementation == "tpu":
-        return AttentionResult(*kernel(*args), None)
-    few = pages is None and keys < _FEW_KEYS
-    plain = lambda *args: _plain(*args, None, False, **options)[:2]  # noqa: E731
-    if few:
-        return AttentionResult(*plain(*args), None)
-    return AttentionResult(*lax.platform_dependent(*args, tpu=kernel, default=plain), None)
+    return AttentionResult(*decode(*args, **options), None)
 
 
-def _plain(q, k, v, lengths, pages, columns, k_scale, v_scale, kept, importance, *, scale, softcap):
+def _plain(q, k, v, lengths, pages, columns, k_scale, v_scale, *, kept, importance, scale, softcap):
     """The same in plain XLA; the pages of a row, or its kept tokens, are gathered."""
     exact = columns.dtype
 
@@ -126,9 +129,9 @@ def _plain(q, k, v, lengths, pages, columns, k_scale, v_scale, kept, importance,
     s = jnp.einsum("bhgd,bhmd->bhgm", packed, k.astype(exact), precision="highest") * scale
     s = s if k_scale is None else s * k_scale[:, :, None]
     s = s if softcap is None else softcap * jnp.tanh(s / softcap)
-    seen = (columns > 0.5 * _NEGATIVE) & (jnp.arange(keys) < lengths[:, None])
+    seen = (columns > 0.5 * NEGATIVE) & (jnp.arange(keys) < lengths[:, None])
     seen = seen[:, None, None]
-    s = jnp.where(seen, s + columns[:, None, None], _NEGATIVE)
+    s = jnp.where(seen, s + columns[:, None, None], NEGATIVE)
     top = s.max(axis=-1, keepdims=True)
     p = jnp.where(seen, jnp.exp(s - top), 0)
     total = p.sum(axis=-1, keepdims=True)
@@ -183,3 +186,15 @@ def _check(q, k, v, lengths, pages, k_scale, v_scale) -> None:
                 + ("missing" if given is None else "given"),
                 allowed="int8 with a scale for each token and head, or neither",
             )
+
+
+def _check_columns(batch: int, keys: int, *, kept, **given) -> None:
+    for name, x in given.items():
+        if x is not None and jnp.shape(x) not in ((batch, keys), (1, keys)):
+            raise UserError(
+                f"attention_decode: {name} has shape {jnp.shape(x)}", allowed=f"[{batch}, {keys}]"
+            )
+    if kept is not None and (jnp.ndim(kept) != 2 or len(kept) != batch):
+        raise UserError(
+            f"attention_decode: kept has shape {jnp.shape(kept)}", allowed=f"[{batch}, K]"
+        )

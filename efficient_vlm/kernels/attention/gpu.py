@@ -1,16 +1,13 @@
 """Attention on Hopper GPUs: Pallas (Mosaic GPU) kernels with TMA and wgmma.
 
-One thread block owns 128 queries (or keys), 64 for each of two warpgroups, and goes through the
-listed blocks of the other side, which a third warpgroup fetches ahead; blocks without keys are in
-no list. The passes are those of arXiv 2205.14135 and 2407.08608 with a bias for each key,
-importance and their gradients.
-
-The kernels are checked in Pallas' GPU interpreter (JAX 0.11 and newer), exported for CUDA and
-compiled for sm_90a without spills; they have not been run on a GPU. They are used by explicit
-choice only until tests/kernels/attention/test_attention_gpu.py has passed on one.
+One thread block owns some blocks of 64 queries (or keys), one for each of its warpgroups, and goes
+through the listed blocks of the other side, which one more warpgroup fetches ahead; blocks without
+keys are in no list. The passes are those of arXiv 2205.14135 and 2407.08608 with a bias for each
+key, importance and their gradients. docs/kernels.md has what was measured.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +16,37 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from efficient_vlm.kernels.attention import blocks as tables
 from efficient_vlm.kernels.attention import gpu_kernels as kernels
 from efficient_vlm.kernels.attention.compat import kernel_options
-from efficient_vlm.kernels.attention.gpu_call import NUMBERS, OWN, ROWS, WARPGROUPS, Call
+from efficient_vlm.kernels.attention.gpu_kernels import HEIGHT, LOG2E, matrix
+from efficient_vlm.kernels.attention.packing import NUMBERS, Packed
 
-__all__ = ["backward", "forward", "importance", "unserved"]
+__all__ = ["TILES", "Tile", "backward", "forward", "importance", "unserved"]
 
 _MOST_DIM = 128
+
+
+class Tile(NamedTuple):
+    """How a pass is cut.
+
+    Attributes:
+      warpgroups: of a thread block, that compute; forward and importance take turns by twos.
+      step: tokens of the other side that a step takes.
+      crowded: the same with a softcap or gradients of importance, which need registers.
+      stages: steps that are fetched ahead, the present one included.
+    """
+
+    warpgroups: int
+    step: int
+    crowded: int
+    stages: int = 2
+
+
+# pass -> for heads of up to 64, of up to 128; measured on an H100 (docs/kernels.md).
+TILES = {
+    "forward": (Tile(2, 256, 128), Tile(2, 128, 128)),
+    "backward_q": (Tile(2, 128, 64), Tile(2, 128, 64)),
+    "backward_kv": (Tile(2, 128, 64), Tile(2, 64, 64)),
+    "importance": (Tile(2, 128, 128), Tile(2, 256, 128)),
+}
 
 
 def unserved(q, k, v) -> str | None:
@@ -38,119 +61,128 @@ def unserved(q, k, v) -> str | None:
 
 def forward(q, k, v, key_bias, mask, *, scale, softcap):
     """(out [B, H, N, Dv], lse float32 [B, H, N]); see `xla.forward`."""
-    call = Call("queries", 128, q, k, v, key_bias, mask, scale, softcap)
-    wide, value = call.q.shape[-1], call.v.shape[-1]
-    # The result leaves through the queries' place in fast memory, which has the wider of the two.
-    if value > wide:
-        call.q = jnp.pad(call.q, ((0, 0),) * 3 + ((0, value - wide),))
-        call.k = jnp.pad(call.k, ((0, 0),) * 3 + ((0, value - wide),))
-    elif value < wide:
-        call.v = jnp.pad(call.v, ((0, 0),) * 3 + ((0, wide - value),))
-    wide = max(wide, value)
-    shapes = (
-        jax.ShapeDtypeStruct((*call.q.shape[:3], wide), q.dtype),
-        jax.ShapeDtypeStruct(call.q.shape[:3], jnp.float32),
-    )
-    scratch = [
-        kernels.matrix(WARPGROUPS, ROWS, wide, dtype=q.dtype),
-        plgpu.SMEM((WARPGROUPS, NUMBERS, ROWS), jnp.float32),
-        plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
-        plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
-    ]
-    run = _kernel("forward", kernels.forward_kernel, call, call.heads, shapes, scratch)
-    out, lse = run(*call.lists, call.q, call.k, call.v, call.rows(), call.columns())
-    return out[:, :, : call.count, : v.shape[-1]], lse[:, :, : call.count]
+    call = _Call("forward", "queries", q, k, v, key_bias, mask, scale, softcap)
+    shapes = call.like(call.q, call.v.shape[-1]), call.row(call.heads, call.padded_q)
+    own = call.matrix(call.q), call.numbers(NUMBERS), call.matrix(call.v), call.numbers()
+    run = call.kernel(kernels.forward_kernel, shapes, (*own, call.arrived(2), call.turn()))
+    out, lse = run(call.q, call.k, call.v, call.rows(), call.columns)
+    return call.queries_back(out, v.shape[-1]), lse[:, :, : call.count]
 
 
-def backward(q, k, v, key_bias, mask, lse, delta, d_out, *, scale, softcap):
+def backward(q, k, v, key_bias, mask, lse, delta, d_out, weights, gain, *, scale, softcap):
     """(dq, dk, dv, d key_bias [B, M] or None); see `xla.backward`."""
-    whole, weight, gain = v, None, None
-    if tables.padded(v.shape[-1], 64) > tables.padded(v.shape[-1] - 1, 64):
-        # The column that importance adds: an outer product beside 64 or 128 columns of values.
-        weight, gain = d_out[..., -1].astype(jnp.float32), v[:, 0, :, -1].astype(jnp.float32)
-        v, d_out = v[..., :-1], d_out[..., :-1]
-    given, weighed = (q, k, v, key_bias, mask, scale, softcap), weight is not None
-    dtype = q.dtype
+    given, lse = (q, k, v, key_bias, mask, scale, softcap), lse * LOG2E
 
-    call = Call("queries", 64, *given)
-    wide, value = call.q.shape[-1], call.v.shape[-1]
-    scratch = [
-        kernels.matrix(WARPGROUPS, ROWS, wide, dtype=dtype),
-        kernels.matrix(WARPGROUPS, ROWS, value, dtype=dtype),
-        plgpu.SMEM((WARPGROUPS, NUMBERS, ROWS), jnp.float32),
-        kernels.matrix(WARPGROUPS, ROWS, wide, dtype=dtype),
-        plgpu.Barrier(num_arrivals=3, num_barriers=WARPGROUPS),
-    ]
-    shape = jax.ShapeDtypeStruct(call.q.shape, dtype)
-    arrays = (call.q, call.k, call.v, call.queries(d_out), call.rows(lse, delta, weight))
-    run = _kernel(
-        "backward_q", kernels.backward_q_kernel, call, call.heads, shape, scratch, weighed
-    )
-    dq = run(*call.lists, *arrays, call.columns(gain))[:, :, : call.count, : call.dim]
+    def arrays(call):
+        rows = call.rows(lse, delta, weights)
+        return call.q, call.k, call.v, call.queries(d_out), rows, call.columns
 
-    call = Call("keys", 64, *given)
-    scratch = [
-        kernels.matrix(WARPGROUPS, ROWS, wide, dtype=dtype),
-        kernels.matrix(WARPGROUPS, ROWS, value, dtype=dtype),
-        plgpu.SMEM((WARPGROUPS, NUMBERS, ROWS), jnp.float32),
-        plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
-        plgpu.Barrier(num_arrivals=3, num_barriers=WARPGROUPS),
-    ]
-    shapes = (
-        jax.ShapeDtypeStruct(call.k.shape, dtype),
-        jax.ShapeDtypeStruct(call.v.shape, dtype),
-        jax.ShapeDtypeStruct(call.k.shape[:3], jnp.float32),
-    )
-    arrays = (call.q, call.k, call.v, call.queries(d_out), call.rows(lse, delta, weight))
-    arrays += (call.columns(gain),)
+    call = _Call("backward_q", "queries", *given, gain=gain)
+    own = call.matrix(call.q), call.matrix(call.v), call.numbers(NUMBERS)
+    run = call.kernel(kernels.backward_q_kernel, call.like(call.q), (*own, call.arrived(3)))
+    dq = call.queries_back(run(*arrays(call)), call.dim)
+
+    call = _Call("backward_kv", "keys", *given, gain=gain)
+    own = call.matrix(call.k), call.matrix(call.v), call.numbers(NUMBERS), call.numbers()
+    shapes = call.like(call.k), call.like(call.v), call.row(call.kv_heads, call.padded_k)
 
     def sums(**parts):
         body = functools.partial(kernels.backward_kv_kernel, **parts)
-        run = _kernel("backward_kv", body, call, call.kv_heads, shapes, scratch, weighed)
-        return run(*call.lists, *arrays)
+        return call.kernel(body, shapes, (*own, call.arrived(3)))(*arrays(call))
 
-    if softcap is not None and max(wide, value) > 64:
+    if softcap is not None and max(call.k.shape[-1], call.v.shape[-1]) > 64:
         # With the cap's slope there are no registers for both sums of a head of 128.
         (dk, _, d_bias), (_, dv, _) = sums(keys=True, values=False), sums(keys=False, values=True)
     else:
         dk, dv, d_bias = sums(keys=True, values=True)
-    dk, dv = dk[:, :, : call.num_keys, : call.dim], dv[:, :, : call.num_keys, : v.shape[-1]]
-    # Nobody asks for the gradient of that column.
-    dv = jnp.pad(dv, ((0, 0),) * 3 + ((0, whole.shape[-1] - v.shape[-1]),))
-    if key_bias is not None:
-        d_bias = d_bias[:, :, : call.num_keys].sum(axis=1).astype(key_bias.dtype)
-    return dq, dk, dv, None if key_bias is None else d_bias
+    dk, dv = call.keys_back(dk, call.dim), call.keys_back(dv, call.value_dim)
+    if key_bias is None:
+        return dq, dk, dv, None
+    return dq, dk, dv, d_bias[:, :, : call.num_keys].sum(axis=1).astype(key_bias.dtype)
 
 
 def importance(q, k, key_bias, mask, lse, weights, *, scale, softcap):
     """float32 [B, M]; see `xla.importance`."""
-    call = Call("keys", 64, q, k, None, key_bias, mask, scale, softcap, weights)
-    # One vector carries the normalisation of a row and its weight, and leaves out rows of weight 0.
-    share = jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1)), -jnp.inf)
-    lse = jnp.where(share[:, None] > -jnp.inf, lse - share[:, None], jnp.inf)
-    shape = jax.ShapeDtypeStruct((call.batch, call.heads, call.padded_k), jnp.float32)
-    scratch = [
-        kernels.matrix(WARPGROUPS, ROWS, call.k.shape[-1], dtype=q.dtype),
-        plgpu.SMEM((WARPGROUPS, NUMBERS, ROWS), jnp.float32),
-        plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
-        plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
-    ]
-    run = _kernel("importance", kernels.importance_kernel, call, call.heads, shape, scratch)
-    found = run(*call.lists, call.q, call.k, call.rows(lse), call.columns())
+    call = _Call("importance", "keys", q, k, None, key_bias, mask, scale, softcap, weights=weights)
+    shape = call.row(call.kv_heads, call.padded_k)
+    own = call.matrix(call.k), call.numbers(NUMBERS), call.numbers()
+    run = call.kernel(kernels.importance_kernel, shape, (*own, call.arrived(2), call.turn()))
+    found = run(call.q, call.k, call.rows(lse * LOG2E), call.columns)
     return found[:, :, : call.num_keys].sum(axis=1) / call.heads
 
 
-def _kernel(name, body, call: Call, heads: int, shapes, scratch, weighed=False):
-    static = call.static(weighed)
-    own = call.padded_q if call.by == "queries" else call.padded_k
-    return plgpu.kernel(
-        functools.partial(body, call=static),
-        out_type=shapes,
-        scratch_types=scratch,
-        grid=(heads, own // OWN, call.batch),
-        grid_names=("head", "block", "batch"),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        kernel_name=f"attention_{name}",
-        **kernel_options(),
-    )
+class _Call(Packed):
+    """A pass cut as TILES says, and what `plgpu.kernel` is told of it."""
+
+    def __init__(self, name, by, q, k, v, key_bias, mask, scale, softcap, **options):
+        self.name, self.by = name, by
+        dim = max(q.shape[-1], 0 if v is None else v.shape[-1])
+        tile = TILES[name][dim > 64]
+        crowded = softcap is not None or options.get("gain") is not None
+        step = tile.crowded if crowded else tile.step
+        self.warpgroups, own = tile.warpgroups, tile.warpgroups * HEIGHT
+        key_bias = None if key_bias is None else key_bias * LOG2E
+        given = (q, k, v, key_bias, mask, scale, softcap)
+        options |= dict(lanes=_swizzled, stages=tile.stages)
+        super().__init__(by, own, step, *given, **options)
+        counts, *lists = self.lists
+        # An empty list goes through one block, of which the mask, or an lse of +inf, hides all.
+        self.lists = jnp.maximum(counts, 1), *lists
+
+    def _whole(self, x, count):
+        # [B, N, H, D]: the transposition of a model meets its own and both are gone.
+        return super()._whole(x, count).swapaxes(1, 2)
+
+    def queries_back(self, x, dim: int):
+        """[B, H, N, dim] from what a kernel gives."""
+        return x.swapaxes(1, 2)[:, :, : self.count, :dim]
+
+    def keys_back(self, x, dim: int):
+        """The same for keys."""
+        return x.swapaxes(1, 2)[:, :, : self.num_keys, :dim]
+
+    def like(self, x, dim: int | None = None):
+        """The shape of a result like a matrix."""
+        return jax.ShapeDtypeStruct((*x.shape[:3], dim or x.shape[3]), self.dtype)
+
+    def row(self, heads: int, tokens: int):
+        """The shape of a result that has one number for each token."""
+        return jax.ShapeDtypeStruct((self.batch, heads, tokens), jnp.float32)
+
+    def matrix(self, like):
+        """Fast memory for what each warpgroup owns of a matrix."""
+        return matrix(self.warpgroups, HEIGHT, like.shape[-1], dtype=self.dtype)
+
+    def numbers(self, *of_token: int):
+        """Fast memory for numbers of the tokens of each warpgroup."""
+        return plgpu.SMEM((self.warpgroups, *of_token, HEIGHT), jnp.float32)
+
+    def arrived(self, copies: int):
+        """Barriers of each warpgroup for copies into fast memory."""
+        return plgpu.Barrier(num_arrivals=copies, num_barriers=self.warpgroups)
+
+    def turn(self):
+        """The barrier at which warpgroups take turns."""
+        return plgpu.Barrier(num_arrivals=self.warpgroups)
+
+    def kernel(self, body, shapes, scratch):
+        """The compiled form of a body, which takes arrays behind the lists."""
+        by_queries = self.by == "queries"
+        heads = self.heads if by_queries else self.kv_heads
+        tokens = self.padded_q if by_queries else self.padded_k
+        run = plgpu.kernel(
+            functools.partial(body, call=self.static),
+            out_type=shapes,
+            scratch_types=scratch,
+            grid=(heads, tokens // self.static.own, self.batch),
+            grid_names=("head", "block", "batch"),
+            num_threads=self.warpgroups + 1,
+            thread_name="warpgroup",
+            kernel_name=f"attention_{self.name}",
+            **kernel_options(),
+        )
+        return functools.partial(run, *self.lists)
+
+
+def _swizzled(dim: int) -> int:
+    return tables.padded(dim, 64)

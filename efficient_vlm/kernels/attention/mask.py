@@ -10,6 +10,9 @@ with `high` from causality, the prefix and the window's right side, `low` from i
 is not there sees nothing and is not seen: its `high` is -inf, its `position` +inf.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,14 +20,59 @@ from flax import struct
 
 from efficient_vlm.errors import UserError
 
-__all__ = ["Mask", "all_seen", "choose", "key_mask", "make_mask", "mask_rows", "visible"]
+__all__ = [
+    "Mask",
+    "Rule",
+    "all_seen",
+    "check_mask",
+    "choose",
+    "key_mask",
+    "make_mask",
+    "mask_rows",
+    "visible",
+]
 
+# Logits of what is hidden: finite, so that a row that sees nothing has gradients.
+NEGATIVE = -1e30
 # Above every position, below the +inf of what is not there.
 EVERYTHING = 1e30
 # No query block has the number of a key that is in no block, nor the other way round.
 _NO_QUERY_BLOCK, _NO_KEY_BLOCK = -1, -2
 # The segment of keys that all queries see; those of users are not negative.
 SHARED = -2
+
+
+Q_FIELDS = ("high", "low", "q_segment", "q_block")
+K_FIELDS = ("position", "near", "kv_segment", "kv_block")
+
+
+class Rule(NamedTuple):
+    """Which parts of the rule a mask has: what kernels are specialised for."""
+
+    windowed: bool
+    segmented: bool
+    blocked: bool
+    spares: bool
+
+    def seen(self, row: Callable[[str], jax.Array], column: Callable[[str], jax.Array]):
+        """bool, which keys are seen: the rule of the module, wherever it is applied.
+
+        Args:
+          row, column: give a field of the queries (Q_FIELDS) and of the keys (K_FIELDS) by name, in
+            shapes that broadcast to the map.
+        """
+        seen = column("position") <= row("high")
+        same = None
+        if self.blocked:
+            same = row("q_block") == column("kv_block")
+            seen = seen | same
+        if self.windowed:
+            near = column("near") > row("low")
+            seen = seen & (near | same if self.spares else near)
+        if self.segmented:
+            segment = column("kv_segment")
+            seen = seen & ((segment == row("q_segment")) | (segment == SHARED))
+        return seen
 
 
 @struct.dataclass
@@ -51,6 +99,12 @@ class Mask:
     q_block: jax.Array | None = None
     kv_block: jax.Array | None = None
     spares: bool = struct.field(pytree_node=False, default=False)
+
+    @property
+    def rule(self) -> Rule:
+        """What is in it."""
+        fields = (self.low, self.q_segment, self.q_block)
+        return Rule(*(field is not None for field in fields), self.spares)
 
 
 def make_mask(
@@ -161,23 +215,9 @@ def make_mask(
 def visible(mask: Mask) -> jax.Array:
     """bool [B, N, M], or [1, N, M]: the map itself, for the reference and for tests."""
 
-    def pair(q, k):
-        return q[:, :, None], k[:, None, :]
-
-    high, position = pair(mask.high, mask.position)
-    seen = position <= high
-    same = False
-    if mask.q_block is not None:
-        one, two = pair(mask.q_block, mask.kv_block)
-        same = one == two
-        seen |= same
-    if mask.low is not None:
-        low, near = pair(mask.low, mask.near)
-        seen &= (near > low) | same if mask.spares else near > low
-    if mask.q_segment is not None:
-        one, two = pair(mask.q_segment, mask.kv_segment)
-        seen &= (one == two) | (two == SHARED)
-    return seen
+    return mask.rule.seen(
+        lambda name: getattr(mask, name)[:, :, None], lambda name: getattr(mask, name)[:, None]
+    )
 
 
 def key_mask(live: jax.Array, queries: int) -> Mask:
@@ -196,17 +236,23 @@ def all_seen(queries: int, keys: int) -> Mask:
 def mask_rows(mask: Mask, rows: jax.Array) -> Mask:
     """The mask of some queries: rows int [B, R]."""
 
-    def take(x):
-        if x is None:
-            return None
-        return jnp.take_along_axis(jnp.broadcast_to(x, (len(rows), x.shape[1])), rows, axis=1)
+    fields = {name: x for name in Q_FIELDS if (x := getattr(mask, name)) is not None}
+    for name, x in fields.items():
+        x = jnp.broadcast_to(x, (len(rows), x.shape[1]))
+        fields[name] = jnp.take_along_axis(x, rows, axis=1)
+    return mask.replace(**fields)
 
-    return mask.replace(
-        high=take(mask.high),
-        low=take(mask.low),
-        q_segment=take(mask.q_segment),
-        q_block=take(mask.q_block),
-    )
+
+def check_mask(mask: Mask, batch: int, queries: int, keys: int) -> None:
+    """Raises UserError if a mask was made for something else."""
+    for names, count in ((Q_FIELDS, queries), (K_FIELDS, keys)):
+        for name in names:
+            x = getattr(mask, name)
+            if x is not None and x.shape not in ((batch, count), (1, count)):
+                raise UserError(
+                    f"attention: the mask is for {name} {x.shape}, the call has {(batch, count)}",
+                    fix="give positions, segments and lengths of the rows and tokens of q and k",
+                )
 
 
 def choose(pick: jax.Array | bool, one: Mask, two: Mask) -> Mask:

@@ -4,13 +4,17 @@
   xla        blocks of the map in plain XLA, O(N) memory: CPUs, and GPUs without a kernel.
   tpu        Pallas (Mosaic): blocks that hold nothing are neither fetched nor computed.
   gpu        Pallas (Mosaic GPU) for Hopper.
-  cudnn      cuDNN's, by explicit choice only.
+  cudnn      cuDNN's. Beside an explicit choice, on a Hopper where nothing is masked but the future
+             and there are no bias, cap and weights: there it is faster than ours.
 
 With `implementation=None` the choice is made when the program is lowered, not when it is traced, so
-that a program compiled for a TPU on a CPU host gets the kernels of the TPU.
+that a program compiled for a TPU on a CPU host gets the kernels of the TPU. Programs for a GPU get
+`gpu` where this process has a Hopper and `xla` where it has another, or none: a program for CUDA
+does not say for which it is.
 """
 
 import functools
+import importlib
 from typing import NamedTuple
 
 import jax
@@ -20,7 +24,7 @@ from jax import lax
 
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.kernels.attention import reference, xla
-from efficient_vlm.kernels.attention.mask import Mask, make_mask, mask_rows
+from efficient_vlm.kernels.attention.mask import Mask, check_mask, make_mask, mask_rows
 
 __all__ = ["IMPLEMENTATIONS", "AttentionResult", "attention", "attention_importance"]
 
@@ -37,7 +41,8 @@ class AttentionResult(NamedTuple):
     Attributes:
       out: [B, H, N, Dv] in the dtype of v; 0 in rows that see no key.
       lse: float32 [B, H, N], natural logarithm of the sum of exponentials of the logits; +inf in
-        rows that see no key, so that exp(logit - lse) is 0 there. None from cuDNN.
+        rows that see no key, so that exp(logit - lse) is 0 there. None with
+        `implementation="cudnn"`.
       importance: float32 [B, M], or None where no weights were given.
     """
 
@@ -122,7 +127,12 @@ def attention(
         served = {name: shapes[name] for name in names}
         out = _module("cudnn").attend(q, k, v, key_bias, scale=scale, **served)
         return AttentionResult(out, None, None)
+    sparse = mask is not None or any(name != "causal" for name in given)
+    told = (key_bias, softcap, importance_weights)
+    dense = implementation is None and not sparse and all(x is None for x in told)
     mask = make_mask(q.shape[2], k.shape[2], **shapes) if mask is None else mask
+    if mask is not None:
+        check_mask(mask, q.shape[0], q.shape[2], k.shape[2])
     call = _Call(scale, softcap, implementation)
     every = importance_weights if importance_rows is None else None
     if call.implementation == "reference":
@@ -130,6 +140,14 @@ def attention(
     else:
         found = _attend(call, q, k, v, key_bias, mask, every)
     out, lse, importance = found
+    if dense and _on_hopper() and not _unserved("cudnn", q, k, v):
+        # Where nothing is sparse cuDNN is the faster one (docs/kernels.md), of training above all.
+        # It has no lse in float32: that is ours, and no part of a program that does not use it.
+        out = lax.platform_dependent(
+            *(q, k, v),
+            cuda=functools.partial(_module("cudnn").attend, scale=scale, causal=causal),
+            default=lambda q, k, v: _attend(call, q, k, v, None, mask, None)[0],
+        )
     if importance_rows is not None:
         importance = _of_rows(call, q, k, key_bias, mask, lse, importance_weights, importance_rows)
     return AttentionResult(out, lse, importance)
@@ -172,7 +190,7 @@ def attention_importance(
         return _of_rows(call, q, k, key_bias, mask, lse, weights, rows)
     if implementation == "reference":
         return reference.rows(q, k, key_bias, mask, lse, weights, scale=scale, softcap=softcap)
-    return call.run("importance", q, k, key_bias, mask, lse, weights)
+    return call.importance(q, k, key_bias, mask, lse, weights)
 
 
 @struct.dataclass
@@ -192,9 +210,30 @@ class _Call:
         if self.implementation not in (None, "xla"):
             return of(self.implementation)(*args)
         options = {"cpu": of("xla_looped"), "default": of("xla")}
-        if self.implementation is None and not _unserved("tpu", args[0], args[1], args[1]):
-            options["tpu"] = of("tpu")
+        if self.implementation is None:
+            q, k = args[:2]
+            # Importance has no values: a bias, or nothing, stands in their place.
+            v = args[2] if getattr(args[2], "ndim", 0) == 4 else k
+            if not _unserved("tpu", q, k, v):
+                options["tpu"] = of("tpu")
+            if _on_hopper() and not _unserved("gpu", q, k, v):
+                options["cuda"] = of("gpu")
         return lax.platform_dependent(*args, **options)
+
+    def importance(self, q, k, key_bias, mask, lse, weights):
+        """[B, M], from all rows."""
+        # One number carries the normalisation of a row and its weight, and leaves out rows of
+        # weight 0.
+        share = jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1)), -jnp.inf)
+        lse = jnp.where(share[:, None] > -jnp.inf, lse - share[:, None], jnp.inf)
+        return self.run("importance", q, k, key_bias, mask, lse, weights)
+
+
+def _on_hopper() -> bool:
+    """Whether the GPU of this process is one that the kernels are for."""
+    if jax.default_backend() != "gpu":
+        return False
+    return str(getattr(jax.devices()[0], "compute_capability", "")) == "9.0"
 
 
 def _pass(implementation: str, name: str):
@@ -206,8 +245,6 @@ def _pass(implementation: str, name: str):
 
 def _module(implementation: str):
     # Pallas is imported where it is used: it takes half a second.
-    import importlib
-
     return importlib.import_module(f"efficient_vlm.kernels.attention.{implementation}")
 
 
@@ -216,7 +253,7 @@ def _attend(call, q, k, v, key_bias, mask, weights):
     out, lse = call.run("forward", q, k, v, key_bias, mask)
     importance = None
     if weights is not None:
-        importance = call.run("importance", q, k, key_bias, mask, lse, weights)
+        importance = call.importance(q, k, key_bias, mask, lse, weights)
     return out, lse, importance
 
 
@@ -231,23 +268,20 @@ def _backward(call, saved, cotangents):
     exact = lse.dtype
     delta = jnp.sum(d_out.astype(exact) * out.astype(exact), axis=-1)
     delta -= jnp.where(jnp.isfinite(lse), d_lse, 0)
-    dim, d_weights = v.shape[-1], None
+    d_weights = gain = None
     if weights is not None:
-        # Importance is attention to one more column of values, g, whose rows' cotangents are the
-        # weights: its gradient needs no kernel of its own.
-        g = (d_importance / q.shape[1])[:, None, :, None]
-        column = jnp.broadcast_to(g, (*k.shape[:3], 1))
-        received, _ = call.run("forward", q, k, column.astype(v.dtype), key_bias, mask)
+        # Importance is attention to one more column of values, the gain, with the weights as its
+        # cotangents: what a row receives of it is attention, too.
+        gain = (d_importance / q.shape[1]).astype(exact)
+        column = jnp.broadcast_to(gain[:, None, :, None], (*k.shape[:3], 1)).astype(v.dtype)
+        received, _ = call.run("forward", q, k, column, key_bias, mask)
         received = received[..., 0].astype(exact)
         delta += weights[:, None] * received
         d_weights = received.sum(axis=1).astype(weights.dtype)
-        v = jnp.concatenate([v, column.astype(v.dtype)], axis=-1)
-        row = jnp.broadcast_to(weights[:, None, :, None], (*q.shape[:3], 1))
-        d_out = jnp.concatenate([d_out, row.astype(d_out.dtype)], axis=-1)
-    dq, dk, dv, d_bias = call.run(
-        "backward", q, k, v, key_bias, mask, lse, delta, d_out.astype(q.dtype)
-    )
-    return dq, dk, dv[..., :dim], d_bias, None, d_weights
+        weights = weights.astype(exact)
+    given = (q, k, v, key_bias, mask, lse, delta, d_out.astype(q.dtype), weights, gain)
+    dq, dk, dv, d_bias = call.run("backward", *given)
+    return dq, dk, dv, d_bias, None, d_weights
 
 
 _attend.defvjp(_forward, _backward)

@@ -6,12 +6,9 @@ Float64 in float64. Also what small problems use everywhere, where a map costs l
 import jax
 import jax.numpy as jnp
 
-from efficient_vlm.kernels.attention.mask import Mask, visible
+from efficient_vlm.kernels.attention.mask import NEGATIVE, Mask, visible
 
 __all__ = ["attend", "rows"]
-
-# Finite, so that a row that sees nothing has a gradient.
-NEGATIVE = -1e30
 
 
 def attend(q, k, v, key_bias, mask: Mask | None, weights, *, scale, softcap):

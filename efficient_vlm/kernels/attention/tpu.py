@@ -55,63 +55,58 @@ def unserved(q, k, v) -> str | None:
 
 def forward(q, k, v, key_bias, mask, *, scale, softcap):
     """(out [B, H, N, Dv], lse float32 [B, H, N]); see `xla.forward`."""
-    call = Call("forward", q, k, v, key_bias, mask, scale, softcap)
+    call = Call("forward", "queries", q, k, v, key_bias, mask, scale, softcap)
     wide, rows = call.v.shape[-1], call.block_q
-    shapes = (
-        jax.ShapeDtypeStruct((*call.q.shape[:3], wide), call.dtype),
-        jax.ShapeDtypeStruct((*call.q.shape[:2], 1, call.padded_q), jnp.float32),
-    )
+    out = jax.ShapeDtypeStruct((*call.q.shape[:3], wide), call.dtype)
     scratch = ((rows, LANES), (rows, LANES), (rows, wide), (rows, LANES))
-    spec, lists = call.by_queries(("q", "k", "v", "rows", "columns"), ("out", "lse"), scratch)
+    spec = call.by_queries(("q", "k", "v", "rows", "columns"), ("out", "lse"), scratch)
+    shapes = out, call.row(call.heads, call.padded_q)
     run = _kernel(call, kernels.forward_kernel, shapes, spec, call.dim + call.value_dim)
-    out, lse = run(*lists, call.q, call.k, call.v, call.rows(), call.columns())
-    return call.back(out, call.value_dim).astype(v.dtype), lse[:, :, 0, : call.count]
+    out, lse = run(*call.lists, call.q, call.k, call.v, call.rows(), call.columns)
+    out = out[:, :, : call.count, : call.value_dim].astype(v.dtype)
+    return out, lse[:, :, 0, : call.count]
 
 
-def backward(q, k, v, key_bias, mask, lse, delta, d_out, *, scale, softcap):
+def backward(q, k, v, key_bias, mask, lse, delta, d_out, weights, gain, *, scale, softcap):
     """(dq, dk, dv, d key_bias [B, M] or None); see `xla.backward`."""
     given = (q, k, v, key_bias, mask, scale, softcap)
     names = ("q", "k", "v", "d_out", "rows", "columns")
 
-    call = Call("backward_q", *given)
-    arrays = (call.q, call.k, call.v, call.queries(d_out, call.value_dim))
-    arrays += (call.rows(lse, delta), call.columns())
+    def run(call, body, shapes, spec, products):
+        kernel = _kernel(call, body, shapes, spec, products)
+        rows = call.rows(lse, delta, weights)
+        return kernel(*call.lists, call.q, call.k, call.v, call.queries(d_out), rows, call.columns)
+
+    call = Call("backward_q", "queries", *given, gain=gain)
     shape = jax.ShapeDtypeStruct(call.q.shape, jnp.float32)
     scratch = ((call.block_q, call.q.shape[-1]), (call.block_q, LANES))
-    spec, lists = call.by_queries(names, ("q",), scratch)
+    spec = call.by_queries(names, ("q",), scratch)
     products = 2 * call.dim + call.value_dim
-    (dq,) = _kernel(call, kernels.backward_q_kernel, (shape,), spec, products)(*lists, *arrays)
+    (dq,) = run(call, kernels.backward_q_kernel, (shape,), spec, products)
+    dq = dq[:, :, : call.count, : call.dim].astype(q.dtype)
 
-    call = Call("backward_kv", *given)
-    arrays = (call.q, call.k, call.v, call.queries(d_out, call.value_dim))
-    arrays += (call.rows(lse, delta), call.columns())
-    row = (call.batch, call.kv_heads, 1, call.padded_k)
-    shapes = tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in (call.k.shape, call.v.shape, row))
+    call = Call("backward_kv", "keys", *given, gain=gain)
+    shapes = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (call.k, call.v)]
+    shapes.append(call.row(call.kv_heads, call.padded_k))
     lanes = (call.block_k, LANES)
     scratch = ((call.block_k, call.k.shape[-1]), (call.block_k, call.v.shape[-1]), lanes, lanes)
-    spec, lists = call.by_keys(names, ("k", "v", "key_row"), scratch)
+    spec = call.by_keys(names, ("k", "v", "key_row"), scratch)
     products = 2 * (call.dim + call.value_dim)
-    run = _kernel(call, kernels.backward_kv_kernel, shapes, spec, products)
-    dk, dv, d_bias = run(*lists, *arrays)
-    dk, dv = dk[:, :, : call.num_keys, : call.dim], dv[:, :, : call.num_keys, : call.value_dim]
-    if key_bias is not None:
-        d_bias = d_bias[:, :, 0, : call.num_keys].sum(axis=1).astype(key_bias.dtype)
-    dq = dq[:, :, : q.shape[2], : q.shape[3]].astype(q.dtype)
-    return dq, dk.astype(k.dtype), dv.astype(v.dtype), None if key_bias is None else d_bias
+    dk, dv, d_bias = run(call, kernels.backward_kv_kernel, shapes, spec, products)
+    dk = dk[:, :, : call.num_keys, : call.dim].astype(k.dtype)
+    dv = dv[:, :, : call.num_keys, : call.value_dim].astype(v.dtype)
+    if key_bias is None:
+        return dq, dk, dv, None
+    return dq, dk, dv, d_bias[:, :, 0, : call.num_keys].sum(axis=1).astype(key_bias.dtype)
 
 
 def importance(q, k, key_bias, mask, lse, weights, *, scale, softcap):
     """float32 [B, M]; see `xla.importance`."""
-    call = Call("importance", q, k, None, key_bias, mask, scale, softcap, weights)
-    # One vector carries the normalisation of a row and its weight, and leaves out rows of weight 0.
-    share = jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1)), -jnp.inf)
-    lse = jnp.where(share[:, None] > -jnp.inf, lse - share[:, None], jnp.inf)
-    shape = jax.ShapeDtypeStruct((call.batch, 1, 1, call.padded_k), jnp.float32)
-    scratch = ((call.block_k, LANES),) * 2
-    names = ("q", "k", "rows", "columns")
-    spec, lists = call.by_keys(names, ("key_row",), scratch, every_head=True)
+    call = Call("importance", "keys", q, k, None, key_bias, mask, scale, softcap, weights=weights)
+    spec = call.by_keys(("q", "k", "rows", "columns"), ("key_row",), ((call.block_k, LANES),) * 2)
+    shape = call.row(1, call.padded_k)
     run = _kernel(call, kernels.importance_kernel, (shape,), spec, call.dim)
-    (found,) = run(*lists, call.q, call.k, call.rows(lse), call.columns())
+    (found,) = run(*call.lists, call.q, call.k, call.rows(lse), call.columns)
     return found[:, 0, 0, : call.num_keys] / call.heads
 
 

@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from efficient_vlm.kernels.attention import tpu
+from efficient_vlm.kernels.attention.mask import NEGATIVE
 
-_NEGATIVE = -1e30
 _LANES = 128
 _ROWS = 16  # Queries of a product are padded to whole tiles, of bfloat16 as well.
 _BLOCK = 512  # Keys of a block of a contiguous cache.
@@ -129,7 +129,7 @@ def _blocks(k, v, columns, k_scale, v_scale):
     more = -count % block
     if more:
         k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in (k, v))
-        columns = jnp.pad(columns, ((0, 0), (0, more)), constant_values=_NEGATIVE)
+        columns = jnp.pad(columns, ((0, 0), (0, more)), constant_values=NEGATIVE)
         k_scale, v_scale = (
             None if x is None else jnp.pad(x, ((0, 0), (0, 0), (0, more)))
             for x in (k_scale, v_scale)
@@ -147,7 +147,7 @@ def _kernel(lengths, counts, pages, q, k, v, columns, *rest, scale, softcap, blo
 
     @pl.when(t == 0)
     def _():
-        top[...] = jnp.full_like(top, _NEGATIVE)
+        top[...] = jnp.full_like(top, NEGATIVE)
         total[...] = jnp.zeros_like(total)
         acc[...] = jnp.zeros_like(acc)
 
@@ -161,8 +161,8 @@ def _kernel(lengths, counts, pages, q, k, v, columns, *rest, scale, softcap, blo
             s = softcap * jnp.tanh(s / softcap)
         bias = columns[0]
         place = t * block + lax.broadcasted_iota(jnp.int32, bias.shape, 1)
-        seen = (bias > 0.5 * _NEGATIVE) & (place < lengths[b])
-        s = jnp.where(seen, s + bias, _NEGATIVE)
+        seen = (bias > 0.5 * NEGATIVE) & (place < lengths[b])
+        s = jnp.where(seen, s + bias, NEGATIVE)
         before = top[:, :1]
         higher = jnp.maximum(before, s.max(axis=-1, keepdims=True))
         p = jnp.where(seen, jnp.exp(s - higher), 0.0)

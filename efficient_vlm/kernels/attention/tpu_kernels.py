@@ -8,45 +8,33 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from efficient_vlm.kernels.attention.mask import SHARED
-from efficient_vlm.kernels.attention.tpu_call import (
-    BIAS,
-    BLOCK,
-    DELTA,
-    HIGH,
-    KEY_BLOCK,
-    KEY_SEGMENT,
-    LANES,
-    LOW,
-    LSE,
-    NEAR,
-    POSITION,
-    SEGMENT,
-    Static,
-)
+from efficient_vlm.kernels.attention.mask import NEGATIVE
+from efficient_vlm.kernels.attention.packing import COLUMNS, ROWS, Static
+from efficient_vlm.kernels.attention.tpu_call import LANES
 
-_NEGATIVE = -1e30
+__all__ = ["backward_kv_kernel", "backward_q_kernel", "forward_kernel", "importance_kernel"]
 
 
 def forward_kernel(
-    counts, table, whole, q, k, v, rows, columns, out, lse, top, total, acc, own, *, call: Static
+    counts, whole, table, q, k, v, rows, columns, out, lse, top, total, acc, own, *, call: Static
 ):
     """Online softmax over the listed blocks of keys."""
     del table  # The index maps read it.
-    line, t = call.line_of_queries(), pl.program_id(3)
+    t = pl.program_id(3)
+    row, column = _own(own, ROWS), _met(columns[0], COLUMNS)
 
     @pl.when(t == 0)
     def _():
-        top[...] = jnp.full_like(top, _NEGATIVE)
+        top[...] = jnp.full_like(top, NEGATIVE)
         total[...] = jnp.zeros_like(total)
         acc[...] = jnp.zeros_like(acc)
         own[...] = _turned(rows[0, 0])
 
     def step(masked: bool):
-        s, _ = _logits(call, _dot(q[0, 0], k[0, 0], 1), columns[0][BIAS : BIAS + 1])
+        s, _ = _logits(call, _dot(q[0, 0], k[0, 0], 1), column)
         if masked:
-            seen = _seen(call, lambda c: own[:, c : c + 1], lambda c: columns[0][c : c + 1])
-            s = jnp.where(seen, s, _NEGATIVE)
+            seen = call.rule.seen(row, column)
+            s = jnp.where(seen, s, NEGATIVE)
         before = top[:, :1]
         higher = jnp.maximum(before, s.max(axis=-1, keepdims=True))
         p = jnp.exp(s - higher)
@@ -58,9 +46,9 @@ def forward_kernel(
         top[...] = jnp.broadcast_to(higher, top.shape)
         acc[...] = acc[...] * shrink + _dot(p.astype(v.dtype), v[0, 0], 0)
 
-    _on_live(call, counts, whole, line, t, call.blocks_k, step)
+    _on_live(call, counts, whole, t, step)
 
-    @pl.when(t == call.blocks_k - 1)
+    @pl.when(t == call.steps - 1)
     def _():
         some = total[:, :1] > 0
         norm = jnp.where(some, total[:, :1], 1.0)
@@ -69,11 +57,12 @@ def forward_kernel(
 
 
 def backward_q_kernel(
-    counts, table, whole, q, k, v, d_out, rows, columns, dq, acc, own, *, call: Static
+    counts, whole, table, q, k, v, d_out, rows, columns, dq, acc, own, *, call: Static
 ):
     """The gradient of a block of queries, over the listed blocks of keys."""
     del table
-    line, t = call.line_of_queries(), pl.program_id(3)
+    t = pl.program_id(3)
+    row, column = _own(own, ROWS), _met(columns[0], COLUMNS)
 
     @pl.when(t == 0)
     def _():
@@ -81,33 +70,28 @@ def backward_q_kernel(
         own[...] = _turned(rows[0, 0])
 
     def step(masked: bool):
-        def row(c):
-            return own[:, c : c + 1]
-
-        s, slope = _logits(call, _dot(q[0, 0], k[0, 0], 1), columns[0][BIAS : BIAS + 1])
-        p = jnp.exp(s - row(LSE))
-        if masked:
-            p = jnp.where(_seen(call, row, lambda c: columns[0][c : c + 1]), p, 0.0)
-        d_s = p * (_dot(d_out[0, 0], v[0, 0], 1) - row(DELTA))
+        s, slope = _logits(call, _dot(q[0, 0], k[0, 0], 1), column)
+        p = _probabilities(call, s, row, column, masked)
+        d_s = p * _pulled(call, _dot(d_out[0, 0], v[0, 0], 1), row, column)
         d_s = d_s if slope is None else d_s * slope
         acc[...] += _dot(d_s.astype(k.dtype), k[0, 0], 0)
 
-    _on_live(call, counts, whole, line, t, call.blocks_k, step)
+    _on_live(call, counts, whole, t, step)
 
-    @pl.when(t == call.blocks_k - 1)
+    @pl.when(t == call.steps - 1)
     def _():
         dq[0, 0] = acc[...] * call.scale
 
 
 def backward_kv_kernel(
-    counts, table, whole, q, k, v, d_out, rows, columns, dk, dv, d_bias, k_acc, v_acc, b_acc, own,
+    counts, whole, table, q, k, v, d_out, rows, columns, dk, dv, d_bias, k_acc, v_acc, b_acc, own,
     *, call: Static,
 ):  # fmt: skip
     """The gradients of a block of keys, over the listed blocks of queries of all their heads."""
     del table
-    line, head, t = call.line_of_keys(), pl.program_id(3), pl.program_id(4)
+    row, column = _met(rows[0, 0], ROWS), _own(own, COLUMNS)
 
-    @pl.when((head == 0) & (t == 0))
+    @pl.when(_first())
     def _():
         k_acc[...] = jnp.zeros_like(k_acc)
         v_acc[...] = jnp.zeros_like(v_acc)
@@ -115,89 +99,107 @@ def backward_kv_kernel(
         own[...] = _turned(columns[0])
 
     def step(masked: bool):
-        def row(c):
-            return rows[0, 0][c : c + 1]
-
-        s, slope = _logits(call, _dot(k[0, 0], q[0, 0], 1), own[:, BIAS : BIAS + 1])
-        p = jnp.exp(s - row(LSE))
-        if masked:
-            p = jnp.where(_seen(call, row, lambda c: own[:, c : c + 1]), p, 0.0)
+        s, slope = _logits(call, _dot(k[0, 0], q[0, 0], 1), column)
+        p = _probabilities(call, s, row, column, masked)
         v_acc[...] += _dot(p.astype(d_out.dtype), d_out[0, 0], 0)
-        d_s = p * (_dot(v[0, 0], d_out[0, 0], 1) - row(DELTA))
+        d_s = p * _pulled(call, _dot(v[0, 0], d_out[0, 0], 1), row, column)
         b_acc[...] += jnp.broadcast_to(d_s.sum(axis=1, keepdims=True), b_acc.shape)
         d_s = d_s if slope is None else d_s * slope
         k_acc[...] += _dot(d_s.astype(q.dtype), q[0, 0], 0)
 
-    _on_live(call, counts, whole, line, t, call.blocks_q, step)
+    _on_live(call, counts, whole, pl.program_id(4), step)
 
-    @pl.when((head == call.inner_heads - 1) & (t == call.blocks_q - 1))
+    @pl.when(_last())
     def _():
         dk[0, 0] = k_acc[...] * call.scale
         dv[0, 0] = v_acc[...]
         d_bias[0, 0] = _row(b_acc[...], b_acc.shape)
 
 
-def importance_kernel(counts, table, whole, q, k, rows, columns, found, acc, own, *, call: Static):
+def importance_kernel(counts, whole, table, q, k, rows, columns, found, acc, own, *, call: Static):
     """What a block of keys receives, over the listed blocks of queries of all heads."""
     del table
-    line, head, t = call.line_of_keys(), pl.program_id(3), pl.program_id(4)
+    row, column = _met(rows[0, 0], ROWS), _own(own, COLUMNS)
 
-    @pl.when((head == 0) & (t == 0))
+    @pl.when(_first())
     def _():
         acc[...] = jnp.zeros_like(acc)
         own[...] = _turned(columns[0])
 
     def step(masked: bool):
-        def row(c):
-            return rows[0, 0][c : c + 1]
-
-        s, _ = _logits(call, _dot(k[0, 0], q[0, 0], 1), own[:, BIAS : BIAS + 1])
-        p = jnp.exp(s - row(LSE))
-        if masked:
-            p = jnp.where(_seen(call, row, lambda c: own[:, c : c + 1]), p, 0.0)
+        s, _ = _logits(call, _dot(k[0, 0], q[0, 0], 1), column)
+        p = _probabilities(call, s, row, column, masked)
         acc[...] += jnp.broadcast_to(p.sum(axis=1, keepdims=True), acc.shape)
 
-    _on_live(call, counts, whole, line, t, call.blocks_q, step)
+    _on_live(call, counts, whole, pl.program_id(4), step)
 
-    @pl.when((head == call.inner_heads - 1) & (t == call.blocks_q - 1))
+    @pl.when(_last())
     def _():
         found[0, 0] = _row(acc[...], acc.shape)
 
 
-def _on_live(call: Static, counts, whole, line, t, steps: int, step) -> None:
+def _first():
+    """Whether a block of keys meets the first block of its first head."""
+    return (pl.program_id(3) == 0) & (pl.program_id(4) == 0)
+
+
+def _last():
+    """Whether it meets the last one of its last head."""
+    heads, steps = pl.num_programs(3), pl.num_programs(4)
+    return (pl.program_id(3) == heads - 1) & (pl.program_id(4) == steps - 1)
+
+
+def _on_live(call: Static, counts, whole, t, step) -> None:
     """`step` for a listed block, without the mask where everything is seen."""
+    line = (pl.program_id(0) if call.list_rows > 1 else 0) * call.lines + pl.program_id(2)
     live = t < counts[line]
-    if not call.masked:
+    if call.rule is None:
         pl.when(live)(lambda: step(False))
         return
-    seen = whole[line * steps + t] != 0
-    pl.when(live & seen)(lambda: step(False))
-    pl.when(live & jnp.logical_not(seen))(lambda: step(True))
+    pl.when(t < whole[line])(lambda: step(False))
+    pl.when(live & (t >= whole[line]))(lambda: step(True))
 
 
-def _logits(call: Static, s, bias):
+def _own(turned, names):
+    """From a name to that number of the tokens that are owned, [n, 1]."""
+
+    def of(name):
+        at = names.index(name)
+        return turned[:, at : at + 1]
+
+    return of
+
+
+def _met(numbers, names):
+    """From a name to that number of the tokens of this step, [1, n]."""
+
+    def of(name):
+        at = names.index(name)
+        return numbers[at : at + 1]
+
+    return of
+
+
+def _logits(call: Static, s, column):
     """Scaled, capped and biased; and what the cap multiplies gradients by, or None."""
     s, slope = s * call.scale, None
     if call.softcap is not None:
         bent = jnp.tanh(s / call.softcap)
         s, slope = call.softcap * bent, 1.0 - bent * bent
-    return (s + bias if call.biased else s), slope
+    return (s + column("bias") if call.biased else s), slope
 
 
-def _seen(call: Static, row, column):
-    """`mask.visible` of one block; `row` and `column` give one number of queries and of keys."""
-    seen = column(POSITION) <= row(HIGH)
-    same = None
-    if call.blocked:
-        same = row(BLOCK) == column(KEY_BLOCK)
-        seen |= same
-    if call.windowed:
-        near = column(NEAR) > row(LOW)
-        seen &= near | same if call.spares else near
-    if call.segmented:
-        segment = column(KEY_SEGMENT)
-        seen &= (segment == row(SEGMENT)) | (segment == SHARED)
-    return seen
+def _probabilities(call: Static, s, row, column, masked: bool):
+    """From the lse of a pass before."""
+    p = jnp.exp(s - row("lse"))
+    return jnp.where(call.rule.seen(row, column), p, 0.0) if masked else p
+
+
+def _pulled(call: Static, d_p, row, column):
+    """What gradients of probabilities add up to for logits, before they are multiplied by them."""
+    if call.weighed:
+        d_p = d_p + row("weight") * column("gain")
+    return d_p - row("delta")
 
 
 def _turned(rows):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from efficient_vlm.kernels.attention import blocks as tables
-from efficient_vlm.kernels.attention.mask import SHARED, Mask
+from efficient_vlm.kernels.attention.mask import K_FIELDS, NEGATIVE, Q_FIELDS, Mask, all_seen
 
 __all__ = ["backward", "forward", "importance"]
 
@@ -26,7 +26,6 @@ _BLOCK_QUERIES = 1024
 _BLOCK_KEYS = 512
 # Under a mask smaller blocks leave out more.
 _MASKED_KEYS = 256
-_NEGATIVE = -1e30
 
 
 def forward(q, k, v, key_bias, mask, *, scale, softcap, looped):
@@ -57,7 +56,7 @@ def forward(q, k, v, key_bias, mask, *, scale, softcap, looped):
             start = (
                 jnp.zeros((rows[0] * rows[1], v.shape[-1]), cut.exact),
                 jnp.zeros(rows, cut.exact),
-                jnp.full(rows, _NEGATIVE, cut.exact),
+                jnp.full(rows, NEGATIVE, cut.exact),
             )
             acc, total, top = cut.over_keys(step, start, live, i)
             some = total > 0
@@ -73,24 +72,25 @@ def forward(q, k, v, key_bias, mask, *, scale, softcap, looped):
     return cut.back(out).astype(v.dtype), cut.back(lse[..., None])[..., 0]
 
 
-def backward(q, k, v, key_bias, mask, lse, delta, d_out, *, scale, softcap, looped):
-    """(dq, dk, dv, d key_bias [B, M]) from what the forward pass gave.
+def backward(q, k, v, key_bias, mask, lse, delta, d_out, weights, gain, *, scale, softcap, looped):
+    """(dq, dk, dv, d key_bias [B, M] or None) from what the forward pass gave.
 
     Args:
       lse: [B, H, N]; `inf` where a row sees nothing.
-      delta: [B, H, N], sum of d_out * out, minus the cotangent of lse.
+      delta: [B, H, N], the sum over keys of P dP, minus the cotangent of lse.
       d_out: [B, H, N, Dv].
+      weights, gain: [B, N] and [B, M], or None: dP is d_out.v + weights gain.
     """
     cut = _Cut(q, k, mask, looped)
     logits = functools.partial(_logits, scale=scale, softcap=softcap, slope=True)
     dims = (k.shape[-1], v.shape[-1])
 
     def problem(item):
-        q, d_out, lse, delta, k, v, bias, mask, live = item
+        q, d_out, lse, delta, weights, k, v, bias, gain, mask, live = item
         keys = k.shape[:2]
 
         def queries(sums, item):
-            q, d_out, lse, delta, i = item
+            q, d_out, lse, delta, weights, i = item
             flat_q, flat_d = _flat(q).astype(cut.operand), _flat(d_out).astype(cut.operand)
 
             def step(t, carry):
@@ -101,6 +101,8 @@ def backward(q, k, v, key_bias, mask, lse, delta, d_out, *, scale, softcap, loop
                 if seen is not None:
                     p = jnp.where(seen, p, 0)
                 d_p = _dot(flat_d, v[j].T).reshape(p.shape)
+                if gain is not None:
+                    d_p = d_p + weights[..., None] * gain[j]
                 d_s = p * (d_p - delta[..., None])
                 parts = [_dot(_flat(p).T.astype(cut.operand), flat_d)]
                 if bias is not None:
@@ -120,16 +122,20 @@ def backward(q, k, v, key_bias, mask, lse, delta, d_out, *, scale, softcap, loop
         sums = [jnp.zeros((*keys, dims[1]), cut.exact), jnp.zeros((*keys, dims[0]), cut.exact)]
         if bias is not None:
             sums.insert(1, jnp.zeros(keys, cut.exact))
-        return lax.scan(queries, sums, (q, d_out, lse, delta, jnp.arange(len(q))))
+        return lax.scan(queries, sums, (q, d_out, lse, delta, weights, jnp.arange(len(q))))
 
+    if weights is not None:
+        weights = jnp.broadcast_to(weights[:, None], lse.shape)
     items = (
         cut.queries(q),
         cut.queries(d_out),
-        cut.queries(lse[..., None], jnp.inf)[..., 0],
-        cut.queries(delta[..., None])[..., 0],
+        cut.numbers(lse, jnp.inf),
+        cut.numbers(delta),
+        cut.numbers(weights),
         cut.keys(k),
         cut.keys(v),
         cut.bias(key_bias),
+        cut.bias(gain),
         *cut.mask_items(),
     )
     sums, dq = _loop(problem, items, looped)
@@ -146,12 +152,14 @@ def backward(q, k, v, key_bias, mask, lse, delta, d_out, *, scale, softcap, loop
 
 
 def importance(q, k, key_bias, mask, lse, weights, *, scale, softcap, looped):
-    """[B, M]: mean over heads of sum_i weights[b, i] P[b, h, i, j]; weights [B, N] from 0."""
+    """[B, M]: mean over heads of sum_i exp(logit_ij - lse_i).
+
+    Args:
+      lse: [B, H, N], from which the logarithms of the weights [B, N] have been taken; `inf` where a
+        weight is 0.
+    """
     cut = _Cut(q, k, mask, looped, weights)
     logits = functools.partial(_logits, scale=scale, softcap=softcap)
-    # One vector carries the normalisation of a row and its weight, and leaves out rows of weight 0.
-    row = jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1)), -jnp.inf)
-    lse = jnp.where(row[:, None] > -jnp.inf, lse - row[:, None], jnp.inf)
 
     def problem(item):
         q, lse, k, bias, mask, live = item
@@ -172,7 +180,7 @@ def importance(q, k, key_bias, mask, lse, weights, *, scale, softcap, looped):
 
     items = (
         cut.queries(q),
-        cut.queries(lse[..., None], jnp.inf)[..., 0],
+        cut.numbers(lse, jnp.inf),
         cut.keys(k),
         cut.bias(key_bias),
         *cut.mask_items(),
@@ -200,28 +208,11 @@ def _logits(q, k, bias, mask, *, scale, softcap, slope=False):
     s = s.reshape(*q.shape[:2], -1)
     seen = None
     if mask is not None:
-        seen = _seen(mask)
-        s = jnp.where(seen, s, _NEGATIVE)
+        seen = mask.rule.seen(
+            lambda name: getattr(mask, name)[:, None], lambda name: getattr(mask, name)
+        )
+        s = jnp.where(seen, s, NEGATIVE)
     return (s, seen, bent) if slope else (s, seen)
-
-
-def _seen(mask: Mask):
-    """bool [bq, bk] of one block; fields [bq] and [bk]. See `mask.visible`."""
-    seen = mask.position <= mask.high[:, None]
-    same = False
-    if mask.q_block is not None:
-        same = mask.q_block[:, None] == mask.kv_block
-        seen |= same
-    if mask.low is not None:
-        near = mask.near > mask.low[:, None]
-        seen &= near | same if mask.spares else near
-    if mask.q_segment is not None:
-        seen &= (mask.q_segment[:, None] == mask.kv_segment) | (mask.kv_segment == SHARED)
-    return seen
-
-
-_Q_FIELDS = ("high", "low", "q_segment", "q_block")
-_K_FIELDS = ("position", "near", "kv_segment", "kv_block")
 
 
 class _Cut:
@@ -243,8 +234,6 @@ class _Cut:
         self.padded_q = self.blocks_q * self.block_q
         self.padded_k = self.blocks_k * self.block_k
         if mask is None and self.padded_k > self.num_keys:
-            from efficient_vlm.kernels.attention.mask import all_seen
-
             mask = all_seen(self.count, self.num_keys)
         self.mask = None
         if mask is not None:
@@ -256,10 +245,8 @@ class _Cut:
             if self.mask is not None:
                 live = tables.live_blocks(self.mask, self.block_q, self.block_k)
             if weights is not None:
-                weighs = self._pad(weights > 0, self.padded_q).reshape(
-                    self.batch, self.blocks_q, self.block_q
-                )
-                live = live & weighs.any(axis=-1)[..., None]
+                weighs = tables.weighed_blocks(weights, self.padded_q, self.block_q)
+                live = live & weighs[..., None]
             self.live = tables.listed(live)
 
     def _pad(self, x, count, fill=0):
@@ -273,6 +260,10 @@ class _Cut:
         x = self._pad(x, self.padded_q, fill)
         x = x.reshape(-1, self.groups, self.blocks_q, self.block_q, x.shape[-1])
         return x.swapaxes(1, 2)
+
+    def numbers(self, x, fill=0):
+        """[B, H, N], or None, -> [B * Hk, blocks, G, block]"""
+        return None if x is None else self.queries(x[..., None], fill)[..., 0]
 
     def back(self, x):
         """The other way."""
@@ -301,7 +292,7 @@ class _Cut:
         mask = live = None
         if self.mask is not None:
             cut = {}
-            for names, block in ((_Q_FIELDS, self.block_q), (_K_FIELDS, self.block_k)):
+            for names, block in ((Q_FIELDS, self.block_q), (K_FIELDS, self.block_k)):
                 for name in names:
                     if (x := getattr(self.mask, name)) is not None:
                         cut[name] = self._each_head(x.reshape(len(x), -1, block))
@@ -318,8 +309,8 @@ class _Cut:
         """The mask of one block."""
         if mask is None:
             return None
-        fields = {name: _at(getattr(mask, name), i) for name in _Q_FIELDS}
-        fields |= {name: _at(getattr(mask, name), j) for name in _K_FIELDS}
+        fields = {name: _at(getattr(mask, name), i) for name in Q_FIELDS}
+        fields |= {name: _at(getattr(mask, name), j) for name in K_FIELDS}
         return mask.replace(**fields)
 
     def over_keys(self, step, start, live, i):

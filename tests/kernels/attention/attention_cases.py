@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from efficient_vlm.kernels.attention import make_mask
+
 # batch, heads, key heads, queries, keys, head dim, value dim
 SMALL = (2, 4, 2, 21, 27, 8, 8)
 
@@ -42,6 +44,30 @@ FEATURES = {
         importance_weights=rng.random((b, n)) * (rng.random((b, n)) < 0.5)
     ),
 }
+
+
+def mask_of_models(queries, keys, seed=0):
+    """What no argument of `attention` says: shared keys, blocks that see each other, dead keys."""
+    rng = np.random.default_rng(seed)
+
+    def runs(count, most):  # Segments and blocks are runs of tokens.
+        return np.sort(rng.integers(0, most, (2, count)), axis=1)
+
+    kv_segments = runs(keys, 3)
+    kv_segments[:, : keys // 8] = 7
+    return make_mask(
+        queries,
+        keys,
+        causal=True,
+        window=keys // 8,
+        q_segments=runs(queries, 3),
+        kv_segments=kv_segments,
+        shared_segment=7,
+        q_blocks=runs(queries, 5),
+        kv_blocks=runs(keys, 5),
+        window_spares_blocks=True,
+        kv_live=rng.random((2, keys)) < 0.8,
+    )
 
 
 def arrays(shape, seed=0, dtype=np.float32):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from efficient_vlm.errors import UserError
 from efficient_vlm.kernels.attention import attention, make_mask
 
 SETS = [(name,) for name in cases.FEATURES] + [
@@ -78,12 +79,31 @@ class AttentionContract:
             scale = max(1.0, np.abs(two).max())
             np.testing.assert_allclose(one / scale, two / scale, atol=tolerance, err_msg=name)
 
+    def refused(self, q, k, v, feature):
+        """What an implementation cannot do is named, with those that can."""
+        with pytest.raises(UserError, match=f"(?s){feature}.*xla"):
+            self.run(q, k, v)
+
     @pytest.mark.parametrize("features", SETS, ids=" + ".join)
     def test_features(self, features):
         q, k, v = (jnp.asarray(x, self.precise) for x in cases.arrays(LARGE))
         given = cases.options(features, LARGE)
         tolerance = 1e-5 * DTYPES[self.precise]
         self.compare(*self.both(q, k, v, given), tolerance)
+
+    def test_masks_of_models(self):
+        q, k, v = (jnp.asarray(x, self.precise) for x in cases.arrays(LARGE))
+        given = cases.options(("bias", "importance"), LARGE) | {
+            "mask": cases.mask_of_models(150, 280)
+        }
+        self.compare(*self.both(q, k, v, given), 1e-5 * DTYPES[self.precise])
+
+    @pytest.mark.parametrize("value_dim", [1, 65])
+    def test_values_of_another_width(self, value_dim):
+        shape = (2, 4, 2, 33, 140, 64, value_dim)
+        q, k, v = (jnp.asarray(x, self.precise) for x in cases.arrays(shape))
+        given = cases.options(("causal", "importance"), shape)
+        self.compare(*self.both(q, k, v, given), 1e-5 * DTYPES[self.precise])
 
     @pytest.mark.parametrize("features", [("plain",), ("prefix", "bias", "lengths")], ids=str)
     def test_against_loops(self, features):
@@ -99,9 +119,10 @@ class AttentionContract:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_dtypes(self, dtype):
-        if dtype not in self.dtypes:
-            pytest.skip(f"{self.implementation} has no {dtype}")
         q, k, v = (jnp.asarray(x, dtype) for x in cases.arrays(LARGE))
+        if dtype not in self.dtypes:
+            self.refused(q, k, v, dtype)
+            return
         given = cases.options(("causal", "bias"), LARGE)
         ours, reference = self.both(q, k, v, given)
         assert ours[0].dtype == ours[3].dtype == q.dtype
@@ -117,10 +138,11 @@ class AttentionContract:
 
     @pytest.mark.parametrize("dim", [64, 72, 80, 128, 256])
     def test_head_dims(self, dim):
-        if dim not in self.head_dims:
-            pytest.skip(f"{self.implementation} has no head dim {dim}")
         shape = (1, 2, 1, 33, 140, dim, dim)
         q, k, v = (jnp.asarray(x, self.precise) for x in cases.arrays(shape))
+        if dim not in self.head_dims:
+            self.refused(q, k, v, str(dim))
+            return
         self.compare(*self.both(q, k, v, {}), 1e-5 * DTYPES[self.precise])
 
     def test_nothing_to_see(self):

@@ -78,6 +78,10 @@ def test_lists_of_blocks():
     table, count = blocks.listed(live)
     assert count.tolist() == [[2, 0, 4]]
     assert table.tolist()[0][0] == [1, 3, 3, 3] and table.tolist()[0][2] == [0, 1, 2, 3]
+    first = jnp.array([[[0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 1]]], bool)
+    table, count = blocks.listed(live, first)
+    assert count.tolist() == [[2, 0, 4]]
+    assert table.tolist()[0][0] == [3, 1, 1, 1] and table.tolist()[0][2] == [2, 3, 0, 1]
 
 
 @pytest.mark.parametrize("spares", [False, True])

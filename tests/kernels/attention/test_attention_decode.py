@@ -134,6 +134,9 @@ def test_keys_that_are_not_live(implementation):
         (dict(lengths=np.zeros(2)), "[3]"),
         (dict(kept=np.zeros((3, 4), int), implementation="tpu"), "kept tokens"),
         (dict(implementation="cuda"), "tpu, xla"),
+        (dict(key_bias=np.zeros((3, 4))), "[3, 384]"),
+        (dict(live=np.zeros(384, bool)), "[3, 384]"),
+        (dict(kept=np.zeros((2, 4), int)), "[3, K]"),
     ],
 )
 def test_mistakes_are_named(change, words):

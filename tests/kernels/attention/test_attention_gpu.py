@@ -8,7 +8,7 @@ import pytest
 from attention_contract import AttentionContract
 
 from efficient_vlm.errors import UserError
-from efficient_vlm.kernels.attention import attention, cudnn
+from efficient_vlm.kernels.attention import attention, cudnn, op
 
 
 def is_hopper() -> bool:
@@ -27,6 +27,55 @@ class TestGpu(AttentionContract):
     precise = "float16"
 
 
+@pytest.mark.parametrize("asked", ["out", "lse", "sparse"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_what_a_hopper_gets_by_default(asked, backward, monkeypatch):
+    """cuDNN where nothing is sparse, and then no kernel of ours that nobody asked for."""
+    taken = []
+
+    def stand_in(q, k, v, **options):
+        taken.append(options)
+        return attention(q, k, v, implementation="reference", **options).out
+
+    monkeypatch.setattr(op, "_on_hopper", lambda: True)
+    monkeypatch.setattr(cudnn, "attend", stand_in)
+    q = jax.ShapeDtypeStruct((1, 8, 1024, 64), jnp.bfloat16)
+    weights = jnp.ones((1, 1024)) if asked == "sparse" else None
+
+    def loss(q, k, v):
+        found = attention(q, k, v, causal=True, importance_weights=weights)
+        parts = {"out": found.out, "lse": found.lse, "sparse": found.importance}
+        return sum(parts[name].astype(jnp.float32).sum() for name in {"out", asked})
+
+    function = jax.grad(loss, (0, 1, 2)) if backward else loss
+    text = jax.jit(function).trace(q, q, q).lower(lowering_platforms=("cuda",)).as_text()
+    kernels = {name for name in KERNELS if f"attention_{name}" in text}
+    assert taken == ([] if asked == "sparse" else [dict(scale=0.125, causal=True)])
+    expected = set() if asked == "out" else {"forward"}
+    if backward:  # The value of importance is no part of its gradient.
+        expected |= {"backward_q", "backward_kv"} if expected else set()
+    elif asked == "sparse":
+        expected.add("importance")
+    assert kernels == expected
+
+
+@pytest.mark.skipif(not is_hopper(), reason="needs a Hopper GPU")
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_default_on_a_hopper(biased):
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in cases.arrays((1, 8, 8, 600, 600, 64, 64)))
+    bias = jnp.ones((1, 600)) if biased else None
+
+    def outputs(implementation):
+        def loss(q, k, v):
+            given = dict(causal=True, key_bias=bias, implementation=implementation)
+            return attention(q, k, v, **given).out.astype(jnp.float32).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
+
+    for one, two in zip(outputs(None), outputs("reference"), strict=True):
+        np.testing.assert_allclose(one.astype(jnp.float32), two.astype(jnp.float32), atol=3e-2)
+
+
 @pytest.mark.skipif(not is_hopper(), reason="needs a Hopper GPU")
 @pytest.mark.parametrize("causal", [False, True])
 def test_cudnn_on_a_gpu(causal):
@@ -38,6 +87,7 @@ def test_cudnn_on_a_gpu(causal):
     np.testing.assert_allclose(one.astype(jnp.float32), two.astype(jnp.float32), atol=2e-2)
 
 
+KERNELS = ("forward", "importance", "backward_q", "backward_kv")
 FEATURES = [("plain",), ("causal", "bias", "softcap", "lengths", "segments", "window", "prefix")]
 
 

@@ -42,8 +42,8 @@ def interpreted(monkeypatch):
 
     plain = gpu.kernel_options
 
-    def options(**given):
-        return plain(**given) | {"interpret": plgpu.InterpretGPUParams()}
+    def options():
+        return plain() | {"interpret": plgpu.InterpretGPUParams()}
 
     monkeypatch.setattr(gpu_kernels, "_added", added)
     monkeypatch.setattr(gpu, "kernel_options", options)
@@ -55,13 +55,29 @@ def interpreted(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("features", SETS, ids=" + ".join)
 def test_forward_backward_and_importance(features):
-    q, k, v = (jnp.asarray(x, jnp.float16) for x in cases.arrays(SHAPE))
-    given = cases.options(features, SHAPE)
+    compare(SHAPE, cases.options(features, SHAPE))
+
+
+@pytest.mark.slow
+def test_masks_of_models():
+    compare(SHAPE, {"mask": cases.mask_of_models(140, 200)})
+
+
+@pytest.mark.slow
+def test_values_of_another_width():
+    shape = (*SHAPE[:-1], 65)
+    compare(shape, cases.options(("bias", "importance"), shape))
+
+
+def compare(shape, given):
+    """Outputs and gradients beside the reference."""
+    q, k, v = (jnp.asarray(x, jnp.float16) for x in cases.arrays(shape))
     moved = [q, k, v]
     names = [name for name in ("key_bias", "importance_weights") if name in given]
     moved += [jnp.asarray(given.pop(name)) for name in names]
     rng = np.random.default_rng(0)
-    ways = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in (q.shape, q.shape[:3], (2, 200))]
+    sizes = ((*q.shape[:3], v.shape[-1]), q.shape[:3], (len(q), k.shape[2]))
+    ways = [jnp.asarray(rng.normal(size=size), jnp.float32) for size in sizes]
 
     def both(implementation, *moved):
         def outputs(q, k, v, *rest):

@@ -5,8 +5,8 @@ its own. The implementation is chosen when the program is lowered, not when it i
 program compiled for a TPU on a CPU host gets the TPU form:
 
   TPU, GPU   `jax.lax.ragged_dot`, native on both.
-  CPU        a blocked form: rows are copied to blocks that belong to one group each. There
-             `ragged_dot` is expanded to one masked product per group, 10 to 100 times the work.
+  CPU        a loop over blocks of rows of one group each, sliced in place. There `ragged_dot` is
+             expanded to one masked product per group, 10 to 100 times the work.
 """
 
 import functools
@@ -84,87 +84,59 @@ def _ragged_outer(lhs, cotangent, group_sizes):
 
 
 def _block_rows(rows: int, groups: int) -> int:
-    """Rows per block: large enough for an efficient product, small enough to pad little."""
+    """Rows per block: large enough for an efficient product, small enough to waste little."""
     mean = max(1, rows // groups)
-    return min(128, max(16, 1 << (mean - 1).bit_length()))
+    return min(256, max(16, (1 << (mean - 1).bit_length()) // 2))
 
 
-def _copies_are_cheap(num_blocks: int, rows: int, inner: int, outer: int) -> bool:
-    """Whether one weight matrix per block is no more data than the activations themselves.
-
-    If so, all blocks go through one batched product; otherwise a loop reads each matrix in place.
-    """
-    return num_blocks * inner * outer <= rows * (inner + outer)
-
-
-def _layout(group_sizes, rows: int, block: int):
-    """Where each row goes when every group is padded to whole blocks.
+def _blocks(group_sizes, rows: int, block: int):
+    """Where blocks start that cover each group; the last one of a group may reach into the next.
 
     Returns:
-      group [P]: the group of each block; P is static, the worst case over all group sizes.
-      source [P, block]: the row in each slot, or `rows` for an empty slot.
-      slot [rows]: the slot of each row, counted over all blocks.
-      used: the number of blocks that hold a row.
+      group, first [P]: the group and the first row of each block; P is the worst case.
+      end [E]: behind the last row of each group.
+      used: the number of blocks that there are.
     """
     groups = group_sizes.shape[0]
-    num_blocks = rows // block + groups
-    ends = jnp.cumsum(group_sizes)
-    starts = ends - group_sizes
+    end = jnp.cumsum(group_sizes)
     blocks = (group_sizes + block - 1) // block
-    block_ends = jnp.cumsum(blocks)
-    block_starts = block_ends - blocks
-
-    index = jnp.arange(num_blocks, dtype=jnp.int32)
-    group = jnp.minimum(jnp.searchsorted(block_ends, index, side="right"), groups - 1)
-    first = starts[group] + (index - block_starts[group]) * block
-    source = first[:, None] + jnp.arange(block, dtype=jnp.int32)
-    live = (source < ends[group][:, None]) & (index < block_ends[-1])[:, None]
-
-    row = jnp.arange(rows, dtype=jnp.int32)
-    row_group = jnp.minimum(jnp.searchsorted(ends, row, side="right"), groups - 1)
-    slot = block_starts[row_group] * block + row - starts[row_group]
-    return group, jnp.where(live, source, rows), slot, block_ends[-1]
-
-
-def _to_blocks(x, source):
-    return jnp.take(x, source, axis=0, mode="fill", fill_value=0)
+    behind = jnp.cumsum(blocks)
+    index = jnp.arange(rows // block + groups, dtype=jnp.int32)
+    group = jnp.minimum(jnp.searchsorted(behind, index, side="right"), groups - 1)
+    first = (end - group_sizes)[group] + (index - (behind - blocks)[group]) * block
+    return group, first, end, behind[-1]
 
 
 _dot = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
 
 
 def _blocked(lhs, rhs, group_sizes):
-    rows, inner = lhs.shape
-    groups, _, outer = rhs.shape
-    block = _block_rows(rows, groups)
-    group, source, slot, used = _layout(group_sizes, rows, block)
-    x = _to_blocks(lhs, source)
-    if _copies_are_cheap(len(group), rows, inner, outer):
-        y = _dot(x, rhs[group])
-    else:
+    rows, outer = lhs.shape[0], rhs.shape[2]
+    block = _block_rows(rows, rhs.shape[0])
+    group, first, _, used = _blocks(group_sizes, rows, block)
+    x = jnp.pad(lhs, ((0, block), (0, 0)))
 
-        def body(i, y):
-            return lax.dynamic_update_index_in_dim(y, _dot(x[i], rhs[group[i]]), i, 0)
+    def body(i, y):
+        # Rows of the next group get a wrong product here, and then their own: blocks are in order.
+        part = _dot(lax.dynamic_slice_in_dim(x, first[i], block), rhs[group[i]])
+        return lax.dynamic_update_slice_in_dim(y, part, first[i], 0)
 
-        y = jnp.zeros((len(group), block, outer), jnp.float32)
-        y = lax.fori_loop(0, used, body, y)
-    return y.reshape(-1, outer)[slot].astype(lhs.dtype)
+    y = lax.fori_loop(0, used, body, jnp.zeros((rows + block, outer), jnp.float32))
+    return y[:rows].astype(lhs.dtype)
 
 
 def _blocked_outer(lhs, cotangent, group_sizes):
     rows, inner = lhs.shape
-    outer = cotangent.shape[1]
     groups = group_sizes.shape[0]
     block = _block_rows(rows, groups)
-    group, source, _, used = _layout(group_sizes, rows, block)
-    x = _to_blocks(lhs, source).swapaxes(1, 2)
-    g = _to_blocks(cotangent, source)
-    if _copies_are_cheap(len(group), rows, inner, outer):
-        # A product with a one-hot matrix adds up the blocks of a group: a scatter is far slower.
-        member = jax.nn.one_hot(group, groups, axis=0, dtype=jnp.float32)
-        return jnp.einsum("ep,pkn->ekn", member, _dot(x, g))
+    group, first, end, used = _blocks(group_sizes, rows, block)
+    x, g = (jnp.pad(a, ((0, block), (0, 0))) for a in (lhs, cotangent))
 
     def body(i, total):
-        return total.at[group[i]].add(_dot(x[i], g[i]))
+        own = first[i] + jnp.arange(block) < end[group[i]]
+        part = jnp.where(own[:, None], lax.dynamic_slice_in_dim(x, first[i], block), 0)
+        part = _dot(part.T, lax.dynamic_slice_in_dim(g, first[i], block))
+        return total.at[group[i]].add(part)
 
-    return lax.fori_loop(0, used, body, jnp.zeros((groups, inner, outer), jnp.float32))
+    start = jnp.zeros((groups, inner, cotangent.shape[1]), jnp.float32)
+    return lax.fori_loop(0, used, body, start)

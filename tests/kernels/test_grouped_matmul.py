@@ -29,22 +29,11 @@ def by_hand(lhs, rhs, sizes):
     return np.stack([row.astype(np.float64) @ rhs[g] for row, g in zip(lhs, group, strict=True)])
 
 
-def forms():
-    def looped(lhs, rhs, sizes):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(gm, "_copies_are_cheap", lambda *_: False)
-            return gm._blocked(lhs, rhs, sizes)
-
-    def batched(lhs, rhs, sizes):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(gm, "_copies_are_cheap", lambda *_: True)
-            return gm._blocked(lhs, rhs, sizes)
-
-    return {"entry": gm.grouped_matmul, "batched": batched, "looped": looped, "ragged": gm._ragged}
+FORMS = {"entry": gm.grouped_matmul, "blocked": gm._blocked, "ragged": gm._ragged}
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
-@pytest.mark.parametrize("form", forms().values(), ids=forms().keys())
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
 def test_forward(form, sizes):
     lhs, rhs, sizes = case(sizes)
     np.testing.assert_allclose(
@@ -52,11 +41,9 @@ def test_forward(form, sizes):
     )
 
 
-@pytest.mark.parametrize("cheap", [True, False], ids=["batched", "looped"])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
-def test_gradients(sizes, cheap, monkeypatch):
+def test_gradients(sizes):
     """Against autodiff of the definition."""
-    monkeypatch.setattr(gm, "_copies_are_cheap", lambda *_: cheap)
     lhs, rhs, sizes = case(sizes)
     weight = np.random.default_rng(1).normal(size=(len(lhs), rhs.shape[2])).astype(np.float32)
 

@@ -1,10 +1,12 @@
 """Equal layers: parameters stacked for training, split for inference, run over any stretch."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from efficient_vlm.errors import unknown
@@ -113,6 +115,28 @@ def rematerialised(function: Callable, remat: str) -> Callable:
     return jax.checkpoint(function, prevent_cse=False, policy=policies[remat])
 
 
+def _traced_once(body: Callable) -> Callable:
+    """`body` of (x, item), traced and lowered once for all layers alike.
+
+    That is most of what a program that is in the compilation cache costs. What is no array in the
+    item stays static, as it would be without.
+    """
+
+    @functools.partial(jax.jit, static_argnums=(2, 3))
+    def run(x, arrays, static, tree):
+        leaves = [a if s is None else s for a, s in zip(arrays, static, strict=True)]
+        return body(x, jax.tree.unflatten(tree, leaves))
+
+    def call(x, item):
+        leaves, tree = jax.tree.flatten(item)
+        moves = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
+        arrays = [leaf if moved else None for leaf, moved in zip(leaves, moves, strict=True)]
+        static = tuple(None if moved else leaf for leaf, moved in zip(leaves, moves, strict=True))
+        return run(x, arrays, static, tree)
+
+    return call
+
+
 def run_layers(
     layer: Callable,
     layers: Any,
@@ -147,7 +171,7 @@ def run_layers(
 
     body = rematerialised(body, remat)
     if is_split(layers):
-        outputs = []
+        outputs, body = [], _traced_once(body)
         for i in range(start, stop):
             given = None if inputs is None else inputs[i - start]
             x, output = body(x, (layer_of(layers, i), given))

@@ -69,13 +69,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "what",
         nargs="?",
-        choices=("kernels",),
-        help="kernels: compile every kernel for a TPU that need not be there",
+        choices=("kernels", "sharding"),
+        help="kernels: compile every kernel for a TPU that need not be there; "
+        "sharding: where each parameter lies on a mesh of devices",
     )
     sub.add_argument(
         "--topology", metavar="NAME", help="kernels for a TPU (v5e:2x2), for all of them, or h100"
     )
     sub.add_argument("--quick", action="store_true", help="kernels at one size only")
+    sub.add_argument("--mesh", metavar="AXIS:N,...", help="of sharding: fsdp:64,tensor:4")
     sub.add_argument("--preset", metavar="NAME", help="a published model, such as llava-1.5-7b")
     sub.add_argument("--config", metavar="FILE.py[:ARG]", help="config file, instead of --preset")
     sub.add_argument(
@@ -233,6 +235,12 @@ def run(argv: Sequence[str]) -> int:
         for name in ("topology", "quick"):
             if getattr(args, name):
                 raise UserError(f"--{name}: only `audit kernels` takes it")
+        if args.what == "sharding":
+            from efficient_vlm.audit.sharding_table import audit_sharding
+
+            return audit_sharding(args, overrides)
+        if args.mesh:
+            raise UserError("--mesh: only `audit sharding` takes it")
         from efficient_vlm.audit import command
 
         return command.audit(args, overrides)

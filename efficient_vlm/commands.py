@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "train.keep",
     "train.keep_every",
     "train.log_every",
+    "train.mesh",
     "train.save_failures",
     "train.tensorboard",
 )

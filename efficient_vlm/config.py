@@ -28,6 +28,7 @@ SECTIONS = (
     "model.decoder.moe",
     "train",
     "train.optimizer",
+    "train.mesh",
     "eval",
 )
 
@@ -234,6 +235,7 @@ def _class_of(where: str, config: ml_collections.ConfigDict) -> type | None:
     from efficient_vlm.audit.evaluate import EvalConfig
     from efficient_vlm.compressors.methods import METHODS
     from efficient_vlm.models import connector, decoder, moe, vit, vlm
+    from efficient_vlm.sharding import MeshConfig
     from efficient_vlm.train.loop import TrainConfig
     from efficient_vlm.train.optimizer import OptimizerConfig
 
@@ -247,6 +249,7 @@ def _class_of(where: str, config: ml_collections.ConfigDict) -> type | None:
         "model.decoder.moe": moe.MoE,
         "train": TrainConfig,
         "train.optimizer": OptimizerConfig,
+        "train.mesh": MeshConfig,
         "eval": EvalConfig,
     }[where]
 

@@ -78,7 +78,17 @@ def audit_kernels(args: argparse.Namespace) -> int:
     Raises:
       UserError: an option of `audit` alone, or no such topology.
     """
-    for name in ("preset", "config", "compressor", "text", "new", "images", "match", "options"):
+    for name in (
+        "preset",
+        "config",
+        "compressor",
+        "text",
+        "new",
+        "images",
+        "match",
+        "mesh",
+        "options",
+    ):
         if getattr(args, name):
             word = "compressor" if name == "options" else name
             raise UserError(f"--{word}: `audit kernels` does not take it", allowed=_TAKES)

@@ -93,11 +93,16 @@ def parameter_shapes(model: VisionLanguageModel) -> dict[str, jax.ShapeDtypeStru
 
 def abstract_parameters(model: VisionLanguageModel) -> Any:
     """Shapes and dtypes of the parameters as `init` gives them."""
-    return _abstract_parameters(model.clone(dtype=jnp.float32))  # Of activations; one trace.
+    return nn.unbox(boxed_parameters(model))
+
+
+def boxed_parameters(model: VisionLanguageModel) -> Any:
+    """The same with their logical axes."""
+    return _boxed_parameters(model.clone(dtype=jnp.float32))  # Of activations; one trace.
 
 
 @functools.lru_cache(maxsize=8)
-def _abstract_parameters(model: VisionLanguageModel) -> Any:
+def _boxed_parameters(model: VisionLanguageModel) -> Any:
     tokens, lengths = jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
     images = mask = None
     if model.encoder is not None:
@@ -105,8 +110,7 @@ def _abstract_parameters(model: VisionLanguageModel) -> Any:
         sides = [side * vit.patch_size for side in vit.grid]
         images, mask = jnp.zeros((1, 1, *sides, 3)), jnp.ones((1, 1), bool)
     init = functools.partial(model.init, method="text_logits")
-    shapes = jax.eval_shape(init, jax.random.key(0), images, mask, tokens, lengths)
-    return nn.unbox(shapes)["params"]
+    return jax.eval_shape(init, jax.random.key(0), images, mask, tokens, lengths)["params"]
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -108,7 +108,7 @@ class DecoderBlock(nn.Module):
         )
         if self.norm_layout in ("post", "sandwich"):
             y = self.attention_post_norm(y)
-        x = nn.with_logical_constraint(x + y, ("batch", None, "embed"))
+        x = nn.with_logical_constraint(x + y, ("batch", None, None))
         cache = inner.pop("cache")
         inner = {
             name: inner[name]
@@ -129,7 +129,7 @@ class DecoderBlock(nn.Module):
             y, stats = self.feed_forward(y, inputs.live)
         if self.norm_layout in ("post", "sandwich"):
             y = self.mlp_post_norm(y)
-        x = nn.with_logical_constraint(x + y, ("batch", None, "embed"))
+        x = nn.with_logical_constraint(x + y, ("batch", None, None))
         return x, ((cache, stats, looks), inner)
 
     def _entering(self, x: jax.Array) -> jax.Array:

@@ -57,6 +57,7 @@ class EncoderBlock(nn.Module):
             dtype=self.dtype,
             name="attention",
         )(norm(name="attention_norm")(x), positions, key_bias=key_bias, mask=mask)
+        x = nn.with_logical_constraint(x, ("batch", None, None))
         x = x + self._scaled("attention_scale", y)
         if merge is not None:
             x = merge(x, inner)
@@ -71,9 +72,12 @@ class EncoderBlock(nn.Module):
             y = act(gate) * up
         else:
             y = act(wide("gate")) * wide("up") if self.mlp_gated else act(wide("up"))
-        y = nn.with_logical_constraint(y, ("batch", None, "mlp"))
+        y = nn.with_logical_constraint(y, ("batch", None, "activation_mlp"))
         down = Linear(("mlp",), (self.width,), ("embed",), 0.5, name="down", **fields)
-        return x + self._scaled("mlp_scale", down(y)), inner
+        x = nn.with_logical_constraint(
+            x + self._scaled("mlp_scale", down(y)), ("batch", None, None)
+        )
+        return x, inner
 
     def _scaled(self, name: str, y: jax.Array) -> jax.Array:
         if not self.layer_scale:

@@ -37,7 +37,7 @@ class FeedForward(nn.Module):
             hidden = act(gate) * up
         else:
             hidden = act(wide("gate")) * wide("up") if self.gated else act(wide("up"))
-        hidden = nn.with_logical_constraint(hidden, ("batch", None, "mlp"))
+        hidden = nn.with_logical_constraint(hidden, ("batch", None, "activation_mlp"))
         down = Linear(
             ("mlp",), (x.shape[-1],), ("embed",), scale=self.out_scale, name="down", **fields
         )

@@ -9,8 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.sharding import Mesh
 
 from efficient_vlm import config as configs
+from efficient_vlm import sharding
 from efficient_vlm.data import build, transforms
 from efficient_vlm.data.config import DataConfig
 from efficient_vlm.data.pipeline import Pipeline, check_fingerprint, make_train, preview
@@ -40,6 +42,8 @@ class TrainConfig:
         options of the compressor; empty for the model's own compressor alone. Each is one
         executable. "start" is the share of the run after which it is drawn, 0 by default.
       accumulate: micro-batches per step.
+      mesh: how many devices share what, fields of `sharding.MeshConfig`; batches are divided over
+        all of them. One device needs none.
       load_balance, router_z: weights of the router losses of a mixture of experts.
       selector: weight of teaching a text-guided selector, at the full budget, where the decoder
         looks.
@@ -58,6 +62,7 @@ class TrainConfig:
     optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     elastic: Sequence[Mapping[str, Any]] = ()
     accumulate: int = 1
+    mesh: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     load_balance: float = 0.01
     router_z: float = 1e-3
     selector: float = 1.0
@@ -129,6 +134,17 @@ def read_config(config: Mapping[str, Any]) -> tuple[TrainConfig, DataConfig, Opt
     return settings, data_config, optimizer
 
 
+def make_mesh(settings: TrainConfig, batch_size: int) -> Mesh | None:
+    """The mesh of a run, None for one device; raises UserError where a batch does not divide."""
+    config = construct(sharding.MeshConfig, settings.mesh, "train.mesh")
+    if jax.device_count() == 1:
+        config.sizes(1)
+        return None
+    mesh = sharding.make_mesh(config)
+    sharding.check_batch(batch_size, mesh, settings.accumulate)
+    return mesh
+
+
 def train(
     config: Mapping[str, Any],
     workdir: Path,
@@ -150,6 +166,7 @@ def train(
     """
     start_time = time.monotonic()
     settings, data_config, optimizer = read_config(config)
+    mesh = make_mesh(settings, data_config.batch_size)
     say("Data: opening (the first run builds it) ...")
     fresh = not any((workdir / "checkpoints").glob("*"))
     known = preview(data_config) if fresh else None
@@ -161,7 +178,7 @@ def train(
     arms = make_arms(model, settings.elastic)
     example = transforms.empty(spec, tokenizer.pad_id)
     shapes = transforms.stack([example] * data_config.batch_size)
-    state, tx = initialise(arms, shapes, settings, optimizer)
+    state, tx, placement = initialise(arms, shapes, settings, optimizer, mesh)
     aux = {name: getattr(settings, name) for name in ("load_balance", "router_z", "selector")}
     functions = [
         steps.make_train_step(
@@ -171,6 +188,7 @@ def train(
             accumulate=settings.accumulate,
             aux=aux,
             ema=settings.ema,
+            placement=placement,
         )
         for arm in arms
     ]

@@ -6,7 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from efficient_vlm import sharding
 from efficient_vlm.errors import UserError
 from efficient_vlm.train import step as steps
 from efficient_vlm.train.arms import Arm
@@ -15,14 +17,19 @@ from efficient_vlm.train.optimizer import OptimizerConfig, make_optimizer
 
 
 def initialise(
-    arms: Sequence[Arm], batch: Mapping[str, Any], settings: Any, optimizer: OptimizerConfig
-) -> tuple[steps.State, Any]:
-    """A fresh state that serves all arms, and the optimizer.
+    arms: Sequence[Arm],
+    batch: Mapping[str, Any],
+    settings: Any,
+    optimizer: OptimizerConfig,
+    mesh: Mesh | None = None,
+) -> tuple[steps.State, Any, sharding.Placement | None]:
+    """A fresh state that serves all arms, the optimizer, and where the state lies.
 
     Args:
       arms: the models; their parameters are created once per compressor, not per budget.
       batch: anything with the shapes of a batch.
       settings, optimizer: of the run.
+      mesh: of the devices, on none of which the whole state is ever; None for one device.
     """
     distinct = {
         tuple(
@@ -30,9 +37,29 @@ def initialise(
         ): arm.model
         for arm in arms
     }
-    boxed = steps.init_params(list(distinct.values()), batch, settings.seed)
+
+    def params():
+        return steps.init_params(list(distinct.values()), batch, settings.seed)
+
+    ema = settings.ema is not None
+    if mesh is None:
+        boxed = params()
+        tx = make_optimizer(optimizer, settings.steps, boxed)
+        return steps.init_state(boxed, tx, ema=ema), tx, None
+    boxed = jax.eval_shape(params)
     tx = make_optimizer(optimizer, settings.steps, boxed)
-    return steps.init_state(boxed, tx, ema=settings.ema is not None), tx
+
+    def state():
+        return steps.init_state(params(), tx, ema=ema)
+
+    lies = sharding.state_shardings(
+        jax.eval_shape(state),
+        sharding.param_shardings(boxed, mesh),
+        tx,
+        mesh,
+        zero=bool(settings.mesh.get("zero")),
+    )
+    return jax.jit(state, out_shardings=lies)(), tx, sharding.Placement(mesh, lies)
 
 
 def start_from(state: steps.State, workdir: Path) -> steps.State:

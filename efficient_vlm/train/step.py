@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
 
+from efficient_vlm import sharding
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.train.guards import select_finite
 from efficient_vlm.train.losses import ratio, token_cross_entropy
@@ -106,6 +108,7 @@ def make_train_step(
     accumulate: int = 1,
     aux: Mapping[str, float] | None = None,
     ema: float | None = None,
+    placement: sharding.Placement | None = None,
 ) -> Callable[[State, Mapping[str, Any]], tuple[State, dict[str, jax.Array]]]:
     """A jitted step(state, batch) -> (state, metrics) for one budget; the state is donated.
 
@@ -120,6 +123,7 @@ def make_train_step(
         over all targets of the step, however they are spread over the micro-batches.
       aux: weights of router losses.
       ema: decay of an average of the parameters kept in state["ema"]; None for none.
+      placement: where the state lies; batches are then those of all devices. None for one device.
     """
     aux = dict(aux or {})
     gradient = jax.value_and_grad(functools.partial(loss_fn, model, aux=aux), has_aux=True)
@@ -161,7 +165,19 @@ def make_train_step(
             scalars["expert_load"] = load[0] / jnp.maximum(load[1], 1)[:, None]
         return new, {**scalars, "grad_norm": norm, "ok": ok}
 
-    return jax.jit(step, donate_argnums=0)
+    if placement is None:
+        return jax.jit(step, donate_argnums=0)
+    everywhere = NamedSharding(placement.mesh, PartitionSpec())
+    # Without them the state of the second step would lie elsewhere, and be compiled for again.
+    shardings = (placement.state, everywhere)
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=shardings)
+
+    def placed(state, batch):
+        with sharding.active(placement.mesh):
+            return compiled(state, sharding.global_batch(batch, placement.mesh))
+
+    placed._cache_size = compiled._cache_size
+    return placed
 
 
 def warm_up(step: Callable[..., Any], state: State, batch: Mapping[str, Any]) -> None:

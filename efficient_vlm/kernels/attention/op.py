@@ -25,6 +25,7 @@ from jax import lax
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.kernels.attention import reference, xla
 from efficient_vlm.kernels.attention.mask import Mask, check_mask, make_mask, mask_rows
+from efficient_vlm.kernels.attention.parts import on_mesh
 
 __all__ = ["IMPLEMENTATIONS", "AttentionResult", "attention", "attention_importance"]
 
@@ -138,7 +139,7 @@ def attention(
     if call.implementation == "reference":
         found = reference.attend(q, k, v, key_bias, mask, every, scale=scale, softcap=softcap)
     else:
-        found = _attend(call, q, k, v, key_bias, mask, every)
+        found = on_mesh(functools.partial(_attend, call), q, k, v, key_bias, mask, every)
     out, lse, importance = found
     if dense and _on_hopper() and not _unserved("cudnn", q, k, v):
         # Where nothing is sparse cuDNN is the faster one (docs/kernels.md), of training above all.
@@ -146,7 +147,9 @@ def attention(
         out = lax.platform_dependent(
             *(q, k, v),
             cuda=functools.partial(_module("cudnn").attend, scale=scale, causal=causal),
-            default=lambda q, k, v: _attend(call, q, k, v, None, mask, None)[0],
+            default=lambda q, k, v: on_mesh(
+                functools.partial(_attend, call), q, k, v, None, mask, None
+            )[0],
         )
     if importance_rows is not None:
         importance = _of_rows(call, q, k, key_bias, mask, lse, importance_weights, importance_rows)

@@ -1,0 +1,57 @@
+"""Attention on a mesh of devices: each has rows and heads of its own, and needs no other.
+
+A kernel, or a loop over heads, is opaque to the partitioner of XLA, which would gather everything
+on every device for it. The map of a row and head is whole on one device: there is no communication
+but the mean of importance over heads.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
+
+from efficient_vlm.sharding import BATCH
+
+__all__ = ["on_mesh"]
+
+
+def on_mesh(function: Callable, q, k, v, key_bias, mask, weights):
+    """`function`, which gives (out, lse, importance or None), of the part of each device.
+
+    Args:
+      q, k, v: [B, H, N, D], [B, Hk, M, D], [B, Hk, M, Dv]. Rows are cut over `sharding.BATCH` and
+        heads over "tensor" of the mesh that is set, where they divide.
+      key_bias, mask, weights: of B rows, or of 1 for all, or None.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = {
+        name: size
+        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto and size > 1
+    }
+    rows = tuple(name for name in BATCH if name in sizes)
+    if len(q) % math.prod(sizes[name] for name in rows):
+        rows = ()
+    heads = "tensor" if k.shape[1] % sizes.get("tensor", 1) == 0 and "tensor" in sizes else None
+    if not rows and heads is None:
+        return function(q, k, v, key_bias, mask, weights)
+
+    def of_rows(x):
+        return PartitionSpec(rows if len(x) == len(q) else None)
+
+    def part(*args):
+        out, lse, importance = function(*args)
+        if importance is not None and heads is not None:
+            importance = lax.pmean(importance, heads)
+        return out, lse, importance
+
+    matrix = PartitionSpec(rows, heads)
+    rest = jax.tree.map(of_rows, (key_bias, mask, weights))
+    return jax.shard_map(
+        part,
+        in_specs=(matrix, matrix, matrix, *rest),
+        out_specs=(matrix, matrix, None if weights is None else PartitionSpec(rows)),
+        check_vma=False,
+    )(q, k, v, key_bias, mask, weights)

@@ -1,0 +1,259 @@
+"""Meshes of devices, and where each array lies on one: one table of rules for logical axes.
+
+Every parameter names its axes ("embed", "heads", ...), the rules say over which axes of the mesh an
+axis is cut, and `jax.jit` (the pjit of old) does the rest. What does not divide is not cut, and the
+table of `efficient-vlm audit sharding` shows it.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from efficient_vlm.errors import UserError
+
+__all__ = [
+    "AXES",
+    "BATCH",
+    "RULES",
+    "MeshConfig",
+    "Placement",
+    "active",
+    "batch_sharding",
+    "check_batch",
+    "global_batch",
+    "make_mesh",
+    "param_shardings",
+    "spec_of",
+    "state_shardings",
+]
+
+AXES = ("data", "fsdp", "expert", "tensor")
+# Axes of the mesh over which the rows of a batch are cut: all but those that cut a layer's width.
+BATCH = ("data", "fsdp", "expert")
+# Logical axis -> axes of the mesh, tried in order; what is not named is on every device.
+RULES: dict[str, tuple[str, ...]] = {
+    "embed": ("fsdp",),
+    "vocab": ("tensor",),
+    "mlp": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "experts": ("expert",),
+    "expert_mlp": ("tensor",),
+    # Of activations.
+    "batch": BATCH,
+    "activation_mlp": ("tensor",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices share what.
+
+    Attributes:
+      data: copies of the model, each with rows of its own; -1 for all devices that are left.
+      fsdp: devices over which parameters and optimizer state are cut, and rows as well (ZeRO-3,
+        arXiv 1910.02054).
+      expert: devices over which experts are cut, and rows as well.
+      tensor: devices over which the width of each layer is cut (arXiv 1909.08053).
+      zero: whether moments of the optimizer are cut over `data`, too (ZeRO-1).
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+    zero: bool = False
+
+    def sizes(self, devices: int) -> dict[str, int]:
+        """Axis -> devices along it.
+
+        Raises:
+          UserError: sizes that are no numbers of devices, or do not give `devices`.
+        """
+        sizes = {name: getattr(self, name) for name in AXES}
+        for name, size in sizes.items():
+            if size < 1 and not (name == "data" and size == -1):
+                raise UserError(f"train.mesh.{name}: {size}", allowed="1 or more; data also -1")
+        rest = math.prod(size for size in sizes.values() if size > 0)
+        if sizes["data"] == -1:
+            sizes["data"] = max(devices // rest, 1)
+        if (product := math.prod(sizes.values())) != devices:
+            text = " x ".join(f"{name} {size}" for name, size in sizes.items())
+            raise UserError(
+                f"train.mesh: {text} = {product} devices, there are {devices}",
+                fix="sizes whose product that is; train.mesh.data=-1 takes the rest",
+            )
+        return sizes
+
+
+class Placement(NamedTuple):
+    """A mesh, and where a training state lies on it: a tree of `NamedSharding` like the state."""
+
+    mesh: Mesh
+    state: Any
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh; devices that are near each other along `tensor`, the last axis.
+
+    Args:
+      config: sizes of the axes.
+      devices: all of this job's, unless given.
+
+    Raises:
+      UserError: see `MeshConfig.sizes`.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = config.sizes(len(devices))
+    kinds = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
+
+
+@contextlib.contextmanager
+def active(mesh: Mesh) -> Iterator[None]:
+    """What is traced inside is for this mesh: constraints of activations, kernels of parts."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(list(RULES.items())):
+        yield
+
+
+def spec_of(
+    names: Sequence[str | None],
+    shape: Sequence[int],
+    sizes: Mapping[str, int],
+    rules: Mapping[str, Sequence[str]] = RULES,
+    *,
+    what: str = "an array",
+) -> PartitionSpec:
+    """Where an array of logical axes lies.
+
+    Args:
+      names: of its axes; None is on every device.
+      shape: of the array; an axis that its axes of the mesh do not divide is not cut.
+      sizes: of the mesh.
+      rules: see RULES.
+      what: for messages.
+
+    Raises:
+      UserError: two of its axes would be cut over the same axis of the mesh.
+    """
+    taken: dict[str, str] = {}
+    parts = []
+    for name, size in zip(names, shape, strict=True):
+        axes = tuple(axis for axis in rules.get(name or "", ()) if sizes.get(axis, 1) > 1)
+        for axis in axes:
+            if axis in taken:
+                raise UserError(
+                    f"sharding: axes {taken[axis]!r} and {name!r} of {what} are both cut over "
+                    f"{axis!r}",
+                    fix="other rules for one of the two",
+                )
+            taken[axis] = name or ""
+        whole = axes and size % math.prod(sizes[axis] for axis in axes) == 0
+        parts.append((axes[0] if len(axes) == 1 else axes) if whole else None)
+    while parts and parts[-1] is None:
+        parts.pop()
+    return PartitionSpec(*parts)
+
+
+def param_shardings(boxed: Any, mesh: Mesh) -> Any:
+    """A tree of `NamedSharding` like the parameters.
+
+    Args:
+      boxed: parameters, or their shapes, with their logical axes.
+      mesh: see `make_mesh`.
+    """
+
+    def place(path, leaf):
+        names = leaf.names if isinstance(leaf, nn.Partitioned) else (None,) * leaf.ndim
+        what = jax.tree_util.keystr(path, simple=True, separator="/")
+        shape = nn.unbox(leaf).shape
+        return NamedSharding(mesh, spec_of(names, shape, mesh.shape, what=what))
+
+    is_box = lambda leaf: isinstance(leaf, nn.Partitioned)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(place, boxed, is_leaf=is_box)
+
+
+def state_shardings(
+    state: Mapping[str, Any],
+    params: Any,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    zero: bool = False,
+) -> dict[str, Any]:
+    """A tree of `NamedSharding` like a training state: moments lie where their parameters do.
+
+    Args:
+      state: arrays or shapes; see `train.step.State`.
+      params: from `param_shardings`.
+      tx: the optimizer.
+      mesh: see `make_mesh`.
+      zero: see `MeshConfig`.
+    """
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def moment(leaf, sharding):
+        return _cut_further(sharding, leaf.shape, mesh) if zero else sharding
+
+    placed = {name: jax.tree.map(lambda _: everywhere, part) for name, part in state.items()}
+    placed["params"] = params
+    if "ema" in state:
+        placed["ema"] = params
+    placed["opt"] = optax.tree.map_params(
+        tx, moment, state["opt"], params, transform_non_params=lambda _: everywhere
+    )
+    return placed
+
+
+def _cut_further(sharding: NamedSharding, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """Over "data" as well, along the first axis that it divides."""
+    if mesh.shape["data"] == 1:
+        return sharding
+    parts = [*sharding.spec, *(None,) * (len(shape) - len(sharding.spec))]
+    for i, (part, size) in enumerate(zip(parts, shape, strict=True)):
+        axes = () if part is None else (part,) if isinstance(part, str) else tuple(part)
+        axes += ("data",)
+        if size % math.prod(mesh.shape[axis] for axis in axes) == 0:
+            parts[i] = axes if len(axes) > 1 else axes[0]
+            return NamedSharding(mesh, PartitionSpec(*parts))
+    return sharding
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over BATCH."""
+    return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def check_batch(rows: int, mesh: Mesh, accumulate: int = 1) -> None:
+    """Raises UserError for a batch whose rows do not divide over the mesh."""
+    parts = accumulate * math.prod(mesh.shape[axis] for axis in BATCH)
+    if rows % parts:
+        raise UserError(
+            f"data.batch_size: {rows} rows over {parts} parts (data x fsdp x expert x accumulate)",
+            allowed=f"multiples of {parts}",
+        )
+
+
+def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """A batch on the mesh, each device with rows of its own.
+
+    Args:
+      batch: the rows of this process, which has the number of rows of the others and, of all rows
+        in order, those at its place; with one process, all.
+      mesh: see `make_mesh`.
+    """
+    rows, processes = batch_sharding(mesh), jax.process_count()
+    return {
+        name: jax.make_array_from_process_local_data(
+            rows, np.asarray(x), (len(x) * processes, *np.shape(x)[1:])
+        )
+        for name, x in batch.items()
+    }

@@ -1,0 +1,149 @@
+"""What `test_sharding.py` runs in a process with eight CPU devices: steps on a mesh, as JSON."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from tiny_models import DECODER, ENCODER, MOE, VOCAB
+
+from efficient_vlm import sharding
+from efficient_vlm.kernels.attention import attention
+from efficient_vlm.models.vlm import VisionLanguageModel
+from efficient_vlm.train import step as steps
+from efficient_vlm.train.checkpoint import Checkpoints
+
+
+def make(kind):
+    """A model: dense, moe, or dense with tokens dropped inside the decoder."""
+    moe = MOE if kind == "moe" else None
+    compressor = dict(name="none", budget=16)
+    if kind == "fastv":
+        compressor = dict(name="fastv", layer=1, keep=0.5)
+    return VisionLanguageModel(
+        vocab_size=VOCAB, encoder=ENCODER, compressor=compressor, decoder={**DECODER, "moe": moe}
+    )
+
+
+def batches(count, rows=8):
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        tokens = rng.integers(2, VOCAB, (rows, 1, 6)).astype(np.int32)
+        yield {
+            "images": rng.integers(0, 256, (rows, 1, 32, 32, 3)).astype(np.uint8),
+            "image_mask": np.ones((rows, 1), bool),
+            "tokens": tokens,
+            "lengths": np.full((rows, 1), 6, np.int32),
+            "prompt_lengths": np.full((rows, 1), 3, np.int32),
+            "loss_mask": np.arange(6) >= np.full((rows, 1, 6), 3),
+        }
+
+
+class Place:
+    """What a checkpoint stores of the data: how many batches are behind."""
+
+    def __init__(self):
+        self.batches = 0
+
+    def get_state(self):
+        return {"batches": self.batches}
+
+    def set_state(self, state):
+        self.batches = state["batches"]
+
+
+def run(kind, job):
+    """Loss and gradient norm of each step, and how many programs were compiled.
+
+    Args:
+      kind: see `make`.
+      job: "mesh" (None for one device), "zero", "steps", "folder" for a checkpoint at the end, from
+        which a later job of the same folder goes on, up to its own number of steps.
+    """
+    model, tx = make(kind), optax.adamw(1e-2)
+    first = next(batches(1))
+
+    def params():
+        return steps.init_params([model], first, 0)
+
+    def state():
+        return steps.init_state(params(), tx)
+
+    placement, init = None, state
+    if job["mesh"] is not None:
+        mesh = sharding.make_mesh(sharding.MeshConfig(**job["mesh"]))
+        cut = sharding.param_shardings(jax.eval_shape(params), mesh)
+        lies = sharding.state_shardings(
+            jax.eval_shape(state), cut, tx, mesh, zero=job.get("zero", False)
+        )
+        placement, init = sharding.Placement(mesh, lies), jax.jit(state, out_shardings=lies)
+    step, now, found, place = (
+        steps.make_train_step(model, tx, placement=placement),
+        init(),
+        [],
+        Place(),
+    )
+    saved = None
+    if "folder" in job:
+        saved = Checkpoints(job["folder"], background=False)
+        if (restored := saved.restore_latest(now, place)) is not None:
+            now = restored[1]
+    rows = 8 // jax.process_count()
+    part = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+    for batch in list(batches(job["steps"]))[place.batches :]:
+        now, metrics = step(now, {name: x[part] for name, x in batch.items()})
+        place.batches += 1
+        found.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+    if saved is not None:
+        saved.save(place.batches, now, place, wait=True)
+        saved.close()
+    return {"steps": found, "compilations": step._cache_size()}
+
+
+def attention_of_parts(mesh):
+    """Largest difference to one device, of the largest value, of outputs and gradients; gathers in the program."""
+    rng = np.random.default_rng(0)
+    shapes = ((4, 8, 40, 16), (4, 4, 60, 16), (4, 4, 60, 16), (4, 60), (4, 40))
+    given = [jnp.asarray(rng.random(shape), jnp.float32) for shape in shapes]
+    lengths = np.array([60, 13, 1, 40])
+
+    def loss(q, k, v, bias, weights):
+        found = attention(
+            *(q, k, v),
+            causal=True,
+            kv_lengths=lengths,
+            key_bias=bias,
+            importance_weights=weights,
+            implementation="xla",
+        )
+        lse = jnp.where(jnp.isfinite(found.lse), found.lse, 0)
+        return jnp.sum(found.out**2) + jnp.sum(lse) + jnp.sum(found.importance**2), found[::2]
+
+    gradient = jax.jit(jax.grad(loss, (0, 1, 2, 3, 4), has_aux=True))
+    alone = gradient(*given)
+    mesh = sharding.make_mesh(sharding.MeshConfig(**mesh))
+    rows, matrix = PartitionSpec(sharding.BATCH), PartitionSpec(sharding.BATCH, "tensor")
+    specs = (matrix, matrix, matrix, rows, rows)
+    given = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(given, specs, strict=True)]
+    with sharding.active(mesh):
+        program = jax.jit(lambda *x: gradient(*x)).lower(*given).compile()
+    parts = program(*given)
+    differences = [
+        float(jnp.abs(a - b).max() / jnp.abs(a).max())
+        for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(parts), strict=True)
+    ]
+    return max(differences), program.as_text().count("all-gather(")
+
+
+if __name__ == "__main__":
+    asked = json.loads(sys.argv[1])
+    if "process" in asked:
+        number, count, port = asked["process"]
+        jax.distributed.initialize(f"127.0.0.1:{port}", count, number)
+    if asked["kind"] == "attention":
+        print(json.dumps([attention_of_parts(mesh) for mesh in asked["jobs"]]))
+    else:
+        print(json.dumps([run(asked["kind"], job) for job in asked["jobs"]]))

@@ -1,0 +1,202 @@
+"""Sharded training is training on one device; what rules say; other layouts, other processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from efficient_vlm import cli, sharding
+from efficient_vlm.audit.sharding_table import parse_mesh, table
+from efficient_vlm.errors import UserError
+from efficient_vlm.train.loop import TrainConfig, make_mesh
+
+HERE = Path(__file__).parent
+SIZES = dict(data=1, fsdp=2, expert=2, tensor=2)
+
+MESHES = [
+    dict(mesh=dict(data=8), zero=True),
+    dict(mesh=dict(data=1, fsdp=8)),
+    dict(mesh=dict(data=2, tensor=4)),
+    dict(mesh=dict(data=2, fsdp=2, tensor=2), zero=True),
+    dict(mesh=dict(data=2, expert=4)),
+    dict(mesh=dict(expert=2, fsdp=2, tensor=2)),
+]
+
+
+def start(kind, jobs, devices=8, process=None):
+    """A process of `sharded_steps.py`."""
+    asked = {"kind": kind, "jobs": jobs} | ({} if process is None else {"process": process})
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE.parent)]),
+    }
+    return subprocess.Popen(
+        [sys.executable, str(HERE / "sharded_steps.py"), json.dumps(asked)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def found(process):
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err[-3000:]
+    return json.loads(out.splitlines()[-1])
+
+
+def assert_close(one, two):
+    np.testing.assert_allclose(one["steps"], two["steps"], rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dense", "moe", "fastv"])
+def test_meshes_equal_one_device(kind):
+    """Ten steps, one program each; data, fsdp, tensor and expert parallel, and mixtures."""
+    meshes = {"dense": MESHES[1:4], "moe": [MESHES[0], *MESHES[4:]], "fastv": MESHES[3:4]}[kind]
+    jobs = [dict(mesh=None, steps=10), *(job | {"steps": 10} for job in meshes)]
+    alone, *sharded = found(start(kind, jobs))
+    for one in sharded:
+        assert_close(one, alone)
+        assert one["compilations"] == 1
+
+
+@pytest.mark.slow
+def test_attention_of_parts():
+    """The blocked form, each device with rows and heads of its own, and all gradients."""
+    same, gathers = found(start("attention", [dict(data=2, tensor=4)]))[0]
+    assert same < 1e-5
+    assert gathers == 0
+
+
+@pytest.mark.slow
+def test_two_processes_and_other_layouts(tmp_path):
+    """2 x 4 devices is 1 x 8; what one layout saved another goes on from."""
+    mesh = dict(data=2, fsdp=2, tensor=2)
+    whole = found(start("moe", [dict(mesh=mesh, steps=6)]))[0]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = str(tmp_path / "checkpoints")
+    jobs = [dict(mesh=mesh, steps=3, folder=folder)]
+    pair = [start("moe", jobs, 4, process=(i, 2, port)) for i in range(2)]
+    one, two = (found(process)[0] for process in pair)
+    assert one["steps"] == two["steps"]
+    assert_close({"steps": one["steps"]}, {"steps": whole["steps"][:3]})
+    # Two processes -> four devices of one -> one device.
+    four = found(start("moe", [dict(mesh=dict(fsdp=4), steps=5, folder=folder)], 4))[0]
+    last = found(start("moe", [dict(mesh=None, steps=6, folder=folder)], 1))[0]
+    assert_close({"steps": four["steps"] + last["steps"]}, {"steps": whole["steps"][3:]})
+
+
+# --- rules ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "spec"),
+    [
+        (("layers", "embed", "heads", "head_dim"), (3, 8, 4, 16), (None, "fsdp", "tensor")),
+        (("experts", "embed", "expert_mlp"), (4, 8, 6), ("expert", "fsdp", "tensor")),
+        (("vocab", "embed"), (10, 8), ("tensor", "fsdp")),
+        (("embed", "kv_heads", "head_dim"), (8, 3, 16), ("fsdp",)),  # Three heads stay whole.
+        (("embed",), (7,), ()),
+        (("batch", None, "activation_mlp"), (8, 5, 6), (("fsdp", "expert"), None, "tensor")),
+        ((None, None), (8, 8), ()),
+    ],
+)
+def test_where_arrays_lie(names, shape, spec):
+    assert sharding.spec_of(names, shape, SIZES) == PartitionSpec(*spec)
+
+
+def test_two_axes_over_one_are_refused():
+    rules = {**sharding.RULES, "other": ("fsdp",)}
+    with pytest.raises(UserError, match="'embed' and 'other' of layer/kernel.*'fsdp'"):
+        sharding.spec_of(("embed", "other"), (8, 8), SIZES, rules, what="layer/kernel")
+
+
+def test_every_parameter_has_its_place(make_model):
+    """Golden places of a mixture of experts with grouped keys."""
+    moe = dict(num_experts=4, top_k=2, expert_dim=16, shared_dim=8)
+    rows = {row.parameter: row for row in table(make_model(moe=moe), SIZES)}
+    layer = "language/segment_0"
+    golden = {
+        "language/embedding": (("tensor",), ("fsdp",)),
+        f"{layer}/attention/query/kernel": (None, ("fsdp",), ("tensor",), None),
+        f"{layer}/attention/key/kernel": (None, ("fsdp",), ("tensor",), None),
+        f"{layer}/attention/out/kernel": (None, ("tensor",), None, ("fsdp",)),
+        f"{layer}/attention_norm/scale": (None, ("fsdp",)),
+        f"{layer}/moe/gate": (None, ("expert",), ("fsdp",), ("tensor",)),
+        f"{layer}/moe/down": (None, ("expert",), ("tensor",), ("fsdp",)),
+        f"{layer}/moe/router/kernel": (None, ("fsdp",), None),
+        "vit/layers/up/kernel": (None, ("fsdp",), ("tensor",)),
+    }
+    assert {name: rows[name].mesh for name in golden} == golden
+    gate = rows[f"{layer}/moe/gate"]
+    assert gate.bytes == 8 * gate.bytes_per_device
+    odd = {row.parameter: row for row in table(make_model(moe=moe), {**SIZES, "tensor": 4})}
+    assert "kv_heads 2 by tensor" in odd[f"{layer}/attention/key/kernel"].note
+
+
+def test_moments_lie_where_their_parameters_do():
+    import optax
+
+    mesh = AbstractMesh((2, 2, 1, 1), sharding.AXES)
+    boxed = {"kernel": nn.Partitioned(jax.ShapeDtypeStruct((8, 6), "float32"), ("embed", "mlp"))}
+    params = sharding.param_shardings(boxed, mesh)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    state = {"params": nn.unbox(boxed), "opt": jax.eval_shape(tx.init, nn.unbox(boxed))}
+    for zero, spec in ((False, ("fsdp",)), (True, (("fsdp", "data"),))):
+        placed = sharding.state_shardings(state, params, tx, mesh, zero=zero)
+        assert placed["params"]["kernel"].spec == PartitionSpec("fsdp")
+        moments = jax.tree.leaves(placed["opt"])
+        assert sorted(str(m.spec) for m in moments) == sorted(
+            str(PartitionSpec(*s)) for s in ((), spec, spec)
+        )
+
+
+@pytest.mark.parametrize(
+    ("mesh", "words"),
+    [
+        (dict(fsdp=0), "train.mesh.fsdp: 0"),
+        (dict(data=-2), "train.mesh.data: -2"),
+        (dict(fsdp=3), "= 3 devices, there are 1"),
+        (dict(fsdq=2), "fsdq"),
+    ],
+)
+def test_meshes_that_cannot_be(mesh, words):
+    with pytest.raises(UserError) as error:
+        make_mesh(TrainConfig(steps=1, mesh=mesh), 8)
+    assert words in str(error.value) and len(str(error.value).splitlines()) <= 3
+
+
+def test_batches_that_do_not_divide():
+    mesh = AbstractMesh((2, 2, 1, 2), sharding.AXES)
+    sharding.check_batch(8, mesh, accumulate=2)
+    with pytest.raises(UserError, match="multiples of 8"):
+        sharding.check_batch(12, mesh, accumulate=2)
+
+
+@pytest.mark.parametrize("text", ["fsdp", "fsdp:0", "width:2", "fsdp:2:3"])
+def test_mesh_of_the_command_line(text):
+    with pytest.raises(UserError):
+        parse_mesh(text)
+
+
+def test_audit_sharding(capsys):
+    words = ["audit", "sharding", "--preset=llava-1.5-7b", "--mesh=fsdp:4,tensor:4"]
+    assert cli.run([*words, "--json"]) == 0
+    read = json.loads(capsys.readouterr().out)
+    assert read["totals"]["bytes"] == 4 * sum(np.prod(row["shape"]) for row in read["rows"])
+    assert read["totals"]["bytes_per_device"] < 1.02 * read["totals"]["bytes"] / 16
+    assert cli.run(words) == 0
+    assert "layers, embed, mlp" in capsys.readouterr().out

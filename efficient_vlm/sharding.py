@@ -158,9 +158,7 @@ def spec_of(
             taken[axis] = name or ""
         whole = axes and size % math.prod(sizes[axis] for axis in axes) == 0
         parts.append((axes[0] if len(axes) == 1 else axes) if whole else None)
-    while parts and parts[-1] is None:
-        parts.pop()
-    return PartitionSpec(*parts)
+    return _spec(parts)
 
 
 def param_shardings(boxed: Any, mesh: Mesh) -> Any:
@@ -223,8 +221,14 @@ def _cut_further(sharding: NamedSharding, shape: Sequence[int], mesh: Mesh) -> N
         axes += ("data",)
         if size % math.prod(mesh.shape[axis] for axis in axes) == 0:
             parts[i] = axes if len(axes) > 1 else axes[0]
-            return NamedSharding(mesh, PartitionSpec(*parts))
+            return NamedSharding(mesh, _spec(parts))
     return sharding
+
+
+def _spec(parts: list[Any]) -> PartitionSpec:
+    while parts and parts[-1] is None:
+        parts.pop()
+    return PartitionSpec(*parts)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -104,7 +104,7 @@ def run(kind, job):
 
 
 def attention_of_parts(mesh):
-    """Largest difference to one device, of the largest value, of outputs and gradients; gathers in the program."""
+    """Largest difference to one device, of the largest value; gathers in the program."""
     rng = np.random.default_rng(0)
     shapes = ((4, 8, 40, 16), (4, 4, 60, 16), (4, 4, 60, 16), (4, 60), (4, 40))
     given = [jnp.asarray(rng.random(shape), jnp.float32) for shape in shapes]

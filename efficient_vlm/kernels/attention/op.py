@@ -131,6 +131,8 @@ def attention(
     sparse = mask is not None or any(name != "causal" for name in given)
     told = (key_bias, softcap, importance_weights)
     dense = implementation is None and not sparse and all(x is None for x in told)
+    # cuDNN through JAX has no gradients for odd lengths.
+    dense = dense and q.shape[2] % 2 == 0 and k.shape[2] % 2 == 0
     mask = make_mask(q.shape[2], k.shape[2], **shapes) if mask is None else mask
     if mask is not None:
         check_mask(mask, q.shape[0], q.shape[2], k.shape[2])
@@ -182,6 +184,8 @@ def attention_importance(
     """
     q, k, lse, weights, key_bias = lax.stop_gradient((q, k, lse, weights, key_bias))
     _check(q, k, k, key_bias, weights, rows)
+    if mask is not None:
+        check_mask(mask, q.shape[0], q.shape[2], k.shape[2])
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
     if key_bias is not None:

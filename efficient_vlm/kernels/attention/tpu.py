@@ -47,10 +47,11 @@ def interpretation() -> Any:
 
 def unserved(q, k, v) -> str | None:
     """The feature that these kernels lack for a call, or None."""
-    del k, v
+    del k
     if q.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return str(q.dtype)
-    return f"head dim {q.shape[-1]} (at most {_MOST_DIM})" if q.shape[-1] > _MOST_DIM else None
+    dim = max(q.shape[-1], v.shape[-1])
+    return f"head dim {dim} (at most {_MOST_DIM})" if dim > _MOST_DIM else None
 
 
 def forward(q, k, v, key_bias, mask, *, scale, softcap):

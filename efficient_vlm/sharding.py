@@ -29,8 +29,11 @@ __all__ = [
     "batch_sharding",
     "check_batch",
     "global_batch",
+    "is_box",
+    "logical_axes",
     "make_mesh",
     "param_shardings",
+    "path_of",
     "spec_of",
     "state_shardings",
 ]
@@ -161,6 +164,21 @@ def spec_of(
     return _spec(parts)
 
 
+def is_box(leaf: Any) -> bool:
+    """Whether a leaf still carries its logical axes."""
+    return isinstance(leaf, nn.Partitioned)
+
+
+def logical_axes(leaf: Any) -> tuple[str | None, ...]:
+    """The names of a parameter's axes, None for those without."""
+    return tuple(leaf.names) if is_box(leaf) else (None,) * leaf.ndim
+
+
+def path_of(path: Any) -> str:
+    """ "a/b/c" of a key path."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def param_shardings(boxed: Any, mesh: Mesh) -> Any:
     """A tree of `NamedSharding` like the parameters.
 
@@ -170,12 +188,9 @@ def param_shardings(boxed: Any, mesh: Mesh) -> Any:
     """
 
     def place(path, leaf):
-        names = leaf.names if isinstance(leaf, nn.Partitioned) else (None,) * leaf.ndim
-        what = jax.tree_util.keystr(path, simple=True, separator="/")
-        shape = nn.unbox(leaf).shape
-        return NamedSharding(mesh, spec_of(names, shape, mesh.shape, what=what))
+        names, shape = logical_axes(leaf), nn.unbox(leaf).shape
+        return NamedSharding(mesh, spec_of(names, shape, mesh.shape, what=path_of(path)))
 
-    is_box = lambda leaf: isinstance(leaf, nn.Partitioned)  # noqa: E731
     return jax.tree_util.tree_map_with_path(place, boxed, is_leaf=is_box)
 
 

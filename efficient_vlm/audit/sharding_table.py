@@ -82,14 +82,14 @@ def table(model: Any, sizes: Mapping[str, int]) -> list[Row]:
       model: a `VisionLanguageModel`.
       sizes: of the mesh.
     """
-    is_box = lambda leaf: isinstance(leaf, nn.Partitioned)  # noqa: E731
-    leaves = jax.tree_util.tree_leaves_with_path(boxed_parameters(model), is_leaf=is_box)
-    return [_row(jax.tree_util.keystr(p, simple=True, separator="/"), x, sizes) for p, x in leaves]
+    boxed = boxed_parameters(model)
+    leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=sharding.is_box)
+    return [_row(sharding.path_of(path), leaf, sizes) for path, leaf in leaves]
 
 
 def _row(name: str, leaf: Any, sizes: Mapping[str, int]) -> Row:
     value = nn.unbox(leaf)
-    names = tuple(leaf.names) if isinstance(leaf, nn.Partitioned) else (None,) * value.ndim
+    names = sharding.logical_axes(leaf)
     spec = sharding.spec_of(names, value.shape, sizes, what=name)
     cut = [((part,) if isinstance(part, str) else part) for part in spec]
     cut += [None] * (value.ndim - len(cut))

@@ -135,8 +135,18 @@ def read_config(config: Mapping[str, Any]) -> tuple[TrainConfig, DataConfig, Opt
 
 
 def make_mesh(settings: TrainConfig, batch_size: int) -> Mesh | None:
-    """The mesh of a run, None for one device; raises UserError where a batch does not divide."""
+    """The mesh of a run, None for one device.
+
+    Raises:
+      UserError: sizes that do not fit the devices or the batch, or several processes, each of which
+        would evaluate and write files.
+    """
     config = construct(sharding.MeshConfig, settings.mesh, "train.mesh")
+    if jax.process_count() > 1:
+        raise UserError(
+            f"training over {jax.process_count()} processes: only steps and checkpoints can so far",
+            fix="one process for all devices of a host; see docs/sharding.md",
+        )
     if jax.device_count() == 1:
         config.sizes(1)
         return None

@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 import optax
-from flax import linen as nn
 
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.models.build import construct
+from efficient_vlm.sharding import is_box, logical_axes, path_of
 
 OPTIMIZERS = ("adamw", "muon")
 
@@ -101,8 +101,8 @@ def make_optimizer(
     Raises:
       UserError: unknown names, or a group that matches no parameter.
     """
-    paths = jax.tree_util.tree_flatten_with_path(boxed_params, is_leaf=_is_box)[0]
-    axes = {_path(path): _axes(leaf) for path, leaf in paths}
+    paths = jax.tree_util.tree_flatten_with_path(boxed_params, is_leaf=is_box)[0]
+    axes = {path_of(path): logical_axes(leaf) for path, leaf in paths}
     groups = [
         construct(Group, group, f"train.optimizer.groups[{i}]")
         for i, group in enumerate(config.groups)
@@ -188,18 +188,6 @@ def _pattern(text: str, number: int) -> re.Pattern[str]:
         ) from None
 
 
-def _is_box(leaf: Any) -> bool:
-    return isinstance(leaf, nn.Partitioned)
-
-
-def _axes(leaf: Any) -> tuple[str | None, ...]:
-    return tuple(leaf.names) if _is_box(leaf) else (None,) * leaf.ndim
-
-
-def _path(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 def _by_path(params: Any, values: Mapping[str, Any]) -> Any:
     """A tree like `params` with, at each leaf, the value of its path."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: values[_path(path)], params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: values[path_of(path)], params)

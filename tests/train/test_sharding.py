@@ -179,6 +179,13 @@ def test_meshes_that_cannot_be(mesh, words):
     assert words in str(error.value) and len(str(error.value).splitlines()) <= 3
 
 
+def test_several_processes_are_refused(monkeypatch):
+    """Each would get the whole batch, evaluate, and write the same files."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="2 processes"):
+        make_mesh(TrainConfig(steps=1), 8)
+
+
 def test_batches_that_do_not_divide():
     mesh = AbstractMesh((2, 2, 1, 2), sharding.AXES)
     sharding.check_batch(8, mesh, accumulate=2)

@@ -169,6 +169,8 @@ def quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _check(q, k, v, lengths, pages, k_scale, v_scale) -> None:
+    if q.ndim != 4:
+        raise UserError(f"attention_decode: q has shape {q.shape}", allowed="[B, H, R, D]")
     batch, heads, _, dim = q.shape
     if k.ndim != 4 or k.shape[:3] != v.shape[:3] or k.shape[3] != dim or heads % k.shape[1]:
         raise UserError(

@@ -134,14 +134,14 @@ def make_mask(
       q_positions, kv_positions: [B, N] and [B, M], or without B, int or float (a merged token may
         stand between two others); kept tokens keep their own. None counts from 0. Below 2**24.
       q_segments, kv_segments: int [B, N] and [B, M], both or none: a query sees the keys of its own
-        segment. Negative ones are padding, which sees nothing and is seen by nothing.
+        segment. Negative ones are padding, which sees nothing and is seen by nothing. Below 2**24.
       shared_segment: keys of this segment are seen from every segment.
       prefix_length: int or [B]; tokens at positions below it see each other, also under `causal`,
         and no window cuts its keys.
       window: a number w of keys up to and including the query's own place, or (left, right), how
         far a key may be before and after the query, None for any distance.
       q_blocks, kv_blocks: int [B, N] and [B, M]; tokens of one block see each other, whichever
-        comes first; 0 for tokens of no block.
+        comes first; 0 for tokens of no block. Below 2**24.
       window_spares_blocks: whether they do so however far apart; else the window holds there too.
       q_lengths, kv_lengths: int [B]; queries and keys from there on are not there.
       kv_live: bool [B, M], or without B; keys that are there.
@@ -269,9 +269,11 @@ def choose(pick: jax.Array | bool, one: Mask, two: Mask) -> Mask:
             return mask
         return mask.replace(low=jnp.full_like(mask.high, -jnp.inf), near=mask.position)
 
+    # Without a window there is nothing to be spared: the one that has it says so.
+    spares = two.spares if one.low is None else one.spares
     if (one.low is None) != (two.low is None):
         one, two = windowed(one), windowed(two)
-    two = two.replace(spares=one.spares)  # Without a window there is nothing to be spared.
+    one, two = one.replace(spares=spares), two.replace(spares=spares)
     return jax.tree.map(lambda a, b: jnp.where(pick, a, b), one, two)
 
 

@@ -4,8 +4,8 @@
   xla        blocks of the map in plain XLA, O(N) memory: CPUs, and GPUs without a kernel.
   tpu        Pallas (Mosaic): blocks that hold nothing are neither fetched nor computed.
   gpu        Pallas (Mosaic GPU) for Hopper.
-  cudnn      cuDNN's. Beside an explicit choice, on a Hopper where nothing is masked but the future
-             and there are no bias, cap and weights: there it is faster than ours.
+  cudnn      cuDNN's. Beside an explicit choice, on a Hopper where nothing is masked but the future,
+             lengths are even and there are no bias, cap and weights: there it trains faster.
 
 With `implementation=None` the choice is made when the program is lowered, not when it is traced, so
 that a program compiled for a TPU on a CPU host gets the kernels of the TPU. Programs for a GPU get
@@ -90,7 +90,8 @@ def attention(
         kv_lengths: what is seen, see `mask.make_mask`.
       softcap: see above (arXiv 2408.00118).
       key_bias: float [B, M], or [1, M]: log n makes a merged token count as its n (ToMe,
-        arXiv 2210.09461, equation 1), exactly as n copies of the key and value would.
+        arXiv 2210.09461, equation 1), exactly as n copies of the key and value would. Above -1e29:
+        what is not there (log 0) is hidden by the mask, `kv_live` of `make_mask`.
       importance_weights: float [B, N], not negative, one for each query row; asks for
         importance[b, j] = mean over heads of sum_i weights[b, i] P[b, h, i, j].
       importance_rows: int [B, R], the query rows that `importance_weights`, then [B, R], are for:
@@ -144,7 +145,8 @@ def attention(
         found = on_mesh(functools.partial(_attend, call), q, k, v, key_bias, mask, every)
     out, lse, importance = found
     if dense and _on_hopper() and not _unserved("cudnn", q, k, v):
-        # Where nothing is sparse cuDNN is the faster one (docs/kernels.md), of training above all.
+        # Where nothing is sparse cuDNN is about as fast forward and faster in training
+        # (docs/kernels.md).
         # It has no lse in float32: that is ours, and no part of a program that does not use it.
         out = lax.platform_dependent(
             *(q, k, v),
@@ -335,6 +337,8 @@ def _check(q, k, v, key_bias, weights, rows) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise UserError(f"attention: {name} has shape {x.shape}", allowed="four axes")
+        if 0 in x.shape:
+            raise UserError(f"attention: {name} has shape {x.shape}", allowed="no empty axis")
     batch, heads, queries, dim = q.shape
     if k.shape[:3] != v.shape[:3] or k.shape[0] != batch or k.shape[3] != dim:
         raise UserError(
@@ -356,6 +360,10 @@ def _check(q, k, v, key_bias, weights, rows) -> None:
         )
     if rows is not None and weights is None:
         raise UserError("attention: importance_rows without importance_weights")
+    if rows is not None and rows.ndim != 2:
+        raise UserError(
+            f"attention: importance_rows has shape {rows.shape}", allowed=f"[{batch}, R]"
+        )
     asked = (batch, queries) if rows is None else (batch, *rows.shape[1:])
     if weights is not None and weights.shape != asked:
         raise UserError(

@@ -119,6 +119,8 @@ def test_one_program_for_layers_with_and_without_a_window(pick):
     expected = visible(near if pick else far)
     for picked in (pick, jnp.array(pick)):
         np.testing.assert_array_equal(visible(choose(picked, near, far)), expected)
+        turned = choose(jnp.logical_not(picked), far, near)  # Whichever has the window.
+        np.testing.assert_array_equal(visible(turned), expected)
 
 
 def test_no_limit_is_no_mask():

@@ -160,6 +160,7 @@ def test_small_problems_take_the_whole_map():
         (dict(q_segments=np.zeros((2, 21))), "together"),
         (dict(kv_positions=np.arange(3)), "[batch, 27]"),
         (dict(importance_weights=np.zeros((2, 27))), "[2, 21]"),
+        (dict(importance_weights=np.zeros(2), importance_rows=np.zeros(2, int)), "[2, R]"),
     ],
 )
 def test_mistakes_are_named(change, words):

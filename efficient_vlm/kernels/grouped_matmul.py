@@ -127,16 +127,28 @@ def _blocked(lhs, rhs, group_sizes):
 
 def _blocked_outer(lhs, cotangent, group_sizes):
     rows, inner = lhs.shape
-    groups = group_sizes.shape[0]
-    block = _block_rows(rows, groups)
+    outer, groups = cotangent.shape[1], group_sizes.shape[0]
+    block = min(128, 2 * _block_rows(rows, groups))
     group, first, end, used = _blocks(group_sizes, rows, block)
+
+    def own(i):
+        """bool [..., block], which rows of block i belong to its group."""
+        at = first[i][..., None] + jnp.arange(block)
+        return (at < end[group[i]][..., None]) & (i < used)[..., None]
+
+    if len(group) * inner * outer <= rows * (inner + outer):
+        # The products of all blocks are no more data than the rows: one batched product, and one
+        # with a one-hot matrix that adds up the blocks of a group. A scatter is far slower.
+        index = jnp.arange(len(group))
+        at = jnp.where(own(index), first[:, None] + jnp.arange(block), rows)
+        x, g = (jnp.take(a, at, axis=0, mode="fill", fill_value=0) for a in (lhs, cotangent))
+        member = jax.nn.one_hot(group, groups, axis=0, dtype=jnp.float32)
+        return jnp.einsum("ep,pkn->ekn", member, _dot(x.swapaxes(1, 2), g))
     x, g = (jnp.pad(a, ((0, block), (0, 0))) for a in (lhs, cotangent))
 
     def body(i, total):
-        own = first[i] + jnp.arange(block) < end[group[i]]
-        part = jnp.where(own[:, None], lax.dynamic_slice_in_dim(x, first[i], block), 0)
+        part = jnp.where(own(i)[:, None], lax.dynamic_slice_in_dim(x, first[i], block), 0)
         part = _dot(part.T, lax.dynamic_slice_in_dim(g, first[i], block))
         return total.at[group[i]].add(part)
 
-    start = jnp.zeros((groups, inner, cotangent.shape[1]), jnp.float32)
-    return lax.fori_loop(0, used, body, start)
+    return lax.fori_loop(0, used, body, jnp.zeros((groups, inner, outer), jnp.float32))

@@ -9,11 +9,10 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-import optax
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -24,7 +23,6 @@ __all__ = [
     "BATCH",
     "RULES",
     "MeshConfig",
-    "Placement",
     "active",
     "batch_sharding",
     "check_batch",
@@ -35,7 +33,7 @@ __all__ = [
     "param_shardings",
     "path_of",
     "spec_of",
-    "state_shardings",
+    "trimmed",
 ]
 
 AXES = ("data", "fsdp", "expert", "tensor")
@@ -97,13 +95,6 @@ class MeshConfig:
         return sizes
 
 
-class Placement(NamedTuple):
-    """A mesh, and where a training state lies on it: a tree of `NamedSharding` like the state."""
-
-    mesh: Mesh
-    state: Any
-
-
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh; devices that are near each other along `tensor`, the last axis.
 
@@ -161,7 +152,7 @@ def spec_of(
             taken[axis] = name or ""
         whole = axes and size % math.prod(sizes[axis] for axis in axes) == 0
         parts.append((axes[0] if len(axes) == 1 else axes) if whole else None)
-    return _spec(parts)
+    return trimmed(parts)
 
 
 def is_box(leaf: Any) -> bool:
@@ -194,53 +185,8 @@ def param_shardings(boxed: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, boxed, is_leaf=is_box)
 
 
-def state_shardings(
-    state: Mapping[str, Any],
-    params: Any,
-    tx: optax.GradientTransformation,
-    mesh: Mesh,
-    *,
-    zero: bool = False,
-) -> dict[str, Any]:
-    """A tree of `NamedSharding` like a training state: moments lie where their parameters do.
-
-    Args:
-      state: arrays or shapes; see `train.step.State`.
-      params: from `param_shardings`.
-      tx: the optimizer.
-      mesh: see `make_mesh`.
-      zero: see `MeshConfig`.
-    """
-    everywhere = NamedSharding(mesh, PartitionSpec())
-
-    def moment(leaf, sharding):
-        return _cut_further(sharding, leaf.shape, mesh) if zero else sharding
-
-    placed = {name: jax.tree.map(lambda _: everywhere, part) for name, part in state.items()}
-    placed["params"] = params
-    if "ema" in state:
-        placed["ema"] = params
-    placed["opt"] = optax.tree.map_params(
-        tx, moment, state["opt"], params, transform_non_params=lambda _: everywhere
-    )
-    return placed
-
-
-def _cut_further(sharding: NamedSharding, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """Over "data" as well, along the first axis that it divides."""
-    if mesh.shape["data"] == 1:
-        return sharding
-    parts = [*sharding.spec, *(None,) * (len(shape) - len(sharding.spec))]
-    for i, (part, size) in enumerate(zip(parts, shape, strict=True)):
-        axes = () if part is None else (part,) if isinstance(part, str) else tuple(part)
-        axes += ("data",)
-        if size % math.prod(mesh.shape[axis] for axis in axes) == 0:
-            parts[i] = axes if len(axes) > 1 else axes[0]
-            return NamedSharding(mesh, _spec(parts))
-    return sharding
-
-
-def _spec(parts: list[Any]) -> PartitionSpec:
+def trimmed(parts: list[Any]) -> PartitionSpec:
+    """A specification as JAX gives it back, without a tail of None: others are compiled for anew."""
     while parts and parts[-1] is None:
         parts.pop()
     return PartitionSpec(*parts)

@@ -14,6 +14,7 @@ from efficient_vlm.train import step as steps
 from efficient_vlm.train.arms import Arm
 from efficient_vlm.train.checkpoint import Checkpoints
 from efficient_vlm.train.optimizer import OptimizerConfig, make_optimizer
+from efficient_vlm.train.placement import Placement, state_shardings
 
 
 def initialise(
@@ -22,7 +23,7 @@ def initialise(
     settings: Any,
     optimizer: OptimizerConfig,
     mesh: Mesh | None = None,
-) -> tuple[steps.State, Any, sharding.Placement | None]:
+) -> tuple[steps.State, Any, Placement | None]:
     """A fresh state that serves all arms, the optimizer, and where the state lies.
 
     Args:
@@ -52,14 +53,14 @@ def initialise(
     def state():
         return steps.init_state(params(), tx, ema=ema)
 
-    lies = sharding.state_shardings(
+    lies = state_shardings(
         jax.eval_shape(state),
         sharding.param_shardings(boxed, mesh),
         tx,
         mesh,
         zero=bool(settings.mesh.get("zero")),
     )
-    return jax.jit(state, out_shardings=lies)(), tx, sharding.Placement(mesh, lies)
+    return jax.jit(state, out_shardings=lies)(), tx, Placement(mesh, lies)
 
 
 def start_from(state: steps.State, workdir: Path) -> steps.State:

@@ -14,6 +14,7 @@ from efficient_vlm import sharding
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.train.guards import select_finite
 from efficient_vlm.train.losses import ratio, token_cross_entropy
+from efficient_vlm.train.placement import Placement
 
 State = dict[str, Any]  # params, opt, step, skipped, and ema if it is on
 
@@ -108,7 +109,7 @@ def make_train_step(
     accumulate: int = 1,
     aux: Mapping[str, float] | None = None,
     ema: float | None = None,
-    placement: sharding.Placement | None = None,
+    placement: Placement | None = None,
 ) -> Callable[[State, Mapping[str, Any]], tuple[State, dict[str, jax.Array]]]:
     """A jitted step(state, batch) -> (state, metrics) for one budget; the state is donated.
 

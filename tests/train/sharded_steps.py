@@ -15,6 +15,7 @@ from efficient_vlm.kernels.attention import attention
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.train import step as steps
 from efficient_vlm.train.checkpoint import Checkpoints
+from efficient_vlm.train.placement import Placement, state_shardings
 
 
 def make(kind):
@@ -76,10 +77,8 @@ def run(kind, job):
     if job["mesh"] is not None:
         mesh = sharding.make_mesh(sharding.MeshConfig(**job["mesh"]))
         cut = sharding.param_shardings(jax.eval_shape(params), mesh)
-        lies = sharding.state_shardings(
-            jax.eval_shape(state), cut, tx, mesh, zero=job.get("zero", False)
-        )
-        placement, init = sharding.Placement(mesh, lies), jax.jit(state, out_shardings=lies)
+        lies = state_shardings(jax.eval_shape(state), cut, tx, mesh, zero=job.get("zero", False))
+        placement, init = Placement(mesh, lies), jax.jit(state, out_shardings=lies)
     step, now, found, place = (
         steps.make_train_step(model, tx, placement=placement),
         init(),

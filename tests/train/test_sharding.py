@@ -17,6 +17,7 @@ from efficient_vlm import cli, sharding
 from efficient_vlm.audit.sharding_table import parse_mesh, table
 from efficient_vlm.errors import UserError
 from efficient_vlm.train.loop import TrainConfig, make_mesh
+from efficient_vlm.train.placement import state_shardings
 
 HERE = Path(__file__).parent
 SIZES = dict(data=1, fsdp=2, expert=2, tensor=2)
@@ -156,7 +157,7 @@ def test_moments_lie_where_their_parameters_do():
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     state = {"params": nn.unbox(boxed), "opt": jax.eval_shape(tx.init, nn.unbox(boxed))}
     for zero, spec in ((False, ("fsdp",)), (True, (("fsdp", "data"),))):
-        placed = sharding.state_shardings(state, params, tx, mesh, zero=zero)
+        placed = state_shardings(state, params, tx, mesh, zero=zero)
         assert placed["params"]["kernel"].spec == PartitionSpec("fsdp")
         moments = jax.tree.leaves(placed["opt"])
         assert sorted(str(m.spec) for m in moments) == sorted(

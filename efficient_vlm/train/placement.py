@@ -1,0 +1,66 @@
+"""Where a training state lies on a mesh: parameters by their logical axes, moments with them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from efficient_vlm.sharding import trimmed
+
+__all__ = ["Placement", "state_shardings"]
+
+
+class Placement(NamedTuple):
+    """A mesh, and where a training state lies on it: a tree of `NamedSharding` like the state."""
+
+    mesh: Mesh
+    state: Any
+
+
+def state_shardings(
+    state: Mapping[str, Any],
+    params: Any,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    zero: bool = False,
+) -> dict[str, Any]:
+    """A tree of `NamedSharding` like a training state: moments lie where their parameters do.
+
+    Args:
+      state: arrays or shapes; see `train.step.State`.
+      params: from `param_shardings`.
+      tx: the optimizer.
+      mesh: see `make_mesh`.
+      zero: see `MeshConfig`.
+    """
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def moment(leaf, sharding):
+        return _cut_further(sharding, leaf.shape, mesh) if zero else sharding
+
+    placed = {name: jax.tree.map(lambda _: everywhere, part) for name, part in state.items()}
+    placed["params"] = params
+    if "ema" in state:
+        placed["ema"] = params
+    placed["opt"] = optax.tree.map_params(
+        tx, moment, state["opt"], params, transform_non_params=lambda _: everywhere
+    )
+    return placed
+
+
+def _cut_further(sharding: NamedSharding, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """Over "data" as well, along the first axis that it divides."""
+    if mesh.shape["data"] == 1:
+        return sharding
+    parts = [*sharding.spec, *(None,) * (len(shape) - len(sharding.spec))]
+    for i, (part, size) in enumerate(zip(parts, shape, strict=True)):
+        axes = () if part is None else (part,) if isinstance(part, str) else tuple(part)
+        axes += ("data",)
+        if size % math.prod(mesh.shape[axis] for axis in axes) == 0:
+            parts[i] = axes if len(axes) > 1 else axes[0]
+            return NamedSharding(mesh, trimmed(parts))
+    return sharding

@@ -186,7 +186,7 @@ def param_shardings(boxed: Any, mesh: Mesh) -> Any:
 
 
 def trimmed(parts: list[Any]) -> PartitionSpec:
-    """A specification as JAX gives it back, without a tail of None: others are compiled for anew."""
+    """As JAX gives specifications back, without a tail of None: others are compiled for anew."""
     while parts and parts[-1] is None:
         parts.pop()
     return PartitionSpec(*parts)

@@ -81,7 +81,7 @@ class Run:
             key_of[method.name] = key = method.programs.encode
             if key not in programs:
                 given = (self.params(key[0]), self.batch["images"], self.batch["image_mask"])
-                programs[key], _ = compiled(generate._encode, key, *given, NO_EXTRAS)
+                programs[key], _ = compiled(generate.encode_stage, key, *given, NO_EXTRAS)
                 self.encoded[key] = jax.block_until_ready(programs[key].run())
         timing = interleave(programs, self.none.programs.encode, self.rounds)
         self.found.take("encode", timing, programs, key_of)
@@ -101,7 +101,7 @@ class Run:
                 )
                 static = (method.model, self.layout)
                 given = (params, tokens, signals, *prompts)
-                programs[name], _ = compiled(generate._compress, static, *given)
+                programs[name], _ = compiled(generate.compress_stage, static, *given)
                 self.visual[name] = jax.block_until_ready(programs[name].run())
                 seconds[name] = programs[name].compile_s
                 if method.module.where == "between" and name != "none":
@@ -164,7 +164,7 @@ class Run:
             if key not in programs:
                 static = (model, self.layout, self.new_tokens)
                 given = (params, visual, *prompts, None)
-                programs[key], _ = compiled(generate._prefill, static, *given)
+                programs[key], _ = compiled(generate.prefill_stage, static, *given)
                 token, cache, _ = jax.block_until_ready(programs[key].run())
                 later = method.programs.decode
                 decoders[key], kept[key] = self._decoder(later, params, token, cache), cache.nbytes
@@ -178,7 +178,7 @@ class Run:
 
     def _decoder(self, model, params, token, cache) -> Program:
         """Some steps from a copy of the cache, which the program writes into."""
-        program, executable = compiled(generate._decode, (model,), params, token, cache)
+        program, executable = compiled(generate.decode_stage, (model,), params, token, cache)
 
         def run(cache):
             now = token

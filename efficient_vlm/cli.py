@@ -69,15 +69,23 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "what",
         nargs="?",
-        choices=("kernels", "sharding"),
+        choices=("kernels", "sharding", "aot"),
         help="kernels: compile every kernel for a TPU that need not be there; "
-        "sharding: where each parameter lies on a mesh of devices",
+        "sharding: where each parameter lies on a mesh of devices; "
+        "aot: compile a step for a pod that need not be there, and say whether it fits",
     )
     sub.add_argument(
-        "--topology", metavar="NAME", help="kernels for a TPU (v5e:2x2), for all of them, or h100"
+        "--topology",
+        metavar="NAME",
+        help="of kernels and aot: v5e:16x16, v6e:2x2, v5p:4x4x4; kernels also all, h100; "
+        "aot also h100:8",
     )
     sub.add_argument("--quick", action="store_true", help="kernels at one size only")
-    sub.add_argument("--mesh", metavar="AXIS:N,...", help="of sharding: fsdp:64,tensor:4")
+    sub.add_argument("--mesh", metavar="AXIS:N,...", help="of sharding, aot: fsdp:64,tensor:4")
+    sub.add_argument("--task", metavar="TASK", help="of aot: train, prefill or decode")
+    sub.add_argument("--batch", metavar="N", help="of aot: pictures on all devices together")
+    sub.add_argument("--remat", metavar="NAME", help="of aot: none, dots or full (full)")
+    sub.add_argument("--search", action="store_true", help="of aot: try meshes, batches, remat")
     sub.add_argument("--preset", metavar="NAME", help="a published model, such as llava-1.5-7b")
     sub.add_argument("--config", metavar="FILE.py[:ARG]", help="config file, instead of --preset")
     sub.add_argument(
@@ -232,15 +240,21 @@ def run(argv: Sequence[str]) -> int:
 
         return audit_kernels(args)
     if args.verb == "audit":
-        for name in ("topology", "quick"):
+        if args.quick:
+            raise UserError("--quick: only `audit kernels` takes it")
+        if args.what == "aot":
+            from efficient_vlm.audit.plans.command import audit_aot
+
+            return audit_aot(args, overrides)
+        for name in ("topology", "task", "batch", "remat", "search"):
             if getattr(args, name):
-                raise UserError(f"--{name}: only `audit kernels` takes it")
+                raise UserError(f"--{name}: only `audit aot` takes it")
         if args.what == "sharding":
             from efficient_vlm.audit.sharding_table import audit_sharding
 
             return audit_sharding(args, overrides)
         if args.mesh:
-            raise UserError("--mesh: only `audit sharding` takes it")
+            raise UserError("--mesh: only `audit sharding` and `audit aot` take it")
         from efficient_vlm.audit import command
 
         return command.audit(args, overrides)

@@ -24,8 +24,10 @@ __all__ = [
     "RULES",
     "MeshConfig",
     "active",
+    "auto_axes",
     "batch_sharding",
     "check_batch",
+    "constrain",
     "global_batch",
     "is_box",
     "logical_axes",
@@ -36,8 +38,8 @@ __all__ = [
     "trimmed",
 ]
 
-AXES = ("data", "fsdp", "expert", "tensor")
-# Axes of the mesh over which the rows of a batch are cut: all but those that cut a layer's width.
+AXES = ("data", "fsdp", "expert", "sequence", "tensor")
+# Axes of the mesh over which the rows of a batch are cut: all but those that cut a layer.
 BATCH = ("data", "fsdp", "expert")
 # Logical axis -> axes of the mesh, tried in order; what is not named is on every device.
 RULES: dict[str, tuple[str, ...]] = {
@@ -50,6 +52,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "expert_mlp": ("tensor",),
     # Of activations.
     "batch": BATCH,
+    "tokens": ("sequence",),
     "activation_mlp": ("tensor",),
 }
 
@@ -63,6 +66,8 @@ class MeshConfig:
       fsdp: devices over which parameters and optimizer state are cut, and rows as well (ZeRO-3,
         arXiv 1910.02054).
       expert: devices over which experts are cut, and rows as well.
+      sequence: devices over which the tokens of a row are cut, but for attention, which cuts heads
+        in their place (arXiv 2309.14509); for long visual inputs.
       tensor: devices over which the width of each layer is cut (arXiv 1909.08053).
       zero: whether moments of the optimizer are cut over `data`, too (ZeRO-1).
     """
@@ -70,6 +75,7 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
     expert: int = 1
+    sequence: int = 1
     tensor: int = 1
     zero: bool = False
 
@@ -114,7 +120,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 @contextlib.contextmanager
 def active(mesh: Mesh) -> Iterator[None]:
     """What is traced inside is for this mesh: constraints of activations, kernels of parts."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(list(RULES.items())):
+    with jax.set_mesh(mesh):
         yield
 
 
@@ -153,6 +159,21 @@ def spec_of(
         whole = axes and size % math.prod(sizes[axis] for axis in axes) == 0
         parts.append((axes[0] if len(axes) == 1 else axes) if whole else None)
     return trimmed(parts)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """x, lying where its logical axes say on the mesh that is set; without one as it is."""
+    sizes = auto_axes()
+    if not sizes:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec_of(names, x.shape, sizes))
+
+
+def auto_axes() -> dict[str, int]:
+    """Axes of the mesh that is set which the compiler may cut over, and how long they are."""
+    mesh = jax.sharding.get_abstract_mesh()
+    each = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return {name: size for name, size, kind in each if kind == AxisType.Auto and size > 1}
 
 
 def is_box(leaf: Any) -> bool:

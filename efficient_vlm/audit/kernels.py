@@ -87,6 +87,10 @@ def audit_kernels(args: argparse.Namespace) -> int:
         "images",
         "match",
         "mesh",
+        "task",
+        "batch",
+        "remat",
+        "search",
         "options",
     ):
         if getattr(args, name):

@@ -1,7 +1,15 @@
 """The key-value cache: explicit, with one static length per decoder segment."""
 
+from typing import Any
+
 import jax
 from flax import struct
+from jax.sharding import Mesh, NamedSharding
+
+from efficient_vlm.sharding import spec_of
+
+# Logical axes of the keys and values of one layer.
+CACHE_AXES = ("batch", None, "kv_heads", None)
 
 
 @struct.dataclass
@@ -46,3 +54,20 @@ class KVCache:
         """Bytes of keys and values."""
         kept = [(s.key, s.value) for s in self.segments]
         return sum(part.nbytes for part in jax.tree.leaves(kept))
+
+
+def cache_shardings(cache: KVCache, mesh: Mesh) -> KVCache:
+    """A tree of `NamedSharding` like a cache: rows over the batch's axes, heads over "tensor".
+
+    Args:
+      cache: arrays or their shapes.
+      mesh: see `sharding.make_mesh`.
+    """
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        names: tuple[str | None, ...] = ("batch", *(None,) * (leaf.ndim - 1)) if leaf.ndim else ()
+        if any(getattr(key, "name", None) in ("key", "value") for key in path):
+            names = (*(None,) * (leaf.ndim - len(CACHE_AXES)), *CACHE_AXES)
+        return NamedSharding(mesh, spec_of(names, leaf.shape, mesh.shape, what="the cache"))
+
+    return jax.tree_util.tree_map_with_path(place, cache)

@@ -78,13 +78,13 @@ def programs_of(model: VisionLanguageModel, layout: Layout) -> Programs:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _encode(model: VisionLanguageModel, grid, asked, params, images, image_mask, extras):
+def encode_stage(model: VisionLanguageModel, grid, asked, params, images, image_mask, extras):
     options = {"grid": grid, "asked": None if asked is None else dict(asked), "extras": extras}
     return model.apply({"params": params}, images, image_mask, method="encode", **options)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _compress(
+def compress_stage(
     model: VisionLanguageModel, layout: Layout, params, visual, signals, prompts, lengths, rng
 ):
     apply = functools.partial(model.apply, {"params": params})
@@ -103,7 +103,7 @@ def _compress(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _prefill(
+def prefill_stage(
     model, layout: Layout, new_tokens: int, params, visual, prompts, lengths, rng, placement
 ):
     rows, row_lengths = prompts.reshape(-1, prompts.shape[-1]), lengths.reshape(-1)
@@ -122,7 +122,7 @@ def _prefill(
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _decode(model, params, tokens, cache: KVCache):
+def decode_stage(model, params, tokens, cache: KVCache):
     logits, cache = model.apply({"params": params}, tokens, cache, method="decode")
     return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
 
@@ -172,15 +172,15 @@ def generate(
         layout = model.layout(images, extras)
         static = programs_of(model, layout)
         images = (images, image_mask, extras)
-        visual, signals = _timed(seconds, "encode", _encode, *static.encode, params, *images)
+        visual, signals = _timed(seconds, "encode", encode_stage, *static.encode, params, *images)
         question = (prompts, lengths, rng)
         visual = _timed(
-            seconds, "compress", _compress, model, layout, params, visual, signals, *question
+            seconds, "compress", compress_stage, model, layout, params, visual, signals, *question
         )
     token, cache, sources = _timed(
         seconds,
         "prefill",
-        _prefill,
+        prefill_stage,
         static.prefill,
         layout,
         new_tokens,
@@ -203,7 +203,7 @@ def generate(
         done |= np.isin(chosen, ends)
         if done.all() or step == new_tokens - 1:
             break
-        token, cache = _timed(seconds, "decode", _decode, static.decode, params, chosen, cache)
+        token, cache = _timed(seconds, "decode", decode_stage, static.decode, params, chosen, cache)
     shape = (*np.shape(prompts)[:2], new_tokens)
     return Generated(answers.reshape(shape), visual, sources, kv_bytes, seconds)
 

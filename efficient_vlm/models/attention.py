@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from efficient_vlm.errors import unknown
+from efficient_vlm.inference.cache import CACHE_AXES
 from efficient_vlm.kernels.attention import Mask
 from efficient_vlm.kernels.attention import attention as dot_product_attention
 from efficient_vlm.models.layers import Dtype, Linear, fused_product, make_norm
 from efficient_vlm.models.rotary import axial, rotate
+from efficient_vlm.sharding import constrain
 
 # Keys of this segment are seen by the queries of every segment of the row: the visual tokens.
 SHARED_SEGMENT = 0
@@ -193,7 +195,7 @@ class Attention(nn.Module):
         if cache is not None:
             at = (0, 0 if write_index is None else write_index, 0, 0)
             cache = tuple(
-                jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
+                constrain(jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at), *CACHE_AXES)
                 for old, new in zip(cache, (k, v), strict=True)
             )
             if write_index is not None:

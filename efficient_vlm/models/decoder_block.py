@@ -12,6 +12,7 @@ from efficient_vlm.kernels.attention import Mask, choose
 from efficient_vlm.models.attention import Attention, attention_rows
 from efficient_vlm.models.layers import Dtype, make_norm
 from efficient_vlm.models.moe import FeedForward, MoE
+from efficient_vlm.sharding import constrain
 
 # Where a layer normalises: what goes into a sublayer; what comes out of it (OLMo2); both (Gemma2);
 # or once, what goes into attention and feed-forward side by side (Phi).
@@ -108,7 +109,7 @@ class DecoderBlock(nn.Module):
         )
         if self.norm_layout in ("post", "sandwich"):
             y = self.attention_post_norm(y)
-        x = nn.with_logical_constraint(x + y, ("batch", None, None))
+        x = constrain(x + y, "batch", "tokens", None)
         cache = inner.pop("cache")
         inner = {
             name: inner[name]
@@ -129,7 +130,7 @@ class DecoderBlock(nn.Module):
             y, stats = self.feed_forward(y, inputs.live)
         if self.norm_layout in ("post", "sandwich"):
             y = self.mlp_post_norm(y)
-        x = nn.with_logical_constraint(x + y, ("batch", None, None))
+        x = constrain(x + y, "batch", "tokens", None)
         return x, ((cache, stats, looks), inner)
 
     def _entering(self, x: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from efficient_vlm.models.attention import Attention
 from efficient_vlm.models.layers import Dtype, Linear, activate, fused_product, logical, make_norm
+from efficient_vlm.sharding import constrain
 
 
 class EncoderBlock(nn.Module):
@@ -57,7 +58,7 @@ class EncoderBlock(nn.Module):
             dtype=self.dtype,
             name="attention",
         )(norm(name="attention_norm")(x), positions, key_bias=key_bias, mask=mask)
-        x = nn.with_logical_constraint(x, ("batch", None, None))
+        x = constrain(x, "batch", "tokens", None)
         x = x + self._scaled("attention_scale", y)
         if merge is not None:
             x = merge(x, inner)
@@ -72,11 +73,9 @@ class EncoderBlock(nn.Module):
             y = act(gate) * up
         else:
             y = act(wide("gate")) * wide("up") if self.mlp_gated else act(wide("up"))
-        y = nn.with_logical_constraint(y, ("batch", None, "activation_mlp"))
+        y = constrain(y, "batch", "tokens", "activation_mlp")
         down = Linear(("mlp",), (self.width,), ("embed",), 0.5, name="down", **fields)
-        x = nn.with_logical_constraint(
-            x + self._scaled("mlp_scale", down(y)), ("batch", None, None)
-        )
+        x = constrain(x + self._scaled("mlp_scale", down(y)), "batch", "tokens", None)
         return x, inner
 
     def _scaled(self, name: str, y: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ from flax import linen as nn
 from efficient_vlm.errors import UserError, check_fields
 from efficient_vlm.kernels.grouped_matmul import grouped_matmul
 from efficient_vlm.models.layers import Dtype, Linear, activate, fused_product, logical
+from efficient_vlm.sharding import constrain
 
 # A loss is a sum with its denominator, so that micro-batches and devices add up exactly.
 Ratio = tuple[jax.Array, jax.Array]
@@ -37,7 +38,7 @@ class FeedForward(nn.Module):
             hidden = act(gate) * up
         else:
             hidden = act(wide("gate")) * wide("up") if self.gated else act(wide("up"))
-        hidden = nn.with_logical_constraint(hidden, ("batch", None, "activation_mlp"))
+        hidden = constrain(hidden, "batch", "tokens", "activation_mlp")
         down = Linear(
             ("mlp",), (x.shape[-1],), ("embed",), scale=self.out_scale, name="down", **fields
         )

@@ -125,6 +125,9 @@ def make_train_step(
       aux: weights of router losses.
       ema: decay of an average of the parameters kept in state["ema"]; None for none.
       placement: where the state lies; batches are then those of all devices. None for one device.
+
+    Returns:
+      The step. Like a jitted function it has `lower(state, batch)`, of shapes with their shardings.
     """
     aux = dict(aux or {})
     gradient = jax.value_and_grad(functools.partial(loss_fn, model, aux=aux), has_aux=True)
@@ -177,7 +180,11 @@ def make_train_step(
         with sharding.active(placement.mesh):
             return compiled(state, sharding.global_batch(batch, placement.mesh))
 
-    placed._cache_size = compiled._cache_size
+    def lower(state, batch):
+        with sharding.active(placement.mesh):
+            return compiled.lower(state, batch)
+
+    placed._cache_size, placed.lower = compiled._cache_size, lower
     return placed
 
 

@@ -116,10 +116,10 @@ def test_programs_are_shared_between_compressors_of_one_budget(trained, batch):
     """One encoder for all, one prefill and one decode per budget: what evaluation compiles."""
     model, params = trained
     programs = {
-        "encode": module._encode,
-        "compress": module._compress,
-        "prefill": module._prefill,
-        "decode": module._decode,
+        "encode": module.encode_stage,
+        "compress": module.compress_stage,
+        "prefill": module.prefill_stage,
+        "decode": module.decode_stage,
     }
 
     def new_programs(name, budget, **options):

@@ -161,9 +161,11 @@ class Subject:
         layout = model.layout(inputs.images, inputs.extras)
         programs = generate.programs_of(model, layout)
         pictures = (inputs.images, inputs.image_mask, inputs.extras)
-        found = generate._encode(*programs.encode, self.params, *pictures)
+        found = generate.encode_stage(*programs.encode, self.params, *pictures)
         text = (tokens[:, None], lengths[:, None])
-        visual = generate._compress(model, layout, self.params, *found, *text, jax.random.key(0))
+        visual = generate.compress_stage(
+            model, layout, self.params, *found, *text, jax.random.key(0)
+        )
         given = (visual, tokens, lengths, placement)
         return Reading(programs.prefill, layout, self.params, given)
 

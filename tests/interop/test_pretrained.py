@@ -56,7 +56,12 @@ def test_no_new_program_for_another_question(vlm):
     """Prompts of one length bucket share their programs."""
     from efficient_vlm.inference import generate as module
 
-    programs = (module._encode, module._compress, module._prefill, module._decode)
+    programs = (
+        module.encode_stage,
+        module.compress_stage,
+        module.prefill_stage,
+        module.decode_stage,
+    )
     vlm.generate("What is this?", images=PHOTOS[:1], max_new_tokens=4)
     before = [program._cache_size() for program in programs]
     vlm.generate("What else is here?", images=PHOTOS[:1], max_new_tokens=4)

@@ -20,13 +20,14 @@ from efficient_vlm.train.loop import TrainConfig, make_mesh
 from efficient_vlm.train.placement import state_shardings
 
 HERE = Path(__file__).parent
-SIZES = dict(data=1, fsdp=2, expert=2, tensor=2)
+SIZES = dict(data=1, fsdp=2, expert=2, sequence=1, tensor=2)
 
 MESHES = [
     dict(mesh=dict(data=8), zero=True),
     dict(mesh=dict(data=1, fsdp=8)),
     dict(mesh=dict(data=2, tensor=4)),
     dict(mesh=dict(data=2, fsdp=2, tensor=2), zero=True),
+    dict(mesh=dict(data=2, sequence=2, tensor=2)),
     dict(mesh=dict(data=2, expert=4)),
     dict(mesh=dict(expert=2, fsdp=2, tensor=2)),
 ]
@@ -64,7 +65,7 @@ def assert_close(one, two):
 @pytest.mark.parametrize("kind", ["dense", "moe", "fastv"])
 def test_meshes_equal_one_device(kind):
     """Ten steps, one program each; data, fsdp, tensor and expert parallel, and mixtures."""
-    meshes = {"dense": MESHES[1:4], "moe": [MESHES[0], *MESHES[4:]], "fastv": MESHES[3:4]}[kind]
+    meshes = {"dense": MESHES[1:5], "moe": [MESHES[0], *MESHES[5:]], "fastv": MESHES[3:4]}[kind]
     jobs = [dict(mesh=None, steps=10), *(job | {"steps": 10} for job in meshes)]
     alone, *sharded = found(start(kind, jobs))
     for one in sharded:
@@ -151,7 +152,7 @@ def test_every_parameter_has_its_place(make_model):
 def test_moments_lie_where_their_parameters_do():
     import optax
 
-    mesh = AbstractMesh((2, 2, 1, 1), sharding.AXES)
+    mesh = AbstractMesh((2, 2, 1, 1, 1), sharding.AXES)
     boxed = {"kernel": nn.Partitioned(jax.ShapeDtypeStruct((8, 6), "float32"), ("embed", "mlp"))}
     params = sharding.param_shardings(boxed, mesh)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
@@ -188,7 +189,7 @@ def test_several_processes_are_refused(monkeypatch):
 
 
 def test_batches_that_do_not_divide():
-    mesh = AbstractMesh((2, 2, 1, 2), sharding.AXES)
+    mesh = AbstractMesh((2, 2, 1, 1, 2), sharding.AXES)
     sharding.check_batch(8, mesh, accumulate=2)
     with pytest.raises(UserError, match="multiples of 8"):
         sharding.check_batch(12, mesh, accumulate=2)

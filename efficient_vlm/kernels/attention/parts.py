@@ -10,11 +10,15 @@ from collections.abc import Callable
 
 import jax
 from jax import lax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from efficient_vlm.sharding import BATCH
+from efficient_vlm.sharding import BATCH, auto_axes
 
 __all__ = ["on_mesh"]
+
+# Axes of the mesh over which heads are cut. Tokens that are cut over "sequence" are gathered for
+# it, and its heads cut in their place: all to all (arXiv 2309.14509).
+HEADS = ("tensor", "sequence")
 
 
 def on_mesh(function: Callable, q, k, v, key_bias, mask, weights):
@@ -22,19 +26,19 @@ def on_mesh(function: Callable, q, k, v, key_bias, mask, weights):
 
     Args:
       q, k, v: [B, H, N, D], [B, Hk, M, D], [B, Hk, M, Dv]. Rows are cut over `sharding.BATCH` and
-        heads over "tensor" of the mesh that is set, where they divide.
+        heads over HEADS of the mesh that is set, where they divide.
       key_bias, mask, weights: of B rows, or of 1 for all, or None.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    sizes = {
-        name: size
-        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-        if kind == AxisType.Auto and size > 1
-    }
+    sizes = auto_axes()
     rows = tuple(name for name in BATCH if name in sizes)
     if len(q) % math.prod(sizes[name] for name in rows):
         rows = ()
-    heads = "tensor" if k.shape[1] % sizes.get("tensor", 1) == 0 and "tensor" in sizes else None
+    heads = None
+    for names in (HEADS, HEADS[:1]):
+        names = tuple(name for name in names if name in sizes)
+        if names and k.shape[1] % math.prod(sizes[name] for name in names) == 0:
+            heads = names
+            break
     if not rows and heads is None:
         return function(q, k, v, key_bias, mask, weights)
 

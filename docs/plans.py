@@ -1,0 +1,208 @@
+"""Compiles the plans of docs/plans.md and writes it: `python docs/plans.py`.
+
+What is compiled is kept in docs/plans.json, so that an interrupted run goes on; delete it to
+compile everything again. Needs libtpu, `pip install -e '.[test]'`; some six seconds a plan for
+inference, one minute for training.
+"""
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+
+from efficient_vlm.audit import command
+from efficient_vlm.audit.match import Target
+from efficient_vlm.audit.plans.command import make_work
+from efficient_vlm.audit.plans.compiled import compile_plan
+from efficient_vlm.audit.sharding_table import parse_mesh
+from efficient_vlm.audit.subject import read_subject
+from efficient_vlm.errors import UserError
+from efficient_vlm.train.manifest import write_atomic
+
+HERE = Path(__file__).parent
+TOPOLOGIES = {
+    "v5e-16": "v5e:4x4",
+    "v5e-256": "v5e:16x16",
+    "v6e-256": "v6e:16x16",
+    "v5p-128": "v5p:4x4x4",
+    "v5p-512": "v5p:8x8x4",
+}
+# Devices that share the width of a layer, for training and for inference (of 16 GiB and of more),
+# and pictures in a training batch of each group of them.
+MODELS = {
+    "smolvlm-256m": dict(train=1, serve=(1, 1), pictures=4),
+    "qwen2-vl-2b": dict(train=1, serve=(1, 1), pictures=2),
+    "molmoe-1b": dict(train=1, serve=(4, 1), pictures=1),
+    "molmo-7b-d": dict(train=4, serve=(4, 4), pictures=1),
+    "molmo-72b": dict(train=8, serve=(16, 8), pictures=1),
+}
+SHARES = (1, 4, 9)
+TASKS = ("prefill", "decode", "train")
+SERVED = 8  # Pictures in an inference batch of each group.
+NEW = 64
+
+
+def settings():
+    """Every plan as (model, machine, task, share), in the order in which they are compiled."""
+    for task in TASKS:
+        for name, machine, share in itertools.product(MODELS, TOPOLOGIES, SHARES):
+            yield name, machine, task, share
+
+
+def shape(name: str, machine: str, task: str, devices: int) -> tuple[str, int]:
+    """Mesh and batch of a plan."""
+    sizes = MODELS[name]
+    if task == "train":
+        groups = devices // sizes["train"]
+        return f"fsdp:{groups},tensor:{sizes['train']}", groups * sizes["pictures"]
+    tensor = sizes["serve"][not machine.startswith("v5e")]
+    return f"data:{devices // tensor},tensor:{tensor}", devices // tensor * SERVED
+
+
+def compiled(name: str, machine: str, task: str, share: int) -> dict:
+    """The row of one plan."""
+    from efficient_vlm.audit.plans.chips import devices_of
+
+    given = argparse.Namespace(preset=name, config=None, text=None, new=NEW, images=None)
+    subject = read_subject(given, [])
+    chosen = command.read_methods(subject, ["none" if share == 1 else "pool"], [])[0]
+    target = None if share == 1 else Target("mean_processed", subject.baseline.entering / share)
+    ledger = command.make_entry(subject, chosen, target).ledger
+    topology = TOPOLOGIES[machine]
+    mesh, batch = shape(name, machine, task, len(devices_of(topology)))
+    work = make_work(subject, ledger.compressor, task, batch)
+    row = dict(model=name, machine=machine, task=task, share=share, tokens=ledger.entering)
+    try:
+        found = compile_plan(work, topology, parse_mesh(mesh)).to_json()
+    except UserError as error:
+        return row | dict(mesh_text=mesh, batch=batch, error=str(error).splitlines()[0])
+    return row | dict(mesh_text=mesh, batch=batch) | found
+
+
+def key(row: dict) -> tuple:
+    return row["model"], row["machine"], row["task"], row["share"]
+
+
+def render(rows: list[dict]) -> str:
+    """docs/plans.md."""
+    known = {key(row): row for row in rows}
+    asked = list(settings())
+    lines = [
+        "# Plans for pods",
+        "",
+        "What published models need on TPUs, and what fewer visual tokens buy: every line is a "
+        "program of ours, compiled by the TPU's own compiler on a host without one "
+        "(`python docs/plans.py`; one plan: `efficient-vlm audit aot`). **Memory is the "
+        "compiler's. Times are estimates: bounds at the published speed of the chip, nothing was "
+        "run on a TPU.** All numbers are of one device.",
+        "",
+        f"Tokens are averaged down (`pool`) to 1/4 and 1/9 of those of the preset's picture; "
+        f"{NEW} tokens of answer. Inference: {SERVED} pictures for each group of devices that "
+        "share a model, bfloat16 parameters, the stages as `generate` runs them. Training: the whole "
+        "model, float32 parameters and moments of AdamW, bfloat16 products, remat of every layer. "
+        "v5p-128 and v5p-512 have 64 and 256 chips.",
+        "",
+        f"{len(known)} of {len(asked)} plans have been compiled so far."
+        if len(known) < len(asked)
+        else f"All {len(asked)} plans were compiled.",
+    ]
+    for name in MODELS:
+        mine = [known[k] for k in asked if k in known and k[0] == name]
+        if mine:
+            lines += ["", f"## {name}", *_inference(mine), *_training(mine)]
+    return "\n".join(lines) + "\n"
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+def _ms(seconds: float | None) -> str:
+    return "" if seconds is None else f"{1e3 * seconds:.3g}"
+
+
+def _memory(row: dict) -> str:
+    total = row["hbm_bytes"]["total"]
+    return _gib(total) if row["fits"] else f"**{_gib(total)}, does not fit**"
+
+
+def _gain(row: dict, rows: list[dict]) -> str:
+    """Chips that this plan needs for the pictures a second of the one with all tokens."""
+    full = next((r for r in rows if key(r) == (*key(row)[:3], 1)), None)
+    if full is None or not full.get("fits") or not row.get("fits"):
+        return ""
+    chips = row["devices"] * row["estimated_seconds"] / full["estimated_seconds"]
+    return f"{chips:.3g}"
+
+
+def _inference(rows: list[dict]) -> list[str]:
+    lines = [
+        "",
+        "Inference; milliseconds at least for each stage:",
+        "",
+        "| machine | mesh | batch | tokens | GiB | encode | compress | prefill | decode, a token | "
+        "chips for the first token as often |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        if row["task"] != "prefill":
+            continue
+        facts = [row["machine"], f"`{row['mesh_text']}`", str(row["batch"]), f"{row['tokens']:,}"]
+        if "error" in row:
+            lines.append(f"| {' | '.join(facts)} | {row['error']} | | | | | |")
+            continue
+        decode = next((r for r in rows if key(r) == (*key(row)[:2], "decode", row["share"])), None)
+        fullest = max((r for r in (row, decode) if r), key=lambda r: r["hbm_bytes"]["total"])
+        stages = {s["name"]: s["estimated_seconds"] for s in row["stages"]}
+        times = [_ms(stages.get(n)) for n in ("encode", "compress", "prefill")]
+        times.append(_ms(decode["estimated_seconds"]) if decode else "")
+        lines.append(f"| {' | '.join([*facts, _memory(fullest), *times, _gain(row, rows)])} |")
+    return lines
+
+
+def _training(rows: list[dict]) -> list[str]:
+    lines = [
+        "",
+        "Training, a step:",
+        "",
+        "| machine | mesh | batch | tokens | GiB | of it temporaries | TFLOPs | GiB sent | "
+        "ms at least | bound by | chips for as many pictures a second |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|---|--:|",
+    ]
+    mine = [row for row in rows if row["task"] == "train"]
+    for row in mine:
+        facts = [row["machine"], f"`{row['mesh_text']}`", str(row["batch"]), f"{row['tokens']:,}"]
+        if "error" in row:
+            lines.append(f"| {' | '.join(facts)} | {row['error']} | | | | | | |")
+            continue
+        cells = [_memory(row), _gib(row["hbm_bytes"]["temporaries"])]
+        if row["fits"]:
+            seconds = row["stages"][0]["seconds"]
+            cells += [f"{row['flops'] / 1e12:.3g}", _gib(sum(row["collective_bytes"].values()))]
+            cells += [_ms(row["estimated_seconds"]), max(seconds, key=seconds.get)]
+            cells += [_gain(row, rows)]
+        else:
+            cells += [""] * 5
+        lines.append(f"| {' | '.join([*facts, *cells])} |")
+    return lines if mine else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", help="part of model/machine/task/share, such as molmo-7b-d/v5e")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of plans.json and plans.md")
+    args = parser.parse_args()
+    stored = args.out / "plans.json"
+    rows = json.loads(stored.read_text()) if stored.exists() else []
+    for one in settings():
+        label = "/".join(map(str, one))
+        if any(key(row) == one for row in rows) or (args.only and args.only not in label):
+            continue
+        rows.append(compiled(*one))
+        print(label, rows[-1].get("error") or ("fits" if rows[-1]["fits"] else "does not fit"))
+        write_atomic(stored, (json.dumps(rows, indent=1) + "\n").encode())
+    write_atomic(args.out / "plans.md", render(rows).encode())
+
+
+if __name__ == "__main__":
+    main()

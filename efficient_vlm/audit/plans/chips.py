@@ -1,0 +1,79 @@
+"""Published figures of accelerators, and their devices on a host that has none."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.kernels import aot
+
+__all__ = ["CHIPS", "Chip", "chip_of", "devices_of"]
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One accelerator, as its maker describes it.
+
+    Attributes:
+      flops: dense bfloat16 FLOPs per second.
+      hbm_bytes_per_second: of its memory.
+      link_bytes_per_second: that it can send to others of its slice, or host, over all links.
+      hbm_limit: bytes that a program may use; of TPUs what their compiler allows.
+      gpu: whether there is no compiler for it here.
+    """
+
+    flops: float
+    hbm_bytes_per_second: float
+    link_bytes_per_second: float
+    hbm_limit: int
+    gpu: bool = False
+
+
+# TPUs: cloud.google.com/tpu/docs, pages v5e, v6e and v5p ("Peak compute per chip (bf16)", "HBM
+# bandwidth", "ICI bandwidth per chip" in bits). GPUs: NVIDIA's data sheets, SXM, without sparsity;
+# NVLink one way.
+CHIPS = {
+    "v5e": Chip(197e12, 819e9, 1600e9 / 8, int(15.75 * _GIB)),
+    "v6e": Chip(918e12, 1640e9, 3584e9 / 8, int(31.24 * _GIB)),
+    "v5p": Chip(459e12, 2765e9, 4800e9 / 8, int(95.73 * _GIB)),
+    "a100": Chip(312e12, 2039e9, 300e9, int(80e9), gpu=True),
+    "h100": Chip(989e12, 3350e9, 450e9, int(80e9), gpu=True),
+    "h200": Chip(989e12, 4800e9, 450e9, int(141e9), gpu=True),
+}
+_EXAMPLES = "v5e:4x4, v5e:16x16, v6e:16x16, v5p:4x4x4, v5p:8x8x4, h100:8"
+
+
+def chip_of(topology: str) -> Chip:
+    """The chip of a topology such as "v5e:16x16" or "h100:8"; raises UserError."""
+    name, colon, _ = topology.partition(":")
+    if name not in CHIPS:
+        raise unknown("--topology", topology, [f"{chip}:..." for chip in CHIPS])
+    if not colon:
+        raise UserError(f"--topology={topology}: no size", allowed=_EXAMPLES)
+    return CHIPS[name]
+
+
+def devices_of(topology: str) -> tuple[Any, ...]:
+    """Devices to compile for: described TPUs, or CPU devices in the place of GPUs.
+
+    Raises:
+      UserError: no such topology, or fewer CPU devices than GPUs.
+    """
+    if not chip_of(topology).gpu:
+        return aot.tpu_devices(topology)
+    count = topology.partition(":")[2]
+    if not count.isdecimal() or int(count) < 1:
+        raise UserError(f"--topology={topology}: {count!r} is no number of GPUs", allowed=_EXAMPLES)
+    # Only before JAX first asks for its devices.
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", int(count))
+    found = jax.devices("cpu")
+    if len(found) < int(count):
+        raise UserError(
+            f"--topology={topology}: this process has {len(found)} CPU devices already",
+            fix="a process of its own: efficient-vlm audit aot ...",
+        )
+    return tuple(found[: int(count)])

@@ -98,8 +98,8 @@ def render(rows: list[dict]) -> str:
         "",
         f"Tokens are averaged down (`pool`) to 1/4 and 1/9 of those of the preset's picture; "
         f"{NEW} tokens of answer. Inference: {SERVED} pictures for each group of devices that "
-        "share a model, bfloat16 parameters, the stages as `generate` runs them. Training: the whole "
-        "model, float32 parameters and moments of AdamW, bfloat16 products, remat of every layer. "
+        "share a model, bfloat16 parameters, the stages as `generate` runs them. Training: the "
+        "whole model, float32 parameters and moments of AdamW, bfloat16 products, remat of all. "
         "v5p-128 and v5p-512 have 64 and 256 chips.",
         "",
         f"{len(known)} of {len(asked)} plans have been compiled so far."

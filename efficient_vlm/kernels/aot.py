@@ -35,7 +35,7 @@ def tpu_devices(topology: str) -> tuple[Any, ...]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             "compiling for a TPU needs libtpu, which is not installed",
-            fix="pip install 'efficient_vlm[test]' (Linux on x86-64), or pip install libtpu",
+            fix="pip install 'efficient_vlm[test]' (Linux on x86-64), or pip install 'jax[tpu]'",
         )
     # Read when libtpu is loaded: no metadata server is asked, and several processes may compile.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

@@ -24,11 +24,11 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> ja
     Args:
       lhs: [M, K], rows sorted by group.
       rhs: [E, K, N], one matrix per group.
-      group_sizes: int32 [E] with sum M; a group may be empty.
+      group_sizes: int32 [E] with sum M or less; a group may be empty.
 
     Returns:
-      [M, N] in the dtype of `lhs`; products are accumulated in float32. Differentiable in `lhs`
-      and `rhs`.
+      [M, N] in the dtype of `lhs`, anything in rows behind the last group; products are accumulated
+      in float32. Differentiable in `lhs` and `rhs`.
     """
     # NumPy arrays, too: inside a loop they could not be indexed by a traced block number.
     sizes = jnp.asarray(group_sizes, jnp.int32)

@@ -1,4 +1,4 @@
-"""Feed-forward layers: dense, gated or not, and a dropless mixture of experts."""
+"""Feed-forward layers: dense, gated or not, and a mixture of experts."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from efficient_vlm.errors import UserError, check_fields
-from efficient_vlm.kernels.grouped_matmul import grouped_matmul
+from efficient_vlm.models.experts import Kernels, dispatch
 from efficient_vlm.models.layers import Dtype, Linear, activate, fused_product, logical
 from efficient_vlm.sharding import constrain
 
@@ -46,7 +46,7 @@ class FeedForward(nn.Module):
 
 
 class MoE(nn.Module):
-    """Top-k mixture of gated experts (arXiv 2002.05202); no token is dropped.
+    """Top-k mixture of gated experts (arXiv 2002.05202), each token to all it chose by default.
 
     The router is a softmax over all experts in float32, of which the `top_k` largest are kept
     (and, with `normalize`, rescaled to sum to one). Losses follow Switch (arXiv 2101.03961, eq. 4)
@@ -60,6 +60,8 @@ class MoE(nn.Module):
         the weight would be the constant 1 and the router would learn nothing from the loss; with
         "always" it is done even so, as in published models.
       activation: of the experts, see `layers.ACTIVATIONS`.
+      capacity: None for dropless; else how many times an equal share of a row's tokens an expert
+        takes, such as 1.25 (Switch, arXiv 2101.03961); what is over gets nothing from it.
     """
 
     num_experts: int
@@ -68,6 +70,7 @@ class MoE(nn.Module):
     shared_dim: int = 0
     normalize: bool | str = True
     activation: str = "silu"
+    capacity: float | None = None
     out_scale: float = 1.0
     dtype: Dtype = jnp.float32
 
@@ -81,7 +84,8 @@ class MoE(nn.Module):
 
         Returns:
           [B, S, D], and {"load_balance", "router_z"} as (sum, denominator) scalars with
-          "expert_load": ([E] tokens sent to each expert, their total).
+          "expert_load": ([E] tokens sent to each expert, their total), with a capacity also
+          "dropped": (choices that were not served, all choices).
         """
         experts, k = self.num_experts, self.top_k
         shape, width = x.shape, x.shape[-1]
@@ -95,15 +99,17 @@ class MoE(nn.Module):
         if self.normalize == "always" or (self.normalize and k > 1):
             weights = weights / weights.sum(axis=-1, keepdims=True)
 
-        # Sort the k copies of every token by expert, multiply, put them back and add them up.
-        flat = chosen.reshape(-1)
-        order = jnp.argsort(flat, stable=True)
-        sizes = jnp.bincount(flat, length=experts)
-        rows = x.astype(self.dtype)[order // k]
-        rows = self._experts(rows, sizes)
-        back = jnp.argsort(order)
-        y = rows[back].reshape(-1, k, width)
-        y = jnp.einsum("tkd,tk->td", y, weights.astype(self.dtype))
+        kernels = self._kernels(width)
+        y, served = dispatch(
+            x.reshape(shape).astype(self.dtype),
+            chosen.reshape(*shape[:2], k),
+            weights.reshape(*shape[:2], k),
+            valid,
+            kernels,
+            activate(self.activation),
+            self.capacity,
+        )
+        y = y.reshape(-1, width)
         if self.shared_dim:
             dense = FeedForward(self.shared_dim, self.out_scale, self.dtype, name="shared")
             y = y + dense(x.reshape(shape)).reshape(-1, width)
@@ -119,12 +125,12 @@ class MoE(nn.Module):
             "router_z": (z, total),
             "expert_load": (routed, total * k),
         }
+        if self.capacity is not None:
+            dropped = jnp.einsum("tk,t->", ~served.reshape(-1, k), counted)
+            stats["dropped"] = (dropped, total * k)
         return y.reshape(shape), stats
 
-    def _experts(self, rows: jax.Array, sizes: jax.Array) -> jax.Array:
-        """[M, D] sorted by expert -> [M, D], each row through the gated layer of its expert."""
-        width = rows.shape[-1]
-
+    def _kernels(self, width: int) -> Kernels:
         def weight(name: str, inner: int, outer: int, axes: tuple[str, str], scale: float):
             init = nn.initializers.variance_scaling(
                 scale**2, "fan_in", "normal", in_axis=1, out_axis=2, batch_axis=0
@@ -137,11 +143,7 @@ class MoE(nn.Module):
         wide = ("embed", "expert_mlp")
         gate = weight("gate", width, self.expert_dim, wide, 1.0)
         up = weight("up", width, self.expert_dim, wide, 1.0)
-        down = weight("down", self.expert_dim, width, wide[::-1], self.out_scale)
-        # One product for gate and up: the rows are laid out in blocks once.
-        both = grouped_matmul(rows, jnp.concatenate([gate, up], axis=-1), sizes)
-        hidden, linear = jnp.split(both, 2, axis=-1)
-        return grouped_matmul(activate(self.activation)(hidden) * linear, down, sizes)
+        return gate, up, weight("down", self.expert_dim, width, wide[::-1], self.out_scale)
 
 
 def check_moe(moe: Mapping | None) -> None:
@@ -157,6 +159,11 @@ def check_moe(moe: Mapping | None) -> None:
             f"model.decoder.moe.top_k: {moe['top_k']}",
             allowed=f"1 to num_experts={moe['num_experts']}",
         )
+    capacity = moe.get("capacity")
+    if capacity is not None and not (isinstance(capacity, int | float) and capacity > 0):
+        raise UserError(
+            f"model.decoder.moe.capacity: {capacity!r}", allowed="above 0, or None for dropless"
+        )
     if moe.get("normalize", True) not in (True, False, "always"):
         raise UserError(
             f"model.decoder.moe.normalize: {moe['normalize']!r}", allowed="True, False, 'always'"
@@ -164,4 +171,12 @@ def check_moe(moe: Mapping | None) -> None:
 
 
 def moe_fields() -> tuple[str, ...]:
-    return ("num_experts", "top_k", "expert_dim", "shared_dim", "normalize", "activation")
+    return (
+        "num_experts",
+        "top_k",
+        "expert_dim",
+        "shared_dim",
+        "normalize",
+        "activation",
+        "capacity",
+    )

@@ -1,5 +1,7 @@
 """Attention, masks, rotary positions and experts against plain float64 NumPy."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,6 +115,41 @@ def test_moe_by_hand(top_k, shared, normalize):
         total, denominator = stats[name]
         assert float(total / denominator) == pytest.approx(value, rel=1e-5)
     np.testing.assert_array_equal(stats["expert_load"][0], load)
+
+
+@pytest.mark.parametrize(("top_k", "factor"), [(1, 1.0), (2, 0.5), (3, 0.75), (2, 9.0)])
+def test_capacity_by_hand(top_k, factor):
+    """Row by row: first choices in order, then second ones; padding takes no place."""
+    options = dict(num_experts=4, top_k=top_k, expert_dim=6)
+    layer = MoE(**options, capacity=factor)
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(2, 9, 8))
+    valid = rng.random((2, 9)) < 0.8
+    params = nn.unbox(layer.init(jax.random.key(0), jnp.asarray(x, jnp.float32), valid))
+    y, stats = layer.apply(params, jnp.asarray(x, jnp.float32), jnp.asarray(valid))
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params["params"])
+    room = math.ceil(factor * 9 * top_k / 4)
+    dropped = 0
+    for b in range(2):
+        taken, expected = np.zeros(4, int), np.zeros_like(x[b])
+        probabilities = np.stack([softmax(token @ p["router"]["kernel"]) for token in x[b]])
+        best = np.argsort(-probabilities, axis=-1)[:, :top_k]
+        for choice, t in np.ndindex(top_k, 9):
+            if not valid[b, t]:
+                continue
+            e = best[t, choice]
+            if taken[e] == room:
+                dropped += 1
+                continue
+            taken[e] += 1
+            weight = probabilities[t, e] / (probabilities[t, best[t]].sum() if top_k > 1 else 1)
+            hidden = silu(x[b, t] @ p["gate"][e]) * (x[b, t] @ p["up"][e])
+            expected[t] += weight * hidden @ p["down"][e]
+        np.testing.assert_allclose(y[b][valid[b]], expected[valid[b]], atol=1e-5)
+    assert float(stats["dropped"][0]) == dropped and (dropped == 0) == (factor == 9.0)
+    if factor == 9.0:
+        free, _ = MoE(**options).apply(params, jnp.asarray(x, jnp.float32), jnp.asarray(valid))
+        np.testing.assert_allclose(y[valid], free[valid], atol=1e-6)
 
 
 @pytest.mark.parametrize("top_k", [1, 2])

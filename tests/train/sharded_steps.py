@@ -1,17 +1,21 @@
 """What `test_sharding.py` runs in a process with eight CPU devices: steps on a mesh, as JSON."""
 
 import json
+import math
+import re
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny_models import DECODER, ENCODER, MOE, VOCAB
 
 from efficient_vlm import sharding
 from efficient_vlm.kernels.attention import attention
+from efficient_vlm.models.moe import MoE as MoELayer
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.train import step as steps
 from efficient_vlm.train.checkpoint import Checkpoints
@@ -19,8 +23,8 @@ from efficient_vlm.train.placement import Placement, state_shardings
 
 
 def make(kind):
-    """A model: dense, moe, or dense with tokens dropped inside the decoder."""
-    moe = MOE if kind == "moe" else None
+    """A model: dense, moe, the same with a capacity, or dense with tokens dropped inside."""
+    moe = {"moe": MOE, "capacity": {**MOE, "capacity": 0.75}}.get(kind)
     compressor = dict(name="none", budget=16)
     if kind == "fastv":
         compressor = dict(name="fastv", layer=1, keep=0.5)
@@ -137,12 +141,45 @@ def attention_of_parts(mesh):
     return max(differences), program.as_text().count("all-gather(")
 
 
+def experts_of_parts(mesh):
+    """Largest difference of layer and gradients to one device, of the largest value; collectives
+    of the program that move tokens: all-to-all, and gathers of anything as large as a row."""
+    given = dict(num_experts=8, top_k=2, expert_dim=32)
+    layer, x = MoELayer(**given), jax.random.normal(jax.random.key(1), (16, 12, 24))
+    valid = jnp.ones(x.shape[:2], bool)
+    params = nn.unbox(layer.init(jax.random.key(0), x, valid))
+
+    def loss(params, x):
+        y, stats = layer.apply(params, x, valid)
+        return jnp.sum(y**2) + stats["load_balance"][0], y
+
+    gradient = jax.value_and_grad(loss, (0, 1), has_aux=True)
+    alone = jax.jit(gradient)(params, x)
+    mesh = sharding.make_mesh(sharding.MeshConfig(**mesh))
+    rows = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
+    with sharding.active(mesh):
+        program = jax.jit(lambda *x: gradient(*x)).lower(params, jax.device_put(x, rows)).compile()
+    parts = program(params, jax.device_put(x, rows))
+    differences = [
+        float(jnp.abs(a - b).max() / jnp.abs(a).max())
+        for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(parts), strict=True)
+    ]
+    text = program.as_text()
+    gathers = [
+        math.prod(int(n) for n in shape.split(","))
+        for shape in re.findall(r"f32\[([\d,]+)\]\S* all-gather\(", text)
+    ]
+    large = sum(size >= 16 * 12 * 24 for size in gathers)
+    return max(differences), text.count(" all-to-all("), large
+
+
 if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
     if "process" in asked:
         number, count, port = asked["process"]
         jax.distributed.initialize(f"127.0.0.1:{port}", count, number)
-    if asked["kind"] == "attention":
-        print(json.dumps([attention_of_parts(mesh) for mesh in asked["jobs"]]))
+    parts = {"attention": attention_of_parts, "experts": experts_of_parts}
+    if asked["kind"] in parts:
+        print(json.dumps([parts[asked["kind"]](mesh) for mesh in asked["jobs"]]))
     else:
         print(json.dumps([run(asked["kind"], job) for job in asked["jobs"]]))

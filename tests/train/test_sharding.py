@@ -1,5 +1,6 @@
 """Sharded training is training on one device; what rules say; other layouts, other processes."""
 
+import importlib.util
 import json
 import os
 import socket
@@ -8,14 +9,17 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from efficient_vlm import cli, sharding
 from efficient_vlm.audit.sharding_table import parse_mesh, table
 from efficient_vlm.errors import UserError
+from efficient_vlm.kernels import aot
+from efficient_vlm.models.moe import MoE
 from efficient_vlm.train.loop import TrainConfig, make_mesh
 from efficient_vlm.train.placement import state_shardings
 
@@ -62,10 +66,15 @@ def assert_close(one, two):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["dense", "moe", "fastv"])
+@pytest.mark.parametrize("kind", ["dense", "moe", "capacity", "fastv"])
 def test_meshes_equal_one_device(kind):
     """Ten steps, one program each; data, fsdp, tensor and expert parallel, and mixtures."""
-    meshes = {"dense": MESHES[1:5], "moe": [MESHES[0], *MESHES[5:]], "fastv": MESHES[3:4]}[kind]
+    meshes = {
+        "dense": MESHES[1:5],
+        "moe": [MESHES[0], *MESHES[5:]],
+        "capacity": MESHES[6:],
+        "fastv": MESHES[3:4],
+    }[kind]
     jobs = [dict(mesh=None, steps=10), *(job | {"steps": 10} for job in meshes)]
     alone, *sharded = found(start(kind, jobs))
     for one in sharded:
@@ -79,6 +88,43 @@ def test_attention_of_parts():
     same, gathers = found(start("attention", [dict(data=2, tensor=4)]))[0]
     assert same < 1e-5
     assert gathers == 0
+
+
+@pytest.mark.slow
+def test_experts_of_parts():
+    """Tokens go to their experts all to all, and no device gathers those of others."""
+    meshes = [dict(expert=8, data=1), dict(expert=4, data=1, tensor=2), dict(data=8)]
+    for (same, exchanged, gathered), mesh in zip(
+        found(start("experts", meshes)), meshes, strict=True
+    ):
+        assert same < 1e-5
+        assert (exchanged > 0) == ("expert" in mesh)
+        assert gathered == 0
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu has no package for this platform"
+)
+def test_a_tpu_moves_only_the_tokens_that_are_there():
+    """Its program has the ragged exchange, there and back, and both again for the gradient."""
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1, expert=4), aot.tpu_devices("v5e:2x2"))
+    layer = MoE(num_experts=8, top_k=2, expert_dim=256, dtype=jnp.bfloat16)
+    rows = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
+    x = jax.ShapeDtypeStruct((8, 128, 256), jnp.bfloat16, sharding=rows)
+    valid = jax.ShapeDtypeStruct((8, 128), bool, sharding=rows)
+    boxed = jax.eval_shape(layer.init, jax.random.key(0), x, valid)
+    params = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        nn.unbox(boxed),
+        sharding.param_shardings(boxed, mesh),
+    )
+
+    def loss(params, x, valid):
+        return (layer.apply(params, x, valid)[0].astype(jnp.float32) ** 2).sum()
+
+    with sharding.active(mesh):
+        lowered = jax.jit(jax.grad(loss, (0, 1))).lower(params, x, valid)
+    assert lowered.compile().as_text().count(" ragged-all-to-all") == 4
 
 
 @pytest.mark.slow

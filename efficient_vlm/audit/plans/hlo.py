@@ -296,7 +296,9 @@ class _Program:
     # --- between devices ---------------------------------------------------------------------
 
     def _collective(self, scope, one, kind, times) -> None:
-        given = sum(_size(scope[n].shape) for n in one.operands if n in scope)
+        # The second operand of a ragged one is the place of its results.
+        operands = one.operands[:1] if kind.startswith("ragged") else one.operands
+        given = sum(_size(scope[n].shape) for n in operands if n in scope)
         result = _size(one.shape)
         if one.opcode.endswith("-start"):
             result = max(result - given, 0) if kind != "all-reduce" else result

@@ -1,0 +1,292 @@
+"""Plans for pods: what is counted in a compiled program, what fits, and the search."""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import math
+import re
+import runpy
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from efficient_vlm import cli
+from efficient_vlm.audit.plans import chips, compiled, hlo, search
+from efficient_vlm.audit.plans.command import make_work
+from efficient_vlm.audit.subject import read_subject
+from efficient_vlm.errors import UserError
+from efficient_vlm.kernels import aot
+
+DOCS = Path(__file__).parents[2] / "docs"
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu has no package for this platform"
+)
+_shape = jax.ShapeDtypeStruct
+
+
+def subject_of(preset, new=64):
+    return read_subject(
+        argparse.Namespace(preset=preset, config=None, text=None, new=new, images=None), []
+    )
+
+
+# --- what a program costs ------------------------------------------------------------------------
+
+
+def layers(unroll):
+    """Seven products of [64, 128] and [128, 128], and how they change the rows."""
+
+    def run(x, kernels):
+        return lax.scan(lambda x, k: (jnp.tanh(x @ k), None), x, kernels, unroll=unroll)[0]
+
+    return run
+
+
+GIVEN = (_shape((64, 128), jnp.float32), _shape((7, 128, 128), jnp.float32))
+EXACT = 7 * 2 * 64 * 128 * 128
+
+
+@pytest.mark.parametrize("unroll", [1, 3, 7])
+def test_loops_count_as_often_as_they_turn(unroll):
+    program = jax.jit(layers(unroll)).lower(*GIVEN).compile()
+    assert hlo.costs(program.as_text()).flops == EXACT
+
+
+@needs_libtpu
+@pytest.mark.parametrize("unroll", [1, 3, 7])
+def test_loops_of_a_tpu(unroll):
+    """The trap that this is for: JAX's own count has the body of a loop once."""
+    program = aot.compile_for_tpu(layers(unroll), *GIVEN)
+    found = hlo.costs(program.as_text())
+    assert found.flops == EXACT and found.unknown_loops == 0
+    if unroll == 1:
+        assert program.cost_analysis()["flops"] < EXACT / 3
+
+
+@needs_libtpu
+def test_gradients_between_devices_of_a_tpu():
+    """Rows over four devices: the loop's gradients equal the unrolled ones, and are as large as the
+    parameters."""
+    mesh = Mesh(np.array(aot.tpu_devices("v5e:2x2")), ("data",), axis_types=(AxisType.Auto,))
+    lies = [NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())]
+    given = [_shape(x.shape, x.dtype, sharding=s) for x, s in zip(GIVEN, lies, strict=True)]
+    found = []
+    for unroll in (1, 7):
+        gradient = jax.grad(lambda x, k, u=unroll: layers(u)(x, k).sum(), 1)
+        jitted = jax.jit(gradient, out_shardings=lies[1])
+        found.append(hlo.costs(jitted.lower(*given).compile().as_text()))
+    loop, unrolled = found
+    # The first layer's rows need no gradient, which only the unrolled program sees.
+    assert loop.flops == pytest.approx(3 * EXACT / 4, rel=0.06)
+    assert unrolled.flops == pytest.approx(loop.flops, rel=0.06)
+    for one in found:
+        sent = sum(one.collective_bytes.values())
+        assert sent == pytest.approx(2 * 7 * 128 * 128 * 4, rel=0.01)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("pad", "holes", "spread"), [(0, 1, 1), (2, 1, 2), (1, 3, 1)])
+def test_pairs_of_a_window(stride, pad, holes, spread):
+    """By hand: each output, each place of the window, whether an input is there."""
+    size, window = 9, 4
+    wide = (size - 1) * holes + 1
+    outputs = (wide + 2 * pad - (window - 1) * spread - 1) // stride + 1
+    pairs = sum(
+        0 <= o * stride + w * spread - pad < wide and (o * stride + w * spread - pad) % holes == 0
+        for o in range(outputs)
+        for w in range(window)
+    )
+    assert hlo._meeting(size, window, outputs, pad, stride, holes, spread) == pairs
+
+
+def test_convolutions_and_batches():
+    def run(x, kernel, a, b):
+        return lax.conv_general_dilated(x, kernel, (2, 2), "VALID"), jnp.einsum(
+            "bij,bjk->bik", a, b
+        )
+
+    given = ((1, 3, 16, 16), (5, 3, 4, 4), (6, 8, 9), (6, 9, 10))
+    program = jax.jit(run).lower(*(_shape(s, jnp.float32) for s in given)).compile()
+    exact = 2 * 5 * 7 * 7 * 3 * 4 * 4 + 2 * 6 * 8 * 9 * 10
+    assert hlo.costs(program.as_text()).flops == exact
+
+
+def test_a_slice_of_a_stack_is_read_and_not_all_of_it():
+    """Twice as long a stack is read twice as much, not four times."""
+    moved = []
+    for count in (7, 14, 28):
+        given = (GIVEN[0], _shape((count, 128, 128), jnp.float32))
+        program = jax.jit(layers(1)).lower(*given).compile()
+        moved.append(hlo.costs(program.as_text()).hbm_bytes)
+    assert moved[2] - moved[1] == pytest.approx(2 * (moved[1] - moved[0]), rel=0.01)
+    assert moved[0] > 7 * 128 * 128 * 4
+
+
+def test_loops_without_a_length_are_said():
+    def run(x):
+        return lax.while_loop(lambda x: x.sum() < 100.0, lambda x: x @ x, x)
+
+    found = hlo.costs(jax.jit(run).lower(_shape((8, 8), jnp.float32)).compile().as_text())
+    assert found.unknown_loops == 1 and found.flops == 2 * 8**3
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_stages_cost_what_the_ledger_says():
+    """One device for one picture: FLOPs of the compiled program against our own count."""
+    subject = subject_of("smolvlm-256m")
+    work = make_work(subject, {"name": "none"}, "prefill", 4)
+    sizes = dict(data=4, fsdp=1, expert=1, sequence=1, tensor=1)
+    answer = compiled.compile_plan(work, "v5e:2x2", sizes)
+    stages = {stage.name: stage for stage in answer.stages}
+    full = subject.baseline.to_json()["flops"]["full"]
+    assert stages["encode"].flops == pytest.approx(full["encoder"] + full["compressor"], rel=0.01)
+    # Kernels compute whole blocks of keys.
+    assert stages["prefill"].flops == pytest.approx(full["decoder"] + full["head"], rel=0.05)
+    assert stages["encode"].kernels == {"attention_forward": 12}
+    assert stages["prefill"].kernels == {"attention_forward": 30}
+    # Parameters are bfloat16, and all of them are there in every stage.
+    params = 2 * 256.5e6
+    assert all(s.hbm_bytes.arguments > params for s in answer.stages)
+    assert answer.fits and answer.estimated_seconds > full["encoder"] / 197e12
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_what_does_not_fit_is_an_answer(capsys):
+    """70 billion parameters in training on four chips."""
+    words = ["audit", "aot", "--preset=molmo-72b", "--task=train", "--topology=v5e:2x2", "--json"]
+    assert cli.run(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] is False and found["estimated_seconds"] is None
+    memory = found["hbm_bytes"]
+    assert memory["total"] > memory["limit"] == chips.CHIPS["v5e"].hbm_limit
+    # Parameters and two moments in float32, cut over four.
+    assert memory["arguments"] == pytest.approx(12 * 73.3e9 / 4, rel=0.03)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_three_plans(capsys):
+    """What docs/plans.md is made of: one of each task, each on another generation."""
+    plans = (
+        ("smolvlm-256m", "train", "v5e:2x2", ["--compressor=pool", "--compressor.budget=7"]),
+        ("qwen2-vl-2b", "prefill", "v6e:2x2", []),
+        ("molmoe-1b", "decode", "v5p:2x2x1", ["--mesh=data:2,tensor:2"]),
+    )
+    for preset, task, topology, more in plans:
+        words = [f"--preset={preset}", f"--task={task}", f"--topology={topology}", *more]
+        assert cli.run(["audit", "aot", *words, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["fits"], found
+        memory = found["hbm_bytes"]
+        parts = ("arguments", "temporaries", "outputs", "program")
+        assert memory["total"] == sum(memory[part] for part in parts) < memory["limit"]
+        assert found["flops"] > 0 and found["estimated_seconds"] > 0
+        assert ("attention_forward" in found["kernels"]) == (task != "decode")
+        assert ("attention_backward_kv" in found["kernels"]) == (task == "train")
+        assert sum(stage["unknown_loops"] for stage in found["stages"]) == 0
+        assert bool(found["collective_bytes"]) == (preset != "qwen2-vl-2b")
+        assert cli.run(["audit", "aot", *words]) == 0 if task == "decode" else True
+    assert "molmoe-1b, decode" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--topology=v5e:2x2"], "--task"),
+        (["--task=trian", "--topology=v5e:2x2"], "train"),
+        (["--task=train"], "--topology: missing"),
+        (["--task=train", "--topology=v7:2x2"], "v7"),
+        (["--task=train", "--topology=v5e"], "no size"),
+        (["--task=train", "--topology=h100:x"], "number of GPUs"),
+        (["--task=train", "--topology=v5e:2x2", "--batch=0"], "--batch=0"),
+        (["--task=train", "--topology=v5e:2x2", "--batch=4,8"], "without --search"),
+        (["--task=train", "--topology=v5e:2x2", "--mesh=fsdp:3"], "3 devices, v5e:2x2 has 4"),
+        (["--task=train", "--topology=v5e:2x2", "--batch=6"], "multiples of 4"),
+        (["--task=train", "--topology=v5e:2x2", "--search", "--mesh=fsdp:4"], "--search tries"),
+        (["--task=train", "--topology=v5e:2x2", "--search", "--remat=full"], "--search tries"),
+        (["--task=train", "--topology=v5e:2x2", "--remat=some"], "some"),
+        (["--task=train", "--topology=v5e:2x2", "--compressor=pool,stride"], "several"),
+    ],
+)
+@needs_libtpu
+def test_mistakes(words, said):
+    with pytest.raises(UserError) as error:
+        cli.run(["audit", "aot", "--preset=smolvlm-256m", *words])
+    assert said in str(error.value) and len(str(error.value).splitlines()) <= 3
+
+
+def test_only_aot_takes_its_options():
+    for word in ("--task=train", "--batch=8", "--remat=full", "--search", "--topology=v5e:2x2"):
+        with pytest.raises(UserError, match="only `audit aot`"):
+            cli.run(["audit", "--preset=smolvlm-256m", word])
+        if word != "--topology=v5e:2x2":
+            with pytest.raises(UserError, match="does not take it"):
+                cli.run(["audit", "kernels", word])
+
+
+def test_refusals_of_the_compiler_are_read():
+    new = "Ran out of memory on HBM, the total memory required for HLO temporaries (47.37G) exceeds"
+    assert compiled._needed(f"{new} available HBM (15.75G).") == round(47.37 * 2**30)
+    assert compiled._needed("Used 17.30G of 15.75G hbm. Exceeded") == round(17.3 * 2**30)
+    assert compiled._needed("INTERNAL: something else") is None
+
+
+# --- search --------------------------------------------------------------------------------------
+
+
+def answer_of(fits, seconds):
+    memory = compiled.Memory(1, 1, 1, 1, 10)
+    times = {"flops": seconds} if fits else None
+    stage = compiled.Stage("train", fits, memory, *(None,) * 5, times, 0.0)
+    return compiled.Answer("v5e:4x4", {}, 16, chips.CHIPS["v5e"], [stage])
+
+
+def test_search_tries_what_may_be_better():
+    subject = subject_of("smolvlm-256m")
+    work = make_work(subject, {"name": "none"}, "train", 16)
+    asked = []
+
+    def compile_one(one, sizes):
+        asked.append((one.batch, one.remat))
+        # 16 pictures fit with "dots", more never.
+        return answer_of(one.batch == 16 and one.remat != "none", 2.0)
+
+    tried = list(search.search([("all", work)], [16, 32, 64], 16, compile_one))
+    full = [(16, "none"), (16, "dots"), (32, "none"), (32, "dots"), (32, "full")]
+    assert asked == full  # Nine heads: one mesh; a batch that fits nowhere ends the larger ones.
+    assert search.best(tried)["all"].work.remat == "dots"
+    assert search.best(tried)["all"].rate == 8.0
+
+
+def test_meshes_of_a_mixture():
+    work = make_work(subject_of("molmoe-1b"), {"name": "none"}, "train", 256)
+    found = search.meshes(work, 256)
+    assert all(math.prod(sizes.values()) == 256 for sizes in found)
+    assert {sizes["expert"] for sizes in found} == {1, 4, 8}
+    assert {sizes["tensor"] for sizes in found} == {1, 2, 4, 8}
+    none = dataclasses.replace(work, batch=3)
+    with pytest.raises(UserError, match="no mesh of 256"):
+        list(search.search([("all", none)], [3], 256, lambda *_: None))
+
+
+# --- the committed table -------------------------------------------------------------------------
+
+
+def test_the_page_is_made_of_the_numbers():
+    page = runpy.run_path(str(DOCS / "plans.py"))
+    rows = json.loads((DOCS / "plans.json").read_text())
+    assert (DOCS / "plans.md").read_text() == page["render"](rows)
+    assert {page["key"](row) for row in rows} <= set(page["settings"]())
+    for row in rows:
+        assert "error" in row or re.fullmatch(r"(\w+:\d+,?)+", row["mesh_text"])

@@ -49,11 +49,19 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
         return sub
 
-    verb(
+    sub = verb(
         "train",
         "train a model, evaluate it, write a report; run it again to resume",
         config=True,
         workdir=True,
+    )
+    sub.add_argument(
+        "--distributed",
+        nargs="?",
+        const="auto",
+        metavar="WHERE",
+        help="join the other processes of a job: alone on Slurm, TPU pods and MPI; "
+        "or ADDRESS:PORT,PROCESSES,NUMBER",
     )
     sub = verb("eval", "evaluate the newest checkpoint of a run", workdir=True)
     sub.add_argument(

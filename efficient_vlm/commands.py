@@ -1,6 +1,7 @@
 """What the verbs of the command line do; each is also a function to call from a notebook."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -49,7 +50,7 @@ def fit(
       say: receives lines for the user.
 
     Returns:
-      What results.json holds.
+      What results.json holds; None in all processes but the first, where there are several.
 
     Raises:
       UserError: a mistake in the config or the data.
@@ -64,7 +65,9 @@ def fit(
         parameter_shapes,
         settings_of,
     )
-    from efficient_vlm.train import guards, loop
+    from efficient_vlm.train import guards, loop, processes
+    from efficient_vlm.train.config import read_config
+    from efficient_vlm.train.goodput import Goodput
     from efficient_vlm.train.manifest import write_atomic
 
     enable_compilation_cache()
@@ -72,7 +75,7 @@ def fit(
     plain = configs.to_dict(config)
     evaluation = construct(EvalConfig, configs.section(config, "eval"), "eval")
     # Methods that cannot be evaluated are told now, not after the training.
-    settings = loop.read_config(config)[0]
+    settings = read_config(config)[0]
     model = loop.make_model(config, vocab_size=2)
     trained_at = [arm.model for arm in loop.make_arms(model, settings.elastic)]
     names = {each.compressor["name"] for each in trained_at}
@@ -81,8 +84,16 @@ def fit(
     others = {v.compressor["name"]: v for v in variants}
     others = [variant for name, variant in others.items() if name not in names]
     check_trained(others, parameter_shapes(init_shapes(trained_at[0])))
-    with guards.WorkdirLock(workdir), guards.StopSignal() as stop:
-        new = guards.check_workdir_config(workdir, plain, ignore=MAY_CHANGE)
+    first = processes.is_first()
+    say = say if first else lambda line: None
+    with contextlib.ExitStack() as held:
+        stop = held.enter_context(guards.StopSignal())
+
+        def claim() -> bool:
+            held.enter_context(guards.WorkdirLock(workdir))
+            return guards.check_workdir_config(workdir, plain, ignore=MAY_CHANGE)
+
+        new = processes.agreed(claim)
         say(f"Workdir: {workdir}")
         try:
             try:
@@ -97,26 +108,36 @@ def fit(
                 if stop.requested:
                     raise loop.Stopped(stop.exit_code, trained.summary["steps"])
 
-            results = {"train": trained.summary}
-            results |= _evaluate(trained, config, evaluation, workdir, say, check_stop)
+            def finish() -> dict[str, Any]:
+                results = {"train": trained.summary}
+                clock = Goodput(workdir, warn=say)
+                with clock.timed("eval"):
+                    found = _evaluate(trained, config, evaluation, workdir, say, check_stop)
+                clock.write()
+                results |= found | {"goodput": clock.summary(), "environment": environment()}
+                results["command"] = command
+                text = json.dumps(results, indent=1) + "\n"
+                write_atomic(workdir / RESULTS, text.encode())
+                report = write_report(workdir)
+                _print_summary(results)
+                say(f"Results: {workdir / RESULTS}")
+                say(f"Report:  {report}")
+                return results
+
+            return processes.agreed(finish)
         except loop.Stopped as stopped:
             say(f"Stopped after step {stopped.step}; everything up to it is saved.")
             if command:
                 say(f"Resume with: {command}")
             raise
-        results |= {"environment": environment(), "command": command}
-        write_atomic(workdir / RESULTS, (json.dumps(results, indent=1) + "\n").encode())
-        report = write_report(workdir)
-        _print_summary(results)
-        say(f"Results: {workdir / RESULTS}")
-        say(f"Report:  {report}")
-    return results
 
 
 def train(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """`efficient-vlm train`."""
+    from efficient_vlm.train import processes
     from efficient_vlm.train.loop import Stopped
 
+    processes.start(args.distributed)
     config = configs.load(args.config, overrides)
     command = shlex.join(["efficient-vlm", *sys.argv[1:]])
     try:

@@ -93,7 +93,12 @@ def apply_override(config: ml_collections.ConfigDict, override: str) -> None:
     *sections, field = name.split(".")
     node: Any = config
     for depth, section in enumerate(sections):
-        here = ".".join(sections[:depth])
+        here, whole = ".".join(sections[:depth]), ".".join(sections[: depth + 1])
+        absent = isinstance(node, ml_collections.ConfigDict) and section not in node
+        if absent and whole in SECTIONS and isinstance(_made(here, section, config), Mapping):
+            # A section that the file leaves out because its fields have defaults.
+            with node.unlocked():
+                node[section] = ml_collections.ConfigDict()
         if not isinstance(node, ml_collections.ConfigDict) or section not in node:
             raise _unknown_field(here, section, node)
         node = node[section]
@@ -236,7 +241,7 @@ def _class_of(where: str, config: ml_collections.ConfigDict) -> type | None:
     from efficient_vlm.compressors.methods import METHODS
     from efficient_vlm.models import connector, decoder, moe, vit, vlm
     from efficient_vlm.sharding import MeshConfig
-    from efficient_vlm.train.loop import TrainConfig
+    from efficient_vlm.train.config import TrainConfig
     from efficient_vlm.train.optimizer import OptimizerConfig
 
     if where == "model.compressor":
@@ -252,6 +257,12 @@ def _class_of(where: str, config: ml_collections.ConfigDict) -> type | None:
         "train.mesh": MeshConfig,
         "eval": EvalConfig,
     }[where]
+
+
+def _made(where: str, name: str, config: ml_collections.ConfigDict) -> Any:
+    """The default of a field of a section's class, None if there is no such field."""
+    field = _fields(where, config).get(name)
+    return None if field is None else _default(field)
 
 
 def _default(field: dataclasses.Field) -> Any:

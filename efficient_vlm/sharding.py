@@ -7,6 +7,7 @@ table of `efficient-vlm audit sharding` shows it.
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from efficient_vlm.errors import UserError
@@ -28,6 +30,7 @@ __all__ = [
     "batch_sharding",
     "check_batch",
     "constrain",
+    "data_part",
     "global_batch",
     "is_box",
     "logical_axes",
@@ -113,8 +116,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = config.sizes(len(devices))
-    kinds = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
+    # An axis may be part of one of the torus: 64 x 4 on 16 x 16 chips.
+    placed = mesh_utils.create_device_mesh(
+        tuple(sizes.values()), devices, allow_split_physical_axes=True
+    )
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 @contextlib.contextmanager
@@ -228,18 +234,48 @@ def check_batch(rows: int, mesh: Mesh, accumulate: int = 1) -> None:
         )
 
 
+def data_part(mesh: Mesh, rows: int) -> tuple[int, int]:
+    """(number, count): this process reads part `number` of `count` of each batch.
+
+    Processes whose devices share rows, because a layer's width is cut over both, read the same.
+
+    Args:
+      mesh: see `make_mesh`.
+      rows: of a batch; divided over the mesh, see `check_batch`.
+
+    Raises:
+      UserError: the rows of its devices are not one stretch of equal parts.
+    """
+    where = batch_sharding(mesh).addressable_devices_indices_map((rows,))
+    parts = sorted({(i.start or 0, rows if i.stop is None else i.stop) for (i,) in where.values()})
+    first, last = parts[0][0], max(stop for _, stop in parts)
+    size = last - first
+    if sum(stop - start for start, stop in parts) != size or first % size or rows % size:
+        raise UserError(
+            "train.mesh: the devices of a process have rows here and there",
+            fix="more devices along `data` or `fsdp`, fewer along `tensor`",
+        )
+    return first // size, rows // size
+
+
 def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """A batch on the mesh, each device with rows of its own.
 
     Args:
-      batch: the rows of this process, which has the number of rows of the others and, of all rows
-        in order, those at its place; with one process, all.
+      batch: the rows of this process, see `data_part`; with one process, all.
       mesh: see `make_mesh`.
     """
-    rows, processes = batch_sharding(mesh), jax.process_count()
-    return {
-        name: jax.make_array_from_process_local_data(
-            rows, np.asarray(x), (len(x) * processes, *np.shape(x)[1:])
-        )
-        for name, x in batch.items()
-    }
+    sharding = batch_sharding(mesh)
+
+    def spread(x: np.ndarray) -> jax.Array:
+        count = 1 if jax.process_count() == 1 else _parts(mesh)
+        shape = (len(x) * count, *np.shape(x)[1:])
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x), shape)
+
+    return {name: spread(x) for name, x in batch.items()}
+
+
+@functools.cache
+def _parts(mesh: Mesh) -> int:
+    """Of a batch, that processes read."""
+    return data_part(mesh, math.prod(mesh.shape[axis] for axis in BATCH))[1]

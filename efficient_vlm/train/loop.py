@@ -1,85 +1,36 @@
 """The one training loop. Order of every step: save, next batch, update, log."""
 
+import contextlib
 import dataclasses
+import io
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
-from jax.sharding import Mesh
 
 from efficient_vlm import config as configs
-from efficient_vlm import sharding
 from efficient_vlm.data import build, transforms
-from efficient_vlm.data.config import DataConfig
 from efficient_vlm.data.pipeline import Pipeline, check_fingerprint, make_train, preview
-from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.errors import UserError
 from efficient_vlm.models.build import construct
 from efficient_vlm.models.vlm import VisionLanguageModel
+from efficient_vlm.sharding import data_part
 from efficient_vlm.train import step as steps
 from efficient_vlm.train.arms import Arm, draw_arm, make_arms, make_model
 from efficient_vlm.train.checkpoint import Checkpoints, NonFiniteState, SaveFailed
+from efficient_vlm.train.config import TrainConfig, make_mesh, read_config
+from efficient_vlm.train.goodput import Goodput
 from efficient_vlm.train.guards import NonFiniteGuard, StopSignal
 from efficient_vlm.train.leaves import state_sha256
 from efficient_vlm.train.metrics import MetricsWriter
-from efficient_vlm.train.optimizer import OPTIMIZERS, OptimizerConfig, schedule
+from efficient_vlm.train.optimizer import schedule
 from efficient_vlm.train.parameters import initialise, load_params, start_from
+from efficient_vlm.train.processes import agreed, is_first, largest, to_host
 from efficient_vlm.train.progress import Progress
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """How a model is trained.
-
-    Attributes:
-      steps: optimizer steps.
-      seed: of initial values, random compressors and the draw of budgets.
-      optimizer: fields of `optimizer.OptimizerConfig`.
-      elastic: budgets to draw from at every step, as {"name", "budget", "weight", "start"} and
-        options of the compressor; empty for the model's own compressor alone. Each is one
-        executable. "start" is the share of the run after which it is drawn, 0 by default.
-      accumulate: micro-batches per step.
-      mesh: how many devices share what, fields of `sharding.MeshConfig`; batches are divided over
-        all of them. One device needs none.
-      load_balance, router_z: weights of the router losses of a mixture of experts.
-      selector: weight of teaching a text-guided selector, at the full budget, where the decoder
-        looks.
-      ema: decay of an average of the parameters that is evaluated in their place; None for none.
-      checkpoint_every: steps between checkpoints; one more is written at the end.
-      keep, keep_every: newest checkpoints to keep, and steps whose multiples are kept for ever.
-      log_every: steps between lines of metrics.jsonl.
-      save_failures: checkpoints in a row that may fail before the run ends.
-      nonfinite_limit: steps in a row without a finite loss and gradient after which the run ends.
-      tensorboard: also write TensorBoard files.
-      init_from: workdir of another run whose newest parameters to start from.
-    """
-
-    steps: int
-    seed: int = 0
-    optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    elastic: Sequence[Mapping[str, Any]] = ()
-    accumulate: int = 1
-    mesh: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    load_balance: float = 0.01
-    router_z: float = 1e-3
-    selector: float = 1.0
-    ema: float | None = None
-    checkpoint_every: int = 500
-    keep: int = 3
-    keep_every: int | None = None
-    log_every: int = 10
-    save_failures: int = 3
-    nonfinite_limit: int = 3
-    tensorboard: bool = False
-    init_from: str | None = None
-
-    def __post_init__(self):
-        for name in ("steps", "accumulate", "checkpoint_every", "log_every", "keep"):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name}: {getattr(self, name)}", allowed="1 or more")
 
 
 @dataclasses.dataclass
@@ -106,55 +57,6 @@ class Stopped(Exception):
         self.exit_code, self.step = exit_code, step
 
 
-def read_config(config: Mapping[str, Any]) -> tuple[TrainConfig, DataConfig, OptimizerConfig]:
-    """What training reads of a config, with everything checked that can be without data."""
-    settings = construct(TrainConfig, configs.section(config, "train"), "train")
-    data_config = DataConfig.from_mapping(configs.section(config, "data"))
-    optimizer = construct(OptimizerConfig, settings.optimizer, "train.optimizer")
-    if data_config.batch_size % settings.accumulate:
-        raise UserError(
-            f"train.accumulate: {settings.accumulate}",
-            allowed=f"divisors of data.batch_size={data_config.batch_size}",
-        )
-    # Wrong names and budgets are told before data are built.
-    model = make_model(config, vocab_size=2)
-    for each in (model, *(arm.model for arm in make_arms(model, settings.elastic))):
-        each.make_compressor()
-        each.make_decoder()
-    schedule(optimizer, settings.steps, optimizer.learning_rate)
-    if optimizer.name not in OPTIMIZERS:
-        raise unknown("train.optimizer.name", optimizer.name, OPTIMIZERS)
-    size = model.make_encoder().image_size
-    if data_config.size != ((size, size) if isinstance(size, int) else tuple(size)):
-        raise UserError(
-            f"data.image_size: {data_config.image_size}",
-            allowed=f"model.encoder.image_size, {size}",
-            fix="set both to the same",
-        )
-    return settings, data_config, optimizer
-
-
-def make_mesh(settings: TrainConfig, batch_size: int) -> Mesh | None:
-    """The mesh of a run, None for one device.
-
-    Raises:
-      UserError: sizes that do not fit the devices or the batch, or several processes, each of which
-        would evaluate and write files.
-    """
-    config = construct(sharding.MeshConfig, settings.mesh, "train.mesh")
-    if jax.process_count() > 1:
-        raise UserError(
-            f"training over {jax.process_count()} processes: only steps and checkpoints can so far",
-            fix="one process for all devices of a host; see docs/sharding.md",
-        )
-    if jax.device_count() == 1:
-        config.sizes(1)
-        return None
-    mesh = sharding.make_mesh(config)
-    sharding.check_batch(batch_size, mesh, settings.accumulate)
-    return mesh
-
-
 def train(
     config: Mapping[str, Any],
     workdir: Path,
@@ -177,17 +79,22 @@ def train(
     start_time = time.monotonic()
     settings, data_config, optimizer = read_config(config)
     mesh = make_mesh(settings, data_config.batch_size)
+    part = (0, 1) if mesh is None else data_part(mesh, data_config.batch_size)
+    several = jax.process_count() > 1
+    options = dict(workdir=workdir, process_index=part[0], process_count=part[1])
     say("Data: opening (the first run builds it) ...")
     fresh = not any((workdir / "checkpoints").glob("*"))
-    known = preview(data_config) if fresh else None
+    known = preview(data_config) if fresh and not several else None
     # While data are built, the model is made and its first program compiled.
     building = build.start(data_config) if known else None
-    pipeline = None if building else make_train(data_config, workdir=workdir)
+    # The first process may train a tokenizer, which the others then read.
+    first_pipeline = None if building else agreed(lambda: make_train(data_config, **options))
+    pipeline = None if building else first_pipeline or make_train(data_config, **options)
     spec, tokenizer = known or (pipeline.spec, pipeline.tokenizer)
     model = make_model(config, tokenizer.vocab_size)
     arms = make_arms(model, settings.elastic)
     example = transforms.empty(spec, tokenizer.pad_id)
-    shapes = transforms.stack([example] * data_config.batch_size)
+    shapes = transforms.stack([example] * (data_config.batch_size // part[1]))
     state, tx, placement = initialise(arms, shapes, settings, optimizer, mesh)
     aux = {name: getattr(settings, name) for name in ("load_balance", "router_z", "selector")}
     functions = [
@@ -202,10 +109,13 @@ def train(
         )
         for arm in arms
     ]
+    compiled = 0.0
     if building:
+        before = time.monotonic()
         steps.warm_up(functions[draw_arm(arms, settings.seed, 1, settings.steps)], state, shapes)
+        compiled = time.monotonic() - before
         building.wait()
-        pipeline = make_train(data_config, workdir=workdir)
+        pipeline = make_train(data_config, **options)
     if (pipeline.spec, pipeline.tokenizer.fingerprint) != (spec, tokenizer.fingerprint):
         raise RuntimeError("the model was made for other batches than the data give")
     say(f"Data: {len(pipeline.source)} training images, tasks {', '.join(pipeline.tasks)}")
@@ -213,7 +123,7 @@ def train(
     say(f"Model: {count:,} parameters, trained at {', '.join(arm.label for arm in arms)}")
 
     iterator = iter(pipeline)
-    progress = Progress(settings.steps)
+    progress = Progress(settings.steps, file=None if is_first() else io.StringIO())
 
     def warn(line: str) -> None:
         progress.message(f"warning: {line}")
@@ -225,9 +135,13 @@ def train(
             keep_every=settings.keep_every,
             warn=warn,
         ) as checkpoints,
-        MetricsWriter(workdir, settings.tensorboard, warn=warn) as writer,
+        MetricsWriter(workdir, settings.tensorboard, warn=warn)
+        if is_first()
+        else contextlib.nullcontext() as writer,
     ):
-        guard = NonFiniteGuard(workdir, settings.nonfinite_limit, warn=warn)
+        own = workdir if not several else workdir / f"process_{jax.process_index()}"
+        guard = NonFiniteGuard(own, settings.nonfinite_limit, warn=warn)
+        goodput = Goodput(workdir, warn=warn, keep=is_first())
         first, seconds = 0, 0.0
         restored = checkpoints.restore_latest(state, iterator)
         if restored is not None:
@@ -237,6 +151,7 @@ def train(
             )
             guard.load(metadata["guard"])
             seconds = metadata["seconds"]
+            goodput.resume(metadata.get("goodput"))
             say(
                 f"Resuming from step {first} of {settings.steps}"
                 if first < settings.steps
@@ -245,7 +160,10 @@ def train(
         elif settings.init_from is not None:
             state = start_from(state, Path(settings.init_from))
             say(f"Starting from the parameters of {settings.init_from}")
-        writer.truncate_after(first)
+        if restored is None:
+            goodput.resume(None)
+        if writer is not None:
+            writer.truncate_after(first)
 
         rate = schedule(optimizer, settings.steps, optimizer.learning_rate)
 
@@ -254,6 +172,7 @@ def train(
             metadata = {
                 "data": pipeline.fingerprint,
                 "guard": guard.state(),
+                "goodput": goodput.state(),
                 "seconds": elapsed,
                 "params": count,
             }
@@ -290,56 +209,82 @@ def train(
                 "step_seconds": wall,
                 "data_wait_fraction": wait / max(wall, 1e-9),
                 "skipped": guard.total,
+                "goodput": goodput.share,
             }
-            if step % settings.log_every == 0 or step in (1, settings.steps) or not ok:
+            due = step % settings.log_every == 0 or step in (1, settings.steps) or not ok
+            if due and writer is not None:
                 writer.write(step, {**values, "compressor": arm.model.compressor["name"]})
+                goodput.write()
             progress.update(step, values)
 
         pending = None
         progress.start = first
+        goodput.add("compile", compiled)
+        goodput.add("start", time.monotonic() - start_time - compiled)
         with progress:
             mark = time.monotonic()
             for step in range(first + 1, settings.steps + 1):
                 done = step - 1
-                if stop.requested or (done > first and done % settings.checkpoint_every == 0):
+                code = stop.exit_code if stop.requested else 0
+                if several:
+                    # All must stop at the same step, and to ask each other costs a moment.
+                    code = largest(code) if done % settings.log_every == 0 else 0
+                saved = 0.0
+                if code or (done > first and done % settings.checkpoint_every == 0):
                     if pending is not None:
                         log(*pending)
                         pending = None
+                    before = time.monotonic()
                     if done > first:
-                        save(done, wait=stop.requested)
-                    if stop.requested:
-                        raise Stopped(stop.exit_code, done)
+                        save(done, wait=bool(code))
+                    saved = time.monotonic() - before
+                    goodput.add("checkpoint", saved)
+                    if code:
+                        goodput.write()
+                        raise Stopped(code, done)
                 before = time.monotonic()
                 batch = next(iterator)
                 waited = time.monotonic() - before
                 index = draw_arm(arms, settings.seed, step, settings.steps)
+                known, before = functions[index]._cache_size(), time.monotonic()
                 state, metrics = functions[index](state, batch)
+                compiled = 0.0
+                if functions[index]._cache_size() > known:
+                    compiled = time.monotonic() - before
                 # The metrics of the step before are read while this one runs.
                 if pending is not None:
                     log(*pending)
                 now = time.monotonic()
+                goodput.add("data", waited)
+                goodput.add("compile", compiled)
+                goodput.add("productive", now - mark - saved - waited - compiled)
                 pending = (step, arms[index], metrics, batch, (now - mark, waited))
                 mark = now
             if pending is not None:
                 log(*pending)
+                goodput.add("productive", time.monotonic() - mark)
         if settings.steps > first:
-            save(settings.steps, wait=True)
+            with goodput.timed("checkpoint"):
+                save(settings.steps, wait=True)
+        goodput.write()
         total = seconds + (time.monotonic() - start_time if settings.steps > first else 0.0)
     compilations = {
         arm.label: f._cache_size()
         for arm, f in zip(arms, functions, strict=True)
         if f._cache_size()
     }
+    params = to_host(state["params"])
     summary = {
         "steps": settings.steps,
         "seconds": round(total, 1),
         "params": count,
-        "params_sha256": state_sha256(state["params"]),
+        "params_sha256": state_sha256(params),
         "skipped_steps": guard.total,
         "skipped_samples": pipeline.skipped,
         "compilations": compilations,
     }
-    return Trained(model, state.get("ema", state["params"]), pipeline, summary)
+    average = to_host(state["ema"]) if "ema" in state else params
+    return Trained(model, average, pipeline, summary)
 
 
 def restore(config: Mapping[str, Any], workdir: Path, pipeline: Pipeline) -> Trained:

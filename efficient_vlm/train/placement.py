@@ -39,7 +39,12 @@ def state_shardings(
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
 
+    def masked(leaf):
+        return isinstance(leaf, optax.MaskedNode)
+
     def moment(leaf, sharding):
+        if masked(leaf):  # A parameter that another part of the optimizer has.
+            return leaf
         return _cut_further(sharding, leaf.shape, mesh) if zero else sharding
 
     placed = {name: jax.tree.map(lambda _: everywhere, part) for name, part in state.items()}
@@ -47,7 +52,12 @@ def state_shardings(
     if "ema" in state:
         placed["ema"] = params
     placed["opt"] = optax.tree.map_params(
-        tx, moment, state["opt"], params, transform_non_params=lambda _: everywhere
+        tx,
+        moment,
+        state["opt"],
+        params,
+        transform_non_params=lambda _: everywhere,
+        is_leaf=masked,
     )
     return placed
 

@@ -20,7 +20,8 @@ from efficient_vlm.audit.sharding_table import parse_mesh, table
 from efficient_vlm.errors import UserError
 from efficient_vlm.kernels import aot
 from efficient_vlm.models.moe import MoE
-from efficient_vlm.train.loop import TrainConfig, make_mesh
+from efficient_vlm.train.config import TrainConfig, make_mesh
+from efficient_vlm.train.optimizer import OptimizerConfig, make_optimizer
 from efficient_vlm.train.placement import state_shardings
 
 HERE = Path(__file__).parent
@@ -212,6 +213,20 @@ def test_moments_lie_where_their_parameters_do():
         )
 
 
+def test_moments_of_an_optimizer_in_parts():
+    """Of Muon, each parameter is in one of two parts, and in the other there is nothing."""
+    mesh = AbstractMesh((2, 2, 1, 1, 1), sharding.AXES)
+    boxed = {
+        name: nn.Partitioned(jax.ShapeDtypeStruct((8, 6), "float32"), ("embed", axis))
+        for name, axis in (("kernel", "mlp"), ("embedding", "vocab"))
+    }
+    tx = make_optimizer(OptimizerConfig(name="muon"), 10, boxed)
+    state = {"params": nn.unbox(boxed), "opt": jax.eval_shape(tx.init, nn.unbox(boxed))}
+    placed = state_shardings(state, sharding.param_shardings(boxed, mesh), tx, mesh)["opt"]
+    assert jax.tree.structure(placed) == jax.tree.structure(state["opt"])
+    assert any(m.spec == PartitionSpec("fsdp") for m in jax.tree.leaves(placed))
+
+
 @pytest.mark.parametrize(
     ("mesh", "words"),
     [
@@ -225,13 +240,6 @@ def test_meshes_that_cannot_be(mesh, words):
     with pytest.raises(UserError) as error:
         make_mesh(TrainConfig(steps=1, mesh=mesh), 8)
     assert words in str(error.value) and len(str(error.value).splitlines()) <= 3
-
-
-def test_several_processes_are_refused(monkeypatch):
-    """Each would get the whole batch, evaluate, and write the same files."""
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match="2 processes"):
-        make_mesh(TrainConfig(steps=1), 8)
 
 
 def test_batches_that_do_not_divide():

@@ -68,6 +68,7 @@ def render(run: Run, *, command: str | None = None) -> str:
         ("maps", "Token maps", token_maps(run)),
         ("training", "Training", training.curves(run)),
         ("input", "Input pipeline", training.pipeline(run)),
+        ("goodput", "Goodput", training.goodput(run)),
         ("experts", "Experts", training.experts(run)),
         ("method", "Method", method(run, command)),
     ]

@@ -8,6 +8,7 @@ import numpy as np
 
 from efficient_vlm.audit import marks, page, plots, records
 from efficient_vlm.audit.records import Run
+from efficient_vlm.train.goodput import BUCKETS
 
 _POINTS = 120  # Per curve; more would be finer than a pixel.
 _TIME_BINS = 60
@@ -115,6 +116,34 @@ def pipeline(run: Run) -> str:
         verdict = "within" if mean <= 0.05 else "above"
         sentences.append(f"Data wait {100 * mean:.2f} % of step time on average, {verdict} 5 %.")
     return f"<p>{' '.join(sentences)}</p>" + page.panels(charts)
+
+
+def goodput(run: Run) -> str:
+    """Where the time of the run went, over all the processes that it took."""
+    found = run.results.get("goodput")
+    found = found if isinstance(found, Mapping) else {}
+    seconds = {name: records.number(found.get(name)) for name in BUCKETS}
+    total = sum(value for value in seconds.values() if math.isfinite(value))
+    if not total > 0:
+        return page.missing("No record of time: the run is unfinished, or older than the record.")
+    rows = [
+        (
+            name,
+            [
+                page.cell(f"{value:,.1f}", sort=value),
+                page.cell(f"{100 * value / total:.1f} %", sort=value, bar=value / total),
+                page.cell(BUCKETS[name]),
+            ],
+        )
+        for name, value in seconds.items()
+        if math.isfinite(value)
+    ]
+    share = records.number(found.get("productive")) / total
+    return f"<p>Goodput: {100 * share:.1f} % of {page.duration(total)}.</p>" + page.table(
+        ["time", "seconds", "share", "what it is"],
+        rows,
+        caption="Seconds of all processes one after the other; time between them is not counted.",
+    )
 
 
 def experts(run: Run) -> str:

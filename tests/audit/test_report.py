@@ -70,11 +70,18 @@ def complete(write_workdir):
 def test_complete_page_has_every_section_and_is_well_formed(complete):
     text, parsed, _ = complete
     assert parsed.problems == []
-    sections = "accuracy comparison pareto cost maps training input experts method"
+    sections = "accuracy comparison pareto cost maps training input goodput experts method"
     assert set(sections.split()) <= parsed.ids()
     assert 'class="missing"' not in text
     assert 'class="warning"' not in text
     assert len(text.encode()) < 3_000_000
+
+
+def test_the_time_of_the_run_is_told(complete):
+    text, parsed, _ = complete
+    assert "Goodput: 80.0 % of 2 min 30 s." in text
+    rows = {row[0]: row[1:3] for row in parsed.rows}
+    assert rows["compile"] == ["20.0", "13.3 %"] and rows["lost"] == ["10.0", "6.7 %"]
 
 
 def test_page_needs_nothing_from_outside(complete):

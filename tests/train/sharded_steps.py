@@ -106,10 +106,15 @@ def run(kind, job):
     return {"steps": found, "compilations": step._cache_size()}
 
 
-def attention_of_parts(mesh):
+NAMES = (("batch", "heads", None, None), *(("batch", "kv_heads", None, None),) * 2)
+NAMES += (("batch", None),) * 2
+
+
+def attention_of_parts(job):
     """Largest difference to one device, of the largest value; gathers in the program."""
+    mesh, kv_heads = job["mesh"], job["kv_heads"]
     rng = np.random.default_rng(0)
-    shapes = ((4, 8, 40, 16), (4, 4, 60, 16), (4, 4, 60, 16), (4, 60), (4, 40))
+    shapes = ((4, 8, 40, 16), (4, kv_heads, 60, 16), (4, kv_heads, 60, 16), (4, 60), (4, 40))
     given = [jnp.asarray(rng.random(shape), jnp.float32) for shape in shapes]
     lengths = np.array([60, 13, 1, 40])
 
@@ -128,8 +133,9 @@ def attention_of_parts(mesh):
     gradient = jax.jit(jax.grad(loss, (0, 1, 2, 3, 4), has_aux=True))
     alone = gradient(*given)
     mesh = sharding.make_mesh(sharding.MeshConfig(**mesh))
-    rows, matrix = PartitionSpec(sharding.BATCH), PartitionSpec(sharding.BATCH, "tensor")
-    specs = (matrix, matrix, matrix, rows, rows)
+    specs = [
+        sharding.spec_of(names, x.shape, mesh.shape) for names, x in zip(NAMES, given, strict=True)
+    ]
     given = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(given, specs, strict=True)]
     with sharding.active(mesh):
         program = jax.jit(lambda *x: gradient(*x)).lower(*given).compile()

@@ -86,9 +86,14 @@ def test_meshes_equal_one_device(kind):
 @pytest.mark.slow
 def test_attention_of_parts():
     """The blocked form, each device with rows and heads of its own, and all gradients."""
-    same, gathers = found(start("attention", [dict(data=2, tensor=4)]))[0]
-    assert same < 1e-5
-    assert gathers == 0
+    jobs = [
+        dict(mesh=dict(data=2, tensor=4), kv_heads=4),
+        dict(mesh=dict(data=1, tensor=8), kv_heads=2),  # Four devices share a head of keys.
+        dict(mesh=dict(data=8), kv_heads=4),  # Four rows: each device does all.
+    ]
+    answers = found(start("attention", jobs))
+    assert all(same < 1e-5 for same, _ in answers)
+    assert answers[0][1] == 0
 
 
 @pytest.mark.slow

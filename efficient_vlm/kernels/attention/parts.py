@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
@@ -26,21 +27,29 @@ def on_mesh(function: Callable, q, k, v, key_bias, mask, weights):
 
     Args:
       q, k, v: [B, H, N, D], [B, Hk, M, D], [B, Hk, M, Dv]. Rows are cut over `sharding.BATCH` and
-        heads over HEADS of the mesh that is set, where they divide.
+        heads over HEADS of the mesh that is set, where they divide; else all is done on each.
       key_bias, mask, weights: of B rows, or of 1 for all, or None.
     """
     sizes = auto_axes()
     rows = tuple(name for name in BATCH if name in sizes)
     if len(q) % math.prod(sizes[name] for name in rows):
         rows = ()
+    if not sizes:
+        return function(q, k, v, key_bias, mask, weights)
     heads = None
     for names in (HEADS, HEADS[:1]):
         names = tuple(name for name in names if name in sizes)
-        if names and k.shape[1] % math.prod(sizes[name] for name in names) == 0:
+        parts = math.prod(sizes[name] for name in names)
+        if (
+            parts > 1
+            and q.shape[1] % parts == 0
+            and not (k.shape[1] % parts and parts % k.shape[1])
+        ):
             heads = names
+            if parts > k.shape[1]:
+                # Several devices share a head of keys: each gets it.
+                k, v = (jnp.repeat(x, parts // k.shape[1], axis=1) for x in (k, v))
             break
-    if not rows and heads is None:
-        return function(q, k, v, key_bias, mask, weights)
 
     def of_rows(x):
         return PartitionSpec(rows if len(x) == len(q) else None)

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=efficient-vlm
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=32
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --signal=TERM@120
+#SBATCH --open-mode=append
+# One process a node, all of its GPUs each; see docs/launch.md.
+#
+#   sbatch experiments/slurm.sh --config=configs/quickstart.py --workdir=/shared/runs/quickstart
+#
+# Two minutes before the time is over Slurm sends SIGTERM: the run saves and ends with 143, and is
+# put into the queue again. DRY_RUN=1 prints the commands and runs none.
+set -uo pipefail
+
+if [ $# -eq 0 ]; then
+  printf 'error: no options of train\n  fix: sbatch experiments/slurm.sh --config=FILE --workdir=DIR\n' >&2
+  exit 2
+fi
+do_it() {
+  printf '+'; printf ' %q' "$@"; printf '\n'
+  [ "${DRY_RUN:-0}" = 1 ] || "$@"
+}
+
+do_it srun --kill-on-bad-exit=1 efficient-vlm train --distributed "$@"
+code=$?
+if [ "${DRY_RUN:-0}" = 1 ]; then
+  printf '# behind exit code 143 (stopped, saved):\n'
+  do_it scontrol requeue "${SLURM_JOB_ID:-JOB}"
+elif [ "$code" = 143 ]; then
+  do_it scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

@@ -14,7 +14,7 @@ from typing import Any
 
 from efficient_vlm import __version__
 from efficient_vlm import config as configs
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, first_line
 from efficient_vlm.models.build import construct
 
 RESULTS = "results.json"
@@ -195,9 +195,13 @@ def read_run_config(workdir: Path) -> Any:
             f"--workdir={workdir}: no run there", fix="train first: efficient-vlm train"
         )
     try:
-        return ml_collections.ConfigDict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a readable config ({error})", fix="restore it") from None
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("no sections")
+        return ml_collections.ConfigDict(found)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        problem = f"{path}: not a readable config ({first_line(error)})"
+        raise UserError(problem, fix="restore it") from None
 
 
 def eval(args: argparse.Namespace, overrides: Sequence[str]) -> int:

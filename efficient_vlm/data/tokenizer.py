@@ -7,6 +7,7 @@ looks like. Ids of our own tokenizers: 0 padding, 1 end of answer.
 import functools
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -107,6 +108,9 @@ def word_level(words: Sequence[str]) -> Tokenizer:
     return Tokenizer(backend, separator="")
 
 
+_LONG = re.compile(r"(\S{256})\S+")
+
+
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE (no unknown text) trained on `texts`; the same texts give the same ids.
 
@@ -131,7 +135,8 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    clean = (text.encode("utf-8", "replace").decode("utf-8") for text in texts)
+    # A word of a million letters would take minutes: the time grows with its length squared.
+    clean = (_LONG.sub(r"\1", text.encode("utf-8", "replace").decode("utf-8")) for text in texts)
     backend.train_from_iterator(clean, trainer)
     return Tokenizer(backend, separator="\n")
 

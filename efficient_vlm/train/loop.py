@@ -279,6 +279,8 @@ def train(
         "seconds": round(total, 1),
         "params": count,
         "params_sha256": state_sha256(params),
+        # With the optimizer: whether two runs would go on alike.
+        "state_sha256": state_sha256(to_host(state)),
         "skipped_steps": guard.total,
         "skipped_samples": pipeline.skipped,
         "compilations": compilations,

@@ -8,13 +8,16 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
+from efficient_vlm.data import DataConfig, make_train
+from efficient_vlm.train.exact_json import decode_json
 from efficient_vlm.train.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
-STEPS, EVERY = 30, 5
+STEPS, EVERY, KILLS = 150, 5, 20
 # What is evaluated does not matter here, only that it is the same in both runs.
 COMMAND = (
     *("-m", "efficient_vlm.cli", "train", "--config=configs/quickstart.py:smoke"),
@@ -90,7 +93,7 @@ def undisturbed(tmp_path_factory, environment):
     run = Run(workdir, environment)
     assert run.wait() == 0, run.text
     assert [row["step"] for row in read_metrics(workdir)] == list(range(1, STEPS + 1))
-    return json.loads((workdir / "results.json").read_text())
+    return json.loads((workdir / "results.json").read_text()) | {"workdir": workdir}
 
 
 def finish(workdir, environment, undisturbed):
@@ -98,30 +101,41 @@ def finish(workdir, environment, undisturbed):
     run = Run(workdir, environment)
     assert run.wait() == 0, run.text
     results = json.loads((workdir / "results.json").read_text())
-    assert results["train"]["params_sha256"] == undisturbed["train"]["params_sha256"]
-    assert results["train"]["steps"] == STEPS
+    for name in ("params_sha256", "state_sha256", "steps"):
+        assert results["train"][name] == undisturbed["train"][name]
     assert results["eval"] == undisturbed["eval"]
     assert [row["step"] for row in read_metrics(workdir)] == list(range(1, STEPS + 1))
     assert not saving(workdir)
 
 
-def test_sigkill_at_five_moments(undisturbed, environment, tmp_path):
-    """While starting, twice between saves, twice in the middle of a save."""
+def next_batches(workdir, count=10):
+    """The batches behind the newest checkpoint of a run."""
+    config = json.loads((workdir / "config.json").read_text())
+    newest = max(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*"))
+    position = (workdir / "checkpoints" / str(newest) / "data" / "0.json").read_bytes()
+    iterator = iter(make_train(DataConfig.from_mapping(config["data"]), workdir=workdir))
+    iterator.set_state(decode_json(json.loads(position)))
+    return [next(iterator) for _ in range(count)]
+
+
+def test_twenty_sigkills_of_one_run(undisturbed, environment, tmp_path, monkeypatch):
+    """While starting, between saves, and in the middle of saves; the end is that of the run that
+    nothing disturbed: weights, optimizer, and what would be trained on next."""
     draw, workdir = random.Random(2), tmp_path / "run"
     killed_while_saving = 0
 
     def starting(_):
-        end = time.monotonic() + draw.uniform(0.5, 5.0)
+        end = time.monotonic() + draw.uniform(0.5, 4.0)
         return lambda: time.monotonic() > end
 
     def training(newest):
-        return metrics_reach(workdir, newest + draw.randint(1, 7))
+        return metrics_reach(workdir, newest + draw.randint(1, EVERY + 2))
 
     def writing(_):
         return lambda: bool(saving(workdir))
 
-    moments = [training, writing, training, writing]
-    moments.insert(draw.randrange(len(moments)), starting)
+    moments = [training] * (KILLS // 2) + [writing] * (KILLS // 2 - 3) + [starting] * 3
+    draw.shuffle(moments)
     for moment in moments:
         newest = max((row["step"] for row in read_metrics(workdir)), default=0)
         run = Run(workdir, environment)
@@ -130,11 +144,22 @@ def test_sigkill_at_five_moments(undisturbed, environment, tmp_path):
             run.until(lambda run=run: "trained at" in run.text)
         run.until(moment(newest))
         assert run.send(signal.SIGKILL) == -signal.SIGKILL
-        killed_while_saving += moment is writing and bool(saving(workdir))
+        hit = bool(saving(workdir))
+        killed_while_saving += moment is writing and hit
         assert not (workdir / "results.json").exists()
-    # A save takes longer than a look at the folder: at least one must have been hit.
-    assert killed_while_saving >= 1
+        reached = max((row["step"] for row in read_metrics(workdir)), default=0)
+        saved = max((int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*")), default=0)
+        # One interval, and that of a save that was under way.
+        assert reached - saved <= EVERY * (1 + hit)
+    # A save takes longer than a look at the folder: some must have been hit.
+    assert killed_while_saving >= 3
     finish(workdir, environment, undisturbed)
+    monkeypatch.setenv("EFFICIENT_VLM_DATA", environment["EFFICIENT_VLM_DATA"])
+    for one, other in zip(next_batches(workdir), next_batches(undisturbed["workdir"]), strict=True):
+        assert sorted(one) == sorted(other)
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+    goodput = json.loads((workdir / "results.json").read_text())["goodput"]
+    assert 0 < goodput["lost"] < goodput["total"]
 
 
 def test_sigterm_and_sigint_save_and_tell_how_to_resume(undisturbed, environment, tmp_path):

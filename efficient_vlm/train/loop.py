@@ -15,6 +15,7 @@ from flax import linen as nn
 from efficient_vlm import config as configs
 from efficient_vlm.data import build, transforms
 from efficient_vlm.data.pipeline import Pipeline, check_fingerprint, make_train, preview
+from efficient_vlm.data.reader import Reader
 from efficient_vlm.errors import UserError
 from efficient_vlm.models.build import construct
 from efficient_vlm.models.vlm import VisionLanguageModel
@@ -122,12 +123,12 @@ def train(
     count = sum(x.size for x in jax.tree.leaves(state["params"]))
     say(f"Model: {count:,} parameters, trained at {', '.join(arm.label for arm in arms)}")
 
-    iterator = iter(pipeline)
     progress = Progress(settings.steps, file=None if is_first() else io.StringIO())
 
     def warn(line: str) -> None:
         progress.message(f"warning: {line}")
 
+    iterator = Reader(pipeline, warn)
     with (
         Checkpoints(
             workdir / "checkpoints",
@@ -182,9 +183,10 @@ def train(
                 failed = checkpoints.failures
                 if wait or failed >= settings.save_failures:
                     last = max(checkpoints.committed(), default=None)
+                    safe = "" if last is None else f"; step {last} is safe"
                     raise UserError(
                         f"checkpoints cannot be written: {error}",
-                        fix=f"free some space and run again; step {last} is safe",
+                        fix=f"free some space and run again{safe}",
                     ) from None
                 warn(f"{error}; training goes on, the next checkpoint tries again")
             except NonFiniteState as error:

@@ -1,15 +1,25 @@
-"""Every config of the repository trains for one step at a tiny size, and is evaluated."""
+"""Every config of the repository trains for a hundred steps at a tiny size, and is evaluated.
+
+The losses are those of golden/losses.json, to the last bit where it knows the processor; products
+are rounded otherwise on others. `UPDATE_GOLDEN=1 pytest tests/test_configs.py` writes them anew.
+"""
 
 import json
+import os
+import re
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from efficient_vlm import commands
 from efficient_vlm import config as configs
+from efficient_vlm.train.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
+GOLDEN = Path(__file__).parent / "golden" / "losses.json"
 
 
 def pytest_generate_tests(metafunc):
@@ -38,9 +48,37 @@ def own_images(folder):
     return folder / "mine.json"
 
 
-def test_one_step(path, arg, data_dir, tmp_path):
+def processor():
+    """Its name and a hash of what it can do."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = re.search(r"model name\s*:\s*(.*)", text)
+    return f"{name[1] if name else 'unknown'} {commands._machine()}"
+
+
+def check_losses(case, losses):
+    """Against what this kind of processor gave, with this JAX."""
+    assert len(losses) == 100 and np.isfinite(losses).all()
+    machine = f"{processor()}, {os.cpu_count()} cores, jax {jax.__version__}"
+    known = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    if os.environ.get("UPDATE_GOLDEN"):
+        known.setdefault(machine, {})[case] = losses
+        GOLDEN.write_text(json.dumps(known, indent=0, sort_keys=True) + "\n")
+    elif machine in known:
+        assert losses == known[machine][case]
+    else:
+        # Rounding grows with every step.
+        other = next(iter(known.values()))[case]
+        np.testing.assert_allclose(losses[:5], other[:5], rtol=1e-3)
+
+
+def test_a_hundred_steps(path, arg, data_dir, tmp_path):
     spec = f"{path}:{arg}" if arg else str(path)
-    overrides = ["data.batch_size=4", "train.steps=1", "train.checkpoint_every=1"]
+    overrides = [
+        "train.log_every=1",
+        "data.batch_size=4",
+        "train.steps=100",
+        "train.checkpoint_every=100",
+    ]
     overrides += ["eval.images=8", "eval.batch_size=8", "eval.new_tokens=2", "eval.map_questions=1"]
     config = configs.load(spec)
     if config.data.source == "llava_json":
@@ -59,8 +97,9 @@ def test_one_step(path, arg, data_dir, tmp_path):
     overrides += ["model.encoder.scan_unroll=1", "model.decoder.scan_unroll=1"]
     config = configs.load(spec, overrides)
     results = commands.fit(config, tmp_path / "run", say=lambda line: None)
-    assert results["train"]["steps"] == 1 and results["train"]["skipped_steps"] == 0
+    assert results["train"]["steps"] == 100 and results["train"]["skipped_steps"] == 0
     assert set(results["train"]["compilations"].values()) == {1}
+    check_losses(f"{path.stem}:{arg}", [row["loss"] for row in read_metrics(tmp_path / "run")])
     rows = results["cost"]
     assert [(r["compressor"], [r["budget"]]) for r in rows] == [
         (m["name"], m["budgets"]) for m in methods

@@ -162,16 +162,27 @@ def test_twenty_sigkills_of_one_run(undisturbed, environment, tmp_path, monkeypa
     assert 0 < goodput["lost"] < goodput["total"]
 
 
-def test_sigterm_and_sigint_save_and_tell_how_to_resume(undisturbed, environment, tmp_path):
+def test_signals_while_compiling_in_a_step_and_in_a_save(undisturbed, environment, tmp_path):
     workdir, reached = tmp_path / "run", 0
-    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        run = Run(workdir, environment)
-        run.until(metrics_reach(workdir, reached + 4))
+    cold = environment | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+    moments = (
+        (signal.SIGTERM, 143, cold, lambda run: "opening" in run.text),
+        (signal.SIGTERM, 143, environment, lambda run: metrics_reach(workdir, reached + 4)()),
+        (signal.SIGINT, 130, environment, lambda run: bool(saving(workdir))),
+    )
+    for number, code, variables, moment in moments:
+        run = Run(workdir, variables)
+        run.until(lambda run=run, moment=moment: moment(run))
+        if variables is cold:
+            time.sleep(2)  # The program is compiled while data are built: neither has ended.
+            assert not read_metrics(workdir)
         assert run.send(number) == code, run.text
-        reached = max(row["step"] for row in read_metrics(workdir))
+        reached = max((row["step"] for row in read_metrics(workdir)), default=0)
         # Saved at the very step that it stopped at, not at the last multiple.
         assert f"Stopped after step {reached};" in run.text
-        assert (workdir / "checkpoints" / str(reached)).is_dir() and not saving(workdir)
+        assert (reached == 0) == (variables is cold)
+        assert (workdir / "checkpoints" / str(reached)).is_dir() == (reached > 0)
+        assert not saving(workdir)
         (line,) = [line for line in run.text.splitlines() if line.startswith("Resume with: ")]
         assert line.startswith(
             "Resume with: efficient-vlm train --config=configs/quickstart.py:smoke"

@@ -197,3 +197,25 @@ def test_the_benchmark_of_gpus_measures_what_it_says(monkeypatch):
     names = {line[0] for line in script.targets(rows) + script.targets(whole)}
     assert len(names) == 7
     assert all(line[3] in ("PASS", "MISS") for line in script.targets(whole))
+
+
+def test_survival_on_a_small_run(tmp_path, data_dir):
+    """Killed, gone on with, and saved by both; what it prints are the numbers that it writes."""
+    out = tmp_path / "out.json"
+    done = subprocess.run(
+        [
+            sys.executable,
+            *("benchmarks/survival.py", "--config=configs/quickstart.py:smoke", "--steps=40"),
+            *("--kill-at=25", f"--out={out}"),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(out.read_text())
+    assert 0 < found["resumed_at"] <= found["killed_at"] and found["killed_at"] >= 25
+    assert found["lost_seconds"] > 0 and 0 < found["manifest_share"] < 1
+    assert f"stall_share: {100 * found['stall_share']:.2f} %" in done.stdout

@@ -14,7 +14,7 @@ from efficient_vlm.audit import command
 from efficient_vlm.audit.match import Target
 from efficient_vlm.audit.plans.command import make_work
 from efficient_vlm.audit.plans.compiled import compile_plan
-from efficient_vlm.audit.sharding_table import parse_mesh
+from efficient_vlm.audit.plans.options import parse_mesh
 from efficient_vlm.audit.subject import read_subject
 from efficient_vlm.errors import UserError
 from efficient_vlm.train.manifest import write_atomic

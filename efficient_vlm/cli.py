@@ -91,7 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--quick", action="store_true", help="kernels at one size only")
     sub.add_argument("--mesh", metavar="AXIS:N,...", help="of sharding, aot: fsdp:64,tensor:4")
     sub.add_argument("--task", metavar="TASK", help="of aot: train, prefill or decode")
-    sub.add_argument("--batch", metavar="N", help="of aot: pictures on all devices together")
+    sub.add_argument(
+        "--batch", metavar="N", help="of sharding, aot: pictures on all devices together"
+    )
     sub.add_argument("--remat", metavar="NAME", help="of aot: none, dots or full (full)")
     sub.add_argument("--search", action="store_true", help="of aot: try meshes, batches, remat")
     sub.add_argument("--preset", metavar="NAME", help="a published model, such as llava-1.5-7b")
@@ -254,15 +256,16 @@ def run(argv: Sequence[str]) -> int:
             from efficient_vlm.audit.plans.command import audit_aot
 
             return audit_aot(args, overrides)
-        for name in ("topology", "task", "batch", "remat", "search"):
+        for name in ("topology", "task", "remat", "search"):
             if getattr(args, name):
                 raise UserError(f"--{name}: only `audit aot` takes it")
         if args.what == "sharding":
             from efficient_vlm.audit.sharding_table import audit_sharding
 
             return audit_sharding(args, overrides)
-        if args.mesh:
-            raise UserError("--mesh: only `audit sharding` and `audit aot` take it")
+        for name in ("mesh", "batch"):
+            if getattr(args, name):
+                raise UserError(f"--{name}: only `audit sharding` and `audit aot` take it")
         from efficient_vlm.audit import command
 
         return command.audit(args, overrides)

@@ -73,7 +73,8 @@ class DecoderStack:
             if split:
                 each = [_item(own, local, i) for i in range(last - first)]
             end = begin + last - first
-            options = dict(remat=self.remat, unroll=self.unroll)
+            # With a cache it is inference.
+            options = dict(remat=self.remat, unroll=self.unroll, differentiated=cache is None)
             x, outputs = run_layers(layer, self.params[name], x, begin, end, each, **options)
             outputs = _together(outputs) if split else outputs
             x = self._deepened(last - 1, x)

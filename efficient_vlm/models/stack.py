@@ -147,6 +147,7 @@ def run_layers(
     *,
     remat: str = "none",
     unroll: int = 1,
+    differentiated: bool = True,
 ) -> tuple[jax.Array, Any]:
     """Runs layers `start` to `stop` (excluded).
 
@@ -160,6 +161,8 @@ def run_layers(
         layers a list with one tree for each.
       remat: see `rematerialised`.
       unroll: layers per loop iteration; the number of layers removes the loop, which a CPU prefers.
+      differentiated: False takes the layers of a stretch out of the whole stack one by one; else
+        the stretch is copied first, for a gradient that is no larger than it.
 
     Returns:
       x behind the last of them, and the outputs with a leading axis over these layers; a list of
@@ -178,5 +181,17 @@ def run_layers(
             outputs.append(output)
         return x, outputs
     whole = (start, stop) == (0, jax.tree.leaves(layers)[0].shape[0])
+    if not whole and not differentiated:
+
+        def of_number(x, item):
+            params = jax.tree.map(
+                lambda p: jax.lax.dynamic_index_in_dim(p, item[0], keepdims=False), layers
+            )
+            return body(x, (params, item[1]))
+
+        numbers = jnp.arange(start, stop)
+        return jax.lax.scan(
+            of_number, x, (numbers, inputs), unroll=max(1, min(unroll, stop - start))
+        )
     part = layers if whole else jax.tree.map(lambda p: p[start:stop], layers)
     return jax.lax.scan(body, x, (part, inputs), unroll=max(1, min(unroll, stop - start)))

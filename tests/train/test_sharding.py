@@ -16,7 +16,8 @@ from flax import linen as nn
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from efficient_vlm import cli, sharding
-from efficient_vlm.audit.sharding_table import parse_mesh, table
+from efficient_vlm.audit.plans.options import parse_mesh
+from efficient_vlm.audit.sharding_table import table
 from efficient_vlm.errors import UserError
 from efficient_vlm.kernels import aot
 from efficient_vlm.models.moe import MoE
@@ -264,7 +265,19 @@ def test_audit_sharding(capsys):
     words = ["audit", "sharding", "--preset=llava-1.5-7b", "--mesh=fsdp:4,tensor:4"]
     assert cli.run([*words, "--json"]) == 0
     read = json.loads(capsys.readouterr().out)
-    assert read["totals"]["bytes"] == 4 * sum(np.prod(row["shape"]) for row in read["rows"])
+    parameters = [row for row in read["rows"] if row["kind"] == "parameter"]
+    assert read["totals"]["bytes"] == 4 * sum(np.prod(row["shape"]) for row in parameters)
+    # Two moments for each parameter, where it is.
+    totals = read["totals"]
+    assert totals["moment_bytes_per_device"] == 2 * totals["bytes_per_device"]
+    held = {row["parameter"]: row for row in read["rows"] if row["kind"] != "parameter"}
+    # Four pictures, 576 + 64 tokens and one more; 32 heads over four devices, rows over four.
+    cache = held["keys or values of one of 32 layers"]
+    assert cache["shape"] == [4, 641, 32, 128]
+    assert cache["mesh"] == [["fsdp"], None, ["tensor"], None]
+    assert cache["bytes_per_device"] == 4 * 641 * 32 * 128 * 2 / 16
+    assert held["decoder, inside a layer"]["mesh"] == [["fsdp"], None, ["tensor"]]
+    assert held["encoder, between layers"]["shape"] == [4, 577, 1024]
     assert read["totals"]["bytes_per_device"] < 1.02 * read["totals"]["bytes"] / 16
     assert cli.run(words) == 0
     assert "layers, embed, mlp" in capsys.readouterr().out

@@ -14,9 +14,9 @@ from efficient_vlm.audit import command
 from efficient_vlm.audit.match import Target
 from efficient_vlm.audit.plans.chips import chip_of, devices_of
 from efficient_vlm.audit.plans.compiled import Answer, compile_plan
+from efficient_vlm.audit.plans.options import batches_of, parse_mesh
 from efficient_vlm.audit.plans.programs import TASKS, Work
 from efficient_vlm.audit.plans.search import Tried, best, search
-from efficient_vlm.audit.sharding_table import parse_mesh
 from efficient_vlm.audit.subject import Subject, read_subject
 from efficient_vlm.errors import UserError, unknown
 
@@ -44,7 +44,7 @@ def audit_aot(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     args.new = _NEW if args.new is None else args.new
     subject = read_subject(args, overrides)
     devices = len(devices_of(args.topology))
-    batches = _batches(args.batch, devices)
+    batches = batches_of(args.batch, devices)
     if args.search:
         return _search(args, subject, batches, devices)
     if len(batches) > 1:
@@ -72,15 +72,6 @@ def make_work(
     """What a subject is to do with a compressor, see `programs.Work`."""
     counts = (subject.images, subject.text_tokens, subject.new_tokens)
     return Work(subject.model(method), task, batch, *counts, subject.pooled, remat)
-
-
-def _batches(text: str | None, devices: int) -> list[int]:
-    if text is None:
-        return [devices]
-    words = text.split(",")
-    if not all(word.isdecimal() and int(word) for word in words):
-        raise UserError(f"--batch={text}", allowed="pictures on all devices: 256; 256,512 to try")
-    return [int(word) for word in words]
 
 
 def _search(args, subject: Subject, batches: Sequence[int], devices: int) -> int:

@@ -9,6 +9,7 @@ from jax import lax
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.kernels.attention.mask import NEGATIVE
 from efficient_vlm.kernels.attention.op import AttentionResult
+from efficient_vlm.kernels.attention.parts import decode_on_mesh
 
 __all__ = ["attention_decode", "quantise"]
 
@@ -88,7 +89,11 @@ def attention_decode(
         pages = jnp.clip(pages, 0, len(k) - 1)
     args = (q, k, v, lengths, pages, columns, k_scale, v_scale)
     plain = functools.partial(_plain, kept=kept, importance=importance, **options)
-    kernel = functools.partial(_kernel, **options)
+    part = functools.partial(_kernel, **options)
+
+    def kernel(*args) -> AttentionResult:
+        return AttentionResult(*decode_on_mesh(part, *args))
+
     if implementation == "tpu":
         return kernel(*args)
     if implementation == "xla" or (pages is None and keys < _FEW_KEYS):
@@ -96,10 +101,10 @@ def attention_decode(
     return lax.platform_dependent(*args, tpu=kernel, default=plain)
 
 
-def _kernel(*args, **options) -> AttentionResult:
+def _kernel(*args, **options):
     from efficient_vlm.kernels.attention.tpu_decode import decode
 
-    return AttentionResult(*decode(*args, **options), None)
+    return *decode(*args, **options), None
 
 
 def _plain(q, k, v, lengths, pages, columns, k_scale, v_scale, *, kept, importance, scale, softcap):

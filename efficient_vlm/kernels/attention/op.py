@@ -25,7 +25,7 @@ from jax import lax
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.kernels.attention import reference, xla
 from efficient_vlm.kernels.attention.mask import Mask, check_mask, make_mask, mask_rows
-from efficient_vlm.kernels.attention.parts import on_mesh
+from efficient_vlm.kernels.attention.parts import importance_on_mesh, on_mesh
 
 __all__ = ["IMPLEMENTATIONS", "AttentionResult", "attention", "attention_importance"]
 
@@ -199,7 +199,7 @@ def attention_importance(
         return _of_rows(call, q, k, key_bias, mask, lse, weights, rows)
     if implementation == "reference":
         return reference.rows(q, k, key_bias, mask, lse, weights, scale=scale, softcap=softcap)
-    return call.importance(q, k, key_bias, mask, lse, weights)
+    return importance_on_mesh(call.importance, q, k, key_bias, mask, lse, weights)
 
 
 @struct.dataclass

@@ -7,6 +7,7 @@ but the mean of importance over heads.
 
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,58 @@ from jax.sharding import PartitionSpec
 
 from efficient_vlm.sharding import BATCH, auto_axes
 
-__all__ = ["on_mesh"]
+__all__ = ["decode_on_mesh", "importance_on_mesh", "on_mesh"]
 
 # Axes of the mesh over which heads are cut. Tokens that are cut over "sequence" are gathered for
 # it, and its heads cut in their place: all to all (arXiv 2309.14509).
 HEADS = ("tensor", "sequence")
+
+
+class _Cut(NamedTuple):
+    """How a call is cut: axes of the mesh for rows and for heads (None for not at all), and how
+    many devices share a head of keys, each of which gets a copy."""
+
+    rows: tuple[str, ...]
+    heads: tuple[str, ...] | None
+    copies: int
+
+    @property
+    def matrix(self) -> PartitionSpec:
+        return PartitionSpec(self.rows, self.heads)
+
+    def of_rows(self, tree: Any, batch: int) -> Any:
+        """Specifications of arrays of `batch` rows, or of 1 for all."""
+        cut, whole = PartitionSpec(self.rows), PartitionSpec(None)
+        return jax.tree.map(lambda x: cut if len(x) == batch else whole, tree)
+
+    def keys(self, *arrays: jax.Array | None) -> list[jax.Array | None]:
+        """[B, Hk, ...] with a head for each device."""
+        if self.copies == 1:
+            return list(arrays)
+        return [x if x is None else jnp.repeat(x, self.copies, axis=1) for x in arrays]
+
+    def mean(self, importance: jax.Array | None) -> jax.Array | None:
+        if importance is None or self.heads is None:
+            return importance
+        return lax.pmean(importance, self.heads)
+
+
+def _cut_of(q: jax.Array, kv_heads: int) -> _Cut | None:
+    """None where no mesh is set, or one device is all of it."""
+    sizes = auto_axes()
+    if not sizes:
+        return None
+    rows = tuple(name for name in BATCH if name in sizes)
+    if len(q) % math.prod(sizes[name] for name in rows):
+        rows = ()
+    for names in (HEADS, HEADS[:1]):
+        names = tuple(name for name in names if name in sizes)
+        parts = math.prod(sizes[name] for name in names)
+        if parts == 1 or q.shape[1] % parts:
+            continue
+        if kv_heads % parts == 0 or parts % kv_heads == 0:
+            return _Cut(rows, names, max(1, parts // kv_heads))
+    return _Cut(rows, None, 1)
 
 
 def on_mesh(function: Callable, q, k, v, key_bias, mask, weights):
@@ -30,41 +78,56 @@ def on_mesh(function: Callable, q, k, v, key_bias, mask, weights):
         heads over HEADS of the mesh that is set, where they divide; else all is done on each.
       key_bias, mask, weights: of B rows, or of 1 for all, or None.
     """
-    sizes = auto_axes()
-    rows = tuple(name for name in BATCH if name in sizes)
-    if len(q) % math.prod(sizes[name] for name in rows):
-        rows = ()
-    if not sizes:
+    cut = _cut_of(q, k.shape[1])
+    if cut is None:
         return function(q, k, v, key_bias, mask, weights)
-    heads = None
-    for names in (HEADS, HEADS[:1]):
-        names = tuple(name for name in names if name in sizes)
-        parts = math.prod(sizes[name] for name in names)
-        if (
-            parts > 1
-            and q.shape[1] % parts == 0
-            and not (k.shape[1] % parts and parts % k.shape[1])
-        ):
-            heads = names
-            if parts > k.shape[1]:
-                # Several devices share a head of keys: each gets it.
-                k, v = (jnp.repeat(x, parts // k.shape[1], axis=1) for x in (k, v))
-            break
-
-    def of_rows(x):
-        return PartitionSpec(rows if len(x) == len(q) else None)
+    k, v = cut.keys(k, v)
 
     def part(*args):
         out, lse, importance = function(*args)
-        if importance is not None and heads is not None:
-            importance = lax.pmean(importance, heads)
-        return out, lse, importance
+        return out, lse, cut.mean(importance)
 
-    matrix = PartitionSpec(rows, heads)
-    rest = jax.tree.map(of_rows, (key_bias, mask, weights))
+    matrix = cut.matrix
     return jax.shard_map(
         part,
-        in_specs=(matrix, matrix, matrix, *rest),
-        out_specs=(matrix, matrix, None if weights is None else PartitionSpec(rows)),
+        in_specs=(matrix, matrix, matrix, *cut.of_rows((key_bias, mask, weights), len(q))),
+        out_specs=(matrix, matrix, None if weights is None else PartitionSpec(cut.rows)),
         check_vma=False,
     )(q, k, v, key_bias, mask, weights)
+
+
+def importance_on_mesh(function: Callable, q, k, key_bias, mask, lse, weights):
+    """`function`, which gives [B, M] from these, of the part of each device; see `on_mesh`."""
+    cut = _cut_of(q, k.shape[1])
+    if cut is None:
+        return function(q, k, key_bias, mask, lse, weights)
+    (k,), matrix = cut.keys(k), cut.matrix
+    bias, masks, gains = cut.of_rows((key_bias, mask, weights), len(q))
+    return jax.shard_map(
+        lambda *args: cut.mean(function(*args)),
+        in_specs=(matrix, matrix, bias, masks, matrix, gains),
+        out_specs=PartitionSpec(cut.rows),
+        check_vma=False,
+    )(q, k, key_bias, mask, lse, weights)
+
+
+def decode_on_mesh(function: Callable, q, k, v, lengths, pages, columns, k_scale, v_scale):
+    """`function`, which gives (out, lse, None), of the part of each device; see `on_mesh`.
+
+    A pool of pages is cut by heads alone: any row may read any page.
+    """
+    cut = _cut_of(q, k.shape[1])
+    args = (q, k, v, lengths, pages, columns, k_scale, v_scale)
+    if cut is None:
+        return function(*args)
+    k, v, k_scale, v_scale = cut.keys(k, v, k_scale, v_scale)
+    matrix, rows = cut.matrix, PartitionSpec(cut.rows)
+    pool = matrix if pages is None else PartitionSpec(None, cut.heads)
+    scale = None if k_scale is None else pool
+    page = None if pages is None else rows
+    return jax.shard_map(
+        function,
+        in_specs=(matrix, pool, pool, rows, page, rows, scale, scale),
+        out_specs=(matrix, matrix, None),
+        check_vma=False,
+    )(q, k, v, lengths, pages, columns, k_scale, v_scale)

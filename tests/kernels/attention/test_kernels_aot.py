@@ -6,13 +6,14 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
 
-from efficient_vlm import cli
+from efficient_vlm import cli, sharding
 from efficient_vlm.audit import kernels as audit
 from efficient_vlm.audit import kernels_gpu
 from efficient_vlm.errors import UserError
 from efficient_vlm.kernels import aot, aot_gpu
-from efficient_vlm.kernels.attention import attention
+from efficient_vlm.kernels.attention import attention, attention_decode, attention_importance
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu has no package for this platform"
@@ -30,6 +31,38 @@ def test_the_audit_compiles_everything(capsys):
     for row in rows:
         assert row["compiled"] and row["error"] is None, row
         assert row["kernel"] == "grouped_matmul" or 0 < row["vmem_bytes"] < 2**26
+
+
+@needs_libtpu
+@pytest.mark.parametrize("heads", [(8, 4), (8, 1)])
+def test_kernels_of_a_mesh(heads):
+    """Rows over two devices and heads over two: the compiler cuts no kernel by itself."""
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, tensor=2), aot.tpu_devices("v5e:2x2"))
+
+    def on(names, shape, dtype=jnp.bfloat16):
+        spec = sharding.spec_of(names, shape, mesh.shape)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    h, hk = heads
+    rows, matrix = ("batch", None), ("batch", "heads", None, None)
+    kv = ("batch", "kv_heads", None, None)
+    q, k = on(matrix, (4, h, 512, 64)), on(kv, (4, hk, 512, 64))
+    lse, weights = on(matrix[:3], (4, h, 512), jnp.float32), on(rows, (4, 512), jnp.float32)
+    query, cache = on(matrix, (4, h, 1, 128)), on(kv, (4, hk, 2048, 128))
+    pool = on((None, "kv_heads", None, None), (64, hk, 128, 128))
+    lengths, pages = on(rows[:1], (4,), jnp.int32), on(rows, (4, 16), jnp.int32)
+    cases = {
+        "importance": (attention_importance, (q, k, lse, weights)),
+        "contiguous": (lambda *a: attention_decode(*a)[:2], (query, cache, cache, lengths)),
+        "paged": (
+            lambda q, k, v, n, pages: attention_decode(q, k, v, n, pages=pages)[:2],
+            (query, pool, pool, lengths, pages),
+        ),
+    }
+    for name, (function, given) in cases.items():
+        with sharding.active(mesh):
+            text = jax.jit(function).lower(*given).compile().as_text()
+        assert 'custom_call_target="tpu_custom_call"' in text, name
 
 
 @needs_libtpu

@@ -131,7 +131,7 @@ def test_a_tpu_moves_only_the_tokens_that_are_there():
 
     with sharding.active(mesh):
         lowered = jax.jit(jax.grad(loss, (0, 1))).lower(params, x, valid)
-    assert lowered.compile().as_text().count(" ragged-all-to-all") == 4
+    assert lowered.compile().as_text().count(" ragged-all-to-all") >= 4
 
 
 @pytest.mark.slow

@@ -100,7 +100,12 @@ def test_attention_of_parts():
 @pytest.mark.slow
 def test_experts_of_parts():
     """Tokens go to their experts all to all, and no device gathers those of others."""
-    meshes = [dict(expert=8, data=1), dict(expert=4, data=1, tensor=2), dict(data=8)]
+    meshes = [
+        dict(expert=8, data=1),
+        dict(expert=4, data=1, tensor=2),
+        dict(data=8),
+        dict(data=2, sequence=2, tensor=2),
+    ]
     for (same, exchanged, gathered), mesh in zip(
         found(start("experts", meshes)), meshes, strict=True
     ):

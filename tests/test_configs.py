@@ -19,6 +19,7 @@ from efficient_vlm import config as configs
 from efficient_vlm.train.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
+PROCESSOR = ("model name", "cpu family", "model", "stepping")
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
 
 
@@ -49,10 +50,10 @@ def own_images(folder):
 
 
 def processor():
-    """Its name and a hash of what it can do."""
+    """Its name and model, and a hash of what it can do."""
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    name = re.search(r"model name\s*:\s*(.*)", text)
-    return f"{name[1] if name else 'unknown'} {commands._machine()}"
+    facts = [re.search(rf"^{name}\s*:\s*(.*)$", text, re.M) for name in PROCESSOR]
+    return " ".join([*(found[1] if found else "?" for found in facts), commands._machine()])
 
 
 def check_losses(case, losses):

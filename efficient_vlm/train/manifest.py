@@ -10,14 +10,14 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
 INDEX = "index.json"
-_CHUNK = 1 << 20
+_MUCH = 1 << 23  # bytes, from which threads are quicker than one
 
 
 class Damaged(Exception):
@@ -83,12 +83,9 @@ def unseal(raw: bytes, name: str) -> dict[str, Any]:
 
 def file_digest(path: Path) -> tuple[int, str]:
     """Size in bytes and SHA-256 of a file."""
-    digest, size = hashlib.sha256(), 0
     with open(path, "rb", buffering=0) as file:
-        while block := file.read(_CHUNK):
-            digest.update(block)
-            size += len(block)
-    return size, digest.hexdigest()
+        digest = hashlib.file_digest(file, "sha256")
+        return file.tell(), digest.hexdigest()
 
 
 def list_files(folder: Path) -> list[str]:
@@ -101,8 +98,8 @@ def list_files(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def _map_files(function: Callable[[str], Any], names: list[str]) -> list[Any]:
-    # hashlib and fsync both release the interpreter lock, so threads do help.
+def _map_files(function: Callable[[Any], Any], names: Sequence[Any]) -> list[Any]:
+    # hashlib and fsync both release the interpreter lock, so threads help where there is much to do.
     with ThreadPoolExecutor(max_workers=4, thread_name_prefix="manifest") as pool:
         return list(pool.map(function, names))
 
@@ -129,7 +126,9 @@ def write_manifest(folder: Path, step: int) -> tuple[str, int]:
       The SHA-256 of the manifest's bytes (for the index), and the size of all files in bytes.
     """
     names = list_files(folder)
-    entries = _map_files(lambda name: file_digest(folder / name), names)
+    paths = [folder / name for name in names]
+    much = sum(path.stat().st_size for path in paths) >= _MUCH
+    entries = list(_map_files(file_digest, paths) if much else map(file_digest, paths))
     files = {
         name: {"size": size, "sha256": digest}
         for name, (size, digest) in zip(names, entries, strict=True)

@@ -38,8 +38,9 @@ COLLECTIVES = (
     "ragged-all-to-all",
     "collective-permute",
 )
-# Neither read nor write memory themselves.
+# Neither read nor write memory themselves, or only what the computation does that they call.
 _FREE = {
+    *("async-start", "async-update"),
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
     *("call", "after-all", "partition-id", "replica-id", "iota", "domain", "opt-barrier"),
 }

@@ -18,6 +18,16 @@ _ATTRIBUTE = {
 
 @dataclasses.dataclass
 class Instruction:
+    """One line.
+
+    Attributes:
+      shape: of its result, as text: "bf16[8,128]{1,0}", or a tuple of such.
+      operands: names.
+      inside: the text between the parentheses, such as a constant's value.
+      rest: the text behind them: attributes.
+      root: whether it is what its computation gives.
+    """
+
     name: str
     shape: str
     opcode: str
@@ -110,11 +120,9 @@ class Module:
             return None
         numbers = [n for n in map(_integer, parts) if n is not None]
         others = [self._growth(scope, p, place) for p in parts if _integer(p) is None]
-        return (
-            numbers[0] + others[0]
-            if len(numbers) == len(others) == 1 and others[0] is not None
-            else None
-        )
+        if len(numbers) != 1 or others in ([], [None]):
+            return None
+        return numbers[0] + others[0]
 
 
 def _parse(line: str) -> Instruction | None:

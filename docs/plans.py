@@ -135,56 +135,57 @@ def _gain(row: dict, rows: list[dict]) -> str:
     return f"{chips:.3g}"
 
 
-def _inference(rows: list[dict]) -> list[str]:
-    lines = [
-        "",
-        "Inference; milliseconds at least for each stage:",
-        "",
-        "| machine | mesh | batch | tokens | GiB | encode | compress | prefill | decode, a token | "
-        "chips for the first token as often |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for row in rows:
-        if row["task"] != "prefill":
-            continue
+FACTS = ("machine", "mesh", "batch", "tokens", "GiB")
+STAGES = ("encode", "compress", "prefill", "decode, a token")
+INFERENCE = (*STAGES, "chips for the first token as often")
+TRAINING = (
+    *("of it temporaries", "TFLOPs", "GiB sent", "ms at least", "bound by"),
+    "chips for as many pictures a second",
+)
+
+
+def _table(title: str, columns: tuple[str, ...], rows: list[tuple[dict, list[str]]]) -> list[str]:
+    """`rows`: each plan with what stands behind its facts: memory, then `columns`."""
+    if not rows:
+        return []
+    columns = (*FACTS, *columns)
+    lines = ["", title, "", f"| {' | '.join(columns)} |", "|---|---|" + "--:|" * (len(columns) - 2)]
+    for row, cells in rows:
         facts = [row["machine"], f"`{row['mesh_text']}`", str(row["batch"]), f"{row['tokens']:,}"]
-        if "error" in row:
-            lines.append(f"| {' | '.join(facts)} | {row['error']} | | | | | |")
-            continue
-        decode = next((r for r in rows if key(r) == (*key(row)[:2], "decode", row["share"])), None)
-        fullest = max((r for r in (row, decode) if r), key=lambda r: r["hbm_bytes"]["total"])
-        stages = {s["name"]: s["estimated_seconds"] for s in row["stages"]}
-        times = [_ms(stages.get(n)) for n in ("encode", "compress", "prefill")]
-        times.append(_ms(decode["estimated_seconds"]) if decode else "")
-        lines.append(f"| {' | '.join([*facts, _memory(fullest), *times, _gain(row, rows)])} |")
+        cells = [*facts, *([row["error"]] if "error" in row else cells)]
+        lines.append(f"| {' | '.join(cells + [''] * (len(columns) - len(cells)))} |")
     return lines
 
 
+def _inference(rows: list[dict]) -> list[str]:
+    def cells(row):
+        decode = next((r for r in rows if key(r) == (*key(row)[:2], "decode", row["share"])), None)
+        fullest = max((r for r in (row, decode) if r), key=lambda r: r["hbm_bytes"]["total"])
+        stages = {s["name"]: s["estimated_seconds"] for s in row["stages"]}
+        times = [_ms(stages.get(n)) for n in STAGES[:3]]
+        times.append(_ms(decode["estimated_seconds"]) if decode else "")
+        return [_memory(fullest), *times, _gain(row, rows)]
+
+    mine = [(r, [] if "error" in r else cells(r)) for r in rows if r["task"] == "prefill"]
+    return _table("Inference; milliseconds at least for each stage:", INFERENCE, mine)
+
+
 def _training(rows: list[dict]) -> list[str]:
-    lines = [
-        "",
-        "Training, a step:",
-        "",
-        "| machine | mesh | batch | tokens | GiB | of it temporaries | TFLOPs | GiB sent | "
-        "ms at least | bound by | chips for as many pictures a second |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|---|--:|",
-    ]
-    mine = [row for row in rows if row["task"] == "train"]
-    for row in mine:
-        facts = [row["machine"], f"`{row['mesh_text']}`", str(row["batch"]), f"{row['tokens']:,}"]
-        if "error" in row:
-            lines.append(f"| {' | '.join(facts)} | {row['error']} | | | | | | |")
-            continue
-        cells = [_memory(row), _gib(row["hbm_bytes"]["temporaries"])]
-        if row["fits"]:
-            seconds = row["stages"][0]["seconds"]
-            cells += [f"{row['flops'] / 1e12:.3g}", _gib(sum(row["collective_bytes"].values()))]
-            cells += [_ms(row["estimated_seconds"]), max(seconds, key=seconds.get)]
-            cells += [_gain(row, rows)]
-        else:
-            cells += [""] * 5
-        lines.append(f"| {' | '.join([*facts, *cells])} |")
-    return lines if mine else []
+    def cells(row):
+        found = [_memory(row), _gib(row["hbm_bytes"]["temporaries"])]
+        if not row["fits"]:
+            return found
+        seconds = row["stages"][0]["seconds"]
+        found += [f"{row['flops'] / 1e12:.3g}", _gib(sum(row["collective_bytes"].values()))]
+        return [
+            *found,
+            _ms(row["estimated_seconds"]),
+            max(seconds, key=seconds.get),
+            _gain(row, rows),
+        ]
+
+    mine = [(r, [] if "error" in r else cells(r)) for r in rows if r["task"] == "train"]
+    return _table("Training, a step:", TRAINING, mine)
 
 
 def main() -> None:

@@ -111,9 +111,11 @@ def fit(
             def finish() -> dict[str, Any]:
                 results = {"train": trained.summary}
                 clock = Goodput(workdir, warn=say)
-                with clock.timed("eval"):
-                    found = _evaluate(trained, config, evaluation, workdir, say, check_stop)
-                clock.write()
+                try:
+                    with clock.timed("eval"):
+                        found = _evaluate(trained, config, evaluation, workdir, say, check_stop)
+                finally:
+                    clock.write()
                 results |= found | {"goodput": clock.summary(), "environment": environment()}
                 results["command"] = command
                 text = json.dumps(results, indent=1) + "\n"

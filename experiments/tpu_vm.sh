@@ -22,28 +22,10 @@ NAME=${NAME:-efficient-vlm} TYPE=${TYPE:-v5litepod-16} RUNTIME=${RUNTIME:-v2-alp
 ZONE=${ZONE:-} SPOT=${SPOT:-1} NFS=${NFS:-} POLL=${POLL:-60}
 ACTIONS="create sync install run status logs stop delete all watch"
 here=$(cd "$(dirname "$0")/.." && pwd)
+source "$here/experiments/launch.sh"
+read_arguments "$@"
+need ZONE
 
-fail() { printf 'error: %s\n' "$1" >&2; [ $# -lt 2 ] || printf '  fix: %s\n' "$2" >&2; exit 2; }
-
-dry=0
-[ "${1:-}" != --dry-run ] || { dry=1; shift; }
-action=${1:-}
-[ -n "$action" ] || fail "no action" "one of: $ACTIONS"
-[[ " $ACTIONS " == *" $action "* ]] || fail "unknown action '$action'" "one of: $ACTIONS"
-shift
-if [ $# -gt 0 ]; then
-  [ "$1" = -- ] || fail "unknown option '$1'" "options of train stand behind --"
-  shift
-fi
-[ -n "$ZONE" ] || fail "ZONE is not set" "ZONE=us-central2-b experiments/tpu_vm.sh $action"
-train=("$@")
-[ ${#train[@]} -gt 0 ] || train=(--config=configs/quickstart.py --workdir=/mnt/runs/quickstart)
-
-# Prints a command as it can be pasted, and runs it unless this is a dry run.
-do_it() {
-  printf '+'; printf ' %q' "$@"; printf '\n'
-  [ "$dry" = 1 ] || "$@"
-}
 tpu() { local verb=$1; shift; do_it gcloud compute tpus tpu-vm "$verb" "$NAME" --zone="$ZONE" "$@"; }
 everywhere() { tpu ssh --worker=all --command="$1"; }
 

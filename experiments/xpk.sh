@@ -16,28 +16,10 @@ set -euo pipefail
 NAME=${NAME:-efficient-vlm} TYPE=${TYPE:-v5litepod-16} RETRIES=${RETRIES:-20}
 ACTIONS="image run list delete"
 here=$(cd "$(dirname "$0")/.." && pwd)
+source "$here/experiments/launch.sh"
+read_arguments "$@"
+need CLUSTER ZONE PROJECT IMAGE
 
-fail() { printf 'error: %s\n' "$1" >&2; [ $# -lt 2 ] || printf '  fix: %s\n' "$2" >&2; exit 2; }
-
-dry=0
-[ "${1:-}" != --dry-run ] || { dry=1; shift; }
-action=${1:-}
-[[ -n "$action" && " $ACTIONS " == *" $action "* ]] || fail "unknown action '$action'" "one of: $ACTIONS"
-shift
-if [ $# -gt 0 ]; then
-  [ "$1" = -- ] || fail "unknown option '$1'" "options of train stand behind --"
-  shift
-fi
-for name in CLUSTER ZONE PROJECT IMAGE; do
-  [ -n "${!name:-}" ] || fail "$name is not set" "$name=... experiments/xpk.sh $action"
-done
-train=("$@")
-[ ${#train[@]} -gt 0 ] || train=(--config=configs/quickstart.py --workdir=/mnt/runs/quickstart)
-
-do_it() {
-  printf '+'; printf ' %q' "$@"; printf '\n'
-  [ "$dry" = 1 ] || "$@"
-}
 where=(--cluster="$CLUSTER" --zone="$ZONE" --project="$PROJECT")
 
 image() {

@@ -8,8 +8,9 @@ Conventions, the same everywhere in this project:
   but a window: a dense kernel computes it, and papers count it. A kernel that skips hidden blocks
   does less.
 * Slots of a picture without a place in the prompt (overlapping crops) are computed, and count.
-* A mixture of experts counts the router, `top_k` experts a token, the weighted sum of their outputs
-  and the shared expert; blocks padded by an implementation are not counted.
+* A mixture of experts counts the router, `top_k` experts a token (all places of all experts, with a
+  capacity), the weighted sum of their outputs and the shared expert; blocks padded by an
+  implementation are not counted.
 * Decoding counts keys over the whole static cache, as the program reads it.
 * A method inside the encoder or decoder shortens everything behind its cut: ToMe, between attention
   and MLP, lets attention see n tokens and the MLP n - r.

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from efficient_vlm.models.experts import capacity_of
+
 
 def dense(tokens: int, inputs: int, outputs: int) -> int:
     """FLOPs of [tokens, inputs] @ [inputs, outputs]."""
@@ -19,10 +21,16 @@ def attention(
 
 
 def mixture(tokens: int, width: int, moe: Mapping[str, Any]) -> int:
-    """FLOPs of a mixture-of-experts layer of SwiGLU experts; `moe` holds the fields of `MoE`."""
-    routed = tokens * moe["top_k"]
+    """FLOPs of a mixture-of-experts layer of SwiGLU experts; `moe` holds the fields of `MoE`.
+
+    With a capacity that may drop, every place of every expert is computed, taken or not.
+    """
+    routed = places = tokens * moe["top_k"]
+    if moe.get("capacity") is not None:
+        room = capacity_of(moe["capacity"], tokens, moe["top_k"], moe["num_experts"])
+        places = moe["num_experts"] * room if room < tokens else routed
     router = dense(tokens, width, moe["num_experts"])
-    experts = 3 * dense(routed, width, moe["expert_dim"])
+    experts = 3 * dense(places, width, moe["expert_dim"])
     shared = 3 * dense(tokens, width, moe.get("shared_dim") or 0)
     return router + experts + 2 * routed * width + shared
 

@@ -24,8 +24,11 @@ AXIS = "expert"
 
 
 def capacity_of(factor: float, tokens: int, top_k: int, experts: int) -> int:
-    """Tokens of one row that one expert takes (Switch, arXiv 2101.03961, eq. 3)."""
-    return max(1, math.ceil(factor * tokens * top_k / experts))
+    """Tokens of one row that one expert takes (Switch, arXiv 2101.03961, eq. 3).
+
+    Never above `tokens`; there it drops nothing, as in decoding, whose rows have one token.
+    """
+    return min(tokens, max(1, math.ceil(factor * tokens * top_k / experts)))
 
 
 def dispatch(
@@ -47,22 +50,22 @@ def dispatch(
       kernels: of all experts.
       act: of the gate.
       capacity: an expert takes `capacity_of` tokens of each row, first choices first, then in
-        order; what does not fit gets nothing from it. None for dropless.
+        order; what does not fit gets nothing from it. None for dropless, as is one that takes all.
 
     Returns:
       [B, S, D], and bool [B, S, k], which choices were served.
     """
     sizes = auto_axes()
-    experts = kernels[0].shape[0]
+    experts, tokens = kernels[0].shape[0], x.shape[1]
+    room = tokens if capacity is None else capacity_of(capacity, tokens, chosen.shape[-1], experts)
     across = sizes.get(AXIS, 1) if experts % sizes.get(AXIS, 1) == 0 else 1
     rows = tuple(name for name in BATCH if name in sizes)
 
     def part(x, chosen, weights, valid, *kernels):
-        if capacity is None:
-            found = _dropless(x, chosen, weights, kernels, act, across)
+        if room < x.shape[1]:
+            y, served = _limited(x, chosen, weights, valid, kernels, act, across, room)
         else:
-            found = _limited(x, chosen, weights, valid, kernels, act, across, capacity)
-        y, served = found
+            y, served = _dropless(x, chosen, weights, kernels, act, across)
         return (lax.psum(y, "tensor") if width else y), served
 
     inner = kernels[0].shape[-1]
@@ -184,11 +187,10 @@ def _return(parts, counts, here):
 # --- up to a capacity ----------------------------------------------------------------------------
 
 
-def _limited(x, chosen, weights, valid, kernels, act, across, factor):
+def _limited(x, chosen, weights, valid, kernels, act, across, room):
     """Every expert a fixed number of places for each row, so that all products are dense."""
     batch, tokens, width = x.shape
     k, experts = chosen.shape[-1], kernels[0].shape[0] * across
-    room = capacity_of(factor, tokens, k, experts)
     # First choices of all tokens, then second choices, ...
     flat = chosen.swapaxes(1, 2).reshape(batch, -1)
     asks = jnp.tile(valid, (1, k))

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import io
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -123,10 +122,11 @@ def train(
     count = sum(x.size for x in jax.tree.leaves(state["params"]))
     say(f"Model: {count:,} parameters, trained at {', '.join(arm.label for arm in arms)}")
 
-    progress = Progress(settings.steps, file=None if is_first() else io.StringIO())
+    progress = Progress(settings.steps, quiet=not is_first())
+    speaker = "" if is_first() else f"process {jax.process_index()}: "
 
     def warn(line: str) -> None:
-        progress.message(f"warning: {line}")
+        progress.message(f"warning: {speaker}{line}")
 
     iterator = Reader(pipeline, warn)
     with (
@@ -248,10 +248,10 @@ def train(
                 batch = next(iterator)
                 waited = time.monotonic() - before
                 index = draw_arm(arms, settings.seed, step, settings.steps)
-                known, before = functions[index]._cache_size(), time.monotonic()
+                programs, before = functions[index]._cache_size(), time.monotonic()
                 state, metrics = functions[index](state, batch)
                 compiled = 0.0
-                if functions[index]._cache_size() > known:
+                if functions[index]._cache_size() > programs:
                     compiled = time.monotonic() - before
                 # The metrics of the step before are read while this one runs.
                 if pending is not None:

@@ -99,7 +99,7 @@ def list_files(folder: Path) -> list[str]:
 
 
 def _map_files(function: Callable[[Any], Any], names: Sequence[Any]) -> list[Any]:
-    # hashlib and fsync both release the interpreter lock, so threads help where there is much to do.
+    # hashlib and fsync both release the interpreter lock, so threads help with much to do.
     with ThreadPoolExecutor(max_workers=4, thread_name_prefix="manifest") as pool:
         return list(pool.map(function, names))
 

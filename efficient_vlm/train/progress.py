@@ -68,6 +68,7 @@ class Progress:
       log_every: steps between plain lines.
       every_seconds: at most this long without a plain line while steps are being done.
       file: where to write; default stdout at the time of entry.
+      quiet: show no steps, only messages (for all processes of a run but the first).
     """
 
     def __init__(
@@ -78,8 +79,9 @@ class Progress:
         log_every: int = 50,
         every_seconds: float = 5.0,
         file: TextIO | None = None,
+        quiet: bool = False,
     ):
-        self.total, self.start = total, start
+        self.total, self.start, self._quiet = total, start, quiet
         self._log_every, self._every_seconds = max(1, log_every), every_seconds
         self._file = file
         self._bar: Any = None
@@ -94,7 +96,7 @@ class Progress:
         if self._file is None:
             self._file = sys.stdout
         self._line_time = time.monotonic()
-        if in_notebook():
+        if self._quiet or in_notebook():
             return self
         with contextlib.suppress(Exception):
             self._open_bar()
@@ -134,6 +136,8 @@ class Progress:
 
     def update(self, step: int, values: Mapping[str, Any]) -> None:
         """Shows that `step` is done, with its metrics (see `format_metrics`)."""
+        if self._quiet:
+            return
         now = time.monotonic()
         if self._mark is None:
             # The first step compiles; counting from its end keeps that out of the estimate.

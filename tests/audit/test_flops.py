@@ -89,7 +89,8 @@ def router_statistics(model, layer, tokens):
     moe = model.decoder.get("moe")
     if moe is None or layer in model.decoder.get("dense_layers", ()):
         return 0
-    return 2 * 2 * tokens * moe["num_experts"]
+    dropped = 0 if moe.get("capacity") is None else 2 * tokens
+    return 2 * 2 * tokens * moe["num_experts"] + dropped
 
 
 CASES = {
@@ -97,6 +98,7 @@ CASES = {
     "one_product_stem": build(encoder={"stem_dim": None}),
     "moe": build(moe=MOE, mlp_dim=None),
     "moe_without_shared": build(moe={"num_experts": 4, "top_k": 1, "expert_dim": 64}),
+    "moe_up_to_a_capacity": build(moe={**MOE, "capacity": 0.75}, mlp_dim=None),
     "moe_with_dense_layers": build(moe=MOE, dense_layers=(0, 2)),
     "plain_mlp_and_smaller_head": build(mlp_gated=False, head_size=90),
     "multi_head_and_mlp_connector": build(

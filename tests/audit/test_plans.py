@@ -196,7 +196,8 @@ def test_three_plans(capsys):
         assert ("attention_backward_kv" in found["kernels"]) == (task == "train")
         assert sum(stage["unknown_loops"] for stage in found["stages"]) == 0
         assert bool(found["collective_bytes"]) == (preset != "qwen2-vl-2b")
-        assert cli.run(["audit", "aot", *words]) == 0 if task == "decode" else True
+        if task == "decode":
+            assert cli.run(["audit", "aot", *words]) == 0
     assert "molmoe-1b, decode" in capsys.readouterr().out
 
 

@@ -75,19 +75,28 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
+def of_experts(layer, rng, tokens, share):
+    """x [2, tokens, 8], which of them are valid, parameters, what the layer gives; the same in
+    float64."""
+    x = rng.normal(size=(2, tokens, 8))
+    valid = rng.random((2, tokens)) < share
+    params = nn.unbox(layer.init(jax.random.key(0), jnp.asarray(x, jnp.float32), valid))
+    y, stats = layer.apply(params, jnp.asarray(x, jnp.float32), jnp.asarray(valid))
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params["params"])
+    return x, valid, params, y, stats, p
+
+
+def expert(p, e, token):
+    return (silu(token @ p["gate"][e]) * (token @ p["up"][e])) @ p["down"][e]
+
+
 @pytest.mark.parametrize(
     ("top_k", "shared", "normalize"), [(1, 0, True), (2, 8, True), (3, 0, False)]
 )
 def test_moe_by_hand(top_k, shared, normalize):
     """Token by token, expert by expert, in float64; padding counts in no statistic."""
     layer = MoE(num_experts=4, top_k=top_k, expert_dim=6, shared_dim=shared, normalize=normalize)
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(2, 5, 8))
-    valid = rng.random((2, 5)) < 0.7
-    params = nn.unbox(layer.init(jax.random.key(0), jnp.asarray(x, jnp.float32), valid))
-    y, stats = layer.apply(params, jnp.asarray(x, jnp.float32), jnp.asarray(valid))
-    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params["params"])
-
+    x, valid, _, y, stats, p = of_experts(layer, np.random.default_rng(0), tokens=5, share=0.7)
     load, probability, z, expected = np.zeros(4), np.zeros(4), 0.0, np.zeros_like(x)
     for b, t in np.ndindex(2, 5):
         token = x[b, t]
@@ -98,8 +107,7 @@ def test_moe_by_hand(top_k, shared, normalize):
             probabilities[best].sum() if normalize and top_k > 1 else 1
         )
         for w, e in zip(weights, best, strict=True):
-            hidden = silu(token @ p["gate"][e]) * (token @ p["up"][e])
-            expected[b, t] += w * hidden @ p["down"][e]
+            expected[b, t] += w * expert(p, e, token)
         if shared:
             s = p["shared"]
             hidden = silu(token @ s["gate"]["kernel"]) * (token @ s["up"]["kernel"])
@@ -122,12 +130,7 @@ def test_capacity_by_hand(top_k, factor):
     """Row by row: first choices in order, then second ones; padding takes no place."""
     options = dict(num_experts=4, top_k=top_k, expert_dim=6)
     layer = MoE(**options, capacity=factor)
-    rng = np.random.default_rng(1)
-    x = rng.normal(size=(2, 9, 8))
-    valid = rng.random((2, 9)) < 0.8
-    params = nn.unbox(layer.init(jax.random.key(0), jnp.asarray(x, jnp.float32), valid))
-    y, stats = layer.apply(params, jnp.asarray(x, jnp.float32), jnp.asarray(valid))
-    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params["params"])
+    x, valid, params, y, stats, p = of_experts(layer, np.random.default_rng(1), 9, share=0.8)
     room = math.ceil(factor * 9 * top_k / 4)
     dropped = 0
     for b in range(2):
@@ -143,8 +146,7 @@ def test_capacity_by_hand(top_k, factor):
                 continue
             taken[e] += 1
             weight = probabilities[t, e] / (probabilities[t, best[t]].sum() if top_k > 1 else 1)
-            hidden = silu(x[b, t] @ p["gate"][e]) * (x[b, t] @ p["up"][e])
-            expected[t] += weight * hidden @ p["down"][e]
+            expected[t] += weight * expert(p, e, x[b, t])
         np.testing.assert_allclose(y[b][valid[b]], expected[valid[b]], atol=1e-5)
     assert float(stats["dropped"][0]) == dropped and (dropped == 0) == (factor == 9.0)
     if factor == 9.0:

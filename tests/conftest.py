@@ -8,14 +8,18 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 import pytest
-from tiny_models import DECODER, ENCODER, VOCAB, make_tiny_config
+from tiny_models import DECODER, ENCODER, QUICK_TO_COMPILE, VOCAB, make_tiny_config
 
 from efficient_vlm import commands
 
 commands.enable_compilation_cache()
 # Thousands of small programs that run once or twice: compiling them is nearly all of the time.
-# Processes that tests start, which train and time, compile as users' do.
+# Processes that tests start, which train and time, compile as users' do: flags are read once, when
+# the first device is asked for.
 jax.config.update("jax_disable_most_optimizations", True)
+with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {QUICK_TO_COMPILE}")
+    jax.devices()
 
 LEFT_OUT = pytest.StashKey[int]()
 

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from tiny_models import QUICK_TO_COMPILE
 
 from efficient_vlm.errors import UserError
 from efficient_vlm.train import processes
@@ -28,7 +29,7 @@ def start(workdir, devices, *more):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK_TO_COMPILE}",
     }
     return subprocess.Popen(
         [sys.executable, *COMMAND, f"--workdir={workdir}", *more],

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from tiny_models import QUICK_TO_COMPILE
 
 from efficient_vlm import cli, sharding
 from efficient_vlm.audit.plans.options import parse_mesh
@@ -45,7 +46,8 @@ def start(kind, jobs, devices=8, process=None):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK_TO_COMPILE}",
         "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE.parent)]),
     }
     return subprocess.Popen(

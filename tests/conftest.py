@@ -25,7 +25,12 @@ LEFT_OUT = pytest.StashKey[int]()
 
 
 def pytest_collection_modifyitems(config, items):
-    """The whole matrix of methods and families takes minutes: it runs with `-m matrix` only."""
+    """Files with slow tests come first, or one process would end with them while others wait.
+
+    The whole matrix of methods and families takes minutes: it runs with `-m matrix` only.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     if "matrix" in config.option.markexpr:
         return
     out = [item for item in items if item.get_closest_marker("matrix")]

@@ -17,7 +17,7 @@ from efficient_vlm.models.attention import PADDING_SEGMENT, SHARED_SEGMENT
 from efficient_vlm.models.decoder_block import DecoderBlock, LayerInputs
 from efficient_vlm.models.decoder_fields import DecoderFields
 from efficient_vlm.models.decoder_stack import DENSE, MAIN, DecoderStack, joined
-from efficient_vlm.models.layers import Linear, logical, make_norm
+from efficient_vlm.models.layers import Linear, logical, make_norm, product
 from efficient_vlm.models.placement import Placement, held_mean, place_tokens
 from efficient_vlm.models.stack import stack_layers
 
@@ -83,7 +83,7 @@ class Decoder(DecoderFields):
         """[..., width] -> float32 [..., vocab]."""
         x = self.final_norm(x)
         table = self.table[: self.head_size]
-        x = x @ table.T.astype(self.dtype) if self.tie_embeddings else self.head(x)
+        x = product(x, table.T, self.dtype) if self.tie_embeddings else self.head(x)
         x = x.astype(jnp.float32)
         return (
             x

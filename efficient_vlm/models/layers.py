@@ -86,6 +86,31 @@ def activate(name: str) -> Callable[[jax.Array], jax.Array]:
     return ACTIVATIONS[name]
 
 
+def product(x: jax.Array, kernel: jax.Array, dtype: Dtype) -> jax.Array:
+    """x [..., K] times kernel [K, F], computed in `dtype`: [..., F].
+
+    Where the kernel is stored in bfloat16, which no parameter in training is, a CPU is asked for
+    float32 and rounds: XLA's products with a result in bfloat16 are several times slower there.
+    """
+    x, stored, kernel = x.astype(dtype), kernel.dtype, kernel.astype(dtype)
+    if not stored == kernel.dtype == jnp.bfloat16:
+        return x @ kernel
+    return jax.lax.platform_dependent(x, kernel, cpu=_product_on_cpu, default=jnp.matmul)
+
+
+# XLA's CPU takes the slow way for one row even so; eight take as long as two.
+_LEAST_ROWS = 8
+
+
+def _product_on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    rows = x.reshape(-1, x.shape[-1])
+    count = len(rows)
+    if count == 1:
+        rows = jnp.pad(rows, ((0, _LEAST_ROWS - 1), (0, 0)))
+    y = jnp.matmul(rows, kernel, preferred_element_type=jnp.float32)[:count]
+    return y.reshape(*x.shape[:-1], -1).astype(x.dtype)
+
+
 class Linear(nn.Module):
     """A product over the last `len(inputs)` axes of x, and a bias if asked for.
 
@@ -124,7 +149,7 @@ class Linear(nn.Module):
         # matrices cost twice as much.
         rows = x.shape[: x.ndim - len(contracted)]
         size = math.prod(contracted)
-        y = x.astype(self.dtype).reshape(-1, size) @ kernel.astype(self.dtype).reshape(size, -1)
+        y = product(x.reshape(-1, size), kernel.reshape(size, -1), self.dtype)
         y = y.reshape(*rows, *self.features)
         if self.bias:
             init = logical(nn.initializers.zeros, *self.outputs)
@@ -138,5 +163,5 @@ def fused_product(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
     XLA sees equal calls as one, so each of the parts may ask for it.
     """
     weights = module.variables["params"][name]
-    y = x.astype(module.dtype) @ weights["kernel"].astype(module.dtype)
+    y = product(x, weights["kernel"], module.dtype)
     return y + weights["bias"].astype(module.dtype) if "bias" in weights else y

@@ -1,6 +1,7 @@
 """Attention, masks, rotary positions and experts against plain float64 NumPy."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from flax import linen as nn
 
 from efficient_vlm.kernels.attention import make_mask, visible
 from efficient_vlm.models import attention, rotary
+from efficient_vlm.models.layers import product
 from efficient_vlm.models.moe import MoE
 
 
@@ -181,3 +183,32 @@ def test_attention_rows_by_hand():
             logits = 0.5 * k[b, :4, head // 2] @ q[b, index[b, r], head]
             rows.append(softmax(np.where(mask[b], logits, -np.inf)))
         np.testing.assert_allclose(ours[b, r], np.mean(rows, axis=0), atol=1e-6)
+
+
+# --- products in bfloat16 ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_product_of_stored_bfloat16(rows):
+    """The sums are kept in more than the 16 bits that the result has, also for a single row."""
+    x, kernel = (
+        jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
+        for i, shape in enumerate([(rows, 1, 300), (300, 40)])
+    )
+    y = jax.jit(lambda x, kernel: product(x, kernel, "bfloat16"))(x, kernel)
+    assert y.dtype == jnp.bfloat16 and y.shape == (rows, 1, 40)
+    exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
+    # Half a place of 8 bits, and what the order of float32 sums makes of it.
+    np.testing.assert_allclose(np.asarray(y, np.float64), exact, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_only_a_cpu_is_asked_for_float32(platform, stored):
+    """And only of parameters that are not trained: rematerialisation keeps plain products."""
+    shapes = [jax.ShapeDtypeStruct(shape, stored) for shape in ((1, 300), (300, 40))]
+    function = jax.jit(lambda x, kernel: product(x, kernel, "bfloat16"))
+    text = jax.export.export(function, platforms=[platform])(*shapes).mlir_module()
+    results = re.findall(r"dot_general.*-> tensor<(\S+)>", text)
+    wide = platform == "cpu" and stored == "bfloat16"
+    assert results == ["8x40xf32" if wide else "1x40xbf16"], text

@@ -33,6 +33,7 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.inference.generate import generate
 from efficient_vlm.interop import published
 from efficient_vlm.interop.pictures.base import Pictured
+from efficient_vlm.models.layers import product
 
 TILES, TEXT, THREADS = 5, 64, 2
 METHODS = (dict(name="divprune", budget=16), dict(name="fastv", layer=1, keep=0.25))
@@ -119,7 +120,8 @@ def read_bound(vlm) -> float:
     leaves = [leaf for leaf in jax.tree.leaves(language) if leaf.ndim > 1]
     total = jax.jit(
         lambda leaves: [
-            jnp.ones((1, p.shape[0]), p.dtype) @ p.reshape(p.shape[0], -1) for p in leaves
+            product(jnp.ones((1, p.shape[0]), p.dtype), p.reshape(p.shape[0], -1), p.dtype)
+            for p in leaves
         ]
     )
     times = []

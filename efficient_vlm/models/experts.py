@@ -60,8 +60,16 @@ def dispatch(
     room = tokens if capacity is None else capacity_of(capacity, tokens, chosen.shape[-1], experts)
     across = sizes.get(AXIS, 1) if experts % sizes.get(AXIS, 1) == 0 else 1
     rows = tuple(name for name in BATCH if name in sizes)
+    stored = "fsdp" if "fsdp" in sizes and x.shape[-1] % sizes["fsdp"] == 0 else None
 
-    def part(x, chosen, weights, valid, *kernels):
+    def part(x, chosen, weights, valid, gate, up, down):
+        # One product for gate and up: the rows are laid out in blocks once. Gathered in here, so
+        # that a gradient is added up and cut in one: outside, every device would get all of it.
+        both = jnp.concatenate([gate, up], axis=-1)
+        if stored:
+            both = lax.all_gather(both, stored, axis=1, tiled=True)
+            down = lax.all_gather(down, stored, axis=2, tiled=True)
+        kernels = both, down
         if room < x.shape[1]:
             y, served = _limited(x, chosen, weights, valid, kernels, act, across, room)
         else:
@@ -71,14 +79,14 @@ def dispatch(
     inner = kernels[0].shape[-1]
     width = "tensor" if "tensor" in sizes and inner % sizes["tensor"] == 0 else None
     if len(x) % math.prod(sizes[name] for name in rows) or not (rows or width):
-        across, width = 1, None
+        across, width, stored = 1, None, None
         return part(x, chosen, weights, valid, *kernels)
     spread = AXIS if across > 1 else None
-    wide = PartitionSpec(spread, None, width)
+    wide = PartitionSpec(spread, stored, width)
     cut = PartitionSpec(rows)
     return jax.shard_map(
         part,
-        in_specs=(cut, cut, cut, cut, wide, wide, PartitionSpec(spread, width)),
+        in_specs=(cut, cut, cut, cut, wide, wide, PartitionSpec(spread, width, stored)),
         out_specs=(cut, cut),
         check_vma=False,
     )(x, chosen, weights, valid, *kernels)
@@ -86,10 +94,8 @@ def dispatch(
 
 def _gated(rows, sizes, kernels, act):
     """[M, D] sorted by expert -> [M, D], each row through the gated layer of its expert."""
-    gate, up, down = kernels
-    # One product for gate and up: the rows are laid out in blocks once.
-    both = grouped_matmul(rows, jnp.concatenate([gate, up], axis=-1), sizes)
-    hidden, linear = jnp.split(both, 2, axis=-1)
+    both, down = kernels
+    hidden, linear = jnp.split(grouped_matmul(rows, both, sizes), 2, axis=-1)
     return grouped_matmul(act(hidden) * linear, down, sizes)
 
 
@@ -205,10 +211,9 @@ def _limited(x, chosen, weights, valid, kernels, act, across, room):
     places = places.reshape(batch, experts, room, width)
     if across > 1:
         places = lax.all_to_all(places, AXIS, 1, 0, tiled=True)
-    gate, up, down = kernels
-    hidden = act(jnp.einsum("becd,edf->becf", places, gate))
-    hidden = hidden * jnp.einsum("becd,edf->becf", places, up)
-    places = jnp.einsum("becf,efd->becd", hidden, down)
+    both, down = kernels
+    hidden, linear = jnp.split(jnp.einsum("becd,edf->becf", places, both), 2, axis=-1)
+    places = jnp.einsum("becf,efd->becd", act(hidden) * linear, down)
     if across > 1:
         places = lax.all_to_all(places, AXIS, 0, 1, tiled=True)
     places = places.reshape(batch, experts * room, width)

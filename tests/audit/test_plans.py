@@ -90,6 +90,87 @@ def test_gradients_between_devices_of_a_tpu():
         assert sent == pytest.approx(2 * 7 * 128 * 128 * 4, rel=0.01)
 
 
+def test_a_gather_that_goes_on_beside_a_loop():
+    """It is started before four turns, each of which works on while it arrives, and awaited behind
+    them: sent once, written once, and no traffic of what works meanwhile."""
+    whole, part = "f32[64,512]{1,0}", "f32[64,128]{1,0}"
+    state, size = f"({part}, {whole}, {part})", 64 * 128 * 4
+    gather = 'all-gather(%part), channel_id=7, dimensions={1}, frontend_attributes={chain_id="5"}'
+    turns = 'backend_config={"known_trip_count":{"n":"4"}}'
+    text = f"""HloModule step
+
+%begin (part: f32[64,128]) -> {state} {{
+  %part = {part} parameter(0)
+  %gather.0 = {whole} {gather}
+  ROOT %0 = ({part}, {whole}) custom-call(%gather.0), custom_call_target="AsyncCollectiveStart"
+}}
+
+%work (part: f32[64,128], whole: f32[64,512], x: f32[64,128]) -> {state} {{
+  %part = {part} parameter(0)
+  %whole = {whole} parameter(1)
+  %x = {part} parameter(2)
+  %gather.1 = {whole} {gather}
+  %twice = {part} add(%x, %x)
+  ROOT %all = {state} tuple(%part, %gather.1, %twice)
+}}
+
+%end (part: f32[64,128], whole: f32[64,512]) -> f32[64,512] {{
+  %part = {part} parameter(0)
+  %whole = {whole} parameter(1)
+  %gather.2 = {whole} {gather}
+  ROOT %2 = {whole} custom-call(%whole, %gather.2), custom_call_target="AsyncCollectiveDone"
+}}
+
+%turn (state: {state}) -> {state} {{
+  %state = {state} parameter(0)
+  %a = {part} get-tuple-element(%state), index=0
+  %b = {whole} get-tuple-element(%state), index=1
+  %c = {part} get-tuple-element(%state), index=2
+  ROOT %next = {state} fusion(%a, %b, %c), kind=kOutput, calls=%work
+}}
+
+%more (state: {state}) -> pred[] {{
+  %state = {state} parameter(0)
+  ROOT %true = pred[] constant(true)
+}}
+
+ENTRY %main (given: f32[64,128], x: f32[64,128]) -> f32[64,512] {{
+  %given = {part} parameter(0)
+  %x = {part} parameter(1)
+  %begun = ({part}, {whole}) fusion(%given), kind=kCustom, calls=%begin
+  %a = {part} get-tuple-element(%begun), index=0
+  %b = {whole} get-tuple-element(%begun), index=1
+  %first = {state} tuple(%a, %b, %x)
+  %loop = {state} while(%first), condition=%more, body=%turn, {turns}
+  %c = {part} get-tuple-element(%loop), index=0
+  %d = {whole} get-tuple-element(%loop), index=1
+  ROOT %gathered = {whole} fusion(%c, %d), kind=kCustom, calls=%end
+}}
+"""
+    found = hlo.costs(text)
+    assert found.collective_bytes == {"all-gather": 3 * size}
+    assert found.hbm_bytes == (1 + 4) * size + 4 * 2 * size
+
+
+@needs_libtpu
+def test_sums_of_one_channel():
+    """JAX gives every `psum` of its own the channel 1; they are as many all the same."""
+    mesh = Mesh(np.array(aot.tpu_devices("v5e:2x2")), ("data",), axis_types=(AxisType.Auto,))
+
+    def run(x):
+        total = lax.psum(x @ x, "data")
+        return lax.psum(jnp.tanh(total) @ x, "data")
+
+    jitted = jax.jit(
+        jax.shard_map(
+            run, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False
+        )
+    )
+    x = _shape((256, 256), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    found = hlo.costs(jitted.lower(x).compile().as_text())
+    assert found.collective_bytes == {"all-reduce": 2 * 2 * 256 * 256 * 4}
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(("pad", "holes", "spread"), [(0, 1, 1), (2, 1, 2), (1, 3, 1)])
 def test_pairs_of_a_window(stride, pad, holes, spread):

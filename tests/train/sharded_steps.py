@@ -159,11 +159,13 @@ def attention_of_parts(job):
 
 def experts_of_parts(mesh):
     """Largest difference of layer and gradients to one device, of the largest value; collectives
-    of the program that move tokens: all-to-all, and gathers of anything as large as a row."""
+    of the program: all-to-all, gathers of anything as large as all tokens, and sums over devices of
+    anything as large as the experts' kernels."""
     given = dict(num_experts=8, top_k=2, expert_dim=32)
     layer, x = MoELayer(**given), jax.random.normal(jax.random.key(1), (16, 12, 24))
     valid = jnp.ones(x.shape[:2], bool)
-    params = nn.unbox(layer.init(jax.random.key(0), x, valid))
+    boxed = layer.init(jax.random.key(0), x, valid)
+    params = nn.unbox(boxed)
 
     def loss(params, x):
         y, stats = layer.apply(params, x, valid)
@@ -172,21 +174,33 @@ def experts_of_parts(mesh):
     gradient = jax.value_and_grad(loss, (0, 1), has_aux=True)
     alone = jax.jit(gradient)(params, x)
     mesh = sharding.make_mesh(sharding.MeshConfig(**mesh))
-    rows = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
+    places = (
+        sharding.param_shardings(boxed, mesh),
+        NamedSharding(mesh, PartitionSpec(sharding.BATCH)),
+    )
+    given_parts = jax.device_put((params, x), places)
+    out = (None, places)
     with sharding.active(mesh):
-        program = jax.jit(lambda *x: gradient(*x)).lower(params, jax.device_put(x, rows)).compile()
-    parts = program(params, jax.device_put(x, rows))
+        jitted = jax.jit(lambda *x: gradient(*x), out_shardings=out)
+        program = jitted.lower(*given_parts).compile()
+    parts = program(*given_parts)
     differences = [
         float(jnp.abs(a - b).max() / jnp.abs(a).max())
         for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(parts), strict=True)
     ]
     text = program.as_text()
-    gathers = [
-        math.prod(int(n) for n in shape.split(","))
-        for shape in re.findall(r"f32\[([\d,]+)\]\S* all-gather\(", text)
-    ]
-    large = sum(size >= 16 * 12 * 24 for size in gathers)
-    return max(differences), text.count(" all-to-all("), large
+
+    def large(kind, size):
+        shapes = re.findall(rf"f32\[([\d,]+)\]\S* {kind}\(", text)
+        return sum(math.prod(int(n) for n in shape.split(",")) >= size for shape in shapes)
+
+    kernels = 8 * 32 * 24 * 2 // (mesh.shape["expert"] * mesh.shape["tensor"])
+    return (
+        max(differences),
+        text.count(" all-to-all("),
+        large("all-gather", 16 * 12 * 24),
+        large("all-reduce", kernels // 2),
+    )
 
 
 if __name__ == "__main__":

@@ -101,19 +101,24 @@ def test_attention_of_parts():
 
 @pytest.mark.slow
 def test_experts_of_parts():
-    """Tokens go to their experts all to all, and no device gathers those of others."""
+    """Tokens go to their experts all to all, and no device gathers those of others, nor gradients
+    of kernels that it does not store."""
     meshes = [
         dict(expert=8, data=1),
         dict(expert=4, data=1, tensor=2),
         dict(data=8),
         dict(data=2, sequence=2, tensor=2),
+        dict(data=1, fsdp=8),
+        dict(data=1, fsdp=2, expert=2, tensor=2),
     ]
-    for (same, exchanged, gathered), mesh in zip(
-        found(start("experts", meshes)), meshes, strict=True
-    ):
+    answers = found(start("experts", meshes))
+    for (same, exchanged, gathered, summed), mesh in zip(answers, meshes, strict=True):
         assert same < 1e-5
         assert (exchanged > 0) == ("expert" in mesh)
-        assert gathered == 0
+        if "fsdp" in mesh:
+            assert summed == 0
+        else:  # What is gathered with it are kernels.
+            assert gathered == 0
 
 
 @pytest.mark.skipif(

@@ -81,24 +81,23 @@ def costs(text: str) -> Costs:
 class _Program:
     def __init__(self, module: Module):
         self.computations, self.entry, self.module = module.computations, module.entry, module
-        self.total = Costs()
-        self.channels: dict[tuple[str, str], float] = {}
+        self.total, self.sent = Costs(), collections.Counter()
 
     def costs(self) -> Costs:
         self._add(self.entry, 1, outside=True)
-        sent = collections.Counter()
-        for (kind, _), size in self.channels.items():
-            sent[kind] += size
-        self.total.collective_bytes = dict(sorted(sent.items()))
+        self.total.collective_bytes = dict(sorted(self.sent.items()))
         return self.total
 
     def _add(self, name: str, times: float, *, outside: bool) -> None:
         """Adds a computation that runs `times` times; only one `outside` of a fusion moves data."""
         scope = self.computations[name]
+        goes_on = not outside and _goes_on(scope)
         for one in scope.values():
             self._products(scope, one, times)
-            if kind := _collective(one):
-                self._collective(scope, one, kind, times)
+            if (kind := _collective(one)) and not goes_on:
+                self.sent[kind] += times * self._sent(scope, one, kind)
+                # A fusion that is nothing but the start of one moves what that moves.
+                self.total.hbm_bytes += 0 if outside else times * self._moved(scope, one)
             if outside and one.opcode not in _FREE and not one.opcode.endswith("-done"):
                 self.total.hbm_bytes += times * self._moved(scope, one)
             if one.opcode == "while":
@@ -178,8 +177,16 @@ class _Program:
         return read + size_of(one.shape, fast=False)
 
     def _fusion(self, scope, one) -> float:
-        """Operands of which a slice is read count as it, and results updated in place likewise."""
+        """Operands of which a slice is read count as it, and results updated in place likewise.
+
+        What is handed through for a collective that goes on meanwhile does not count.
+        """
         name = one.attribute("calls")
+        inner = self.computations[name]
+        root = next(x for x in inner.values() if x.root)
+        meanwhile = any(map(_collective, inner.values()))
+        if meanwhile and root.opcode != "tuple":
+            return 0.0
         total, in_place = 0.0, 0.0
         for place, operand in enumerate(one.operands):
             size, used = size_of(scope[operand].shape, fast=False), self._readers(name, place)
@@ -188,8 +195,12 @@ class _Program:
             elif used and all(kind == "dynamic-update-slice" for kind, _ in used):
                 in_place += max(0, size - sum(part for _, part in used))
                 size = 0
+            elif meanwhile and all(kind in ("tuple", *COLLECTIVES) for kind, _ in used):
+                size = 0
             total += size
-        return total + max(0.0, size_of(one.shape, fast=False) - in_place)
+        results = [inner[x] for x in root.operands] if meanwhile else [one]
+        made = (x for x in results if x.opcode != "parameter" and not _collective(x))
+        return total + max(0.0, sum(size_of(x.shape, fast=False) for x in made) - in_place)
 
     def _readers(self, computation: str, place: int) -> list[tuple[str, int]]:
         """Who takes a parameter, through what only renames it: the opcode, and the bytes of what is
@@ -212,32 +223,41 @@ class _Program:
                     elif one.opcode == "dynamic-update-slice":
                         kind = one.opcode if at == 0 else "other"
                         found.append((kind, size_of(inner[one.operands[1]].shape)))
+                    elif at == 0 or one.opcode in ("tuple", *COLLECTIVES):
+                        found.append((one.opcode, size_of(one.shape)))
                     else:
-                        found.append((one.opcode if at == 0 else "other", size_of(one.shape)))
+                        found.append(("other", size_of(one.shape)))
         return found
 
     # --- between devices ---------------------------------------------------------------------
 
-    def _collective(self, scope, one, kind, times) -> None:
+    def _sent(self, scope, one, kind) -> float:
         # The second operand of a ragged one is the place of its results.
         operands = one.operands[:1] if kind.startswith("ragged") else one.operands
         given = sum(size_of(scope[n].shape) for n in operands if n in scope)
         result = size_of(one.shape)
         if one.opcode.endswith("-start"):
             result = max(result - given, 0) if kind != "all-reduce" else result
-        sent = {
+        return {
             "all-gather": max(result - given, 0),
             "all-reduce": 2 * given,
             "reduce-scatter": max(given - result, 0),
         }.get(kind, given)
-        # One that is spread over several fusions stands in each of them.
-        key = kind, one.attribute("channel_id") or one.name
-        self.channels[key] = max(self.channels.get(key, 0), times * sent)
 
 
 def _collective(one: Instruction) -> str | None:
     kind = one.opcode.removesuffix("-start")
     return kind if kind in COLLECTIVES else None
+
+
+def _goes_on(scope) -> bool:
+    """Whether a fusion's collective was begun by another fusion.
+
+    One that runs beside others stands in the fusion that starts it, in each that works meanwhile,
+    loops that turn more often included, and in the one that waits for its end.
+    """
+    found = any("chain_id=" in one.rest for one in scope.values() if _collective(one))
+    return found and not any('"AsyncCollectiveStart"' in one.rest for one in scope.values())
 
 
 def _dot(scope, one) -> int:

@@ -9,6 +9,8 @@ exponentials: `AttentionResult.lse` is None.
 import jax
 import jax.numpy as jnp
 
+from efficient_vlm.errors import UserError, first_line
+
 __all__ = ["attend", "folded", "unserved"]
 
 _MOST_DIM = 256
@@ -38,7 +40,11 @@ def unserved(q, v, softcap, key_bias, weights, given) -> str | None:
 
 
 def attend(q, k, v, key_bias=None, *, scale, causal, window=None, q_lengths=None, kv_lengths=None):
-    """[B, H, N, Dv]; arguments as those of `attention`, gradients by JAX."""
+    """[B, H, N, Dv]; arguments as those of `attention`, gradients by JAX.
+
+    Raises:
+      UserError: JAX finds no cuDNN here that it can use.
+    """
     width = v.shape[-1]
     if key_bias is not None:
         q, k = folded(q, k, key_bias, scale)
@@ -49,16 +55,23 @@ def attend(q, k, v, key_bias=None, *, scale, causal, window=None, q_lengths=None
     )
     lengths = (None if x is None else jnp.asarray(x, jnp.int32) for x in (q_lengths, kv_lengths))
     q_lengths, kv_lengths = lengths
-    out = jax.nn.dot_product_attention(
-        *(q, k, v),
-        scale=scale,
-        is_causal=causal,
-        query_seq_lengths=q_lengths,
-        key_value_seq_lengths=kv_lengths,
-        # JAX counts the keys before the query's own.
-        local_window_size=None if window is None else (window - 1, 0),
-        implementation="cudnn",
-    )
+    try:
+        out = jax.nn.dot_product_attention(
+            *(q, k, v),
+            scale=scale,
+            is_causal=causal,
+            query_seq_lengths=q_lengths,
+            key_value_seq_lengths=kv_lengths,
+            # JAX counts the keys before the query's own.
+            local_window_size=None if window is None else (window - 1, 0),
+            implementation="cudnn",
+        )
+    except RuntimeError as error:  # There is no cuDNN here, or one that is too old.
+        raise UserError(
+            f"attention: implementation 'cudnn': {first_line(error)}",
+            allowed="reference, xla",
+            fix="implementation=None for the best one where the program runs",
+        ) from error
     out = out.swapaxes(1, 2)[..., :width]
     if q_lengths is None:
         return out

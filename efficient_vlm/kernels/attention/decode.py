@@ -10,6 +10,7 @@ from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.kernels.attention.mask import NEGATIVE
 from efficient_vlm.kernels.attention.op import AttentionResult
 from efficient_vlm.kernels.attention.parts import decode_on_mesh
+from efficient_vlm.kernels.attention.platforms import only_on
 
 __all__ = ["attention_decode", "quantise"]
 
@@ -95,7 +96,7 @@ def attention_decode(
         return AttentionResult(*decode_on_mesh(part, *args))
 
     if implementation == "tpu":
-        return kernel(*args)
+        return kernel(only_on("tpu", q), *args[1:])
     if implementation == "xla" or (pages is None and keys < _FEW_KEYS):
         return plain(*args)
     return lax.platform_dependent(*args, tpu=kernel, default=plain)

@@ -26,6 +26,7 @@ from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.kernels.attention import reference, xla
 from efficient_vlm.kernels.attention.mask import Mask, check_mask, make_mask, mask_rows
 from efficient_vlm.kernels.attention.parts import importance_on_mesh, on_mesh
+from efficient_vlm.kernels.attention.platforms import only_on
 
 __all__ = ["IMPLEMENTATIONS", "AttentionResult", "attention", "attention_importance"]
 
@@ -217,7 +218,8 @@ class _Call:
             return functools.partial(_pass(name, pass_name), scale=self.scale, softcap=self.softcap)
 
         if self.implementation not in (None, "xla"):
-            return of(self.implementation)(*args)
+            q, *rest = args
+            return of(self.implementation)(only_on(self.implementation, q), *rest)
         options = {"cpu": of("xla_looped"), "default": of("xla")}
         if self.implementation is None:
             q, k = args[:2]

@@ -11,38 +11,19 @@ its gradient, one more sum of a row. The kernels are checked in Pallas' interpre
 well, and compiled ahead of time for v5e, v5p and v6e; they have not been run on a TPU.
 """
 
-import contextlib
-import contextvars
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from efficient_vlm.kernels.attention import tpu_kernels as kernels
+from efficient_vlm.kernels.attention.platforms import interpretation
 from efficient_vlm.kernels.attention.tpu_call import LANES, Call
 
-__all__ = ["backward", "forward", "importance", "interpretation", "interpreted", "unserved"]
+__all__ = ["backward", "forward", "importance", "unserved"]
 
 _MOST_DIM = 256
-
-_INTERPRET: contextvars.ContextVar[Any] = contextvars.ContextVar("interpret", default=False)
-
-
-@contextlib.contextmanager
-def interpreted(how: Any = True):
-    """Kernels traced inside run in an interpreter: True, or a `pltpu.InterpretParams`."""
-    token = _INTERPRET.set(how)
-    try:
-        yield
-    finally:
-        _INTERPRET.reset(token)
-
-
-def interpretation() -> Any:
-    """What `interpreted` says now, for `pallas_call`."""
-    return _INTERPRET.get()
 
 
 def unserved(q, k, v) -> str | None:

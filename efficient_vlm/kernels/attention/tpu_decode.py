@@ -13,8 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from efficient_vlm.kernels.attention import tpu
 from efficient_vlm.kernels.attention.mask import NEGATIVE
+from efficient_vlm.kernels.attention.platforms import interpretation
 
 _LANES = 128
 _ROWS = 16  # Queries of a product are padded to whole tiles, of bfloat16 as well.
@@ -114,7 +114,7 @@ def decode(q, k, v, lengths, pages, columns, k_scale, v_scale, *, scale, softcap
             transcendentals=batch * heads * queries * steps * block,
             bytes_accessed=batch * kv_heads * steps * block * (dim + value_dim) * k.dtype.itemsize,
         ),
-        interpret=tpu.interpretation(),
+        interpret=interpretation(),
         name="attention_decode",
     )(lengths.astype(jnp.int32), counts.astype(jnp.int32), pages.astype(jnp.int32), *operands)
     shape = (batch, heads, queries)

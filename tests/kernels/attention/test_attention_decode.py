@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from efficient_vlm.errors import UserError
-from efficient_vlm.kernels.attention import attention_decode, quantise, tpu
+from efficient_vlm.kernels.attention import attention_decode, platforms, quantise
 
 PAGE = 128
 LENGTHS = np.array([300, 1, 0])
@@ -20,7 +20,7 @@ def implementation(request):
     if request.param == "xla":
         yield "xla"
         return
-    with tpu.interpreted(True):
+    with platforms.interpreted(True):
         yield "tpu"
 
 

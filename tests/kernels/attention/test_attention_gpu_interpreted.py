@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from efficient_vlm.kernels.attention import attention
+from efficient_vlm.kernels.attention import attention, platforms
 
 if not hasattr(plgpu, "InterpretGPUParams"):
     pytest.skip("Pallas' GPU interpreter needs JAX 0.11", allow_module_level=True)
@@ -50,6 +50,8 @@ def interpreted(monkeypatch):
     # Only lowering for a GPU knows this effect of wgmma; the interpreter has none.
     for kinds in (effects.lowerable_effects, effects.control_flow_allowed_effects):
         kinds.add_type(core._WGMMAPipelineEffect)
+    with platforms.interpreted():
+        yield
 
 
 @pytest.mark.slow

@@ -7,14 +7,14 @@ import pytest
 from attention_contract import AttentionContract
 
 from efficient_vlm.errors import UserError
-from efficient_vlm.kernels.attention import attention, tpu, tpu_blocks
+from efficient_vlm.kernels.attention import attention, platforms, tpu_blocks
 
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
     """Blocks of one tile, so that small problems have many."""
     monkeypatch.setattr(tpu_blocks, "_SIZES", dict.fromkeys(tpu_blocks._SIZES, ((128, 128),) * 2))
-    with tpu.interpreted(True):
+    with platforms.interpreted(True):
         yield
 
 

@@ -8,7 +8,7 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from efficient_vlm.kernels.attention import attention, attention_decode, tpu, tpu_blocks
+from efficient_vlm.kernels.attention import attention, attention_decode, platforms, tpu_blocks
 
 SHAPE = (1, 2, 1, 200, 300, 64, 64)
 SETS = [
@@ -31,7 +31,7 @@ def simulated(monkeypatch):
         num_cores_or_threads=2,
         random_seed=3,
     )
-    with tpu.interpreted(how):
+    with platforms.interpreted(how):
         yield
     assert not interpret_pallas_call.races.races_found
 

@@ -1,0 +1,69 @@
+"""Kernels of one platform in a program for another: interpreted where asked for, else refused.
+
+Refused when the program is lowered: only then it is known where it will run. A program for a TPU
+may be traced on a host that has none.
+"""
+
+import contextlib
+import contextvars
+from typing import Any
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+from efficient_vlm.errors import UserError
+
+__all__ = ["interpretation", "interpreted", "only_on"]
+
+_INTERPRET: contextvars.ContextVar[Any] = contextvars.ContextVar("interpret", default=False)
+
+# Implementation -> as JAX calls its platform.
+_PLATFORMS = {"tpu": "tpu", "gpu": "cuda"}
+
+
+@contextlib.contextmanager
+def interpreted(how: Any = True):
+    """Kernels traced inside run in an interpreter: True, or a `pltpu.InterpretParams`."""
+    token = _INTERPRET.set(how)
+    try:
+        yield
+    finally:
+        _INTERPRET.reset(token)
+
+
+def interpretation() -> Any:
+    """What `interpreted` says now, for `pallas_call`."""
+    return _INTERPRET.get()
+
+
+def only_on(implementation: str, x: jax.Array) -> jax.Array:
+    """`x` itself, in a program for the platform of an implementation, or where it is interpreted.
+
+    Raises:
+      UserError: when a program for another platform is lowered.
+    """
+    marker = _MARKERS.get(implementation)
+    return x if marker is None or interpretation() else marker.bind(x)
+
+
+def _marker(implementation: str, platform: str) -> Primitive:
+    marker = Primitive(f"attention_only_on_{platform}")
+
+    def refuse(*_):
+        raise UserError(
+            f"attention: implementation {implementation!r} in a program that is not for "
+            f"{platform.upper()}",
+            allowed="reference, xla",
+            fix="implementation=None for the best one where the program runs",
+        )
+
+    marker.def_impl(jax.jit(lambda x: marker.bind(x)))
+    marker.def_abstract_eval(lambda x: x)
+    batching.defvectorized(marker)
+    mlir.register_lowering(marker, refuse)
+    mlir.register_lowering(marker, lambda _, x: [x], platform=platform)
+    return marker
+
+
+_MARKERS = {name: _marker(name, platform) for name, platform in _PLATFORMS.items()}

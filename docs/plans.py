@@ -83,6 +83,11 @@ def key(row: dict) -> tuple:
     return row["model"], row["machine"], row["task"], row["share"]
 
 
+def _stale(row: dict) -> bool:
+    """Whether a row's traffic was counted by rules that have been mended since."""
+    return row.get("stale", False)
+
+
 def render(rows: list[dict]) -> str:
     """docs/plans.md."""
     known = {key(row): row for row in rows}
@@ -106,6 +111,11 @@ def render(rows: list[dict]) -> str:
         if len(known) < len(asked)
         else f"All {len(asked)} plans were compiled.",
     ]
+    if stale := sum(_stale(row) for row in rows):
+        lines[-1] += (
+            f" Of {stale}, traffic was counted by rules that turned out wrong: it is left out, and "
+            "what follows from it, until they are compiled again."
+        )
     for name in MODELS:
         mine = [known[k] for k in asked if k in known and k[0] == name]
         if mine:
@@ -129,7 +139,7 @@ def _memory(row: dict) -> str:
 def _gain(row: dict, rows: list[dict]) -> str:
     """Chips that this plan needs for the pictures a second of the one with all tokens."""
     full = next((r for r in rows if key(r) == (*key(row)[:3], 1)), None)
-    if full is None or not full.get("fits") or not row.get("fits"):
+    if full is None or not all(r.get("fits") and not _stale(r) for r in (row, full)):
         return ""
     chips = row["devices"] * row["estimated_seconds"] / full["estimated_seconds"]
     return f"{chips:.3g}"
@@ -176,9 +186,12 @@ def _training(rows: list[dict]) -> list[str]:
         if not row["fits"]:
             return found
         seconds = row["stages"][0]["seconds"]
-        found += [f"{row['flops'] / 1e12:.3g}", _gib(sum(row["collective_bytes"].values()))]
+        found.append(f"{row['flops'] / 1e12:.3g}")
+        if _stale(row):
+            return found
         return [
             *found,
+            _gib(sum(row["collective_bytes"].values())),
             _ms(row["estimated_seconds"]),
             max(seconds, key=seconds.get),
             _gain(row, rows),
@@ -197,9 +210,10 @@ def main() -> None:
     rows = json.loads(stored.read_text()) if stored.exists() else []
     for one in settings():
         label = "/".join(map(str, one))
-        if any(key(row) == one for row in rows) or (args.only and args.only not in label):
+        found = any(key(row) == one and not _stale(row) for row in rows)
+        if found or (args.only and args.only not in label):
             continue
-        rows.append(compiled(*one))
+        rows = [row for row in rows if key(row) != one] + [compiled(*one)]
         print(label, rows[-1].get("error") or ("fits" if rows[-1]["fits"] else "does not fit"))
         write_atomic(stored, (json.dumps(rows, indent=1) + "\n").encode())
     write_atomic(args.out / "plans.md", render(rows).encode())

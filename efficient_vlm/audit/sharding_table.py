@@ -20,7 +20,7 @@ from efficient_vlm import sharding
 from efficient_vlm.audit.plans.options import batches_of, parse_mesh
 from efficient_vlm.audit.subject import Subject, read_subject
 from efficient_vlm.inference.cache import CACHE_AXES
-from efficient_vlm.interop.load import boxed_parameters
+from efficient_vlm.interop.architecture import boxed_parameters
 
 _DEFAULT = "fsdp:8"
 # Logical axes of what goes from layer to layer, and of what is inside a feed-forward layer.

@@ -15,9 +15,9 @@ import numpy as np
 from efficient_vlm.audit.compress import read_methods
 from efficient_vlm.errors import UserError
 from efficient_vlm.interop import pretrained, verify
+from efficient_vlm.interop.architecture import build_model, read_config
 from efficient_vlm.interop.families.table import family_of
 from efficient_vlm.interop.imported import import_model, read_carried
-from efficient_vlm.interop.load import build_model, read_config
 from efficient_vlm.models.stack import unstack
 
 

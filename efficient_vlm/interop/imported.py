@@ -17,19 +17,16 @@ import numpy as np
 
 from efficient_vlm.errors import UserError
 from efficient_vlm.interop import safetensors_write
-from efficient_vlm.interop.families.base import Config, Family
-from efficient_vlm.interop.families.table import family_of
-from efficient_vlm.interop.load import (
-    Source,
+from efficient_vlm.interop.architecture import (
     abstract_parameters,
     build_model,
-    check_range,
     flatten,
-    load_parameters,
     nest,
     read_config,
-    stacked,
 )
+from efficient_vlm.interop.families.base import Config, Family
+from efficient_vlm.interop.families.table import family_of
+from efficient_vlm.interop.load import Source, check_range, load_parameters, stacked
 from efficient_vlm.interop.safetensors_read import Checkpoint
 from efficient_vlm.interop.safetensors_write import writing
 from efficient_vlm.interop.staging import Stage, identity

@@ -13,11 +13,12 @@ import numpy as np
 
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.inference.generate import Generated, generate
+from efficient_vlm.interop.architecture import build_model, parameter_shapes, read_config
 from efficient_vlm.interop.conversation import Conversation, is_one, prompt_ids
+from efficient_vlm.interop.export import export
 from efficient_vlm.interop.families.base import Family
 from efficient_vlm.interop.families.table import family_of
 from efficient_vlm.interop.imported import open_weights
-from efficient_vlm.interop.load import build_model, export, parameter_shapes, read_config
 from efficient_vlm.interop.pictures.base import Pictured
 from efficient_vlm.interop.placing import Prompt, place
 from efficient_vlm.interop.prompts import Template

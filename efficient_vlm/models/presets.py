@@ -126,7 +126,7 @@ def count(name: str) -> dict[str, int]:
       params: all, tied tables once.
       params_active: of them those that one token uses: `top_k` of the experts of each mixture.
     """
-    from efficient_vlm.interop.load import build_model, name_map, parameter_shapes
+    from efficient_vlm.interop.architecture import build_model, name_map, parameter_shapes
 
     entry = published.get(name)
     config = entry["config"]

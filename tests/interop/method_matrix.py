@@ -15,7 +15,7 @@ import numpy as np
 from efficient_vlm.compressors import Signals, VisualTokens, reachable
 from efficient_vlm.compressors.methods import METHODS
 from efficient_vlm.inference import generate
-from efficient_vlm.interop import load, verify
+from efficient_vlm.interop import architecture, load, verify
 from efficient_vlm.interop.families.table import FAMILIES, family_of
 from efficient_vlm.interop.safetensors_read import Checkpoint
 from efficient_vlm.models.attention import PADDING_SEGMENT, SHARED_SEGMENT
@@ -87,9 +87,9 @@ class Subject:
 
     def __init__(self, name: str):
         directory = GOLDEN / name.removesuffix(ONE_SIZE)
-        self.name, self.config = name, load.read_config(directory)
+        self.name, self.config = name, architecture.read_config(directory)
         self.family = family_of(self.config)
-        plain = load.build_model(self.config)
+        plain = architecture.build_model(self.config)
         source = load.Source(Checkpoint.open(directory), self.family, self.config, plain)
         self.model, self.params = deepened(plain, load.stacked(source))
         with np.load(directory / "io.npz") as io:
@@ -323,7 +323,7 @@ def golden_models() -> list[str]:
     folders = sorted(path for path in GOLDEN.iterdir() if path.is_dir())
     found = []
     for path in folders:
-        kind = load.read_config(path)["model_type"]
+        kind = architecture.read_config(path)["model_type"]
         if kind in FAMILIES and FAMILIES[kind].image_token is not None:
             found.append(path.name)
     return found

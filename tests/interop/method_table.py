@@ -13,7 +13,7 @@ from method_matrix import (
     looks_at_class_token,
 )
 
-from efficient_vlm.interop import load
+from efficient_vlm.interop import architecture
 
 DOCS = Path(__file__).parents[2] / "docs" / "families.md"
 START, END = "## Which method runs on which family", "<!-- end of the table of methods -->"
@@ -60,7 +60,7 @@ def cell(method: str, name: str) -> str:
 @functools.cache
 def has_class_token(name: str) -> bool:
     """Whether the encoder of a golden model has a CLS token."""
-    encoder = load.build_model(load.read_config(GOLDEN / name)).encoder
+    encoder = architecture.build_model(architecture.read_config(GOLDEN / name)).encoder
     return bool(encoder.get("class_token"))
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from efficient_vlm import cli
 from efficient_vlm.errors import UserError
-from efficient_vlm.interop import load
+from efficient_vlm.interop import architecture
+from efficient_vlm.interop.families import defaults
 
 CLIP = dict(
     hidden_size=1024,
@@ -85,7 +86,7 @@ SHORT = {
 
 
 def parameters(config):
-    shapes = load.parameter_shapes(load.build_model(config))
+    shapes = architecture.parameter_shapes(architecture.build_model(config))
     return sum(math.prod(leaf.shape) for leaf in shapes.values())
 
 
@@ -99,10 +100,10 @@ def test_short_files_are_the_published_models(name):
 
 def test_what_a_file_says_stays():
     config = SHORT["smolvlm-256m"][0]
-    full = load.complete(config)
+    full = defaults.complete(config)
     assert full["text_config"] == {**full["text_config"], **config["text_config"]}
     assert full["vision_config"]["num_hidden_layers"] == 12
-    assert load.complete(full) == full
+    assert defaults.complete(full) == full
 
 
 LLAMA = dict(
@@ -149,4 +150,4 @@ def test_hostile_and_odd_configs(changes, message, tmp_path, capsys, monkeypatch
     assert "Traceback" not in said
     assert said.count("\n") <= 3
     with pytest.raises(UserError, match=message):
-        load.build_model(load.read_config(tmp_path))
+        architecture.build_model(architecture.read_config(tmp_path))

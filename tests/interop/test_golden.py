@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from encoders import check_encoder
 
-from efficient_vlm.interop import load, verify
+from efficient_vlm.interop import architecture, export, load, verify
 from efficient_vlm.interop.families.table import family_of
 from efficient_vlm.interop.safetensors_read import Checkpoint
 
@@ -19,8 +19,8 @@ CASES = sorted(p.name for p in GOLDEN.iterdir() if p.is_dir() and p.name not in 
 
 
 def opened(name):
-    config = load.read_config(GOLDEN / name)
-    family, model = family_of(config), load.build_model(config)
+    config = architecture.read_config(GOLDEN / name)
+    family, model = family_of(config), architecture.build_model(config)
     source = load.Source(Checkpoint.open(GOLDEN / name), family, config, model)
     return config, family, model, source
 
@@ -42,7 +42,7 @@ def test_import_and_export_are_bitwise(name, tmp_path):
     config, family, model, source = opened(name)
     params = load.stacked(source)
     carried = {each: source.tensor(each) for each in source.carried}
-    load.export(tmp_path, family, config, model, params, carried=carried)
+    export.export(tmp_path, family, config, model, params, carried=carried)
     before, after = Checkpoint.open(GOLDEN / name), Checkpoint.open(tmp_path)
     assert set(before.names) == set(after.names)
     for each in before.names:

@@ -13,7 +13,7 @@ import pytest
 import efficient_vlm as evlm
 from efficient_vlm import cli
 from efficient_vlm.errors import UserError
-from efficient_vlm.interop import load, safetensors_write
+from efficient_vlm.interop import architecture, load, safetensors_write
 from efficient_vlm.interop.families.table import family_of
 from efficient_vlm.interop.safetensors_read import Checkpoint
 
@@ -45,8 +45,8 @@ def script(source, *arguments, **variables):
 def large(tmp_path_factory):
     """A Llama of 350 MB in float32 on the disk, and (bytes of all parameters, of the largest)."""
     folder = tmp_path_factory.mktemp("large")
-    model = load.build_model(CONFIG)
-    names = load.name_map(family_of(CONFIG), CONFIG, model)
+    model = architecture.build_model(CONFIG)
+    names = architecture.name_map(family_of(CONFIG), CONFIG, model)
     row = np.random.default_rng(0).standard_normal(8192 * 1024).astype(np.float32)
     tensors = [
         (name, shape, row.dtype, lambda shape=shape: row[: int(np.prod(shape))].reshape(shape))
@@ -109,7 +109,7 @@ def test_straight_to_a_sharding(tmp_path):
         from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
         import efficient_vlm as evlm
         from efficient_vlm.interop.imported import import_model
-        from efficient_vlm.interop.load import flatten
+        from efficient_vlm.interop.architecture import flatten
 
         mesh = Mesh(np.array(jax.devices()), ("x",))
 
@@ -169,10 +169,12 @@ def test_one_tensor_in_both_spellings(tmp_path):
     arrays = {name: np.array(source.read(name)) for name in source.names}
     arrays["model.language_model.norm.weight"] = arrays["language_model.model.norm.weight"] + 1
     tensors = [(n, a.shape, a.dtype, lambda a=a: a) for n, a in arrays.items()]
-    config = load.read_config(GOLDEN / "llava")
+    config = architecture.read_config(GOLDEN / "llava")
     safetensors_write.write(tmp_path, tensors)
     with pytest.raises(UserError, match="are one tensor, twice"):
-        load.Source(Checkpoint.open(tmp_path), family_of(config), config, load.build_model(config))
+        load.Source(
+            Checkpoint.open(tmp_path), family_of(config), config, architecture.build_model(config)
+        )
 
 
 def test_digests_are_compared(tmp_path):
@@ -225,8 +227,8 @@ def test_another_import_leaves_nothing_of_the_first(tmp_path):
     assert sorted(p.name for p in out.iterdir()) == ["checkpoints", "config.json", "dtypes.json"]
     whole, again = (evlm.from_pretrained(path).params for path in (GOLDEN / "llama", out))
     assert all(
-        np.array_equal(value, load.flatten(again)[path])
-        for path, value in load.flatten(whole).items()
+        np.array_equal(value, architecture.flatten(again)[path])
+        for path, value in architecture.flatten(whole).items()
     )
     # Killed behind the commit: what is left is swept away, and the import stands.
     (out / STAGE).mkdir()

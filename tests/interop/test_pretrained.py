@@ -14,7 +14,7 @@ import pytest
 import efficient_vlm as evlm
 from efficient_vlm import cli
 from efficient_vlm.errors import UserError
-from efficient_vlm.interop import load
+from efficient_vlm.interop import architecture, load
 from efficient_vlm.interop.imported import import_model
 from efficient_vlm.interop.safetensors_read import Checkpoint
 
@@ -135,9 +135,9 @@ def test_an_import_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     _, params = import_model(source, target)
     assert len(read) == len(set(read))
     count = len(read)
-    whole = load.flatten(evlm.from_pretrained(source).params)
+    whole = architecture.flatten(evlm.from_pretrained(source).params)
     assert count == len(whole)
-    again = load.flatten(evlm.from_pretrained(target).params)
+    again = architecture.flatten(evlm.from_pretrained(target).params)
     assert all(np.array_equal(whole[path], again[path]) for path in whole)
     assert sorted(path.name for path in target.iterdir()) == sorted(
         {"carried", "checkpoints", "dtypes.json", *(path.name for path in source.glob("*.json"))}

@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 from encoders import check_encoder  # noqa: E402
 from make_fixtures import CASES, EAGER, forward  # noqa: E402
 
-from efficient_vlm.interop import load, verify  # noqa: E402
+from efficient_vlm.interop import architecture, export, load, verify  # noqa: E402
 from efficient_vlm.interop.families.table import family_of  # noqa: E402
 from efficient_vlm.interop.safetensors_read import Checkpoint  # noqa: E402
 from efficient_vlm.models.stack import unstack  # noqa: E402
@@ -31,8 +31,8 @@ BACK = [name for name in NAMES if "__" not in name]
 
 
 def opened(folder):
-    config = load.read_config(folder)
-    family, model = family_of(config), load.build_model(config)
+    config = architecture.read_config(folder)
+    family, model = family_of(config), architecture.build_model(config)
     source = load.Source(Checkpoint.open(folder), family, config, model)
     with np.load(folder / "io.npz") as file:
         io = dict(file)
@@ -77,7 +77,7 @@ def test_what_was_changed_here_loads_there(name, live_case, tmp_path):
         load.stacked(source, np.float32),
     )
     carried = {each: source.tensor(each) for each in source.carried}
-    load.export(tmp_path, family, config, model, changed, carried=carried)
+    export.export(tmp_path, family, config, model, changed, carried=carried)
     cls = getattr(transformers, config["architectures"][0])
     theirs = cls.from_pretrained(tmp_path, **EAGER)
     given = {key[3:]: torch.from_numpy(io[key]) for key in io if key.startswith("in/")}

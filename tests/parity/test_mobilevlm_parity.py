@@ -13,7 +13,7 @@ from mobilevlm_reference import NAMES, make
 from tiny_torch import ODD
 
 from efficient_vlm.errors import UserError
-from efficient_vlm.interop import load, verify
+from efficient_vlm.interop import architecture, export, load, verify
 from efficient_vlm.interop.families.table import family_of
 from efficient_vlm.interop.safetensors_read import Checkpoint
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.parity
 
 
 def opened(config, folder):
-    family, model = family_of(config), load.build_model(config)
+    family, model = family_of(config), architecture.build_model(config)
     return family, model, load.Source(Checkpoint.open(folder), family, config, model)
 
 
@@ -45,7 +45,7 @@ def test_ours_equals_the_reference(kind, flat, tmp_path):
 def test_there_and_back_bit_for_bit(kind, tmp_path):
     config, _ = make(kind, tmp_path)
     family, model, source = opened(config, tmp_path)
-    load.export(tmp_path / "back", family, config, model, load.stacked(source))
+    export.export(tmp_path / "back", family, config, model, load.stacked(source))
     again = Checkpoint.open(tmp_path / "back")
     assert set(again.names) == set(source.checkpoint.names) - set(source.carried)
     for name in again.names:
@@ -56,6 +56,8 @@ def test_what_it_cannot_be_is_said():
     config = dict(model_type="mobilevlm", hidden_size=8, mm_projector_type="mlp2x_gelu")
     config |= ODD.text()
     with pytest.raises(UserError, match="mm_projector_type"):
-        load.build_model(config)
+        architecture.build_model(config)
     with pytest.raises(UserError, match="mm_vision_tower"):
-        load.build_model(config | dict(mm_projector_type="ldpnet", mm_vision_tower="a/eva-clip"))
+        architecture.build_model(
+            config | dict(mm_projector_type="ldpnet", mm_vision_tower="a/eva-clip")
+        )

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from efficient_vlm.interop import load
+from efficient_vlm.interop import architecture, export
 from efficient_vlm.interop.families.table import family_of
 
 OUT = Path(__file__).parent / "smolvlm"
@@ -81,14 +81,14 @@ def main() -> int:
         text_config=text,
         vision_config=vision,
     )
-    model = load.build_model(config)
+    model = architecture.build_model(config)
     rng = np.random.default_rng(0)
-    shapes = load.abstract_parameters(model)
+    shapes = architecture.abstract_parameters(model)
     params = jax.tree.map(
         lambda p: (rng.standard_normal(p.shape) * 0.2 + (p.ndim == 1)).astype(ml_dtypes.bfloat16),
         shapes,
     )
-    load.export(OUT, family_of(config), config, model, params)
+    export.export(OUT, family_of(config), config, model, params)
     words.save(str(OUT / "tokenizer.json"))
     settings = {
         "tokenizer_config.json": dict(

@@ -16,7 +16,7 @@ from efficient_vlm import sharding
 from efficient_vlm.errors import UserError
 from efficient_vlm.inference import generate as stages
 from efficient_vlm.inference.cache import cache_shardings
-from efficient_vlm.interop.load import boxed_parameters
+from efficient_vlm.interop.architecture import boxed_parameters
 from efficient_vlm.models.images import ImageExtras
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.train import step as steps

@@ -1,0 +1,82 @@
+"""Parameters of ours to published checkpoints."""
+
+import functools
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from efficient_vlm.interop import safetensors_write
+from efficient_vlm.interop.architecture import flatten, name_map
+from efficient_vlm.interop.families.base import Config, Family
+from efficient_vlm.interop.load import in_stack
+from efficient_vlm.models.vlm import VisionLanguageModel
+from efficient_vlm.train.manifest import write_atomic
+
+
+def export(
+    directory: str | os.PathLike,
+    family: Family,
+    config: Config,
+    model: VisionLanguageModel,
+    params: Any,
+    *,
+    dtype: Any = None,
+    carried: Mapping[str, np.ndarray] | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> tuple[Path, ...]:
+    """Writes parameters as a Hugging Face checkpoint: hub names, config.json, safetensors.
+
+    Args:
+      directory: to write to.
+      family, config, model: what the parameters are of.
+      params: stacked or split.
+      dtype: to write; None for those of the parameters. `config.json` says which most have.
+      carried: tensors by hub name that the model does not use, written as they are.
+      max_shard_bytes: see `safetensors_write.write`.
+
+    Returns:
+      The weight files.
+    """
+    names = name_map(family, config, model)
+    flat = flatten(params)
+
+    def parameter(path: str) -> np.ndarray:
+        if path in flat:
+            return np.asarray(flat[path])
+        prefix, layer, rest = in_stack(path)
+        return np.asarray(flat[f"{prefix}/{rest}"][layer])
+
+    def written(name: str) -> np.ndarray:
+        value = names.assemble(name, parameter)
+        return value if dtype is None else value.astype(dtype, copy=False)
+
+    kinds = {
+        piece.name: np.dtype(dtype or parameter(path).dtype)
+        for path, leaf in names.leaves.items()
+        for piece in leaf.pieces
+    }
+    tensors = [
+        (name, shape, kinds[name], functools.partial(written, name))
+        for name, shape in names.tensors().items()
+    ]
+    table = names.leaves.get("language/embedding")
+    tied = table is not None and model.decoder.get("tie_embeddings")
+    for name, value in (carried or {}).items():
+        if tied and name.endswith("lm_head.weight"):
+            # It repeated the table when it was read, and must do so still.
+            piece = table.pieces[0]
+            again = functools.partial(written, piece.name)
+            tensors.append((name, piece.shape, kinds[piece.name], again))
+            continue
+        tensors.append((name, value.shape, value.dtype, functools.partial(np.asarray, value)))
+    files = safetensors_write.write(directory, tensors, max_shard_bytes=max_shard_bytes)
+    kind = max(set(kinds.values()), key=list(kinds.values()).count)
+    config = {key: value for key, value in config.items() if key != "torch_dtype"}
+    text = json.dumps({**config, "dtype": str(kind)}, indent=2, sort_keys=True)
+    with safetensors_write.writing(Path(directory)):
+        write_atomic(Path(directory) / "config.json", (text + "\n").encode())
+    return files

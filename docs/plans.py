@@ -88,6 +88,12 @@ def _stale(row: dict) -> bool:
     return row.get("stale", False)
 
 
+def _timed(row: dict) -> bool:
+    """Whether a training row's time is known: not where stale traffic may be what bounds it."""
+    flops, *traffic = (row["stages"][0]["seconds"][k] for k in ("flops", "hbm", "collectives"))
+    return not _stale(row) or flops > 1.3 * max(traffic)
+
+
 def render(rows: list[dict]) -> str:
     """docs/plans.md."""
     known = {key(row): row for row in rows}
@@ -113,8 +119,8 @@ def render(rows: list[dict]) -> str:
     ]
     if stale := sum(_stale(row) for row in rows):
         lines[-1] += (
-            f" Of {stale}, traffic was counted by rules that turned out wrong: it is left out, and "
-            "what follows from it, until they are compiled again."
+            f" Of {stale}, traffic was counted by rules that turned out wrong: until they are "
+            "compiled again it is left out, and times where it could be what bounds them."
         )
     for name in MODELS:
         mine = [known[k] for k in asked if k in known and k[0] == name]
@@ -139,7 +145,7 @@ def _memory(row: dict) -> str:
 def _gain(row: dict, rows: list[dict]) -> str:
     """Chips that this plan needs for the pictures a second of the one with all tokens."""
     full = next((r for r in rows if key(r) == (*key(row)[:3], 1)), None)
-    if full is None or not all(r.get("fits") and not _stale(r) for r in (row, full)):
+    if full is None or not all(r.get("fits") and _timed(r) for r in (row, full)):
         return ""
     chips = row["devices"] * row["estimated_seconds"] / full["estimated_seconds"]
     return f"{chips:.3g}"
@@ -185,17 +191,13 @@ def _training(rows: list[dict]) -> list[str]:
         found = [_memory(row), _gib(row["hbm_bytes"]["temporaries"])]
         if not row["fits"]:
             return found
-        seconds = row["stages"][0]["seconds"]
-        found.append(f"{row['flops'] / 1e12:.3g}")
-        if _stale(row):
+        sent = "" if _stale(row) else _gib(sum(row["collective_bytes"].values()))
+        found += [f"{row['flops'] / 1e12:.3g}", sent]
+        if not _timed(row):
             return found
-        return [
-            *found,
-            _gib(sum(row["collective_bytes"].values())),
-            _ms(row["estimated_seconds"]),
-            max(seconds, key=seconds.get),
-            _gain(row, rows),
-        ]
+        seconds = row["stages"][0]["seconds"]
+        bound = max(seconds, key=seconds.get)
+        return [*found, _ms(row["estimated_seconds"]), bound, _gain(row, rows)]
 
     mine = [(r, [] if "error" in r else cells(r)) for r in rows if r["task"] == "train"]
     return _table("Training, a step:", TRAINING, mine)

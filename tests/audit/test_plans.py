@@ -65,6 +65,7 @@ def test_loops_of_a_tpu(unroll):
     program = aot.compile_for_tpu(layers(unroll), *GIVEN)
     found = hlo.costs(program.as_text())
     assert found.flops == EXACT and found.unknown_loops == 0
+    assert found.collective_bytes == {}
     if unroll == 1:
         assert program.cost_analysis()["flops"] < EXACT / 3
 
@@ -150,6 +151,27 @@ ENTRY %main (given: f32[64,128], x: f32[64,128]) -> f32[64,512] {{
     found = hlo.costs(text)
     assert found.collective_bytes == {"all-gather": 3 * size}
     assert found.hbm_bytes == (1 + 4) * size + 4 * 2 * size
+
+
+def test_a_sum_of_which_a_slice_is_kept():
+    """A TPU's reduce-scatter is a fusion: the slice alone is written, and half as much is sent."""
+    text = """HloModule step
+
+%all-reduce-scatter (input: f32[64,512]) -> f32[64,128] {
+  %input = f32[64,512]{1,0} parameter(0)
+  %sum = f32[64,512]{1,0} all-reduce(%input), channel_id=3, to_apply=%add
+  %first = u32[] constant(0)
+  ROOT %part = f32[64,128]{1,0} dynamic-slice(%sum, %first, %first), dynamic_slice_sizes={64,128}
+}
+
+ENTRY %main (given: f32[64,512]) -> f32[64,128] {
+  %given = f32[64,512]{1,0} parameter(0)
+  ROOT %cut = f32[64,128]{1,0} fusion(%given), kind=kCustom, calls=%all-reduce-scatter
+}
+"""
+    found, size = hlo.costs(text), 64 * 128 * 4
+    assert found.collective_bytes == {"reduce-scatter": 3 * size}
+    assert found.hbm_bytes == (4 + 1) * size
 
 
 @needs_libtpu

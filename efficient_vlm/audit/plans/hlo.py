@@ -95,9 +95,11 @@ class _Program:
         for one in scope.values():
             self._products(scope, one, times)
             if (kind := _collective(one)) and not goes_on:
-                self.sent[kind] += times * self._sent(scope, one, kind)
-                # A fusion that is nothing but the start of one moves what that moves.
-                self.total.hbm_bytes += 0 if outside else times * self._moved(scope, one)
+                kind, sent = self._sent(scope, one, kind, outside)
+                self.sent[kind] += times * sent
+                if not outside and _chained(one):
+                    # A fusion that is nothing but the start of one moves what that moves.
+                    self.total.hbm_bytes += times * self._moved(scope, one)
             if outside and one.opcode not in _FREE and not one.opcode.endswith("-done"):
                 self.total.hbm_bytes += times * self._moved(scope, one)
             if one.opcode == "while":
@@ -184,7 +186,7 @@ class _Program:
         name = one.attribute("calls")
         inner = self.computations[name]
         root = next(x for x in inner.values() if x.root)
-        meanwhile = any(map(_collective, inner.values()))
+        meanwhile = any(map(_chained, inner.values()))
         if meanwhile and root.opcode != "tuple":
             return 0.0
         total, in_place = 0.0, 0.0
@@ -231,23 +233,34 @@ class _Program:
 
     # --- between devices ---------------------------------------------------------------------
 
-    def _sent(self, scope, one, kind) -> float:
+    def _sent(self, scope, one, kind, outside) -> tuple[str, float]:
         # The second operand of a ragged one is the place of its results.
         operands = one.operands[:1] if kind.startswith("ragged") else one.operands
         given = sum(size_of(scope[n].shape) for n in operands if n in scope)
         result = size_of(one.shape)
         if one.opcode.endswith("-start"):
             result = max(result - given, 0) if kind != "all-reduce" else result
-        return {
+        if not outside and kind == "all-reduce":
+            # A TPU's reduce-scatter: a sum of which the fusion gives out this device's slice.
+            root = next(x for x in scope.values() if x.root)
+            if through(scope, root.name).opcode == "dynamic-slice":
+                kind, result = "reduce-scatter", size_of(root.shape)
+        sent = {
             "all-gather": max(result - given, 0),
             "all-reduce": 2 * given,
             "reduce-scatter": max(given - result, 0),
-        }.get(kind, given)
+        }
+        return kind, sent.get(kind, given)
 
 
 def _collective(one: Instruction) -> str | None:
     kind = one.opcode.removesuffix("-start")
     return kind if kind in COLLECTIVES else None
+
+
+def _chained(one: Instruction) -> bool:
+    """Whether it is part of a collective that runs beside other work."""
+    return _collective(one) is not None and "chain_id=" in one.rest
 
 
 def _goes_on(scope) -> bool:
@@ -256,7 +269,7 @@ def _goes_on(scope) -> bool:
     One that runs beside others stands in the fusion that starts it, in each that works meanwhile,
     loops that turn more often included, and in the one that waits for its end.
     """
-    found = any("chain_id=" in one.rest for one in scope.values() if _collective(one))
+    found = any(map(_chained, scope.values()))
     return found and not any('"AsyncCollectiveStart"' in one.rest for one in scope.values())
 
 

@@ -66,7 +66,10 @@ def attend(q, k, v, key_bias=None, *, scale, causal, window=None, q_lengths=None
             local_window_size=None if window is None else (window - 1, 0),
             implementation="cudnn",
         )
-    except RuntimeError as error:  # There is no cuDNN here, or one that is too old.
+    except RuntimeError as error:
+        if isinstance(error, jax.errors.JaxRuntimeError):  # Of running it, such as out of memory.
+            raise
+        # There is no cuDNN here, or one that is too old.
         raise UserError(
             f"attention: implementation 'cudnn': {first_line(error)}",
             allowed="reference, xla",

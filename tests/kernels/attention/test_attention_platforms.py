@@ -15,6 +15,14 @@ def total(q, implementation):
     return attention(q, Q, Q, implementation=implementation).out.astype(jnp.float32).sum()
 
 
+def without_jit(function):
+    def run(x):
+        with jax.disable_jit():
+            return function(x)
+
+    return run
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="asks a CPU for what it has not")
 @pytest.mark.parametrize("implementation", ["tpu", "gpu", "cudnn"])
 @pytest.mark.parametrize(
@@ -25,8 +33,9 @@ def total(q, implementation):
         jax.grad,
         lambda f: jax.vmap(f, axis_size=1, in_axes=None),
         jax.checkpoint,
+        without_jit,
     ],
-    ids=["eager", "jit", "grad", "vmap", "checkpoint"],
+    ids=["eager", "jit", "grad", "vmap", "checkpoint", "disable_jit"],
 )
 def test_a_cpu_says_which_it_has(implementation, wrap):
     with pytest.raises(UserError) as error:

@@ -4,7 +4,8 @@
 its own. The implementation is chosen when the program is lowered, not when it is traced, so that a
 program compiled for a TPU on a CPU host gets the TPU form:
 
-  TPU, GPU   `jax.lax.ragged_dot`, native on both.
+  TPU, GPU   `jax.lax.ragged_dot`. The gradient of the matrices is not native on a TPU: XLA expands
+             it to one masked product per group.
   CPU        a loop over blocks of rows of one group each, sliced in place. There `ragged_dot` is
              expanded to one masked product per group, 10 to 100 times the work.
 """

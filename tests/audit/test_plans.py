@@ -316,6 +316,8 @@ def test_three_plans(capsys):
         (["--task=train", "--topology=v5e:2x2", "--batch=0"], "--batch=0"),
         (["--task=train", "--topology=v5e:2x2", "--batch=4,8"], "without --search"),
         (["--task=train", "--topology=v5e:2x2", "--mesh=fsdp:3"], "3 devices, v5e:2x2 has 4"),
+        (["--task=train", "--topology=v5e:2x2", "--mesh=fsdp:²"], "AXIS:DEVICES"),
+        (["--task=train", "--topology=v5e:2x2", "--mesh=fsdp:2,fsdp:4"], "'fsdp' twice"),
         (["--task=train", "--topology=v5e:2x2", "--batch=6"], "multiples of 4"),
         (["--task=train", "--topology=v5e:2x2", "--search", "--mesh=fsdp:4"], "--search tries"),
         (["--task=train", "--topology=v5e:2x2", "--search", "--remat=full"], "--search tries"),

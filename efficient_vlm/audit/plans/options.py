@@ -8,15 +8,18 @@ __all__ = ["batches_of", "parse_mesh"]
 
 def parse_mesh(text: str) -> dict[str, int]:
     """ "fsdp:64,tensor:4" -> sizes of all axes; raises UserError."""
-    sizes = dict.fromkeys(sharding.AXES, 1)
+    sizes, given = dict.fromkeys(sharding.AXES, 1), set()
     for part in text.split(","):
         name, colon, size = part.partition(":")
         if name not in sizes:
             raise unknown("--mesh", name, sharding.AXES)
-        if not colon or not size.isdigit() or int(size) < 1:
+        if not colon or not size.isdecimal() or int(size) < 1:
             raise UserError(
                 f"--mesh: {part!r}", allowed="AXIS:DEVICES", fix="--mesh=fsdp:64,tensor:4"
             )
+        if name in given:
+            raise UserError(f"--mesh={text}: {name!r} twice", fix="give each axis once")
+        given.add(name)
         sizes[name] = int(size)
     return sizes
 

@@ -90,8 +90,10 @@ def _stale(row: dict) -> bool:
 
 def _timed(row: dict) -> bool:
     """Whether a training row's time is known: not where stale traffic may be what bounds it."""
-    flops, *traffic = (row["stages"][0]["seconds"][k] for k in ("flops", "hbm", "collectives"))
-    return not _stale(row) or flops > 1.3 * max(traffic)
+    if not _stale(row):
+        return True
+    seconds = row["stages"][0]["seconds"]
+    return seconds["flops"] > 1.3 * max(seconds["hbm"], seconds["collectives"])
 
 
 def render(rows: list[dict]) -> str:

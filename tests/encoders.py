@@ -6,8 +6,8 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from efficient_vlm.interop import architecture
 from efficient_vlm.interop.families import vision
 from efficient_vlm.interop.names import NameMap
 from efficient_vlm.interop.safetensors_read import Checkpoint
@@ -27,7 +27,7 @@ def check_encoder(folder: Path) -> None:
         wanted = io["out/last_hidden_state"]
     vit = ViT(**{**fields, "image_size": pixels.shape[1:3]})
     shapes = jax.eval_shape(lambda: unstack(vit.init(jax.random.key(0), pixels)["params"]))
-    shapes = {path: leaf.shape for path, leaf in architecture.flatten(nn.unbox(shapes)).items()}
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(nn.unbox(shapes), sep="/").items()}
     names = NameMap(shapes)
     tensors = vision.clip_tensors if is_clip else vision.siglip_tensors
     tensors(names, config, "vision_model.", path="")
@@ -36,6 +36,6 @@ def check_encoder(folder: Path) -> None:
     params = {path: np.empty(shapes[path], np.float32) for path in names.leaves}
     for path, leaf in names.leaves.items():
         leaf.read(checkpoint.read, params[path])
-    features, _ = vit.apply({"params": architecture.nest(params)}, pixels)
+    features, _ = vit.apply({"params": unflatten_dict(params, sep="/")}, pixels)
     wanted = wanted[:, 1:] if is_clip else wanted
     np.testing.assert_allclose(features, wanted, atol=1e-4 * np.abs(wanted).max())

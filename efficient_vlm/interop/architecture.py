@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 
 from efficient_vlm.errors import UserError, first_line
 from efficient_vlm.interop.families.base import Config, Family
@@ -79,7 +80,7 @@ def build_model(
 
 def parameter_shapes(model: VisionLanguageModel) -> dict[str, jax.ShapeDtypeStruct]:
     """Path -> shape and dtype of each parameter in split form, without computing anything."""
-    return flatten(jax.eval_shape(unstack, abstract_parameters(model)))
+    return flatten_dict(jax.eval_shape(unstack, abstract_parameters(model)), sep="/")
 
 
 def abstract_parameters(model: VisionLanguageModel) -> Any:
@@ -102,29 +103,6 @@ def _boxed_parameters(model: VisionLanguageModel) -> Any:
         images, mask = jnp.zeros((1, 1, *sides, 3)), jnp.ones((1, 1), bool)
     init = functools.partial(model.init, method="text_logits")
     return jax.eval_shape(init, jax.random.key(0), images, mask, tokens, lengths)["params"]
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings to "a/b/c" -> leaf."""
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{name}/"))
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """ "a/b/c" -> leaf to nested dicts."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, last = path.split("/")
-        node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[last] = value
-    return tree
 
 
 def name_map(

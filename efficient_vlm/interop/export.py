@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from efficient_vlm.interop import safetensors_write
-from efficient_vlm.interop.architecture import flatten, name_map
+from efficient_vlm.interop.architecture import name_map
 from efficient_vlm.interop.families.base import Config, Family
 from efficient_vlm.interop.load import in_stack
 from efficient_vlm.models.vlm import VisionLanguageModel
@@ -42,7 +43,7 @@ def export(
       The weight files.
     """
     names = name_map(family, config, model)
-    flat = flatten(params)
+    flat = flatten_dict(params, sep="/")
 
     def parameter(path: str) -> np.ndarray:
         if path in flat:

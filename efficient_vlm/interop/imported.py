@@ -14,14 +14,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from efficient_vlm.errors import UserError
 from efficient_vlm.interop import safetensors_write
 from efficient_vlm.interop.architecture import (
     abstract_parameters,
     build_model,
-    flatten,
-    nest,
     read_config,
 )
 from efficient_vlm.interop.families.base import Config, Family
@@ -66,16 +65,18 @@ def open_weights(
             source.check_finite()
         params = load_parameters(source, dtype=dtype, sharding=sharding)
         return params, {name: source.tensor(name) for name in source.carried}
-    stacks, params = flatten(_restore(directory, model)), {}
+    stacks, params = flatten_dict(_restore(directory, model), sep="/"), {}
     for path in list(stacks):
         # Stack after stack, each converted and let go: there are never two copies of the model.
-        for name, value in flatten(unstack(nest({path: stacks.pop(path)}))).items():
+        for name, value in flatten_dict(
+            unstack(unflatten_dict({path: stacks.pop(path)}, sep="/")), sep="/"
+        ).items():
             before = value.dtype
             value = value if dtype is None else value.astype(dtype)
             check_range(name, value, before)
             where = None if sharding is None else sharding(name, value.shape)
             params[name] = value if where is None else jax.device_put(value, where)
-    return nest(params), read_carried(directory)
+    return unflatten_dict(params, sep="/"), read_carried(directory)
 
 
 def _restore(directory: Path, model: VisionLanguageModel) -> Any:
@@ -85,13 +86,14 @@ def _restore(directory: Path, model: VisionLanguageModel) -> Any:
     try:
         abstract = {
             path: jax.ShapeDtypeStruct(leaf.shape, np.dtype(kinds.get(path, leaf.dtype)))
-            for path, leaf in flatten(abstract_parameters(model)).items()
+            for path, leaf in flatten_dict(abstract_parameters(model), sep="/").items()
         }
     except TypeError as error:
         again = "run efficient-vlm import again"
         raise UserError(f"{directory / DTYPES}: {error}", fix=again) from None
     with Checkpoints(directory / CHECKPOINTS, read_only=True) as checkpoints:
-        found = checkpoints.restore_latest({"params": nest(abstract)}, subset=True)
+        wanted = {"params": unflatten_dict(abstract, sep="/")}
+        found = checkpoints.restore_latest(wanted, subset=True)
     if found is None:
         raise UserError(f"{directory}: no checkpoint", fix="run efficient-vlm import again")
     return found[1]["params"]
@@ -168,7 +170,7 @@ def _write(source: Path, target: Path, reader: Source) -> Any:
     params = stacked(reader, stage=stage)
     copy_settings(source, target)
     (target / "config.json").write_bytes((source / "config.json").read_bytes())
-    kinds = {path: str(value.dtype) for path, value in flatten(params).items()}
+    kinds = {path: str(value.dtype) for path, value in flatten_dict(params, sep="/").items()}
     (target / DTYPES).write_text(json.dumps(kinds, indent=0, sort_keys=True) + "\n")
     if reader.carried:
         carried = [(n, reader.tensor(n)) for n in reader.carried]

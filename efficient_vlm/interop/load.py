@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
-from efficient_vlm.interop.architecture import name_map, nest
+from efficient_vlm.interop.architecture import name_map
 from efficient_vlm.interop.families.base import Config, Family
 from efficient_vlm.interop.names import NameMap
 from efficient_vlm.interop.progress import progress
@@ -185,7 +186,7 @@ def load_parameters(
             placed[path] = jax.make_array_from_callback(
                 value.shape, sharding(path, value.shape), lambda index, v=value: v[index]
             )
-    return nest(placed)
+    return unflatten_dict(placed, sep="/")
 
 
 def stacked(source: Source, dtype: Any = None, stage: Stage | None = None) -> dict[str, Any]:
@@ -218,7 +219,7 @@ def stacked(source: Source, dtype: Any = None, stage: Stage | None = None) -> di
         source.read(path, out=target.reshape(source.names.shapes[path]))
         if stage:
             stage.done(path, whole, groups[whole])
-    return nest(groups)
+    return unflatten_dict(groups, sep="/")
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

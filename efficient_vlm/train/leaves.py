@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from efficient_vlm.errors import UserError
 
@@ -202,34 +203,13 @@ def _context(ocp: Any) -> Any:
     return context
 
 
-def _nest(items: dict[str, Any]) -> dict[str, Any]:
-    root: dict[str, Any] = {}
-    for path, value in items.items():
-        *parents, last = path.split("/")
-        node = root
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[last] = value
-    return root
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}/")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
 def save_leaves(folder: Path, leaves: list[Leaf]) -> None:
     """Writes the leaves with Orbax into `folder`, which must not exist. Blocks until done."""
     ocp = _orbax()
     values = {leaf.path: leaf.value for leaf in leaves if leaf.value.size}  # Orbax: none empty
     if values:
         with _context(ocp):
-            ocp.save(folder, _nest(values))
+            ocp.save(folder, unflatten_dict(values, sep="/"))
 
 
 def load_leaves(folder: Path, stored: list[dict], abstract_state: Any) -> Any:
@@ -260,7 +240,7 @@ def load_leaves(folder: Path, stored: list[dict], abstract_state: Any) -> Any:
     if request:
         ocp = _orbax()
         with _context(ocp):
-            loaded = _flat(ocp.load(folder, _nest(request)))
+            loaded = flatten_dict(ocp.load(folder, unflatten_dict(request, sep="/")), sep="/")
 
     def finish(key_path: Any, target: Any) -> Any:
         path = leaf_path(key_path)

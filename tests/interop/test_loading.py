@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 import efficient_vlm as evlm
 from efficient_vlm import cli
@@ -109,7 +110,7 @@ def test_straight_to_a_sharding(tmp_path):
         from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
         import efficient_vlm as evlm
         from efficient_vlm.interop.imported import import_model
-        from efficient_vlm.interop.architecture import flatten
+        from flax.traverse_util import flatten_dict
 
         mesh = Mesh(np.array(jax.devices()), ("x",))
 
@@ -117,9 +118,9 @@ def test_straight_to_a_sharding(tmp_path):
             return NamedSharding(mesh, P("x") if shape and shape[0] % 4 == 0 else P())
 
         import_model(sys.argv[1], sys.argv[2])
-        plain = flatten(evlm.from_pretrained(sys.argv[1]).params)
+        plain = flatten_dict(evlm.from_pretrained(sys.argv[1]).params, sep="/")
         for folder in sys.argv[1:]:
-            found = flatten(evlm.from_pretrained(folder, sharding=sharding).params)
+            found = flatten_dict(evlm.from_pretrained(folder, sharding=sharding).params, sep="/")
             assert set(found) == set(plain)
             for path, value in found.items():
                 assert value.sharding == sharding(path, value.shape), path
@@ -227,8 +228,8 @@ def test_another_import_leaves_nothing_of_the_first(tmp_path):
     assert sorted(p.name for p in out.iterdir()) == ["checkpoints", "config.json", "dtypes.json"]
     whole, again = (evlm.from_pretrained(path).params for path in (GOLDEN / "llama", out))
     assert all(
-        np.array_equal(value, architecture.flatten(again)[path])
-        for path, value in architecture.flatten(whole).items()
+        np.array_equal(value, flatten_dict(again, sep="/")[path])
+        for path, value in flatten_dict(whole, sep="/").items()
     )
     # Killed behind the commit: what is left is swept away, and the import stands.
     (out / STAGE).mkdir()

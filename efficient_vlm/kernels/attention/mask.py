@@ -88,6 +88,7 @@ class Mask:
         every query sees.
       q_block, kv_block: int32 [B, N] and [B, M], or None; equal numbers see each other.
       spares: whether they do so outside the window, too.
+      causal: whether it was made of causality, and perhaps of more: for estimates of work alone.
     """
 
     high: jax.Array
@@ -99,6 +100,7 @@ class Mask:
     q_block: jax.Array | None = None
     kv_block: jax.Array | None = None
     spares: bool = struct.field(pytree_node=False, default=False)
+    causal: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def rule(self) -> Rule:
@@ -209,6 +211,7 @@ def make_mask(
         q_block=q_block,
         kv_block=kv_block,
         spares=window_spares_blocks and q_block is not None,
+        causal=causal,
     )
 
 
@@ -273,7 +276,8 @@ def choose(pick: jax.Array | bool, one: Mask, two: Mask) -> Mask:
     spares = two.spares if one.low is None else one.spares
     if (one.low is None) != (two.low is None):
         one, two = windowed(one), windowed(two)
-    one, two = one.replace(spares=spares), two.replace(spares=spares)
+    static = dict(spares=spares, causal=one.causal and two.causal)
+    one, two = one.replace(**static), two.replace(**static)
     return jax.tree.map(lambda a, b: jnp.where(pick, a, b), one, two)
 
 

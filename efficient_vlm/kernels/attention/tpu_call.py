@@ -6,6 +6,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from efficient_vlm.kernels.attention import blocks as tables
 from efficient_vlm.kernels.attention.packing import NUMBERS, Packed
 from efficient_vlm.kernels.attention.tpu_blocks import block_sizes, lane_dim, vmem_bytes
 
@@ -96,10 +97,11 @@ class Call(Packed):
         )
 
     def options(self, products: int, grid: tuple[int, ...]) -> dict:
-        """What `pallas_call` is told beside the grid; FLOPs are those of the whole map."""
+        """What `pallas_call` is told beside the grid; of the work what `_seen` says."""
         semantics = ("parallel",) * 3 + ("arbitrary",) * (len(grid) - 3)
-        entries = self.batch * self.heads * self.padded_q * self.padded_k
-        passes = self.padded_q // self.block_q
+        seen = self._seen()
+        entries = self.batch * self.heads * seen
+        passes = seen / (self.block_q * self.padded_k)
         return dict(
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=semantics, vmem_limit_bytes=self.vmem
@@ -107,9 +109,25 @@ class Call(Packed):
             cost_estimate=pl.CostEstimate(
                 flops=2 * entries * products,
                 transcendentals=entries,
-                bytes_accessed=self.q.dtype.itemsize * 2 * (self.q.size + self.k.size * passes),
+                bytes_accessed=round(
+                    self.q.dtype.itemsize * 2 * (self.q.size + self.k.size * passes)
+                ),
             ),
         )
+
+    def _seen(self) -> int:
+        """Entries of the map in blocks that are computed for tokens in order, none of them padding.
+
+        Which they are is in the data. Causality alone is known before, with the last query at the
+        last key: what windows, segments and padding leave out is not taken off.
+        """
+        if self.mask is None or not self.mask.causal:
+            return self.padded_q * self.padded_k
+        offset, blocks = self.num_keys - self.count, 0
+        for end in range(self.block_q, self.padded_q + 1, self.block_q):
+            keys = max(0, min(end, self.count) + offset)
+            blocks += tables.padded(min(keys, self.padded_k), self.block_k) // self.block_k
+        return blocks * self.block_q * self.block_k
 
     def row(self, heads: int, tokens: int):
         """The shape of a result that has one number for each token, as rows."""

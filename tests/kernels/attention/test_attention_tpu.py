@@ -7,7 +7,8 @@ import pytest
 from attention_contract import AttentionContract
 
 from efficient_vlm.errors import UserError
-from efficient_vlm.kernels.attention import attention, platforms, tpu_blocks
+from efficient_vlm.kernels.attention import attention, make_mask, platforms, tpu_blocks
+from efficient_vlm.kernels.attention.tpu_call import Call
 
 
 @pytest.fixture(autouse=True)
@@ -50,3 +51,18 @@ def test_what_it_lacks_is_named(change, words):
 def test_blocks_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="MiB of VMEM"):
         tpu_blocks.check("forward", 4096, 8192, 128)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("queries", "keys"), [(512, 512), (330, 330), (200, 700)])
+@pytest.mark.parametrize("by", ["queries", "keys"])
+def test_the_compiler_is_told_of_what_is_computed(by, queries, keys, causal):
+    """Of tokens in order without padding: the blocks that the lists of the call hold."""
+    q, k, v = (jnp.zeros((2, 2, n, 64)) for n in (queries, keys, keys))
+    place = jnp.arange(queries) + keys - queries
+    live = jnp.ones((2, keys), bool)
+    mask = make_mask(queries, keys, causal=causal, q_positions=place, kv_live=live)
+    name = {"queries": "backward_q", "keys": "backward_kv"}[by]
+    call = Call(name, by, q, k, v, None, mask, 1.0, None)
+    flops = call.options(3, (1,) * 4)["cost_estimate"].flops
+    assert flops == 2 * 3 * 2 * 128 * 128 * call.lists[0].sum()

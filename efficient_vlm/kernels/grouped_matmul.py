@@ -4,28 +4,39 @@
 its own. The implementation is chosen when the program is lowered, not when it is traced, so that a
 program compiled for a TPU on a CPU host gets the TPU form:
 
-  TPU, GPU   `jax.lax.ragged_dot`. The gradient of the matrices is not native on a TPU: XLA expands
-             it to one masked product per group.
+  TPU        `jax.lax.ragged_dot`, and for the gradient of the matrices `tgmm` of JAX's MegaBlox
+             kernels (arXiv 2211.15841): XLA would expand that to one masked product per group.
+  GPU        `jax.lax.ragged_dot`, for the gradient as well.
   CPU        a loop over blocks of rows of one group each, sliced in place. There `ragged_dot` is
              expanded to one masked product per group, 10 to 100 times the work.
 """
 
+import contextlib
 import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from efficient_vlm.kernels import hints
+from efficient_vlm.kernels.attention.platforms import interpretation
+
 __all__ = ["grouped_matmul", "grouped_matmul_reference"]
 
+# Of the gradient on a TPU: rows of a tile, and the most columns of a matrix's.
+_TILE_ROWS, _TILE, _LANES = 128, 512, 128
 
-def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
+
+def grouped_matmul(
+    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, room: int = 1
+) -> jax.Array:
     """Multiplies each group of rows of `lhs` by its own matrix of `rhs`.
 
     Args:
       lhs: [M, K], rows sorted by group.
       rhs: [E, K, N], one matrix per group.
       group_sizes: int32 [E] with sum M or less; a group may be empty.
+      room: how many times as many rows as there usually are `lhs` has, for estimates of the work.
 
     Returns:
       [M, N] in the dtype of `lhs`, anything in rows behind the last group; products are accumulated
@@ -33,7 +44,7 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> ja
     """
     # NumPy arrays, too: inside a loop they could not be indexed by a traced block number.
     sizes = jnp.asarray(group_sizes, jnp.int32)
-    return _grouped_matmul(jnp.asarray(lhs), jnp.asarray(rhs), sizes)
+    return _grouped_matmul(room, jnp.asarray(lhs), jnp.asarray(rhs), sizes)
 
 
 def grouped_matmul_reference(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -42,25 +53,29 @@ def grouped_matmul_reference(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Ar
     return jnp.einsum("mk,mkn->mn", lhs, rhs[group])
 
 
-@jax.custom_vjp
-def _grouped_matmul(lhs, rhs, group_sizes):
-    return lax.platform_dependent(lhs, rhs, group_sizes, cpu=_blocked, default=_ragged)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped_matmul(room, lhs, rhs, group_sizes):
+    return _by_platform(room, lhs, rhs, group_sizes, cpu=_blocked, default=_ragged)
 
 
-def _forward(lhs, rhs, group_sizes):
-    return _grouped_matmul(lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
+def _forward(room, lhs, rhs, group_sizes):
+    return _grouped_matmul(room, lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
 
 
-def _backward(residuals, cotangent):
+def _backward(room, residuals, cotangent):
     lhs, rhs, group_sizes = residuals
-    d_lhs = _grouped_matmul(cotangent, rhs.swapaxes(1, 2), group_sizes)
-    d_rhs = lax.platform_dependent(
-        lhs, cotangent, group_sizes, cpu=_blocked_outer, default=_ragged_outer
-    )
-    return d_lhs, d_rhs.astype(rhs.dtype), None
+    d_lhs = _grouped_matmul(room, cotangent, rhs.swapaxes(1, 2), group_sizes)
+    forms = dict(cpu=_blocked_outer, tpu=_tiled_outer, default=_ragged_outer)
+    forms = {name: functools.partial(form, dtype=rhs.dtype) for name, form in forms.items()}
+    return d_lhs, _by_platform(room, lhs, cotangent, group_sizes, **forms), None
 
 
 _grouped_matmul.defvjp(_forward, _backward)
+
+
+def _by_platform(room, *args, cpu, **others):
+    with hints.room_for(room) if room > 1 else contextlib.nullcontext():
+        return lax.platform_dependent(*args, cpu=functools.partial(cpu, room=room), **others)
 
 
 def _ragged(lhs, rhs, group_sizes):
@@ -69,7 +84,7 @@ def _ragged(lhs, rhs, group_sizes):
     )
 
 
-def _ragged_outer(lhs, cotangent, group_sizes):
+def _ragged_outer(lhs, cotangent, group_sizes, dtype=jnp.float32):
     """[E, K, N]: per group, lhs^T @ cotangent (the ragged dimension is contracted)."""
     numbers = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())),
@@ -78,7 +93,25 @@ def _ragged_outer(lhs, cotangent, group_sizes):
     )
     return lax.ragged_dot_general(
         lhs, cotangent, group_sizes, numbers, preferred_element_type=jnp.float32
-    )
+    ).astype(dtype)
+
+
+def _tiled_outer(lhs, cotangent, group_sizes, dtype=jnp.float32):
+    """`_ragged_outer`, added up in float32, in tiles of rows of which each group's are masked."""
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    rows, sums = _TILE_ROWS, dtype
+    if jnp.float16 in (lhs.dtype, dtype):  # No matrix unit takes it.
+        lhs, cotangent, sums = lhs.astype(jnp.float32), cotangent.astype(jnp.float32), jnp.float32
+    more = -len(lhs) % rows
+    lhs, cotangent = (jnp.pad(x, ((0, more), (0, 0))) for x in (lhs, cotangent))
+    wide = (min(_TILE, -(-x.shape[1] // _LANES) * _LANES) for x in (lhs, cotangent))
+    return tgmm(
+        *(lhs.T, cotangent, group_sizes),
+        preferred_element_type=sums,
+        tiling=(rows, *wide),
+        interpret=bool(interpretation()),
+    ).astype(dtype)
 
 
 # --- CPU -----------------------------------------------------------------------------------------
@@ -111,7 +144,7 @@ def _blocks(group_sizes, rows: int, block: int):
 _dot = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
 
 
-def _blocked(lhs, rhs, group_sizes):
+def _blocked(lhs, rhs, group_sizes, room=1):
     rows, outer = lhs.shape[0], rhs.shape[2]
     block = _block_rows(rows, rhs.shape[0])
     group, first, _, used = _blocks(group_sizes, rows, block)
@@ -122,11 +155,12 @@ def _blocked(lhs, rhs, group_sizes):
         part = _dot(lax.dynamic_slice_in_dim(x, first[i], block), rhs[group[i]])
         return lax.dynamic_update_slice_in_dim(y, part, first[i], 0)
 
-    y = lax.fori_loop(0, used, body, jnp.zeros((rows + block, outer), jnp.float32))
+    with hints.about_turns(-(-rows // (block * room))):
+        y = lax.fori_loop(0, used, body, jnp.zeros((rows + block, outer), jnp.float32))
     return y[:rows].astype(lhs.dtype)
 
 
-def _blocked_outer(lhs, cotangent, group_sizes):
+def _blocked_outer(lhs, cotangent, group_sizes, dtype=jnp.float32, room=1):
     rows, inner = lhs.shape
     outer, groups = cotangent.shape[1], group_sizes.shape[0]
     block = min(128, 2 * _block_rows(rows, groups))
@@ -144,7 +178,7 @@ def _blocked_outer(lhs, cotangent, group_sizes):
         at = jnp.where(own(index), first[:, None] + jnp.arange(block), rows)
         x, g = (jnp.take(a, at, axis=0, mode="fill", fill_value=0) for a in (lhs, cotangent))
         member = jax.nn.one_hot(group, groups, axis=0, dtype=jnp.float32)
-        return jnp.einsum("ep,pkn->ekn", member, _dot(x.swapaxes(1, 2), g))
+        return jnp.einsum("ep,pkn->ekn", member, _dot(x.swapaxes(1, 2), g)).astype(dtype)
     x, g = (jnp.pad(a, ((0, block), (0, 0))) for a in (lhs, cotangent))
 
     def body(i, total):
@@ -152,4 +186,6 @@ def _blocked_outer(lhs, cotangent, group_sizes):
         part = _dot(part.T, lax.dynamic_slice_in_dim(g, first[i], block))
         return total.at[group[i]].add(part)
 
-    return lax.fori_loop(0, used, body, jnp.zeros((groups, inner, outer), jnp.float32))
+    with hints.about_turns(-(-rows // (block * room))):
+        total = lax.fori_loop(0, used, body, jnp.zeros((groups, inner, outer), jnp.float32))
+    return total.astype(dtype)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from efficient_vlm.kernels import hints
 from efficient_vlm.kernels.grouped_matmul import grouped_matmul
 from efficient_vlm.sharding import BATCH, auto_axes
 
@@ -92,11 +93,11 @@ def dispatch(
     )(x, chosen, weights, valid, *kernels)
 
 
-def _gated(rows, sizes, kernels, act):
+def _gated(rows, sizes, kernels, act, room=1):
     """[M, D] sorted by expert -> [M, D], each row through the gated layer of its expert."""
     both, down = kernels
-    hidden, linear = jnp.split(grouped_matmul(rows, both, sizes), 2, axis=-1)
-    return grouped_matmul(act(hidden) * linear, down, sizes)
+    hidden, linear = jnp.split(grouped_matmul(rows, both, sizes, room), 2, axis=-1)
+    return grouped_matmul(act(hidden) * linear, down, sizes, room)
 
 
 # --- dropless ------------------------------------------------------------------------------------
@@ -132,7 +133,8 @@ def _far(rows, sizes, kernels, act):
     order = jnp.argsort(group, stable=True)
     total = mine.sum(axis=0)
     there = (jnp.arange(len(order)) < total.sum())[:, None]
-    y = jnp.where(there, _gated(received.reshape(len(order), -1)[order], total, kernels, act), 0)
+    y = _gated(received.reshape(len(order), -1)[order], total, kernels, act, len(counts))
+    y = jnp.where(there, y, 0)
     y = y[jnp.argsort(order)].reshape(received.shape)
     return _return(y, counts, here)
 
@@ -157,7 +159,8 @@ def _exchange(rows, counts, here):
         place = jnp.arange(room)
         taken = jnp.where(place < counts[here][:, None], starts[here][:, None] + place, room)
         parts = jnp.take(rows, taken, axis=0, mode="fill", fill_value=0)
-        return lax.all_to_all(parts, AXIS, 0, 0)
+        with hints.room_for(devices):
+            return lax.all_to_all(parts, AXIS, 0, 0)
 
     return lax.platform_dependent(rows, cpu=padded, default=ragged)
 
@@ -181,7 +184,8 @@ def _return(parts, counts, here):
         )
 
     def padded(parts):
-        back = lax.all_to_all(parts, AXIS, 0, 0)
+        with hints.room_for(devices):
+            back = lax.all_to_all(parts, AXIS, 0, 0)
         place = jnp.arange(room)
         device = jnp.searchsorted(jnp.cumsum(counts[here]), place, side="right")
         device = jnp.minimum(device, devices - 1)

@@ -16,12 +16,14 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from efficient_vlm import cli
-from efficient_vlm.audit.plans import chips, compiled, hlo, search
+from efficient_vlm import cli, sharding
+from efficient_vlm.audit.plans import chips, command, compiled, hlo, search
 from efficient_vlm.audit.plans.command import make_work
 from efficient_vlm.audit.subject import read_subject
 from efficient_vlm.errors import UserError
 from efficient_vlm.kernels import aot
+from efficient_vlm.kernels.attention import attention, make_mask
+from efficient_vlm.models import experts
 
 DOCS = Path(__file__).parents[2] / "docs"
 needs_libtpu = pytest.mark.skipif(
@@ -239,6 +241,68 @@ def test_loops_without_a_length_are_said():
     assert found.unknown_loops == 1 and found.flops == 2 * 8**3
 
 
+@pytest.mark.parametrize(("causal", "share"), [(True, 0.625), (False, 1.0)])
+def test_loops_over_blocks_turn_as_often_as_usual(causal, share):
+    """On a CPU, and so in plans for GPUs, what is computed is in the data of the mask."""
+    length, heads, dim = 4096, 2, 64
+
+    def run(q, k, v):
+        live = jnp.ones((1, length), bool)
+        mask = make_mask(length, length, causal=causal, kv_live=live)
+        return attention(q, k, v, mask=mask, implementation="xla").out
+
+    given = [_shape((1, heads, length, dim), jnp.float32)] * 3
+    for function, products in ((run, 2), (jax.grad(lambda *x: (run(*x) ** 2).sum()), 7)):
+        program = jax.jit(function).lower(*given).compile()
+        found = hlo.costs(program.as_text())
+        exact = 2 * products * heads * length**2 * dim
+        assert found.flops == pytest.approx(share * exact, rel=0.01)
+        assert found.unknown_loops == 0
+
+
+def mixture(devices, across):
+    """Costs of the gradients of eight experts on as many devices, cut over some of them."""
+    rows, tokens, width, inner, number, top_k = 8, 128, 128, 256, 8, 2
+    mesh = sharding.make_mesh(sharding.MeshConfig(expert=across), devices)
+
+    def given(shape, *spec):
+        lies = NamedSharding(mesh, PartitionSpec(*spec))
+        return _shape(shape, jnp.bfloat16, sharding=lies)
+
+    def loss(x, weights, kernels):
+        chosen = jnp.arange(tokens)[:, None] + jnp.arange(top_k)
+        chosen = jnp.broadcast_to(chosen % number, weights.shape)
+        valid = jnp.ones((rows, tokens), bool)
+        y, _ = experts.dispatch(x, chosen, weights, valid, kernels, jax.nn.silu)
+        return (y.astype(jnp.float32) ** 2).sum()
+
+    wide, back = (number, width, inner), (number, inner, width)
+    kernels = (given(wide, "expert"), given(wide, "expert"), given(back, "expert"))
+    x, weights = (given((rows, tokens, size), sharding.BATCH) for size in (width, top_k))
+    with sharding.active(mesh):
+        program = jax.jit(jax.grad(loss, (0, 2))).lower(x, weights, kernels).compile()
+    # Of one device: of its rows three products, each with two gradients, and what it sends.
+    pairs = rows * tokens * top_k // len(devices)
+    return hlo.costs(program.as_text()), 3 * 3 * 2 * pairs * width * inner, pairs * width * 2
+
+
+def test_experts_on_a_cpu():
+    """And so in plans for GPUs: loops over blocks of rows, as many as there are rows."""
+    found, flops, _ = mixture(jax.devices()[:1], 1)
+    assert found.flops == pytest.approx(flops, rel=0.1) and found.unknown_loops == 0
+
+
+@needs_libtpu
+@pytest.mark.parametrize("across", [1, 4, 8])
+def test_experts_on_other_devices_cost_as_much(across):
+    """There is room for everything of everyone; what is there is not more."""
+    found, flops, rows = mixture(aot.tpu_devices("v5e:2x4"), across)
+    assert found.flops == pytest.approx(flops, rel=0.01) and found.unknown_loops == 0
+    # There and back, and so for the gradients.
+    sent = found.collective_bytes.get("ragged-all-to-all", 0) / rows
+    assert sent == (4 if across > 1 else 0)
+
+
 @needs_libtpu
 @pytest.mark.slow
 def test_stages_cost_what_the_ledger_says():
@@ -373,6 +437,29 @@ def test_search_tries_what_may_be_better():
     assert asked == full  # Nine heads: one mesh; a batch that fits nowhere ends the larger ones.
     assert search.best(tried)["all"].work.remat == "dots"
     assert search.best(tried)["all"].rate == 8.0
+
+
+def test_a_plan_that_does_not_compile_is_an_answer():
+    subject = subject_of("smolvlm-256m")
+    work = make_work(subject, {"name": "none"}, "train", 16)
+    broken = UserError("train does not compile for v5e:4x4: INTERNAL")
+
+    def compile_one(one, sizes):
+        if one.remat == "none":
+            raise broken
+        return answer_of(True, 2.0)
+
+    tried = list(search.search([("all", work)], [16], 16, compile_one))
+    assert [one.error for one in tried] == [broken, None]
+    assert search.best(tried)["all"].work.remat == "dots"
+    assert "does not compile" in command._line(tried[0])
+    assert "does not compile" in command._row(tried[0], {})["error"]
+
+    def none(one, sizes):
+        raise broken
+
+    with pytest.raises(UserError, match="does not compile"):
+        list(search.search([("all", work)], [16], 16, none))
 
 
 def test_meshes_of_a_mixture():

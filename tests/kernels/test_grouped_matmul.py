@@ -1,11 +1,16 @@
 """Grouped matmul: every form against the definition, and the form each platform gets."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from efficient_vlm.audit.plans import hlo
+from efficient_vlm.kernels import aot
 from efficient_vlm.kernels import grouped_matmul as gm
+from efficient_vlm.kernels.attention.platforms import interpreted
 
 SIZES = {
     "balanced": [10, 10, 10, 10],
@@ -27,6 +32,12 @@ def by_hand(lhs, rhs, sizes):
     """float64, row by row."""
     group = np.repeat(np.arange(len(sizes)), sizes)
     return np.stack([row.astype(np.float64) @ rhs[g] for row, g in zip(lhs, group, strict=True)])
+
+
+def tiled(lhs, cotangent, sizes, dtype):
+    """The TPU's kernel in Pallas' interpreter."""
+    with interpreted():
+        return gm._tiled_outer(lhs, cotangent, sizes, dtype)
 
 
 FORMS = {"entry": gm.grouped_matmul, "blocked": gm._blocked, "ragged": gm._ragged}
@@ -85,3 +96,44 @@ def test_form_is_chosen_at_lowering(platform):
     traced = jax.jit(gm.grouped_matmul).trace(lhs, rhs, sizes)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert ("ragged_dot" in text) == (platform != "cpu")
+    gradient = jax.jit(jax.grad(lambda r: gm.grouped_matmul(lhs, r, sizes).sum()))
+    text = gradient.trace(rhs).lower(lowering_platforms=(platform,)).as_text()
+    assert ("tgmm" in text) == (platform == "tpu")
+    assert ("ragged_dot" in text) == (platform == "cuda")
+
+
+OUTER = {"blocked": gm._blocked_outer, "ragged": gm._ragged_outer, "tiled": tiled}
+
+
+@pytest.mark.parametrize("rows", [0, 30])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("sizes", [*SIZES.values(), [300, 1, 129, 128, 0, 511], [0, 0]])
+@pytest.mark.parametrize("form", OUTER.values(), ids=OUTER.keys())
+def test_gradients_of_matrices(form, sizes, dtype, rows):
+    """float64, group by group; with rows behind the last group that belong to none."""
+    rng = np.random.default_rng(3)
+    shapes = (sum(sizes) + rows or 8, 130), (sum(sizes) + rows or 8, 40)
+    lhs, cotangent = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+    found = form(lhs, cotangent, jnp.asarray(sizes, jnp.int32), jnp.dtype(dtype))
+    ends = np.cumsum([0, *sizes])
+    x, g = np.asarray(lhs, np.float64), np.asarray(cotangent, np.float64)
+    exact = [x[a:b].T @ g[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    assert found.dtype == dtype
+    near = {"float32": 1e-5, "bfloat16": 2**-8, "float16": 2**-11}[dtype]
+    np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=near, atol=1e-4)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_work_on_a_tpu(wanted):
+    """Forward and each gradient: 2 M K N, however many groups there are."""
+    rows, inner, outer, groups = 1024, 128, 256, 16
+
+    def loss(lhs, rhs, sizes):
+        return (gm.grouped_matmul(lhs, rhs, sizes).astype(jnp.float32) ** 2).sum()
+
+    shapes = (rows, inner), (groups, inner, outer)
+    given = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    given.append(jax.ShapeDtypeStruct((groups,), jnp.int32))
+    program = aot.compile_for_tpu(jax.grad(loss, wanted), *given)
+    assert hlo.costs(program.as_text()).flops == 2 * 2 * rows * inner * outer

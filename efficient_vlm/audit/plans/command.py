@@ -123,22 +123,25 @@ def _mesh_text(sizes: dict[str, int]) -> str:
 
 
 def _row(one: Tried, chosen: dict[str, Tried]) -> dict[str, Any]:
+    found = {"mesh": one.sizes, "error": str(one.error)} if one.error else one.answer.to_json()
     return {
         "compressor": one.label,
         "batch": one.work.batch,
         "remat": one.work.remat,
         "pictures_per_second": one.rate,
         "best": chosen.get(one.label) is one,
-        **one.answer.to_json(),
+        **found,
     }
 
 
 def _line(one: Tried) -> str:
-    memory = one.answer.fullest.hbm_bytes
     remat = f", remat {one.work.remat}" if one.work.task == "train" else ""
     text = f"{one.label}, {_mesh_text(one.sizes)}, batch {one.work.batch}{remat}: "
+    if one.error:
+        return text + str(one.error).splitlines()[0]
+    memory = one.answer.fullest.hbm_bytes
     text += f"{_gib(memory.total)} of {_gib(memory.limit)}"
-    if not one.answer.fits:
+    if not one.fits:
         return f"{text}, does not fit"
     return f"{text}, {1e3 * one.answer.estimated_seconds:.3g} ms, {one.rate:.4g} pictures/s"
 
@@ -192,4 +195,6 @@ def _show(head: dict[str, Any], answer: Answer) -> None:
             f"{_gib(answer.chip.hbm_limit)}. More devices, a smaller batch, fewer visual tokens, "
             "or another mesh (--search)."
         )
+    if loops := sum(stage.unknown_loops or 0 for stage in answer.stages):
+        console.print(f"Loops of unknown length: {loops}; they count once, so the times are low.")
     console.print(_BOUND + " All numbers are of one device.")

@@ -4,9 +4,9 @@
 all: a training step of thirty layers seems to have the FLOPs of one. Here every instruction counts
 as often as the loops around it turn, and kernels what they say of themselves.
 
-Limits: an instruction whose loop has no length in the program counts once (`unknown_loops` says how
-many such loops there are); bytes are those of whole operands and results outside of fast memory, so
-what a cache saves is not seen.
+Limits: a loop whose length is in the data turns as often as the code says that it usually does
+(`kernels.hints`), or once (`unknown_loops` says how many of these there are); bytes are those of
+whole operands and results outside of fast memory, so what a cache saves is not seen.
 """
 
 import collections
@@ -27,6 +27,7 @@ from efficient_vlm.audit.plans.hlo_text import (
     size_of,
     through,
 )
+from efficient_vlm.kernels import hints
 
 __all__ = ["Costs", "costs"]
 
@@ -59,7 +60,7 @@ class Costs:
       collective_bytes: kind -> bytes that the device sends: of what is gathered all parts but its
         own, twice the size of what is reduced everywhere (a ring), once the size of the rest.
       kernels: name -> calls.
-      unknown_loops: loops whose number of turns is not in the program.
+      unknown_loops: loops whose number of turns nothing says; they count once.
     """
 
     flops: float = 0
@@ -104,6 +105,7 @@ class _Program:
                 self.total.hbm_bytes += times * self._moved(scope, one)
             if one.opcode == "while":
                 turns = self.module.turns(scope, one)
+                turns = hints.turns_of(one.rest) if turns is None else turns
                 self.total.unknown_loops += turns is None
                 body = one.attribute("body")
                 self._add(body, times * (1 if turns is None else turns), outside=outside)
@@ -145,18 +147,23 @@ class _Program:
         elif one.opcode == "custom-call" and f'"{KERNEL}"' in one.rest:
             name = re.sub(r"\.\d+$", "", one.name)
             self.total.kernels[name] = self.total.kernels.get(name, 0) + round(times)
-            self.total.flops += times * _estimate(one, "flops")
+            self.total.flops += times * _estimate(one, "flops") / hints.room_of(one.rest)
 
     # --- memory ------------------------------------------------------------------------------
 
     def _moved(self, scope, one) -> float:
         if one.opcode == "custom-call" and f'"{KERNEL}"' in one.rest:
-            return max(_estimate(one, "bytes_accessed"), self._whole(scope, one))
+            room = hints.room_of(one.rest)
+            said = _estimate(one, "bytes_accessed")
+            return max(said, self._whole(scope, one)) if room == 1 else self._rows(scope, one, room)
         if one.opcode == "custom-call" and '"AllocateBuffer"' in one.rest:
             return 0.0
         if _collective(one):
             given = sum(size_of(scope[n].shape, fast=False) for n in one.operands if n in scope)
             result = size_of(one.shape, fast=False)
+            if _collective(one).startswith("ragged"):
+                # One of the two has room for everything of everyone: `_sent`.
+                return 2 * self._sent(scope, one, _collective(one), True)[1]
             # That of a start repeats the operands.
             return max(given, result) if one.opcode.endswith("-start") else given + result
         if one.opcode in ("copy-start", "slice-start"):
@@ -177,6 +184,12 @@ class _Program:
     def _whole(self, scope, one) -> float:
         read = sum(size_of(scope[name].shape, fast=False) for name in one.operands if name in scope)
         return read + size_of(one.shape, fast=False)
+
+    def _rows(self, scope, one, room: int) -> float:
+        """Of a grouped product: matrices as a whole, and of rows those that are there."""
+        arrays = [scope[name].shape for name in one.operands if name in scope] + [one.shape]
+        parts = ((size_of(x, fast=False), len(array_dims(x)) < 3) for x in arrays)
+        return sum(size / room if rows else size for size, rows in parts)
 
     def _fusion(self, scope, one) -> float:
         """Operands of which a slice is read count as it, and results updated in place likewise.
@@ -235,11 +248,14 @@ class _Program:
 
     def _sent(self, scope, one, kind, outside) -> tuple[str, float]:
         # The second operand of a ragged one is the place of its results.
-        operands = one.operands[:1] if kind.startswith("ragged") else one.operands
+        ragged = kind.startswith("ragged")
+        operands = one.operands[:1] if ragged else one.operands
         given = sum(size_of(scope[n].shape) for n in operands if n in scope)
         result = size_of(one.shape)
         if one.opcode.endswith("-start"):
             result = max(result - given, 0) if kind != "all-reduce" else result
+        if ragged:
+            return kind, min(given, result)
         if not outside and kind == "all-reduce":
             # A TPU's reduce-scatter: a sum of which the fusion gives out this device's slice.
             root = next(x for x in scope.values() if x.root)
@@ -250,7 +266,7 @@ class _Program:
             "all-reduce": 2 * given,
             "reduce-scatter": max(given - result, 0),
         }
-        return kind, sent.get(kind, given)
+        return kind, sent.get(kind, given) / hints.room_of(one.rest)
 
 
 def _collective(one: Instruction) -> str | None:

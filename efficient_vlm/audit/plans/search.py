@@ -22,18 +22,24 @@ class Tried:
 
     Attributes:
       label: of its compressor.
+      answer: None for a plan that did not compile, and then `error` says why.
     """
 
     label: str
     work: Work
     sizes: dict[str, int]
-    answer: Answer
+    answer: Answer | None
+    error: UserError | None = None
+
+    @property
+    def fits(self) -> bool:
+        return self.answer is not None and self.answer.fits
 
     @property
     def rate(self) -> float:
         """Pictures in a second, an upper bound; 0 for what does not fit."""
-        seconds = self.answer.estimated_seconds
-        return self.work.batch / seconds if self.answer.fits and seconds else 0.0
+        seconds = self.answer.estimated_seconds if self.fits else None
+        return self.work.batch / seconds if seconds else 0.0
 
 
 def meshes(work: Work, devices: int) -> list[dict[str, int]]:
@@ -69,7 +75,8 @@ def search(
     """Tries plans, and yields each when it is compiled.
 
     Of a mesh and a batch the first remat that fits is the fastest, so the others are left out, and
-    a batch that fits with none of them ends the larger ones of that mesh.
+    a batch that fits with none of them ends the larger ones of that mesh. A plan that does not
+    compile is one of the answers.
 
     Args:
       works: (label, what is to be done) for each compressor, at any batch.
@@ -78,9 +85,9 @@ def search(
       compile_one: see `compiled.compile_plan`.
 
     Raises:
-      UserError: no mesh divides any batch.
+      UserError: no mesh divides any batch, or no plan compiles.
     """
-    some = False
+    some, answered, error = False, False, None
     for label, work in works:
         full: list[dict[str, int]] = []
         for batch in sorted(batches):
@@ -91,12 +98,19 @@ def search(
                     continue
                 for remat in _REMAT if work.task == "train" else _REMAT[:1]:
                     one = dataclasses.replace(work, remat=remat)
-                    tried = Tried(label, one, sizes, compile_one(one, sizes))
+                    try:
+                        tried = Tried(label, one, sizes, compile_one(one, sizes))
+                        answered = True
+                    except UserError as found:
+                        tried = Tried(label, one, sizes, None, error := found)
                     yield tried
-                    if tried.answer.fits:
+                    if tried.fits:
                         break
                 else:
-                    full.append(sizes)
+                    if tried.answer is not None:
+                        full.append(sizes)
+    if error is not None and not answered:
+        raise error
     if not some:
         raise UserError(
             f"--batch={','.join(map(str, batches))}: no mesh of {devices} devices divides it",

@@ -5,7 +5,15 @@ import jax.numpy as jnp
 
 from efficient_vlm.kernels.attention.mask import SHARED, Mask
 
-__all__ = ["listed", "live_blocks", "pad_mask", "padded", "weighed_blocks", "whole_blocks"]
+__all__ = [
+    "expected_blocks",
+    "listed",
+    "live_blocks",
+    "pad_mask",
+    "padded",
+    "weighed_blocks",
+    "whole_blocks",
+]
 
 
 def padded(count: int, block: int) -> int:
@@ -31,6 +39,24 @@ def pad_mask(mask: Mask, queries: int, keys: int) -> Mask:
         kv_segment=pad(mask.kv_segment, keys, -3),
         kv_block=pad(mask.kv_block, keys, -2),
     )
+
+
+def expected_blocks(mask: Mask | None, queries: int, keys: int, block_q: int, block_k: int) -> int:
+    """How many `live_blocks` a map has if tokens are in order and none is padding: for estimates.
+
+    Which they are is in the data. Causality alone is known before, with the last query at the last
+    key: what windows, segments and padding leave out is not taken off.
+
+    Args:
+      mask: of the call.
+      queries, keys: of the map, before they are padded.
+      block_q, block_k: of a block.
+    """
+    blocks_q, blocks_k = padded(queries, block_q) // block_q, padded(keys, block_k) // block_k
+    if mask is None or not mask.causal:
+        return blocks_q * blocks_k
+    ends = (min((i + 1) * block_q, queries) + keys - queries for i in range(blocks_q))
+    return sum(padded(max(0, end), block_k) // block_k for end in ends)
 
 
 def live_blocks(mask: Mask, block_q: int, block_k: int) -> jax.Array:

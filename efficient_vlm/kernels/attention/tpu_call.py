@@ -99,9 +99,10 @@ class Call(Packed):
     def options(self, products: int, grid: tuple[int, ...]) -> dict:
         """What `pallas_call` is told beside the grid; of the work what `_seen` says."""
         semantics = ("parallel",) * 3 + ("arbitrary",) * (len(grid) - 3)
-        seen = self._seen()
-        entries = self.batch * self.heads * seen
-        passes = seen / (self.block_q * self.padded_k)
+        block = self.block_q, self.block_k
+        seen = tables.expected_blocks(self.mask, self.count, self.num_keys, *block)
+        entries = self.batch * self.heads * seen * self.block_q * self.block_k
+        passes = seen / (self.padded_k // self.block_k)
         return dict(
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=semantics, vmem_limit_bytes=self.vmem
@@ -114,20 +115,6 @@ class Call(Packed):
                 ),
             ),
         )
-
-    def _seen(self) -> int:
-        """Entries of the map in blocks that are computed for tokens in order, none of them padding.
-
-        Which they are is in the data. Causality alone is known before, with the last query at the
-        last key: what windows, segments and padding leave out is not taken off.
-        """
-        if self.mask is None or not self.mask.causal:
-            return self.padded_q * self.padded_k
-        offset, blocks = self.num_keys - self.count, 0
-        for end in range(self.block_q, self.padded_q + 1, self.block_q):
-            keys = max(0, min(end, self.count) + offset)
-            blocks += tables.padded(min(keys, self.padded_k), self.block_k) // self.block_k
-        return blocks * self.block_q * self.block_k
 
     def row(self, heads: int, tokens: int):
         """The shape of a result that has one number for each token, as rows."""

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from efficient_vlm.kernels import hints
 from efficient_vlm.kernels.attention import blocks as tables
 from efficient_vlm.kernels.attention.mask import K_FIELDS, NEGATIVE, Q_FIELDS, Mask, all_seen
 
@@ -316,7 +317,10 @@ class _Cut:
     def over_keys(self, step, start, live, i):
         """`step` over the blocks of keys; over those that hold anything, where they are listed."""
         if live is not None:
-            return lax.fori_loop(0, live[1][i], step, start)
+            shape = self.count, self.num_keys, self.block_q, self.block_k
+            usual = tables.expected_blocks(self.mask, *shape) / self.blocks_q
+            with hints.about_turns(usual):
+                return lax.fori_loop(0, live[1][i], step, start)
         if self.blocks_k == 1:
             return step(0, start)
         return lax.fori_loop(0, self.blocks_k, step, start)

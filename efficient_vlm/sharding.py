@@ -30,11 +30,11 @@ __all__ = [
     "batch_sharding",
     "check_batch",
     "constrain",
-    "data_part",
     "global_batch",
     "is_box",
     "logical_axes",
     "make_mesh",
+    "own_rows",
     "param_shardings",
     "path_of",
     "spec_of",
@@ -234,48 +234,51 @@ def check_batch(rows: int, mesh: Mesh, accumulate: int = 1) -> None:
         )
 
 
-def data_part(mesh: Mesh, rows: int) -> tuple[int, int]:
-    """(number, count): this process reads part `number` of `count` of each batch.
+def own_rows(mesh: Mesh, rows: int, process: int | None = None) -> np.ndarray:
+    """int [n], the rows of each batch that a process reads: those of its devices, in order.
 
-    Processes whose devices share rows, because a layer's width is cut over both, read the same.
+    They may stand here and there: the chips of a host of a pod are neighbours on its torus, but not
+    in the order of a mesh. Processes whose devices share rows, because a layer's width is cut over
+    both, read the same.
 
     Args:
       mesh: see `make_mesh`.
       rows: of a batch; divided over the mesh, see `check_batch`.
-
-    Raises:
-      UserError: the rows of its devices are not one stretch of equal parts.
+      process: its number; None for this one.
     """
-    where = batch_sharding(mesh).addressable_devices_indices_map((rows,))
-    parts = sorted({(i.start or 0, rows if i.stop is None else i.stop) for (i,) in where.values()})
-    first, last = parts[0][0], max(stop for _, stop in parts)
-    size = last - first
-    if sum(stop - start for start, stop in parts) != size or first % size or rows % size:
-        raise UserError(
-            "train.mesh: the devices of a process have rows here and there",
-            fix="more devices along `data` or `fsdp`, fewer along `tensor`",
-        )
-    return first // size, rows // size
+    blocks = _own_blocks(mesh, jax.process_index() if process is None else process)
+    size = rows // math.prod(mesh.shape[axis] for axis in BATCH)
+    return np.concatenate([np.arange(block * size, (block + 1) * size) for block in blocks])
 
 
 def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """A batch on the mesh, each device with rows of its own.
 
     Args:
-      batch: the rows of this process, see `data_part`; with one process, all.
+      batch: the rows of this process, see `own_rows`; with one process, all.
       mesh: see `make_mesh`.
     """
-    sharding = batch_sharding(mesh)
+    lies = batch_sharding(mesh)
+    blocks = _own_blocks(mesh, jax.process_index())
+    count = math.prod(mesh.shape[axis] for axis in BATCH)
 
     def spread(x: np.ndarray) -> jax.Array:
-        count = 1 if jax.process_count() == 1 else _parts(mesh)
-        shape = (len(x) * count, *np.shape(x)[1:])
-        return jax.make_array_from_process_local_data(sharding, np.asarray(x), shape)
+        size = len(x) // len(blocks)
+        places = {block * size: place * size for place, block in enumerate(blocks)}
 
-    return {name: spread(x) for name, x in batch.items()}
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            first = places[index[0].start or 0]
+            return x[first : first + size]
+
+        return jax.make_array_from_callback((size * count, *x.shape[1:]), lies, part)
+
+    return {name: spread(np.asarray(x)) for name, x in batch.items()}
 
 
 @functools.cache
-def _parts(mesh: Mesh) -> int:
-    """Of a batch, that processes read."""
-    return data_part(mesh, math.prod(mesh.shape[axis] for axis in BATCH))[1]
+def _own_blocks(mesh: Mesh, process: int) -> tuple[int, ...]:
+    """Which of the equal parts of a batch the devices of a process have."""
+    count = math.prod(mesh.shape[axis] for axis in BATCH)
+    where = batch_sharding(mesh).devices_indices_map((count,))
+    mine = (index for device, (index,) in where.items() if device.process_index == process)
+    return tuple(sorted({index.start or 0 for index in mine}))

@@ -1,13 +1,13 @@
 """Records to batches: shuffled, resumable, and in an order that no number of processes changes.
 
-    shuffle -> repeat -> batch (of record numbers) -> this process's part -> decode and tokenize
+    shuffle -> repeat -> batch (of record numbers) -> this process's rows -> decode and tokenize
 
 The state of the iterator is the number of the next batch. Everything random is a function of
 (seed, position in the global order), so a resumed run continues exactly. A record that cannot be
 used is replaced by the next usable one of the source, which depends on nothing but the data.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,7 @@ class Pipeline:
         config: DataConfig,
         source: Source,
         tokenizer: Tokenizer,
-        process_index: int,
-        process_count: int,
+        rows: Sequence[int] | None = None,
     ):
         self.config = config
         self.source = source
@@ -52,10 +51,9 @@ class Pipeline:
         self.spec = make_spec(config, source.tasks)
         self.fingerprint = make_fingerprint(config, source, tokenizer, self.spec)
         self._skips = SkipCounter(len(source), config.max_skip_fraction)
-        local = config.batch_size // process_count
         self._cache: dict[int, tuple] = {}
         self._cache_left = config.cache_mb * 2**20
-        self._part = slice(process_index * local, (process_index + 1) * local)
+        self._rows = range(config.batch_size) if rows is None else rows
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -77,10 +75,9 @@ class Pipeline:
         return iter(batches.to_iter_dataset(options))
 
     def _load(self, number: int, records: np.ndarray) -> dict[str, np.ndarray]:
-        """This process's part of global batch `number`, whose records are `records`."""
+        """This process's rows of global batch `number`, whose records are `records`."""
         first = number * len(records)
-        places = range(len(records))[self._part]
-        examples = [self._example(first + place, int(records[place])) for place in places]
+        examples = [self._example(first + row, int(records[row])) for row in self._rows]
         return transforms.stack(examples)
 
     def _example(self, position: int, index: int) -> dict[str, np.ndarray]:
@@ -124,30 +121,21 @@ class Pipeline:
 def make_train(
     config: DataConfig,
     *,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     workdir: str | Path | None = None,
 ) -> Pipeline:
     """The training data.
 
-    Process p of n yields rows p*B/n..(p+1)*B/n-1 of every global batch of B = batch_size.
-
     Args:
       config: see `DataConfig`.
-      process_index: number of this process.
-      process_count: number of processes.
+      rows: those of every global batch of `batch_size` that this process reads, see
+        `sharding.own_rows`; None for all.
       workdir: a trained tokenizer is kept here as tokenizer.json, and reused when it exists.
 
     Raises:
       UserError: bad config, no data, damaged data.
     """
     validate(config)
-    if config.batch_size % process_count:
-        raise UserError(
-            f"data.batch_size: {config.batch_size} over {process_count} processes",
-            allowed=f"a multiple of {process_count}",
-            fix=f"data.batch_size={-(-config.batch_size // process_count) * process_count}",
-        )
     source = open_source(config, "train")
     if not len(source):
         raise UserError(
@@ -155,7 +143,7 @@ def make_train(
             fix="add samples, or set data.eval_path (or a smaller data.test_fraction)",
         )
     tokenizer = make_tokenizer(config, source, workdir)
-    return Pipeline(config, source, tokenizer, process_index, process_count)
+    return Pipeline(config, source, tokenizer, rows)
 
 
 def make_tokenizer(

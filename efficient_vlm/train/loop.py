@@ -18,7 +18,7 @@ from efficient_vlm.data.reader import Reader
 from efficient_vlm.errors import UserError
 from efficient_vlm.models.build import construct
 from efficient_vlm.models.vlm import VisionLanguageModel
-from efficient_vlm.sharding import data_part
+from efficient_vlm.sharding import own_rows
 from efficient_vlm.train import step as steps
 from efficient_vlm.train.arms import Arm, draw_arm, make_arms, make_model
 from efficient_vlm.train.checkpoint import Checkpoints, NonFiniteState, SaveFailed
@@ -79,9 +79,9 @@ def train(
     start_time = time.monotonic()
     settings, data_config, optimizer = read_config(config)
     mesh = make_mesh(settings, data_config.batch_size)
-    part = (0, 1) if mesh is None else data_part(mesh, data_config.batch_size)
+    rows = None if mesh is None else own_rows(mesh, data_config.batch_size)
     several = jax.process_count() > 1
-    options = dict(workdir=workdir, process_index=part[0], process_count=part[1])
+    options = dict(workdir=workdir, rows=rows)
     say("Data: opening (the first run builds it) ...")
     fresh = not any((workdir / "checkpoints").glob("*"))
     known = preview(data_config) if fresh and not several else None
@@ -94,7 +94,7 @@ def train(
     model = make_model(config, tokenizer.vocab_size)
     arms = make_arms(model, settings.elastic)
     example = transforms.empty(spec, tokenizer.pad_id)
-    shapes = transforms.stack([example] * (data_config.batch_size // part[1]))
+    shapes = transforms.stack([example] * (data_config.batch_size if rows is None else len(rows)))
     state, tx, placement = initialise(arms, shapes, settings, optimizer, mesh)
     aux = {name: getattr(settings, name) for name in ("load_balance", "router_z", "selector")}
     functions = [

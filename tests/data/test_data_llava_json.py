@@ -135,7 +135,7 @@ def test_bad_samples_do_not_move_others(write_rows):
     assert [next(fresh)["index"].tolist() for _ in range(5)] == [
         got[k : k + 4] for k in range(16, 36, 4)
     ]
-    halves = [make_train(broken, process_index=p, process_count=2) for p in range(2)]
+    halves = [make_train(broken, rows=rows) for rows in (range(2), range(2, 4))]
     iterators = [iter(h) for h in halves]
     joined = [i for _ in range(9) for it in iterators for i in next(it)["index"].tolist()]
     assert joined == got

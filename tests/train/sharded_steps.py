@@ -65,7 +65,8 @@ def run(kind, job):
 
     Args:
       kind: see `make`.
-      job: "mesh" (None for one device), "zero", "steps", "folder" for a checkpoint at the end, from
+      job: "mesh" (None for one device), "mixed" for one whose devices of a process are not
+        neighbours, "zero", "steps", "folder" for a checkpoint at the end, from
         which a later job of the same folder goes on, up to its own number of steps.
     """
     model, tx = make(kind), optax.adamw(1e-2)
@@ -79,7 +80,10 @@ def run(kind, job):
 
     placement, init = None, state
     if job["mesh"] is not None:
-        mesh = sharding.make_mesh(sharding.MeshConfig(**job["mesh"]))
+        devices = jax.devices()
+        if job.get("mixed"):
+            devices = [devices[i] for i in np.arange(len(devices)).reshape(2, -1).T.flat]
+        mesh = sharding.make_mesh(sharding.MeshConfig(**job["mesh"]), devices)
         cut = sharding.param_shardings(jax.eval_shape(params), mesh)
         lies = state_shardings(jax.eval_shape(state), cut, tx, mesh, zero=job.get("zero", False))
         placement, init = Placement(mesh, lies), jax.jit(state, out_shardings=lies)
@@ -94,8 +98,7 @@ def run(kind, job):
         saved = Checkpoints(job["folder"], background=False)
         if (restored := saved.restore_latest(now, place)) is not None:
             now = restored[1]
-    rows = 8 // jax.process_count()
-    part = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+    part = slice(None) if placement is None else sharding.own_rows(placement.mesh, 8)
     for batch in list(batches(job["steps"]))[place.batches :]:
         now, metrics = step(now, {name: x[part] for name, x in batch.items()})
         place.batches += 1

@@ -155,11 +155,13 @@ def test_two_processes_and_other_layouts(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder = str(tmp_path / "checkpoints")
-    jobs = [dict(mesh=mesh, steps=3, folder=folder)]
+    jobs = [dict(mesh=mesh, steps=3, folder=folder), dict(mesh=dict(fsdp=8), mixed=True, steps=2)]
     pair = [start("moe", jobs, 4, process=(i, 2, port)) for i in range(2)]
-    one, two = (found(process)[0] for process in pair)
-    assert one["steps"] == two["steps"]
-    assert_close({"steps": one["steps"]}, {"steps": whole["steps"][:3]})
+    one, two = map(found, pair)
+    assert [job["steps"] for job in one] == [job["steps"] for job in two]
+    assert_close(one[0], {"steps": whole["steps"][:3]})
+    # Rows of a process that are no stretch of the batch, as on pods.
+    assert_close(one[1], {"steps": whole["steps"][:2]})
     # Two processes -> four devices of one -> one device.
     four = found(start("moe", [dict(mesh=dict(fsdp=4), steps=5, folder=folder)], 4))[0]
     last = found(start("moe", [dict(mesh=None, steps=6, folder=folder)], 1))[0]
@@ -258,6 +260,30 @@ def test_meshes_that_cannot_be(mesh, words):
     with pytest.raises(UserError) as error:
         make_mesh(TrainConfig(steps=1, mesh=mesh), 8)
     assert words in str(error.value) and len(str(error.value).splitlines()) <= 3
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.parametrize(
+    ("topology", "sizes"),
+    [
+        ("v5e:4x4", dict(fsdp=16)),
+        ("v5e:16x16", dict(fsdp=256)),
+        ("v5e:16x16", dict(fsdp=64, tensor=4)),
+        ("v5p:4x4x4", dict(fsdp=64)),
+        ("v5p:4x4x4", dict(data=8, expert=2, tensor=4)),
+    ],
+)
+def test_rows_of_the_hosts_of_a_pod(topology, sizes):
+    """Chips of a host are neighbours on the torus, not in the order of the mesh."""
+    mesh = sharding.make_mesh(sharding.MeshConfig(**sizes), aot.tpu_devices(topology))
+    parts = [mesh.shape[axis] for axis in sharding.BATCH]
+    wanted = {}
+    for at, device in np.ndenumerate(mesh.devices):
+        block = np.ravel_multi_index(at[: len(parts)], parts)
+        wanted.setdefault(device.process_index, set()).update((2 * block, 2 * block + 1))
+    assert len(wanted) > 1
+    for process, rows in wanted.items():
+        assert sharding.own_rows(mesh, 2 * np.prod(parts), process).tolist() == sorted(rows)
 
 
 def test_batches_that_do_not_divide():

@@ -108,7 +108,13 @@ def fit(
                 if stop.requested:
                     raise loop.Stopped(stop.exit_code, trained.summary["steps"])
 
-            def finish() -> dict[str, Any]:
+            def finish() -> dict[str, Any] | loop.Stopped:
+                try:
+                    return evaluated()
+                except loop.Stopped as stopped:
+                    return stopped
+
+            def evaluated() -> dict[str, Any]:
                 results = {"train": trained.summary}
                 clock = Goodput(workdir, warn=say)
                 try:
@@ -126,7 +132,12 @@ def fit(
                 say(f"Report:  {report}")
                 return results
 
-            return processes.agreed(finish)
+            # One answer for all: a signal to the first ends the others as it ends the first.
+            found = processes.agreed(finish)
+            code = processes.largest(found.exit_code if isinstance(found, loop.Stopped) else 0)
+            if code:
+                raise loop.Stopped(code, trained.summary["steps"])
+            return found
         except loop.Stopped as stopped:
             say(f"Stopped after step {stopped.step}; everything up to it is saved.")
             if command:

@@ -369,6 +369,24 @@ class Checkpoints:
             data_iterator.set_state(position)
         return step, state, decode_json(info["metadata"])
 
+    def sha256(self, step: int, part: str = "") -> str:
+        """`state_sha256` of what a committed step holds, or of a part of it such as "params".
+
+        Leaves are read one after the other into the memory of this process, without the others:
+        for states of several processes, which no device has room for.
+        """
+        folder = self.directory / str(step)
+        rows = json.loads((folder / _INFO).read_bytes())["leaves"]
+        head = f"{part}/" if part else ""
+
+        def read(row: dict[str, Any]) -> leaf_store.Leaf:
+            like = {row["path"]: np.empty(())}
+            (leaf,) = leaf_store.snapshot(leaf_store.load_leaves(folder / "state", rows, like))
+            return dataclasses.replace(leaf, path=row["path"].removeprefix(head))
+
+        chosen = (row for row in rows if row["path"].startswith(head))
+        return leaf_store.sha256_of(map(read, sorted(chosen, key=lambda row: row["path"])))
+
     def _newest_good(self) -> int | None:
         step, lost = None, False
         if self._read_only:

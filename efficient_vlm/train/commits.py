@@ -1,5 +1,6 @@
 """The committed index of a checkpoint directory: recovery, quarantine, retention."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable
@@ -77,7 +78,8 @@ class Commits:
                 shutil.rmtree(entry, ignore_errors=True)
             elif entry.name.startswith(f".{manifest.INDEX}."):
                 entry.unlink(missing_ok=True)
-        self.delete_old()
+        # What the index has given up is deleted behind the next commit, or when a newer step has
+        # been verified: not before, for the write that gave it up may be all that there is.
         for step in sorted(set(self._folders()) - self.steps.keys() - set(self._deleting)):
             # Killed between rename and index. Not used, but not ours to delete either: it could
             # be a folder that someone moved here by hand.
@@ -105,6 +107,9 @@ class Commits:
         except BaseException:
             self.steps, self._deleting, self._damaged = before
             os.rename(final, temporary)
+            # The new index may be there already, and fail afterwards.
+            with contextlib.suppress(OSError):
+                self._write()
             raise
 
     def delete_old(self) -> None:
@@ -112,7 +117,7 @@ class Commits:
         for step in self._deleting:
             shutil.rmtree(self.directory / str(step), ignore_errors=True)
         # What could not be deleted stays listed, and is tried again.
-        self._deleting = [step for step in self._deleting if (self.directory / str(step)).exists()]
+        self._deleting = self._given_up()
 
     def newest_verified(self) -> tuple[int | None, bool]:
         """The newest step whose every byte is as written; damaged ones are set aside on the way.
@@ -121,20 +126,28 @@ class Commits:
           (step or None, whether any step has been lost to damage).
         """
         lost = bool(self._damaged)
-        for step in sorted(self.steps, reverse=True):
+        for step in sorted({*self.steps, *self._given_up()}, reverse=True):
             try:
-                manifest.verify(self.directory / str(step), step, self.steps[step])
-                return step, lost
+                manifest.verify(self.directory / str(step), step, self.steps.get(step))
             except Damaged as error:
-                lost = True
-                self._quarantine(step, str(error))
+                if step in self.steps:  # Others are being deleted.
+                    lost = True
+                    self._quarantine(step, str(error))
+                continue
+            if not self._read_only:
+                if step not in self.steps:
+                    self.steps[step] = None
+                    self._deleting.remove(step)
+                    self._write()
+                self.delete_old()
+            return step, lost
         if not lost and self.directory.is_dir():
             lost = any(self.directory.glob("[0-9]*.damaged-*"))
         return None, lost
 
     def _quarantine(self, step: int, reason: str) -> None:
         where = self.directory / str(step)
-        older = max((s for s in self.steps if s < step), default=None)
+        older = max((s for s in {*self.steps, *self._given_up()} if s < step), default=None)
         then = "no older step is left" if older is None else f"falling back to step {older}"
         if self._read_only:
             self._warn(f"checkpoint {where} is damaged ({reason}); {then}")
@@ -144,6 +157,10 @@ class Commits:
         self._damaged.append(step)
         self._write()
         self._warn(f"checkpoint {where} is damaged ({reason}), renamed to {name}; {then}")
+
+    def _given_up(self) -> list[int]:
+        """Steps that the index no longer wants, and whose folders are still there."""
+        return [step for step in self._deleting if (self.directory / str(step)).exists()]
 
     def _folders(self) -> list[int]:
         """Steps that have a folder, committed or not."""

@@ -5,7 +5,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -29,7 +29,7 @@ from efficient_vlm.train.leaves import state_sha256
 from efficient_vlm.train.metrics import MetricsWriter
 from efficient_vlm.train.optimizer import schedule
 from efficient_vlm.train.parameters import initialise, load_params, start_from
-from efficient_vlm.train.processes import agreed, is_first, largest, to_host
+from efficient_vlm.train.processes import agreed, is_first, largest
 from efficient_vlm.train.progress import Progress
 
 
@@ -38,7 +38,8 @@ class Trained:
     """What evaluation needs of a finished run.
 
     Attributes:
-      model, params: the model, and its parameters (the average, if there is one).
+      model, params: the model, and its parameters (the average, if there is one); of several
+        processes only the first has them, in host memory.
       pipeline: the training data, for tokenizer and tasks.
       summary: the "train" part of results.json.
     """
@@ -95,31 +96,33 @@ def train(
     arms = make_arms(model, settings.elastic)
     example = transforms.empty(spec, tokenizer.pad_id)
     shapes = transforms.stack([example] * (data_config.batch_size if rows is None else len(rows)))
-    state, tx, placement = initialise(arms, shapes, settings, optimizer, mesh)
+    start = initialise(arms, shapes, settings, optimizer, mesh)
     aux = {name: getattr(settings, name) for name in ("load_balance", "router_z", "selector")}
     functions = [
         steps.make_train_step(
             arm.model,
-            tx,
+            start.tx,
             seed=settings.seed,
             accumulate=settings.accumulate,
             aux=aux,
             ema=settings.ema,
-            placement=placement,
+            placement=start.placement,
         )
         for arm in arms
     ]
     compiled = 0.0
     if building:
         before = time.monotonic()
-        steps.warm_up(functions[draw_arm(arms, settings.seed, 1, settings.steps)], state, shapes)
+        first_arm = draw_arm(arms, settings.seed, 1, settings.steps)
+        # A state for this alone: two of them may not fit.
+        jax.block_until_ready(functions[first_arm](start.state(), shapes))
         compiled = time.monotonic() - before
         building.wait()
         pipeline = make_train(data_config, **options)
     if (pipeline.spec, pipeline.tokenizer.fingerprint) != (spec, tokenizer.fingerprint):
         raise RuntimeError("the model was made for other batches than the data give")
     say(f"Data: {len(pipeline.source)} training images, tasks {', '.join(pipeline.tasks)}")
-    count = sum(x.size for x in jax.tree.leaves(state["params"]))
+    count = sum(x.size for x in jax.tree.leaves(start.shapes["params"]))
     say(f"Model: {count:,} parameters, trained at {', '.join(arm.label for arm in arms)}")
 
     progress = Progress(settings.steps, quiet=not is_first())
@@ -144,7 +147,7 @@ def train(
         guard = NonFiniteGuard(own, settings.nonfinite_limit, warn=warn)
         goodput = Goodput(workdir, warn=warn, keep=is_first())
         first, seconds = 0, 0.0
-        restored = checkpoints.restore_latest(state, iterator)
+        restored = checkpoints.restore_latest(start.shapes, iterator)
         if restored is not None:
             first, state, metadata = restored
             check_fingerprint(
@@ -158,11 +161,12 @@ def train(
                 if first < settings.steps
                 else f"Training was already finished at step {first}: nothing is trained again"
             )
-        elif settings.init_from is not None:
-            state = start_from(state, Path(settings.init_from))
-            say(f"Starting from the parameters of {settings.init_from}")
-        if restored is None:
+        else:
+            state = start.state()
             goodput.resume(None)
+            if settings.init_from is not None:
+                state = start_from(state, Path(settings.init_from))
+                say(f"Starting from the parameters of {settings.init_from}")
         if writer is not None:
             writer.truncate_after(first)
 
@@ -177,17 +181,25 @@ def train(
                 "seconds": elapsed,
                 "params": count,
             }
+
+            def give_up(error: SaveFailed) -> NoReturn:
+                last = max(checkpoints.committed(), default=None)
+                safe = "" if last is None else f"; step {last} is safe"
+                raise UserError(
+                    f"checkpoints cannot be written: {error}",
+                    fix=f"free some space and run again{safe}",
+                ) from None
+
+            try:
+                checkpoints.wait()
+            except SaveFailed as error:  # In the background, and told by then.
+                if checkpoints.failures >= settings.save_failures and not wait:
+                    give_up(error)
             try:
                 checkpoints.save(step, state, iterator, metadata, wait=wait)
             except SaveFailed as error:
-                failed = checkpoints.failures
-                if wait or failed >= settings.save_failures:
-                    last = max(checkpoints.committed(), default=None)
-                    safe = "" if last is None else f"; step {last} is safe"
-                    raise UserError(
-                        f"checkpoints cannot be written: {error}",
-                        fix=f"free some space and run again{safe}",
-                    ) from None
+                if wait or checkpoints.failures >= settings.save_failures:
+                    give_up(error)
                 warn(f"{error}; training goes on, the next checkpoint tries again")
             except NonFiniteState as error:
                 raise UserError(
@@ -275,20 +287,35 @@ def train(
         for arm, f in zip(arms, functions, strict=True)
         if f._cache_size()
     }
-    params = to_host(state["params"])
     summary = {
         "steps": settings.steps,
         "seconds": round(total, 1),
         "params": count,
-        "params_sha256": state_sha256(params),
-        # With the optimizer: whether two runs would go on alike.
-        "state_sha256": state_sha256(to_host(state)),
         "skipped_steps": guard.total,
         "skipped_samples": pipeline.skipped,
         "compilations": compilations,
     }
-    average = to_host(state["ema"]) if "ema" in state else params
-    return Trained(model, average, pipeline, summary)
+    name = "ema" if "ema" in state else "params"
+
+    def read_back() -> tuple[dict[str, str], Any]:
+        folder = workdir / "checkpoints"
+        with Checkpoints(folder, read_only=True, warn=warn) as checkpoints:
+            found = _digests(lambda part: checkpoints.sha256(max(checkpoints.committed()), part))
+        like = jax.tree.map(lambda x: np.broadcast_to(np.empty((), x.dtype), x.shape), state[name])
+        return found, load_params(workdir, like, name)
+
+    if several:
+        # No device may have room for a whole leaf: the first process reads what all have written.
+        digests, params = agreed(read_back) or ({}, None)
+    else:
+        digests = _digests(lambda part: state_sha256(state[part] if part else state))
+        params = state[name]
+    return Trained(model, params, pipeline, summary | digests)
+
+
+def _digests(of: Callable[[str], str]) -> dict[str, str]:
+    """Those of the parameters and of the state: whether two runs would go on alike."""
+    return {"params_sha256": of("params"), "state_sha256": of("")}
 
 
 def restore(config: Mapping[str, Any], workdir: Path, pipeline: Pipeline) -> Trained:

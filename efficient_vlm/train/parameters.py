@@ -1,11 +1,13 @@
 """Parameters of a run: fresh, from another run, or from its newest checkpoint."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from efficient_vlm import sharding
@@ -17,20 +19,37 @@ from efficient_vlm.train.optimizer import OptimizerConfig, make_optimizer
 from efficient_vlm.train.placement import Placement, state_shardings
 
 
+class Start(NamedTuple):
+    """What a run starts with.
+
+    Attributes:
+      state: makes a fresh state, the same every time, on none of whose devices it ever is as a
+        whole if there is a mesh.
+      shapes: of the state, and where it lies.
+      tx: the optimizer.
+      placement: None for one device.
+    """
+
+    state: Callable[[], steps.State]
+    shapes: steps.State
+    tx: optax.GradientTransformation
+    placement: Placement | None
+
+
 def initialise(
     arms: Sequence[Arm],
     batch: Mapping[str, Any],
     settings: Any,
     optimizer: OptimizerConfig,
     mesh: Mesh | None = None,
-) -> tuple[steps.State, Any, Placement | None]:
-    """A fresh state that serves all arms, the optimizer, and where the state lies.
+) -> Start:
+    """A start that serves all arms.
 
     Args:
       arms: the models; their parameters are created once per compressor, not per budget.
       batch: anything with the shapes of a batch.
       settings, optimizer: of the run.
-      mesh: of the devices, on none of which the whole state is ever; None for one device.
+      mesh: of the devices; None for one device.
     """
     distinct = {
         tuple(
@@ -39,28 +58,28 @@ def initialise(
         for arm in arms
     }
 
-    def params():
-        return steps.init_params(list(distinct.values()), batch, settings.seed)
-
-    ema = settings.ema is not None
-    if mesh is None:
-        boxed = params()
-        tx = make_optimizer(optimizer, settings.steps, boxed)
-        return steps.init_state(boxed, tx, ema=ema), tx, None
-    boxed = jax.eval_shape(params)
+    init, key = steps.make_init(list(distinct.values()), batch), jax.random.key(settings.seed)
+    boxed = jax.eval_shape(init, key)
     tx = make_optimizer(optimizer, settings.steps, boxed)
+    rest = functools.partial(steps.init_state, tx=tx, ema=settings.ema is not None)
 
     def state():
-        return steps.init_state(params(), tx, ema=ema)
+        return rest(init(key))
 
+    shapes = jax.eval_shape(rest, boxed)
+    if mesh is None:
+        return Start(state, shapes, tx, None)
     lies = state_shardings(
-        jax.eval_shape(state),
+        shapes,
         sharding.param_shardings(boxed, mesh),
         tx,
         mesh,
         zero=bool(settings.mesh.get("zero")),
     )
-    return jax.jit(state, out_shardings=lies)(), tx, Placement(mesh, lies)
+    placed = jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, lies
+    )
+    return Start(jax.jit(state, out_shardings=lies), placed, tx, Placement(mesh, lies))
 
 
 def start_from(state: steps.State, workdir: Path) -> steps.State:

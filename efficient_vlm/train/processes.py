@@ -11,7 +11,7 @@ import numpy as np
 
 from efficient_vlm.errors import UserError, first_line
 
-__all__ = ["agreed", "is_first", "largest", "start", "to_host"]
+__all__ = ["agreed", "is_first", "largest", "start"]
 
 _ALLOWED = "auto (Slurm, TPU pods, MPI), or ADDRESS:PORT,PROCESSES,NUMBER"
 
@@ -80,12 +80,3 @@ def agreed(action: Callable[[], Any]) -> Any:
     if largest(int(problem is not None)):
         raise problem or UserError("the first process has ended with an error; see its output")
     return found
-
-
-def to_host(tree: Any) -> Any:
-    """A tree whose leaves lie on many devices, whole in the memory of every process."""
-    if jax.process_count() == 1:
-        return tree
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.process_allgather(tree, tiled=True)

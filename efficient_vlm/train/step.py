@@ -22,17 +22,24 @@ MODEL_INPUTS = ("images", "image_mask", "tokens", "lengths", "prompt_lengths")
 
 
 def init_params(models: list[VisionLanguageModel], batch: Mapping[str, Any], seed: int) -> Any:
-    """Parameters, with logical axes, that serve every one of `models`.
+    """Parameters, with logical axes, that serve every one of `models`; see `make_init`."""
+    return make_init(models, batch)(jax.random.key(seed))
+
+
+def make_init(
+    models: list[VisionLanguageModel], batch: Mapping[str, Any]
+) -> Callable[[jax.Array], Any]:
+    """From a key to parameters, with logical axes, that serve every one of `models`; jitted.
 
     Args:
       models: one model at several budgets or compressors.
       batch: a batch, or its shapes.
-      seed: of the initial values.
     """
     shapes = {
         name: jax.ShapeDtypeStruct(batch[name].shape, batch[name].dtype) for name in MODEL_INPUTS
     }
 
+    @jax.jit
     def init(key):
         zeros = {name: jnp.zeros(s.shape, s.dtype) for name, s in shapes.items()}
         params = {}
@@ -40,7 +47,7 @@ def init_params(models: list[VisionLanguageModel], batch: Mapping[str, Any], see
             params = _union(params, model.init(key, **zeros)["params"])
         return params
 
-    return jax.jit(init)(jax.random.key(seed))
+    return init
 
 
 def _union(first: Any, second: Any) -> Any:
@@ -186,14 +193,3 @@ def make_train_step(
 
     placed._cache_size, placed.lower = compiled._cache_size, lower
     return placed
-
-
-def warm_up(step: Callable[..., Any], state: State, batch: Mapping[str, Any]) -> None:
-    """Compiles a step, and leaves the state as it is.
-
-    Args:
-      step: from `make_train_step`.
-      state: copied, because a step takes what it is given.
-      batch: of the right shapes; an empty one will do.
-    """
-    jax.block_until_ready(step(jax.tree.map(jnp.copy, state), batch))

@@ -637,6 +637,7 @@ LAYOUT = """
     if mode == "pair":
         jax.distributed.initialize(f"localhost:{sys.argv[3]}", 2, int(sys.argv[4]))
     from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+    from jax.experimental import multihost_utils
     from efficient_vlm.train.checkpoint import Checkpoints, state_sha256
 
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
@@ -663,7 +664,15 @@ LAYOUT = """
     step, got, metadata = checkpoints.restore_latest(state(0), position)
     assert (step, metadata["by"], position.at) == (1, "pair", 17)
     assert got["w"].sharding.is_equivalent_to(state(0)["w"].sharding, 2)
-    print(state_sha256(got), len(got["w"].sharding.device_set))
+    def whole(x):
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(whole(jax.random.key_data(x)))
+        return multihost_utils.process_allgather(x, tiled=True)
+    digest = state_sha256(jax.tree.map(whole, got))
+    if mode == "eight" or int(sys.argv[4]) == 1:
+        # Of the files, by one process alone.
+        assert Checkpoints(directory, read_only=True).sha256(1) == digest
+    print(digest, len(got["w"].sharding.device_set))
     if mode == "eight":
         checkpoints.save(2, state(2), position, {"by": "eight"}, wait=True)
 """
@@ -693,6 +702,67 @@ def test_two_processes_eight_devices_and_one_share_a_checkpoint(tmp_path):
     assert_equal(
         got, {"w": jnp.asarray(w * 2), "b": jnp.asarray(w[:5] * 2), "key": jax.random.key(2)}
     )
+
+
+def test_digests_of_what_is_stored(tmp_path):
+    state = make_state()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, wait=True)
+        assert checkpoints.sha256(1) == state_sha256(state)
+        for part in state:
+            if isinstance(state[part], dict):
+                assert checkpoints.sha256(1, part) == state_sha256(state[part])
+
+
+def test_a_commit_that_fails_behind_the_index_and_a_kill(tmp_path, monkeypatch):
+    """The new index is there, its step is not, and what it gives up is all that there is."""
+    good = make_state()
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(10, good, wait=True)
+        write, calls = manifest.write_index, []
+
+        def broken(*args):
+            calls.append(args)
+            if len(calls) == 1:
+                write(*args)
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(manifest, "write_index", broken)
+        with pytest.raises(SaveFailed):
+            checkpoints.save(20, make_state(), wait=True)
+        monkeypatch.undo()
+    # As killed: what follows reads the disk alone.
+    assert json.loads((tmp_path / "index.json").read_text())["content"]["deleting"] == [10]
+    reader = Checkpoints(tmp_path, read_only=True, warn=lambda line: None)
+    assert reader.restore_latest(abstract(good))[0] == 10
+    lines = []
+    again = Checkpoints(tmp_path, keep=1, warn=lines.append)
+    step, got, _ = again.restore_latest(abstract(good))
+    assert step == 10 and again.committed() == [10]
+    assert_equal(got, good)
+    assert any("falling back to step 10" in line for line in lines)
+    assert again.save(30, good, wait=True)
+    assert sorted(os.listdir(tmp_path)) == ["30", "index.json"]
+
+
+def test_a_commit_that_fails_behind_the_index_is_taken_back(tmp_path, monkeypatch):
+    good = make_state()
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(10, good, wait=True)
+        write, failed = manifest.write_index, []
+
+        def broken(*args):
+            write(*args)
+            if not failed:
+                failed.append(True)
+                raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(manifest, "write_index", broken)
+        with pytest.raises(SaveFailed):
+            checkpoints.save(20, make_state(), wait=True)
+    lines = []
+    assert Checkpoints(tmp_path, keep=1, warn=lines.append).committed() == [10]
+    assert not lines
 
 
 def test_small_states_hardly_stall_the_loop(tmp_path):

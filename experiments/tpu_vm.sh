@@ -8,7 +8,7 @@
 # watch (all, and again whenever the TPU is preempted, until the run has ended).
 # Settings, from the environment:
 #   NAME      of the TPU (efficient-vlm)
-#   ZONE      such as us-central2-b (required)
+#   ZONE      such as us-west4-a, one that has TYPE (required)
 #   TYPE      accelerator type (v5litepod-16)
 #   RUNTIME   software version (v2-alpha-tpuv5-lite)
 #   SPOT      1 for one that may be preempted (1)
@@ -28,6 +28,8 @@ need ZONE
 
 tpu() { local verb=$1; shift; do_it gcloud compute tpus tpu-vm "$verb" "$NAME" --zone="$ZONE" "$@"; }
 everywhere() { tpu ssh --worker=all --command="$1"; }
+# What `watch` asks; not printed.
+ask() { gcloud compute tpus tpu-vm "$1" "$NAME" --zone="$ZONE" "${@:2}" 2>&1; }
 
 create() {
   local more=()
@@ -36,32 +38,42 @@ create() {
 }
 sync() {
   # What git knows, and nothing else: no data, no runs.
-  do_it git -C "$here" archive --format=tar.gz --output=/tmp/efficient_vlm.tar.gz HEAD
-  do_it gcloud compute tpus tpu-vm scp /tmp/efficient_vlm.tar.gz "$NAME:" --zone="$ZONE" --worker=all
-  everywhere 'mkdir -p efficient_vlm && tar -xzf efficient_vlm.tar.gz -C efficient_vlm'
+  do_it git -C "$here" archive --format=tar.gz --output=/tmp/efficient_vlm.tar.gz HEAD &&
+    do_it gcloud compute tpus tpu-vm scp /tmp/efficient_vlm.tar.gz "$NAME:" --zone="$ZONE" --worker=all &&
+    everywhere 'mkdir -p efficient_vlm && tar -xzf efficient_vlm.tar.gz -C efficient_vlm'
 }
 install() {
-  everywhere 'python3 -m venv .venv && .venv/bin/pip install -q -e efficient_vlm "jax[tpu]"'
-  if [ -n "$NFS" ]; then
-    everywhere "sudo apt-get install -yq nfs-common && sudo mkdir -p /mnt/runs && (mountpoint -q /mnt/runs || sudo mount -t nfs $(printf %q "$NFS") /mnt/runs)"
-  else
-    everywhere 'sudo mkdir -p /mnt/runs && sudo chown "$USER" /mnt/runs'
-  fi
+  local folder='sudo mkdir -p /mnt/runs'
+  [ -z "$NFS" ] || folder="sudo apt-get install -yq nfs-common && $folder && (mountpoint -q /mnt/runs || sudo mount -t nfs $(printf %q "$NFS") /mnt/runs)"
+  # Images have an older Python; uv brings one of its own.
+  everywhere 'python3 -m pip install -q --user uv && ([ -x .venv/bin/python ] || .local/bin/uv venv -q --python=3.11 .venv) && .local/bin/uv pip install -q --python=.venv/bin/python -e efficient_vlm "jax[tpu]"' &&
+    everywhere "$folder && sudo chmod 1777 /mnt/runs"
 }
+# Behind ssh, which ends at once: nothing that goes on holds its output.
+RUN='"$@" >../train.log 2>&1 & echo $! >../train.pid; wait $!; echo $? >../train.code'
 run() {
   local words
-  words=$(printf ' %q' "${train[@]}")
+  words=$(printf ' %q' ../.venv/bin/efficient-vlm train --distributed "${train[@]}")
   # The same command starts a run and goes on with it.
-  everywhere "cd efficient_vlm && rm -f ../train.code && (setsid nohup ../.venv/bin/efficient-vlm train --distributed$words >../train.log 2>&1; echo \$? >../train.code) </dev/null >/dev/null 2>&1 &"
+  everywhere "cd efficient_vlm && rm -f ../train.code ../train.stopped && { setsid nohup bash -c $(printf %q "$RUN") run$words </dev/null >/dev/null 2>&1 & }"
 }
 status() { tpu describe --format='value(state)'; }
 logs() { tpu ssh --worker=0 --command='tail -n 50 train.log; cat train.code 2>/dev/null'; }
-stop() { everywhere 'pkill -TERM -f "efficient-vlm train" || true'; }
+stop() { everywhere 'touch train.stopped; kill -TERM "$(cat train.pid)"'; }
 delete() { tpu delete --quiet; }
-all() { create; sync; install; run; }
-# READY, PREEMPTED, ...; NONE if there is no such TPU.
-state() { gcloud compute tpus tpu-vm describe "$NAME" --zone="$ZONE" --format='value(state)' 2>/dev/null || echo NONE; }
-ended() { gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=0 --command='cat train.code' 2>/dev/null || true; }
+all() { create && sync && install && run; }
+
+# READY, PREEMPTED, ...; NONE if there is no such TPU; empty if that cannot be known now.
+state() {
+  local said
+  if said=$(ask describe --format='value(state)'); then printf %s "$said"
+  elif [[ $said == *NOT_FOUND* || $said == *"not found"* ]]; then printf NONE; fi
+}
+# running, none, stopped, or the exit code of the run; empty if that cannot be known now.
+PROGRESS='if [ -f train.code ]; then if [ -f train.stopped ]; then echo stopped; else cat train.code; fi; elif kill -0 "$(cat train.pid 2>/dev/null)" 2>/dev/null; then echo running; else echo none; fi'
+progress() { ask ssh --worker=0 --command="$PROGRESS" | grep -xE 'running|none|stopped|[0-9]+' || true; }
+again() { printf 'That failed; again in %s s.\n' "$POLL"; }
+start() { sync && install && run; }
 watch() {
   if [ "$dry" = 1 ]; then
     all; status
@@ -69,15 +81,29 @@ watch() {
     delete; all
     return
   fi
-  all
-  while sleep "$POLL"; do
+  local first=1 code
+  while :; do
     case $(state) in
+      NONE) create || again ;;
+      PREEMPTED | TERMINATED) delete || again ;;
       READY)
-        code=$(ended)
-        [ -z "$code" ] || { printf 'The run has ended with %s.\n' "$code"; return "$code"; } ;;
-      PREEMPTED | TERMINATED) delete; all ;;
-      NONE) all ;;
+        code=$(progress)
+        case $code in
+          '' | running) ;;
+          # 143 without `stop` is a preemption that has begun.
+          none | 143) start || again ;;
+          *)
+            # Of a run before this one.
+            if [ "$first" = 1 ]; then start || again
+            else
+              printf 'The run has ended with %s.\n' "$code"
+              [ "$code" != stopped ] || code=143
+              return "$code"
+            fi ;;
+        esac
+        first=0 ;;
     esac
+    sleep "$POLL"
   done
 }
 

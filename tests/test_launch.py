@@ -3,6 +3,7 @@
 import os
 import shlex
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -65,24 +66,130 @@ def test_a_dry_run_of_a_pod(tmp_path):
     assert all("--worker=all" in c for c in everywhere)
 
 
-def test_preempted_and_started_again(tmp_path):
-    """READY, then PREEMPTED, then READY with a run that has ended."""
-    looks = tmp_path / "looks"
-    body = f"""
+# A cloud in a folder: `ssh` runs in a home of its own, what it starts goes on behind it, and
+# `describe` says what stands in a file.
+CLOUD = r"""
+home={home}
 case "$*" in
-  *describe*) echo x >> {looks}
-    [ "$(wc -l < {looks})" = 2 ] && echo PREEMPTED || echo READY ;;
-  *"cat train.code"*) [ "$(wc -l < {looks})" -ge 3 ] && echo 0 ;;
+  *describe*)
+    echo x >> {home}/looks
+    [ ! -f {home}/broken ] || {{ rm {home}/broken; echo "connection reset" >&2; exit 1; }}
+    [ -f {home}/state ] || {{ echo "NOT_FOUND: no such node" >&2; exit 1; }}
+    cat {home}/state ;;
+  *" create "*) echo READY > {home}/state ;;
+  *" delete "*) rm -rf {home}/state {home}/train.* ;;
+  *" ssh "*)
+    for word; do case $word in --command=*) command=${{word#--command=}} ;; esac; done
+    case $command in
+      *"pip install"* | *chmod* | *"tar -xzf"*) exit 0 ;;
+    esac
+    cd {home} && exec bash -c "$command" ;;
 esac
 exit 0"""
-    log = stand_in(tmp_path / "bin", "gcloud", body)
-    done = run("tpu_vm.sh", "watch", path=tmp_path / "bin", ZONE="z", POLL="0.01")
-    assert done.returncode == 0, done.stderr
-    assert "The run has ended with 0." in done.stdout
+TRAIN = """#!/usr/bin/env bash
+echo "train: $*"
+echo x >> {home}/runs
+trap 'kill %1; exit 143' TERM
+touch {home}/ready
+sleep {seconds} & wait $!
+exit {code}
+"""
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    """(folder of tools, home of the only worker, log of calls)."""
+    home = tmp_path / "home"
+    (home / "efficient_vlm").mkdir(parents=True)
+    (home / ".venv/bin").mkdir(parents=True)
+    log = stand_in(tmp_path / "bin", "gcloud", CLOUD.format(home=home))
+    yield tmp_path / "bin", home, log
+    if (pid := home / "train.pid").exists():
+        subprocess.run(["kill", "-KILL", pid.read_text().strip()], stderr=subprocess.DEVNULL)
+
+
+def training(home, seconds=0, code=0):
+    """Puts a stand-in for the trainer where the scripts look for it."""
+    tool = home / ".venv/bin/efficient-vlm"
+    tool.write_text(TRAIN.format(home=home, seconds=seconds, code=code))
+    tool.chmod(0o755)
+
+
+def wait_for(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_ssh_ends_while_training_goes_on_and_stop_ends_that(cloud):
+    tools, home, _ = cloud
+    training(home, seconds=600)
+    settings = dict(path=tools, ZONE="z")
+    words = ("run", "--", "--config=a.py", "--workdir=/mnt/runs/my run")
+    assert run("tpu_vm.sh", *words, **settings).returncode == 0
+    wait_for((home / "ready").exists)
+    assert not (home / "train.code").exists()
+    log = (home / "train.log").read_text()
+    assert "train: train --distributed --config=a.py --workdir=/mnt/runs/my run" in log
+    assert run("tpu_vm.sh", "stop", **settings).returncode == 0
+    wait_for(lambda: (home / "train.code").exists() and (home / "train.code").read_text())
+    assert (home / "train.code").read_text() == "143\n"
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_watch_ends_with_the_run(cloud, code):
+    tools, home, log = cloud
+    training(home, code=code)
+    done = run("tpu_vm.sh", "watch", path=tools, ZONE="z", POLL="0.05")
+    assert done.returncode == code, done.stderr
+    assert f"The run has ended with {code}." in done.stdout
+    calls = log.read_text().splitlines()
+    assert sum(" create " in call for call in calls) == 1
+    assert (home / "runs").read_text().count("x") == 1
+
+
+def watching(cloud):
+    tools, home, _ = cloud
+    environment = {"HOME": os.environ["HOME"], "PATH": f"{tools}:{os.environ['PATH']}"}
+    watch = subprocess.Popen(
+        ["bash", str(SCRIPTS / "tpu_vm.sh"), "watch"],
+        env={**environment, "ZONE": "z", "POLL": "0.05"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_for((home / "ready").exists)
+    return watch
+
+
+def test_preempted_and_started_again(cloud):
+    """The run saves and ends with 143, then the TPU is gone; a look that fails ends nothing."""
+    _, home, log = cloud
+    training(home, seconds=600)
+    watch = watching(cloud)
+    (home / "broken").touch()
+    wait_for(lambda: not (home / "broken").exists())
+    (home / "ready").unlink()
+    (home / "state").write_text("PREEMPTED\n")
+    subprocess.run(["kill", "-TERM", (home / "train.pid").read_text().strip()])
+    training(home)
+    said = watch.communicate(timeout=60)[0]
+    assert watch.returncode == 0 and "The run has ended with 0." in said
     calls = log.read_text().splitlines()
     assert sum(" create " in call for call in calls) == 2
     assert sum(" delete " in call for call in calls) == 1
-    assert sum("efficient-vlm train --distributed" in call for call in calls) == 2
+    assert (home / "runs").read_text().count("x") == 2
+
+
+def test_watch_ends_when_the_run_is_stopped(cloud):
+    tools, home, _ = cloud
+    training(home, seconds=600)
+    watch = watching(cloud)
+    assert run("tpu_vm.sh", "stop", path=tools, ZONE="z").returncode == 0
+    said = watch.communicate(timeout=60)[0]
+    assert watch.returncode == 143 and "The run has ended with stopped." in said
+    assert (home / "runs").read_text().count("x") == 1
 
 
 def test_a_failed_command_ends_it(tmp_path):
@@ -112,14 +219,17 @@ def test_mistakes(script, words, settings, said):
 
 @pytest.mark.parametrize(("code", "again"), [(0, False), (1, False), (143, True)])
 def test_slurm_goes_on_after_its_time(tmp_path, code, again):
-    log = stand_in(tmp_path / "bin", "srun", f"exit {code}")
+    told = 'printf "gpus %s\\n" "$JAX_LOCAL_DEVICE_IDS" >> ' + str(tmp_path / "bin/calls")
+    log = stand_in(tmp_path / "bin", "srun", f"{told}\nexit {code}")
     stand_in(tmp_path / "bin", "scontrol")
     words = ("--config=a.py", "--workdir=/shared/run")
-    done = run("slurm.sh", *words, path=tmp_path / "bin", SLURM_JOB_ID="17")
+    settings = dict(SLURM_JOB_ID="17", SLURM_GPUS_ON_NODE="4")
+    done = run("slurm.sh", *words, path=tmp_path / "bin", **settings)
     assert done.returncode == code
     calls = log.read_text()
     assert "efficient-vlm train --distributed --config=a.py --workdir=/shared/run" in calls
     assert ("scontrol requeue 17" in calls) == again
+    assert "gpus 0,1,2,3\n" in calls  # JAX would take one for each task.
     dry = commands(run("slurm.sh", *words, DRY_RUN="1"))
     assert [c[0] for c in dry] == ["srun", "scontrol"]
 

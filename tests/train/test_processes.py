@@ -29,6 +29,7 @@ def start(workdir, devices, *more):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
+        "PYTHONUNBUFFERED": "1",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK_TO_COMPILE}",
     }
     return subprocess.Popen(
@@ -67,6 +68,21 @@ def test_two_processes_are_stopped_and_one_goes_on(tmp_path):
     assert 3 <= reached < STEPS
     assert f"Stopped after step {reached};" in said[0] and "Stopped" not in said[1]
     assert (workdir / "checkpoints" / str(reached)).is_dir()
+    # Again both, to the end of training; then a signal while the first one evaluates.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pair = [
+        start(workdir, 2, mesh, f"--distributed=127.0.0.1:{port},2,{number}") for number in range(2)
+    ]
+    told = []
+    while not any("Evaluation:" in line for line in told):
+        assert (line := pair[0].stdout.readline()), told
+        told.append(line)
+    pair[0].send_signal(signal.SIGTERM)
+    said = [one.communicate(timeout=300)[0] for one in pair]
+    assert [one.returncode for one in pair] == [143, 143], said
+    assert f"Stopped after step {STEPS};" in said[0] and "error" not in said[1]
     last = start(workdir, 1)
     assert last.wait(300) == 0, last.stdout.read()
     expected = losses(tmp_path / "alone")

@@ -16,7 +16,7 @@ from efficient_vlm import commands
 from efficient_vlm.data import DataConfig, make_train
 from efficient_vlm.data.pipeline import Pipeline
 from efficient_vlm.errors import UserError
-from efficient_vlm.train import loop
+from efficient_vlm.train import leaves, loop
 from efficient_vlm.train import step as steps
 from efficient_vlm.train.guards import TrainingDiverged
 from efficient_vlm.train.metrics import read_metrics
@@ -78,6 +78,27 @@ def test_a_disk_that_stays_full_ends_the_run_and_loses_nothing(config, tmp_path,
     with pytest.raises(UserError, match="step 2 is safe") as caught:
         run(config, tmp_path / "run")
     assert len(str(caught.value).splitlines()) <= 3
+    assert committed(tmp_path / "run") == [2]
+    monkeypatch.undo()
+    assert run(config, tmp_path / "run").summary["steps"] == 20
+
+
+def test_writing_that_fails_in_the_background_counts(config, tmp_path, monkeypatch, capsys):
+    """A quota or a bad disk is seen when bytes are written: the same number of failures ends it."""
+    config.train.update(steps=20, save_failures=2)
+    real = leaves.save_leaves
+
+    def broken(folder, stored):
+        if ".tmp-2" not in str(folder):
+            raise OSError(122, "Disk quota exceeded")
+        real(folder, stored)
+
+    monkeypatch.setattr(leaves, "save_leaves", broken)
+    with pytest.raises(UserError, match="Disk quota exceeded") as caught:
+        run(config, tmp_path / "run")
+    assert "step 2 is safe" in str(caught.value) and len(str(caught.value).splitlines()) <= 3
+    said = capsys.readouterr().out
+    assert said.count("Disk quota exceeded") == 2
     assert committed(tmp_path / "run") == [2]
     monkeypatch.undo()
     assert run(config, tmp_path / "run").summary["steps"] == 20

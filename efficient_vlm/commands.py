@@ -183,7 +183,7 @@ def evaluate_run(
     from efficient_vlm.audit.settings import EvalConfig
     from efficient_vlm.data.config import DataConfig
     from efficient_vlm.data.pipeline import make_train
-    from efficient_vlm.train import loop
+    from efficient_vlm.train.trained import restore
 
     enable_compilation_cache()
     workdir = Path(workdir)
@@ -194,7 +194,7 @@ def evaluate_run(
     if images is not None:
         evaluation = dataclasses.replace(evaluation, images=images)
     pipeline = make_train(DataConfig.from_mapping(configs.section(config, "data")), workdir=workdir)
-    trained = loop.restore(config, workdir, pipeline)
+    trained = restore(config, workdir, pipeline)
     return _evaluate(trained, config, evaluation, None, say, lambda: None, control)
 
 

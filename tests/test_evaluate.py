@@ -304,11 +304,11 @@ def _trained_and_data(config, workdir):
     from efficient_vlm.data.config import DataConfig
     from efficient_vlm.data.evalset import make_eval
     from efficient_vlm.data.pipeline import make_train
-    from efficient_vlm.train import loop
+    from efficient_vlm.train.trained import restore
 
     fields = config.data.to_dict()
     pipeline = make_train(DataConfig.from_mapping(fields), workdir=workdir)
-    trained = loop.restore(config, workdir, pipeline)
+    trained = restore(config, workdir, pipeline)
     data = make_eval(DataConfig.from_mapping({**fields, "batch_size": 16}), limit=16)
     return (trained.model, trained.params), data
 

@@ -149,12 +149,12 @@ class WithRun:
         from efficient_vlm.commands import read_run_config
         from efficient_vlm.data.config import DataConfig
         from efficient_vlm.data.pipeline import make_spec
-        from efficient_vlm.train import loop
+        from efficient_vlm.train.trained import restore
 
         self.config = read_run_config(workdir)
         data = DataConfig.from_mapping(configs.section(self.config, "data"))
         self.tokenizer, spec = _tokenizer(data, workdir), make_spec(data, data.tasks)
-        trained = loop.restore(self.config, workdir, _Known(self.tokenizer, spec))
+        trained = restore(self.config, workdir, _Known(self.tokenizer, spec))
         self.model, self.params, self._resize = trained.model, trained.params, spec.resize
         self._image, vit = image, self.model.make_encoder()
         self.grid = self.model.slot_grid

@@ -1,7 +1,6 @@
 """The one training loop. Order of every step: save, next batch, update, log."""
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,45 +8,24 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from flax import linen as nn
 
-from efficient_vlm import config as configs
 from efficient_vlm.data import build, transforms
-from efficient_vlm.data.pipeline import Pipeline, check_fingerprint, make_train, preview
+from efficient_vlm.data.pipeline import check_fingerprint, make_train, preview
 from efficient_vlm.data.reader import Reader
 from efficient_vlm.errors import UserError
-from efficient_vlm.models.build import construct
-from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.sharding import own_rows
 from efficient_vlm.train import step as steps
 from efficient_vlm.train.arms import Arm, draw_arm, make_arms, make_model
 from efficient_vlm.train.checkpoint import Checkpoints, NonFiniteState, SaveFailed
-from efficient_vlm.train.config import TrainConfig, make_mesh, read_config
+from efficient_vlm.train.config import make_mesh, read_config
 from efficient_vlm.train.goodput import Goodput
 from efficient_vlm.train.guards import NonFiniteGuard, StopSignal
-from efficient_vlm.train.leaves import state_sha256
 from efficient_vlm.train.metrics import MetricsWriter
 from efficient_vlm.train.optimizer import schedule
-from efficient_vlm.train.parameters import initialise, load_params, start_from
+from efficient_vlm.train.parameters import initialise, start_from
 from efficient_vlm.train.processes import agreed, is_first, largest
 from efficient_vlm.train.progress import Progress
-
-
-@dataclasses.dataclass
-class Trained:
-    """What evaluation needs of a finished run.
-
-    Attributes:
-      model, params: the model, and its parameters (the average, if there is one); of several
-        processes only the first has them, in host memory.
-      pipeline: the training data, for tokenizer and tasks.
-      summary: the "train" part of results.json.
-    """
-
-    model: VisionLanguageModel
-    params: Any
-    pipeline: Pipeline
-    summary: dict[str, Any]
+from efficient_vlm.train.trained import Trained, outcome
 
 
 class Stopped(Exception):
@@ -295,40 +273,5 @@ def train(
         "skipped_samples": pipeline.skipped,
         "compilations": compilations,
     }
-    name = "ema" if "ema" in state else "params"
-
-    def read_back() -> tuple[dict[str, str], Any]:
-        folder = workdir / "checkpoints"
-        with Checkpoints(folder, read_only=True, warn=warn) as checkpoints:
-            found = _digests(lambda part: checkpoints.sha256(max(checkpoints.committed()), part))
-        like = jax.tree.map(lambda x: np.broadcast_to(np.empty((), x.dtype), x.shape), state[name])
-        return found, load_params(workdir, like, name)
-
-    if several:
-        # No device may have room for a whole leaf: the first process reads what all have written.
-        digests, params = agreed(read_back) or ({}, None)
-    else:
-        digests = _digests(lambda part: state_sha256(state[part] if part else state))
-        params = state[name]
+    digests, params = outcome(state, workdir, warn)
     return Trained(model, params, pipeline, summary | digests)
-
-
-def _digests(of: Callable[[str], str]) -> dict[str, str]:
-    """Those of the parameters and of the state: whether two runs would go on alike."""
-    return {"params_sha256": of("params"), "state_sha256": of("")}
-
-
-def restore(config: Mapping[str, Any], workdir: Path, pipeline: Pipeline) -> Trained:
-    """The model of a run and its newest parameters, for evaluation."""
-    settings = construct(TrainConfig, configs.section(config, "train"), "train")
-    model = make_model(config, pipeline.tokenizer.vocab_size)
-    example = transforms.empty(pipeline.spec, pipeline.tokenizer.pad_id)
-    boxed = jax.eval_shape(
-        lambda: steps.init_params(
-            [arm.model for arm in make_arms(model, settings.elastic)],
-            transforms.stack([example]),
-            0,
-        )
-    )
-    name = "params" if settings.ema is None else "ema"
-    return Trained(model, load_params(workdir, nn.unbox(boxed), name), pipeline, {})

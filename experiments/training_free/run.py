@@ -225,7 +225,7 @@ def _restore(workdir: Path, images: int | None):
     from efficient_vlm.data.evalset import make_eval
     from efficient_vlm.data.pipeline import make_train
     from efficient_vlm.models.build import construct
-    from efficient_vlm.train import loop
+    from efficient_vlm.train.trained import restore
 
     path = workdir / "config.json"
     if not path.is_file():
@@ -236,7 +236,7 @@ def _restore(workdir: Path, images: int | None):
     config = ml_collections.ConfigDict(json.loads(path.read_text()))
     evaluation = construct(EvalConfig, configs.section(config, "eval"), "eval")
     data = DataConfig.from_mapping(configs.section(config, "data"))
-    trained = loop.restore(config, workdir, make_train(data, workdir=workdir))
+    trained = restore(config, workdir, make_train(data, workdir=workdir))
     test = make_eval(
         dataclasses.replace(data, batch_size=evaluation.batch_size),
         limit=evaluation.images if images is None else images,

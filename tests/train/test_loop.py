@@ -18,6 +18,8 @@ from efficient_vlm.train.checkpoint import Checkpoints
 from efficient_vlm.train.guards import TrainingDiverged, check_workdir_config
 from efficient_vlm.train.leaves import state_sha256
 from efficient_vlm.train.metrics import read_metrics
+from efficient_vlm.train.parameters import load_params
+from efficient_vlm.train.trained import restore
 
 TRAIN_METRICS = {
     *("step", "split", "time", "loss", "accuracy", "grad_norm", "lr", "images_per_second"),
@@ -138,7 +140,7 @@ def test_metrics_have_the_promised_form(reference):
 def test_the_hash_is_that_of_the_newest_checkpoint(reference):
     workdir, trained = reference
     params = jax.tree.map(np.asarray, trained.params)
-    stored = loop.load_params(workdir, params)
+    stored = load_params(workdir, params)
     assert state_sha256(stored) == trained.summary["params_sha256"] == state_sha256(params)
 
 
@@ -271,10 +273,10 @@ def test_start_from_another_run_and_average(reference, tiny_config, tmp_path):
     trained, lines = run(tiny_config, workdir)
     assert any(str(reference[0]) in line for line in lines)
     before = jax.tree.map(np.asarray, reference[1].params)
-    after = loop.load_params(workdir, before)
+    after = load_params(workdir, before)
     digest = trained.summary["params_sha256"]
     assert state_sha256(after) == digest != reference[1].summary["params_sha256"]
-    average = loop.restore(tiny_config, workdir, trained.pipeline).params
+    average = restore(tiny_config, workdir, trained.pipeline).params
     assert state_sha256(average) == state_sha256(trained.params) != digest
     moved = 0.0
     for old, new, mean in zip(*map(jax.tree.leaves, (before, after, average)), strict=True):

@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from efficient_vlm import cli, sharding
-from efficient_vlm.audit.plans import chips, command, compiled, hlo, search
+from efficient_vlm.audit.plans import chips, command, compiled, hlo, hlo_products, search
 from efficient_vlm.audit.plans.command import make_work
 from efficient_vlm.audit.subject import read_subject
 from efficient_vlm.errors import UserError
@@ -207,7 +207,7 @@ def test_pairs_of_a_window(stride, pad, holes, spread):
         for o in range(outputs)
         for w in range(window)
     )
-    assert hlo._meeting(size, window, outputs, pad, stride, holes, spread) == pairs
+    assert hlo_products.meeting(size, window, outputs, pad, stride, holes, spread) == pairs
 
 
 def test_convolutions_and_batches():
@@ -262,7 +262,8 @@ def test_loops_over_blocks_turn_as_often_as_usual(causal, share):
 
 def mixture(devices, across):
     """Costs of the gradients of eight experts on as many devices, cut over some of them."""
-    rows, tokens, width, inner, number, top_k = 8, 128, 128, 256, 8, 2
+    # Rows of 256: a TPU sends no fewer than two lines of 128.
+    rows, tokens, width, inner, number, top_k = 8, 128, 256, 256, 8, 2
     mesh = sharding.make_mesh(sharding.MeshConfig(expert=across), devices)
 
     def given(shape, *spec):

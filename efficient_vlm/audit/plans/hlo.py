@@ -11,19 +11,16 @@ whole operands and results outside of fast memory, so what a cache saves is not 
 
 import collections
 import dataclasses
-import functools
 import json
 import math
 import re
 
-import numpy as np
-
+from efficient_vlm.audit.plans import hlo_products
 from efficient_vlm.audit.plans.hlo_text import (
     SHAPE,
     Instruction,
     Module,
     array_dims,
-    dims_of,
     size_of,
     through,
 )
@@ -138,9 +135,9 @@ class _Program:
 
     def _products(self, scope, one, times) -> None:
         if one.opcode == "dot":
-            self.total.flops += times * _dot(scope, one)
+            self.total.flops += times * hlo_products.dot(scope, one)
         elif one.opcode == "convolution":
-            self.total.flops += times * _convolution(scope, one)
+            self.total.flops += times * hlo_products.convolution(scope, one)
         elif one.opcode == "reduce" and through(scope, one.operands[0]).opcode == "multiply":
             # A product with one row, which a TPU spells so.
             self.total.flops += times * 2 * math.prod(array_dims(scope[one.operands[0]].shape))
@@ -287,42 +284,6 @@ def _goes_on(scope) -> bool:
     """
     found = any(map(_chained, scope.values()))
     return found and not any('"AsyncCollectiveStart"' in one.rest for one in scope.values())
-
-
-def _dot(scope, one) -> int:
-    contracted = dims_of(re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.rest)[1])
-    lhs = array_dims(scope[one.operands[0]].shape)
-    return 2 * math.prod(array_dims(one.shape)) * math.prod(lhs[i] for i in contracted)
-
-
-def _convolution(scope, one) -> int:
-    """Of each output the products that meet the input; a TPU spells batches as windows."""
-    left, right, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest).groups()
-    lhs, rhs = (array_dims(scope[name].shape) for name in one.operands)
-    result = array_dims(one.shape)
-    total = 2 * rhs[right.index("i")] * result[out.index("b")] * result[out.index("f")]
-    window = re.search(r"window=\{([^}]*)\}", one.rest)
-    fields = dict(part.split("=") for part in window[1].split()) if window else {}
-    for axis, label in enumerate(sorted(set(right) - {"i", "o"})):
-
-        def of(name: str, default: str, axis=axis) -> str:
-            return fields[name].split("x")[axis] if name in fields else default
-
-        low = int(of("pad", "0_0").split("_")[0])
-        stride, holes = int(of("stride", "1")), int(of("lhs_dilate", "1"))
-        spread = int(of("rhs_dilate", "1"))
-        total *= _meeting(
-            *(lhs[left.index(label)], rhs[right.index(label)], result[out.index(label)]),
-            *(low, stride, holes, spread),
-        )
-    return total
-
-
-@functools.lru_cache(maxsize=4096)
-def _meeting(size, window, outputs, low, stride, holes, spread) -> int:
-    """Pairs of an output and a place of the window that meet an input along one axis."""
-    at = np.arange(outputs)[:, None] * stride + np.arange(window) * spread - low
-    return int(((at >= 0) & (at <= (size - 1) * holes) & (at % holes == 0)).sum())
 
 
 def _estimate(one: Instruction, name: str) -> float:

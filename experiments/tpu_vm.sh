@@ -28,8 +28,10 @@ need ZONE
 
 tpu() { local verb=$1; shift; do_it gcloud compute tpus tpu-vm "$verb" "$NAME" --zone="$ZONE" "$@"; }
 everywhere() { tpu ssh --worker=all --command="$1"; }
-# What `watch` asks; not printed.
-ask() { gcloud compute tpus tpu-vm "$1" "$NAME" --zone="$ZONE" "${@:2}" 2>&1; }
+# What `watch` asks; not printed, its warnings and errors into a file.
+said=$(mktemp)
+trap 'rm -f "$said"' EXIT
+ask() { gcloud compute tpus tpu-vm "$1" "$NAME" --zone="$ZONE" "${@:2}" 2>"$said"; }
 
 create() {
   local more=()
@@ -55,7 +57,7 @@ run() {
   local words
   words=$(printf ' %q' ../.venv/bin/efficient-vlm train --distributed "${train[@]}")
   # The same command starts a run and goes on with it.
-  everywhere "cd efficient_vlm && rm -f ../train.code ../train.stopped && { setsid nohup bash -c $(printf %q "$RUN") run$words </dev/null >/dev/null 2>&1 & }"
+  everywhere "cd efficient_vlm && rm -f ../train.{code,pid,stopped} && { setsid nohup bash -c $(printf %q "$RUN") run$words </dev/null >/dev/null 2>&1 & echo \$! >../train.shell; }"
 }
 status() { tpu describe --format='value(state)'; }
 logs() { tpu ssh --worker=0 --command='tail -n 50 train.log; cat train.code 2>/dev/null'; }
@@ -65,12 +67,13 @@ all() { create && sync && install && run; }
 
 # READY, PREEMPTED, ...; NONE if there is no such TPU; empty if that cannot be known now.
 state() {
-  local said
-  if said=$(ask describe --format='value(state)'); then printf %s "$said"
-  elif [[ $said == *NOT_FOUND* || $said == *"not found"* ]]; then printf NONE; fi
+  if ! ask describe --format='value(state)'; then
+    if grep -qi 'not.found' "$said"; then echo NONE; fi
+  fi
 }
-# running, none, stopped, or the exit code of the run; empty if that cannot be known now.
-PROGRESS='if [ -f train.code ]; then if [ -f train.stopped ]; then echo stopped; else cat train.code; fi; elif kill -0 "$(cat train.pid 2>/dev/null)" 2>/dev/null; then echo running; else echo none; fi'
+# running, none, stopped, or the exit code of the run; empty if that cannot be known now. The shell
+# of a run ends behind its code.
+PROGRESS='if kill -0 "$(cat train.shell 2>/dev/null)" 2>/dev/null; then echo running; elif [ ! -f train.code ]; then echo none; elif [ -f train.stopped ]; then echo stopped; else cat train.code; fi'
 progress() { ask ssh --worker=0 --command="$PROGRESS" | grep -xE 'running|none|stopped|[0-9]+' || true; }
 again() { printf 'That failed; again in %s s.\n' "$POLL"; }
 start() { sync && install && run; }
@@ -88,20 +91,18 @@ watch() {
       PREEMPTED | TERMINATED) delete || again ;;
       READY)
         code=$(progress)
+        # What ended before this watch is none of its runs.
+        [[ $first = 0 || -z $code || $code = running ]] || code=none
         case $code in
-          '' | running) ;;
+          '') ;;
+          running) first=0 ;;
           # 143 without `stop` is a preemption that has begun.
-          none | 143) start || again ;;
+          none | 143) if start; then first=0; else again; fi ;;
           *)
-            # Of a run before this one.
-            if [ "$first" = 1 ]; then start || again
-            else
-              printf 'The run has ended with %s.\n' "$code"
-              [ "$code" != stopped ] || code=143
-              return "$code"
-            fi ;;
-        esac
-        first=0 ;;
+            printf 'The run has ended with %s.\n' "$code"
+            [ "$code" != stopped ] || code=143
+            return "$code" ;;
+        esac ;;
     esac
     sleep "$POLL"
   done

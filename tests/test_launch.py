@@ -72,10 +72,11 @@ CLOUD = r"""
 home={home}
 case "$*" in
   *describe*)
-    echo x >> {home}/looks
+    echo "WARNING: a newer version is available" >&2
     [ ! -f {home}/broken ] || {{ rm {home}/broken; echo "connection reset" >&2; exit 1; }}
     [ -f {home}/state ] || {{ echo "NOT_FOUND: no such node" >&2; exit 1; }}
     cat {home}/state ;;
+  *" scp "*) [ ! -f {home}/broken_scp ] || {{ rm {home}/broken_scp; exit 1; }} ;;
   *" create "*) echo READY > {home}/state ;;
   *" delete "*) rm -rf {home}/state {home}/train.* ;;
   *" ssh "*)
@@ -146,6 +147,19 @@ def test_watch_ends_with_the_run(cloud, code):
     assert f"The run has ended with {code}." in done.stdout
     calls = log.read_text().splitlines()
     assert sum(" create " in call for call in calls) == 1
+    assert (home / "runs").read_text().count("x") == 1
+
+
+def test_watch_does_not_end_with_the_run_of_before(cloud):
+    """A TPU that is there, with the code of a run that failed; the first copy fails, too."""
+    tools, home, _ = cloud
+    training(home)
+    (home / "state").write_text("READY\n")
+    (home / "train.code").write_text("2\n")
+    (home / "broken_scp").touch()
+    done = run("tpu_vm.sh", "watch", path=tools, ZONE="z", POLL="0.05")
+    assert done.returncode == 0 and "That failed; again" in done.stdout
+    assert "The run has ended with 0." in done.stdout
     assert (home / "runs").read_text().count("x") == 1
 
 

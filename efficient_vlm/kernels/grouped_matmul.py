@@ -23,8 +23,9 @@ from efficient_vlm.kernels.attention.platforms import interpretation
 
 __all__ = ["grouped_matmul", "grouped_matmul_reference"]
 
-# Of the gradient on a TPU: rows of a tile, and the most columns of a matrix's.
-_TILE_ROWS, _TILE, _LANES = 128, 512, 128
+# Of the gradient on a TPU: rows of a tile, the most tiles (the kernel's lists are made with float32
+# bins, which are wrong from some 4,100 on), and the most columns of a matrix's tile.
+_TILE_ROWS, _MOST_TILES, _TILE, _LANES = 128, 4096, 512, 128
 
 
 def grouped_matmul(
@@ -100,7 +101,9 @@ def _tiled_outer(lhs, cotangent, group_sizes, dtype=jnp.float32):
     """`_ragged_outer`, added up in float32, in tiles of rows of which each group's are masked."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-    rows, sums = _TILE_ROWS, dtype
+    sums, rows = dtype, _TILE_ROWS
+    while len(lhs) > rows * _MOST_TILES:
+        rows *= 2
     if jnp.float16 in (lhs.dtype, dtype):  # No matrix unit takes it.
         lhs, cotangent, sums = lhs.astype(jnp.float32), cotangent.astype(jnp.float32), jnp.float32
     more = -len(lhs) % rows

@@ -101,7 +101,8 @@ class Commits:
             # One write commits the new step and gives up the old ones; their folders are deleted
             # only after it.
             self.steps = {s: steps[s] for s in kept}
-            self._deleting = sorted({*self._deleting, *(steps.keys() - set(kept))})
+            # A step that is reached again may have been given up once.
+            self._deleting = sorted({*self._deleting, *steps} - set(kept))
             self._damaged = []
             self._write()
         except BaseException:

@@ -252,7 +252,7 @@ def test_loops_over_blocks_turn_as_often_as_usual(causal, share):
         return attention(q, k, v, mask=mask, implementation="xla").out
 
     given = [_shape((1, heads, length, dim), jnp.float32)] * 3
-    for function, products in ((run, 2), (jax.grad(lambda *x: (run(*x) ** 2).sum()), 7)):
+    for function, products in ((run, 2), (jax.grad(lambda *x: (run(*x) ** 2).sum(), (0, 1, 2)), 7)):
         program = jax.jit(function).lower(*given).compile()
         found = hlo.costs(program.as_text())
         exact = 2 * products * heads * length**2 * dim

@@ -123,6 +123,18 @@ def test_gradients_of_matrices(form, sizes, dtype, rows):
     np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=near, atol=1e-4)
 
 
+def test_tiles_of_very_many_rows(monkeypatch):
+    """The kernel's lists are right for no more than some four thousand tiles."""
+    monkeypatch.setattr(gm, "_MOST_TILES", 2)
+    sizes = [100, 0, 500, 3, 210]
+    rng = np.random.default_rng(0)
+    lhs, cotangent = (rng.normal(size=(sum(sizes), 8)).astype(np.float32) for _ in range(2))
+    ends = np.cumsum([0, *sizes])
+    exact = [lhs[a:b].T @ cotangent[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    found = tiled(*map(jnp.asarray, (lhs, cotangent)), jnp.asarray(sizes, jnp.int32), jnp.float32)
+    np.testing.assert_allclose(found, exact, atol=1e-4)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 @pytest.mark.parametrize("wanted", [0, 1])
 def test_work_on_a_tpu(wanted):

@@ -745,6 +745,21 @@ def test_a_commit_that_fails_behind_the_index_and_a_kill(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["30", "index.json"]
 
 
+def test_a_step_that_was_given_up_is_reached_again(tmp_path):
+    """Its number is still among those to delete, in an index that was read again."""
+    with Checkpoints(tmp_path, keep=1, keep_every=100) as checkpoints:
+        for step in (100, 150, 200):
+            checkpoints.save(step, make_state(), wait=True)
+    harm_flip(tmp_path / "200" / "checkpoint.json", np.random.default_rng(2))
+    index = json.loads((tmp_path / "index.json").read_text())["content"]
+    assert index["deleting"] == [150]
+    again = Checkpoints(tmp_path, keep=1, keep_every=100, warn=lambda line: None)
+    assert again.restore_latest(abstract(make_state()))[0] == 100
+    again._commits.load()  # As several processes do.
+    assert again.save(150, make_state(), wait=True)
+    assert again.committed() == [100, 150] and (tmp_path / "150").is_dir()
+
+
 def test_a_commit_that_fails_behind_the_index_is_taken_back(tmp_path, monkeypatch):
     good = make_state()
     with Checkpoints(tmp_path, keep=1) as checkpoints:

@@ -159,7 +159,6 @@ class _Program:
             given = sum(size_of(scope[n].shape, fast=False) for n in one.operands if n in scope)
             result = size_of(one.shape, fast=False)
             if _collective(one).startswith("ragged"):
-                # One of the two has room for everything of everyone: `_sent`.
                 return 2 * self._sent(scope, one, _collective(one), True)[1]
             # That of a start repeats the operands.
             return max(given, result) if one.opcode.endswith("-start") else given + result
@@ -244,15 +243,13 @@ class _Program:
     # --- between devices ---------------------------------------------------------------------
 
     def _sent(self, scope, one, kind, outside) -> tuple[str, float]:
-        # The second operand of a ragged one is the place of its results.
-        ragged = kind.startswith("ragged")
-        operands = one.operands[:1] if ragged else one.operands
-        given = sum(size_of(scope[n].shape) for n in operands if n in scope)
+        if kind.startswith("ragged"):
+            # What there is, and the place of the results: one has room for everything of everyone.
+            return kind, min(size_of(scope[name].shape) for name in one.operands[:2])
+        given = sum(size_of(scope[n].shape) for n in one.operands if n in scope)
         result = size_of(one.shape)
         if one.opcode.endswith("-start"):
             result = max(result - given, 0) if kind != "all-reduce" else result
-        if ragged:
-            return kind, min(given, result)
         if not outside and kind == "all-reduce":
             # A TPU's reduce-scatter: a sum of which the fusion gives out this device's slice.
             root = next(x for x in scope.values() if x.root)

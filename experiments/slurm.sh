@@ -25,8 +25,8 @@ do_it() {
   [ "${DRY_RUN:-0}" = 1 ] || "$@"
 }
 
-# JAX takes one GPU for a task of Slurm unless it is told of all that the node has.
-if [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then
+# JAX takes one GPU for a task of Slurm: right for a task a GPU, else it is told of the node's.
+if [ -n "${SLURM_GPUS_ON_NODE:-}" ] && [ "${SLURM_NTASKS_PER_NODE:-1}" = 1 ]; then
   export JAX_LOCAL_DEVICE_IDS=${JAX_LOCAL_DEVICE_IDS:-$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))}
 fi
 do_it srun --kill-on-bad-exit=1 efficient-vlm train --distributed "$@"

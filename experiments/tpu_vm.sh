@@ -49,19 +49,21 @@ install() {
   [ -z "$NFS" ] || folder="sudo apt-get install -yq nfs-common && $folder && (mountpoint -q /mnt/runs || sudo mount -t nfs $(printf %q "$NFS") /mnt/runs)"
   # Images have an older Python; uv brings one of its own.
   everywhere 'python3 -m pip install -q --user uv && ([ -x .venv/bin/python ] || .local/bin/uv venv -q --python=3.11 .venv) && .local/bin/uv pip install -q --python=.venv/bin/python -e efficient_vlm "jax[tpu]"' &&
-    everywhere "$folder && sudo chmod 1777 /mnt/runs"
+    everywhere "$folder && { [ -w /mnt/runs ] || sudo chmod 1777 /mnt/runs; }"
 }
 # Behind ssh, which ends at once: nothing that goes on holds its output.
 RUN='"$@" >../train.log 2>&1 & echo $! >../train.pid; wait $!; echo $? >../train.code'
+END='{ kill -KILL "$(cat ../train.pid)"; while kill -0 "$(cat ../train.shell)"; do sleep 0.1; done; } 2>/dev/null; rm -f ../train.{code,pid,stopped}'
 run() {
   local words
   words=$(printf ' %q' ../.venv/bin/efficient-vlm train --distributed "${train[@]}")
-  # The same command starts a run and goes on with it.
-  everywhere "cd efficient_vlm && rm -f ../train.{code,pid,stopped} && { setsid nohup bash -c $(printf %q "$RUN") run$words </dev/null >/dev/null 2>&1 & echo \$! >../train.shell; }"
+  # The same command starts a run and goes on with it. A worker may still have the one before, which
+  # holds its chips; checkpoints survive a kill.
+  everywhere "cd efficient_vlm && { $END; setsid nohup bash -c $(printf %q "$RUN") run$words </dev/null >/dev/null 2>&1 & echo \$! >../train.shell; }"
 }
 status() { tpu describe --format='value(state)'; }
 logs() { tpu ssh --worker=0 --command='tail -n 50 train.log; cat train.code 2>/dev/null'; }
-stop() { everywhere 'touch train.stopped; kill -TERM "$(cat train.pid)"'; }
+stop() { everywhere 'touch train.stopped; kill -TERM "$(cat train.pid)" || rm train.stopped'; }
 delete() { tpu delete --quiet; }
 all() { create && sync && install && run; }
 
@@ -84,7 +86,8 @@ watch() {
     delete; all
     return
   fi
-  local first=1 code
+  # due: to be started whatever is there, because it never was, or not on all workers.
+  local first=1 due=0 code
   while :; do
     case $(state) in
       NONE) create || again ;;
@@ -93,11 +96,12 @@ watch() {
         code=$(progress)
         # What ended before this watch is none of its runs.
         [[ $first = 0 || -z $code || $code = running ]] || code=none
+        [[ $due = 0 || -z $code ]] || code=none
         case $code in
           '') ;;
           running) first=0 ;;
           # 143 without `stop` is a preemption that has begun.
-          none | 143) if start; then first=0; else again; fi ;;
+          none | 143) if start; then first=0 due=0; else due=1; again; fi ;;
           *)
             printf 'The run has ended with %s.\n' "$code"
             [ "$code" != stopped ] || code=143

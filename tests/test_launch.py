@@ -196,6 +196,22 @@ def test_preempted_and_started_again(cloud):
     assert (home / "runs").read_text().count("x") == 2
 
 
+def test_a_run_that_is_started_again_ends_the_one_before(cloud):
+    """Its code is not taken for that of the new one; `stop` behind the end marks nothing."""
+    tools, home, _ = cloud
+    training(home, seconds=600)
+    settings = dict(path=tools, ZONE="z")
+    assert run("tpu_vm.sh", "run", **settings).returncode == 0
+    wait_for((home / "ready").exists)
+    training(home, code=3)
+    assert run("tpu_vm.sh", "run", **settings).returncode == 0
+    wait_for(lambda: (home / "train.code").exists() and (home / "train.code").read_text())
+    assert (home / "train.code").read_text() == "3\n"
+    assert (home / "runs").read_text().count("x") == 2
+    assert run("tpu_vm.sh", "stop", **settings).returncode == 0
+    assert not (home / "train.stopped").exists()
+
+
 def test_watch_ends_when_the_run_is_stopped(cloud):
     tools, home, _ = cloud
     training(home, seconds=600)
@@ -244,6 +260,9 @@ def test_slurm_goes_on_after_its_time(tmp_path, code, again):
     assert "efficient-vlm train --distributed --config=a.py --workdir=/shared/run" in calls
     assert ("scontrol requeue 17" in calls) == again
     assert "gpus 0,1,2,3\n" in calls  # JAX would take one for each task.
+    each = {**settings, "SLURM_NTASKS_PER_NODE": "4"}
+    run("slurm.sh", *words, path=tmp_path / "bin", **each)
+    assert "gpus \n" in log.read_text()  # And there it is right.
     dry = commands(run("slurm.sh", *words, DRY_RUN="1"))
     assert [c[0] for c in dry] == ["srun", "scontrol"]
 

@@ -24,8 +24,8 @@ from efficient_vlm.kernels.attention.platforms import interpretation
 __all__ = ["grouped_matmul", "grouped_matmul_reference"]
 
 # Of the gradient on a TPU: rows of a tile, the most tiles (the kernel's lists are made with float32
-# bins, which are wrong from some 4,100 on), and the most columns of a matrix's tile.
-_TILE_ROWS, _MOST_TILES, _TILE, _LANES = 128, 4096, 512, 128
+# bins, of which some are wrong from 3,000 on), and the most columns of a matrix's tile.
+_TILE_ROWS, _MOST_TILES, _TILE, _LANES = 128, 1024, 512, 128
 
 
 def grouped_matmul(

@@ -60,11 +60,13 @@ def outcome(
         return digests(lambda part: state_sha256(state[part] if part else state)), state[name]
 
     def read() -> tuple[dict[str, str], Any]:
-        with Checkpoints(workdir / "checkpoints", read_only=True, warn=warn) as checkpoints:
-            step = max(checkpoints.committed())
-            found = digests(lambda part: checkpoints.sha256(step, part))
         like = jax.tree.map(lambda x: np.broadcast_to(np.empty((), x.dtype), x.shape), state[name])
-        return found, load_params(workdir, like, name)
+        with Checkpoints(workdir / "checkpoints", read_only=True, warn=warn) as checkpoints:
+            restored = checkpoints.restore_latest({name: like}, subset=True)
+            if restored is None:
+                raise RuntimeError("no checkpoint of a run that has just written one")
+            step, held, _ = restored
+            return digests(lambda part: checkpoints.sha256(step, part)), held[name]
 
     return agreed(read) or ({}, None)
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu.megablox.gmm import make_group_metadata
 
 from efficient_vlm.audit.plans import hlo
 from efficient_vlm.kernels import aot
@@ -105,7 +106,7 @@ def test_form_is_chosen_at_lowering(platform):
 OUTER = {"blocked": gm._blocked_outer, "ragged": gm._ragged_outer, "tiled": tiled}
 
 
-@pytest.mark.parametrize("rows", [0, 30])
+@pytest.mark.parametrize("rows", [0, 300])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("sizes", [*SIZES.values(), [300, 1, 129, 128, 0, 511], [0, 0]])
 @pytest.mark.parametrize("form", OUTER.values(), ids=OUTER.keys())
@@ -124,7 +125,7 @@ def test_gradients_of_matrices(form, sizes, dtype, rows):
 
 
 def test_tiles_of_very_many_rows(monkeypatch):
-    """The kernel's lists are right for no more than some four thousand tiles."""
+    """Larger ones, for the kernel's lists are not right for any number of them."""
     monkeypatch.setattr(gm, "_MOST_TILES", 2)
     sizes = [100, 0, 500, 3, 210]
     rng = np.random.default_rng(0)
@@ -133,6 +134,26 @@ def test_tiles_of_very_many_rows(monkeypatch):
     exact = [lhs[a:b].T @ cotangent[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
     found = tiled(*map(jnp.asarray, (lhs, cotangent)), jnp.asarray(sizes, jnp.int32), jnp.float32)
     np.testing.assert_allclose(found, exact, atol=1e-4)
+
+
+@pytest.mark.parametrize("tiles", [700, 1023, gm._MOST_TILES])
+def test_lists_of_the_kernel_are_right_up_to_the_most_tiles(tiles):
+    """Which tiles each group visits, for a group that starts in each of the last ones."""
+    rows = tiles * gm._TILE_ROWS
+
+    @jax.jit
+    def lists(sizes):
+        return make_group_metadata(
+            **dict(group_sizes=sizes, m=rows, tm=gm._TILE_ROWS),
+            **dict(start_group=jnp.int32(0), num_nonzero_groups=3, visit_empty_groups=True),
+        )
+
+    for tile in (*range(1, tiles, 50), *range(tiles - 12, tiles)):
+        start = tile * gm._TILE_ROWS + 5
+        (_, groups, visited), count = lists(jnp.asarray([start, 0, rows - start], jnp.int32))
+        found = list(zip(groups[:count].tolist(), visited[:count].tolist(), strict=True))
+        assert [t for g, t in found if g == 0] == [*range(tile + 1)]
+        assert [t for g, t in found if g == 2] == [*range(tile, tiles)]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")

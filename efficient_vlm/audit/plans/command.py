@@ -123,7 +123,8 @@ def _mesh_text(sizes: dict[str, int]) -> str:
 
 
 def _row(one: Tried, chosen: dict[str, Tried]) -> dict[str, Any]:
-    found = {"mesh": one.sizes, "error": str(one.error)} if one.error else one.answer.to_json()
+    failed = {"mesh": one.sizes, "fits": False, "error": str(one.error)}
+    found = failed if one.error else one.answer.to_json()
     return {
         "compressor": one.label,
         "batch": one.work.batch,

@@ -29,6 +29,7 @@ from efficient_vlm.models.layers import logical
 from efficient_vlm.models.patch_positions import patch_mask
 from efficient_vlm.models.placement import Placement
 from efficient_vlm.models.vlm_fields import VisionLanguageFields
+from efficient_vlm.sharding import constrain
 
 
 @struct.dataclass
@@ -201,6 +202,8 @@ class VisionLanguageModel(VisionLanguageFields):
           Tokens [R, M*budget, ...]; the images of a row lie below each other in one tall grid.
         """
         images, rows, _ = layout
+        # Nothing else says where rows lie between the encoder and the decoder.
+        tokens = tokens.replace(embed=constrain(tokens.embed, "batch", None, None))
         if "text" in self.reduce.needs:
             signals = signals.replace(text=jnp.repeat(instruction, images, axis=0))
         if self.reduce.projected:
@@ -211,6 +214,7 @@ class VisionLanguageModel(VisionLanguageFields):
         if self.slot_token is not None:
             slot = self.language.embed(jnp.asarray(self.slot_token))
             tokens = tokens.replace(embed=tokens.embed + slot)
+        tokens = tokens.replace(embed=constrain(tokens.embed, "batch", None, None))
         count = tokens.embed.shape[1]
         image = jnp.tile(jnp.arange(images), tokens.embed.shape[0] // images)
         below = jnp.stack([image * rows, jnp.zeros_like(image)], axis=-1)

@@ -2,7 +2,7 @@
 
 What is compiled is kept in docs/plans.json, so that an interrupted run goes on; delete it to
 compile everything again. Needs libtpu, `pip install -e '.[test]'`; some six seconds a plan for
-inference, one minute for training.
+inference, half a minute to five minutes for training.
 """
 
 import argparse

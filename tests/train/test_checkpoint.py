@@ -714,23 +714,29 @@ def test_digests_of_what_is_stored(tmp_path):
                 assert checkpoints.sha256(1, part) == state_sha256(state[part])
 
 
-def test_a_commit_that_fails_behind_the_index_and_a_kill(tmp_path, monkeypatch):
-    """The new index is there, its step is not, and what it gives up is all that there is."""
-    good = make_state()
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(10, good, wait=True)
+def commit_that_fails(directory, monkeypatch, *, again):
+    """Step 10 alone, then 20, whose index is written before the disk fails; `again` for good."""
+    with Checkpoints(directory, keep=1) as checkpoints:
+        checkpoints.save(10, make_state(), wait=True)
         write, calls = manifest.write_index, []
 
         def broken(*args):
             calls.append(args)
-            if len(calls) == 1:
+            if len(calls) == 1 or not again:
                 write(*args)
-            raise OSError(5, "Input/output error")
+            if len(calls) == 1 or again:
+                raise OSError(5, "Input/output error")
 
-        monkeypatch.setattr(manifest, "write_index", broken)
-        with pytest.raises(SaveFailed):
-            checkpoints.save(20, make_state(), wait=True)
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(manifest, "write_index", broken)
+            with pytest.raises(SaveFailed):
+                checkpoints.save(20, make_state(), wait=True)
+
+
+def test_a_commit_that_fails_behind_the_index_and_a_kill(tmp_path, monkeypatch):
+    """The new index is there, its step is not, and what it gives up is all that there is."""
+    good = make_state()
+    commit_that_fails(tmp_path, monkeypatch, again=True)
     # As killed: what follows reads the disk alone.
     assert json.loads((tmp_path / "index.json").read_text())["content"]["deleting"] == [10]
     reader = Checkpoints(tmp_path, read_only=True, warn=lambda line: None)
@@ -761,20 +767,7 @@ def test_a_step_that_was_given_up_is_reached_again(tmp_path):
 
 
 def test_a_commit_that_fails_behind_the_index_is_taken_back(tmp_path, monkeypatch):
-    good = make_state()
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(10, good, wait=True)
-        write, failed = manifest.write_index, []
-
-        def broken(*args):
-            write(*args)
-            if not failed:
-                failed.append(True)
-                raise OSError(5, "Input/output error")
-
-        monkeypatch.setattr(manifest, "write_index", broken)
-        with pytest.raises(SaveFailed):
-            checkpoints.save(20, make_state(), wait=True)
+    commit_that_fails(tmp_path, monkeypatch, again=False)
     lines = []
     assert Checkpoints(tmp_path, keep=1, warn=lines.append).committed() == [10]
     assert not lines

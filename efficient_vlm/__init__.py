@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "UserError": "efficient_vlm.errors",
     "VisionLanguageModel": "efficient_vlm.models.vlm",
-    "evaluate_run": "efficient_vlm.commands",
+    "evaluate_run": "efficient_vlm.evaluation",
     "fit": "efficient_vlm.commands",
     "from_pretrained": "efficient_vlm.interop.pretrained",
     "generate": "efficient_vlm.inference.generate",

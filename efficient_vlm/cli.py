@@ -31,6 +31,17 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message}", fix=f"see {self.prog} --help")
 
 
+def _add_distributed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--distributed",
+        nargs="?",
+        const="auto",
+        metavar="WHERE",
+        help="join the other processes of a job: alone on Slurm, TPU pods and MPI; "
+        "or ADDRESS:PORT,PROCESSES,NUMBER",
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="efficient-vlm",
@@ -55,15 +66,12 @@ def _parser() -> argparse.ArgumentParser:
         config=True,
         workdir=True,
     )
-    sub.add_argument(
-        "--distributed",
-        nargs="?",
-        const="auto",
-        metavar="WHERE",
-        help="join the other processes of a job: alone on Slurm, TPU pods and MPI; "
-        "or ADDRESS:PORT,PROCESSES,NUMBER",
-    )
+    _add_distributed(sub)
     sub = verb("eval", "evaluate the newest checkpoint of a run", workdir=True)
+    _add_distributed(sub)
+    sub.add_argument(
+        "--mesh", metavar="AXIS:N,...", help="what devices share: fsdp:4,tensor:2 (the run's)"
+    )
     sub.add_argument(
         "--compressor",
         metavar="NAME",

@@ -2,19 +2,17 @@
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import os
 import shlex
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from efficient_vlm import __version__
 from efficient_vlm import config as configs
-from efficient_vlm.errors import UserError, first_line
+from efficient_vlm.errors import UserError
 from efficient_vlm.models.build import construct
 
 RESULTS = "results.json"
@@ -65,6 +63,7 @@ def fit(
         parameter_shapes,
         settings_of,
     )
+    from efficient_vlm.evaluation import evaluate_trained
     from efficient_vlm.train import guards, loop, processes
     from efficient_vlm.train.config import read_config
     from efficient_vlm.train.goodput import Goodput
@@ -105,24 +104,27 @@ def fit(
                 raise
 
             def check_stop() -> None:
-                if stop.requested:
-                    raise loop.Stopped(stop.exit_code, trained.summary["steps"])
+                # All at the same batch: each has a part of every program.
+                if code := processes.largest(stop.exit_code if stop.requested else 0):
+                    raise loop.Stopped(code, trained.summary["steps"])
 
-            def finish() -> dict[str, Any] | loop.Stopped:
-                try:
-                    return evaluated()
-                except loop.Stopped as stopped:
-                    return stopped
+            clock = Goodput(workdir, warn=say, keep=first)
+            try:
+                with clock.timed("eval"):
+                    found = evaluate_trained(
+                        trained,
+                        config,
+                        evaluation,
+                        workdir=workdir,
+                        say=say,
+                        check_stop=check_stop,
+                    )
+            finally:
+                clock.write()
 
-            def evaluated() -> dict[str, Any]:
-                results = {"train": trained.summary}
-                clock = Goodput(workdir, warn=say)
-                try:
-                    with clock.timed("eval"):
-                        found = _evaluate(trained, config, evaluation, workdir, say, check_stop)
-                finally:
-                    clock.write()
-                results |= found | {"goodput": clock.summary(), "environment": environment()}
+            def finish() -> dict[str, Any]:
+                results = {"train": trained.summary, **found}
+                results |= {"goodput": clock.summary(), "environment": environment()}
                 results["command"] = command
                 text = json.dumps(results, indent=1) + "\n"
                 write_atomic(workdir / RESULTS, text.encode())
@@ -132,12 +134,7 @@ def fit(
                 say(f"Report:  {report}")
                 return results
 
-            # One answer for all: a signal to the first ends the others as it ends the first.
-            found = processes.agreed(finish)
-            code = processes.largest(found.exit_code if isinstance(found, loop.Stopped) else 0)
-            if code:
-                raise loop.Stopped(code, trained.summary["steps"])
-            return found
+            return processes.agreed(finish)
         except loop.Stopped as stopped:
             say(f"Stopped after step {stopped.step}; everything up to it is saved.")
             if command:
@@ -160,75 +157,27 @@ def train(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-def evaluate_run(
-    workdir: str | os.PathLike,
-    *,
-    methods: Sequence[Mapping[str, Any]] | None = None,
-    images: int | None = None,
-    control: str | None = None,
-    say: Callable[[str], None] = print,
-) -> dict[str, Any]:
-    """Evaluates the newest checkpoint of a run.
-
-    Args:
-      workdir: of the run.
-      methods: in place of the config's, see `audit.settings.EvalConfig.methods`.
-      images: test images in place of the config's number.
-      control: "blank" or "shuffled", see `audit.evaluate.evaluate`.
-      say: receives lines for the user.
-
-    Returns:
-      {"eval": rows, "cost": rows, "protocol": text}.
-    """
-    from efficient_vlm.audit.settings import EvalConfig
-    from efficient_vlm.data.config import DataConfig
-    from efficient_vlm.data.pipeline import make_train
-    from efficient_vlm.train.trained import restore
-
-    enable_compilation_cache()
-    workdir = Path(workdir)
-    config = read_run_config(workdir)
-    evaluation = construct(EvalConfig, configs.section(config, "eval"), "eval")
-    if methods is not None:
-        evaluation = dataclasses.replace(evaluation, methods=methods)
-    if images is not None:
-        evaluation = dataclasses.replace(evaluation, images=images)
-    pipeline = make_train(DataConfig.from_mapping(configs.section(config, "data")), workdir=workdir)
-    trained = restore(config, workdir, pipeline)
-    return _evaluate(trained, config, evaluation, None, say, lambda: None, control)
-
-
-def read_run_config(workdir: Path) -> Any:
-    """The config that a run was made with, a ConfigDict."""
-    import ml_collections
-
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise UserError(
-            f"--workdir={workdir}: no run there", fix="train first: efficient-vlm train"
-        )
-    try:
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict):
-            raise ValueError("no sections")
-        return ml_collections.ConfigDict(found)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        problem = f"{path}: not a readable config ({first_line(error)})"
-        raise UserError(problem, fix="restore it") from None
-
-
 def eval(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """`efficient-vlm eval`."""
+    from efficient_vlm.audit.plans.options import parse_mesh
+    from efficient_vlm.evaluation import evaluate_run
+    from efficient_vlm.train import processes
+
     del overrides
     methods = _read_methods(args)
-    quiet = args.json
+    mesh = None if args.mesh is None else parse_mesh(args.mesh)
+    processes.start(args.distributed)
+    first, quiet = processes.is_first(), args.json
     results = evaluate_run(
         args.workdir,
         methods=methods,
         images=args.images,
         control=args.control,
-        say=(lambda line: print(line, file=sys.stderr)) if quiet else print,
+        mesh=mesh,
+        say=lambda line: print(line, file=sys.stderr if quiet else sys.stdout) if first else None,
     )
+    if not first:
+        return 0
     if quiet:
         print(json.dumps(results, indent=1))
     else:
@@ -280,59 +229,6 @@ def data(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     else:
         commands.inspect(fields, split=args.split, output=args.out, images=args.count)
     return 0
-
-
-def _evaluate(trained, config, evaluation, workdir, say, check_stop, control=None):
-    from efficient_vlm.audit.evaluate import evaluate
-    from efficient_vlm.data.config import DataConfig
-    from efficient_vlm.data.evalset import make_eval
-
-    start = time.monotonic()
-    data_config = DataConfig.from_mapping(configs.section(config, "data"))
-    test = make_eval(
-        dataclasses.replace(data_config, batch_size=evaluation.batch_size),
-        limit=evaluation.images,
-        workdir=workdir,
-        tokenizer=trained.pipeline.tokenizer,
-    )
-    rows = sum(len(answers) for answers in test.answers)
-    say(f"Evaluation: {rows} questions about unseen test images")
-    results = evaluate(
-        trained.model,
-        trained.params,
-        test,
-        evaluation,
-        control=control,
-        workdir=workdir,
-        say=say,
-        check_stop=check_stop,
-    )
-    if workdir is not None:
-        results["controls"] = _controls(trained, test, evaluation, check_stop)
-    say(f"Evaluation: {time.monotonic() - start:.1f} s")
-    return results
-
-
-def _controls(trained, test, evaluation, check_stop) -> list[dict[str, Any]]:
-    """The first method on blank images and on shuffled answers: both must fall to chance."""
-    from efficient_vlm.audit.evaluate import CONTROLS, evaluate
-    from efficient_vlm.audit.settings import settings_of
-
-    first = dict(settings_of(evaluation, trained.model)[0].compressor)
-    methods = [{**first, "budgets": [first.pop("budget", None)]}]
-    rows = []
-    for control in CONTROLS:
-        found = evaluate(
-            trained.model,
-            trained.params,
-            test,
-            dataclasses.replace(evaluation, methods=methods, seeds=1),
-            control=control,
-            say=lambda line: None,
-            check_stop=check_stop,
-        )
-        rows += [{"control": control, **row} for row in found["eval"]]
-    return rows
 
 
 def environment() -> dict[str, str]:

@@ -37,6 +37,8 @@ __all__ = [
     "own_rows",
     "param_shardings",
     "path_of",
+    "replicated",
+    "row_parts",
     "spec_of",
     "trimmed",
 ]
@@ -124,9 +126,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 @contextlib.contextmanager
-def active(mesh: Mesh) -> Iterator[None]:
-    """What is traced inside is for this mesh: constraints of activations, kernels of parts."""
-    with jax.set_mesh(mesh):
+def active(mesh: Mesh | None) -> Iterator[None]:
+    """What is traced inside is for this mesh: constraints of activations, kernels of parts.
+
+    None is one device, without either.
+    """
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         yield
 
 
@@ -173,6 +178,11 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     if not sizes:
         return x
     return jax.lax.with_sharding_constraint(x, spec_of(names, x.shape, sizes))
+
+
+def replicated(tree: Any) -> Any:
+    """Arrays whole on every device of the mesh that is set: each process can read its own."""
+    return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), tree)
 
 
 def auto_axes() -> dict[str, int]:
@@ -224,9 +234,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
+def row_parts(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are cut."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
 def check_batch(rows: int, mesh: Mesh, accumulate: int = 1) -> None:
     """Raises UserError for a batch whose rows do not divide over the mesh."""
-    parts = accumulate * math.prod(mesh.shape[axis] for axis in BATCH)
+    parts = accumulate * row_parts(mesh)
     if rows % parts:
         raise UserError(
             f"data.batch_size: {rows} rows over {parts} parts (data x fsdp x expert x accumulate)",
@@ -247,7 +262,7 @@ def own_rows(mesh: Mesh, rows: int, process: int | None = None) -> np.ndarray:
       process: its number; None for this one.
     """
     blocks = _own_blocks(mesh, jax.process_index() if process is None else process)
-    size = rows // math.prod(mesh.shape[axis] for axis in BATCH)
+    size = rows // row_parts(mesh)
     return np.concatenate([np.arange(block * size, (block + 1) * size) for block in blocks])
 
 
@@ -260,7 +275,7 @@ def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.A
     """
     lies = batch_sharding(mesh)
     blocks = _own_blocks(mesh, jax.process_index())
-    count = math.prod(mesh.shape[axis] for axis in BATCH)
+    count = row_parts(mesh)
 
     def spread(x: np.ndarray) -> jax.Array:
         size = len(x) // len(blocks)
@@ -278,7 +293,7 @@ def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.A
 @functools.cache
 def _own_blocks(mesh: Mesh, process: int) -> tuple[int, ...]:
     """Which of the equal parts of a batch the devices of a process have."""
-    count = math.prod(mesh.shape[axis] for axis in BATCH)
+    count = row_parts(mesh)
     where = batch_sharding(mesh).devices_indices_map((count,))
     mine = (index for device, (index,) in where.items() if device.process_index == process)
     return tuple(sorted({index.start or 0 for index in mine}))

@@ -9,10 +9,10 @@ import pytest
 from ml_collections import ConfigDict
 from scipy import stats
 
-from efficient_vlm import commands
 from efficient_vlm.audit import evaluate as evaluation
 from efficient_vlm.audit import settings
 from efficient_vlm.errors import UserError
+from efficient_vlm.evaluation import evaluate_run
 from efficient_vlm.inference.generate import Generated
 
 
@@ -33,7 +33,7 @@ def controls(finished_run):
     """control -> results of the trained tiny model on the same questions about 64 images."""
     methods = [dict(name="none", budgets=[16])]
     return {
-        control: commands.evaluate_run(
+        control: evaluate_run(
             finished_run[0], methods=methods, images=64, control=control, say=lambda line: None
         )
         for control in (None, "blank", "shuffled")
@@ -62,7 +62,7 @@ def test_controls_sit_at_chance(controls, control):
 
 def test_unknown_controls_are_named(finished_run):
     with pytest.raises(UserError, match="did you mean 'blank'"):
-        commands.evaluate_run(finished_run[0], control="blanc", say=lambda line: None)
+        evaluate_run(finished_run[0], control="blanc", say=lambda line: None)
 
 
 def test_shuffled_answers_come_from_other_images_and_keep_their_numbers():
@@ -170,9 +170,7 @@ def test_random_is_pooled_over_its_draws(finished_run):
         {(p["index"], p["slot"]): p["prediction"] for p in rows if p["seed"] == s} for s in (0, 1)
     ]
     assert by_seed[0] != by_seed[1]
-    again = commands.evaluate_run(
-        workdir, methods=[dict(name="random", budgets=[4])], say=lambda line: None
-    )
+    again = evaluate_run(workdir, methods=[dict(name="random", budgets=[4])], say=lambda line: None)
     stored = [r for r in finished_run[1]["eval"] if r["compressor"] == "random"]
     assert again["eval"] == stored
 
@@ -195,7 +193,7 @@ def test_methods_that_cannot_be_evaluated(finished_run, methods, words):
     said = []
     good = dict(name="none", budgets=[16])  # It is not even begun.
     with pytest.raises(UserError, match=f"(?s){words}") as caught:
-        commands.evaluate_run(finished_run[0], methods=[good, *methods], say=said.append)
+        evaluate_run(finished_run[0], methods=[good, *methods], say=said.append)
     assert len(str(caught.value).splitlines()) <= 3
     assert not any("none at" in line for line in said)
 

@@ -112,11 +112,11 @@ def test_rows_are_complete(script, results):
 
 def test_the_numbers_are_those_of_the_evaluation(results, finished_run):
     """`none` answers as `efficient-vlm eval` says for the same images."""
-    from efficient_vlm import commands
+    from efficient_vlm.evaluation import evaluate_run
 
     methods = [dict(name="none", budgets=[16])]
     quiet = dict(say=lambda line: None)
-    found = commands.evaluate_run(finished_run[0], methods=methods, images=16, **quiet)
+    found = evaluate_run(finished_run[0], methods=methods, images=16, **quiet)
     for row in found["eval"]:
         score = results["rows"][0]["accuracy"][row["task"]]
         assert [score[key] for key in ("n", "accuracy", "ci95")] == [

@@ -14,11 +14,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from efficient_vlm import cli, commands
+from efficient_vlm import cli
 from efficient_vlm import config as configs
 from efficient_vlm.data import DataConfig, images, llava_json, make_train
 from efficient_vlm.data.records import BadRecord, Record
 from efficient_vlm.errors import UserError
+from efficient_vlm.train.workdir_config import read_run_config
 
 ROOT = Path(__file__).parents[1]
 IMAGES, RECORDS = hostile_files.images(), hostile_files.records()
@@ -138,7 +139,7 @@ def test_data_files(name, tmp_path):
     run.mkdir()
     (run / "config.json").write_bytes(path.read_bytes())
     with pytest.raises(UserError):
-        commands.read_run_config(run)
+        read_run_config(run)
 
 
 # --- made up -------------------------------------------------------------------------------------
@@ -224,7 +225,7 @@ def test_any_override_is_taken_or_named(changes):
 def test_any_config_file_is_a_config_or_an_error(value, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(value))
     try:
-        found = commands.read_run_config(tmp_path)
+        found = read_run_config(tmp_path)
     except UserError as error:
         check(error)
     else:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from efficient_vlm import sharding
 from efficient_vlm.audit import heat, maps
 from efficient_vlm.audit.flops import model_cost
 from efficient_vlm.audit.settings import (
@@ -49,13 +50,15 @@ def evaluate(
 ) -> dict[str, Any]:
     """Answers every question with every method, and measures what that costs.
 
+    Parameters may lie on a mesh, which then is active; several processes call this alike.
+
     Args:
       model, params: what to evaluate.
       data: test images and questions.
       config: methods and sizes.
       control: "blank" (grey images) or "shuffled" (the answers of another image): accuracy must
         fall to chance.
-      workdir: where predictions and token maps are written; None for nowhere.
+      workdir: where the first process writes predictions and token maps; None for nowhere.
       say: receives a line per method.
       check_stop: called between batches; may raise.
 
@@ -73,7 +76,9 @@ def evaluate(
     variants = settings_of(config, model)
     labels = labels_of(variants)
     check_trained(variants, parameter_shapes(params))
-    params = unstack(params)
+    # On a mesh stacks stay as they are: layers are gathered one at a time, and nothing is copied.
+    params = params if sharding.auto_axes() else unstack(params)
+    writes = workdir is not None and jax.process_index() == 0
     for variant, (name, budget) in zip(variants, labels, strict=True):
         predictions, cost = _run_method(
             variant, (name, budget), params, data, references, config, control, cells, check_stop
@@ -81,7 +86,7 @@ def evaluate(
         rows = score(predictions, data.tasks)
         results["eval"] += [{"compressor": name, "budget": budget, **row} for row in rows]
         results["cost"].append({"compressor": name, "budget": budget, **cost})
-        if workdir is not None:
+        if writes:
             stem = f"{name}-{budget}".replace(" ", "_") + (f"-{control}" if control else "")
             write_jsonl(workdir / "predictions" / f"{stem}.jsonl", predictions)
         shown = "  ".join(f"{row['task']} {row['accuracy']:.3f}" for row in rows)
@@ -92,7 +97,7 @@ def evaluate(
         images=images[0] * images[1],
         device=jax.devices()[0].device_kind,
     )
-    if workdir is not None and control is None:
+    if writes and control is None:
         maps.write_maps(workdir, [_example(data, place, cells[place]) for place in chosen])
     return results
 

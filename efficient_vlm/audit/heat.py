@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efficient_vlm import sharding
 from efficient_vlm.audit.settings import tokens_of_image
 from efficient_vlm.compressors import selectors
 from efficient_vlm.models.vlm import VisionLanguageModel
@@ -148,7 +149,7 @@ def _row(plain: VisionLanguageModel, asked: str, params, images):
     """float32 [M, N] of the model without a method: those that read the same row share this."""
     there, row = jnp.ones((1, len(images)), bool), {"attention_row": asked}
     _, signals = plain.apply({"params": params}, images[None], there, asked=row, method="encode")
-    return signals.attention_row
+    return sharding.replicated(signals.attention_row)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -158,4 +159,4 @@ def _relevance(model: VisionLanguageModel, params, images, image_mask, prompts, 
         text = jnp.repeat(model.instruction(prompts, lengths), images.shape[1], axis=0)
         return model.reduce.scores(tokens, text[:, None])
 
-    return model.apply({"params": params}, method=scores)
+    return sharding.replicated(model.apply({"params": params}, method=scores))

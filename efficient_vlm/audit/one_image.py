@@ -146,10 +146,10 @@ class WithRun:
     """A picture seen by the newest checkpoint of a run."""
 
     def __init__(self, image: np.ndarray, workdir: Path, question: str | None):
-        from efficient_vlm.commands import read_run_config
         from efficient_vlm.data.config import DataConfig
         from efficient_vlm.data.pipeline import make_spec
         from efficient_vlm.train.trained import restore
+        from efficient_vlm.train.workdir_config import read_run_config
 
         self.config = read_run_config(workdir)
         data = DataConfig.from_mapping(configs.section(self.config, "data"))

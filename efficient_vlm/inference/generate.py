@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from efficient_vlm import sharding
 from efficient_vlm.compressors import VisualTokens
 from efficient_vlm.errors import UserError
 from efficient_vlm.inference.cache import KVCache
@@ -118,13 +119,14 @@ def prefill_stage(
         placement=placement,
         method="prefill",
     )
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache, sources
+    token, sources = sharding.replicated((jnp.argmax(logits, axis=-1).astype(jnp.int32), sources))
+    return token, cache, sources
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def decode_stage(model, params, tokens, cache: KVCache):
     logits, cache = model.apply({"params": params}, tokens, cache, method="decode")
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
+    return sharding.replicated(jnp.argmax(logits, axis=-1).astype(jnp.int32)), cache
 
 
 def generate(
@@ -146,7 +148,9 @@ def generate(
 
     Args:
       model: the model at one budget.
-      params: its parameters; faster on a CPU when split by `models.stack.unstack`.
+      params: its parameters; faster on a CPU when split by `models.stack.unstack`. They may lie on
+        a mesh that is active (`sharding.active`), also of several processes, which then call this
+        alike and each get all answers.
       images: uint8 [B, M, H, W, 3]; None for none.
       image_mask: bool [B, M].
       prompts: int32 [B, Q, P], padded on the right.

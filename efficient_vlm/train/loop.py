@@ -25,7 +25,7 @@ from efficient_vlm.train.optimizer import schedule
 from efficient_vlm.train.parameters import initialise, start_from
 from efficient_vlm.train.processes import agreed, is_first, largest
 from efficient_vlm.train.progress import Progress
-from efficient_vlm.train.trained import Trained, outcome
+from efficient_vlm.train.trained import Trained, digests
 
 
 class Stopped(Exception):
@@ -273,5 +273,5 @@ def train(
         "skipped_samples": pipeline.skipped,
         "compilations": compilations,
     }
-    digests, params = outcome(state, workdir, warn)
-    return Trained(model, params, pipeline, summary | digests)
+    summary |= digests(state, max(first, settings.steps), workdir, warn)
+    return Trained(model, state.get("ema", state["params"]), mesh, pipeline, summary)

@@ -17,6 +17,7 @@ from efficient_vlm.train.arms import Arm
 from efficient_vlm.train.checkpoint import Checkpoints
 from efficient_vlm.train.optimizer import OptimizerConfig, make_optimizer
 from efficient_vlm.train.placement import Placement, state_shardings
+from efficient_vlm.train.processes import largest
 
 
 class Start(NamedTuple):
@@ -94,7 +95,8 @@ def load_params(workdir: Path, like: Any, name: str = "params") -> Any:
 
     Args:
       workdir: of that run.
-      like: parameters, or their shapes, of the same structure.
+      like: parameters, or their shapes, of the same structure; where they have places on a mesh
+        they are read there. All processes call this alike.
       name: "params", or "ema" for their average.
 
     Raises:
@@ -111,4 +113,10 @@ def load_params(workdir: Path, like: Any, name: str = "params") -> Any:
         raise UserError(
             f"--workdir={workdir}: no checkpoint yet", fix="train first: efficient-vlm train ..."
         )
-    return restored[1][name]
+    step, state, _ = restored
+    if not step == largest(step) == -largest(-step):
+        raise UserError(
+            f"--workdir={workdir}: a checkpoint was written while processes looked for the newest",
+            fix="run again",
+        )
+    return state[name]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, first_line
 from efficient_vlm.train.manifest import write_atomic
 
 
@@ -111,3 +111,22 @@ def check_workdir_config(
             fix="use another --workdir, or the values of its config.json",
         )
     return False
+
+
+def read_run_config(workdir: Path) -> Any:
+    """The config that a run was made with, a ConfigDict."""
+    import ml_collections
+
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"--workdir={workdir}: no run there", fix="train first: efficient-vlm train"
+        )
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("no sections")
+        return ml_collections.ConfigDict(found)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        problem = f"{path}: not a readable config ({first_line(error)})"
+        raise UserError(problem, fix="restore it") from None

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny_models import DECODER, ENCODER, MOE, VOCAB
 
 from efficient_vlm import sharding
+from efficient_vlm.inference.generate import generate
 from efficient_vlm.kernels.attention import attention, attention_importance, make_mask
 from efficient_vlm.models.moe import MoE as MoELayer
 from efficient_vlm.models.vlm import VisionLanguageModel
@@ -107,6 +108,32 @@ def run(kind, job):
         saved.save(place.batches, now, place, wait=True)
         saved.close()
     return {"steps": found, "compilations": step._cache_size()}
+
+
+def answers(kind, mesh):
+    """Tokens of twelve answers and where patches ended, with parameters and devices of a mesh.
+
+    Args:
+      kind: see `make`.
+      mesh: None for one device.
+    """
+    model, first = make(kind), next(batches(1))
+    boxed = steps.init_params([model], first, 0)
+    params, placed = nn.unbox(boxed), None
+    if mesh is not None:
+        placed = sharding.make_mesh(sharding.MeshConfig(**mesh))
+        params = jax.device_put(params, sharding.param_shardings(boxed, placed))
+    images = np.repeat(first["images"], 2, axis=0)[:12]
+    rng = np.random.default_rng(1)
+    prompts = rng.integers(2, VOCAB, (12, 1, 6)).astype(np.int32)
+    lengths = rng.integers(0, 7, (12, 1)).astype(np.int32)
+    with sharding.active(placed):
+        found = generate(
+            *(model, params, images, np.ones((12, 1), bool), prompts, lengths),
+            new_tokens=5,
+            eos_id=1,
+        )
+    return found.tokens.tolist(), [np.asarray(source).tolist() for source in found.sources]
 
 
 NAMES = (("batch", "heads", None, None), *(("batch", "kv_heads", None, None),) * 2)
@@ -212,7 +239,10 @@ if __name__ == "__main__":
         number, count, port = asked["process"]
         jax.distributed.initialize(f"127.0.0.1:{port}", count, number)
     parts = {"attention": attention_of_parts, "experts": experts_of_parts}
-    if asked["kind"] in parts:
+    kind, _, what = asked["kind"].partition(":")
+    if what == "answers":
+        print(json.dumps([answers(kind, mesh) for mesh in asked["jobs"]]))
+    elif kind in parts:
         print(json.dumps([parts[asked["kind"]](mesh) for mesh in asked["jobs"]]))
     else:
         print(json.dumps([run(asked["kind"], job) for job in asked["jobs"]]))

@@ -17,15 +17,16 @@ from efficient_vlm.train.metrics import read_metrics
 
 STEPS = 14
 COMMAND = (
-    *("-m", "efficient_vlm.cli", "train", "--config=configs/quickstart.py:smoke"),
+    *("train", "--config=configs/quickstart.py:smoke"),
     *(f"--config.train.steps={STEPS}", "--config.train.checkpoint_every=5"),
     *("--config.train.log_every=1", "--config.train.elastic=[]", "--config.eval.images=2"),
-    *("--config.eval.batch_size=2", "--config.eval.map_questions=0"),
-    '--config.eval.methods=[{"name": "none", "budgets": [64]}]',
+    *("--config.eval.batch_size=2", "--config.eval.map_questions=1", "--config.eval.seeds=1"),
+    '--config.eval.methods=[{"name": "text_topk", "budgets": [16]}, '
+    '{"name": "random", "budgets": [16]}]',
 )
 
 
-def start(workdir, devices, *more):
+def start(devices, *words):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -33,7 +34,7 @@ def start(workdir, devices, *more):
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK_TO_COMPILE}",
     }
     return subprocess.Popen(
-        [sys.executable, *COMMAND, f"--workdir={workdir}", *more],
+        [sys.executable, "-m", "efficient_vlm.cli", *words],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -41,54 +42,65 @@ def start(workdir, devices, *more):
     )
 
 
+def start_pair(*words):
+    """Two processes of two devices each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [start(2, *words, f"--distributed=127.0.0.1:{port},2,{number}") for number in range(2)]
+
+
 def losses(workdir):
     return {row["step"]: row["loss"] for row in read_metrics(workdir)}
 
 
 @pytest.mark.slow
-def test_two_processes_are_stopped_and_one_goes_on(tmp_path):
-    """A signal to one stops both at one step; the losses are those of one undisturbed process."""
-    alone = start(tmp_path / "alone", 1)
+def test_two_processes_are_stopped_and_go_on(tmp_path):
+    """A signal to one stops both, in training and in evaluation; losses and answers are those of
+    one undisturbed process."""
+    one = f"--workdir={tmp_path / 'one'}"
+    alone = start(1, *COMMAND, one)
     assert alone.wait(300) == 0, alone.stdout.read()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    workdir, mesh = tmp_path / "pair", "--config.train.mesh.fsdp=2"
-    pair = [
-        start(workdir, 2, mesh, f"--distributed=127.0.0.1:{port},2,{number}") for number in range(2)
-    ]
+    workdir = tmp_path / "pair"
+    command = (*COMMAND, "--config.train.mesh.fsdp=2", f"--workdir={workdir}")
+    pair = start_pair(*command)
     end = time.monotonic() + 300
     while max(losses(workdir), default=0) < 3 and time.monotonic() < end:
-        assert all(one.poll() is None for one in pair), [one.communicate()[0] for one in pair]
+        assert all(each.poll() is None for each in pair), [each.communicate()[0] for each in pair]
         time.sleep(0.01)
     pair[1].send_signal(signal.SIGTERM)
-    said = [one.communicate(timeout=300)[0] for one in pair]
-    assert [one.returncode for one in pair] == [143, 143], said
+    said = [each.communicate(timeout=300)[0] for each in pair]
+    assert [each.returncode for each in pair] == [143, 143], said
     reached = max(losses(workdir))
     assert 3 <= reached < STEPS
     assert f"Stopped after step {reached};" in said[0] and "Stopped" not in said[1]
     assert (workdir / "checkpoints" / str(reached)).is_dir()
-    # Again both, to the end of training; then a signal while the first one evaluates.
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pair = [
-        start(workdir, 2, mesh, f"--distributed=127.0.0.1:{port},2,{number}") for number in range(2)
-    ]
+    # Again both, to the end of training; then a signal while they evaluate.
+    pair = start_pair(*command)
     told = []
     while not any("Evaluation:" in line for line in told):
         assert (line := pair[0].stdout.readline()), told
         told.append(line)
-    pair[0].send_signal(signal.SIGTERM)
-    said = [one.communicate(timeout=300)[0] for one in pair]
-    assert [one.returncode for one in pair] == [143, 143], said
+    pair[1].send_signal(signal.SIGTERM)
+    said = [each.communicate(timeout=300)[0] for each in pair]
+    assert [each.returncode for each in pair] == [143, 143], said
     assert f"Stopped after step {STEPS};" in said[0] and "error" not in said[1]
-    last = start(workdir, 1)
-    assert last.wait(300) == 0, last.stdout.read()
-    expected = losses(tmp_path / "alone")
-    assert losses(workdir) == pytest.approx(expected, rel=1e-4)
-    goodput = json.loads((workdir / "results.json").read_text())["goodput"]
-    assert goodput["lost"] == 0 < goodput["productive"] < goodput["total"]
+    assert not (workdir / "results.json").exists()
+    assert losses(workdir) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    pair = start_pair(*command)
+    said = [each.communicate(timeout=300)[0] for each in pair]
+    assert [each.returncode for each in pair] == [0, 0], said
+    assert "Report:" in said[0] and "Evaluation" not in said[1]
+    results = json.loads((workdir / "results.json").read_text())
+    assert results["goodput"]["lost"] == 0 < results["goodput"]["productive"]
+    expected = json.loads((tmp_path / "one" / "results.json").read_text())
+    assert (results["eval"], results["controls"]) == (expected["eval"], expected["controls"])
+    # What they have written, on another mesh.
+    pair = start_pair("eval", f"--workdir={workdir}", "--json", "--mesh=tensor:2,data:2")
+    said = [each.communicate(timeout=300)[0] for each in pair]
+    assert [each.returncode for each in pair] == [0, 0], said
+    assert json.loads(said[0][said[0].index("{\n") :])["eval"] == expected["eval"]
+    assert '"eval"' not in said[1]
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,17 @@ def test_meshes_equal_one_device(kind):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["moe", "fastv"])
+def test_answers_on_meshes_equal_those_of_one_device(kind):
+    """Also where the rows, twelve, do not divide over the mesh."""
+    meshes = [dict(data=2, fsdp=2, tensor=2), dict(data=1, expert=4, sequence=2), dict(fsdp=8)]
+    alone, *sharded = found(start(f"{kind}:answers", [None, *meshes]))
+    assert len({tuple(answer) for (answer,) in alone[0]}) > 3
+    for one in sharded:
+        assert one == alone
+
+
+@pytest.mark.slow
 def test_attention_of_parts():
     """The blocked form, each device with rows and heads of its own, and all gradients."""
     jobs = [

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -220,6 +221,42 @@ def test_watch_ends_when_the_run_is_stopped(cloud):
     said = watch.communicate(timeout=60)[0]
     assert watch.returncode == 143 and "The run has ended with stopped." in said
     assert (home / "runs").read_text().count("x") == 1
+
+
+@pytest.fixture
+def other():
+    """A process that has nothing to do with the scripts."""
+    with subprocess.Popen(["sleep", "600"]) as process:
+        yield process
+        process.kill()
+
+
+def test_processes_behind_a_reboot_are_others(cloud, other):
+    """Files stay, numbers are given again: nothing is taken for the run, and nothing is killed."""
+    tools, home, _ = cloud
+    training(home)
+    (home / "state").write_text("READY\n")
+    (home / "train.boot").write_text("another\n")
+    for name in ("train.pid", "train.shell"):
+        (home / name).write_text(f"{other.pid}\n")
+    settings = dict(path=tools, ZONE="z", POLL="0.05")
+    assert "no run to stop" in run("tpu_vm.sh", "stop", **settings).stdout
+    done = run("tpu_vm.sh", "watch", **settings)
+    assert done.returncode == 0 and (home / "runs").read_text().count("x") == 1
+    assert other.poll() is None
+
+
+def test_stop_waits_for_a_run_that_has_just_been_started(cloud, other):
+    tools, home, _ = cloud
+    (home / "train.boot").write_bytes(Path("/proc/sys/kernel/random/boot_id").read_bytes())
+    (home / "train.shell").write_text(f"{other.pid}\n")
+    environment = {"HOME": os.environ["HOME"], "PATH": f"{tools}:{os.environ['PATH']}"}
+    command = ["bash", str(SCRIPTS / "tpu_vm.sh"), "stop"]
+    with subprocess.Popen(command, env={**environment, "ZONE": "z"}) as stop:
+        wait_for((home / "train.stopped").exists)
+        (home / "train.pid").write_text(f"{other.pid}\n")
+        assert stop.wait(30) == 0
+    assert other.wait(30) == -signal.SIGTERM and (home / "train.stopped").exists()
 
 
 def test_a_failed_command_ends_it(tmp_path):

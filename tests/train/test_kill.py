@@ -24,6 +24,7 @@ COMMAND = (
     *("-m", "efficient_vlm.cli", "train", "--config=configs/quickstart.py:smoke"),
     *(f"--config.train.steps={STEPS}", f"--config.train.checkpoint_every={EVERY}"),
     *("--config.train.log_every=1", "--config.train.keep=2", "--config.data.batch_size=8"),
+    "--config.train.elastic=[]",  # One program to trace at each start.
     *("--config.eval.images=2", "--config.eval.batch_size=2", "--config.eval.map_questions=0"),
     '--config.eval.methods=[{"name": "none", "budgets": [64]}]',
 )

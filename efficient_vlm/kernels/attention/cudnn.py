@@ -6,12 +6,14 @@ the rounding left, or log 9 would be off by 4e-3. It has no float32 logarithm of
 exponentials: `AttentionResult.lse` is None.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from efficient_vlm.errors import UserError, first_line
 
-__all__ = ["attend", "folded", "unserved"]
+__all__ = ["attend", "available", "folded", "unserved"]
 
 _MOST_DIM = 256
 _SERVED = ("causal", "q_lengths", "kv_lengths", "window")
@@ -37,6 +39,17 @@ def unserved(q, v, softcap, key_bias, weights, given) -> str | None:
     if window is not None and not (isinstance(window, int) and given.get("causal")):
         return "window other than a number of keys with causal"
     return None
+
+
+@functools.cache
+def available() -> bool:
+    """Whether JAX finds a cuDNN here that it can use."""
+    x = jax.ShapeDtypeStruct((1, 1, 64, 64), jnp.bfloat16)
+    try:
+        jax.eval_shape(functools.partial(attend, scale=1.0, causal=False), x, x, x)
+    except UserError:
+        return False
+    return True
 
 
 def attend(q, k, v, key_bias=None, *, scale, causal, window=None, q_lengths=None, kv_lengths=None):

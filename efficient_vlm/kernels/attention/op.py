@@ -128,7 +128,7 @@ def attention(
     if implementation == "cudnn":
         names = ("causal", "window", "q_lengths", "kv_lengths")
         served = {name: shapes[name] for name in names}
-        out = _module("cudnn").attend(q, k, v, key_bias, scale=scale, **served)
+        out = _module("cudnn").attend(only_on("cudnn", q), k, v, key_bias, scale=scale, **served)
         return AttentionResult(out, None, None)
     sparse = mask is not None or any(name != "causal" for name in given)
     told = (key_bias, softcap, importance_weights)
@@ -145,7 +145,8 @@ def attention(
     else:
         found = on_mesh(functools.partial(_attend, call), q, k, v, key_bias, mask, every)
     out, lse, importance = found
-    if dense and _on_hopper() and not _unserved("cudnn", q, k, v):
+    cudnn = dense and _on_hopper() and not _unserved("cudnn", q, k, v)
+    if cudnn and _module("cudnn").available():
         # Where nothing is sparse cuDNN is about as fast forward and faster in training
         # (docs/kernels.md).
         # It has no lse in float32: that is ours, and no part of a program that does not use it.

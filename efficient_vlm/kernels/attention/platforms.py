@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 from efficient_vlm.errors import UserError
 
@@ -19,7 +19,7 @@ __all__ = ["interpretation", "interpreted", "only_on"]
 _INTERPRET: contextvars.ContextVar[Any] = contextvars.ContextVar("interpret", default=False)
 
 # Implementation -> as JAX calls its platform.
-_PLATFORMS = {"tpu": "tpu", "gpu": "cuda"}
+_PLATFORMS = {"tpu": "tpu", "gpu": "cuda", "cudnn": "cuda"}
 
 
 @contextlib.contextmanager
@@ -48,7 +48,7 @@ def only_on(implementation: str, x: jax.Array) -> jax.Array:
 
 
 def _marker(implementation: str, platform: str) -> Primitive:
-    marker = Primitive(f"attention_only_on_{platform}")
+    marker = Primitive(f"attention_{implementation}_only_on_{platform}")
 
     def refuse(*_):
         raise UserError(
@@ -67,6 +67,7 @@ def _marker(implementation: str, platform: str) -> Primitive:
     marker.def_impl(run)
     marker.def_abstract_eval(lambda x: x)
     batching.defvectorized(marker)
+    ad.deflinear2(marker, lambda cotangent, _: [cotangent])
     mlir.register_lowering(marker, refuse)
     mlir.register_lowering(marker, lambda _, x: [x], platform=platform)
     return marker

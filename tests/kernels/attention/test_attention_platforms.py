@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from efficient_vlm.errors import UserError
-from efficient_vlm.kernels.attention import attention, attention_decode
+from efficient_vlm.kernels.attention import attention, attention_decode, cudnn
 
 Q = jnp.ones((1, 2, 256, 64), jnp.bfloat16)
 
@@ -43,6 +43,15 @@ def test_a_cpu_says_which_it_has(implementation, wrap):
     lines = str(error.value).splitlines()
     assert f"implementation {implementation!r}" in lines[0] and len(lines) == 3
     assert "reference, xla" in lines[1] and "implementation=None" in lines[2]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="asks a CPU for what it has not")
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.grad], ids=["eager", "jit", "grad"])
+def test_a_cpu_beside_a_cudnn(wrap, monkeypatch):
+    """JAX finds the library, the program is for the CPU all the same."""
+    monkeypatch.setattr(cudnn, "attend", lambda q, *_, **options: q)
+    with pytest.raises(UserError, match="'cudnn' in a program that is not for CUDA"):
+        wrap(lambda q: total(q, "cudnn"))(Q)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="asks a CPU for what it has not")

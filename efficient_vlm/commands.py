@@ -104,11 +104,6 @@ def fit(
                     (workdir / "config.json").unlink(missing_ok=True)
                 raise
 
-            def check_stop() -> None:
-                # All at the same batch: each has a part of every program.
-                if code := processes.largest(stop.exit_code if stop.requested else 0):
-                    raise loop.Stopped(code, trained.summary["steps"])
-
             clock = Goodput(workdir, warn=say, keep=first)
             try:
                 with clock.timed("eval"):
@@ -118,7 +113,7 @@ def fit(
                         evaluation,
                         workdir=workdir,
                         say=say,
-                        check_stop=check_stop,
+                        check_stop=_check_stop(stop, trained.summary["steps"]),
                     )
             finally:
                 clock.write()
@@ -143,6 +138,18 @@ def fit(
             raise
 
 
+def _check_stop(stop: Any, step: int) -> Callable[[], None]:
+    """What evaluation asks between batches."""
+    from efficient_vlm.train import loop, processes
+
+    def check() -> None:
+        # All at the same batch: each process has a part of every program.
+        if code := processes.largest(stop.exit_code if stop.requested else 0):
+            raise loop.Stopped(code, step)
+
+    return check
+
+
 def train(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """`efficient-vlm train`."""
     from efficient_vlm.train import processes
@@ -162,21 +169,24 @@ def eval(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """`efficient-vlm eval`."""
     from efficient_vlm.audit.plans.options import parse_mesh
     from efficient_vlm.evaluation import evaluate_run
-    from efficient_vlm.train import processes
+    from efficient_vlm.train import guards, loop, processes
 
     del overrides
     methods = _read_methods(args)
     mesh = None if args.mesh is None else parse_mesh(args.mesh)
     processes.start(args.distributed)
     first, quiet = processes.is_first(), args.json
-    results = evaluate_run(
-        args.workdir,
-        methods=methods,
-        images=args.images,
-        control=args.control,
-        mesh=mesh,
-        say=lambda line: print(line, file=sys.stderr if quiet else sys.stdout) if first else None,
-    )
+    stream = sys.stderr if quiet else sys.stdout
+    given = dict(methods=methods, images=args.images, control=args.control, mesh=mesh)
+    given["say"] = lambda line: print(line, file=stream) if first else None
+    if args.distributed is None:
+        results = evaluate_run(args.workdir, **given)
+    else:  # JAX then catches SIGTERM, and does nothing about it.
+        with guards.StopSignal() as stop:
+            try:
+                results = evaluate_run(args.workdir, check_stop=_check_stop(stop, 0), **given)
+            except loop.Stopped as stopped:
+                return stopped.exit_code
     if not first:
         return 0
     if quiet:

@@ -19,6 +19,7 @@ from efficient_vlm.data.evalset import EvalSet, make_eval
 from efficient_vlm.data.pipeline import make_train
 from efficient_vlm.errors import UserError
 from efficient_vlm.models.build import construct
+from efficient_vlm.train.processes import first_then_all
 from efficient_vlm.train.trained import Trained, restore
 from efficient_vlm.train.workdir_config import read_run_config
 
@@ -33,6 +34,7 @@ def evaluate_run(
     control: str | None = None,
     mesh: Mapping[str, int] | None = None,
     say: Callable[[str], None] = print,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Evaluates the newest checkpoint of a run.
 
@@ -46,6 +48,7 @@ def evaluate_run(
       mesh: devices along its axes, see `sharding.MeshConfig`; those of the run unless given, and
         where that had another number of devices, fsdp over all.
       say: receives lines for the user.
+      check_stop: called between batches; may raise.
 
     Returns:
       {"eval": rows, "cost": rows, "protocol": text}.
@@ -64,9 +67,12 @@ def evaluate_run(
     if images is not None:
         evaluation = dataclasses.replace(evaluation, images=images)
     placed = _mesh(config, mesh)
-    pipeline = make_train(DataConfig.from_mapping(configs.section(config, "data")), workdir=workdir)
+    data_config = DataConfig.from_mapping(configs.section(config, "data"))
+    pipeline = first_then_all(lambda: make_train(data_config, workdir=workdir))
     trained = restore(config, workdir, pipeline, placed)
-    return evaluate_trained(trained, config, evaluation, say=say, control=control)
+    return evaluate_trained(
+        trained, config, evaluation, say=say, check_stop=check_stop, control=control
+    )
 
 
 def evaluate_trained(
@@ -81,7 +87,8 @@ def evaluate_trained(
 ) -> dict[str, Any]:
     """`audit.evaluate.evaluate` on the test data of a config; with `workdir` also the controls.
 
-    Batches are those of `evaluation`, and empty rows where its size does not divide over the mesh.
+    Batches are those of `evaluation`, and empty rows where its size does not divide over the mesh;
+    method "random" then draws others, and times are of all rows.
 
     Returns:
       {"eval": rows, "cost": rows, "protocol": text} and, with `workdir`, "controls": rows.
@@ -118,12 +125,16 @@ def evaluate_trained(
 def _mesh(config: Mapping[str, Any], given: Mapping[str, int] | None) -> Mesh | None:
     devices = jax.device_count()
     own = configs.section(config, "train").get("mesh", {})
-    sizes = construct(sharding.MeshConfig, own if given is None else given, "--mesh")
+    sizes = construct(sharding.MeshConfig, own if given is None else given, "train.mesh")
     try:
         sizes.sizes(devices)
-    except UserError:
+    except UserError as error:
         if given is not None:
-            raise
+            text = ",".join(f"{axis}:{size}" for axis, size in given.items() if size != 1)
+            raise UserError(
+                f"--mesh={text}: there are {devices} devices",
+                fix="axes whose product that is, such as --mesh=fsdp:2,tensor:2 for four",
+            ) from error
         sizes = sharding.MeshConfig(fsdp=devices)
     return sharding.make_mesh(sizes) if devices > 1 else None
 

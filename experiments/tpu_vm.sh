@@ -51,23 +51,24 @@ install() {
   everywhere 'python3 -m pip install -q --user uv && ([ -x .venv/bin/python ] || .local/bin/uv venv -q --python=3.11 .venv) && .local/bin/uv pip install -q --python=.venv/bin/python -e efficient_vlm "jax[tpu]"' &&
     everywhere "$folder && { [ -w /mnt/runs ] || sudo chmod 1777 /mnt/runs; }"
 }
-# Behind ssh, which ends at once: nothing that goes on holds its output.
 # Numbers of processes mean nothing behind a reboot, which leaves the files.
 BOOT=/proc/sys/kernel/random/boot_id
+ALIVE='alive() { { [ "$(cat train.boot)" = "$(cat '$BOOT')" ] && kill -0 "$(cat train.shell)"; } 2>/dev/null; }'
+# A worker may still have the run before, which holds its chips; checkpoints survive a kill.
+END='if alive; then kill -KILL "$(cat train.pid)"; while alive; do sleep 0.1; done; fi; rm -f train.{code,pid,shell,stopped}; cat '$BOOT' >train.boot'
+# Behind ssh, which ends at once: nothing that goes on holds its output.
 RUN='"$@" >../train.log 2>&1 & echo $! >../train.pid; wait $!; echo $? >../train.code'
-END='[ "$(cat ../train.boot)" != "$(cat '$BOOT')" ] || { kill -KILL "$(cat ../train.pid)"; while kill -0 "$(cat ../train.shell)"; do sleep 0.1; done; }; rm -f ../train.{code,pid,shell,stopped}; cat '$BOOT' >../train.boot'
 run() {
   local words
   words=$(printf ' %q' ../.venv/bin/efficient-vlm train --distributed "${train[@]}")
-  # The same command starts a run and goes on with it. A worker may still have the one before, which
-  # holds its chips; checkpoints survive a kill.
-  everywhere "cd efficient_vlm && { { $END; } 2>/dev/null; setsid nohup bash -c $(printf %q "$RUN") run$words </dev/null >/dev/null 2>&1 & echo \$! >../train.shell; }"
+  # The same command starts a run and goes on with it.
+  everywhere "$ALIVE; $END; cd efficient_vlm && { setsid nohup bash -c $(printf %q "$RUN") run$words </dev/null >/dev/null 2>&1 & echo \$! >../train.shell; }"
 }
-ALIVE='alive() { { [ "$(cat train.boot)" = "$(cat '$BOOT')" ] && kill -0 "$(cat train.shell)"; } 2>/dev/null; }'
 status() { tpu describe --format='value(state)'; }
 logs() { tpu ssh --worker=0 --command='tail -n 50 train.log; cat train.code 2>/dev/null'; }
 # A run that has just been started has no number yet.
-stop() { everywhere "$ALIVE"'; touch train.stopped; for i in {1..50}; do [ ! -s train.pid ] || break; alive || break; sleep 0.1; done; { alive && kill -TERM "$(cat train.pid)"; } 2>/dev/null || { rm train.stopped; echo "no run to stop on $(hostname)"; }'; }
+STOP='if alive && [ ! -f train.code ]; then [ -f train.stopped ] || { touch train.stopped; until [ -s train.pid ] || ! alive; do sleep 0.1; done; kill -TERM "$(cat train.pid)" || rm train.stopped; }; else echo "no run to stop on $(hostname)"; fi'
+stop() { everywhere "$ALIVE; $STOP"; }
 delete() { tpu delete --quiet; }
 all() { create && sync && install && run; }
 
@@ -79,7 +80,7 @@ state() {
 }
 # running, none, stopped, or the exit code of the run; empty if that cannot be known now. The shell
 # of a run ends behind its code.
-PROGRESS="$ALIVE"'; if alive; then echo running; elif [ ! -f train.code ]; then echo none; elif [ -f train.stopped ]; then echo stopped; else cat train.code; fi'
+PROGRESS="$ALIVE; "'if alive; then echo running; elif [ ! -f train.code ]; then echo none; elif [ -f train.stopped ]; then echo stopped; else cat train.code; fi'
 progress() { ask ssh --worker=0 --command="$PROGRESS" | grep -xE 'running|none|stopped|[0-9]+' || true; }
 again() { printf 'That failed; again in %s s.\n' "$POLL"; }
 start() { sync && install && run; }

@@ -218,6 +218,10 @@ def test_watch_ends_when_the_run_is_stopped(cloud):
     training(home, seconds=600)
     watch = watching(cloud)
     assert run("tpu_vm.sh", "stop", path=tools, ZONE="z").returncode == 0
+    # Once more: it is stopped all the same, and no preemption.
+    wait_for((home / "train.code").exists)
+    assert "no run to stop" in run("tpu_vm.sh", "stop", path=tools, ZONE="z").stdout
+    assert (home / "train.stopped").exists()
     said = watch.communicate(timeout=60)[0]
     assert watch.returncode == 143 and "The run has ended with stopped." in said
     assert (home / "runs").read_text().count("x") == 1

@@ -27,6 +27,7 @@ from efficient_vlm.errors import unknown
 from efficient_vlm.inference.generate import generate
 from efficient_vlm.models.stack import unstack
 from efficient_vlm.models.vlm import VisionLanguageModel
+from efficient_vlm.train.processes import agreed
 
 CONTROLS = ("blank", "shuffled")
 PROTOCOL = (
@@ -76,9 +77,8 @@ def evaluate(
     variants = settings_of(config, model)
     labels = labels_of(variants)
     check_trained(variants, parameter_shapes(params))
-    # On a mesh stacks stay as they are: layers are gathered one at a time, and nothing is copied.
+    # On a mesh stacks stay as they are: layers are gathered one at a time.
     params = params if sharding.auto_axes() else unstack(params)
-    writes = workdir is not None and jax.process_index() == 0
     for variant, (name, budget) in zip(variants, labels, strict=True):
         predictions, cost = _run_method(
             variant, (name, budget), params, data, references, config, control, cells, check_stop
@@ -86,19 +86,21 @@ def evaluate(
         rows = score(predictions, data.tasks)
         results["eval"] += [{"compressor": name, "budget": budget, **row} for row in rows]
         results["cost"].append({"compressor": name, "budget": budget, **cost})
-        if writes:
+        if workdir is not None:
             stem = f"{name}-{budget}".replace(" ", "_") + (f"-{control}" if control else "")
-            write_jsonl(workdir / "predictions" / f"{stem}.jsonl", predictions)
+            path = workdir / "predictions" / f"{stem}.jsonl"
+            agreed(functools.partial(write_jsonl, path, predictions))
         shown = "  ".join(f"{row['task']} {row['accuracy']:.3f}" for row in rows)
         say(f"  {name + ' at ' + str(budget):<22}{shown}")
-    images = data.batches[0]["images"].shape
+    images, device = data.batches[0]["images"].shape, jax.devices()[0].device_kind
     results["protocol"] = PROTOCOL.format(
         questions=images[0] * data.spec.questions,
         images=images[0] * images[1],
-        device=jax.devices()[0].device_kind,
+        device=device if jax.device_count() == 1 else f"{jax.device_count()} x {device}",
     )
-    if writes and control is None:
-        maps.write_maps(workdir, [_example(data, place, cells[place]) for place in chosen])
+    if workdir is not None and control is None:
+        examples = [_example(data, place, cells[place]) for place in chosen]
+        agreed(functools.partial(maps.write_maps, workdir, examples))
     return results
 
 

@@ -6,7 +6,7 @@ import jax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
 
-from efficient_vlm.sharding import spec_of
+from efficient_vlm.sharding import constrain, spec_of
 
 # Logical axes of the keys and values of one layer.
 CACHE_AXES = ("batch", None, "kv_heads", None)
@@ -65,9 +65,18 @@ def cache_shardings(cache: KVCache, mesh: Mesh) -> KVCache:
     """
 
     def place(path: Any, leaf: Any) -> NamedSharding:
-        names: tuple[str | None, ...] = ("batch", *(None,) * (leaf.ndim - 1)) if leaf.ndim else ()
-        if any(getattr(key, "name", None) in ("key", "value") for key in path):
-            names = (*(None,) * (leaf.ndim - len(CACHE_AXES)), *CACHE_AXES)
+        names = _axes(path, leaf)
         return NamedSharding(mesh, spec_of(names, leaf.shape, mesh.shape, what="the cache"))
 
     return jax.tree_util.tree_map_with_path(place, cache)
+
+
+def constrained(cache: KVCache) -> KVCache:
+    """A cache that lies as `cache_shardings` says on the mesh that is set; without one as it is."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: constrain(x, *_axes(path, x)), cache)
+
+
+def _axes(path: Any, leaf: Any) -> tuple[str | None, ...]:
+    if any(getattr(key, "name", None) in ("key", "value") for key in path):
+        return (*(None,) * (leaf.ndim - len(CACHE_AXES)), *CACHE_AXES)
+    return ("batch", *(None,) * (leaf.ndim - 1)) if leaf.ndim else ()

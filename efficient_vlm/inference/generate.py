@@ -17,7 +17,7 @@ from flax import struct
 from efficient_vlm import sharding
 from efficient_vlm.compressors import VisualTokens
 from efficient_vlm.errors import UserError
-from efficient_vlm.inference.cache import KVCache
+from efficient_vlm.inference.cache import KVCache, constrained
 from efficient_vlm.models.images import NO_EXTRAS, ImageExtras, Layout, repeat_rows
 from efficient_vlm.models.placement import Placement
 from efficient_vlm.models.vlm import VisionLanguageModel
@@ -120,13 +120,13 @@ def prefill_stage(
         method="prefill",
     )
     token, sources = sharding.replicated((jnp.argmax(logits, axis=-1).astype(jnp.int32), sources))
-    return token, cache, sources
+    return token, constrained(cache), sources
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def decode_stage(model, params, tokens, cache: KVCache):
     logits, cache = model.apply({"params": params}, tokens, cache, method="decode")
-    return sharding.replicated(jnp.argmax(logits, axis=-1).astype(jnp.int32)), cache
+    return sharding.replicated(jnp.argmax(logits, axis=-1).astype(jnp.int32)), constrained(cache)
 
 
 def generate(

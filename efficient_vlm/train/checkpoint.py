@@ -389,11 +389,11 @@ class Checkpoints:
 
     def _newest_good(self) -> int | None:
         step, lost = None, False
-        if self._read_only:
-            self._commits.load()
-        if self._process == 0 or self._read_only:
+        if self._process == 0:
+            if self._read_only:
+                self._commits.load()
             step, lost = self._commits.newest_verified()
-        if self._processes > 1 and not self._read_only:
+        if self._processes > 1:
             from jax.experimental import multihost_utils
 
             mine = np.array([-1 if step is None else step, lost], np.int32)

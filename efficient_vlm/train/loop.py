@@ -23,7 +23,7 @@ from efficient_vlm.train.guards import NonFiniteGuard, StopSignal
 from efficient_vlm.train.metrics import MetricsWriter
 from efficient_vlm.train.optimizer import schedule
 from efficient_vlm.train.parameters import initialise, start_from
-from efficient_vlm.train.processes import agreed, is_first, largest
+from efficient_vlm.train.processes import first_then_all, is_first, largest
 from efficient_vlm.train.progress import Progress
 from efficient_vlm.train.trained import Trained, digests
 
@@ -66,9 +66,8 @@ def train(
     known = preview(data_config) if fresh and not several else None
     # While data are built, the model is made and its first program compiled.
     building = build.start(data_config) if known else None
-    # The first process may train a tokenizer, which the others then read.
-    first_pipeline = None if building else agreed(lambda: make_train(data_config, **options))
-    pipeline = None if building else first_pipeline or make_train(data_config, **options)
+    # The first process may train a tokenizer.
+    pipeline = None if building else first_then_all(lambda: make_train(data_config, **options))
     spec, tokenizer = known or (pipeline.spec, pipeline.tokenizer)
     model = make_model(config, tokenizer.vocab_size)
     arms = make_arms(model, settings.elastic)

@@ -1,6 +1,6 @@
 """Several processes that train one model: how they find each other, and what they agree on.
 
-Each has devices and rows of its own; the first one writes files, evaluates and talks.
+Each has devices and rows of its own; the first one talks, and writes what is no checkpoint.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import numpy as np
 
 from efficient_vlm.errors import UserError, first_line
 
-__all__ = ["agreed", "is_first", "largest", "start"]
+__all__ = ["agreed", "first_then_all", "is_first", "largest", "start"]
 
 _ALLOWED = "auto (Slurm, TPU pods, MPI), or ADDRESS:PORT,PROCESSES,NUMBER"
 
@@ -61,6 +61,12 @@ def largest(value: int) -> int:
     from jax.experimental import multihost_utils
 
     return int(np.max(multihost_utils.process_allgather(np.array(value))))
+
+
+def first_then_all(action: Callable[[], Any]) -> Any:
+    """What each process gets of `action`; the first goes ahead, and the others find its files."""
+    found = agreed(action)
+    return found if is_first() else action()
 
 
 def agreed(action: Callable[[], Any]) -> Any:

@@ -22,7 +22,7 @@ COMMAND = (
     *("--config.train.log_every=1", "--config.train.elastic=[]", "--config.eval.images=2"),
     *("--config.eval.batch_size=2", "--config.eval.map_questions=1", "--config.eval.seeds=1"),
     '--config.eval.methods=[{"name": "text_topk", "budgets": [16]}, '
-    '{"name": "random", "budgets": [16]}]',
+    '{"name": "stride", "budgets": [16]}, {"name": "random", "budgets": [64]}]',
 )
 
 
@@ -95,6 +95,8 @@ def test_two_processes_are_stopped_and_go_on(tmp_path):
     assert results["goodput"]["lost"] == 0 < results["goodput"]["productive"]
     expected = json.loads((tmp_path / "one" / "results.json").read_text())
     assert (results["eval"], results["controls"]) == (expected["eval"], expected["controls"])
+    for path in (tmp_path / "one" / "predictions").iterdir():  # Two rows there, four here.
+        assert (workdir / "predictions" / path.name).read_text() == path.read_text()
     # What they have written, on another mesh.
     pair = start_pair("eval", f"--workdir={workdir}", "--json", "--mesh=tensor:2,data:2")
     said = [each.communicate(timeout=300)[0] for each in pair]

@@ -22,7 +22,7 @@ COMMAND = (
     *("--config.train.log_every=1", "--config.train.elastic=[]", "--config.eval.images=2"),
     *("--config.eval.batch_size=2", "--config.eval.map_questions=1", "--config.eval.seeds=1"),
     '--config.eval.methods=[{"name": "text_topk", "budgets": [16]}, '
-    '{"name": "stride", "budgets": [16]}, {"name": "random", "budgets": [64]}]',
+    '{"name": "stride", "budgets": [16]}]',
 )
 
 

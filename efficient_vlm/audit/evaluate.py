@@ -27,7 +27,7 @@ from efficient_vlm.errors import unknown
 from efficient_vlm.inference.generate import generate
 from efficient_vlm.models.stack import unstack
 from efficient_vlm.models.vlm import VisionLanguageModel
-from efficient_vlm.train.processes import agreed
+from efficient_vlm.train.processes import agreed, whole
 
 CONTROLS = ("blank", "shuffled")
 PROTOCOL = (
@@ -148,7 +148,7 @@ def _run_method(variant, label, params, data, references, config, control, cells
                 )
                 if (first + b, q) in cells and seed == 0:
                     asked = images[b], batch["image_mask"][b], prompts[b, q], int(lengths[b, q])
-                    sources = [np.asarray(s[b * lengths.shape[1] + q]) for s in out.sources]
+                    sources = [whole(s[b * lengths.shape[1] + q]) for s in out.sources]
                     cells[first + b, q].append(
                         _cell(variant, params, asked, sources, label=label, text=text)
                     )

@@ -119,7 +119,7 @@ def prefill_stage(
         placement=placement,
         method="prefill",
     )
-    token, sources = sharding.replicated((jnp.argmax(logits, axis=-1).astype(jnp.int32), sources))
+    token = sharding.replicated(jnp.argmax(logits, axis=-1).astype(jnp.int32))
     return token, constrained(cache), sources
 
 
@@ -150,7 +150,7 @@ def generate(
       model: the model at one budget.
       params: its parameters; faster on a CPU when split by `models.stack.unstack`. They may lie on
         a mesh that is active (`sharding.active`), also of several processes, which then call this
-        alike and each get all answers.
+        alike and each get all answers, and parts of `visual` and `sources`.
       images: uint8 [B, M, H, W, 3]; None for none.
       image_mask: bool [B, M].
       prompts: int32 [B, Q, P], padded on the right.

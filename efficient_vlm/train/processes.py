@@ -11,7 +11,7 @@ import numpy as np
 
 from efficient_vlm.errors import UserError, first_line
 
-__all__ = ["agreed", "first_then_all", "is_first", "largest", "start"]
+__all__ = ["agreed", "first_then_all", "is_first", "largest", "start", "whole"]
 
 _ALLOWED = "auto (Slurm, TPU pods, MPI), or ADDRESS:PORT,PROCESSES,NUMBER"
 
@@ -67,6 +67,15 @@ def first_then_all(action: Callable[[], Any]) -> Any:
     """What each process gets of `action`; the first goes ahead, and the others find its files."""
     found = agreed(action)
     return found if is_first() else action()
+
+
+def whole(x: jax.Array) -> np.ndarray:
+    """All of an array, of which each process may have a part; all must ask at the same place."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def agreed(action: Callable[[], Any]) -> Any:

@@ -219,7 +219,12 @@ def train(
                 code = stop.exit_code if stop.requested else 0
                 if several:
                     # All must stop at the same step, and to ask each other costs a moment.
-                    code = largest(code) if done % settings.log_every == 0 else 0
+                    asked = done % settings.log_every == 0
+                    if asked and jax.default_backend() == "cpu":
+                        # Its programs are not in order: the question would be asked beside a step
+                        # that has failed in one process, and wait for the others for ever.
+                        jax.block_until_ready(state)
+                    code = largest(code) if asked else 0
                 saved = 0.0
                 if code or (done > first and done % settings.checkpoint_every == 0):
                     if pending is not None:

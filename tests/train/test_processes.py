@@ -26,6 +26,17 @@ COMMAND = (
 )
 
 
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    """Processes of a test that failed end with it."""
+    yield
+    while STARTED:
+        STARTED.pop().kill()
+
+
 def start(devices, *words):
     environment = {
         **os.environ,
@@ -33,13 +44,16 @@ def start(devices, *words):
         "PYTHONUNBUFFERED": "1",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK_TO_COMPILE}",
     }
-    return subprocess.Popen(
-        [sys.executable, "-m", "efficient_vlm.cli", *words],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+    STARTED.append(
+        subprocess.Popen(
+            [sys.executable, "-m", "efficient_vlm.cli", *words],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
     )
+    return STARTED[-1]
 
 
 def start_pair(*words):

@@ -83,19 +83,6 @@ def key(row: dict) -> tuple:
     return row["model"], row["machine"], row["task"], row["share"]
 
 
-def _stale(row: dict) -> bool:
-    """Whether a row's traffic was counted by rules that have been mended since."""
-    return row.get("stale", False)
-
-
-def _timed(row: dict) -> bool:
-    """Whether a training row's time is known: not where stale traffic may be what bounds it."""
-    if not _stale(row):
-        return True
-    seconds = row["stages"][0]["seconds"]
-    return seconds["flops"] > 1.3 * max(seconds["hbm"], seconds["collectives"])
-
-
 def render(rows: list[dict]) -> str:
     """docs/plans.md."""
     known = {key(row): row for row in rows}
@@ -119,11 +106,6 @@ def render(rows: list[dict]) -> str:
         if len(known) < len(asked)
         else f"All {len(asked)} plans were compiled.",
     ]
-    if stale := sum(_stale(row) for row in rows):
-        lines[-1] += (
-            f" Of {stale}, traffic was counted by rules that turned out wrong: until they are "
-            "compiled again it is left out, and times where it could be what bounds them."
-        )
     for name in MODELS:
         mine = [known[k] for k in asked if k in known and k[0] == name]
         if mine:
@@ -147,7 +129,7 @@ def _memory(row: dict) -> str:
 def _gain(row: dict, rows: list[dict]) -> str:
     """Chips that this plan needs for the pictures a second of the one with all tokens."""
     full = next((r for r in rows if key(r) == (*key(row)[:3], 1)), None)
-    if full is None or not all(r.get("fits") and _timed(r) for r in (row, full)):
+    if full is None or not all(r.get("fits") for r in (row, full)):
         return ""
     chips = row["devices"] * row["estimated_seconds"] / full["estimated_seconds"]
     return f"{chips:.3g}"
@@ -193,10 +175,7 @@ def _training(rows: list[dict]) -> list[str]:
         found = [_memory(row), _gib(row["hbm_bytes"]["temporaries"])]
         if not row["fits"]:
             return found
-        sent = "" if _stale(row) else _gib(sum(row["collective_bytes"].values()))
-        found += [f"{row['flops'] / 1e12:.3g}", sent]
-        if not _timed(row):
-            return found
+        found += [f"{row['flops'] / 1e12:.3g}", _gib(sum(row["collective_bytes"].values()))]
         seconds = row["stages"][0]["seconds"]
         bound = max(seconds, key=seconds.get)
         return [*found, _ms(row["estimated_seconds"]), bound, _gain(row, rows)]
@@ -214,8 +193,7 @@ def main() -> None:
     rows = json.loads(stored.read_text()) if stored.exists() else []
     for one in settings():
         label = "/".join(map(str, one))
-        found = any(key(row) == one and not _stale(row) for row in rows)
-        if found or (args.only and args.only not in label):
+        if one in map(key, rows) or (args.only and args.only not in label):
             continue
         rows = [row for row in rows if key(row) != one] + [compiled(*one)]
         print(label, rows[-1].get("error") or ("fits" if rows[-1]["fits"] else "does not fit"))

@@ -195,7 +195,7 @@ def main() -> None:
         label = "/".join(map(str, one))
         if one in map(key, rows) or (args.only and args.only not in label):
             continue
-        rows = [row for row in rows if key(row) != one] + [compiled(*one)]
+        rows.append(compiled(*one))
         print(label, rows[-1].get("error") or ("fits" if rows[-1]["fits"] else "does not fit"))
         write_atomic(stored, (json.dumps(rows, indent=1) + "\n").encode())
     write_atomic(args.out / "plans.md", render(rows).encode())

@@ -55,7 +55,7 @@ install() {
 BOOT=/proc/sys/kernel/random/boot_id
 ALIVE='alive() { { [ "$(cat train.boot)" = "$(cat '$BOOT')" ] && kill -0 "$(cat train.shell)"; } 2>/dev/null; }'
 # A worker may still have the run before, which holds its chips; checkpoints survive a kill.
-END='if alive; then kill -KILL "$(cat train.pid)"; while alive; do sleep 0.1; done; fi; rm -f train.{code,pid,shell,stopped}; cat '$BOOT' >train.boot'
+END='while alive; do kill -KILL "$(cat train.pid)"; sleep 0.1; done 2>/dev/null; rm -f train.{code,pid,shell,stopped}; cat '$BOOT' >train.boot'
 # Behind ssh, which ends at once: nothing that goes on holds its output.
 RUN='"$@" >../train.log 2>&1 & echo $! >../train.pid; wait $!; echo $? >../train.code'
 run() {

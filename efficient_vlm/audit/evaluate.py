@@ -3,6 +3,7 @@
 import collections
 import functools
 import json
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -93,10 +94,11 @@ def evaluate(
         shown = "  ".join(f"{row['task']} {row['accuracy']:.3f}" for row in rows)
         say(f"  {name + ' at ' + str(budget):<22}{shown}")
     images, device = data.batches[0]["images"].shape, jax.devices()[0].device_kind
+    count = math.prod(sharding.auto_axes().values())  # Of those that share the work.
     results["protocol"] = PROTOCOL.format(
         questions=images[0] * data.spec.questions,
         images=images[0] * images[1],
-        device=device if jax.device_count() == 1 else f"{jax.device_count()} x {device}",
+        device=device if count == 1 else f"{count} x {device}",
     )
     if workdir is not None and control is None:
         examples = [_example(data, place, cells[place]) for place in chosen]

@@ -277,5 +277,5 @@ def train(
         "skipped_samples": pipeline.skipped,
         "compilations": compilations,
     }
-    summary |= digests(state, max(first, settings.steps), workdir, warn)
+    summary |= digests(state, settings.steps, workdir, warn)
     return Trained(model, state.get("ema", state["params"]), mesh, pipeline, summary)

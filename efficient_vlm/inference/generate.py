@@ -164,7 +164,7 @@ def generate(
 
     Raises:
       UserError: a prompt that ends with an image, or an answer that would cross the position at
-        which longrope changes all frequencies.
+        which longrope changes all frequencies or a table of positions ends.
     """
     _check_ends(model, lengths, placement, new_tokens)
     seconds: dict[str, Any] = {"decode": []}
@@ -224,18 +224,25 @@ def _check_ends(model, lengths: Any, placement: Placement | None, new_tokens: in
             f"prompt {rows[(last + 1 != ends).argmax()]}: ends with an image",
             fix="put text behind it, such as the beginning of the answer",
         )
+    longest = int(np.asarray(placement.next_position)[rows].max(initial=0))
+    if model.decoder.get("position") == "learned":
+        _check_room(model.decoder["max_positions"] - longest, new_tokens, "learned positions")
     scaling = model.decoder.get("rope_scaling")
-    if scaling is None or scaling["type"] != "longrope":
-        return
-    # Keys in the cache have turned by the frequencies of a short text.
-    start, switch = np.asarray(placement.next_position)[rows], scaling["original_length"]
-    longest = int(start.max(initial=0))
-    room = switch - longest
-    closes_gaps = model.make_compressor().position_policy == "reindex"
-    if (room >= 0 or closes_gaps) and room < new_tokens - 1:
+    if scaling is not None and scaling["type"] == "longrope":
+        # Keys in the cache have turned by the frequencies of a short text.
+        room = scaling["original_length"] - longest
+        closes_gaps = model.make_compressor().position_policy == "reindex"
+        if room >= 0 or closes_gaps:
+            short = "longrope's frequencies of short texts"
+            _check_room(room, new_tokens, short, ", or a longer prompt")
+
+
+def _check_room(room: int, new_tokens: int, what: str, more: str = "") -> None:
+    """The last token of an answer is never read, so it needs no place."""
+    if room < new_tokens - 1:
         raise UserError(
-            f"new_tokens: {new_tokens}, but longrope changes its frequencies at {switch} tokens",
-            allowed=f"up to {room + 1} behind this prompt, or a prompt longer than that",
+            f"new_tokens: {new_tokens}, but {what} end {room} tokens behind this prompt",
+            allowed=f"up to {room + 1}{more}",
         )
 
 

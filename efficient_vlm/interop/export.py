@@ -81,3 +81,13 @@ def export(
     with safetensors_write.writing(Path(directory)):
         write_atomic(Path(directory) / "config.json", (text + "\n").encode())
     return files
+
+
+def copy_settings(source: Path, target: Path) -> None:
+    """Copies tokenizer, chat template and processor settings; config.json and weights stay."""
+    for path in sorted(source.iterdir()):
+        # Code goes along, unread: config.json of models outside transformers names it.
+        is_text = path.suffix in (".json", ".jinja", ".txt", ".model", ".py")
+        ours = path.name in ("config.json", "dtypes.json") or path.name.endswith(".index.json")
+        if path.is_file() and is_text and not ours:
+            (target / path.name).write_bytes(path.read_bytes())

@@ -23,6 +23,7 @@ from efficient_vlm.interop.architecture import (
     build_model,
     read_config,
 )
+from efficient_vlm.interop.export import copy_settings
 from efficient_vlm.interop.families.base import Config, Family
 from efficient_vlm.interop.families.table import family_of
 from efficient_vlm.interop.load import Source, check_range, load_parameters, stacked
@@ -157,7 +158,6 @@ def import_model(
 
 
 def _write(source: Path, target: Path, reader: Source) -> Any:
-    from efficient_vlm.interop.pretrained import copy_settings
     from efficient_vlm.train.checkpoint import Checkpoints
 
     files = reader.checkpoint.files

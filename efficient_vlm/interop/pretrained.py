@@ -15,14 +15,14 @@ from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.inference.generate import Generated, generate
 from efficient_vlm.interop.architecture import build_model, parameter_shapes, read_config
 from efficient_vlm.interop.conversation import Conversation, is_one, prompt_ids
-from efficient_vlm.interop.export import export
+from efficient_vlm.interop.export import copy_settings, export
 from efficient_vlm.interop.families.base import Family
 from efficient_vlm.interop.families.table import family_of
 from efficient_vlm.interop.imported import open_weights
 from efficient_vlm.interop.pictures.base import Pictured
 from efficient_vlm.interop.placing import Prompt, place
 from efficient_vlm.interop.prompts import Template
-from efficient_vlm.interop.request import Request, gather, visual_tokens
+from efficient_vlm.interop.request import Request, check_tables, gather, visual_tokens
 from efficient_vlm.interop.safetensors_write import writing
 from efficient_vlm.interop.tokenizer import Tokenizer, read_json
 from efficient_vlm.models.stack import fuse
@@ -284,6 +284,7 @@ class Pretrained:
         )
         if lengths.min() == 0:
             raise UserError("prompt: no text", fix="ask something about the picture")
+        check_tables(model, tokens, placement)
         both = (tokens, lengths, placement, images, mask, extras)
         return Request(model, *both, tuple(map(tuple, pictured)))
 
@@ -322,16 +323,6 @@ def check_compressor(model: VisionLanguageModel, variable: bool = False) -> None
             "which a published checkpoint does not hold",
             allowed="training-free methods, see docs/compressors.md",
         )
-
-
-def copy_settings(source: Path, target: Path) -> None:
-    """Copies tokenizer, chat template and processor settings; config.json and weights stay."""
-    for path in sorted(source.iterdir()):
-        # Code goes along, unread: config.json of models outside transformers names it.
-        is_text = path.suffix in (".json", ".jinja", ".txt", ".model", ".py")
-        ours = path.name in ("config.json", "dtypes.json") or path.name.endswith(".index.json")
-        if path.is_file() and is_text and not ours:
-            (target / path.name).write_bytes(path.read_bytes())
 
 
 def from_pretrained(

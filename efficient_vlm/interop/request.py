@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from efficient_vlm.errors import UserError
 from efficient_vlm.interop.pictures.base import Pictured
 from efficient_vlm.models.images import NO_EXTRAS, ImageExtras
 from efficient_vlm.models.placement import Placement
@@ -120,3 +121,19 @@ def visual_tokens(model: VisionLanguageModel, mask: np.ndarray, extras: ImageExt
     if extras.pool_index is not None:
         return extras.pool_index.shape[1]
     return mask.shape[1] * math.prod(model.slot_grid)
+
+
+def check_tables(model: VisionLanguageModel, tokens: np.ndarray, placement: Placement) -> None:
+    """JAX reads tables beyond their end without an error."""
+    if tokens.max() >= model.vocab_size:
+        raise UserError(
+            f"prompt: token {tokens.max()}, but the model has {model.vocab_size} tokens",
+            fix="take tokenizer and weights from the same release",
+        )
+    if model.decoder.get("position") != "learned":
+        return
+    positions, longest = model.decoder["max_positions"], int(placement.next_position.max())
+    if longest > positions:
+        raise UserError(
+            f"prompt: {longest} tokens", allowed=f"up to {positions}, the positions of this model"
+        )

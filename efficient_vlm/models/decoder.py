@@ -144,8 +144,9 @@ class Decoder(DecoderFields):
             visual, deep = visual.replace(embed=deep[:, :, 0]), deep[:, :, 1:]
         if self.position == "learned":
             place = self._place(visual, positions, segments, prompt, columns, policy, placement)
-            lengths = (longest or text.shape[1]) + (cache_slots or 0)
-            self._check_table(visual.source.shape[1] * (policy == "retain") + lengths)
+            if placement is None:  # Else whoever placed the tokens knows how far they reach.
+                lengths = (longest or text.shape[1]) + (cache_slots or 0)
+                self._check_table(visual.source.shape[1] * (policy == "retain") + lengths)
             visual = visual.replace(embed=visual.embed + self._learned(place.visual_position))
             text = text + self._learned(place.text_position)
         last_prompt = jnp.max(jnp.where(prompt, jnp.arange(prompt.shape[1]), 0), axis=1)

@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict
 import efficient_vlm as evlm
 from efficient_vlm import cli
 from efficient_vlm.errors import UserError
+from efficient_vlm.inference.generate import generate
 from efficient_vlm.interop import load
 from efficient_vlm.interop.imported import import_model
 from efficient_vlm.interop.safetensors_read import Checkpoint
@@ -67,6 +68,30 @@ def test_no_new_program_for_another_question(vlm):
     before = [program._cache_size() for program in programs]
     vlm.generate("What else is here?", images=PHOTOS[:1], max_new_tokens=4)
     assert [program._cache_size() for program in programs] == before
+
+
+def test_as_many_tokens_as_the_table_has_positions():
+    """Padding to a length that programs share needs none; each token as a forward pass gives it."""
+    gpt = evlm.from_pretrained(TESTS / "golden" / "gpt_neo")
+    ids = list(np.random.default_rng(0).integers(1, 60, 60))
+    request = gpt.place([ids], [()])
+    found = generate(
+        *(request.model, gpt.fused, None, None, request.tokens[:, None], request.lengths[:, None]),
+        **dict(new_tokens=5, eos_id=-1, placement=request.placement),
+    )
+    for token in found.tokens[0, 0]:
+        request = gpt.place([ids], [()])
+        assert token == gpt.logits(request)[0, len(ids) - 1].argmax()
+        ids.append(int(token))
+    with pytest.raises(UserError, match="65 tokens\n.*64"):
+        gpt.place([ids], [()])
+    with pytest.raises(UserError, match="token 64, but the model has 64"):
+        gpt.place([[3, 64]], [()])
+    with pytest.raises(UserError, match="new_tokens: 6, but learned positions end 4 tokens.*\n.*5"):
+        generate(
+            *(gpt.model, gpt.fused, None, None, np.zeros((1, 1, 64), np.int32), [[60]]),
+            **dict(new_tokens=6, eos_id=-1, placement=gpt.place([ids[:60]], [()]).placement),
+        )
 
 
 @pytest.mark.parametrize("options", [dict(name="divprune", budget=4), dict(name="vtw", layer=1)])

@@ -21,37 +21,42 @@ with pytest.MonkeyPatch.context() as patch:
     patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {QUICK_TO_COMPILE}")
     jax.devices()
 
-LEFT_OUT = pytest.StashKey[int]()
+# Marks of tests that take minutes, which run where `-m` or an address names them.
+LEFT_OUT = {"slow": "slow tests", "matrix": "combinations of methods and families"}
+COUNTS = pytest.StashKey[dict]()
 
 
 def pytest_collection_modifyitems(config, items):
-    """Files with slow tests come first, or one process would end with them while others wait.
-
-    The whole matrix of methods and families takes minutes: it runs with `-m matrix` only.
+    """Leaves out what takes minutes; where it is asked for, files with slow tests come first, or
+    one process would end with them while others wait.
     """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
-    if "matrix" in config.option.markexpr:
+    if any("::" in word for word in config.args):
         return
-    out = [item for item in items if item.get_closest_marker("matrix")]
-    if out:
-        config.stash[LEFT_OUT] = len(out)
-        config.hook.pytest_deselected(items=out)
-        items[:] = [item for item in items if item not in set(out)]
+    counts = {}
+    for mark in LEFT_OUT:
+        if mark in config.option.markexpr:
+            continue
+        out = {item for item in items if item.get_closest_marker(mark)}
+        if out:
+            counts[mark] = len(out)
+            config.hook.pytest_deselected(items=list(out))
+            items[:] = [item for item in items if item not in out]
+    config.stash[COUNTS] = counts
     if hasattr(config, "workeroutput"):  # Of pytest-xdist, whose workers collect.
-        config.workeroutput["left_out"] = len(out)
+        config.workeroutput["left_out"] = counts
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node):
-    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
+    node.config.stash[COUNTS] = getattr(node, "workeroutput", {}).get("left_out", {})
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if count := config.stash.get(LEFT_OUT, 0):
-        terminalreporter.write_line(
-            f"{count} combinations of methods and families left out: pytest -m matrix runs them"
-        )
+    for mark, count in config.stash.get(COUNTS, {}).items():
+        what = f"{count} {LEFT_OUT[mark]}"
+        terminalreporter.write_line(f"{what} left out: pytest -m {mark} runs them")
 
 
 @pytest.fixture(scope="module", autouse=True)

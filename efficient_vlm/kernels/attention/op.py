@@ -285,9 +285,13 @@ def _backward(call, saved, cotangents):
         # Importance is attention to one more column of values, the gain, with the weights as its
         # cotangents: what a row receives of it is attention, too.
         gain = (d_importance / q.shape[1]).astype(exact)
-        column = jnp.broadcast_to(gain[:, None, :, None], (*k.shape[:3], 1)).astype(v.dtype)
+        # Values of 16 bits: float16 has none below 6e-8, where gradients of means are.
+        top = jnp.max(jnp.abs(gain), axis=-1, keepdims=True)
+        top = jnp.where((top > 0) & jnp.isfinite(top), top, 1)
+        column = (gain / top)[:, None, :, None]
+        column = jnp.broadcast_to(column, (*k.shape[:3], 1)).astype(v.dtype)
         received, _ = call.run("forward", q, k, column, key_bias, mask)
-        received = received[..., 0].astype(exact)
+        received = received[..., 0].astype(exact) * top[..., None]
         delta += weights[:, None] * received
         d_weights = received.sum(axis=1).astype(weights.dtype)
         weights = weights.astype(exact)

@@ -17,6 +17,7 @@ from efficient_vlm.kernels.attention.mask import NEGATIVE
 from efficient_vlm.kernels.attention.platforms import interpretation
 
 _LANES = 128
+_SUBLANES = 8
 _ROWS = 16  # Queries of a product are padded to whole tiles, of bfloat16 as well.
 _BLOCK = 512  # Keys of a block of a contiguous cache.
 VMEM_BYTES = 16 * 2**20
@@ -171,11 +172,14 @@ def _kernel(lengths, counts, pages, q, k, v, columns, *rest, scale, softcap, blo
             total[:, :1] * shrink + p.sum(axis=-1, keepdims=True), total.shape
         )
         top[...] = jnp.broadcast_to(higher, top.shape)
+        values = v[0, 0].astype(queries.dtype)
         if v_scale is not None:
             p = jnp.where(seen, p * v_scale[0, 0], 0.0)
-        acc[...] = acc[...] * shrink + _dot(
-            p.astype(queries.dtype), v[0, 0].astype(queries.dtype), 0
-        )
+        else:
+            # What absent places hold may be anything, and 0 times NaN is NaN.
+            there = jnp.broadcast_to(seen.astype(jnp.float32), (_SUBLANES, block)).T[:, :1]
+            values = jnp.where(there > 0, values, 0)
+        acc[...] = acc[...] * shrink + _dot(p.astype(queries.dtype), values, 0)
 
     @pl.when(t == steps - 1)
     def _():

@@ -40,7 +40,9 @@ def test_attention_to_kept_tokens(causal):
 
 def test_what_is_moved():
     x = RNG.normal(size=(3, 40, 2, 5)).astype(np.float32)
-    found = compact({"x": x}, KEEP, 7, positions=np.arange(40)[None].repeat(3, 0) * 2)
+    given = {"x": x, "even": np.arange(40)[None].repeat(3, 0) % 2 == 0}
+    found = compact(given, KEEP, 7, positions=np.arange(40)[None].repeat(3, 0) * 2)
+    assert found.values["even"].dtype == bool
     for row in range(3):
         kept = np.flatnonzero(KEEP[row])[:7]
         count = len(kept)

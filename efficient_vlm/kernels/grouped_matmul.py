@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from efficient_vlm.errors import UserError
 from efficient_vlm.kernels import hints
 from efficient_vlm.kernels.attention.platforms import interpretation
+from efficient_vlm.kernels.manual import alike, zeros
 
 __all__ = ["grouped_matmul", "grouped_matmul_reference"]
 
@@ -42,10 +44,23 @@ def grouped_matmul(
     Returns:
       [M, N] in the dtype of `lhs`, anything in rows behind the last group; products are accumulated
       in float32. Differentiable in `lhs` and `rhs`.
+
+    Raises:
+      UserError: shapes that do not fit.
     """
     # NumPy arrays, too: inside a loop they could not be indexed by a traced block number.
-    sizes = jnp.asarray(group_sizes, jnp.int32)
-    return _grouped_matmul(room, jnp.asarray(lhs), jnp.asarray(rhs), sizes)
+    lhs, rhs, sizes = map(jnp.asarray, (lhs, rhs, group_sizes))
+    if lhs.ndim != 2 or rhs.ndim != 3 or lhs.shape[1] != rhs.shape[1]:
+        raise UserError(
+            f"grouped_matmul: lhs {lhs.shape} and rhs {rhs.shape} do not fit",
+            allowed="[M, K] and [E, K, N]",
+        )
+    if sizes.shape != rhs.shape[:1] or not jnp.issubdtype(sizes.dtype, jnp.integer):
+        raise UserError(
+            f"grouped_matmul: group_sizes is {sizes.dtype} of shape {sizes.shape}",
+            allowed=f"integers [{len(rhs)}], one for each matrix",
+        )
+    return _grouped_matmul(room, *alike(lhs, rhs, sizes.astype(jnp.int32)))
 
 
 def grouped_matmul_reference(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -159,7 +174,7 @@ def _blocked(lhs, rhs, group_sizes, room=1):
         return lax.dynamic_update_slice_in_dim(y, part, first[i], 0)
 
     with hints.about_turns(-(-rows // (block * room))):
-        y = lax.fori_loop(0, used, body, jnp.zeros((rows + block, outer), jnp.float32))
+        y = lax.fori_loop(0, used, body, zeros((rows + block, outer), jnp.float32, lhs))
     return y[:rows].astype(lhs.dtype)
 
 
@@ -190,5 +205,5 @@ def _blocked_outer(lhs, cotangent, group_sizes, dtype=jnp.float32, room=1):
         return total.at[group[i]].add(part)
 
     with hints.about_turns(-(-rows // (block * room))):
-        total = lax.fori_loop(0, used, body, jnp.zeros((groups, inner, outer), jnp.float32))
+        total = lax.fori_loop(0, used, body, zeros((groups, inner, outer), jnp.float32, lhs))
     return total.astype(dtype)

@@ -99,6 +99,8 @@ def keep_blocks(scores: jax.Array, block: int, count: int) -> jax.Array:
     Raises:
       UserError: `block` or `count` out of range.
     """
+    if jnp.ndim(scores) != 2:
+        raise UserError(f"keep_blocks: scores of shape {jnp.shape(scores)}", allowed="[B, M]")
     keys = scores.shape[1]
     blocks = -(-keys // block) if block > 0 else 0
     if not 1 <= count <= blocks:

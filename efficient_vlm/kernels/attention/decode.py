@@ -7,15 +7,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.kernels.attention import checks
 from efficient_vlm.kernels.attention.mask import NEGATIVE
 from efficient_vlm.kernels.attention.op import AttentionResult
 from efficient_vlm.kernels.attention.parts import decode_on_mesh
 from efficient_vlm.kernels.attention.platforms import only_on
+from efficient_vlm.kernels.manual import alike
 
 __all__ = ["attention_decode", "quantise"]
 
 # A shorter contiguous cache is one product either way.
 _FEW_KEYS = 1024
+# All queries of a head of keys are in the memory of a TPU's core at once, with their logits.
+_MOST_ROWS, _MOST_QUERY_BYTES = 2048, 2**20
 
 
 def attention_decode(
@@ -64,15 +68,17 @@ def attention_decode(
     Raises:
       UserError: shapes that do not fit, or an implementation that cannot serve this.
     """
-    _check(q, k, v, lengths, pages, k_scale, v_scale)
+    checks.decode(q, k, v, lengths, pages, k_scale, v_scale)
     keys = k.shape[2] if pages is None else pages.shape[1] * k.shape[2]
-    _check_columns(len(q), keys, key_bias=key_bias, live=live, kept=kept)
+    checks.columns(len(q), keys, key_bias=key_bias, live=live, kept=kept)
+    lengths = jnp.asarray(lengths)
+    softcap = checks.cap(softcap)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     exact = jnp.promote_types(q.dtype, jnp.float32)
 
     if implementation not in (None, "xla", "tpu"):
         raise unknown("implementation", str(implementation), ("xla", "tpu"))
-    if problem := _unserved_by_tpu(q, k, pages, kept, importance):
+    if problem := _unserved_by_tpu(q, k, v, pages, kept, importance):
         if implementation == "tpu":
             raise UserError(
                 f"attention_decode: implementation 'tpu' has no {problem}",
@@ -84,11 +90,12 @@ def attention_decode(
     columns = jnp.broadcast_to(columns, (len(q), keys))
     if live is not None:
         columns = jnp.where(live, columns, NEGATIVE)
-    options = dict(scale=scale, softcap=None if softcap is None else float(softcap))
+    options = dict(scale=scale, softcap=softcap)
     if pages is not None:
         # Places of a table behind the end of a row may hold anything.
         pages = jnp.clip(pages, 0, len(k) - 1)
-    args = (q, k, v, lengths, pages, columns, k_scale, v_scale)
+    args = alike(q, k, v, lengths, pages, columns, k_scale, v_scale)
+    q, kept = args[0], alike(kept, q)[0]
     plain = functools.partial(_plain, kept=kept, importance=importance, **options)
     part = functools.partial(_kernel, **options)
 
@@ -153,7 +160,7 @@ def _plain(q, k, v, lengths, pages, columns, k_scale, v_scale, *, kept, importan
     return AttentionResult(out.reshape(*shape, -1).astype(q.dtype), lse.reshape(shape), found)
 
 
-def _unserved_by_tpu(q, k, pages, kept, importance) -> str | None:
+def _unserved_by_tpu(q, k, v, pages, kept, importance) -> str | None:
     """The feature that the kernel lacks for this call, or None."""
     if kept is not None:
         return "kept tokens (whole pages only)"
@@ -163,6 +170,10 @@ def _unserved_by_tpu(q, k, pages, kept, importance) -> str | None:
         return f"{q.dtype}"
     if pages is not None and k.shape[2] % 128:
         return f"pages of {k.shape[2]} tokens (multiples of 128)"
+    rows, width = q.shape[2] * (q.shape[1] // k.shape[1]), q.shape[3] + v.shape[3]
+    most = min(_MOST_ROWS, _MOST_QUERY_BYTES // (width * q.dtype.itemsize))
+    if rows > most:
+        return f"{rows} queries of a head of keys (at most {most} of this width)"
     return None
 
 
@@ -172,37 +183,3 @@ def quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     scale = jnp.max(jnp.abs(x), axis=-1) / 127
     safe = jnp.where(scale > 0, scale, 1)
     return jnp.round(x / safe[..., None]).astype(jnp.int8), scale
-
-
-def _check(q, k, v, lengths, pages, k_scale, v_scale) -> None:
-    if q.ndim != 4:
-        raise UserError(f"attention_decode: q has shape {q.shape}", allowed="[B, H, R, D]")
-    batch, heads, _, dim = q.shape
-    if k.ndim != 4 or k.shape[:3] != v.shape[:3] or k.shape[3] != dim or heads % k.shape[1]:
-        raise UserError(
-            f"attention_decode: q {q.shape}, k {k.shape} and v {v.shape} do not fit",
-            allowed="q [B, H, R, D], k and v [B, Hk, M, D], or pages [P, Hk, S, D]",
-        )
-    if (pages is None and k.shape[0] != batch) or (pages is not None and len(pages) != batch):
-        raise UserError(f"attention_decode: q has {batch} rows, the cache another number")
-    if jnp.shape(lengths) != (batch,):
-        raise UserError(f"attention_decode: lengths {jnp.shape(lengths)}", allowed=f"[{batch}]")
-    for name, x, given in (("k", k, k_scale), ("v", v, v_scale)):
-        if (x.dtype == jnp.int8) != (given is not None):
-            raise UserError(
-                f"attention_decode: {name} is {x.dtype} and {name}_scale "
-                + ("missing" if given is None else "given"),
-                allowed="int8 with a scale for each token and head, or neither",
-            )
-
-
-def _check_columns(batch: int, keys: int, *, kept, **given) -> None:
-    for name, x in given.items():
-        if x is not None and jnp.shape(x) not in ((batch, keys), (1, keys)):
-            raise UserError(
-                f"attention_decode: {name} has shape {jnp.shape(x)}", allowed=f"[{batch}, {keys}]"
-            )
-    if kept is not None and (jnp.ndim(kept) != 2 or len(kept) != batch):
-        raise UserError(
-            f"attention_decode: kept has shape {jnp.shape(kept)}", allowed=f"[{batch}, K]"
-        )

@@ -9,7 +9,6 @@ key, importance and their gradients. docs/kernels.md has what was measured.
 import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -18,6 +17,7 @@ from efficient_vlm.kernels.attention import gpu_kernels as kernels
 from efficient_vlm.kernels.attention.compat import kernel_options
 from efficient_vlm.kernels.attention.gpu_kernels import HEIGHT, LOG2E, matrix
 from efficient_vlm.kernels.attention.packing import NUMBERS, Packed
+from efficient_vlm.kernels.manual import out_shape
 
 __all__ = ["TILES", "Tile", "backward", "forward", "importance", "unserved"]
 
@@ -143,11 +143,11 @@ class _Call(Packed):
 
     def like(self, x, dim: int | None = None):
         """The shape of a result like a matrix."""
-        return jax.ShapeDtypeStruct((*x.shape[:3], dim or x.shape[3]), self.dtype)
+        return out_shape((*x.shape[:3], dim or x.shape[3]), self.dtype, x)
 
     def row(self, heads: int, tokens: int):
         """The shape of a result that has one number for each token."""
-        return jax.ShapeDtypeStruct((self.batch, heads, tokens), jnp.float32)
+        return out_shape((self.batch, heads, tokens), jnp.float32, self.q)
 
     def matrix(self, like):
         """Fast memory for what each warpgroup owns of a matrix."""

@@ -247,7 +247,9 @@ def mask_rows(mask: Mask, rows: jax.Array) -> Mask:
 
 
 def check_mask(mask: Mask, batch: int, queries: int, keys: int) -> None:
-    """Raises UserError if a mask was made for something else."""
+    """Raises UserError if a mask was made for something else, or is none."""
+    if not isinstance(mask, Mask):
+        raise UserError(f"attention: mask is a {type(mask).__name__}", fix="make it by `make_mask`")
     for names, count in ((Q_FIELDS, queries), (K_FIELDS, keys)):
         for name in names:
             x = getattr(mask, name)

@@ -23,18 +23,19 @@ from flax import struct
 from jax import lax
 
 from efficient_vlm.errors import UserError, unknown
-from efficient_vlm.kernels.attention import reference, xla
+from efficient_vlm.kernels.attention import checks, reference, xla
 from efficient_vlm.kernels.attention.mask import Mask, check_mask, make_mask, mask_rows
 from efficient_vlm.kernels.attention.parts import importance_on_mesh, on_mesh
 from efficient_vlm.kernels.attention.platforms import only_on
+from efficient_vlm.kernels.manual import alike
 
 __all__ = ["IMPLEMENTATIONS", "AttentionResult", "attention", "attention_importance"]
 
 IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu", "cudnn")
 
-# Below this many logits in all, or of one head, blocks cost more than they save.
-_FEW_LOGITS = 2**20
-_FEW_LOGITS_OF_HEAD = 2**16
+# Up to this many logits in all, or of small heads, blocks cost more than they save.
+_FEW_LOGITS, _FEW_LOGITS_OF_SMALL_HEADS = 2**20, 2**22
+_SMALL_HEAD = 2**16
 
 
 class AttentionResult(NamedTuple):
@@ -79,8 +80,9 @@ def attention(
 
     Logits, in this order: s = scale q.k; s = c tanh(s / c) with `softcap` c; s += key_bias of the
     key; s = -inf where the mask hides the key. Logits, softmax and sums are float32 (float64 for
-    float64). The backward pass computes the logits again: memory is O(N + M), and gradients flow
-    through `out`, `lse` and `importance` to q, k, v, key_bias and the weights.
+    float64). The backward pass computes the logits again: memory is O(N + M), beside a map of at
+    most 16 MiB where that is faster (under `vmap` one for each call). Gradients flow through `out`,
+    `lse` and `importance` to q, k, v, key_bias and the weights; second ones with "reference" only.
 
     Args:
       q: [B, H, N, D], bfloat16, float16, float32 or float64.
@@ -89,7 +91,7 @@ def attention(
       scale: multiplies the logits; None for D ** -0.5.
       causal, q_positions, kv_positions, q_segments, kv_segments, prefix_length, window, q_lengths,
         kv_lengths: what is seen, see `mask.make_mask`.
-      softcap: see above (arXiv 2408.00118).
+      softcap: see above (arXiv 2408.00118), above 0.
       key_bias: float [B, M], or [1, M]: log n makes a merged token count as its n (ToMe,
         arXiv 2210.09461, equation 1), exactly as n copies of the key and value would. Above -1e29:
         what is not there (log 0) is hidden by the mask, `kv_live` of `make_mask`.
@@ -103,7 +105,7 @@ def attention(
     Raises:
       UserError: shapes that do not fit, an unknown implementation, or one that cannot serve this.
     """
-    _check(q, k, v, key_bias, importance_weights, importance_rows)
+    checks.attention(q, k, v, key_bias, importance_weights, importance_rows)
     shapes = dict(
         causal=causal,
         q_positions=q_positions,
@@ -119,7 +121,7 @@ def attention(
     if mask is not None and given:
         raise UserError(f"attention: mask and {given[0]} are both given", fix="leave one out")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    softcap = None if softcap is None else float(softcap)
+    softcap = checks.cap(softcap)
     if key_bias is not None:
         key_bias = jnp.broadcast_to(key_bias, (q.shape[0], k.shape[2]))
     told = dict(softcap=softcap, key_bias=key_bias, weights=importance_weights)
@@ -138,8 +140,10 @@ def attention(
     mask = make_mask(q.shape[2], k.shape[2], **shapes) if mask is None else mask
     if mask is not None:
         check_mask(mask, q.shape[0], q.shape[2], k.shape[2])
+    weights = _exact(importance_weights, q)
+    q, k, v, key_bias, mask, weights = alike(q, k, v, key_bias, mask, weights)
     call = _Call(scale, softcap, implementation)
-    every = importance_weights if importance_rows is None else None
+    every = weights if importance_rows is None else None
     if call.implementation == "reference":
         found = reference.attend(q, k, v, key_bias, mask, every, scale=scale, softcap=softcap)
     else:
@@ -158,7 +162,7 @@ def attention(
             )[0],
         )
     if importance_rows is not None:
-        importance = _of_rows(call, q, k, key_bias, mask, lse, importance_weights, importance_rows)
+        importance = _of_rows(call, q, k, key_bias, mask, lse, weights, importance_rows)
     return AttentionResult(out, lse, importance)
 
 
@@ -187,21 +191,29 @@ def attention_importance(
       float32 [B, M], mean over heads of sum_i weights[b, i] P[b, h, i, j].
     """
     q, k, lse, weights, key_bias = lax.stop_gradient((q, k, lse, weights, key_bias))
-    _check(q, k, k, key_bias, weights, rows)
+    checks.attention(q, k, k, key_bias, weights, rows, lse=lse)
     if mask is not None:
         check_mask(mask, q.shape[0], q.shape[2], k.shape[2])
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    softcap = None if softcap is None else float(softcap)
+    softcap = checks.cap(softcap)
     if key_bias is not None:
         key_bias = jnp.broadcast_to(key_bias, (q.shape[0], k.shape[2]))
     if implementation is not None:
         implementation = _choice(implementation, q, k, k, weights=weights)
+    weights = _exact(weights, q)
+    q, k, lse, weights, key_bias, mask = alike(q, k, lse, weights, key_bias, mask)
     call = _Call(scale, softcap, implementation)
     if rows is not None:
         return _of_rows(call, q, k, key_bias, mask, lse, weights, rows)
     if implementation == "reference":
         return reference.rows(q, k, key_bias, mask, lse, weights, scale=scale, softcap=softcap)
     return importance_on_mesh(call.importance, q, k, key_bias, mask, lse, weights)
+
+
+def _exact(weights, q):
+    """Weights in the dtype of logits: their logarithms are added to it."""
+    kind = jnp.promote_types(q.dtype, jnp.float32)
+    return None if weights is None else jnp.asarray(weights).astype(kind)
 
 
 @struct.dataclass
@@ -269,6 +281,19 @@ def _attend(call, q, k, v, key_bias, mask, weights):
     return out, lse, importance
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _once(call, pass_name, *args):
+    """A pass of the gradient, which has no gradient itself."""
+    return call.run(pass_name, *args)
+
+
+@_once.defjvp
+def _twice(call, pass_name, primals, tangents):
+    raise UserError(
+        "attention: a second derivative", fix="implementation='reference', which has them"
+    )
+
+
 def _forward(call, *args):
     found = _attend(call, *args)
     return found, (args, found)
@@ -290,13 +315,13 @@ def _backward(call, saved, cotangents):
         top = jnp.where((top > 0) & jnp.isfinite(top), top, 1)
         column = (gain / top)[:, None, :, None]
         column = jnp.broadcast_to(column, (*k.shape[:3], 1)).astype(v.dtype)
-        received, _ = call.run("forward", q, k, column, key_bias, mask)
+        received, _ = _once(call, "forward", q, k, column, key_bias, mask)
         received = received[..., 0].astype(exact) * top[..., None]
         delta += weights[:, None] * received
         d_weights = received.sum(axis=1).astype(weights.dtype)
         weights = weights.astype(exact)
     given = (q, k, v, key_bias, mask, lse, delta, d_out.astype(q.dtype), weights, gain)
-    dq, dk, dv, d_bias = call.run("backward", *given)
+    dq, dk, dv, d_bias = _once(call, "backward", *given)
     return dq, dk, dv, d_bias, None, d_weights
 
 
@@ -317,8 +342,8 @@ def _choice(implementation, q, k, v, **told) -> str | None:
     if implementation is None:
         batch, heads, queries, _ = q.shape
         of_head = queries * k.shape[2]
-        few = of_head < _FEW_LOGITS_OF_HEAD or batch * heads * of_head <= _FEW_LOGITS
-        return "reference" if few or queries == 1 else None
+        few = _FEW_LOGITS_OF_SMALL_HEADS if of_head < _SMALL_HEAD else _FEW_LOGITS
+        return "reference" if queries == 1 or batch * heads * of_head <= few else None
     if implementation not in IMPLEMENTATIONS:
         raise unknown("implementation", str(implementation), IMPLEMENTATIONS)
     if problem := _unserved(implementation, q, k, v, **told):
@@ -326,7 +351,7 @@ def _choice(implementation, q, k, v, **told) -> str | None:
         raise UserError(
             f"attention: implementation {implementation!r} has no {problem}",
             allowed=", ".join(able),
-            fix=f"implementation={able[-1]!r}, or None for the best one",
+            fix="implementation=None for the best one where the program runs",
         )
     return implementation
 
@@ -338,41 +363,3 @@ def _unserved(name: str, q, k, v, softcap=None, key_bias=None, weights=None, giv
     if name == "cudnn":
         return _module(name).unserved(q, v, softcap, key_bias, weights, given or {})
     return _module(name).unserved(q, k, v)
-
-
-def _check(q, k, v, key_bias, weights, rows) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise UserError(f"attention: {name} has shape {x.shape}", allowed="four axes")
-        if 0 in x.shape:
-            raise UserError(f"attention: {name} has shape {x.shape}", allowed="no empty axis")
-    batch, heads, queries, dim = q.shape
-    if k.shape[:3] != v.shape[:3] or k.shape[0] != batch or k.shape[3] != dim:
-        raise UserError(
-            f"attention: q {q.shape}, k {k.shape} and v {v.shape} do not fit",
-            allowed="q [B, H, N, D], k [B, Hk, M, D], v [B, Hk, M, Dv]",
-        )
-    if heads % k.shape[1]:
-        raise UserError(
-            f"attention: {heads} heads of q over {k.shape[1]} of k", allowed="a multiple"
-        )
-    if not q.dtype == k.dtype == v.dtype:
-        raise UserError(
-            f"attention: dtypes {q.dtype}, {k.dtype} and {v.dtype} of q, k and v",
-            allowed="the same for all three",
-        )
-    if key_bias is not None and key_bias.shape not in ((batch, k.shape[2]), (1, k.shape[2])):
-        raise UserError(
-            f"attention: key_bias has shape {key_bias.shape}", allowed=f"[{batch}, {k.shape[2]}]"
-        )
-    if rows is not None and weights is None:
-        raise UserError("attention: importance_rows without importance_weights")
-    if rows is not None and rows.ndim != 2:
-        raise UserError(
-            f"attention: importance_rows has shape {rows.shape}", allowed=f"[{batch}, R]"
-        )
-    asked = (batch, queries) if rows is None else (batch, *rows.shape[1:])
-    if weights is not None and weights.shape != asked:
-        raise UserError(
-            f"attention: importance_weights has shape {weights.shape}", allowed=str(list(asked))
-        )

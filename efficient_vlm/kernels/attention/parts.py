@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from efficient_vlm.errors import UserError
 from efficient_vlm.sharding import BATCH, auto_axes
 
 __all__ = ["decode_on_mesh", "importance_on_mesh", "on_mesh"]
@@ -24,12 +25,14 @@ HEADS = ("tensor", "sequence")
 
 
 class _Cut(NamedTuple):
-    """How a call is cut: axes of the mesh for rows and for heads (None for not at all), and how
-    many devices share a head of keys, each of which gets a copy."""
+    """How a call is cut: axes of the mesh for rows and for heads (None for not at all), how many
+    devices share a head of keys, each of which gets a copy, and the mesh, if its axes are explicit.
+    """
 
     rows: tuple[str, ...]
     heads: tuple[str, ...] | None
     copies: int
+    explicit: Any = None
 
     @property
     def matrix(self) -> PartitionSpec:
@@ -46,6 +49,18 @@ class _Cut(NamedTuple):
             return list(arrays)
         return [x if x is None else jnp.repeat(x, self.copies, axis=1) for x in arrays]
 
+    def run(self, function: Callable, in_specs: tuple, out_specs: Any, args: tuple) -> Any:
+        """`function` of the part of each device."""
+        options = dict(in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        if self.explicit is not None:
+            options["mesh"] = self.explicit
+
+            def place(x, spec):
+                return jax.sharding.reshard(x, NamedSharding(self.explicit, spec))
+
+            args = jax.tree.map(place, args, in_specs)
+        return jax.shard_map(function, **options)(*args)
+
     def mean(self, importance: jax.Array | None) -> jax.Array | None:
         if importance is None or self.heads is None:
             return importance
@@ -54,6 +69,9 @@ class _Cut(NamedTuple):
 
 def _cut_of(q: jax.Array, kv_heads: int) -> _Cut | None:
     """None where no mesh is set, or one device is all of it."""
+    own = getattr(jax.typeof(q), "sharding", None)
+    if own is not None and AxisType.Explicit in getattr(own.mesh, "axis_types", ()):
+        return _cut_as(q, kv_heads)
     sizes = auto_axes()
     if not sizes:
         return None
@@ -68,6 +86,27 @@ def _cut_of(q: jax.Array, kv_heads: int) -> _Cut | None:
         if kv_heads % parts == 0 or parts % kv_heads == 0:
             return _Cut(rows, names, max(1, parts // kv_heads))
     return _Cut(rows, None, 1)
+
+
+def _cut_as(q: jax.Array, kv_heads: int) -> _Cut | None:
+    """As q is cut already, over explicit axes."""
+    lies = jax.typeof(q).sharding
+    if not any(lies.spec):
+        return None
+    rows, heads, *rest = (
+        (names,) if isinstance(names, str) else names for names in (*lies.spec, None, None)[:4]
+    )
+    if any(rest):
+        raise UserError(
+            f"attention: q is cut as {lies.spec}",
+            allowed="over rows and heads",
+            fix="jax.sharding.reshard it, or a mesh with axis_types=(AxisType.Auto, ...)",
+        )
+    parts = math.prod(lies.mesh.shape[name] for name in heads or ())
+    if kv_heads % parts and parts % kv_heads:
+        heads, parts = None, 1
+    concrete = getattr(getattr(q, "sharding", None), "mesh", lies.mesh)
+    return _Cut(rows or (), heads, max(1, parts // kv_heads), concrete)
 
 
 def on_mesh(function: Callable, q, k, v, key_bias, mask, weights):
@@ -88,12 +127,12 @@ def on_mesh(function: Callable, q, k, v, key_bias, mask, weights):
         return out, lse, cut.mean(importance)
 
     matrix = cut.matrix
-    return jax.shard_map(
+    return cut.run(
         part,
-        in_specs=(matrix, matrix, matrix, *cut.of_rows((key_bias, mask, weights), len(q))),
-        out_specs=(matrix, matrix, None if weights is None else PartitionSpec(cut.rows)),
-        check_vma=False,
-    )(q, k, v, key_bias, mask, weights)
+        (matrix, matrix, matrix, *cut.of_rows((key_bias, mask, weights), len(q))),
+        (matrix, matrix, None if weights is None else PartitionSpec(cut.rows)),
+        (q, k, v, key_bias, mask, weights),
+    )
 
 
 def importance_on_mesh(function: Callable, q, k, key_bias, mask, lse, weights):
@@ -103,12 +142,12 @@ def importance_on_mesh(function: Callable, q, k, key_bias, mask, lse, weights):
         return function(q, k, key_bias, mask, lse, weights)
     (k,), matrix = cut.keys(k), cut.matrix
     bias, masks, gains = cut.of_rows((key_bias, mask, weights), len(q))
-    return jax.shard_map(
+    return cut.run(
         lambda *args: cut.mean(function(*args)),
-        in_specs=(matrix, matrix, bias, masks, matrix, gains),
-        out_specs=PartitionSpec(cut.rows),
-        check_vma=False,
-    )(q, k, key_bias, mask, lse, weights)
+        (matrix, matrix, bias, masks, matrix, gains),
+        PartitionSpec(cut.rows),
+        (q, k, key_bias, mask, lse, weights),
+    )
 
 
 def decode_on_mesh(function: Callable, q, k, v, lengths, pages, columns, k_scale, v_scale):
@@ -125,9 +164,9 @@ def decode_on_mesh(function: Callable, q, k, v, lengths, pages, columns, k_scale
     pool = matrix if pages is None else PartitionSpec(None, cut.heads)
     scale = None if k_scale is None else pool
     page = None if pages is None else rows
-    return jax.shard_map(
+    return cut.run(
         function,
-        in_specs=(matrix, pool, pool, rows, page, rows, scale, scale),
-        out_specs=(matrix, matrix, None),
-        check_vma=False,
-    )(q, k, v, lengths, pages, columns, k_scale, v_scale)
+        (matrix, pool, pool, rows, page, rows, scale, scale),
+        (matrix, matrix, None),
+        (q, k, v, lengths, pages, columns, k_scale, v_scale),
+    )

@@ -13,13 +13,13 @@ well, and compiled ahead of time for v5e, v5p and v6e; they have not been run on
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from efficient_vlm.kernels.attention import tpu_kernels as kernels
 from efficient_vlm.kernels.attention.platforms import interpretation
 from efficient_vlm.kernels.attention.tpu_call import LANES, Call
+from efficient_vlm.kernels.manual import out_shape
 
 __all__ = ["backward", "forward", "importance", "unserved"]
 
@@ -39,7 +39,7 @@ def forward(q, k, v, key_bias, mask, *, scale, softcap):
     """(out [B, H, N, Dv], lse float32 [B, H, N]); see `xla.forward`."""
     call = Call("forward", "queries", q, k, v, key_bias, mask, scale, softcap)
     wide, rows = call.v.shape[-1], call.block_q
-    out = jax.ShapeDtypeStruct((*call.q.shape[:3], wide), call.dtype)
+    out = out_shape((*call.q.shape[:3], wide), call.dtype, q)
     scratch = ((rows, LANES), (rows, LANES), (rows, wide), (rows, LANES))
     spec = call.by_queries(("q", "k", "v", "rows", "columns"), ("out", "lse"), scratch)
     shapes = out, call.row(call.heads, call.padded_q)
@@ -60,7 +60,7 @@ def backward(q, k, v, key_bias, mask, lse, delta, d_out, weights, gain, *, scale
         return kernel(*call.lists, call.q, call.k, call.v, call.queries(d_out), rows, call.columns)
 
     call = Call("backward_q", "queries", *given, gain=gain)
-    shape = jax.ShapeDtypeStruct(call.q.shape, jnp.float32)
+    shape = out_shape(call.q.shape, jnp.float32, q)
     scratch = ((call.block_q, call.q.shape[-1]), (call.block_q, LANES))
     spec = call.by_queries(names, ("q",), scratch)
     products = 2 * call.dim + call.value_dim
@@ -68,7 +68,7 @@ def backward(q, k, v, key_bias, mask, lse, delta, d_out, weights, gain, *, scale
     dq = dq[:, :, : call.count, : call.dim].astype(q.dtype)
 
     call = Call("backward_kv", "keys", *given, gain=gain)
-    shapes = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (call.k, call.v)]
+    shapes = [out_shape(x.shape, jnp.float32, q) for x in (call.k, call.v)]
     shapes.append(call.row(call.kv_heads, call.padded_k))
     lanes = (call.block_k, LANES)
     scratch = ((call.block_k, call.k.shape[-1]), (call.block_k, call.v.shape[-1]), lanes, lanes)

@@ -1,6 +1,5 @@
 """How a call of attention becomes a grid of blocks on a TPU: block sizes and index maps."""
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -9,6 +8,7 @@ from jax.experimental.pallas import tpu as pltpu
 from efficient_vlm.kernels.attention import blocks as tables
 from efficient_vlm.kernels.attention.packing import NUMBERS, Packed
 from efficient_vlm.kernels.attention.tpu_blocks import block_sizes, lane_dim, vmem_bytes
+from efficient_vlm.kernels.manual import out_shape
 
 __all__ = ["LANES", "Call"]
 
@@ -118,7 +118,7 @@ class Call(Packed):
 
     def row(self, heads: int, tokens: int):
         """The shape of a result that has one number for each token, as rows."""
-        return jax.ShapeDtypeStruct((self.batch, heads, 1, tokens), jnp.float32)
+        return out_shape((self.batch, heads, 1, tokens), jnp.float32, self.q)
 
 
 def _line(static, batch, own, place):

@@ -7,7 +7,6 @@ are neither fetched nor computed; the queries that share a key head are the rows
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -15,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from efficient_vlm.kernels.attention.mask import NEGATIVE
 from efficient_vlm.kernels.attention.platforms import interpretation
+from efficient_vlm.kernels.manual import out_shape
 
 _LANES = 128
 _SUBLANES = 8
@@ -89,8 +89,8 @@ def decode(q, k, v, lengths, pages, columns, k_scale, v_scale, *, scale, softcap
     out, lse = pl.pallas_call(
         kernel,
         out_shape=(
-            jax.ShapeDtypeStruct((batch, kv_heads, padded, value_dim), q.dtype),
-            jax.ShapeDtypeStruct((batch, kv_heads, padded, _LANES), jnp.float32),
+            out_shape((batch, kv_heads, padded, value_dim), q.dtype, q),
+            out_shape((batch, kv_heads, padded, _LANES), jnp.float32, q),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,

@@ -17,6 +17,7 @@ from jax import lax
 from efficient_vlm.kernels import hints
 from efficient_vlm.kernels.attention import blocks as tables
 from efficient_vlm.kernels.attention.mask import K_FIELDS, NEGATIVE, Q_FIELDS, Mask, all_seen
+from efficient_vlm.kernels.manual import zeros
 
 __all__ = ["backward", "forward", "importance"]
 
@@ -55,9 +56,9 @@ def forward(q, k, v, key_bias, mask, *, scale, softcap, looped):
 
             rows = (*q.shape[:2], 1)
             start = (
-                jnp.zeros((rows[0] * rows[1], v.shape[-1]), cut.exact),
-                jnp.zeros(rows, cut.exact),
-                jnp.full(rows, NEGATIVE, cut.exact),
+                zeros((rows[0] * rows[1], v.shape[-1]), cut.exact, q),
+                zeros(rows, cut.exact, q),
+                zeros(rows, cut.exact, q, NEGATIVE),
             )
             acc, total, top = cut.over_keys(step, start, live, i)
             some = total > 0
@@ -116,13 +117,13 @@ def backward(q, k, v, key_bias, mask, lse, delta, d_out, weights, gain, *, scale
                 ]
                 return dq + _dot(d_s, k[j]), sums
 
-            start = (jnp.zeros(flat_q.shape, cut.exact), sums)
+            start = (zeros(flat_q.shape, cut.exact, q), sums)
             dq, sums = cut.over_keys(step, start, live, i)
             return sums, dq.reshape(q.shape)
 
-        sums = [jnp.zeros((*keys, dims[1]), cut.exact), jnp.zeros((*keys, dims[0]), cut.exact)]
+        sums = [zeros((*keys, dim), cut.exact, q) for dim in (dims[1], dims[0])]
         if bias is not None:
-            sums.insert(1, jnp.zeros(keys, cut.exact))
+            sums.insert(1, zeros(keys, cut.exact, q))
         return lax.scan(queries, sums, (q, d_out, lse, delta, weights, jnp.arange(len(q))))
 
     if weights is not None:
@@ -177,7 +178,8 @@ def importance(q, k, key_bias, mask, lse, weights, *, scale, softcap, looped):
 
             return cut.over_keys(step, total, live, i), None
 
-        return lax.scan(queries, jnp.zeros(k.shape[:2], cut.exact), (q, lse, jnp.arange(len(q))))[0]
+        start = zeros(k.shape[:2], cut.exact, q)
+        return lax.scan(queries, start, (q, lse, jnp.arange(len(q))))[0]
 
     items = (
         cut.queries(q),

@@ -1,0 +1,121 @@
+"""What a call of attention may look like; mistakes are told in terms of its arguments."""
+
+import jax.numpy as jnp
+
+from efficient_vlm.errors import UserError
+
+
+def cap(softcap) -> float | None:
+    """A soft cap as a number."""
+    if softcap is None:
+        return None
+    if not float(softcap) > 0:
+        raise UserError(f"attention: softcap={softcap}", allowed="above 0, or None for no cap")
+    return float(softcap)
+
+
+def attention(q, k, v, key_bias, weights, rows, lse=None) -> None:
+    """Of `attention` and `attention_importance`."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if jnp.ndim(x) != 4:
+            raise UserError(f"attention: {name} has shape {jnp.shape(x)}", allowed="four axes")
+        if 0 in x.shape:
+            raise UserError(f"attention: {name} has shape {x.shape}", allowed="no empty axis")
+    batch, heads, queries, dim = q.shape
+    if k.shape[:3] != v.shape[:3] or k.shape[0] != batch or k.shape[3] != dim:
+        raise UserError(
+            f"attention: q {q.shape}, k {k.shape} and v {v.shape} do not fit",
+            allowed="q [B, H, N, D], k [B, Hk, M, D], v [B, Hk, M, Dv]",
+        )
+    if heads % k.shape[1]:
+        raise UserError(
+            f"attention: {heads} heads of q over {k.shape[1]} of k", allowed="a multiple"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise UserError(
+            f"attention: dtypes {q.dtype}, {k.dtype} and {v.dtype} of q, k and v",
+            allowed="the same for all three",
+        )
+    if not jnp.issubdtype(q.dtype, jnp.floating):
+        raise UserError(
+            f"attention: q, k and v of {q.dtype}",
+            allowed="bfloat16, float16, float32, float64",
+        )
+    bias = None if key_bias is None else jnp.shape(key_bias)
+    if bias not in (None, (batch, k.shape[2]), (1, k.shape[2])):
+        raise UserError(f"attention: key_bias has shape {bias}", allowed=f"[{batch}, {k.shape[2]}]")
+    if rows is not None and weights is None:
+        raise UserError("attention: importance_rows without importance_weights")
+    if rows is not None:
+        kind, shape = jnp.result_type(rows), jnp.shape(rows)
+        if len(shape) != 2 or shape[0] != batch or not jnp.issubdtype(kind, jnp.integer):
+            raise UserError(
+                f"attention: importance_rows is {kind} of shape {shape}",
+                allowed=f"integers [{batch}, R]",
+            )
+    asked = (batch, queries) if rows is None else jnp.shape(rows)
+    if weights is not None and jnp.shape(weights) != asked:
+        raise UserError(
+            f"attention: importance_weights has shape {jnp.shape(weights)}",
+            allowed=str(list(asked)),
+        )
+    if lse is not None and jnp.shape(lse) != q.shape[:3]:
+        raise UserError(
+            f"attention: lse has shape {jnp.shape(lse)}", allowed=f"{list(q.shape[:3])}, float32"
+        )
+
+
+def decode(q, k, v, lengths, pages, k_scale, v_scale) -> None:
+    """Of `attention_decode`, but for what goes by column."""
+    if jnp.ndim(q) != 4 or 0 in q.shape:
+        raise UserError(
+            f"attention_decode: q has shape {jnp.shape(q)}", allowed="[B, H, R, D], none of them 0"
+        )
+    batch, heads, _, dim = q.shape
+    if k.ndim != 4 or k.shape[:3] != v.shape[:3] or k.shape[3] != dim or heads % k.shape[1]:
+        raise UserError(
+            f"attention_decode: q {q.shape}, k {k.shape} and v {v.shape} do not fit",
+            allowed="q [B, H, R, D], k and v [B, Hk, M, D], or pages [P, Hk, S, D]",
+        )
+    if 0 in k.shape:
+        raise UserError(f"attention_decode: k has shape {k.shape}", allowed="no empty axis")
+    if pages is None and len(k) != batch:
+        raise UserError(f"attention_decode: k has {len(k)} rows", allowed=f"{batch}, those of q")
+    _integers("pages", pages, batch, 2)
+    _integers("lengths", lengths, batch, 1)
+    for name, x, given in (("k", k, k_scale), ("v", v, v_scale)):
+        if (x.dtype == jnp.int8) != (given is not None):
+            raise UserError(
+                f"attention_decode: {name} is {x.dtype} and {name}_scale "
+                + ("missing" if given is None else "given"),
+                allowed="int8 with a scale for each token and head, or neither",
+            )
+        if given is None and x.dtype != q.dtype:
+            raise UserError(f"attention_decode: {name} is {x.dtype}", allowed=f"{q.dtype}, as q")
+        if given is not None and jnp.shape(given) != k.shape[:3]:
+            raise UserError(
+                f"attention_decode: {name}_scale has shape {jnp.shape(given)}",
+                allowed=str(list(k.shape[:3])),
+            )
+
+
+def columns(batch: int, keys: int, *, kept, **given) -> None:
+    """What `attention_decode` is told of the keys of a row."""
+    for name, x in given.items():
+        if x is not None and jnp.shape(x) not in ((batch, keys), (1, keys)):
+            raise UserError(
+                f"attention_decode: {name} has shape {jnp.shape(x)}", allowed=f"[{batch}, {keys}]"
+            )
+    _integers("kept", kept, batch, 2)
+
+
+def _integers(name: str, x, batch: int, axes: int) -> None:
+    if x is None:
+        return
+    kind, shape = jnp.result_type(x), jnp.shape(x)
+    if len(shape) != axes or shape[0] != batch or not jnp.issubdtype(kind, jnp.integer):
+        more = {"pages": ", T", "kept": ", K"}.get(name, "")
+        raise UserError(
+            f"attention_decode: {name} is {kind} of shape {shape}",
+            allowed=f"integers [{batch}{more}]",
+        )

@@ -10,12 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny_models import DECODER, ENCODER, MOE, VOCAB
 
 from efficient_vlm import sharding
 from efficient_vlm.inference.generate import generate
-from efficient_vlm.kernels.attention import attention, attention_importance, make_mask
+from efficient_vlm.kernels.attention import (
+    attention,
+    attention_decode,
+    attention_importance,
+    make_mask,
+)
+from efficient_vlm.kernels.grouped_matmul import grouped_matmul
 from efficient_vlm.models.moe import MoE as MoELayer
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.train import step as steps
@@ -187,6 +193,43 @@ def attention_of_parts(job):
     return max(differences), program.as_text().count("all-gather(")
 
 
+def kernels_of_callers(kind):
+    """Largest difference to one device, of the largest value, of what is called inside a
+    `shard_map` of the caller, or with arrays on explicit axes."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(4, 4, 600, 8)), jnp.float32)
+    lengths = jnp.array([600, 300, 0, 30])
+
+    def everything(x, lengths):
+        def loss(x):
+            given = dict(
+                causal=True, kv_lengths=lengths, importance_weights=jnp.ones((len(x), 600))
+            )
+            found = attention(x, x, x, implementation="xla", **given)
+            return jnp.sum(found.out**2) + jnp.sum(found.importance[:, :9]), found.out
+
+        decoded = attention_decode(x[:, :, :1], x, x, lengths).out
+        if kind == "explicit":
+            return *jax.grad(loss, has_aux=True)(x), decoded
+        rows = x.reshape(-1, 8)
+        sizes = jnp.array([len(rows), 0])
+        return *jax.grad(loss, has_aux=True)(x), decoded, grouped_matmul(rows, kernels, sizes)
+
+    kernels = jnp.asarray(rng.normal(size=(2, 8, 6)), jnp.float32)
+    alone = everything(x, lengths)
+    axes = (AxisType.Explicit if kind == "explicit" else AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 2), ("rows", "heads"), axis_types=axes)
+    if kind == "explicit":
+        x = jax.device_put(x, NamedSharding(mesh, PartitionSpec("rows", "heads")))
+        parts = everything
+    else:
+        rows = PartitionSpec("rows")
+        parts = jax.shard_map(everything, mesh=mesh, in_specs=rows, out_specs=rows)
+    again = jax.jit(parts)(x, lengths)
+    pairs = zip(map(np.asarray, alone), map(np.asarray, again), strict=True)
+    return max(float(np.abs(a - b).max() / np.abs(a).max()) for a, b in pairs)
+
+
 def experts_of_parts(mesh):
     """Largest difference of layer and gradients to one device, of the largest value; collectives
     of the program: all-to-all, gathers of anything as large as all tokens, and sums over devices of
@@ -238,7 +281,11 @@ if __name__ == "__main__":
     if "process" in asked:
         number, count, port = asked["process"]
         jax.distributed.initialize(f"127.0.0.1:{port}", count, number)
-    parts = {"attention": attention_of_parts, "experts": experts_of_parts}
+    parts = {
+        "attention": attention_of_parts,
+        "experts": experts_of_parts,
+        "callers": kernels_of_callers,
+    }
     kind, _, what = asked["kind"].partition(":")
     if what == "answers":
         print(json.dumps([answers(kind, mesh) for mesh in asked["jobs"]]))

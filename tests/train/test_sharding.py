@@ -110,6 +110,10 @@ def test_attention_of_parts():
     assert answers[0][1] == 0
 
 
+def test_kernels_inside_a_callers_shard_map_and_on_explicit_axes():
+    assert all(same < 1e-5 for same in found(start("callers", ["manual", "explicit"], devices=4)))
+
+
 @pytest.mark.slow
 def test_experts_of_parts():
     """Tokens go to their experts all to all, and no device gathers those of others, nor gradients

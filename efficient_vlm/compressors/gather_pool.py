@@ -171,8 +171,8 @@ class PositionPool(Compressor):
     the last cell, and cells of padding alone, are masked. Published: k = 3 and L = 70, 140, 280
     (default), 560 or 1120 for at most 9 L patches.
 
-    All budgets can be reached: without `cell`, k = ceil(sqrt(N / L)), the published sqrt(N / L)
-    where that is whole. Where an image of awkward shape has more than L cells, k grows for that row
+    All budgets can be reached: without `cell`, k = ceil(sqrt(N / L)) for the N real patches of a
+    row, the published sqrt(N / L) where that is whole. Where an image of awkward shape has more than L cells, k grows for that row
     until they fit. The full budget without `cell` is the identity (but for `scaled`).
 
     Deviations: a cell's sum is divided by its patches (published: by k^2, the same for whole cells,
@@ -197,12 +197,16 @@ class PositionPool(Compressor):
             raise UserError(f"compressor.scaled: {self.scaled!r}", allowed="true or false")
 
     @nn.nowrap
-    def side(self, num_tokens: int) -> int:
-        """k: the smallest side whose cells are at least N / budget patches."""
+    def side(self, num_tokens: int | jax.Array) -> int | jax.Array:
+        """k: the smallest side whose cells are at least N / budget patches; for int [B] of each."""
         if self.cell is not None:
             return self.cell
         per_token = -(-num_tokens // self.budget)
-        return math.isqrt(per_token - 1) + 1
+        if isinstance(per_token, int):
+            return math.isqrt(per_token - 1) + 1
+        # Rounded up from just below a whole root, which may be inexact.
+        root = jnp.sqrt(jnp.maximum(per_token, 1).astype(jnp.float32) - 0.25)
+        return jnp.ceil(root).astype(jnp.int32)
 
     @nn.nowrap
     def flops(self, num_tokens, width, text_width=0):
@@ -214,9 +218,9 @@ class PositionPool(Compressor):
     def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
         self.check_call(tokens, signals, needs_grid=False)
         num_tokens, width = tokens.embed.shape[1:]
-        side = self.side(num_tokens)
-        if self.budget < num_tokens or side > 1:
+        if self.budget < num_tokens or self.side(num_tokens) > 1:
             tokens = zero_padding(tokens)
+            side = self.side(tokens.mask.sum(axis=1))
             cell = position_cells(tokens.position, tokens.mask, side, self.budget)
             tokens = merge(tokens, cell, self.budget)
         if not self.scaled:
@@ -230,7 +234,8 @@ def position_cells(position: jax.Array, mask: jax.Array, side: int, budget: int)
     Args:
       position: float32 [B, T, 2], (row, column).
       mask: bool [B, T].
-      side: least side of a cell; larger in rows whose cells would be more than `budget`.
+      side: least side of a cell, for all rows or int [B] of each; larger in rows whose cells would
+        be more than `budget`.
       budget: most cells.
 
     Returns:
@@ -242,9 +247,10 @@ def position_cells(position: jax.Array, mask: jax.Array, side: int, budget: int)
     place = jnp.where(real, place - corner, 0)
     extent = jnp.max(place, axis=1) + 1  # [B, 2]
 
-    sides = jnp.arange(side, max(side, position.shape[1]) + 1)
+    least = side if isinstance(side, int) else 1
+    sides = jnp.arange(least, max(least, position.shape[1]) + 1)
     cells = jnp.prod(-(-extent[:, None, :] // sides[:, None]), axis=-1)
-    fits = cells <= budget
+    fits = (cells <= budget) & (sides >= jnp.reshape(side, (-1, 1)))
     # A box longer than the number of tokens (sparse ones) may fit none of these: one cell for all.
     grown = jnp.where(jnp.any(fits, axis=1), sides[jnp.argmax(fits, axis=1)], extent.max(axis=1))
     grown = grown[:, None]

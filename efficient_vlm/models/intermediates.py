@@ -9,10 +9,11 @@ from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.kernels.attention import attention_importance
 
 
-def _row(query: jax.Array, keys: jax.Array, scale: float) -> jax.Array:
+def _row(query: jax.Array, keys: jax.Array, seen: dict, scale: float) -> jax.Array:
     """Attention of one query [B, H, Dh] to keys [B, S, H, Dh], mean over heads: float32 [B, S]."""
     logits = jnp.einsum("bhd,bkhd->bhk", query.astype(jnp.float32), keys.astype(jnp.float32))
-    return jax.nn.softmax(scale * logits, axis=-1).mean(axis=1)
+    live = None if seen["live"] is None else seen["live"][:, None]
+    return jax.nn.softmax(scale * logits, axis=-1, where=live).mean(axis=1)
 
 
 def _all_heads(x: jax.Array) -> jax.Array:
@@ -23,25 +24,32 @@ def _column_mean(seen: dict, scale: float) -> jax.Array:
     """Attention that each key receives, mean over queries and heads: float32 [B, S], sums to 1."""
     q, k = (seen[name].swapaxes(1, 2) for name in ("query", "key"))
     weights = jnp.full((q.shape[0], q.shape[2]), 1 / q.shape[2], jnp.float32)
+    if seen["live"] is not None:
+        weights = seen["live"] / seen["live"].sum(axis=1, keepdims=True, dtype=jnp.float32)
     told = dict(key_bias=seen["key_bias"], mask=seen["mask"])
     return attention_importance(q, k, seen["lse"], weights, scale=scale, **told)
 
 
-# What can be asked of a layer: (states behind it, what its attention saw, scale of the logits)
-# -> array. One-row signals are computed beside the attention from one query, never from a whole
+def _mean_query(seen: dict) -> jax.Array:
+    """Mean over the real patches: float32 [B, H, Dh]."""
+    where = None if seen["live"] is None else seen["live"][:, :, None, None]
+    return seen["query"].astype(jnp.float32).mean(axis=1, where=where)
+
+
+# What can be asked of a layer: (states behind it, what its attention saw and "live" [B, S], which
+# places are no padding, or None; scale of the logits) -> array. One-row signals are computed beside the attention from one query, never from a whole
 # matrix.
 INTERMEDIATES: dict[str, Callable[[jax.Array, dict, float], jax.Array]] = {
     "features": lambda x, seen, scale: x,
     "keys": lambda x, seen, scale: seen["key"],
-    "cls_row": lambda x, seen, scale: _row(seen["query"][:, 0], seen["key"], scale),
+    "cls_row": lambda x, seen, scale: _row(seen["query"][:, 0], seen["key"], seen, scale),
     "cls_row_full": lambda x, seen, scale: _row(
         _all_heads(seen["query"][:, 0]),
         _all_heads(seen["key"]),
+        seen,
         scale * seen["query"].shape[-2] ** -0.5,
     ),
-    "mean_query_row": lambda x, seen, scale: _row(
-        seen["query"].astype(jnp.float32).mean(axis=1), seen["key"], scale
-    ),
+    "mean_query_row": lambda x, seen, scale: _row(_mean_query(seen), seen["key"], seen, scale),
     "column_mean": lambda x, seen, scale: _column_mean(seen, scale),
 }
 

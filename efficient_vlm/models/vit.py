@@ -289,6 +289,7 @@ class ViT(nn.Module):
                 one = one if merge else rematerialised(one, self.remat)
                 x, inner = one(layer_of(stacked, layer), x)
                 done = layer + 1
+                inner["live"] = None if valid is None else _real(tokens, extra)
                 for asked, (name, at) in wanted.items():
                     if at == layer:
                         scale = self.qk_scale * (self.width // self.num_heads) ** -0.5
@@ -344,11 +345,16 @@ def _stretch(full_layers: Sequence[int], start: int, stop: int) -> int:
     return stop
 
 
+def _real(tokens: VisualTokens, extra: int) -> jax.Array:
+    """bool [B, extra + N], which tokens are no padding."""
+    return jnp.pad(tokens.mask, ((0, 0), (extra, 0)), constant_values=True)
+
+
 def _seen(tokens: VisualTokens, extra: int, window: int | None, padded: bool) -> Mask | None:
     """Which tokens see which; None if all see all. Windows are cells of the plane."""
     if window is None and not padded:
         return None
-    real = jnp.pad(tokens.mask, ((0, 0), (extra, 0)), constant_values=True)
+    real = _real(tokens, extra)
     mask = key_mask(real, real.shape[1])
     if window is None:
         return mask

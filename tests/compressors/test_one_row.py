@@ -92,7 +92,7 @@ def test_between_encoder_and_decoder(name):
 @pytest.mark.parametrize("name", ["cls_row", "cls_row_full", "mean_query_row", "column_mean"])
 def test_signals_of_the_encoder(name):
     def signal(q, k, lse):
-        seen = dict(query=q, key=k, lse=lse, mask=None, key_bias=None)
+        seen = dict(query=q, key=k, lse=lse, mask=None, key_bias=None, live=None)
         return INTERMEDIATES[name](None, seen, 0.25)
 
     # Sums over all rows go block by block: there is one of a fixed size, whatever the tokens.

@@ -180,7 +180,7 @@ def position_pool(embed, mask, positions, budget, cell=None):
     rows = max(positions[n][0] for n in real) - top + 1
     columns = max(positions[n][1] for n in real) - left + 1
     k = cell or 1
-    while cell is None and k * k * budget < len(mask):
+    while cell is None and k * k * budget < len(real):
         k += 1
     while math.ceil(rows / k) * math.ceil(columns / k) > budget:
         k += 1

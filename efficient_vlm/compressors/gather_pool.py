@@ -172,8 +172,9 @@ class PositionPool(Compressor):
     (default), 560 or 1120 for at most 9 L patches.
 
     All budgets can be reached: without `cell`, k = ceil(sqrt(N / L)) for the N real patches of a
-    row, the published sqrt(N / L) where that is whole. Where an image of awkward shape has more than L cells, k grows for that row
-    until they fit. The full budget without `cell` is the identity (but for `scaled`).
+    row, the published sqrt(N / L) where that is whole. Where an image of awkward shape has more
+    than L cells, k grows for that row until they fit. The full budget without `cell` is the
+    identity (but for `scaled`).
 
     Deviations: a cell's sum is divided by its patches (published: by k^2, the same for whole cells,
     and its images have whole cells only); `scaled` is off, as a connector with a norm or a matrix

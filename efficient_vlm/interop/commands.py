@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from efficient_vlm.audit.compress import read_methods
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, first_line
 from efficient_vlm.interop import pretrained, verify
 from efficient_vlm.interop.architecture import build_model, read_config
 from efficient_vlm.interop.families.table import family_of
@@ -73,6 +73,7 @@ def generate(
     from efficient_vlm.interop import pointing
 
     enable_compilation_cache()
+    _check(args)
     if options and args.compressor is None:
         raise UserError(
             f"--compressor.{options[0]}: no method", fix="add --compressor=NAME, such as visionzip"
@@ -110,6 +111,23 @@ def generate(
     return 0
 
 
+def _check(args: argparse.Namespace) -> None:
+    """What would fail only behind the answer."""
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed={args.seed}", allowed=f"0 to {2**63 - 1}")
+    if args.points is None:
+        return
+    if len(args.image or []) != 1:
+        raise UserError("--points: needs one picture", fix="give --image=FILE once")
+    from PIL import Image
+
+    path, known = Path(args.points), Image.registered_extensions()
+    if known.get(path.suffix.lower()) not in Image.SAVE:
+        raise UserError(f"--points={path}", allowed=".png, .jpg and what else Pillow writes")
+    if not path.parent.is_dir():
+        raise UserError(f"--points={path}: no directory {path.parent}", fix="make it first")
+
+
 def read_literal(option: str, text: str) -> int | bool:
     """A whole number or a truth value of the command line."""
     words = {"true": True, "false": False}
@@ -136,13 +154,15 @@ def _report(vlm: pretrained.Pretrained, out: Any, answer: str) -> dict[str, Any]
 def _draw_points(vlm: pretrained.Pretrained, pointing: Any, answer: str, args: Any) -> None:
     from efficient_vlm.interop.pictures.base import load_picture
 
-    if len(args.image or []) != 1:
-        raise UserError("--points: needs one picture", fix="give --image=FILE once")
     found = pointing.parse(answer)
     if not found.points:
         print(f"no points in the answer; {args.points} is not written", file=sys.stderr)
         return
-    pointing.draw(found.points, load_picture(args.image[0])).save(args.points)
+    drawn = pointing.draw(found.points, load_picture(args.image[0]))
+    try:
+        drawn.save(args.points)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--points={args.points}: {first_line(error)}") from None
     print(f"{len(found.points)} points: {args.points}", file=sys.stderr)
 
 

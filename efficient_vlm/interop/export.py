@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from efficient_vlm.interop import safetensors_write
 from efficient_vlm.interop.architecture import name_map
 from efficient_vlm.interop.families.base import Config, Family
-from efficient_vlm.interop.load import in_stack
+from efficient_vlm.interop.load import check_range, in_stack, known_dtype
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.train.manifest import write_atomic
 
@@ -41,7 +41,11 @@ def export(
 
     Returns:
       The weight files.
+
+    Raises:
+      UserError: not a dtype of parameters, or one that cannot hold a value.
     """
+    dtype = None if dtype is None else known_dtype("dtype", dtype)
     names = name_map(family, config, model)
     flat = flatten_dict(params, sep="/")
 
@@ -53,7 +57,12 @@ def export(
 
     def written(name: str) -> np.ndarray:
         value = names.assemble(name, parameter)
-        return value if dtype is None else value.astype(dtype, copy=False)
+        if dtype is None:
+            return value
+        with np.errstate(over="ignore"):
+            stored = value.astype(dtype, copy=False)
+        check_range(name, stored, value.dtype, fix=f"dtype={value.dtype}")
+        return stored
 
     kinds = {
         piece.name: np.dtype(dtype or parameter(path).dtype)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from efficient_vlm.errors import UserError
 from efficient_vlm.interop.architecture import name_map
 from efficient_vlm.interop.families.base import Config, Family
 from efficient_vlm.interop.names import NameMap
@@ -18,6 +19,8 @@ from efficient_vlm.interop.safetensors_format import CheckpointError, show
 from efficient_vlm.interop.safetensors_read import Checkpoint
 from efficient_vlm.interop.staging import Stage
 from efficient_vlm.models.stack import STACKS
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Source:
@@ -136,12 +139,23 @@ class Source:
         return out
 
 
-def check_range(path: str, value: Any, before: Any) -> None:
+def known_dtype(name: str, given: Any) -> np.dtype:
+    """The dtype of parameters called `given`; UserError naming the argument if it is none."""
+    try:
+        found = jnp.dtype(given)
+    except TypeError:
+        found = None
+    if str(found) not in DTYPES:
+        raise UserError(f"{name}: {given!r}", allowed=", ".join(DTYPES))
+    return found
+
+
+def check_range(path: str, value: Any, before: Any, fix: str | None = None) -> None:
     """Raises CheckpointError if a value was finite in the dtype `before` and is not any more."""
     finite = np.isfinite if isinstance(value, np.ndarray) else jnp.isfinite
     if jnp.finfo(value.dtype).max < jnp.finfo(before).max and not finite(value).all():
         raise CheckpointError(
-            f"{path}: has values beyond {value.dtype}", fix=f"load the model as {before}"
+            f"{path}: has values beyond {value.dtype}", fix=fix or f"load the model as {before}"
         )
 
 

@@ -19,6 +19,7 @@ from efficient_vlm.interop.export import copy_settings, export
 from efficient_vlm.interop.families.base import Family
 from efficient_vlm.interop.families.table import family_of
 from efficient_vlm.interop.imported import open_weights
+from efficient_vlm.interop.load import known_dtype
 from efficient_vlm.interop.pictures.base import Pictured
 from efficient_vlm.interop.placing import Prompt, place
 from efficient_vlm.interop.prompts import Template
@@ -30,7 +31,6 @@ from efficient_vlm.models.vlm import VisionLanguageModel
 
 # Text is padded to a multiple of this: prompts of about one length share a program.
 BUCKET = 32
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Pretrained:
@@ -267,7 +267,7 @@ class Pretrained:
         if any(pictured):
             seen = dict(pixel_mean=self.pictures.mean, pixel_std=self.pictures.std)
             model = model.clone(encoder={**model.encoder, **seen})
-        model, images, mask, extras, slots, grids = gather(model, pictured)
+        model, images, mask, extras, slots, grids = gather(model, pictured, self.family.variable)
         prompts = [
             Prompt(np.asarray(row), s, g) for row, s, g in zip(ids, slots, grids, strict=True)
         ]
@@ -360,10 +360,10 @@ def from_pretrained(
             f"{path}: no such directory",
             fix="download the model's files first; names on a hub are not resolved",
         )
-    dtype = _dtype("dtype", dtype)
+    dtype = known_dtype("dtype", dtype)
     kind = None
     if param_dtype != "stored":
-        kind = dtype if param_dtype is None else _dtype("param_dtype", param_dtype)
+        kind = dtype if param_dtype is None else known_dtype("param_dtype", param_dtype)
     if compressor is not None and not isinstance(compressor, Mapping):
         raise UserError(
             f"compressor: {compressor!r} is not a mapping", fix='dict(name="visionzip", budget=64)'
@@ -380,13 +380,3 @@ def from_pretrained(
         directory, family, config, model, dtype=kind, sharding=sharding, check=check, sha256=sha256
     )
     return Pretrained(model, params, family, config, directory, picture_options, carried)
-
-
-def _dtype(name: str, given: Any) -> np.dtype:
-    try:
-        found = jnp.dtype(given)
-    except TypeError:
-        found = None
-    if str(found) not in DTYPES:
-        raise UserError(f"{name}: {given!r}", allowed=", ".join(DTYPES))
-    return found

@@ -34,8 +34,15 @@ class Request:
     pictured: tuple[tuple[Pictured, ...], ...]
 
 
-def gather(model: VisionLanguageModel, pictured: Sequence[Sequence[Pictured]]):
+def gather(
+    model: VisionLanguageModel, pictured: Sequence[Sequence[Pictured]], variable: bool = False
+):
     """Pictures of R rows as arrays of one shape.
+
+    Args:
+      model, pictured: see `Request`.
+      variable: whether pictures have sizes of their own: then one that has fewer tokens than are to
+        be kept keeps all. See `families.base.Family`.
 
     Returns:
       The model at that size; images [R, M, H, W, 3], mask [R, M] and extras; for each row its
@@ -44,12 +51,15 @@ def gather(model: VisionLanguageModel, pictured: Sequence[Sequence[Pictured]]):
     rows = len(pictured)
     nothing = [np.zeros(0, np.int64)] * rows
     most = max(sum(len(p.images) for p in row) for row in pictured)
-    if most == 0:
-        return model, None, None, NO_EXTRAS, nothing, [None] * rows
+    if most == 0:  # There is nothing to compress, which methods inside the decoder refuse.
+        plain = model.clone(compressor={"name": "none"})
+        return plain, None, None, NO_EXTRAS, nothing, [None] * rows
     patch = model.encoder["patch_size"]
     every = [p for row in pictured for p in row]
     size = [max(p.images.shape[axis] for p in every) for axis in (1, 2)]
     model = model.sized(*size)
+    if variable and every[0].pool_index is None:
+        model = _capped(model, math.prod(model.slot_grid), most)
     images = np.zeros((rows, most, *size, 3), np.float32)
     mask = np.zeros((rows, most), bool)
     valid = np.tile(np.array(size) // patch, (rows, most, 1)).astype(np.int32)
@@ -98,6 +108,22 @@ def gather(model: VisionLanguageModel, pictured: Sequence[Sequence[Pictured]]):
     return model, images, mask, extras, slots, grids
 
 
+def _capped(model: VisionLanguageModel, tokens: int, images: int) -> VisionLanguageModel:
+    """A model whose compressor keeps no more tokens than there are, of one image or, inside the
+    decoder, of all."""
+    most = tokens * images if model.make_compressor().where == "decoder" else tokens
+
+    def fewer(value):
+        if isinstance(value, (list, tuple)):
+            return tuple(map(fewer, value))
+        return min(value, most) if isinstance(value, int) else value
+
+    counts = {"budget", "keep", "counts"} & set(model.compressor)
+    return model.clone(
+        compressor={**model.compressor, **{name: fewer(model.compressor[name]) for name in counts}}
+    )
+
+
 def _gather_pooled(model, pictured, images, mask, extras):
     """Pictures whose tokens read patches across crops (Molmo2)."""
     patches = math.prod(side // model.encoder["patch_size"] for side in images.shape[2:4])
@@ -111,6 +137,7 @@ def _gather_pooled(model, pictured, images, mask, extras):
             index[row, at : at + len(moved), : moved.shape[1]] = moved
             at, start = at + len(moved), start + len(p.images)
     model = model.clone(compressor={**model.compressor, "grid": (1, max(counts))})
+    model = _capped(model, max(counts), 1)
     slots = [np.arange(count) for count in counts]
     extras = extras.replace(pool_index=index)
     return model, images, mask, extras, slots, [None] * len(pictured)

@@ -58,12 +58,20 @@ def special_tokens(directory: str | os.PathLike) -> dict[str, str]:
 def special_id(directory: str | os.PathLike, token: str) -> int | None:
     """Id of a special token by the files of a tokenizer, without building it; None for none."""
     directory = Path(directory)
-    added = read_json(directory / "tokenizer.json").get("added_tokens") or ()
-    ids = {entry["content"]: entry["id"] for entry in added}
-    decoder = read_json(directory / "tokenizer_config.json").get("added_tokens_decoder") or {}
-    ids.update({entry["content"]: int(number) for number, entry in decoder.items()})
-    ids.update(read_json(directory / "added_tokens.json"))
-    return ids.get(token)
+    found = None
+    try:
+        for entry in read_json(directory / "tokenizer.json").get("added_tokens") or ():
+            found = int(entry["id"]) if entry["content"] == token else found
+        decoder = read_json(directory / "tokenizer_config.json").get("added_tokens_decoder") or {}
+        for number, entry in decoder.items():
+            found = int(number) if entry["content"] == token else found
+        found = read_json(directory / "added_tokens.json").get(token, found)
+        return None if found is None else int(found)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{directory}: the added tokens of its tokenizer are damaged ({error!r})",
+            fix="download its files again",
+        ) from None
 
 
 class Tokenizer:

@@ -37,8 +37,8 @@ def _mean_query(seen: dict) -> jax.Array:
 
 
 # What can be asked of a layer: (states behind it, what its attention saw and "live" [B, S], which
-# places are no padding, or None; scale of the logits) -> array. One-row signals are computed beside the attention from one query, never from a whole
-# matrix.
+# places are no padding, or None; scale of the logits) -> array. One-row signals are computed beside
+# the attention from one query, never from a whole matrix.
 INTERMEDIATES: dict[str, Callable[[jax.Array, dict, float], jax.Array]] = {
     "features": lambda x, seen, scale: x,
     "keys": lambda x, seen, scale: seen["key"],

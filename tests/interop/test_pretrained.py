@@ -70,6 +70,58 @@ def test_no_new_program_for_another_question(vlm):
     assert [program._cache_size() for program in programs] == before
 
 
+@pytest.mark.parametrize("name", ["fastv", "dart", "pyramiddrop", "divprune"])
+def test_a_question_without_a_picture(vlm, name):
+    options = {"pyramiddrop": dict(layers=(1,), keep=(4,)), "divprune": dict(budget=4)}
+    short = vlm.with_compressor(name, **options.get(name, dict(layer=1, keep=4)))
+    assert short.generate("Hm?", max_new_tokens=4) == vlm.generate("Hm?", max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("visionzip", dict(budget=3, attention="column_mean")),
+        ("hiprune", dict(budget=3, layer=-1, middle_layer=-2)),
+        ("position_pool", dict(budget=3)),
+        ("divprune", dict(budget=50)),  # More than the small one has.
+        ("fastv", dict(layer=1, keep=50)),
+    ],
+)
+def test_a_small_picture_beside_a_large_one(name, options):
+    """What is kept of it, and what is answered, is as if it were alone."""
+    qwen = evlm.from_pretrained(TESTS / "golden" / "qwen2_vl", max_pixels=4000)
+    qwen, token = qwen.with_compressor(name, **options), qwen.family.image_token(qwen.config)
+    rng = np.random.default_rng(0)
+    pictures = [
+        qwen.pictures(rng.integers(0, 255, (*size, 3), np.uint8)) for size in ((40, 60), (90, 30))
+    ]
+
+    def asked(pictures):
+        counts = [int(p.grids.prod(axis=1).sum()) for p in pictures]
+        ids = [[1, *[token] * count, 5, 6] for count in counts]
+        request = qwen.place(ids, [(p,) for p in pictures])
+        found = generate(
+            *(request.model, qwen.fused, request.images, request.image_mask),
+            *(request.tokens[:, None], request.lengths[:, None]),
+            **dict(new_tokens=4, eos_id=-1),
+            **dict(placement=request.placement, extras=request.extras),
+        )
+        live = np.asarray(found.visual.mask)[0]
+        return found.tokens[0].tolist(), np.asarray(found.visual.position)[0][live]
+
+    (answer, kept), (alone, kept_alone) = asked(pictures), asked(pictures[:1])
+    assert answer == alone
+    np.testing.assert_allclose(kept, kept_alone, atol=1e-4)
+
+
+def test_weights_are_not_saved_as_what_cannot_hold_them(vlm, tmp_path):
+    with pytest.raises(UserError, match="dtype: 'int8'\n.*bfloat16"):
+        vlm.save(tmp_path / "one", dtype="int8")
+    large = vlm.with_params(jax.tree.map(lambda p: p * 1e7, vlm.params))
+    with pytest.raises(UserError, match="beyond float16"):
+        large.save(tmp_path / "two", dtype="float16")
+
+
 def test_as_many_tokens_as_the_table_has_positions():
     """Padding to a length that programs share needs none; each token as a forward pass gives it."""
     gpt = evlm.from_pretrained(TESTS / "golden" / "gpt_neo")
@@ -211,6 +263,10 @@ def spoiled(tmp_path, **changes):
         (["generate", "{sample}", "Hm", "--compressor=tome", "--compressor.budget=2"], "projector"),
         (["generate", "{sample}", "Hm", "--compressor=fastv", "--compressor.layer=9"], "layer"),
         (["generate", "{sample}", "Hm", "--compressor.budget=2"], "no method"),
+        (["generate", "{sample}", "Hm", f"--seed={2**64}"], "--seed"),
+        (["generate", "{sample}", "Hm", "--points=here.png"], "one picture"),
+        (["generate", "nowhere", "Hm", "--image=a.jpg", "--points=here.foo"], "here.foo"),
+        (["generate", "nowhere", "Hm", "--image=a.jpg", "--points={out}/a.png"], "no directory"),
         (["import", "{sample}", "{out}", "--verify=nowhere.npz"], "nowhere.npz"),
         (["import", "{sample}/config.json", "{out}"], "config.json"),
         (["export", "{sample}", "{sample}"], "came from there"),

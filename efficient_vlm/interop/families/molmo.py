@@ -85,8 +85,15 @@ def _image_token(config: Config) -> int:
 def _model(config: Config) -> dict[str, Any]:
     config = _settings(config)
     vision, width = config["vision_backbone"], config["d_model"]
+    tokens = _rows(config) + config["additional_vocab_size"]
+    if not 0 <= _image_token(config) < tokens:
+        raise UserError(
+            f"image_patch_id: {_image_token(config)}",
+            allowed=f"below {tokens}, the tokens of this model",
+            fix="take tokenizer and weights from the same release",
+        )
     return dict(
-        vocab_size=_rows(config) + config["additional_vocab_size"],
+        vocab_size=tokens,
         encoder=_encoder(vision, config["vit_layers"]),
         padding_embedding=config.get("image_padding_embed") is not None,
         projector=dict(

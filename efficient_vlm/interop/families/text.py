@@ -123,20 +123,22 @@ def all_local(text: Config, window: Any) -> dict[str, Any]:
 
 def qwen2(text: Config) -> dict[str, Any]:
     """Qwen2 (arXiv 2407.10671): biases of queries, keys and values only."""
-    window = text.get("sliding_window") if text.get("use_sliding_window") else None
-    kinds = layer_types(text, window)
-    if window is not None and not text.get("layer_types"):
-        first = text.get("max_window_layers", 0)
-        count = text["num_hidden_layers"]
-        types = ("local" if i >= first else "global" for i in range(count))
-        kinds = dict(layer_types=tuple(types), window=int(window))
-    return {**llama(text), "qkv_bias": True, "out_bias": False, **kinds}
+    return {**llama(text), "qkv_bias": True, "out_bias": False, **_upper_local(text)}
 
 
 def qwen3(text: Config) -> dict[str, Any]:
     """Qwen3 (arXiv 2505.09388): each head of queries and keys normed, no biases."""
+    return {**llama(text), "qk_norm": "head", **_upper_local(text)}
+
+
+def _upper_local(text: Config) -> dict[str, Any]:
+    """Fields layer_types and window of Qwen: local from one layer on, where windows are used."""
     window = text.get("sliding_window") if text.get("use_sliding_window") else None
-    return {**llama(text), "qk_norm": "head", **layer_types(text, window)}
+    if window is None or text.get("layer_types"):
+        return layer_types(text, window)
+    first = text.get("max_window_layers", 28)
+    types = ("local" if i >= first else "global" for i in range(text["num_hidden_layers"]))
+    return dict(layer_types=tuple(types), window=int(window))
 
 
 def olmo2(text: Config) -> dict[str, Any]:

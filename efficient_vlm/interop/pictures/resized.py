@@ -31,6 +31,7 @@ class LlavaPictures:
       resample: Pillow filter code.
       mean: per channel, subtracted by the encoder from pixels in [0, 1].
       std: per channel, what the encoder divides by.
+      class_feature: the CLS token is a visual token as well, in front of the others.
     """
 
     size: int = 336
@@ -41,6 +42,7 @@ class LlavaPictures:
     resample: int = Image.Resampling.BICUBIC
     mean: Triple = base.CLIP_MEAN
     std: Triple = base.CLIP_STD
+    class_feature: bool = False
     _merge: ClassVar[int] = 1  # Edge of the square of patches that makes one visual token.
 
     @classmethod
@@ -68,11 +70,11 @@ class LlavaPictures:
                 f"{settings.get('do_center_crop')}",
                 allowed="a centre crop within the resized picture",
             )
-        if config.get("vision_feature_select_strategy", "default") != "default":
+        select = config.get("vision_feature_select_strategy", "default")
+        if select not in ("default", "full"):
             raise UserError(
-                "config: vision_feature_select_strategy "
-                f"{config['vision_feature_select_strategy']!r}",
-                allowed="default (one visual token per patch, no CLS)",
+                f"config: vision_feature_select_strategy {select!r}",
+                allowed="default (one visual token per patch), full (and one of CLS)",
             )
         patch = base.config_setting(config, "vision_config.patch_size", cls.patch)
         return cls(
@@ -84,6 +86,7 @@ class LlavaPictures:
             resample=base.resample_of(settings, cls.resample),
             mean=mean,
             std=std,
+            class_feature=select == "full",
         )
 
     @staticmethod
@@ -97,7 +100,7 @@ class LlavaPictures:
           UserError: no pixels or too many.
         """
         base.check_size(height, width)
-        return self.grid**2
+        return self.grid**2 + self.class_feature
 
     def __call__(self, picture: Any) -> Pictured:
         """One image [crop, crop]. For `picture` and errors see `base.load_picture`.
@@ -116,11 +119,13 @@ class LlavaPictures:
         top, start = (rows - self.crop) // 2, (columns - self.crop) // 2
         shown = resized.crop((start, top, start + self.crop, top + self.crop))
         down, across = image.height / rows, image.width / columns
+        tokens = self.count(height, width)
         return base.pictured(
             [shown],
             patch=self.patch,
-            grid=(self.grid, self.grid),
-            text="<image>" * self.grid**2,
+            # With CLS they are no square: one row.
+            grid=(1, tokens) if self.class_feature else (self.grid, self.grid),
+            text="<image>" * tokens,
             boxes=[
                 (
                     (top * down - above) / height,

@@ -102,6 +102,8 @@ class SmolVLMPictures:
         # The default of the configuration class, which its files leave out.
         shuffle = base.config_setting(config, "scale_factor", 2 if config else cls.shuffle)
         base.patches_along(tile, patch, multiple=shuffle)
+        if split is not None and not isinstance(split, bool):
+            raise UserError(f"split: {split!r}", allowed="True or False")
         if split is None:
             split = bool(settings.get("do_image_splitting", cls.split))
         return cls(

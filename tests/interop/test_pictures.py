@@ -53,6 +53,13 @@ def noise(height, width, channels=3):
     return random.integers(0, 256, (height, width, channels), np.uint8)
 
 
+def test_llava_with_the_token_of_the_class():
+    full = LlavaPictures.from_hf({}, {"vision_feature_select_strategy": "full"})
+    found = full(noise(40, 60))
+    assert full.count(40, 60) == 577 == found.text.count("<image>")
+    assert found.grids.tolist() == [[1, 577]]
+
+
 # ---- counts --------------------------------------------------------------------------------------
 
 # Rows: height, width, then SmolVLM 256M, 2.2B, Qwen2-VL class default, Qwen3-VL.

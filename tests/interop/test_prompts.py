@@ -9,6 +9,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from efficient_vlm.errors import UserError
 from efficient_vlm.interop import prompts
 from efficient_vlm.interop.prompts import Template, Tokenizer, expand, render
+from efficient_vlm.interop.tokenizer import special_id
 
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]}]
 
@@ -284,3 +285,27 @@ def test_molmo_prompt_has_the_picture_behind_the_beginning_token():
     prompt = expand(render(QUESTION, "molmo"), [picture.text], "<|image|>")
     assert prompt.startswith("<|endoftext|><im_start><im_patch>")
     assert prompt.endswith("<im_col><im_end> User: How many? Assistant:")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", {"added_tokens": [1]}),
+        ("tokenizer.json", {"added_tokens": 5}),
+        ("tokenizer.json", {"added_tokens": [{"id": 1}]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<p>"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}),
+        ("added_tokens.json", {"<p>": "x"}),
+    ],
+)
+def test_damaged_added_tokens(tmp_path, name, content):
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match="added tokens"):
+        special_id(tmp_path, "<p>")
+
+
+def test_the_last_file_says_which_token_it_is(tmp_path):
+    put(tmp_path, "tokenizer.json", added_tokens=[{"id": 3, "content": "<p>"}])
+    assert (special_id(tmp_path, "<p>"), special_id(tmp_path, "<q>")) == (3, None)
+    put(tmp_path, "added_tokens.json", **{"<p>": 4})
+    assert special_id(tmp_path, "<p>") == 4

@@ -101,15 +101,25 @@ def qwen2(size):
 version_4(qwen2)
 
 
+WINDOW = dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)
+
+
+@version_4
 @case("qwen2__sliding")
-def qwen2_sliding():
-    return make_qwen2(ODD, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+def qwen2_sliding(size=ODD):
+    return make_qwen2(size, **WINDOW)
 
 
 @family
-def qwen3(size):
-    changes = dict(head_dim=size.head_dim, tie_word_embeddings=size is BASE) | rope(1e6)
+def qwen3(size, **changes):
+    changes |= dict(head_dim=size.head_dim, tie_word_embeddings=size is BASE) | rope(1e6)
     return causal(T.Qwen3ForCausalLM, T.Qwen3Config(**size.text(**changes)), size)
+
+
+@version_4
+@case("qwen3__sliding")
+def qwen3_sliding(size=ODD):
+    return qwen3(size, **WINDOW)
 
 
 def make_qwen3_moe(size, **changes):

@@ -60,7 +60,8 @@ def to_version_4(config: dict) -> dict:
 
     `rope_parameters` were `rope_theta`, `rope_scaling` and `partial_rotary_factor`; Gemma 3 had
     `rope_local_base_freq` for its sliding layers; the text config of Qwen2-VL and Qwen2.5-VL lay
-    flat beside `vision_config`; `dtype` was `torch_dtype`.
+    flat beside `vision_config`; Qwen's windows went without `layer_types`; `dtype` was
+    `torch_dtype`.
     """
     config = {
         key: to_version_4(value) if key.endswith("_config") else value
@@ -68,6 +69,8 @@ def to_version_4(config: dict) -> dict:
     }
     if "dtype" in config:
         config["torch_dtype"] = config.pop("dtype")
+    if "max_window_layers" in config:
+        config.pop("layer_types", None)
     rope = config.pop("rope_parameters", None)
     if rope and "full_attention" in rope:
         config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]

@@ -25,7 +25,7 @@ from jax import lax
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.kernels.attention import checks, reference, xla
 from efficient_vlm.kernels.attention.mask import Mask, check_mask, make_mask, mask_rows
-from efficient_vlm.kernels.attention.parts import importance_on_mesh, on_mesh
+from efficient_vlm.kernels.attention.parts import devices_of, importance_on_mesh, on_mesh
 from efficient_vlm.kernels.attention.platforms import only_on
 from efficient_vlm.kernels.manual import alike
 
@@ -33,7 +33,7 @@ __all__ = ["IMPLEMENTATIONS", "AttentionResult", "attention", "attention_importa
 
 IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu", "cudnn")
 
-# Up to this many logits in all, or of small heads, blocks cost more than they save.
+# Up to this many logits on a device, or of small heads, blocks cost more than they save.
 _FEW_LOGITS, _FEW_LOGITS_OF_SMALL_HEADS = 2**20, 2**22
 _SMALL_HEAD = 2**16
 
@@ -343,6 +343,7 @@ def _choice(implementation, q, k, v, **told) -> str | None:
         batch, heads, queries, _ = q.shape
         of_head = queries * k.shape[2]
         few = _FEW_LOGITS_OF_SMALL_HEADS if of_head < _SMALL_HEAD else _FEW_LOGITS
+        few *= devices_of(q, k.shape[1])
         return "reference" if queries == 1 or batch * heads * of_head <= few else None
     if implementation not in IMPLEMENTATIONS:
         raise unknown("implementation", str(implementation), IMPLEMENTATIONS)

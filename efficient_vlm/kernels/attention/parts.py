@@ -109,6 +109,15 @@ def _cut_as(q: jax.Array, kv_heads: int) -> _Cut | None:
     return _Cut(rows or (), heads, max(1, parts // kv_heads), concrete)
 
 
+def devices_of(q: jax.Array, kv_heads: int) -> int:
+    """Over how many devices the rows and heads of a call are cut."""
+    cut = _cut_of(q, kv_heads)
+    if cut is None:
+        return 1
+    sizes = auto_axes() if cut.explicit is None else cut.explicit.shape
+    return math.prod(sizes[name] for name in (*cut.rows, *(cut.heads or ())))
+
+
 def on_mesh(function: Callable, q, k, v, key_bias, mask, weights):
     """`function`, which gives (out, lse, importance or None), of the part of each device.
 

@@ -169,6 +169,13 @@ def test_mistakes_are_named(change, words):
     assert words in str(error.value) and len(str(error.value).splitlines()) <= 3
 
 
+@pytest.mark.parametrize(("rows", "whole"), [(8, True), (64, False)])
+def test_small_heads_have_a_map_where_there_are_few(rows, whole):
+    q = jax.ShapeDtypeStruct((rows, 12, 200, 64), jnp.float32)
+    text = jax.jit(lambda q: attention(q, q, q).out).lower(q).as_text()
+    assert ("200x200xf32" in text) == whole
+
+
 def test_small_cotangents_of_importance():
     """Of a mean over many keys: float16 has nothing below 6e-8."""
     q, k, v = (jnp.asarray(x, jnp.float16) for x in cases.arrays((1, 2, 2, 40, 50, 8, 8)))

@@ -143,7 +143,7 @@ class Run:
         for name in sorted({name for names in wanted.values() for name in names}):
 
             def signal(q, k, lse, name=name):
-                seen = dict(query=q, key=k, lse=lse, mask=None, key_bias=None)
+                seen = dict(query=q, key=k, lse=lse, mask=None, key_bias=None, live=None)
                 return INTERMEDIATES[name](None, seen, dim**-0.5)
 
             # The attention beside it has given the lse.

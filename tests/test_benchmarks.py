@@ -200,6 +200,7 @@ def test_the_benchmark_of_gpus_measures_what_it_says(monkeypatch):
     assert all(line[3] in ("PASS", "MISS") for line in script.targets(whole))
 
 
+@pytest.mark.slow
 def test_survival_on_a_small_run(tmp_path, data_dir):
     """Killed, gone on with, and saved by both; what it prints are the numbers that it writes."""
     out = tmp_path / "out.json"

@@ -336,7 +336,7 @@ def test_bad_settings_are_user_errors(name, field, value):
     [
         (LlavaPictures, {"size": 224, "crop_size": 336}, {}),
         (LlavaPictures, {"do_center_crop": False}, {}),
-        (LlavaPictures, {}, {"vision_feature_select_strategy": "full"}),
+        (LlavaPictures, {}, {"vision_feature_select_strategy": "cls"}),
         (LlavaPictures, {}, {"vision_config": {"patch_size": 0}}),
         (LlavaPictures, {}, {"vision_config": {"image_size": 10}}),
         (PaliGemmaPictures, {"size": 8}, {}),

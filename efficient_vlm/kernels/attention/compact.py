@@ -68,9 +68,8 @@ def compact(
 
     def take(x):
         wide = (slice(None), slice(None), *(None,) * (x.ndim - 2))
-        return jnp.where(
-            there[wide], jnp.take_along_axis(x, index[wide], axis=1), jnp.zeros((), x.dtype)
-        )
+        taken = jnp.take_along_axis(x, index[wide], axis=1)
+        return jnp.where(there[wide], taken, jnp.zeros_like(taken))
 
     if sizes is None:
         key_bias = jnp.zeros((len(keep), most), jnp.float32)

@@ -62,7 +62,6 @@ def test_own_methods_and_baselines_exist(catalogue):
 # ---- docs/adding_a_compressor.md -----------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_the_guide_works_as_it_stands(monkeypatch):
     contract = load(ROOT / "tests" / "compressors" / "test_contract.py", monkeypatch)
     code = blocks(DOCS / "adding_a_compressor.md")

@@ -59,7 +59,6 @@ def large(tmp_path_factory):
     return folder, sum(sizes), max(sizes)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_host_holds_the_parameters_and_one_tensor(large, dtype):
     """Memory of the process, without pages of the mapped file, against 1.2 of the largest."""
@@ -99,7 +98,6 @@ def test_the_host_holds_the_parameters_and_one_tensor(large, dtype):
     assert int(peak) <= scale * total + 1.2 * largest
 
 
-@pytest.mark.slow
 def test_straight_to_a_sharding(tmp_path):
     """On four devices, from a published and from an imported directory."""
     assert script(

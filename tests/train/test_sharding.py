@@ -97,7 +97,6 @@ def test_answers_on_meshes_equal_those_of_one_device(kind):
         assert one == alone
 
 
-@pytest.mark.slow
 def test_attention_of_parts():
     """The blocked form, each device with rows and heads of its own, and all gradients."""
     jobs = [

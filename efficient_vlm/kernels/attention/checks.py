@@ -5,12 +5,17 @@ import jax.numpy as jnp
 from efficient_vlm.errors import UserError
 
 
-def cap(softcap) -> float | None:
+def arrays(*given) -> tuple:
+    """Lists and NumPy arrays as arrays; None stays."""
+    return tuple(None if x is None else jnp.asarray(x) for x in given)
+
+
+def cap(softcap, op: str = "attention") -> float | None:
     """A soft cap as a number."""
     if softcap is None:
         return None
-    if not float(softcap) > 0:
-        raise UserError(f"attention: softcap={softcap}", allowed="above 0, or None for no cap")
+    if isinstance(softcap, str) or not float(softcap) > 0:
+        raise UserError(f"{op}: softcap={softcap!r}", allowed="above 0, or None for no cap")
     return float(softcap)
 
 
@@ -92,6 +97,8 @@ def decode(q, k, v, lengths, pages, k_scale, v_scale) -> None:
             )
         if given is None and x.dtype != q.dtype:
             raise UserError(f"attention_decode: {name} is {x.dtype}", allowed=f"{q.dtype}, as q")
+        if not jnp.issubdtype(q.dtype, jnp.floating):
+            raise UserError(f"attention_decode: q is {q.dtype}", allowed="a floating point dtype")
         if given is not None and jnp.shape(given) != k.shape[:3]:
             raise UserError(
                 f"attention_decode: {name}_scale has shape {jnp.shape(given)}",

@@ -68,11 +68,12 @@ def attention_decode(
     Raises:
       UserError: shapes that do not fit, or an implementation that cannot serve this.
     """
+    told = (lengths, pages, kept, key_bias, live)
+    lengths, pages, kept, key_bias, live = checks.arrays(*told)
     checks.decode(q, k, v, lengths, pages, k_scale, v_scale)
     keys = k.shape[2] if pages is None else pages.shape[1] * k.shape[2]
     checks.columns(len(q), keys, key_bias=key_bias, live=live, kept=kept)
-    lengths = jnp.asarray(lengths)
-    softcap = checks.cap(softcap)
+    softcap = checks.cap(softcap, "attention_decode")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     exact = jnp.promote_types(q.dtype, jnp.float32)
 

@@ -9,6 +9,7 @@ key, importance and their gradients. docs/kernels.md has what was measured.
 import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -17,7 +18,7 @@ from efficient_vlm.kernels.attention import gpu_kernels as kernels
 from efficient_vlm.kernels.attention.compat import kernel_options
 from efficient_vlm.kernels.attention.gpu_kernels import HEIGHT, LOG2E, matrix
 from efficient_vlm.kernels.attention.packing import NUMBERS, Packed
-from efficient_vlm.kernels.manual import out_shape
+from efficient_vlm.kernels.manual import alike
 
 __all__ = ["TILES", "Tile", "backward", "forward", "importance", "unserved"]
 
@@ -143,11 +144,11 @@ class _Call(Packed):
 
     def like(self, x, dim: int | None = None):
         """The shape of a result like a matrix."""
-        return out_shape((*x.shape[:3], dim or x.shape[3]), self.dtype, x)
+        return jax.ShapeDtypeStruct((*x.shape[:3], dim or x.shape[3]), self.dtype)
 
     def row(self, heads: int, tokens: int):
         """The shape of a result that has one number for each token."""
-        return out_shape((self.batch, heads, tokens), jnp.float32, self.q)
+        return jax.ShapeDtypeStruct((self.batch, heads, tokens), jnp.float32)
 
     def matrix(self, like):
         """Fast memory for what each warpgroup owns of a matrix."""
@@ -181,7 +182,8 @@ class _Call(Packed):
             kernel_name=f"attention_{self.name}",
             **kernel_options(),
         )
-        return functools.partial(run, *self.lists)
+        # What such a kernel gives says nothing of the axes that it varies over.
+        return lambda *args: alike(run(*self.lists, *args), self.q)[0]
 
 
 def _swizzled(dim: int) -> int:

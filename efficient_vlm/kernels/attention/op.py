@@ -25,7 +25,12 @@ from jax import lax
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.kernels.attention import checks, reference, xla
 from efficient_vlm.kernels.attention.mask import Mask, check_mask, make_mask, mask_rows
-from efficient_vlm.kernels.attention.parts import devices_of, importance_on_mesh, on_mesh
+from efficient_vlm.kernels.attention.parts import (
+    devices_of,
+    importance_on_mesh,
+    is_explicit,
+    on_mesh,
+)
 from efficient_vlm.kernels.attention.platforms import only_on
 from efficient_vlm.kernels.manual import alike
 
@@ -105,6 +110,8 @@ def attention(
     Raises:
       UserError: shapes that do not fit, an unknown implementation, or one that cannot serve this.
     """
+    told = (key_bias, importance_weights, importance_rows)
+    key_bias, importance_weights, importance_rows = checks.arrays(*told)
     checks.attention(q, k, v, key_bias, importance_weights, importance_rows)
     shapes = dict(
         causal=causal,
@@ -144,11 +151,13 @@ def attention(
     q, k, v, key_bias, mask, weights = alike(q, k, v, key_bias, mask, weights)
     call = _Call(scale, softcap, implementation)
     every = weights if importance_rows is None else None
+    function = functools.partial(_attend, call)
     if call.implementation == "reference":
-        found = reference.attend(q, k, v, key_bias, mask, every, scale=scale, softcap=softcap)
-    else:
-        found = on_mesh(functools.partial(_attend, call), q, k, v, key_bias, mask, every)
-    out, lse, importance = found
+        function = functools.partial(reference.attend, scale=scale, softcap=softcap)
+    # The compiler cuts the whole map by itself, but not where axes are explicit.
+    whole = call.implementation == "reference" and not is_explicit(q)
+    given = (q, k, v, key_bias, mask, every)
+    out, lse, importance = function(*given) if whole else on_mesh(function, *given)
     cudnn = dense and _on_hopper() and not _unserved("cudnn", q, k, v)
     if cudnn and _module("cudnn").available():
         # Where nothing is sparse cuDNN is about as fast forward and faster in training
@@ -191,6 +200,7 @@ def attention_importance(
       float32 [B, M], mean over heads of sum_i weights[b, i] P[b, h, i, j].
     """
     q, k, lse, weights, key_bias = lax.stop_gradient((q, k, lse, weights, key_bias))
+    key_bias, rows = checks.arrays(key_bias, rows)
     checks.attention(q, k, k, key_bias, weights, rows, lse=lse)
     if mask is not None:
         check_mask(mask, q.shape[0], q.shape[2], k.shape[2])
@@ -205,9 +215,12 @@ def attention_importance(
     call = _Call(scale, softcap, implementation)
     if rows is not None:
         return _of_rows(call, q, k, key_bias, mask, lse, weights, rows)
+    function = call.importance
     if implementation == "reference":
-        return reference.rows(q, k, key_bias, mask, lse, weights, scale=scale, softcap=softcap)
-    return importance_on_mesh(call.importance, q, k, key_bias, mask, lse, weights)
+        function = functools.partial(reference.rows, scale=scale, softcap=softcap)
+        if not is_explicit(q):
+            return function(q, k, key_bias, mask, lse, weights)
+    return importance_on_mesh(function, q, k, key_bias, mask, lse, weights)
 
 
 def _exact(weights, q):
@@ -281,17 +294,19 @@ def _attend(call, q, k, v, key_bias, mask, weights):
     return out, lse, importance
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _once(call, pass_name, *args):
     """A pass of the gradient, which has no gradient itself."""
     return call.run(pass_name, *args)
 
 
-@_once.defjvp
-def _twice(call, pass_name, primals, tangents):
+def _refuse(call, pass_name, saved, cotangents):
     raise UserError(
         "attention: a second derivative", fix="implementation='reference', which has them"
     )
+
+
+_once.defvjp(lambda *args: (_once(*args), None), _refuse)
 
 
 def _forward(call, *args):

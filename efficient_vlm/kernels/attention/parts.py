@@ -69,8 +69,7 @@ class _Cut(NamedTuple):
 
 def _cut_of(q: jax.Array, kv_heads: int) -> _Cut | None:
     """None where no mesh is set, or one device is all of it."""
-    own = getattr(jax.typeof(q), "sharding", None)
-    if own is not None and AxisType.Explicit in getattr(own.mesh, "axis_types", ()):
+    if is_explicit(q):
         return _cut_as(q, kv_heads)
     sizes = auto_axes()
     if not sizes:
@@ -88,11 +87,15 @@ def _cut_of(q: jax.Array, kv_heads: int) -> _Cut | None:
     return _Cut(rows, None, 1)
 
 
-def _cut_as(q: jax.Array, kv_heads: int) -> _Cut | None:
-    """As q is cut already, over explicit axes."""
+def is_explicit(q: jax.Array) -> bool:
+    """Whether an array lies on a mesh with explicit axes."""
+    own = getattr(jax.typeof(q), "sharding", None)
+    return own is not None and AxisType.Explicit in (own.mesh.axis_types or ())
+
+
+def _cut_as(q: jax.Array, kv_heads: int) -> _Cut:
+    """As q is cut already, over explicit axes; what goes with it is brought there."""
     lies = jax.typeof(q).sharding
-    if not any(lies.spec):
-        return None
     rows, heads, *rest = (
         (names,) if isinstance(names, str) else names for names in (*lies.spec, None, None)[:4]
     )

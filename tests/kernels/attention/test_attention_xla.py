@@ -176,6 +176,22 @@ def test_small_heads_have_a_map_where_there_are_few(rows, whole):
     assert ("200x200xf32" in text) == whole
 
 
+def test_second_derivatives_are_refused_and_first_ones_of_gradients_are_not():
+    """As a step of first-order meta-learning takes them."""
+    q = jnp.asarray(cases.arrays((1, 2, 2, 40, 40, 8, 8))[0])
+
+    def loss(q, implementation):
+        return jnp.sum(attention(q, q, q, causal=True, implementation=implementation).out ** 2)
+
+    def behind_a_step(q, implementation, keep=jax.lax.stop_gradient):
+        return loss(q - keep(jax.grad(loss)(q, implementation)), implementation)
+
+    ours, reference = (jax.grad(behind_a_step)(q, name) for name in ("xla", "reference"))
+    np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=1e-3)
+    with pytest.raises(UserError, match="a second derivative\n.*reference"):
+        jax.grad(behind_a_step)(q, "xla", keep=lambda x: x)
+
+
 def test_small_cotangents_of_importance():
     """Of a mean over many keys: float16 has nothing below 6e-8."""
     q, k, v = (jnp.asarray(x, jnp.float16) for x in cases.arrays((1, 2, 2, 40, 50, 8, 8)))

@@ -96,7 +96,6 @@ def test_every_feature_compiles(dtype, dim):
 
 
 @needs_libtpu
-@pytest.mark.slow
 @pytest.mark.parametrize("topology", audit.ALL)
 @pytest.mark.parametrize("sizes", [(1000, 40), (40, 1000)])
 def test_narrow_blocks_fit(topology, sizes):

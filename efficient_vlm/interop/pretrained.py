@@ -23,7 +23,7 @@ from efficient_vlm.interop.load import known_dtype
 from efficient_vlm.interop.pictures.base import Pictured
 from efficient_vlm.interop.placing import Prompt, place
 from efficient_vlm.interop.prompts import Template
-from efficient_vlm.interop.request import Request, check_tables, gather, visual_tokens
+from efficient_vlm.interop.request import Request, capped, check_tables, gather, visual_tokens
 from efficient_vlm.interop.safetensors_write import writing
 from efficient_vlm.interop.tokenizer import Tokenizer, read_json
 from efficient_vlm.models.stack import fuse
@@ -304,7 +304,8 @@ def check_compressor(model: VisionLanguageModel, variable: bool = False) -> None
 
     Args:
       model: at its nominal size of image.
-      variable: see `families.base.Family`; then a larger budget is not an error yet.
+      variable: see `request.capped`; where a prompt decides how many tokens there are, a larger
+        budget is no error yet.
     """
     if model.encoder is None:
         if model.compressor["name"] != "none":
@@ -312,9 +313,7 @@ def check_compressor(model: VisionLanguageModel, variable: bool = False) -> None
                 f"compressor.name: {model.compressor['name']}, but this model sees no images"
             )
         return
-    budget, cells = model.compressor.get("budget"), math.prod(model.slot_grid)
-    if variable and isinstance(budget, int) and budget > cells:
-        model = model.clone(compressor={**model.compressor, "budget": cells})
+    model = capped(model, math.prod(model.slot_grid), 1, variable)
     plain = model.clone(compressor={"name": "none"})
     more = set(parameter_shapes(model)) - set(parameter_shapes(plain))
     if more:

@@ -41,8 +41,7 @@ def gather(
 
     Args:
       model, pictured: see `Request`.
-      variable: whether pictures have sizes of their own: then one that has fewer tokens than are to
-        be kept keeps all. See `families.base.Family`.
+      variable: see `capped`.
 
     Returns:
       The model at that size; images [R, M, H, W, 3], mask [R, M] and extras; for each row its
@@ -58,8 +57,8 @@ def gather(
     every = [p for row in pictured for p in row]
     size = [max(p.images.shape[axis] for p in every) for axis in (1, 2)]
     model = model.sized(*size)
-    if variable and every[0].pool_index is None:
-        model = _capped(model, math.prod(model.slot_grid), most)
+    if every[0].pool_index is None:
+        model = capped(model, math.prod(model.slot_grid), most, variable)
     images = np.zeros((rows, most, *size, 3), np.float32)
     mask = np.zeros((rows, most), bool)
     valid = np.tile(np.array(size) // patch, (rows, most, 1)).astype(np.int32)
@@ -108,10 +107,21 @@ def gather(
     return model, images, mask, extras, slots, grids
 
 
-def _capped(model: VisionLanguageModel, tokens: int, images: int) -> VisionLanguageModel:
-    """A model whose compressor keeps no more tokens than there are, of one image or, inside the
-    decoder, of all."""
-    most = tokens * images if model.make_compressor().where == "decoder" else tokens
+def capped(
+    model: VisionLanguageModel, tokens: int, images: int, variable: bool
+) -> VisionLanguageModel:
+    """A model whose compressor keeps all tokens where it asks for more than there are.
+
+    Args:
+      model: with any compressor.
+      tokens, images: tokens of an image, and most images of a prompt.
+      variable: whether pictures have sizes of their own (`families.base.Family`). Else only methods
+        inside the decoder meet different numbers of tokens, those of all images of a prompt.
+    """
+    inside = model.make_compressor().where == "decoder"
+    if not (variable or inside):
+        return model
+    most = tokens * images if inside else tokens
 
     def fewer(value):
         if isinstance(value, (list, tuple)):
@@ -137,7 +147,7 @@ def _gather_pooled(model, pictured, images, mask, extras):
             index[row, at : at + len(moved), : moved.shape[1]] = moved
             at, start = at + len(moved), start + len(p.images)
     model = model.clone(compressor={**model.compressor, "grid": (1, max(counts))})
-    model = _capped(model, max(counts), 1)
+    model = capped(model, max(counts), 1, True)
     slots = [np.arange(count) for count in counts]
     extras = extras.replace(pool_index=index)
     return model, images, mask, extras, slots, [None] * len(pictured)

@@ -77,6 +77,13 @@ def test_a_question_without_a_picture(vlm, name):
     assert short.generate("Hm?", max_new_tokens=4) == vlm.generate("Hm?", max_new_tokens=4)
 
 
+def test_more_to_keep_than_a_prompt_has(vlm):
+    """How many tokens there are depends on the tiles of its pictures."""
+    whole = vlm.with_compressor("fastv", layer=1, keep=5000)
+    asked = dict(images=PHOTOS[:1], max_new_tokens=4)
+    assert whole.generate("Hm?", **asked) == vlm.generate("Hm?", **asked)
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -3,8 +3,10 @@
     pip install -e '.[parity]' && python benchmarks/attention_cpu.py
 
 All forms get the same inputs, the same threads and take turns; a call ends when its result is
-there. Prints medians of milliseconds and how many times faster than each peer ours is. Torch is
-left out, and said to be, where it is not installed.
+there. In each turn calls are made before one is timed: the first find the threads of another
+library still spinning, and their own asleep on one core. Prints medians of milliseconds and how
+many times faster than each peer ours is. Torch is left out, and said to be, where it is not
+installed.
 """
 
 import argparse
@@ -21,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_vlm.kernels.attention import attention, compact
+
+WARM = 2
 
 # name: (batch, heads, key heads, tokens, head dim), causal
 CASES = {
@@ -80,13 +84,14 @@ def backward(name, function, causal, groups):
 def measure(functions, inputs, repeats) -> dict[str, float]:
     """Median milliseconds of each, taken in turns."""
     times = {name: [] for name in functions}
-    for repeat in range(repeats + 1):
+    for _ in range(repeats):
         for name, function in functions.items():
             given = inputs["torch" if name == "torch" else "jax"]
+            for _ in range(WARM):
+                jax.block_until_ready(function(*given))
             start = time.perf_counter()
             jax.block_until_ready(function(*given))
-            if repeat:  # The first call compiles.
-                times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(1e3 * (time.perf_counter() - start))
     return {name: round(statistics.median(t), 3) for name, t in times.items()}
 
 
@@ -121,7 +126,7 @@ def importance(shape, repeats):
     one, last = jnp.ones((batch, 1)), jnp.full((batch, 1), count - 1)
     every = jnp.full((batch, count), 1 / count)
     functions = {
-        "attention": jax.jit(lambda q, k, v: attention(q, k, v).out),
+        "attention": jax.jit(lambda q, k, v: attention(q, k, v)[:1]),
         "one row": jax.jit(
             lambda q, k, v: attention(q, k, v, importance_weights=one, importance_rows=last)[::2]
         ),

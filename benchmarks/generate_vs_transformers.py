@@ -114,8 +114,9 @@ def answer(vlm, pixels, ids, new_tokens: int):
     )
 
 
-def read_bound(vlm) -> float:
-    """Seconds to read the weights of one decode step once, as fast as both threads can."""
+def reader(vlm):
+    """A function that gives seconds to read the weights of one decode step once: its products, one
+    behind the other, with nothing between them."""
     language = {k: v for k, v in vlm.fused["language"].items() if k != "embedding"}
     leaves = [leaf for leaf in jax.tree.leaves(language) if leaf.ndim > 1]
     total = jax.jit(
@@ -124,12 +125,17 @@ def read_bound(vlm) -> float:
             for p in leaves
         ]
     )
-    times = []
-    for _ in range(7):
-        start = time.perf_counter()
-        jax.block_until_ready(total(leaves))
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+    jax.block_until_ready(total(leaves))
+
+    def read(steps: int) -> float:
+        times = []
+        for _ in range(steps):
+            start = time.perf_counter()
+            jax.block_until_ready(total(leaves))
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    return read
 
 
 def medians(samples: list[dict[str, float]]) -> dict[str, float]:
@@ -144,11 +150,12 @@ def compare(folder, theirs, pixels, ids, dtype, repeats, new) -> dict:
     theirs = theirs.to(getattr(torch, dtype))
     vlm = evlm.from_pretrained(folder, dtype=dtype)
     time_ours(vlm, pixels, ids, new)
-    ours, reference_ = [], []
+    ours, reference_, bounds, read = [], [], [], reader(vlm)
     for _ in range(repeats):
         reference_.append(time_reference(theirs, pixels, ids, new))
         ours.append(time_ours(vlm, pixels, ids, new))
-    a, b, bound = medians(reference_), medians(ours), read_bound(vlm)
+        bounds.append(read(new))
+    a, b, bound = medians(reference_), medians(ours), statistics.median(bounds)
     return {
         "transformers": a,
         "ours": b,

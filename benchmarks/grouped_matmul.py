@@ -3,7 +3,8 @@
     python benchmarks/grouped_matmul.py --out=benchmarks/results/grouped_matmul_cpu.json
 
 "dense" is one batched product of [E, M/E, K] and [E, K, N]: the same FLOPs and the same weights
-read, with perfectly balanced groups. All forms run in this process on the same inputs, in turn.
+read, with perfectly balanced groups. All forms run in this process on the same inputs, in turn, and
+in each turn are called before they are timed: weights of another form may fill the cache.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import numpy as np
 
 from efficient_vlm.kernels.grouped_matmul import grouped_matmul
 
+WARM = 2
 CASES = [(4096, 64, 256, 4), (8192, 64, 128, 4), (1024, 1024, 1024, 8), (1024, 1024, 1024, 64)]
 
 
@@ -57,12 +59,13 @@ def main() -> None:
         for direction, wrap in (("forward", lambda f: f), ("backward", backward)):
             programs = {name: jax.jit(wrap(f)) for name, f in forms.items()}
             times = {name: [] for name in programs}
-            for repeat in range(args.repeats + 1):
+            for _ in range(args.repeats):
                 for name, program in programs.items():
+                    for _ in range(WARM):
+                        jax.block_until_ready(program(lhs, rhs, sizes))
                     start = time.perf_counter()
                     jax.block_until_ready(program(lhs, rhs, sizes))
-                    if repeat:  # The first call compiles.
-                        times[name].append(1e3 * (time.perf_counter() - start))
+                    times[name].append(1e3 * (time.perf_counter() - start))
             ms = {name: round(statistics.median(t), 3) for name, t in times.items()}
             ratio = {f"{name}_to_dense": round(ms[name] / ms["dense"], 2) for name in ms}
             shape = f"{rows_count}x{inner}x{outer}, {groups} groups"

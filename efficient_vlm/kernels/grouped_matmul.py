@@ -164,18 +164,37 @@ _dot = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
 
 def _blocked(lhs, rhs, group_sizes, room=1):
     rows, outer = lhs.shape[0], rhs.shape[2]
-    block = _block_rows(rows, rhs.shape[0])
-    group, first, _, used = _blocks(group_sizes, rows, block)
-    x = jnp.pad(lhs, ((0, block), (0, 0)))
+    if not rows:
+        return zeros((0, outer), lhs.dtype, lhs)
+    block = min(rows, _block_rows(rows, rhs.shape[0]))
+    _, first, _, _ = _blocks(group_sizes, rows, block)
+    counts = (group_sizes + block - 1) // block
+    # Only the groups that have rows: slicing a matrix copies it, so each is sliced once, and none
+    # that nothing is multiplied by.
+    some = jnp.argsort(group_sizes == 0, stable=True)
+    until = jnp.cumsum(counts)[some]
+    usual = -(-rows // (block * room))
+    groups = min(len(rhs), usual)
 
-    def body(i, y):
-        # Rows of the next group get a wrong product here, and then their own: blocks are in order.
-        part = _dot(lax.dynamic_slice_in_dim(x, first[i], block), rhs[group[i]])
-        return lax.dynamic_update_slice_in_dim(y, part, first[i], 0)
+    def of_group(i, y):
+        matrix = rhs[some[i]]
 
-    with hints.about_turns(-(-rows // (block * room))):
-        y = lax.fori_loop(0, used, body, zeros((rows + block, outer), jnp.float32, lhs))
-    return y[:rows].astype(lhs.dtype)
+        def of_block(j, y):
+            # Rows of the next group get a wrong product here, and then their own: blocks are in
+            # order. The last blocks start early enough to end in time, at rows that are done.
+            start = jnp.minimum(first[j], rows - block)
+            part = _dot(lax.dynamic_slice_in_dim(lhs, start, block), matrix)
+            done = (start + jnp.arange(block) < first[j])[:, None]
+            part = jnp.where(done, lax.dynamic_slice_in_dim(y, start, block), part)
+            return lax.dynamic_update_slice_in_dim(y, part, start, 0)
+
+        with hints.about_turns(-(-usual // groups)):
+            return lax.fori_loop(until[i] - counts[some[i]], until[i], of_block, y)
+
+    with hints.about_turns(groups):
+        y = zeros((rows, outer), jnp.float32, lhs)
+        y = lax.fori_loop(0, jnp.sum(group_sizes > 0), of_group, y)
+    return y.astype(lhs.dtype)
 
 
 def _blocked_outer(lhs, cotangent, group_sizes, dtype=jnp.float32, room=1):

@@ -18,6 +18,7 @@ SIZES = {
     "empty groups": [0, 37, 0, 3],
     "all in one": [0, 0, 40, 0],
     "single rows": [1, 38, 1, 0],
+    "small groups at the end": [35, 1, 1, 1, 0, 1, 1],
 }
 
 

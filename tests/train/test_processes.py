@@ -68,6 +68,18 @@ def losses(workdir):
     return {row["step"]: row["loss"] for row in read_metrics(workdir)}
 
 
+def stopped_in_evaluation(pair):
+    """What both say from there on, when the second gets a signal."""
+    told = []
+    while not any("Evaluation:" in line for line in told):
+        assert (line := pair[0].stdout.readline()), told
+        told.append(line)
+    pair[1].send_signal(signal.SIGTERM)
+    said = [each.communicate(timeout=300)[0] for each in pair]
+    assert [each.returncode for each in pair] == [143, 143], said
+    return said
+
+
 @pytest.mark.slow
 def test_two_processes_are_stopped_and_go_on(tmp_path):
     """A signal to one stops both, in training and in evaluation; losses and answers are those of
@@ -90,14 +102,7 @@ def test_two_processes_are_stopped_and_go_on(tmp_path):
     assert f"Stopped after step {reached};" in said[0] and "Stopped" not in said[1]
     assert (workdir / "checkpoints" / str(reached)).is_dir()
     # Again both, to the end of training; then a signal while they evaluate.
-    pair = start_pair(*command)
-    told = []
-    while not any("Evaluation:" in line for line in told):
-        assert (line := pair[0].stdout.readline()), told
-        told.append(line)
-    pair[1].send_signal(signal.SIGTERM)
-    said = [each.communicate(timeout=300)[0] for each in pair]
-    assert [each.returncode for each in pair] == [143, 143], said
+    said = stopped_in_evaluation(start_pair(*command))
     assert f"Stopped after step {STEPS};" in said[0] and "error" not in said[1]
     assert not (workdir / "results.json").exists()
     assert losses(workdir) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
@@ -112,7 +117,10 @@ def test_two_processes_are_stopped_and_go_on(tmp_path):
     for path in (tmp_path / "one" / "predictions").iterdir():  # Two rows there, four here.
         assert (workdir / "predictions" / path.name).read_text() == path.read_text()
     # What they have written, on another mesh.
-    pair = start_pair("eval", f"--workdir={workdir}", "--json", "--mesh=tensor:2,data:2")
+    command = ("eval", f"--workdir={workdir}", "--json", "--mesh=tensor:2,data:2")
+    said = stopped_in_evaluation(start_pair(*command))
+    assert '"eval"' not in said[0] and "Traceback" not in said[0] + said[1]
+    pair = start_pair(*command)
     said = [each.communicate(timeout=300)[0] for each in pair]
     assert [each.returncode for each in pair] == [0, 0], said
     assert json.loads(said[0][said[0].index("{\n") :])["eval"] == expected["eval"]

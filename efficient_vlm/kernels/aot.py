@@ -6,6 +6,7 @@ libtpu, which is a package of the registry (`pip install 'efficient_vlm[test]'` 
 
 import functools
 import importlib.util
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,10 @@ __all__ = ["TOPOLOGIES", "compile_for", "compile_for_tpu", "tpu_devices"]
 # Generation -> the accelerator type that libtpu is told, any size of it.
 TOPOLOGIES = {"v5e": "v5litepod-4", "v6e": "v6e-4", "v5p": "v5p-8", "v4": "v4-8"}
 
+# Chips of a whole pod, as published, and its longest side. For more libtpu ends the process, or
+# compiles without end.
+_PODS = {"v5e": (256, 16), "v6e": (256, 16), "v5p": (8960, 28), "v4": (4096, 64)}
+
 
 @functools.cache
 def tpu_devices(topology: str) -> tuple[Any, ...]:
@@ -32,6 +37,13 @@ def tpu_devices(topology: str) -> tuple[Any, ...]:
     generation = topology.partition(":")[0]
     if generation not in TOPOLOGIES or ":" not in topology:
         raise unknown("topology", topology, [f"{name}:2x2" for name in TOPOLOGIES])
+    sides = [int(side) for side in topology.partition(":")[2].split("x") if side.isdecimal()]
+    chips, longest = _PODS[generation]
+    if math.prod(sides) > chips or max(sides, default=0) > longest:
+        raise UserError(
+            f"topology: {topology!r} is larger than a pod",
+            allowed=f"{chips} chips of {generation}, no side longer than {longest}",
+        )
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             "compiling for a TPU needs libtpu, which is not installed",

@@ -379,6 +379,7 @@ def test_three_plans(capsys):
         (["--task=train"], "--topology: missing"),
         (["--task=train", "--topology=v7:2x2"], "v7"),
         (["--task=train", "--topology=v5e"], "no size"),
+        (["--task=train", "--topology=v5e:32x8"], "larger than a pod"),
         (["--task=train", "--topology=h100:x"], "number of GPUs"),
         (["--task=train", "--topology=v5e:2x2", "--batch=0"], "--batch=0"),
         (["--task=train", "--topology=v5e:2x2", "--batch=4,8"], "without --search"),

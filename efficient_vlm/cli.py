@@ -151,6 +151,9 @@ def _parser() -> argparse.ArgumentParser:
         help="method, such as visionzip; --compressor.OPTION=VALUE sets its options",
     )
     sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(64)")
+    sub.add_argument(
+        "--repetition-penalty", type=float, metavar="X", help="(that of generation_config.json)"
+    )
     sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="of random compressors (0)")
     sub.add_argument("--points", metavar="FILE.png", help="draw the points of the answer (Molmo)")

@@ -105,7 +105,16 @@ def compress_stage(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def prefill_stage(
-    model, layout: Layout, new_tokens: int, params, visual, prompts, lengths, rng, placement
+    model,
+    layout: Layout,
+    new_tokens: int,
+    params,
+    visual,
+    prompts,
+    lengths,
+    rng,
+    placement,
+    repeated=None,
 ):
     rows, row_lengths = prompts.reshape(-1, prompts.shape[-1]), lengths.reshape(-1)
     logits, cache, sources = model.apply(
@@ -119,14 +128,25 @@ def prefill_stage(
         placement=placement,
         method="prefill",
     )
-    token = sharding.replicated(jnp.argmax(logits, axis=-1).astype(jnp.int32))
-    return token, constrained(cache), sources
+    return _chosen(logits, repeated), constrained(cache), sources
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def decode_stage(model, params, tokens, cache: KVCache):
+def decode_stage(model, params, tokens, cache: KVCache, repeated=None):
     logits, cache = model.apply({"params": params}, tokens, cache, method="decode")
-    return sharding.replicated(jnp.argmax(logits, axis=-1).astype(jnp.int32)), constrained(cache)
+    return _chosen(logits, repeated), constrained(cache)
+
+
+def _chosen(logits: jax.Array, repeated: tuple[Any, Any] | None) -> jax.Array:
+    """The most likely token of each row; with (ids that were there [R, L], penalty), those less."""
+    if repeated is not None:
+        seen, penalty = repeated
+        logits, vocabulary = logits.astype(jnp.float32), logits.shape[-1]
+        rows, columns = jnp.arange(len(logits))[:, None], jnp.where(seen < 0, vocabulary, seen)
+        there = jnp.zeros(logits.shape, bool).at[rows, columns].set(True, mode="drop")
+        less = jnp.where(logits > 0, logits / penalty, logits * penalty)
+        logits = jnp.where(there, less, logits)
+    return sharding.replicated(jnp.argmax(logits, axis=-1).astype(jnp.int32))
 
 
 def generate(
@@ -143,6 +163,8 @@ def generate(
     placement: Placement | None = None,
     extras: ImageExtras = NO_EXTRAS,
     on_token: Callable[[np.ndarray], None] | None = None,
+    repetition_penalty: float = 1.0,
+    seen: Any = None,
 ) -> Generated:
     """The most likely answer to each question, token by token.
 
@@ -161,6 +183,9 @@ def generate(
       placement: of B*Q rows, where in the text visual tokens belong; None for in front of it.
       extras: see `models.images.ImageExtras`.
       on_token: called with the tokens of each step, int32 [B*Q].
+      repetition_penalty: divides logits above 0, and multiplies those below, of tokens that were
+        there before (arXiv 1909.05858, section 4.1).
+      seen: int32 [B*Q, S], those that were there in the prompts, -1 for none; None for all of them.
 
     Raises:
       UserError: a prompt that ends with an image, or an answer that would cross the position at
@@ -181,6 +206,14 @@ def generate(
         visual = _timed(
             seconds, "compress", compress_stage, model, layout, params, visual, signals, *question
         )
+    repeated = None
+    if repetition_penalty != 1.0:
+        if seen is None:
+            rows = np.reshape(prompts, (-1, np.shape(prompts)[-1]))
+            seen = np.where(np.arange(rows.shape[1]) < np.reshape(lengths, (-1, 1)), rows, -1)
+        given = np.shape(seen)[1]
+        seen = np.pad(np.asarray(seen, np.int32), ((0, 0), (0, new_tokens)), constant_values=-1)
+        repeated = (seen, np.float32(repetition_penalty))
     token, cache, sources = _timed(
         seconds,
         "prefill",
@@ -194,6 +227,7 @@ def generate(
         lengths,
         rng,
         placement,
+        repeated,
     )
     kv_bytes = cache.nbytes
     ends = np.atleast_1d(np.asarray(eos_id))
@@ -207,7 +241,11 @@ def generate(
         done |= np.isin(chosen, ends)
         if done.all() or step == new_tokens - 1:
             break
-        token, cache = _timed(seconds, "decode", decode_stage, static.decode, params, chosen, cache)
+        if repeated is not None:
+            seen[:, given + step] = chosen  # No program reads it now: each is waited for.
+        token, cache = _timed(
+            seconds, "decode", decode_stage, static.decode, params, chosen, cache, repeated
+        )
     shape = (*np.shape(prompts)[:2], new_tokens)
     return Generated(answers.reshape(shape), visual, sources, kv_bytes, seconds)
 

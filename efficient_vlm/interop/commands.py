@@ -17,6 +17,7 @@ from efficient_vlm.errors import UserError, first_line
 from efficient_vlm.interop import pretrained, verify
 from efficient_vlm.interop.architecture import build_model, read_config
 from efficient_vlm.interop.families.table import family_of
+from efficient_vlm.interop.generation_config import check_penalty
 from efficient_vlm.interop.imported import import_model, read_carried
 from efficient_vlm.models.stack import unstack
 
@@ -100,6 +101,7 @@ def generate(
         max_new_tokens=args.max_new_tokens,
         stream=stream,
         rng=jax.random.key(args.seed),
+        repetition_penalty=args.repetition_penalty,
     )
     answer = vlm.answers(out)[0]
     if args.json:
@@ -113,6 +115,8 @@ def generate(
 
 def _check(args: argparse.Namespace) -> None:
     """What would fail only behind the answer."""
+    if args.repetition_penalty is not None:
+        check_penalty(args.repetition_penalty, "--repetition-penalty")
     if not 0 <= args.seed < 2**63:
         raise UserError(f"--seed={args.seed}", allowed=f"0 to {2**63 - 1}")
     if args.points is None:

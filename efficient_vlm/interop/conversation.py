@@ -63,9 +63,45 @@ def prompt_ids(
         options = dict(family.prompt_options)
         if template == "plain":
             options["placeholder"] = family.placeholder
-    text = prompts.render(asked, template, **options)
+    text = _rendered(asked, template, family, options)
     text = prompts.expand(text, [p.text for p in pictured], family.placeholder)
     return _encode(family, config, template, tokenizer, text)
+
+
+def _rendered(asked, template, family, options) -> str:
+    """The prompt of messages that a template might leave out without a word: what is no text and no
+    picture, and the form of text that it does not expect."""
+    if isinstance(template, str):
+        return prompts.render(asked, template, **options)
+    asked = list(asked)
+    for number, message in enumerate(asked):
+        if message.get("content") is None:  # Calls of tools.
+            continue
+        parts = prompts.parts_of(message, number)
+        if family.processor is None and None in parts:
+            raise UserError(f"messages: a picture, but {family.name} is a language model")
+        if family.processor is None:
+            asked[number] = {**message, "content": "".join(filter(None, parts))}
+    texts = [m["content"] for m in asked if isinstance(m.get("content"), str)]
+    if family.processor is None or not texts:
+        return prompts.render(asked, template, **options)
+    # Many templates of models that see go through the parts of a message and find none in a text,
+    # others take nothing but texts of some roles: the form of which more texts are in the prompt.
+    in_parts = [
+        {**m, "content": [{"type": "text", "text": m["content"]}]}
+        if isinstance(m.get("content"), str)
+        else m
+        for m in asked
+    ]
+    found, failed = [], None
+    for form in (asked, in_parts):
+        try:
+            found.append(prompts.render(form, template, **options))
+        except UserError as error:
+            failed = failed or error
+    if not found:
+        raise failed
+    return max(found, key=lambda prompt: sum(text.strip() in prompt for text in texts))
 
 
 def _encode(family, config, template, tokenizer, text: str) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from efficient_vlm.errors import UserError
 from efficient_vlm.interop import safetensors_write
 from efficient_vlm.interop.architecture import name_map
 from efficient_vlm.interop.families.base import Config, Family
@@ -43,7 +44,9 @@ def export(
       The weight files.
 
     Raises:
-      UserError: not a dtype of parameters, or one that cannot hold a value.
+      UserError: not a dtype of parameters, one that cannot hold a value, values that are
+        no numbers, or a directory that holds
+        another checkpoint.
     """
     dtype = None if dtype is None else known_dtype("dtype", dtype)
     names = name_map(family, config, model)
@@ -57,6 +60,10 @@ def export(
 
     def written(name: str) -> np.ndarray:
         value = names.assemble(name, parameter)
+        if not np.isfinite(value).all():
+            raise UserError(
+                f"{name}: has values that are NaN or infinite", fix="export a step before"
+            )
         if dtype is None:
             return value
         with np.errstate(over="ignore"):
@@ -83,13 +90,29 @@ def export(
             tensors.append((name, piece.shape, kinds[piece.name], again))
             continue
         tensors.append((name, value.shape, value.dtype, functools.partial(np.asarray, value)))
-    files = safetensors_write.write(directory, tensors, max_shard_bytes=max_shard_bytes)
     kind = max(set(kinds.values()), key=list(kinds.values()).count)
     config = {key: value for key, value in config.items() if key != "torch_dtype"}
-    text = json.dumps({**config, "dtype": str(kind)}, indent=2, sort_keys=True)
+    text = json.dumps({**config, "dtype": str(kind)}, indent=2, sort_keys=True) + "\n"
+    path = Path(directory) / "config.json"
     with safetensors_write.writing(Path(directory)):
-        write_atomic(Path(directory) / "config.json", (text + "\n").encode())
+        _refuse_others(path, text.encode())
+    files = safetensors_write.write(directory, tensors, max_shard_bytes=max_shard_bytes)
+    with safetensors_write.writing(Path(directory)):
+        write_atomic(path, text.encode())
     return files
+
+
+def _refuse_others(config: Path, text: bytes) -> None:
+    """Raises UserError where weights lie that no export of this model wrote: files of all models
+    have the same names, and config.json comes last."""
+    weights = sorted(path.name for path in config.parent.glob("*.safetensors"))
+    if weights and config.is_file() and config.read_bytes() != text:
+        raise UserError(
+            f"{config.parent}: holds another checkpoint ({weights[0]} and a config.json that "
+            "differs)",
+            allowed="an empty directory, or an earlier export of this model in this dtype",
+            fix="choose another directory",
+        )
 
 
 def copy_settings(source: Path, target: Path) -> None:

@@ -10,14 +10,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.inference.generate import Generated, generate
+from efficient_vlm.interop import generation_config
 from efficient_vlm.interop.architecture import build_model, parameter_shapes, read_config
 from efficient_vlm.interop.conversation import Conversation, is_one, prompt_ids
 from efficient_vlm.interop.export import copy_settings, export
 from efficient_vlm.interop.families.base import Family
 from efficient_vlm.interop.families.table import family_of
+from efficient_vlm.interop.generation_config import check_penalty
 from efficient_vlm.interop.imported import open_weights
 from efficient_vlm.interop.load import known_dtype
 from efficient_vlm.interop.pictures.base import Pictured
@@ -26,7 +29,7 @@ from efficient_vlm.interop.prompts import Template
 from efficient_vlm.interop.request import Request, capped, check_tables, gather, visual_tokens
 from efficient_vlm.interop.safetensors_write import writing
 from efficient_vlm.interop.tokenizer import Tokenizer, read_json
-from efficient_vlm.models.stack import fuse
+from efficient_vlm.models.stack import fuse, unstack
 from efficient_vlm.models.vlm import VisionLanguageModel
 
 # Text is padded to a multiple of this: prompts of about one length share a program.
@@ -90,6 +93,10 @@ class Pretrained:
         }
         return self.family.processor(settings, self.config, **self._picture_options)
 
+    @functools.cached_property
+    def _penalty(self) -> float:
+        return generation_config.repetition_penalty(self.directory)
+
     # --- what a user does ------------------------------------------------------------------------
 
     def with_compressor(self, name: str, budget: int | None = None, **options: Any) -> "Pretrained":
@@ -101,13 +108,21 @@ class Pretrained:
         check_compressor(model, self.family.variable)
         parts = (self.family, self.config, self.directory, self._picture_options, self._carried)
         other = Pretrained(model, self.params, *parts)
-        for name in ("fused", "tokenizer", "template", "pictures"):
+        for name in ("fused", "tokenizer", "template", "pictures", "_penalty"):
             if name in self.__dict__:
                 setattr(other, name, self.__dict__[name])
         return other
 
     def with_params(self, params: Any) -> "Pretrained":
-        """The same model with other weights, for example after fine-tuning."""
+        """The same model with other weights, for example after fine-tuning.
+
+        Args:
+          params: a tree like `params`, split (or stacked, as `init` gives it).
+
+        Raises:
+          UserError: parameters that are missing, unknown or of another shape.
+        """
+        check_parameters(self.model, params)
         parts = (self.family, self.config, self.directory, self._picture_options, self._carried)
         return Pretrained(self.model, params, *parts)
 
@@ -119,8 +134,9 @@ class Pretrained:
         max_new_tokens: int = 64,
         stream: Callable[[str], None] | None = None,
         rng: jax.Array | None = None,
+        repetition_penalty: float | None = None,
     ) -> Any:
-        """Answers a question, or several, greedily.
+        """Answers a question, or several, greedily: always with the most likely next token.
 
         Args:
           prompt: a question, or a conversation: [{"role": "user", "content": [{"type": "image"},
@@ -132,6 +148,8 @@ class Pretrained:
           max_new_tokens: the most tokens of an answer.
           stream: called with pieces of the answer to a single prompt as they come.
           rng: key for random compressors.
+          repetition_penalty: see `inference.generate.generate`; None for that of
+            generation_config.json, of which only this and the tokens that end an answer are taken.
 
         Returns:
           The answer, or a list of answers.
@@ -150,6 +168,7 @@ class Pretrained:
             max_new_tokens=max_new_tokens,
             stream=stream,
             rng=rng,
+            repetition_penalty=repetition_penalty,
         )
         answers = self.answers(out)
         return answers[0] if single else answers
@@ -166,10 +185,13 @@ class Pretrained:
         max_new_tokens: int = 64,
         stream: Callable[[str], None] | None = None,
         rng: jax.Array | None = None,
+        repetition_penalty: float | None = None,
     ) -> Generated:
         """As `generate` for several questions, with tokens, times and cache sizes."""
-        if type(max_new_tokens) is not int or max_new_tokens < 1:
+        whole = isinstance(max_new_tokens, int | np.integer) and max_new_tokens is not True
+        if not whole or max_new_tokens < 1:
             raise UserError(f"max_new_tokens: {max_new_tokens!r}", allowed="1, 2, 3, ...")
+        penalty = self._penalty if repetition_penalty is None else check_penalty(repetition_penalty)
         request = self.request(questions, images)
         ends = self.tokenizer.eos_ids or (-1,)
         decoder = self.tokenizer.stream()
@@ -185,12 +207,14 @@ class Pretrained:
             request.image_mask,
             request.tokens[:, None],
             request.lengths[:, None],
-            new_tokens=max_new_tokens,
+            new_tokens=int(max_new_tokens),
             eos_id=ends,
             rng=rng,
             placement=request.placement,
             extras=request.extras,
             on_token=on_token,
+            repetition_penalty=penalty,
+            seen=self._seen(request),
         )
         if stream is not None:
             stream(decoder.finish())
@@ -288,6 +312,15 @@ class Pretrained:
         both = (tokens, lengths, placement, images, mask, extras)
         return Request(model, *both, tuple(map(tuple, pictured)))
 
+    def _seen(self, request: Request) -> np.ndarray:
+        """Ids of each prompt, as published code counts them: with one for its pictures."""
+        tokens, lengths = np.asarray(request.tokens), np.asarray(request.lengths)
+        seen = np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, -1)
+        if request.images is None:
+            return seen
+        slot = [self.family.image_token(self.config) if row else -1 for row in request.pictured]
+        return np.concatenate([seen, np.array(slot, seen.dtype)[:, None]], axis=1)
+
     def _until_end(self, tokens: np.ndarray) -> list[int]:
         ends = [i for i, token in enumerate(tokens) if int(token) in self.tokenizer.eos_ids]
         return [int(token) for token in tokens[: ends[0] if ends else len(tokens)]]
@@ -297,6 +330,24 @@ class Pretrained:
 def _logits(model, params, *args):
     *args, rng = args
     return model.apply({"params": params}, *args, rng=rng, method="text_logits")
+
+
+def check_parameters(model: VisionLanguageModel, params: Any) -> None:
+    """Raises UserError for a tree that is not one of this model's parameters."""
+    wanted = {path: leaf.shape for path, leaf in parameter_shapes(model).items()}
+    leaves = flatten_dict(params, sep="/") if isinstance(params, Mapping) else {}
+    if leaves and all(hasattr(leaf, "shape") for leaf in leaves.values()):
+        leaves = flatten_dict(jax.eval_shape(unstack, params), sep="/")
+    found = {path: jnp.shape(leaf) for path, leaf in leaves.items()}
+    wrong = [path for path in wanted if path not in found]
+    wrong += [path for path, shape in found.items() if wanted.get(path) != shape]
+    if wrong:
+        path = wrong[0]
+        raise UserError(
+            f"params: {len(wrong)} do not fit; {path} has shape {found.get(path, 'none')}",
+            allowed=f"{wanted.get(path, 'no such parameter')}",
+            fix="a tree like vlm.params",
+        )
 
 
 def check_compressor(model: VisionLanguageModel, variable: bool = False) -> None:

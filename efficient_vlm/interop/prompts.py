@@ -276,23 +276,36 @@ def _turns(
     """
     turns = []
     for number, message in enumerate(messages):
-        content = message.get("content") if isinstance(message, Mapping) else None
-        if isinstance(content, str):
-            content = [{"type": "text", "text": content}]
-        kinds = [p.get("type") if isinstance(p, Mapping) else None for p in content or [None]]
-        role = message.get("role") if content else None
-        texts = [p.get("text") for p, kind in zip(content or [], kinds) if kind == "text"]
-        if not set(kinds) <= {"text", "image"} or not all(isinstance(t, str) for t in texts):
-            raise UserError(
-                f"messages: number {number} is {str(message)[:80]!r}",
-                allowed='{"role": ..., "content": text, or a list of {"type": "text", "text": ...} '
-                'and {"type": "image"}}',
-            )
+        parts = parts_of(message, number)
+        role = message["role"]
         if roles is not None and role not in roles:
             raise unknown(f"messages: role of number {number}", str(role), roles)
-        given = iter(texts)
-        turns.append((role, [next(given) if kind == "text" else None for kind in kinds]))
+        turns.append((role, parts))
     return turns
+
+
+def parts_of(message: Any, number: int) -> list[str | None]:
+    """The parts of one message: texts, and None for pictures; UserError if it is of another form.
+
+    Args:
+      message: see `Template.render`.
+      number: of the message, for the error.
+    """
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    content = content if isinstance(content, list | tuple) else ()
+    kinds = [part.get("type") if isinstance(part, Mapping) else None for part in content]
+    texts = [part.get("text") for part, kind in zip(content, kinds, strict=True) if kind == "text"]
+    right = content and set(kinds) <= {"text", "image"} and "role" in message
+    if not right or not all(isinstance(text, str) for text in texts):
+        raise UserError(
+            f"messages: number {number} is {str(message)[:80]!r}",
+            allowed='{"role": ..., "content": text, or a list of {"type": "text", "text": ...} '
+            'and {"type": "image"}}',
+        )
+    given = iter(texts)
+    return [next(given) if kind == "text" else None for kind in kinds]
 
 
 def _text(parts: Sequence[str | None]) -> str:

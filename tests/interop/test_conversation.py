@@ -117,6 +117,31 @@ def ask(kind, tok, asked, pictures, config=None):
     return prompt_ids(family, config or {}, template, tok, asked, pictures)
 
 
+def test_texts_are_not_lost_in_templates_of_parts():
+    """A text where the template wants parts, and parts where it wants a text; what is neither."""
+    tokenizer = Tokenizer(Backend(models.WordLevel({"x": 0}, unk_token="x")), {}, [])
+    ids = []
+    tokenizer.encode = lambda text, bos=None: ids.append(text) or [0]
+
+    def asked(family, template, *messages):
+        prompt_ids(
+            FAMILIES[family], {"image_token_id": 1}, Template(template), tokenizer, messages, ()
+        )
+        return ids[-1]
+
+    hi = {"role": "user", "content": "Hi"}
+    answer = {"role": "assistant", "content": "Yes?"}
+    more = {"role": "user", "content": [{"type": "text", "text": "More"}]}
+    turns = (hi, answer, more)
+    assert asked("llava", LLAVA, *turns) == "USER: Hi ASSISTANT: Yes? USER: More ASSISTANT:"
+    assert asked("llama", MOLMO, *turns) == "User: HiAssistant: Yes?User: More"
+    for part in ({"type": "image_url", "image_url": "x"}, "Hi", {"type": "text"}):
+        with pytest.raises(UserError, match="messages: number 0"):
+            asked("llava", LLAVA, {"role": "user", "content": [part]})
+    with pytest.raises(UserError, match="language model"):
+        asked("llama", MOLMO, {"role": "user", "content": [{"type": "image"}]})
+
+
 @pytest.mark.parametrize("kind", [kind for kind in CASES if kind != "llama"])
 def test_one_question_about_a_picture(kind, tmp_path):
     _, bos, adds, text, expected = CASES[kind]

@@ -17,6 +17,7 @@ from efficient_vlm import cli
 from efficient_vlm.errors import UserError
 from efficient_vlm.inference.generate import generate
 from efficient_vlm.interop import load
+from efficient_vlm.interop.conversation import prompt_ids
 from efficient_vlm.interop.imported import import_model
 from efficient_vlm.interop.safetensors_read import Checkpoint
 
@@ -129,6 +130,39 @@ def test_weights_are_not_saved_as_what_cannot_hold_them(vlm, tmp_path):
         large.save(tmp_path / "two", dtype="float16")
 
 
+@pytest.mark.parametrize("pictures", [PHOTOS[:1], []])
+def test_repetition_penalty(vlm, pictures, tmp_path):
+    """Each token by whole forward passes, with the formula on their logits in float64."""
+    prompt, penalty = "What is this? What is this?", 3.0
+    request = vlm.request([prompt], [pictures])
+    pictured = request.pictured[0]
+    text = request.tokens[0][: request.lengths[0]]
+    token = vlm.family.image_token(vlm.config)
+    how = (vlm.family, vlm.config, vlm.template, vlm.tokenizer)
+    ids = prompt_ids(*how, prompt, pictured)
+    assert [i for i in ids if i != token] == list(text)
+    found = vlm.run([prompt], [pictures], max_new_tokens=10, repetition_penalty=penalty)
+    for chosen in found.tokens[0, 0]:
+        whole = vlm.place([ids], [pictured])
+        logits = np.asarray(vlm.logits(whole), np.float64)[0, int(whole.lengths[0]) - 1]
+        seen = np.unique(ids)
+        logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+        assert chosen == logits.argmax()
+        ids.append(int(chosen))
+    plain = vlm.run([prompt], [pictures], max_new_tokens=10)
+    assert plain.tokens.tolist() != found.tokens.tolist()
+    # What the model's own files ask for.
+    shutil.copytree(SAMPLE, tmp_path / "own")
+    settings = {"repetition_penalty": penalty, "no_repeat_ngram_size": 2, "num_beams": 1}
+    (tmp_path / "own" / "generation_config.json").write_text(json.dumps(settings))
+    own = evlm.from_pretrained(tmp_path / "own")
+    with pytest.warns(UserWarning, match=r"no_repeat_ngram_size: not applied"):
+        again = own.run([prompt], [pictures], max_new_tokens=10)
+    assert again.tokens.tolist() == found.tokens.tolist()
+    with pytest.raises(UserError, match="repetition_penalty: 0\n.*above 0"):
+        own.run([prompt], [pictures], repetition_penalty=0)
+
+
 def test_as_many_tokens_as_the_table_has_positions():
     """Padding to a length that programs share needs none; each token as a forward pass gives it."""
     gpt = evlm.from_pretrained(TESTS / "golden" / "gpt_neo")
@@ -178,6 +212,23 @@ def test_other_weights_leave_and_come_back(vlm, tmp_path):
     assert again.generate("Hm", max_new_tokens=2) == changed.generate("Hm", max_new_tokens=2)
     with pytest.raises(UserError, match="came from there"):
         vlm.save(SAMPLE)
+    changed.save(tmp_path / "out")  # Again, as after more steps.
+    before = {path.name: path.read_bytes() for path in (TESTS / "golden" / "llava").iterdir()}
+    shutil.copytree(TESTS / "golden" / "llava", tmp_path / "llava")
+    with pytest.raises(UserError, match="llava: holds another checkpoint"):
+        changed.save(tmp_path / "llava")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "llava").iterdir()} == before
+
+
+def test_weights_that_are_not_those_of_the_model(vlm, tmp_path):
+    fewer = {name: value for name, value in vlm.params.items() if name != "language"}
+    for params in ({}, None, fewer, {**vlm.params, "more": np.zeros(3)}):
+        with pytest.raises(UserError, match="params: .* do not fit") as error:
+            vlm.with_params(params)
+        assert len(str(error.value).splitlines()) <= 3
+    broken = vlm.with_params(jax.tree.map(lambda p: p * np.nan, vlm.params))
+    with pytest.raises(UserError, match="NaN or infinite"):
+        broken.save(tmp_path)
 
 
 def test_import_verify_export(tmp_path, capsys):

@@ -150,7 +150,11 @@ MODELS: dict[str, tuple[str, str | None, Config]] = {
     "gemma3": ("gemma3_text", "siglip_vision_model", dict(image_token_index=262_144)),
     "idefics3": ("llama", "idefics3", dict(image_token_id=128_257, scale_factor=2)),
     "smolvlm": ("llama", "smolvlm", dict(image_token_id=128_257, scale_factor=2)),
-    "internvl": ("qwen2", "internvl", dict(image_token_id=151_667)),
+    "internvl": (
+        "qwen2",
+        "internvl",
+        dict(image_token_id=151_667, tie_word_embeddings=True),
+    ),
     "qwen2_vl": ("qwen2_vl", "qwen2_vl", dict(image_token_id=151_655)),
     "qwen2_5_vl": ("qwen2_5_vl", "qwen2_5_vl", dict(image_token_id=151_655)),
     "qwen3_vl": ("qwen3_vl", "qwen3_vl", dict(image_token_id=151_655)),

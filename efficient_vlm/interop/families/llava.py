@@ -78,7 +78,9 @@ LLAVA = Family(
     model=_model,
     tensors=_tensors,
     spellings={
-        "hub": (),
+        # Version 5 of transformers leaves this level out of what it saves, but not of what it was
+        # loaded from.
+        "hub": ((r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),),
         "memory": (
             (r"^model\.language_model\.", "language_model.model."),
             (r"^lm_head\.", "language_model.lm_head."),

@@ -14,6 +14,7 @@ from efficient_vlm import __version__
 from efficient_vlm import config as configs
 from efficient_vlm.errors import UserError
 from efficient_vlm.models.build import construct
+from efficient_vlm.train.workdir_config import has_steps
 
 RESULTS = "results.json"
 # Fields that change neither the model, nor the data, nor their order.
@@ -23,10 +24,12 @@ MAY_CHANGE = (
     "data.dir",
     "data.num_threads",
     "data.prefetch",
+    "train.checkpoint_every",
     "train.keep",
     "train.keep_every",
     "train.log_every",
     "train.mesh",
+    "train.nonfinite_limit",
     "train.save_failures",
     "train.tensorboard",
 )
@@ -82,7 +85,7 @@ def fit(
     labels_of(variants)
     others = {v.compressor["name"]: v for v in variants}
     others = [variant for name, variant in others.items() if name not in names]
-    if not (workdir / "config.json").is_file():  # Else this was found good when it was written.
+    if not has_steps(workdir):  # Else this was found good before the first.
         check_trained(others, parameter_shapes(init_shapes(trained_at[0])))
     first = processes.is_first()
     say = say if first else lambda line: None
@@ -93,17 +96,10 @@ def fit(
             held.enter_context(guards.WorkdirLock(workdir))
             return guards.check_workdir_config(workdir, plain, ignore=MAY_CHANGE)
 
-        new = processes.agreed(claim)
+        processes.agreed(claim)
         say(f"Workdir: {workdir}")
         try:
-            try:
-                trained = loop.train(config, workdir, stop=stop, say=say)
-            except UserError:
-                if new and not any((workdir / "checkpoints").glob("[0-9]*")):
-                    # The mended config must not be refused as another one.
-                    (workdir / "config.json").unlink(missing_ok=True)
-                raise
-
+            trained = loop.train(config, workdir, stop=stop, say=say)
             clock = Goodput(workdir, warn=say, keep=first)
             try:
                 with clock.timed("eval"):
@@ -132,7 +128,8 @@ def fit(
 
             return processes.agreed(finish)
         except loop.Stopped as stopped:
-            say(f"Stopped after step {stopped.step}; everything up to it is saved.")
+            saved = "everything up to it is saved" if stopped.step else "nothing was trained yet"
+            say(f"Stopped after step {stopped.step}; {saved}.")
             if command:
                 say(f"Resume with: {command}")
             raise

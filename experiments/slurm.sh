@@ -13,9 +13,13 @@
 #   sbatch experiments/slurm.sh --config=configs/quickstart.py --workdir=/shared/runs/quickstart
 #
 # Two minutes before the time is over Slurm sends SIGTERM: the run saves and ends with 143, and is
-# put into the queue again. DRY_RUN=1 prints the commands and runs none.
+# put into the queue again. DRY_RUN=1, or --dry-run in front, prints the commands and runs none.
 set -uo pipefail
 
+if [ "${1:-}" = --dry-run ]; then
+  DRY_RUN=1
+  shift
+fi
 if [ $# -eq 0 ]; then
   printf 'error: no options of train\n  fix: sbatch experiments/slurm.sh --config=FILE --workdir=DIR\n' >&2
   exit 2

@@ -13,6 +13,7 @@ from PIL import Image
 
 from efficient_vlm import cli
 from efficient_vlm.train.metrics import read_metrics
+from efficient_vlm.train.workdir_config import check_workdir_config
 
 REPOSITORY_CONFIG = "configs/quickstart.py"
 
@@ -227,7 +228,7 @@ def test_an_empty_or_broken_data_file(refused, tiny_config, tmp_path, text, word
         path.write_text(text)
     refused(*command, words=words)
     # Nothing was trained, so the mended run is not refused as another one.
-    assert not (tmp_path / "run" / "config.json").exists()
+    assert check_workdir_config(tmp_path / "run", {"mended": True})
 
 
 # ---- workdirs ------------------------------------------------------------------------------------

@@ -306,6 +306,7 @@ def test_slurm_goes_on_after_its_time(tmp_path, code, again):
     assert "gpus \n" in log.read_text()  # And there it is right.
     dry = commands(run("slurm.sh", *words, DRY_RUN="1"))
     assert [c[0] for c in dry] == ["srun", "scontrol"]
+    assert commands(run("slurm.sh", "--dry-run", *words)) == dry
 
 
 def test_a_workload_of_xpk():

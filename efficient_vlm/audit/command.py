@@ -95,6 +95,16 @@ class Chosen:
         self.typed.add(field)
 
 
+def read_method(subject: Subject, args: argparse.Namespace) -> dict[str, Any]:
+    """The one method of --compressor, its options and --match, with its budget; UserError for
+    several."""
+    chosen = read_methods(subject, args.compressor, args.options)
+    if len(chosen) > 1:
+        raise UserError(f"--compressor={','.join(args.compressor)}: several", fix="name one")
+    target = parse_target(args.match) if args.match else None
+    return make_entry(subject, chosen[0], target).ledger.compressor
+
+
 def read_methods(
     subject: Subject, names: Sequence[str] | None, options: Sequence[str]
 ) -> list[Chosen]:

@@ -17,8 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from efficient_vlm import sharding
+from efficient_vlm.audit import command
 from efficient_vlm.audit.plans.options import batches_of, parse_mesh
 from efficient_vlm.audit.subject import Subject, read_subject
+from efficient_vlm.errors import UserError
 from efficient_vlm.inference.cache import CACHE_AXES
 from efficient_vlm.interop.architecture import boxed_parameters
 
@@ -55,15 +57,19 @@ def audit_sharding(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """`efficient-vlm audit sharding`.
 
     Args:
-      args: preset or config; mesh, batch, json; text, new and images of a question.
+      args: preset or config; mesh, batch, json; compressor, its options and match; text, new and
+        images of a question.
       overrides: "section.field=value" of the config.
     """
     sizes = parse_mesh(args.mesh or _DEFAULT)
     subject = read_subject(args, overrides)
     batch = math.prod(sizes[axis] for axis in sharding.BATCH)
     if args.batch:
-        batch = batches_of(args.batch, 1)[0]
-    rows = table(subject.model(), sizes) + held(subject, sizes, batch)
+        batch, *more = batches_of(args.batch, 1)
+        if more:
+            raise UserError(f"--batch={args.batch}: several", fix="one number")
+    model = subject.model(command.read_method(subject, args))
+    rows = table(model, sizes) + held(subject, model, sizes, batch)
     if args.json:
         found = {"mesh": sizes, "rows": [dataclasses.asdict(row) for row in rows]}
         print(json.dumps(found | {"totals": totals(rows)}, indent=1))
@@ -72,15 +78,15 @@ def audit_sharding(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-def held(subject: Subject, sizes: Mapping[str, int], batch: int) -> list[Row]:
+def held(subject: Subject, model: Any, sizes: Mapping[str, int], batch: int) -> list[Row]:
     """A row for each kind of activation that is held in place, and for the cache of a layer.
 
     Args:
       subject: see `audit.subject`.
+      model: it with a method.
       sizes: of the mesh.
       batch: pictures, each with one question, on all devices together.
     """
-    model = subject.model()
     dtype, decoder = jnp.dtype(model.dtype), model.make_decoder()
     tokens = subject.ledger(model.compressor).entering + subject.text_tokens
     arrays = []

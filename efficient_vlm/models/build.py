@@ -1,7 +1,8 @@
 """From a config section to a module: the module's fields are the schema."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from flax import linen as nn
@@ -42,6 +43,30 @@ def frozen(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(frozen(item) for item in value)
     return value
+
+
+_RANGES: dict[str, Callable[[float], bool]] = {
+    "1 or more": lambda x: x >= 1,
+    "0 or more": lambda x: x >= 0,
+    "above 0": lambda x: x > 0,
+    "0 or more, below 1": lambda x: 0 <= x < 1,
+}
+
+
+def check_range(settings: Any, where: str, allowed: str, *names: str) -> None:
+    """Raises UserError for a field that is no finite number in a range; None is in all of them.
+
+    Args:
+      settings: with the fields.
+      where: in front of their names in the error.
+      allowed: a key of `_RANGES`.
+      names: of the fields.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        finite = value is None or isinstance(value, int) or math.isfinite(value)
+        if not finite or (value is not None and not _RANGES[allowed](value)):
+            raise UserError(f"{where}.{name}: {value}", allowed=allowed)
 
 
 def check_positive(where: str, module: Any, names: tuple[str, ...]) -> None:

@@ -1,6 +1,7 @@
 """What a config says of training, and what can be checked of it without data."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from efficient_vlm import config as configs
 from efficient_vlm import sharding
 from efficient_vlm.data.config import DataConfig
 from efficient_vlm.errors import UserError, unknown
-from efficient_vlm.models.build import construct
+from efficient_vlm.models.build import check_range, construct
 from efficient_vlm.train.arms import make_arms, make_model
 from efficient_vlm.train.optimizer import OPTIMIZERS, OptimizerConfig, schedule
 
@@ -65,9 +66,17 @@ class TrainConfig:
     init_from: str | None = None
 
     def __post_init__(self):
-        for name in ("steps", "accumulate", "checkpoint_every", "log_every", "keep"):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name}: {getattr(self, name)}", allowed="1 or more")
+        counts = ("steps", "accumulate", "checkpoint_every", "log_every", "keep")
+        check_range(self, "train", "1 or more", *counts, "save_failures", "nonfinite_limit")
+        check_range(self, "train", "0 or more", "load_balance", "router_z", "selector", "seed")
+        check_range(self, "train", "0 or more, below 1", "ema")
+        if self.seed >= 2**63:
+            raise UserError(f"train.seed: {self.seed}", allowed=f"0 to {2**63 - 1}")
+        if self.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+            raise UserError(
+                "train.tensorboard=True: tensorboardX is not installed",
+                fix="pip install tensorboardX, or --config.train.tensorboard=False",
+            )
 
 
 def read_config(config: Mapping[str, Any]) -> tuple[TrainConfig, DataConfig, OptimizerConfig]:

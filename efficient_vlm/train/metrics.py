@@ -94,8 +94,8 @@ class MetricsWriter:
                 from tensorboardX import SummaryWriter
             except ImportError:
                 raise UserError(
-                    "log.tensorboard=True: tensorboardX is not installed",
-                    fix="pip install tensorboardX, or --config.log.tensorboard=False",
+                    "train.tensorboard=True: tensorboardX is not installed",
+                    fix="pip install tensorboardX, or --config.train.tensorboard=False",
                 ) from None
             folder = str(self.path.parent / "tensorboard")
             self._board = _Board(lambda: SummaryWriter(folder, purge_step=self._purge_step))

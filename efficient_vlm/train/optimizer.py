@@ -9,7 +9,7 @@ import jax
 import optax
 
 from efficient_vlm.errors import UserError, unknown
-from efficient_vlm.models.build import construct
+from efficient_vlm.models.build import check_range, construct
 from efficient_vlm.sharding import is_box, logical_axes, path_of
 
 OPTIMIZERS = ("adamw", "muon")
@@ -53,6 +53,12 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.99
     groups: Sequence[Mapping[str, Any]] = ()
+
+    def __post_init__(self):
+        where, rates = "train.optimizer", ("learning_rate", "adam_learning_rate")
+        check_range(self, where, "0 or more", *rates, "warmup_steps", "weight_decay")
+        check_range(self, where, "above 0", "clip_norm")
+        check_range(self, where, "0 or more, below 1", "b1", "b2")
 
 
 @dataclasses.dataclass(frozen=True)

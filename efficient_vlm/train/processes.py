@@ -35,6 +35,8 @@ def start(text: str | None) -> None:
         numbers = [port, *words[1:]]
         if len(words) != 3 or not address or not all(word.isdecimal() for word in numbers):
             raise UserError(f"--distributed={text}", allowed=_ALLOWED)
+        if int(port) < 1 or int(words[1]) < 1:
+            raise UserError(f"--distributed={text}", allowed=_ALLOWED)
         if not int(words[2]) < int(words[1]):
             raise UserError(
                 f"--distributed={text}: process {words[2]} of {words[1]}",

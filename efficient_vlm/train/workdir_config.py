@@ -71,6 +71,9 @@ def check_workdir_config(
 ) -> bool:
     """Writes `<workdir>/config.json` on first use; later, refuses a config that differs from it.
 
+    Until something was saved there is nothing that a mended config could spoil: it takes the place
+    of the one before, and the tokenizer is made anew.
+
     Args:
       workdir: created if needed.
       config: nested mapping (a ConfigDict's `to_dict()`).
@@ -88,15 +91,7 @@ def check_workdir_config(
         if not isinstance(stored, dict):
             raise ValueError("not an object")
     except FileNotFoundError:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(_plain(config), indent=2, sort_keys=True)
-            write_atomic(path, (text + "\n").encode())
-        except OSError as error:
-            raise UserError(
-                f"--workdir={workdir}: cannot be written ({error.strerror or error})",
-                fix="choose another --workdir",
-            ) from None
+        _write(path, config)
         return True
     except (OSError, ValueError) as error:
         raise UserError(
@@ -104,6 +99,10 @@ def check_workdir_config(
             fix="restore it, or use another --workdir",
         ) from None
     lines = compare_config(stored, config, ignore=ignore)
+    if lines and not has_steps(path.parent):
+        (path.parent / "tokenizer.json").unlink(missing_ok=True)
+        _write(path, config)
+        return True
     if lines:
         more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
         raise UserError(
@@ -111,6 +110,23 @@ def check_workdir_config(
             fix="use another --workdir, or the values of its config.json",
         )
     return False
+
+
+def has_steps(workdir: Path) -> bool:
+    """Whether a run has saved anything."""
+    return any((workdir / "checkpoints").glob("[0-9]*"))
+
+
+def _write(path: Path, config: Mapping[str, Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(_plain(config), indent=2, sort_keys=True)
+        write_atomic(path, (text + "\n").encode())
+    except OSError as error:
+        raise UserError(
+            f"--workdir={path.parent}: cannot be written ({error.strerror or error})",
+            fix="choose another --workdir",
+        ) from None
 
 
 def read_run_config(workdir: Path) -> Any:

@@ -355,6 +355,7 @@ def test_workdir_config(tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == config
     changed = {**config, "log_every": 9}
     assert not check_workdir_config(tmp_path / "run", changed, ignore=["log_every"])
+    (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
     other = {"model": {"width": 1, "depth": 1, "heads": 2, "act": "x\ny"}, "log_every": 6}
     with pytest.raises(UserError) as caught:
         check_workdir_config(tmp_path / "run", other)

@@ -226,14 +226,42 @@ def test_a_mistake_does_not_claim_the_workdir(tiny_config, tmp_path):
     tiny_config.data.max_count = 9
     with pytest.raises(UserError, match="data.max_count"):
         commands.fit(tiny_config, tmp_path / "run", say=lambda line: None)
-    assert not (tmp_path / "run" / "config.json").exists()
-    # A workdir that belongs to a run keeps its config, whatever is asked of it later.
-    guarded = tmp_path / "guarded"
-    check_workdir_config(guarded, configs.to_dict(mended))
+    (tmp_path / "run" / "tokenizer.json").write_text("of the data of before")
+    assert check_workdir_config(tmp_path / "run", configs.to_dict(mended))
+    assert not (tmp_path / "run" / "tokenizer.json").exists()
+    # A workdir that has saved a step keeps its config, whatever is asked of it later.
+    (tmp_path / "run" / "checkpoints" / "5").mkdir(parents=True)
     mended.train.seed = 3
     with pytest.raises(UserError, match="another config"):
-        commands.fit(mended, guarded, say=lambda line: None)
-    assert json.loads((guarded / "config.json").read_text())["data"]["tint"] == 0.8
+        commands.fit(mended, tmp_path / "run", say=lambda line: None)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"]["tint"] == 0.8
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("seed", -1),
+        ("seed", 2**64),
+        ("ema", 2.0),
+        ("ema", float("nan")),
+        ("save_failures", 0),
+        ("router_z", float("inf")),
+        ("optimizer.learning_rate", -1.0),
+        ("optimizer.warmup_steps", -1),
+        ("optimizer.clip_norm", 0.0),
+        ("optimizer.b2", 1.0),
+    ],
+)
+def test_numbers_that_no_run_can_have(field, value, tiny_config, tmp_path):
+    tiny_config.train.update(ema=0.9)
+    *sections, name = field.split(".")
+    section = tiny_config.train
+    for each in sections:
+        section = section[each]
+    section[name] = value
+    with pytest.raises(UserError, match=f"train.{field}: ") as caught:
+        commands.fit(tiny_config, tmp_path / "run", say=lambda line: None)
+    assert len(str(caught.value).splitlines()) <= 3 and not (tmp_path / "run").exists()
 
 
 def test_a_method_that_cannot_be_evaluated_is_told_before_training(tiny_config, tmp_path):

@@ -128,7 +128,17 @@ def test_two_processes_are_stopped_and_go_on(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["here", "host:1", "host:x,2,0", ":1,2,0", "host:1,2,2", "host:1,2,0,0"]
+    "text",
+    [
+        "here",
+        "host:1",
+        "host:x,2,0",
+        ":1,2,0",
+        "host:1,2,2",
+        "host:1,2,0,0",
+        "host:0,2,0",
+        "host:1,0,0",
+    ],
 )
 def test_addresses_that_are_none(text):
     with pytest.raises(UserError, match="--distributed") as error:

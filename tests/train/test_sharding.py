@@ -313,6 +313,19 @@ def test_mesh_of_the_command_line(text):
         parse_mesh(text)
 
 
+def test_audit_sharding_of_a_method(capsys):
+    """Arrays of the decoder, and its cache, are those of the tokens that enter it."""
+    command, counts = ["audit", "sharding", "--preset=llava-1.5-7b", "--text=10", "--json"], []
+    for words in ([], ["--compressor=pool", "--compressor.budget=64"]):
+        assert cli.run([*command, *words]) == 0
+        rows = json.loads(capsys.readouterr().out)["rows"]
+        counts.append([row["shape"][1] for row in rows if row["kind"] != "parameter"])
+    assert counts == [[577, 577, 586, 586, 587], [577, 577, 74, 74, 75]]
+    for word in ("--compressor=pool,stride", "--compressor=nonsense", "--batch=4,8"):
+        with pytest.raises(UserError, match="several|nonsense"):
+            cli.run([*command, word])
+
+
 def test_audit_sharding(capsys):
     words = ["audit", "sharding", "--preset=llava-1.5-7b", "--mesh=fsdp:4,tensor:4"]
     assert cli.run([*words, "--json"]) == 0

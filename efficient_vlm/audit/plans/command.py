@@ -49,11 +49,7 @@ def audit_aot(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         return _search(args, subject, batches, devices)
     if len(batches) > 1:
         raise UserError(f"--batch={args.batch}: several, without --search", fix="one number")
-    chosen = command.read_methods(subject, args.compressor, args.options)
-    if len(chosen) > 1:
-        raise UserError(f"--compressor={','.join(args.compressor)}: several", fix="name one")
-    target = command.parse_target(args.match) if args.match else None
-    method = command.make_entry(subject, chosen[0], target).ledger.compressor
+    method = command.read_method(subject, args)
     work = make_work(subject, method, args.task, batches[0], args.remat or "full")
     usual = "fsdp" if args.task == "train" else "data"
     sizes = parse_mesh(args.mesh or f"{usual}:{devices}")

@@ -244,7 +244,8 @@ def check_batch(rows: int, mesh: Mesh, accumulate: int = 1) -> None:
     parts = accumulate * row_parts(mesh)
     if rows % parts:
         raise UserError(
-            f"data.batch_size: {rows} rows over {parts} parts (data x fsdp x expert x accumulate)",
+            f"batch (data.batch_size, --batch): {rows} rows over {parts} parts "
+            "(data x fsdp x expert x accumulate)",
             allowed=f"multiples of {parts}",
         )
 

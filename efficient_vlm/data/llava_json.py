@@ -2,7 +2,8 @@
 
 A file is a JSON list or JSON lines. "image" is a path, a list of paths, or absent; paths are
 relative to the folder of the file. "<image>" markers are removed from the text: images always
-come before the text, whatever the text says.
+come before the text, whatever the text says. The fingerprint is of the file: pictures are not read
+before they are needed, so one replaced under its name is not noticed.
 """
 
 import hashlib

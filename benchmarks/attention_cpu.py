@@ -182,7 +182,8 @@ def main() -> None:
     shared = importance(shape, args.repeats)
     print(f"importance {shared['ms']}, beside attention {shared['extra_to_forward']}")
     device = f"{jax.devices()[0].device_kind} ({jax.default_backend()}), {os.cpu_count()} cores"
-    result = {"device": device, "jax": jax.__version__, "rows": rows}
+    result = {"device": device, "jax": jax.__version__, "repeats": args.repeats}
+    result["rows"] = rows
     result |= {"kept_keys": kept, "importance": shared}
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")

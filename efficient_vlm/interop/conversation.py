@@ -82,26 +82,50 @@ def _rendered(asked, template, family, options) -> str:
             raise UserError(f"messages: a picture, but {family.name} is a language model")
         if family.processor is None:
             asked[number] = {**message, "content": "".join(filter(None, parts))}
-    texts = [m["content"] for m in asked if isinstance(m.get("content"), str)]
+    texts = [i for i, m in enumerate(asked) if isinstance(m.get("content"), str)]
     if family.processor is None or not texts:
         return prompts.render(asked, template, **options)
-    # Many templates of models that see go through the parts of a message and find none in a text,
-    # others take nothing but texts of some roles: the form of which more texts are in the prompt.
-    in_parts = [
-        {**m, "content": [{"type": "text", "text": m["content"]}]}
-        if isinstance(m.get("content"), str)
-        else m
-        for m in asked
-    ]
-    found, failed = [], None
-    for form in (asked, in_parts):
+    return prompts.render(_as_expected(asked, texts, template, options), template, **options)
+
+
+def _as_expected(asked, texts, template, options) -> list[Any]:
+    """Messages, of whose texts those are put in parts that the template would not write.
+
+    Many templates of models that see go through the parts of a message and find none in a text;
+    others take nothing but a text, some of it by role. Which is found out with texts that occur
+    nowhere else.
+    """
+    marks = {i: f"text-{i}-of-message-{id(asked)}" for i in texts}
+
+    def formed(contents: Mapping[int, str], in_parts: set[int]) -> list[Any]:
+        found = list(asked)
+        for i, text in contents.items():
+            content = [{"type": "text", "text": text}] if i in in_parts else text
+            found[i] = {**asked[i], "content": content}
+        return found
+
+    def lost(in_parts: set[int]) -> set[int]:
+        prompt = prompts.render(formed(marks, in_parts), template, **options)
+        return {i for i in texts if marks[i] not in prompt.lower()}
+
+    in_parts: set[int] = set()
+    try:
+        missing = lost(in_parts)
+        if missing:
+            in_parts = missing
+            missing = lost(in_parts)
+    except UserError as error:
+        in_parts = set(texts)
         try:
-            found.append(prompts.render(form, template, **options))
-        except UserError as error:
-            failed = failed or error
-    if not found:
-        raise failed
-    return max(found, key=lambda prompt: sum(text.strip() in prompt for text in texts))
+            missing = lost(in_parts)
+        except UserError:
+            raise error from None
+    if missing:
+        raise UserError(
+            f"messages: the chat template leaves out number {min(missing)}",
+            fix="leave it out, or say it in a message of the user",
+        )
+    return formed({i: asked[i]["content"] for i in texts}, in_parts)
 
 
 def _encode(family, config, template, tokenizer, text: str) -> list[int]:

@@ -44,13 +44,16 @@ def export(
       The weight files.
 
     Raises:
-      UserError: not a dtype of parameters, one that cannot hold a value, values that are
-        no numbers, or a directory that holds
-        another checkpoint.
+      UserError: not a dtype of parameters, or one that cannot hold a value; NaN or infinity; a
+        directory that holds another checkpoint.
     """
     dtype = None if dtype is None else known_dtype("dtype", dtype)
     names = name_map(family, config, model)
     flat = flatten_dict(params, sep="/")
+
+    for path, leaf in flat.items():  # Before the first file: it may replace an earlier export.
+        if not np.isfinite(np.asarray(leaf)).all():
+            raise UserError(f"{path}: has values that are NaN or infinite", fix="an earlier step")
 
     def parameter(path: str) -> np.ndarray:
         if path in flat:
@@ -60,10 +63,6 @@ def export(
 
     def written(name: str) -> np.ndarray:
         value = names.assemble(name, parameter)
-        if not np.isfinite(value).all():
-            raise UserError(
-                f"{name}: has values that are NaN or infinite", fix="export a step before"
-            )
         if dtype is None:
             return value
         with np.errstate(over="ignore"):

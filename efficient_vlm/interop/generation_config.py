@@ -1,9 +1,11 @@
 """What generation_config.json says of greedy answers."""
 
-import math
+import numbers
 import warnings
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from efficient_vlm.errors import UserError
 from efficient_vlm.interop.tokenizer import read_json
@@ -51,7 +53,7 @@ def repetition_penalty(directory: Path) -> float:
 
 def check_penalty(value: Any, name: str = "repetition_penalty") -> float:
     """A penalty that can be applied, as a float; UserError if it is none."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
-        raise UserError(f"{name}: {value!r}", allowed="a number above 0; 1.0 changes nothing")
+    number = isinstance(value, numbers.Real | np.number) and not isinstance(value, bool)
+    if not number or not 1e-30 < value < 1e30:
+        raise UserError(f"{name}: {value!r:.40}", allowed="a number above 0; 1.0 changes nothing")
     return float(value)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from efficient_vlm.errors import UserError, unknown
@@ -122,6 +123,7 @@ class Pretrained:
         Raises:
           UserError: parameters that are missing, unknown or of another shape.
         """
+        params = nn.unbox(params)
         check_parameters(self.model, params)
         parts = (self.family, self.config, self.directory, self._picture_options, self._carried)
         return Pretrained(self.model, params, *parts)
@@ -335,10 +337,11 @@ def _logits(model, params, *args):
 def check_parameters(model: VisionLanguageModel, params: Any) -> None:
     """Raises UserError for a tree that is not one of this model's parameters."""
     wanted = {path: leaf.shape for path, leaf in parameter_shapes(model).items()}
-    leaves = flatten_dict(params, sep="/") if isinstance(params, Mapping) else {}
-    if leaves and all(hasattr(leaf, "shape") for leaf in leaves.values()):
+    try:
         leaves = flatten_dict(jax.eval_shape(unstack, params), sep="/")
-    found = {path: jnp.shape(leaf) for path, leaf in leaves.items()}
+        found = {path: leaf.shape for path, leaf in leaves.items()}
+    except (AssertionError, AttributeError, IndexError, TypeError, ValueError):  # No such tree.
+        found = {}
     wrong = [path for path in wanted if path not in found]
     wrong += [path for path, shape in found.items() if wanted.get(path) != shape]
     if wrong:

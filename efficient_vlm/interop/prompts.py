@@ -295,7 +295,7 @@ def parts_of(message: Any, number: int) -> list[str | None]:
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     content = content if isinstance(content, list | tuple) else ()
-    kinds = [part.get("type") if isinstance(part, Mapping) else None for part in content]
+    kinds = [str(part.get("type")) if isinstance(part, Mapping) else None for part in content]
     texts = [part.get("text") for part, kind in zip(content, kinds, strict=True) if kind == "text"]
     right = content and set(kinds) <= {"text", "image"} and "role" in message
     if not right or not all(isinstance(text, str) for text in texts):

@@ -54,19 +54,22 @@ _RANGES: dict[str, Callable[[float], bool]] = {
 
 
 def check_range(settings: Any, where: str, allowed: str, *names: str) -> None:
-    """Raises UserError for a field that is no finite number in a range; None is in all of them.
+    """Raises UserError for a field that is no finite number in a range, nor a None that it may be.
 
     Args:
-      settings: with the fields.
+      settings: a dataclass with the fields.
       where: in front of their names in the error.
       allowed: a key of `_RANGES`.
       names: of the fields.
     """
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(settings)}
     for name in names:
         value = getattr(settings, name)
-        finite = value is None or isinstance(value, int) or math.isfinite(value)
-        if not finite or (value is not None and not _RANGES[allowed](value)):
-            raise UserError(f"{where}.{name}: {value}", allowed=allowed)
+        if value is None and "None" in kinds[name]:
+            continue
+        finite = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+        if not finite or not _RANGES[allowed](value):
+            raise UserError(f"{where}.{name}: {value!r}", allowed=allowed)
 
 
 def check_positive(where: str, module: Any, names: tuple[str, ...]) -> None:

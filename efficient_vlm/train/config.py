@@ -68,7 +68,9 @@ class TrainConfig:
     def __post_init__(self):
         counts = ("steps", "accumulate", "checkpoint_every", "log_every", "keep")
         check_range(self, "train", "1 or more", *counts, "save_failures", "nonfinite_limit")
-        check_range(self, "train", "0 or more", "load_balance", "router_z", "selector", "seed")
+        check_range(
+            self, "train", "0 or more", "load_balance", "router_z", "selector", "seed", "keep_every"
+        )
         check_range(self, "train", "0 or more, below 1", "ema")
         if self.seed >= 2**63:
             raise UserError(f"train.seed: {self.seed}", allowed=f"0 to {2**63 - 1}")

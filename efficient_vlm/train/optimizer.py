@@ -69,6 +69,9 @@ class Group:
     scale: float = 1.0
     freeze: bool = False
 
+    def __post_init__(self):
+        check_range(self, "train.optimizer.groups", "0 or more", "scale")
+
 
 def schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
     """The learning rate at each step of a run of `steps`."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from efficient_vlm.errors import UserError, first_line
-from efficient_vlm.train.manifest import write_atomic
+from efficient_vlm.train.manifest import Damaged, read_index, write_atomic
 
 
 def _plain(value: Any) -> Any:
@@ -113,8 +113,15 @@ def check_workdir_config(
 
 
 def has_steps(workdir: Path) -> bool:
-    """Whether a run has saved anything."""
-    return any((workdir / "checkpoints").glob("[0-9]*"))
+    """Whether a run has saved anything, also where its steps were moved away."""
+    folder = workdir / "checkpoints"
+    if (workdir / "results.json").exists() or any(folder.glob("[0-9]*")):
+        return True
+    try:
+        index = read_index(folder)
+    except Damaged:
+        return True
+    return index is not None and bool(index["steps"] or index["damaged"])
 
 
 def _write(path: Path, config: Mapping[str, Any]) -> None:

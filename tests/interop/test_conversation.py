@@ -129,6 +129,18 @@ def test_texts_are_not_lost_in_templates_of_parts():
         )
         return ids[-1]
 
+    # Short texts that are in the template's own words, too.
+    turns = [{"role": role, "content": "A"} for role in ("user", "assistant", "user")]
+    assert asked("llava", LLAVA, *turns) == "USER: A ASSISTANT: A USER: A ASSISTANT:"
+    # A text of the system and parts of users; a role that is not written at all.
+    first = "{% if messages[0].role == 'system' %}{{ messages[0].content + ';' }}{% endif %}"
+    some = LLAVA.replace("for m in messages", "for m in messages if m.role != 'system'")
+    system = {"role": "system", "content": "S"}
+    assert asked("llava", first + some, system, *turns[:1]) == "S;USER: A ASSISTANT:"
+    with pytest.raises(UserError, match="leaves out number 0"):
+        asked("llava", some, system, *turns[:1])
+    loud = LLAVA.replace("c['text']", "c['text'] | upper")
+    assert asked("llava", loud, {"role": "user", "content": "b"}) == "USER: B ASSISTANT:"
     hi = {"role": "user", "content": "Hi"}
     answer = {"role": "assistant", "content": "Yes?"}
     more = {"role": "user", "content": [{"type": "text", "text": "More"}]}

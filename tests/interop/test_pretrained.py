@@ -222,7 +222,8 @@ def test_other_weights_leave_and_come_back(vlm, tmp_path):
 
 def test_weights_that_are_not_those_of_the_model(vlm, tmp_path):
     fewer = {name: value for name, value in vlm.params.items() if name != "language"}
-    for params in ({}, None, fewer, {**vlm.params, "more": np.zeros(3)}):
+    odd = ({"language": {"layers": {}}}, {"language": {"layers": {"x": np.array(1)}}}, {1: [2]})
+    for params in ({}, None, fewer, {**vlm.params, "more": np.zeros(3)}, *odd):
         with pytest.raises(UserError, match="params: .* do not fit") as error:
             vlm.with_params(params)
         assert len(str(error.value).splitlines()) <= 3

@@ -17,6 +17,7 @@ from efficient_vlm.train import loop
 from efficient_vlm.train.checkpoint import Checkpoints
 from efficient_vlm.train.guards import TrainingDiverged, check_workdir_config
 from efficient_vlm.train.leaves import state_sha256
+from efficient_vlm.train.manifest import write_index
 from efficient_vlm.train.metrics import read_metrics
 from efficient_vlm.train.parameters import load_params
 from efficient_vlm.train.trained import restore
@@ -230,6 +231,19 @@ def test_a_mistake_does_not_claim_the_workdir(tiny_config, tmp_path):
     assert check_workdir_config(tmp_path / "run", configs.to_dict(mended))
     assert not (tmp_path / "run" / "tokenizer.json").exists()
     # A workdir that has saved a step keeps its config, whatever is asked of it later.
+    ended = tmp_path / "ended"
+    check_workdir_config(ended, {"seed": 1})
+    (ended / "checkpoints").mkdir()
+    write_index(ended / "checkpoints", {}, [], [])
+    assert check_workdir_config(ended, {"seed": 2})
+    write_index(ended / "checkpoints", {3: None}, [], [])  # Its folder was moved away.
+    with pytest.raises(UserError, match="another config"):
+        check_workdir_config(ended, {"seed": 3})
+    shutil.rmtree(ended / "checkpoints")
+    assert check_workdir_config(ended, {"seed": 4})
+    (ended / "results.json").write_text("{}")
+    with pytest.raises(UserError, match="another config"):
+        check_workdir_config(ended, {"seed": 5})
     (tmp_path / "run" / "checkpoints" / "5").mkdir(parents=True)
     mended.train.seed = 3
     with pytest.raises(UserError, match="another config"):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from efficient_vlm.audit import command
 from efficient_vlm.audit.match import Target
+from efficient_vlm.audit.plans.chips import devices_of
 from efficient_vlm.audit.plans.command import make_work
 from efficient_vlm.audit.plans.compiled import compile_plan
 from efficient_vlm.audit.plans.options import parse_mesh
@@ -26,6 +27,7 @@ TOPOLOGIES = {
     "v6e-256": "v6e:16x16",
     "v5p-128": "v5p:4x4x4",
     "v5p-512": "v5p:8x8x4",
+    "h100-8": "h100:8",
 }
 # Devices that share the width of a layer, for training and for inference (of 16 GiB and of more),
 # and pictures in a training batch of each group of them.
@@ -61,8 +63,6 @@ def shape(name: str, machine: str, task: str, devices: int) -> tuple[str, int]:
 
 def compiled(name: str, machine: str, task: str, share: int) -> dict:
     """The row of one plan."""
-    from efficient_vlm.audit.plans.chips import devices_of
-
     given = argparse.Namespace(preset=name, config=None, text=None, new=NEW, images=None)
     subject = read_subject(given, [])
     chosen = command.read_methods(subject, ["none" if share == 1 else "pool"], [])[0]
@@ -90,17 +90,23 @@ def render(rows: list[dict]) -> str:
     lines = [
         "# Plans for pods",
         "",
-        "What published models need on TPUs, and what fewer visual tokens buy: every line is a "
-        "program of ours, compiled by the TPU's own compiler on a host without one "
+        "What published models need on TPUs and GPUs, and what fewer visual tokens buy: every line "
+        "of a TPU is a program of ours, compiled by the TPU's own compiler on a host without one "
         "(`python docs/plans.py`; one plan: `efficient-vlm audit aot`). **Memory is the "
         "compiler's. Times are estimates: bounds at the published speed of the chip, nothing was "
-        "run on a TPU.** All numbers are of one device.",
+        "run on either.** All numbers are of one device.",
         "",
         f"Tokens are averaged down (`pool`) to 1/4 and 1/9 of those of the preset's picture; "
         f"{NEW} tokens of answer. Inference: {SERVED} pictures for each group of devices that "
         "share a model, bfloat16 parameters, the stages as `generate` runs them. Training: the "
         "whole model, float32 parameters and moments of AdamW, bfloat16 products, remat of all. "
         "v5p-128 and v5p-512 have 64 and 256 chips.",
+        "",
+        "**h100-8 is an estimate in memory, too**: a GPU has no compiler here, so programs are "
+        "compiled for eight CPU devices, which have other attention and no products of bfloat16. "
+        "Temporaries and memory traffic are larger than a GPU's: what does not fit may fit there, "
+        "and times, mostly of that traffic, are no bounds. Times of MolmoE-1B are left out: "
+        "experts are another program on a CPU.",
         "",
         f"{len(known)} of {len(asked)} plans have been compiled so far."
         if len(known) < len(asked)
@@ -111,6 +117,10 @@ def render(rows: list[dict]) -> str:
         if mine:
             lines += ["", f"## {name}", *_inference(mine), *_training(mine)]
     return "\n".join(lines) + "\n"
+
+
+def _has_times(row: dict) -> bool:
+    return (row["model"], row["machine"]) != ("molmoe-1b", "h100-8")
 
 
 def _gib(size: float) -> str:
@@ -161,6 +171,8 @@ def _inference(rows: list[dict]) -> list[str]:
     def cells(row):
         decode = next((r for r in rows if key(r) == (*key(row)[:2], "decode", row["share"])), None)
         fullest = max((r for r in (row, decode) if r), key=lambda r: r["hbm_bytes"]["total"])
+        if not _has_times(row):
+            return [_memory(fullest)]
         stages = {s["name"]: s["estimated_seconds"] for s in row["stages"]}
         times = [_ms(stages.get(n)) for n in STAGES[:3]]
         times.append(_ms(decode["estimated_seconds"]) if decode else "")
@@ -176,6 +188,8 @@ def _training(rows: list[dict]) -> list[str]:
         if not row["fits"]:
             return found
         found += [f"{row['flops'] / 1e12:.3g}", _gib(sum(row["collective_bytes"].values()))]
+        if not _has_times(row):
+            return found
         seconds = row["stages"][0]["seconds"]
         bound = max(seconds, key=seconds.get)
         return [*found, _ms(row["estimated_seconds"]), bound, _gain(row, rows)]
@@ -191,6 +205,7 @@ def main() -> None:
     args = parser.parse_args()
     stored = args.out / "plans.json"
     rows = json.loads(stored.read_text()) if stored.exists() else []
+    devices_of(TOPOLOGIES["h100-8"])  # Only before anything else asks for devices.
     for one in settings():
         label = "/".join(map(str, one))
         if one in map(key, rows) or (args.only and args.only not in label):

@@ -1,7 +1,6 @@
 """A published model ready to be asked: weights, tokenizer, pictures and prompt in one object."""
 
 import functools
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.traverse_util import flatten_dict
 
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.inference.generate import Generated, generate
 from efficient_vlm.interop import generation_config
-from efficient_vlm.interop.architecture import build_model, parameter_shapes, read_config
+from efficient_vlm.interop.architecture import build_model, read_config
+from efficient_vlm.interop.checks import check_compressor, check_parameters
 from efficient_vlm.interop.conversation import Conversation, is_one, prompt_ids
 from efficient_vlm.interop.export import copy_settings, export
 from efficient_vlm.interop.families.base import Family
@@ -27,10 +26,10 @@ from efficient_vlm.interop.load import known_dtype
 from efficient_vlm.interop.pictures.base import Pictured
 from efficient_vlm.interop.placing import Prompt, place
 from efficient_vlm.interop.prompts import Template
-from efficient_vlm.interop.request import Request, capped, check_tables, gather, visual_tokens
+from efficient_vlm.interop.request import Request, check_tables, gather, visual_tokens
 from efficient_vlm.interop.safetensors_write import writing
 from efficient_vlm.interop.tokenizer import Tokenizer, read_json
-from efficient_vlm.models.stack import fuse, unstack
+from efficient_vlm.models.stack import fuse
 from efficient_vlm.models.vlm import VisionLanguageModel
 
 # Text is padded to a multiple of this: prompts of about one length share a program.
@@ -332,50 +331,6 @@ class Pretrained:
 def _logits(model, params, *args):
     *args, rng = args
     return model.apply({"params": params}, *args, rng=rng, method="text_logits")
-
-
-def check_parameters(model: VisionLanguageModel, params: Any) -> None:
-    """Raises UserError for a tree that is not one of this model's parameters."""
-    wanted = {path: leaf.shape for path, leaf in parameter_shapes(model).items()}
-    try:
-        leaves = flatten_dict(jax.eval_shape(unstack, params), sep="/")
-        found = {path: leaf.shape for path, leaf in leaves.items()}
-    except (AssertionError, AttributeError, IndexError, TypeError, ValueError):  # No such tree.
-        found = {}
-    wrong = [path for path in wanted if path not in found]
-    wrong += [path for path, shape in found.items() if wanted.get(path) != shape]
-    if wrong:
-        path = wrong[0]
-        raise UserError(
-            f"params: {len(wrong)} do not fit; {path} has shape {found.get(path, 'none')}",
-            allowed=f"{wanted.get(path, 'no such parameter')}",
-            fix="a tree like vlm.params",
-        )
-
-
-def check_compressor(model: VisionLanguageModel, variable: bool = False) -> None:
-    """Raises UserError for a compressor that this model cannot have, before anything runs.
-
-    Args:
-      model: at its nominal size of image.
-      variable: see `request.capped`; where a prompt decides how many tokens there are, a larger
-        budget is no error yet.
-    """
-    if model.encoder is None:
-        if model.compressor["name"] != "none":
-            raise UserError(
-                f"compressor.name: {model.compressor['name']}, but this model sees no images"
-            )
-        return
-    model = capped(model, math.prod(model.slot_grid), 1, variable)
-    plain = model.clone(compressor={"name": "none"})
-    more = set(parameter_shapes(model)) - set(parameter_shapes(plain))
-    if more:
-        raise UserError(
-            f"compressor.name: {model.compressor['name']} has weights of its own ({min(more)}), "
-            "which a published checkpoint does not hold",
-            allowed="training-free methods, see docs/compressors.md",
-        )
 
 
 def from_pretrained(

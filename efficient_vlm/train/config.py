@@ -1,7 +1,6 @@
 """What a config says of training, and what can be checked of it without data."""
 
 import dataclasses
-import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from efficient_vlm.data.config import DataConfig
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.models.build import check_range, construct
 from efficient_vlm.train.arms import make_arms, make_model
+from efficient_vlm.train.metrics import summary_writer
 from efficient_vlm.train.optimizer import OPTIMIZERS, OptimizerConfig, schedule
 
 __all__ = ["TrainConfig", "make_mesh", "read_config"]
@@ -74,16 +74,13 @@ class TrainConfig:
         check_range(self, "train", "0 or more, below 1", "ema")
         if self.seed >= 2**63:
             raise UserError(f"train.seed: {self.seed}", allowed=f"0 to {2**63 - 1}")
-        if self.tensorboard and importlib.util.find_spec("tensorboardX") is None:
-            raise UserError(
-                "train.tensorboard=True: tensorboardX is not installed",
-                fix="pip install tensorboardX, or --config.train.tensorboard=False",
-            )
 
 
 def read_config(config: Mapping[str, Any]) -> tuple[TrainConfig, DataConfig, OptimizerConfig]:
     """What training reads of a config, with everything checked that can be without data."""
     settings = construct(TrainConfig, configs.section(config, "train"), "train")
+    if settings.tensorboard:
+        summary_writer()
     data_config = DataConfig.from_mapping(configs.section(config, "data"))
     optimizer = construct(OptimizerConfig, settings.optimizer, "train.optimizer")
     if data_config.batch_size % settings.accumulate:

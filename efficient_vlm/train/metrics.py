@@ -62,6 +62,18 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
+def summary_writer() -> Any:
+    """The class that writes TensorBoard files; UserError if its package is not installed."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "train.tensorboard=True: tensorboardX is not installed",
+            fix="pip install tensorboardX, or --config.train.tensorboard=False",
+        ) from None
+    return SummaryWriter
+
+
 class MetricsWriter:
     """Appends to `<workdir>/metrics.jsonl`; each line is complete on disk or not there.
 
@@ -90,15 +102,9 @@ class MetricsWriter:
         self._purge_step: int | None = None
         self._board: _Board | None = None
         if tensorboard:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError:
-                raise UserError(
-                    "train.tensorboard=True: tensorboardX is not installed",
-                    fix="pip install tensorboardX, or --config.train.tensorboard=False",
-                ) from None
+            board = summary_writer()
             folder = str(self.path.parent / "tensorboard")
-            self._board = _Board(lambda: SummaryWriter(folder, purge_step=self._purge_step))
+            self._board = _Board(lambda: board(folder, purge_step=self._purge_step))
         self._guard("metrics.jsonl", self._open)
 
     def write(self, step: int, metrics: Mapping[str, Any], split: str = "train") -> None:

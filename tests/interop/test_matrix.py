@@ -24,7 +24,7 @@ from method_table import DOCS, section
 
 from efficient_vlm.compressors.methods import METHODS, reachable
 from efficient_vlm.errors import UserError
-from efficient_vlm.interop.pretrained import check_compressor
+from efficient_vlm.interop.checks import check_compressor
 
 MODELS = golden_models()
 FOLLOW = np.array([5, 6], np.int32)  # The token behind the prompt of each row.

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -15,6 +16,7 @@ from efficient_vlm import config as configs
 from efficient_vlm.errors import UserError
 from efficient_vlm.train import loop
 from efficient_vlm.train.checkpoint import Checkpoints
+from efficient_vlm.train.config import TrainConfig
 from efficient_vlm.train.guards import TrainingDiverged, check_workdir_config
 from efficient_vlm.train.leaves import state_sha256
 from efficient_vlm.train.manifest import write_index
@@ -276,6 +278,16 @@ def test_numbers_that_no_run_can_have(field, value, tiny_config, tmp_path):
     with pytest.raises(UserError, match=f"train.{field}: ") as caught:
         commands.fit(tiny_config, tmp_path / "run", say=lambda line: None)
     assert len(str(caught.value).splitlines()) <= 3 and not (tmp_path / "run").exists()
+
+
+def test_tensorboard_that_is_not_installed(tiny_config, tmp_path, monkeypatch):
+    """Told before anything is made; a run that was made elsewhere is evaluated all the same."""
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    tiny_config.train.tensorboard = True
+    with pytest.raises(UserError, match="train.tensorboard=True"):
+        commands.fit(tiny_config, tmp_path / "run", say=lambda line: None)
+    assert not (tmp_path / "run").exists()
+    assert TrainConfig(steps=1, tensorboard=True).tensorboard
 
 
 def test_a_method_that_cannot_be_evaluated_is_told_before_training(tiny_config, tmp_path):

@@ -1,7 +1,7 @@
-"""Compiling for a Hopper GPU on a CPU host, down to machine code, without a driver.
+"""Compiling for GPUs on a CPU host, down to machine code, without a driver.
 
-`jax-cuda12-pjrt` and `ptxas` (extra `aot-gpu`) do not need a GPU to compile for one that is
-described here. It proves lowering, registers and spills, not numbers or speed.
+`jax-cuda12-pjrt` and `ptxas` (extra `aot-gpu`) do not need a GPU to compile for some that are
+described here. It proves lowering, memory, registers and spills, not numbers or speed.
 """
 
 import functools
@@ -11,25 +11,37 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from efficient_vlm.errors import UserError
+import jax
+
+from efficient_vlm.errors import UserError, first_line
 from efficient_vlm.kernels.aot import compile_for
 
-__all__ = ["compile_for_hopper", "environment"]
+__all__ = ["GPUS", "compile_for_hopper", "environment", "gpu_devices", "installed"]
 
-# What XLA asks of an H100 SXM, from its data sheet and the CUDA programming guide (table 21).
-_H100 = """gpu_device_info {
+# What XLA asks of a GPU of one generation, from the CUDA programming guide (table 21).
+_DESCRIPTION = """gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472 core_count: 132 fpus_per_core: 128
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: {optin}
+  shared_memory_per_core: {shared} core_count: {cores} fpus_per_core: {fpus}
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84929347584 cuda_compute_capability { major: 9 }
-}
-runtime_version { major: 12 minor: 9 patch: 0 }
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 }
-device_description_str: "NVIDIA H100 80GB HBM3"
+  memory_bandwidth: {bandwidth} l2_cache_size: {l2} clock_rate_ghz: {clock}
+  device_memory_size: {memory} cuda_compute_capability {{ major: {major} }}
+}}
+runtime_version {{ major: 12 minor: 9 patch: 0 }}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "{name}"
 """
+_HOPPER = dict(optin=232448, shared=233472, cores=132, fpus=128, l2=52428800, clock=1.98, major=9)
+_AMPERE = dict(optin=166912, shared=167936, cores=108, fpus=64, l2=41943040, clock=1.41, major=8)
+# SXM, from NVIDIA's data sheets.
+GPUS = {
+    "a100": dict(name="NVIDIA A100-SXM4-80GB", memory=85094825984, bandwidth=2039 * 10**9)
+    | _AMPERE,
+    "h100": dict(name="NVIDIA H100 80GB HBM3", memory=84929347584, bandwidth=3352 * 10**9)
+    | _HOPPER,
+    "h200": dict(name="NVIDIA H200", memory=150109880320, bandwidth=4800 * 10**9) | _HOPPER,
+}
 
 
 def environment() -> dict[str, str]:
@@ -48,22 +60,52 @@ def environment() -> dict[str, str]:
             "compiling for a GPU needs jax-cuda12-pjrt, jax-cuda12-plugin, nvidia-cuda-nvcc-cu12",
             fix="pip install 'efficient_vlm[aot-gpu]'",
         )
+    flags = (os.environ.get("XLA_FLAGS"), f"--xla_gpu_cuda_data_dir={found[0]}")
     return {
         "JAX_PLATFORMS": "cpu",
         "PATH": f"{found[0] / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}",
-        "XLA_FLAGS": f"--xla_gpu_cuda_data_dir={found[0]}",
+        "XLA_FLAGS": " ".join(filter(None, flags)),
         "MOSAIC_GPU_DUMP_PTXAS": "1",
     }
 
 
+def installed() -> bool:
+    """Whether the wheels are there that `environment` needs."""
+    try:
+        environment()
+    except UserError:
+        return False
+    return True
+
+
 @functools.cache
-def _device() -> Any:
+def gpu_devices(name: str, count: int) -> tuple[Any, ...]:
+    """The devices of one host with `count` GPUs `name` of `GPUS`, described, not there.
+
+    What `environment` says holds for this process from here on, but for what ptxas prints.
+
+    Raises:
+      UserError: the wheels are not installed, or JAX asked for a GPU before.
+    """
     from jax.experimental import topologies
 
-    described = topologies.get_topology_desc("h100", "cuda", target_config=_H100, topology="1x1x1")
-    return described.devices[0]
+    needed = environment()
+    del needed["MOSAIC_GPU_DUMP_PTXAS"]
+    os.environ.update(needed)
+    # Else JAX looks for a driver.
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        described = topologies.get_topology_desc(
+            name, "cuda", target_config=_DESCRIPTION.format(**GPUS[name]), topology=f"1x1x{count}"
+        )
+    except Exception as error:
+        raise UserError(
+            f"compiling for {name}:{count}: {first_line(error)}",
+            fix="a process of its own, with JAX_PLATFORMS=cpu",
+        ) from error
+    return tuple(described.devices)
 
 
 def compile_for_hopper(function: Callable, *shapes: Any):
     """`compile_for` one H100; `environment` must have been set before."""
-    return compile_for(_device(), function, *shapes)
+    return compile_for(gpu_devices("h100", 1)[0], function, *shapes)

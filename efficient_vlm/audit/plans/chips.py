@@ -6,9 +6,9 @@ from typing import Any
 import jax
 
 from efficient_vlm.errors import UserError, unknown
-from efficient_vlm.kernels import aot
+from efficient_vlm.kernels import aot, aot_gpu
 
-__all__ = ["CHIPS", "Chip", "chip_of", "devices_of"]
+__all__ = ["CHIPS", "Chip", "chip_of", "devices_of", "has_compiler"]
 
 _GIB = 2**30
 
@@ -22,7 +22,7 @@ class Chip:
       hbm_bytes_per_second: of its memory.
       link_bytes_per_second: that it can send to others of its slice, or host, over all links.
       hbm_limit: bytes that a program may use; of TPUs what their compiler allows.
-      gpu: whether there is no compiler for it here.
+      gpu: whether it is a GPU, whose compiler is a package of its own.
     """
 
     flops: float
@@ -56,17 +56,25 @@ def chip_of(topology: str) -> Chip:
     return CHIPS[name]
 
 
+def has_compiler(chip: Chip) -> bool:
+    """Whether programs are compiled for the chip itself: that of GPUs is in the extra `aot-gpu`."""
+    return not chip.gpu or aot_gpu.installed()
+
+
 def devices_of(topology: str) -> tuple[Any, ...]:
-    """Devices to compile for: described TPUs, or CPU devices in the place of GPUs.
+    """Devices to compile for: described TPUs or GPUs; CPU devices in the place of GPUs where their
+    compiler (extra `aot-gpu`) is not installed.
 
     Raises:
       UserError: no such topology, or fewer CPU devices than GPUs.
     """
     if not chip_of(topology).gpu:
         return aot.tpu_devices(topology)
-    count = topology.partition(":")[2]
+    name, _, count = topology.partition(":")
     if not count.isdecimal() or int(count) < 1:
         raise UserError(f"--topology={topology}: {count!r} is no number of GPUs", allowed=_EXAMPLES)
+    if has_compiler(chip_of(topology)):
+        return aot_gpu.gpu_devices(name, int(count))
     # Only before JAX first asks for its devices.
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", int(count))

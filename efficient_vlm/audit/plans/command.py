@@ -12,7 +12,7 @@ from rich.table import Table
 
 from efficient_vlm.audit import command
 from efficient_vlm.audit.match import Target
-from efficient_vlm.audit.plans.chips import chip_of, devices_of
+from efficient_vlm.audit.plans.chips import chip_of, devices_of, has_compiler
 from efficient_vlm.audit.plans.compiled import Answer, compile_plan
 from efficient_vlm.audit.plans.options import batches_of, parse_mesh
 from efficient_vlm.audit.plans.programs import TASKS, Work
@@ -104,14 +104,18 @@ def _search(args, subject: Subject, batches: Sequence[int], devices: int) -> int
     for label in dict.fromkeys(one.label for one in tried):
         found = chosen.get(label)
         print(f"best of {label}: " + (_line(found) if found else "nothing fits"))
-    print(_BOUND)
+    print(_bound(args.topology))
     return 0
 
 
-_BOUND = (
-    "Times are bounds at the full published speed of the chip, not measured. Each was compiled "
-    "on this host by the chip's own compiler (for a GPU by the one for CPUs: an estimate)."
-)
+def _bound(topology: str) -> str:
+    text = "Times are bounds at the full published speed of the chip, not measured. "
+    if has_compiler(chip_of(topology)):
+        return text + "Each was compiled on this host by the chip's own compiler."
+    return text + (
+        "Each was compiled for CPUs in the place of GPUs, an estimate in memory, too: "
+        "pip install 'efficient_vlm[aot-gpu]' for the GPU's own compiler."
+    )
 
 
 def _mesh_text(sizes: dict[str, int]) -> str:
@@ -194,4 +198,4 @@ def _show(head: dict[str, Any], answer: Answer) -> None:
         )
     if loops := sum(stage.unknown_loops or 0 for stage in answer.stages):
         console.print(f"Loops of unknown length: {loops}; they count once, so the times are low.")
-    console.print(_BOUND + " All numbers are of one device.")
+    console.print(_bound(answer.topology) + " All numbers are of one device.")

@@ -11,7 +11,7 @@ import jax
 
 from efficient_vlm import sharding
 from efficient_vlm.audit.plans import hlo
-from efficient_vlm.audit.plans.chips import Chip, chip_of, devices_of
+from efficient_vlm.audit.plans.chips import Chip, chip_of, devices_of, has_compiler
 from efficient_vlm.audit.plans.programs import Program, Work, lowered
 from efficient_vlm.errors import UserError, first_line
 
@@ -91,6 +91,11 @@ class Answer:
         return None if None in each else sum(each)
 
     @property
+    def estimate(self) -> str:
+        """What the times are."""
+        return "roofline, not measured" if has_compiler(self.chip) else "GPU: compiled for CPUs"
+
+    @property
     def fullest(self) -> Stage:
         """The stage that needs the most memory."""
         return max(self.stages, key=lambda stage: stage.hbm_bytes.total)
@@ -109,7 +114,7 @@ class Answer:
             "collective_bytes": _sum(s.collective_bytes for s in self.stages) if known else None,
             "kernels": _sum(stage.kernels for stage in self.stages) if known else None,
             "estimated_seconds": self.estimated_seconds,
-            "estimate": "GPU: compiled for CPUs" if self.chip.gpu else "roofline, not measured",
+            "estimate": self.estimate,
             "compile_seconds": round(sum(stage.compile_seconds for stage in self.stages), 1),
             "stages": [
                 dataclasses.asdict(stage) | {"estimated_seconds": stage.estimated_seconds}
@@ -123,7 +128,7 @@ def compile_plan(work: Work, topology: str, sizes: Mapping[str, int]) -> Answer:
 
     Args:
       work: what is to be done.
-      topology: such as "v5e:16x16"; of GPUs, "h100:8", programs for CPUs are made in their place.
+      topology: such as "v5e:16x16" or "h100:8", see `chips.devices_of`.
       sizes: of the axes of the mesh, all of them.
 
     Raises:

@@ -44,7 +44,8 @@ _FREE = {
 }
 # Read of their first operand only what they give out.
 _PART = {"dynamic-slice", "slice", "gather"}
-KERNEL = "tpu_custom_call"
+# How kernels of ours are called in programs for TPUs and for GPUs.
+_KERNELS = re.compile(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*)"')
 
 
 @dataclasses.dataclass
@@ -141,15 +142,15 @@ class _Program:
         elif one.opcode == "reduce" and through(scope, one.operands[0]).opcode == "multiply":
             # A product with one row, which a TPU spells so.
             self.total.flops += times * 2 * math.prod(array_dims(scope[one.operands[0]].shape))
-        elif one.opcode == "custom-call" and f'"{KERNEL}"' in one.rest:
-            name = re.sub(r"\.\d+$", "", one.name)
+        elif name := _kernel(one):
             self.total.kernels[name] = self.total.kernels.get(name, 0) + round(times)
-            self.total.flops += times * _estimate(one, "flops") / hints.room_of(one.rest)
+            flops = _estimate(one, "flops") or hints.flops_of(one.rest)
+            self.total.flops += times * flops / hints.room_of(one.rest)
 
     # --- memory ------------------------------------------------------------------------------
 
     def _moved(self, scope, one) -> float:
-        if one.opcode == "custom-call" and f'"{KERNEL}"' in one.rest:
+        if _kernel(one):
             room = hints.room_of(one.rest)
             said = _estimate(one, "bytes_accessed")
             return max(said, self._whole(scope, one)) if room == 1 else self._rows(scope, one, room)
@@ -281,6 +282,15 @@ def _goes_on(scope) -> bool:
     """
     found = any(map(_chained, scope.values()))
     return found and not any('"AsyncCollectiveStart"' in one.rest for one in scope.values())
+
+
+def _kernel(one: Instruction) -> str | None:
+    """The name of the kernel that is called, or None."""
+    if one.opcode != "custom-call" or not _KERNELS.search(one.rest):
+        return None
+    # On a GPU the instruction has a name of JAX's.
+    scope = re.search(r'op_name="[^"]*/(\w+)/\w+"', one.rest) if "mosaic_gpu" in one.rest else None
+    return scope[1] if scope else re.sub(r"\.\d+$", "", one.name)
 
 
 def _estimate(one: Instruction, name: str) -> float:

@@ -43,7 +43,10 @@ def unserved(q, v, softcap, key_bias, weights, given) -> str | None:
 
 @functools.cache
 def available() -> bool:
-    """Whether JAX finds a cuDNN here that it can use."""
+    """Whether this process has a GPU and JAX finds a cuDNN that it can use; compiling for one that
+    is not there needs it, too."""
+    if jax.default_backend() != "gpu":
+        return False
     x = jax.ShapeDtypeStruct((1, 1, 64, 64), jnp.bfloat16)
     try:
         jax.eval_shape(functools.partial(attend, scale=1.0, causal=False), x, x, x)

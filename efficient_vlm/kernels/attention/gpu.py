@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from efficient_vlm.kernels import hints
 from efficient_vlm.kernels.attention import blocks as tables
 from efficient_vlm.kernels.attention import gpu_kernels as kernels
 from efficient_vlm.kernels.attention.compat import kernel_options
@@ -65,7 +66,8 @@ def forward(q, k, v, key_bias, mask, *, scale, softcap):
     call = _Call("forward", "queries", q, k, v, key_bias, mask, scale, softcap)
     shapes = call.like(call.q, call.v.shape[-1]), call.row(call.heads, call.padded_q)
     own = call.matrix(call.q), call.numbers(NUMBERS), call.matrix(call.v), call.numbers()
-    run = call.kernel(kernels.forward_kernel, shapes, (*own, call.arrived(2), call.turn()))
+    scratch, products = (*own, call.arrived(2), call.turn()), call.dim + call.value_dim
+    run = call.kernel(kernels.forward_kernel, shapes, scratch, products)
     out, lse = run(call.q, call.k, call.v, call.rows(), call.columns)
     return call.queries_back(out, v.shape[-1]), lse[:, :, : call.count]
 
@@ -80,7 +82,8 @@ def backward(q, k, v, key_bias, mask, lse, delta, d_out, weights, gain, *, scale
 
     call = _Call("backward_q", "queries", *given, gain=gain)
     own = call.matrix(call.q), call.matrix(call.v), call.numbers(NUMBERS)
-    run = call.kernel(kernels.backward_q_kernel, call.like(call.q), (*own, call.arrived(3)))
+    scratch, products = (*own, call.arrived(3)), 2 * call.dim + call.value_dim
+    run = call.kernel(kernels.backward_q_kernel, call.like(call.q), scratch, products)
     dq = call.queries_back(run(*arrays(call)), call.dim)
 
     call = _Call("backward_kv", "keys", *given, gain=gain)
@@ -89,7 +92,9 @@ def backward(q, k, v, key_bias, mask, lse, delta, d_out, weights, gain, *, scale
 
     def sums(**parts):
         body = functools.partial(kernels.backward_kv_kernel, **parts)
-        return call.kernel(body, shapes, (*own, call.arrived(3)))(*arrays(call))
+        scratch, width = (*own, call.arrived(3)), call.dim + call.value_dim
+        products = width + call.dim * parts["keys"] + call.value_dim * parts["values"]
+        return call.kernel(body, shapes, scratch, products)(*arrays(call))
 
     if softcap is not None and max(call.k.shape[-1], call.v.shape[-1]) > 64:
         # With the cap's slope there are no registers for both sums of a head of 128.
@@ -107,7 +112,8 @@ def importance(q, k, key_bias, mask, lse, weights, *, scale, softcap):
     call = _Call("importance", "keys", q, k, None, key_bias, mask, scale, softcap, weights=weights)
     shape = call.row(call.kv_heads, call.padded_k)
     own = call.matrix(call.k), call.numbers(NUMBERS), call.numbers()
-    run = call.kernel(kernels.importance_kernel, shape, (*own, call.arrived(2), call.turn()))
+    scratch = (*own, call.arrived(2), call.turn())
+    run = call.kernel(kernels.importance_kernel, shape, scratch, call.dim)
     found = run(call.q, call.k, call.rows(lse * LOG2E), call.columns)
     return found[:, :, : call.num_keys].sum(axis=1) / call.heads
 
@@ -166,8 +172,9 @@ class _Call(Packed):
         """The barrier at which warpgroups take turns."""
         return plgpu.Barrier(num_arrivals=self.warpgroups)
 
-    def kernel(self, body, shapes, scratch):
-        """The compiled form of a body, which takes arrays behind the lists."""
+    def kernel(self, body, shapes, scratch, products: int):
+        """The compiled form of a body, which takes arrays behind the lists; `products` is the width
+        of all its products of one entry of the map."""
         by_queries = self.by == "queries"
         heads = self.heads if by_queries else self.kv_heads
         tokens = self.padded_q if by_queries else self.padded_k
@@ -182,8 +189,14 @@ class _Call(Packed):
             kernel_name=f"attention_{self.name}",
             **kernel_options(),
         )
-        # What such a kernel gives says nothing of the axes that it varies over.
-        return lambda *args: alike(run(*self.lists, *args), self.q)[0]
+        _, entries = self.expected()
+
+        def call(*args):
+            # Such a kernel says neither how much work it is nor over which axes its results vary.
+            with hints.about_flops(2 * entries * products):
+                return alike(run(*self.lists, *args), self.q)[0]
+
+        return call
 
 
 def _swizzled(dim: int) -> int:

@@ -9,7 +9,7 @@
 
 With `implementation=None` the choice is made when the program is lowered, not when it is traced, so
 that a program compiled for a TPU on a CPU host gets the kernels of the TPU. Programs for a GPU get
-`gpu` where this process has a Hopper and `xla` where it has another, or none: a program for CUDA
+`gpu` where this process, or the mesh that is set, has a Hopper and `xla` else: a program for CUDA
 does not say for which it is.
 """
 
@@ -41,6 +41,7 @@ IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu", "cudnn")
 # Up to this many logits on a device, or of small heads, blocks cost more than they save.
 _FEW_LOGITS, _FEW_LOGITS_OF_SMALL_HEADS = 2**20, 2**22
 _SMALL_HEAD = 2**16
+_HOPPERS = ("H100", "H200")
 
 
 class AttentionResult(NamedTuple):
@@ -267,10 +268,12 @@ class _Call:
 
 
 def _on_hopper() -> bool:
-    """Whether the GPU of this process is one that the kernels are for."""
-    if jax.default_backend() != "gpu":
-        return False
-    return str(getattr(jax.devices()[0], "compute_capability", "")) == "9.0"
+    """Whether the GPU of this process is one that the kernels are for, or where it has none, that
+    of the mesh that is set: it may be described, not there."""
+    if jax.default_backend() == "gpu":
+        return str(getattr(jax.devices()[0], "compute_capability", "")) == "9.0"
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    return described is not None and any(name in described.device_kind for name in _HOPPERS)
 
 
 def _pass(implementation: str, name: str):

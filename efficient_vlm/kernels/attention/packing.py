@@ -122,6 +122,12 @@ class Packed:
             steps=live.shape[2],
         )
 
+    def expected(self) -> tuple[int, int]:
+        """Blocks of a head's lists, and entries of the map in those of all: for estimates."""
+        block = self.block_q, self.block_k
+        seen = tables.expected_blocks(self.mask, self.count, self.num_keys, *block)
+        return seen, self.batch * self.heads * seen * self.block_q * self.block_k
+
     def queries(self, x: jax.Array) -> jax.Array:
         """[B, H, N, C] in whole blocks and lanes."""
         return self._whole(x, self.padded_q)

@@ -5,7 +5,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from efficient_vlm.kernels.attention import blocks as tables
 from efficient_vlm.kernels.attention.packing import NUMBERS, Packed
 from efficient_vlm.kernels.attention.tpu_blocks import block_sizes, lane_dim, vmem_bytes
 from efficient_vlm.kernels.manual import out_shape
@@ -97,11 +96,9 @@ class Call(Packed):
         )
 
     def options(self, products: int, grid: tuple[int, ...]) -> dict:
-        """What `pallas_call` is told beside the grid; of the work what `_seen` says."""
+        """What `pallas_call` is told beside the grid."""
         semantics = ("parallel",) * 3 + ("arbitrary",) * (len(grid) - 3)
-        block = self.block_q, self.block_k
-        seen = tables.expected_blocks(self.mask, self.count, self.num_keys, *block)
-        entries = self.batch * self.heads * seen * self.block_q * self.block_k
+        seen, entries = self.expected()
         passes = seen / (self.padded_k // self.block_k)
         return dict(
             compiler_params=pltpu.CompilerParams(

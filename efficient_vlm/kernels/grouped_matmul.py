@@ -6,9 +6,12 @@ program compiled for a TPU on a CPU host gets the TPU form:
 
   TPU        `jax.lax.ragged_dot`, and for the gradient of the matrices `tgmm` of JAX's MegaBlox
              kernels (arXiv 2211.15841): XLA would expand that to one masked product per group.
-  GPU        `jax.lax.ragged_dot`, for the gradient as well.
-  CPU        a loop over blocks of rows of one group each, sliced in place. There `ragged_dot` is
-             expanded to one masked product per group, 10 to 100 times the work.
+  GPU        a loop over batched products: one block of rows of every group at a time, as many as
+             the largest group needs. No matrix is copied, and every sum has one order.
+  CPU        a loop over blocks of rows of one group each, sliced in place.
+
+On GPUs and CPUs `ragged_dot` is expanded to one masked product per group, as many times the work as
+there are groups.
 """
 
 import contextlib
@@ -71,7 +74,8 @@ def grouped_matmul_reference(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Ar
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped_matmul(room, lhs, rhs, group_sizes):
-    return _by_platform(room, lhs, rhs, group_sizes, cpu=_blocked, default=_ragged)
+    forms = dict(cpu=_blocked, tpu=_ragged, default=_side_by_side)
+    return _by_platform(room, lhs, rhs, group_sizes, **forms)
 
 
 def _forward(room, lhs, rhs, group_sizes):
@@ -81,7 +85,7 @@ def _forward(room, lhs, rhs, group_sizes):
 def _backward(room, residuals, cotangent):
     lhs, rhs, group_sizes = residuals
     d_lhs = _grouped_matmul(room, cotangent, rhs.swapaxes(1, 2), group_sizes)
-    forms = dict(cpu=_blocked_outer, tpu=_tiled_outer, default=_ragged_outer)
+    forms = dict(cpu=_blocked_outer, tpu=_tiled_outer, default=_side_by_side_outer)
     forms = {name: functools.partial(form, dtype=rhs.dtype) for name, form in forms.items()}
     return d_lhs, _by_platform(room, lhs, cotangent, group_sizes, **forms), None
 
@@ -89,33 +93,37 @@ def _backward(room, residuals, cotangent):
 _grouped_matmul.defvjp(_forward, _backward)
 
 
-def _by_platform(room, *args, cpu, **others):
+def _by_platform(room, *args, **forms):
     with hints.room_for(room) if room > 1 else contextlib.nullcontext():
-        return lax.platform_dependent(*args, cpu=functools.partial(cpu, room=room), **others)
+        forms = {name: functools.partial(form, room=room) for name, form in forms.items()}
+        return lax.platform_dependent(*args, **forms)
 
 
-def _ragged(lhs, rhs, group_sizes):
+_dot = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+
+
+def _block_rows(rows: int, groups: int, most: int = 256) -> int:
+    """Rows per block: large enough for an efficient product, small enough to waste little."""
+    mean = max(1, rows // groups)
+    return min(most, max(16, (1 << (mean - 1).bit_length()) // 2))
+
+
+# --- TPU -----------------------------------------------------------------------------------------
+
+
+def _ragged(lhs, rhs, group_sizes, room=1):
+    del room
     return lax.ragged_dot(lhs, rhs, group_sizes, preferred_element_type=jnp.float32).astype(
         lhs.dtype
     )
 
 
-def _ragged_outer(lhs, cotangent, group_sizes, dtype=jnp.float32):
-    """[E, K, N]: per group, lhs^T @ cotangent (the ragged dimension is contracted)."""
-    numbers = lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((0,), (0,)), ((), ())),
-        lhs_ragged_dimensions=[0],
-        rhs_group_dimensions=[],
-    )
-    return lax.ragged_dot_general(
-        lhs, cotangent, group_sizes, numbers, preferred_element_type=jnp.float32
-    ).astype(dtype)
-
-
-def _tiled_outer(lhs, cotangent, group_sizes, dtype=jnp.float32):
-    """`_ragged_outer`, added up in float32, in tiles of rows of which each group's are masked."""
+def _tiled_outer(lhs, cotangent, group_sizes, dtype=jnp.float32, room=1):
+    """[E, K, N]: per group, lhs^T @ cotangent, added up in float32, in tiles of rows of which each
+    group's are masked."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
+    del room
     sums, rows = dtype, _TILE_ROWS
     while len(lhs) > rows * _MOST_TILES:
         rows *= 2
@@ -132,13 +140,53 @@ def _tiled_outer(lhs, cotangent, group_sizes, dtype=jnp.float32):
     ).astype(dtype)
 
 
+# --- GPU -----------------------------------------------------------------------------------------
+
+
+def _side_by_side(lhs, rhs, group_sizes, room=1):
+    rows, outer = lhs.shape[0], rhs.shape[2]
+    if not rows:
+        return zeros((0, outer), lhs.dtype, lhs)
+
+    def step(at, own, y):
+        part = _dot(jnp.take(lhs, at, axis=0, mode="clip"), rhs).astype(y.dtype)
+        # Places behind the end, all different, take what is nobody's.
+        at = jnp.where(own, at, rows + jnp.arange(at.size).reshape(at.shape))
+        return y.at[at].set(part, mode="drop", unique_indices=True)
+
+    return _over_blocks(group_sizes, rows, room, step, zeros((rows, outer), lhs.dtype, lhs))
+
+
+def _side_by_side_outer(lhs, cotangent, group_sizes, dtype=jnp.float32, room=1):
+    (rows, inner), outer = lhs.shape, cotangent.shape[1]
+
+    def step(at, own, total):
+        at = jnp.where(own, at, rows)
+        x, g = (jnp.take(a, at, axis=0, mode="fill", fill_value=0) for a in (lhs, cotangent))
+        return total + _dot(x.swapaxes(1, 2), g)
+
+    total = zeros((len(group_sizes), inner, outer), jnp.float32, lhs)
+    total = _over_blocks(group_sizes, rows, room, step, total) if rows else total
+    return total.astype(dtype)
+
+
+def _over_blocks(group_sizes, rows: int, room: int, step, carry):
+    """The carry behind step(at, own, carry) for the first block of rows of every group, the second
+    of every group, and so on; at, own [E, block]: rows, and which are the group's."""
+    block = _block_rows(rows, len(group_sizes) * room, 512)
+    ends = jnp.cumsum(group_sizes)[:, None]
+    first = ends - group_sizes[:, None] + jnp.arange(block)
+
+    def turn(i, carry):
+        at = first + i * block
+        return step(at, at < ends, carry)
+
+    turns = (jnp.max(group_sizes, initial=0) + block - 1) // block
+    with hints.about_turns(-(-rows // (len(group_sizes) * room * block))):
+        return lax.fori_loop(0, turns, turn, carry)
+
+
 # --- CPU -----------------------------------------------------------------------------------------
-
-
-def _block_rows(rows: int, groups: int) -> int:
-    """Rows per block: large enough for an efficient product, small enough to waste little."""
-    mean = max(1, rows // groups)
-    return min(256, max(16, (1 << (mean - 1).bit_length()) // 2))
 
 
 def _blocks(group_sizes, rows: int, block: int):
@@ -157,9 +205,6 @@ def _blocks(group_sizes, rows: int, block: int):
     group = jnp.minimum(jnp.searchsorted(behind, index, side="right"), groups - 1)
     first = (end - group_sizes)[group] + (index - (behind - blocks)[group]) * block
     return group, first, end, behind[-1]
-
-
-_dot = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
 
 
 def _blocked(lhs, rhs, group_sizes, room=1):

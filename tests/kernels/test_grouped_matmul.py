@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas.ops.tpu.megablox.gmm import make_group_metadata
 
 from efficient_vlm.audit.plans import hlo
-from efficient_vlm.kernels import aot
+from efficient_vlm.kernels import aot, aot_gpu
 from efficient_vlm.kernels import grouped_matmul as gm
 from efficient_vlm.kernels.attention.platforms import interpreted
 
@@ -42,7 +42,12 @@ def tiled(lhs, cotangent, sizes, dtype):
         return gm._tiled_outer(lhs, cotangent, sizes, dtype)
 
 
-FORMS = {"entry": gm.grouped_matmul, "blocked": gm._blocked, "ragged": gm._ragged}
+FORMS = {
+    "entry": gm.grouped_matmul,
+    "blocked": gm._blocked,
+    "ragged": gm._ragged,
+    "side by side": gm._side_by_side,
+}
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
@@ -97,14 +102,30 @@ def test_form_is_chosen_at_lowering(platform):
     lhs, rhs, sizes = case([10, 30])
     traced = jax.jit(gm.grouped_matmul).trace(lhs, rhs, sizes)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
-    assert ("ragged_dot" in text) == (platform != "cpu")
+    assert ("ragged_dot" in text) == (platform == "tpu")
     gradient = jax.jit(jax.grad(lambda r: gm.grouped_matmul(lhs, r, sizes).sum()))
     text = gradient.trace(rhs).lower(lowering_platforms=(platform,)).as_text()
     assert ("tgmm" in text) == (platform == "tpu")
-    assert ("ragged_dot" in text) == (platform == "cuda")
 
 
-OUTER = {"blocked": gm._blocked_outer, "ragged": gm._ragged_outer, "tiled": tiled}
+def test_what_belongs_to_no_group_stays_where_it_is():
+    """NaN behind the last group; blocks reach there, and into the rows of other groups."""
+    lhs, rhs, sizes = case([5, 0, 41, 3])
+    behind = np.full((30, lhs.shape[1]), np.nan, np.float32)
+    found = gm._side_by_side(*map(jnp.asarray, (np.concatenate([lhs, behind]), rhs, sizes)), 2)
+    np.testing.assert_allclose(found[: len(lhs)], by_hand(lhs, rhs, sizes), atol=1e-5)
+    weight = jnp.asarray(np.random.default_rng(1).normal(size=(len(lhs) + 30, 8)), jnp.float32)
+    whole = jnp.asarray(np.concatenate([lhs, behind]))
+    outer = gm._side_by_side_outer(whole, weight, jnp.asarray(sizes), room=2)
+    plain = gm._side_by_side_outer(whole[: len(lhs)], weight[: len(lhs)], jnp.asarray(sizes))
+    np.testing.assert_allclose(outer, plain, atol=1e-5)
+
+
+OUTER = {
+    "blocked": gm._blocked_outer,
+    "tiled": tiled,
+    "side by side": gm._side_by_side_outer,
+}
 
 
 @pytest.mark.parametrize("rows", [0, 300])
@@ -171,3 +192,20 @@ def test_work_on_a_tpu(wanted):
     given.append(jax.ShapeDtypeStruct((groups,), jnp.int32))
     program = aot.compile_for_tpu(jax.grad(loss, wanted), *given)
     assert hlo.costs(program.as_text()).flops == 2 * 2 * rows * inner * outer
+
+
+@pytest.mark.skipif(not aot_gpu.installed(), reason="needs the extra aot-gpu")
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_work_on_a_gpu(wanted):
+    """Less than twice 2 M K N each with balanced groups: sixteen times with `ragged_dot`."""
+    rows, inner, outer, groups = 1024, 128, 256, 16
+
+    def loss(lhs, rhs, sizes):
+        return (gm.grouped_matmul(lhs, rhs, sizes).astype(jnp.float32) ** 2).sum()
+
+    shapes = (rows, inner), (groups, inner, outer)
+    given = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    given.append(jax.ShapeDtypeStruct((groups,), jnp.int32))
+    program = aot_gpu.compile_for_hopper(jax.grad(loss, wanted), *given)
+    least = 2 * 2 * rows * inner * outer
+    assert least <= hlo.costs(program.as_text()).flops < 2 * least

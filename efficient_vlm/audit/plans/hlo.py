@@ -44,6 +44,8 @@ _FREE = {
 }
 # Read of their first operand only what they give out.
 _PART = {"dynamic-slice", "slice", "gather"}
+# Write into their first operand, in place: the operand that says what.
+_INTO = {"dynamic-update-slice": 1, "scatter": 2}
 # How kernels of ours are called in programs for TPUs and for GPUs.
 _KERNELS = re.compile(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*)"')
 
@@ -171,9 +173,8 @@ class _Program:
             return sides * min(size_of(array) for array in arrays)
         if one.opcode in _PART:
             return 2 * size_of(one.shape, fast=False)
-        if one.opcode in ("dynamic-update-slice", "scatter"):
-            update = 1 if one.opcode == "dynamic-update-slice" else 2
-            return 2 * size_of(scope[one.operands[update]].shape, fast=False)
+        if one.opcode in _INTO:
+            return 2 * size_of(scope[one.operands[_INTO[one.opcode]]].shape, fast=False)
         if one.opcode == "fusion":
             return self._fusion(scope, one)
         return self._whole(scope, one)
@@ -202,11 +203,10 @@ class _Program:
         total, in_place = 0.0, 0.0
         for place, operand in enumerate(one.operands):
             size, used = size_of(scope[operand].shape, fast=False), self._readers(name, place)
-            if used and all(kind in _PART for kind, _ in used):
-                size = min(size, sum(part for _, part in used))
-            elif used and all(kind == "dynamic-update-slice" for kind, _ in used):
-                in_place += max(0, size - sum(part for _, part in used))
-                size = 0
+            if used and all(kind in _PART or kind in _INTO for kind, _ in used):
+                if any(kind in _INTO for kind, _ in used):
+                    in_place += max(0, size - sum(part for kind, part in used if kind in _INTO))
+                size = min(size, sum(part for kind, part in used if kind in _PART))
             elif meanwhile and all(kind in ("tuple", *COLLECTIVES) for kind, _ in used):
                 size = 0
             total += size
@@ -232,9 +232,9 @@ class _Program:
                         waiting.append(one.name)
                     elif one.opcode == "fusion":
                         found += self._readers(one.attribute("calls"), at)
-                    elif one.opcode == "dynamic-update-slice":
+                    elif one.opcode in _INTO:
                         kind = one.opcode if at == 0 else "other"
-                        found.append((kind, size_of(inner[one.operands[1]].shape)))
+                        found.append((kind, size_of(inner[one.operands[_INTO[one.opcode]]].shape)))
                     elif at == 0 or one.opcode in ("tuple", *COLLECTIVES):
                         found.append((one.opcode, size_of(one.shape)))
                     else:

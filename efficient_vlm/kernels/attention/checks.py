@@ -1,5 +1,7 @@
 """What a call of attention may look like; mistakes are told in terms of its arguments."""
 
+import math
+
 import jax.numpy as jnp
 
 from efficient_vlm.errors import UserError
@@ -14,7 +16,7 @@ def cap(softcap, op: str = "attention") -> float | None:
     """A soft cap as a number."""
     if softcap is None:
         return None
-    if isinstance(softcap, str) or not float(softcap) > 0:
+    if isinstance(softcap, str) or not 0 < float(softcap) < math.inf:
         raise UserError(f"{op}: softcap={softcap!r}", allowed="above 0, or None for no cap")
     return float(softcap)
 
@@ -77,15 +79,26 @@ def decode(q, k, v, lengths, pages, k_scale, v_scale) -> None:
             f"attention_decode: q has shape {jnp.shape(q)}", allowed="[B, H, R, D], none of them 0"
         )
     batch, heads, _, dim = q.shape
-    if k.ndim != 4 or k.shape[:3] != v.shape[:3] or k.shape[3] != dim or heads % k.shape[1]:
+    if (
+        k.ndim != 4
+        or v.ndim != 4
+        or k.shape[:3] != v.shape[:3]
+        or k.shape[3] != dim
+        or heads % k.shape[1]
+    ):
         raise UserError(
             f"attention_decode: q {q.shape}, k {k.shape} and v {v.shape} do not fit",
             allowed="q [B, H, R, D], k and v [B, Hk, M, D], or pages [P, Hk, S, D]",
         )
-    if 0 in k.shape:
-        raise UserError(f"attention_decode: k has shape {k.shape}", allowed="no empty axis")
+    for name, x in (("k", k), ("v", v)):
+        if 0 in x.shape:
+            raise UserError(
+                f"attention_decode: {name} has shape {x.shape}", allowed="no empty axis"
+            )
     if pages is None and len(k) != batch:
         raise UserError(f"attention_decode: k has {len(k)} rows", allowed=f"{batch}, those of q")
+    if lengths is None:
+        raise UserError("attention_decode: no lengths", allowed=f"integers [{batch}]")
     _integers("pages", pages, batch, 2)
     _integers("lengths", lengths, batch, 1)
     for name, x, given in (("k", k, k_scale), ("v", v, v_scale)):
@@ -120,7 +133,8 @@ def _integers(name: str, x, batch: int, axes: int) -> None:
     if x is None:
         return
     kind, shape = jnp.result_type(x), jnp.shape(x)
-    if len(shape) != axes or shape[0] != batch or not jnp.issubdtype(kind, jnp.integer):
+    good = len(shape) == axes and shape[0] == batch and 0 not in shape
+    if not good or not jnp.issubdtype(kind, jnp.integer):
         more = {"pages": ", T", "kept": ", K"}.get(name, "")
         raise UserError(
             f"attention_decode: {name} is {kind} of shape {shape}",

@@ -39,16 +39,19 @@ def attention_decode(
     importance: bool = False,
     implementation: str | None = None,
 ) -> AttentionResult:
-    """Each query sees the whole cache of its row, up to `lengths`; forward only.
+    """Each query sees the whole cache of its row, up to `lengths`.
+
+    Made for inference: gradients are those of plain XLA, with whole maps and gathered pages.
 
     Without `pages` the cache is k, v [B, Hk, M, D]. With them it is a pool of pages of S tokens,
     [P, Hk, S, D], and token t of row b is token t % S of page pages[b, t // S]; M = T S for T
-    pages a row. Tokens are read from where they are: no copy of a row's cache is made on a TPU.
+    pages a row. On a TPU pages of 128, 256, ... tokens are read from where they are; in all other
+    cases those of a row are gathered first.
 
     Args:
       q: [B, H, R, D], R new tokens of each row; all of them see the same keys.
       k, v: as above; int8 with k_scale and v_scale, else in the dtype of q.
-      lengths: int32 [B], tokens of the cache, or of `kept`.
+      lengths: int32 [B], tokens of the cache, or of `kept`; more than there are count as all.
       scale, softcap: see `attention`.
       key_bias: float [B, M] or [1, M], by place in the row.
       pages: int32 [B, T], or None.
@@ -62,12 +65,15 @@ def attention_decode(
         best one where the program runs.
 
     Returns:
-      out [B, H, R, Dv] in the dtype of q, lse float32 [B, H, R], importance or None. The lse is
-      what merges the parts of a cache: weights exp(lse_a - lse) and exp(lse_b - lse).
+      out [B, H, R, Dv] in the dtype of q, lse float32 [B, H, R] (of float64 queries float64),
+      importance or None. The lse is
+      what merges the parts of a cache: weights exp(lse_a - lse) and exp(lse_b - lse) with
+      lse = logaddexp(lse_a, lse_b), for which a +inf, of a part that has nothing, is made -inf.
 
     Raises:
       UserError: shapes that do not fit, or an implementation that cannot serve this.
     """
+    q, k, v, k_scale, v_scale = checks.arrays(q, k, v, k_scale, v_scale)
     told = (lengths, pages, kept, key_bias, live)
     lengths, pages, kept, key_bias, live = checks.arrays(*told)
     checks.decode(q, k, v, lengths, pages, k_scale, v_scale)
@@ -107,7 +113,11 @@ def attention_decode(
         return kernel(only_on("tpu", q), *args[1:])
     if implementation == "xla" or (pages is None and keys < _FEW_KEYS):
         return plain(*args)
-    return lax.platform_dependent(*args, tpu=kernel, default=plain)
+    chosen = jax.custom_vjp(lambda *args: lax.platform_dependent(*args, tpu=kernel, default=plain))
+    chosen.defvjp(
+        lambda *args: (chosen(*args), args), lambda args, given: jax.vjp(plain, *args)[1](given)
+    )
+    return chosen(*args)
 
 
 def _kernel(*args, **options):
@@ -149,7 +159,7 @@ def _plain(q, k, v, lengths, pages, columns, k_scale, v_scale, *, kept, importan
     top = s.max(axis=-1, keepdims=True)
     p = jnp.where(seen, jnp.exp(s - top), 0)
     total = p.sum(axis=-1, keepdims=True)
-    some = total > 0
+    some = total != 0  # NaN stays one.
     p = p / jnp.where(some, total, 1)
     mixed = p if v_scale is None else jnp.where(seen, p * v_scale[:, :, None], 0)
     # What absent places hold may be anything.

@@ -60,7 +60,7 @@ def forward_kernel(
         pl.when(at.group == 1)(lambda: _meet(turn))
         acc, total, top = loop((_zeros(v.shape[-1]), _zeros(), _zeros() + NEGATIVE))
         pl.when(at.group == 0)(lambda: _meet(turn))
-        some = total > 0
+        some = total != 0  # NaN stays one.
         norm = jnp.where(some, total, 1.0)
         share = jnp.where(some, 1.0 / norm, 0.0)
         out_own[...] = (acc * _by_row(share, acc.shape[1])).astype(out.dtype)

@@ -144,7 +144,8 @@ def make_mask(
         far a key may be before and after the query, None for any distance.
       q_blocks, kv_blocks: int [B, N] and [B, M]; tokens of one block see each other, whichever
         comes first; 0 for tokens of no block. Below 2**24.
-      window_spares_blocks: whether they do so however far apart; else the window holds there too.
+      window_spares_blocks: whether they do so however far apart; else the window holds there too
+        (under `causal` one without a right side).
       q_lengths, kv_lengths: int [B]; queries and keys from there on are not there.
       kv_live: bool [B, M], or without B; keys that are there.
 
@@ -171,6 +172,15 @@ def make_mask(
     high = q if causal else jnp.full_like(q, EVERYTHING)
     low = near = None
     left, right = (window - 1, None) if isinstance(window, int) else (window or (None, None))
+    if q_blocks is not None and not window_spares_blocks:
+        if not causal:
+            q_blocks = None  # The window alone says what is seen.
+        elif right is not None:
+            raise UserError(
+                f"attention: window {window!r} within blocks, and causal: its right side would not "
+                "hold there",
+                allowed="(left, None), or window_spares_blocks=True",
+            )
     if right is not None:
         high = jnp.minimum(high, q + right)
     if left is not None:
@@ -179,6 +189,7 @@ def make_mask(
         near = k
     if prefix_length is not None:
         prefix = jnp.asarray(prefix_length, jnp.float32).reshape(-1, 1)
+        prefix = jax.lax.stop_gradient(prefix)
         high = jnp.where(q < prefix, jnp.maximum(high, _below(prefix)), high)
         if near is not None:
             near = jnp.where(k < prefix, jnp.inf, k)
@@ -287,7 +298,8 @@ def _each(x, count: int, name: str, dtype=jnp.float32) -> jax.Array:
     """[B, count], or [1, count]."""
     if x is None:
         return jnp.arange(count, dtype=dtype)[None]
-    x = jnp.asarray(x)
+    # A mask has no gradients, and neighbouring numbers none that JAX knows.
+    x = jax.lax.stop_gradient(jnp.asarray(x))
     if x.ndim not in (1, 2) or x.shape[-1] != count:
         raise UserError(
             f"attention: {name} has shape {x.shape}", allowed=f"[batch, {count}] or [{count}]"

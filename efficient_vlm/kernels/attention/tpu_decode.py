@@ -1,7 +1,7 @@
 """Attention of a few queries to a cache on TPUs: pages are read from where they are, int8 as int8.
 
-One grid step is one page (or one block of a contiguous cache) of one key head. The page table and
-the lengths are prefetched scalars that drive the index maps, so that pages behind the end of a row
+One grid step is one block of a page, or of a contiguous cache, of one key head. The page table and
+the lengths are prefetched scalars that drive the index maps, so that blocks behind the end of a row
 are neither fetched nor computed; the queries that share a key head are the rows of one product.
 """
 
@@ -19,7 +19,7 @@ from efficient_vlm.kernels.manual import out_shape
 _LANES = 128
 _SUBLANES = 8
 _ROWS = 16  # Queries of a product are padded to whole tiles, of bfloat16 as well.
-_BLOCK = 512  # Keys of a block of a contiguous cache.
+_BLOCKS = (512, 384, 256, 128)  # Keys of a block, of which pages have whole ones.
 VMEM_BYTES = 16 * 2**20
 
 
@@ -39,23 +39,26 @@ def decode(q, k, v, lengths, pages, columns, k_scale, v_scale, *, scale, softcap
     padded = -(-rows // _ROWS) * _ROWS
     packed = q.reshape(batch, kv_heads, rows, dim)
     packed = jnp.pad(packed, ((0, 0), (0, 0), (0, padded - rows), (0, 0)))
-    contiguous = pages is None
+    size, contiguous = k.shape[2], pages is None
     if contiguous:
-        k, v, columns, k_scale, v_scale, block = _blocks(k, v, columns, k_scale, v_scale)
-        # Blocks of a row are its pages: a table is not needed, but keeps one kernel.
-        steps = k.shape[2] // block
-        pages = jnp.zeros((batch, 1), jnp.int32)
+        # What the last block has too much is behind the end of every row. A table is not needed,
+        # but keeps one kernel.
+        block, pages = min(size, _BLOCKS[0]), jnp.zeros((batch, 1), jnp.int32)
+        steps = pl.cdiv(size, block)
+        lengths = jnp.minimum(lengths, size)
     else:
-        block, steps = k.shape[2], pages.shape[1]
+        block = next(block for block in _BLOCKS if size % block == 0)
+        steps = pages.shape[1] * (size // block)
     counts = (jnp.minimum(lengths, steps * block) + block - 1) // block
 
     def last(b, t, counts):
         return jnp.minimum(t, jnp.maximum(counts[b] - 1, 0))
 
     def page(b, h, t, lengths, counts, pages):
+        place = last(b, t, counts)
         if contiguous:
-            return b, h, last(b, t, counts), 0
-        return pages[b, last(b, t, counts)], h, 0, 0
+            return b, h, place, 0
+        return pages[b, place // (size // block)], h, place % (size // block), 0
 
     def scale_row(b, h, t, lengths, counts, pages):
         first, head, place, _ = page(b, h, t, lengths, counts, pages)
@@ -123,21 +126,6 @@ def decode(q, k, v, lengths, pages, columns, k_scale, v_scale, *, scale, softcap
     return out, lse[:, :, :rows, 0].reshape(shape)
 
 
-def _blocks(k, v, columns, k_scale, v_scale):
-    """A contiguous cache in whole blocks; what is added is not seen."""
-    count = k.shape[2]
-    block = min(_BLOCK, -(-count // _LANES) * _LANES)
-    more = -count % block
-    if more:
-        k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in (k, v))
-        columns = jnp.pad(columns, ((0, 0), (0, more)), constant_values=NEGATIVE)
-        k_scale, v_scale = (
-            None if x is None else jnp.pad(x, ((0, 0), (0, 0), (0, more)))
-            for x in (k_scale, v_scale)
-        )
-    return k, v, columns, k_scale, v_scale, block
-
-
 def _kernel(lengths, counts, pages, q, k, v, columns, *rest, scale, softcap, block, steps, scaled):
     del pages  # The index maps read it.
     rest = list(rest)
@@ -183,7 +171,7 @@ def _kernel(lengths, counts, pages, q, k, v, columns, *rest, scale, softcap, blo
 
     @pl.when(t == steps - 1)
     def _():
-        some = total[:, :1] > 0
+        some = total[:, :1] != 0  # NaN stays one.
         norm = jnp.where(some, total[:, :1], 1.0)
         out[0, 0] = jnp.where(some, acc[...] / norm, 0.0).astype(out.dtype)
         lse[0, 0] = jnp.where(some, top[...] + jnp.log(norm), jnp.inf)

@@ -50,7 +50,7 @@ def forward_kernel(
 
     @pl.when(t == call.steps - 1)
     def _():
-        some = total[:, :1] > 0
+        some = total[:, :1] != 0  # NaN stays one.
         norm = jnp.where(some, total[:, :1], 1.0)
         out[0, 0] = jnp.where(some, acc[...] / norm, 0.0).astype(out.dtype)
         lse[0, 0] = _row(jnp.where(some, top[:, :1] + jnp.log(norm), jnp.inf), top.shape)

@@ -61,7 +61,7 @@ def forward(q, k, v, key_bias, mask, *, scale, softcap, looped):
                 zeros(rows, cut.exact, q, NEGATIVE),
             )
             acc, total, top = cut.over_keys(step, start, live, i)
-            some = total > 0
+            some = total != 0  # NaN stays one.
             total = jnp.where(some, total, 1)
             out = jnp.where(_flat(some), acc / _flat(total), 0).reshape(*q.shape[:2], -1)
             lse = jnp.where(some, top + jnp.log(total), jnp.inf)[..., 0]

@@ -1,5 +1,7 @@
 """Decoding from caches of every kind, against attention over the whole row in float64."""
 
+import functools
+
 import attention_cases as cases
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 
 from efficient_vlm.errors import UserError
-from efficient_vlm.kernels.attention import attention_decode, platforms, quantise
+from efficient_vlm.kernels.attention import attention, attention_decode, platforms, quantise
 
 PAGE = 128
 LENGTHS = np.array([300, 1, 0])
@@ -24,12 +26,12 @@ def implementation(request):
         yield "tpu"
 
 
-def paged(x, rng):
+def paged(x, rng, size=PAGE):
     """[B, Hk, M, D] as a shuffled pool of pages with pages of nobody, and its table."""
     batch, heads, keys, *rest = x.shape
-    pages = keys // PAGE
-    cut = np.moveaxis(x.reshape(batch, heads, pages, PAGE, *rest), 2, 1)
-    cut = cut.reshape(batch * pages, heads, PAGE, *rest)
+    pages = keys // size
+    cut = np.moveaxis(x.reshape(batch, heads, pages, size, *rest), 2, 1)
+    cut = cut.reshape(batch * pages, heads, size, *rest)
     place = rng.permutation(batch * pages + 3)[: batch * pages]
     pool = np.full((batch * pages + 3, *cut.shape[1:]), np.nan, x.dtype)
     pool[place] = cut
@@ -103,16 +105,81 @@ def test_evicted_tokens():
     np.testing.assert_allclose(found.importance, importance, atol=2e-5)
 
 
+# Heads, heads of keys, new tokens, keys, head dims; tokens of a page, or 0 for no pages. Blocks of
+# the kernel are of up to 512 keys: the last one of 1100 reaches behind the cache, and pages of 640
+# and of 1024 have several.
+SHAPES = [
+    ((8, 1, 1, 700, 128, 128), 0),
+    ((4, 4, 3, 1100, 72, 80), 0),
+    ((4, 2, 1, 40, 256, 64), 0),
+    ((2, 1, 2, 1280, 64, 128), 640),
+    ((4, 4, 1, 2048, 80, 80), 1024),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("shape", "page"), SHAPES)
+def test_shapes_and_dtypes(implementation, shape, page, dtype):
+    if implementation == "tpu" and dtype == "float16":
+        pytest.skip("no matrix unit takes it: `test_mistakes_are_named`")
+    heads, kv_heads, queries, keys, dim, value_dim = shape
+    q, k, v = cases.arrays((2, heads, kv_heads, queries, keys, dim, value_dim))
+    q, k, v = (np.asarray(jnp.asarray(x, dtype), np.float64) for x in (q, k, v))
+    lengths = np.array([keys, keys * 2 // 3])
+    bias = np.random.default_rng(1).normal(size=(1, keys))
+    out, lse, _ = cases.by_hand(q, k, v, kv_lengths=lengths, key_bias=np.tile(bias, (2, 1)))
+    table = None
+    if page:
+        (k, table), (v, _) = (paged(x, np.random.default_rng(2), page) for x in (k, v))
+    else:
+        for x in (k, v):  # As a cache of which pages are used again.
+            x[1, :, lengths[1] :] = np.nan
+    q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
+    options = dict(pages=table, key_bias=bias, implementation=implementation)
+    # Longer than the cache counts as all of it.
+    found = attention_decode(q, k, v, lengths + np.array([5, 0]), **options)
+    near = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 2e-3}[dtype]
+    assert found.out.dtype == dtype and found.lse.dtype == jnp.float32
+    np.testing.assert_allclose(np.asarray(found.out, np.float64), out, atol=near)
+    np.testing.assert_allclose(found.lse, lse, atol=2e-5)
+
+
+def test_gradients_of_a_long_cache():
+    """Where programs for a TPU have the kernel, which has none of its own."""
+    shape = (1, 4, 2, 1, 1024, 8, 8)
+    q, k, v = cases.arrays(shape)
+    lengths = np.array([900])
+
+    def loss(function):
+        return jax.jit(jax.grad(lambda q, k, v: (function(q, k, v) ** 2).sum(), (0, 1, 2)))
+
+    ours = loss(lambda *x: attention_decode(*x, lengths).out)(q, k, v)
+    plain = loss(lambda *x: attention(*x, kv_lengths=lengths, implementation="reference").out)
+    for one, two in zip(ours, plain(q, k, v), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-6)
+
+
+def test_arrays_of_numpy_and_a_traced_table():
+    q, k, v = cases.arrays(SHAPE)
+    (pool, table), (values, _) = (paged(x, np.random.default_rng(2)) for x in (k, v))
+    found = jax.jit(lambda t: attention_decode(q, pool, values, LENGTHS, pages=t).out)(table)
+    plain = attention_decode(q, k, v, LENGTHS).out
+    np.testing.assert_allclose(found, plain, atol=1e-6)
+
+
 def test_two_parts_of_a_cache_merge_by_their_lse():
     q, k, v = cases.arrays(SHAPE)
     full = np.full(3, 3 * PAGE)
     whole = attention_decode(q, k, v, full)
     left = attention_decode(q, k[:, :, :100], v[:, :, :100], np.full(3, 100))
     right = attention_decode(q, k[:, :, 100:], v[:, :, 100:], full - 100)
-    lse = jnp.logaddexp(left.lse, right.lse)
-    parts = (jnp.exp(x.lse - lse)[..., None] * x.out for x in (left, right))
+    nothing = attention_decode(q, k, v, np.zeros(3, int))
+    parts = left, right, nothing
+    each = [jnp.where(jnp.isposinf(x.lse), -jnp.inf, x.lse) for x in parts]
+    lse = functools.reduce(jnp.logaddexp, each)
+    out = sum(jnp.exp(own - lse)[..., None] * x.out for own, x in zip(each, parts))
     np.testing.assert_allclose(lse, whole.lse, atol=1e-5)
-    np.testing.assert_allclose(sum(parts), whole.out, atol=1e-5)
+    np.testing.assert_allclose(out, whole.out, atol=1e-5)
 
 
 def test_keys_that_are_not_live(implementation):
@@ -139,6 +206,10 @@ def test_keys_that_are_not_live(implementation):
         (dict(key_bias=np.zeros((3, 4))), "[3, 384]"),
         (dict(live=np.zeros(384, bool)), "[3, 384]"),
         (dict(kept=np.zeros((2, 4), int)), "[3, K]"),
+        (dict(kept=np.zeros((3, 0), int)), "[3, K]"),
+        (dict(pages=np.zeros((3, 0), int)), "[3, T]"),
+        (dict(lengths=None), "no lengths"),
+        (dict(softcap=np.inf), "above 0"),
     ],
 )
 def test_mistakes_are_named(change, words):
@@ -147,3 +218,12 @@ def test_mistakes_are_named(change, words):
     with pytest.raises(UserError) as error:
         attention_decode(q, k, v, **given)
     assert words in str(error.value) and len(str(error.value).splitlines()) <= 3
+
+
+def test_mistakes_in_shapes_and_dtypes_are_named():
+    q, k, v = cases.arrays(SHAPE)
+    with pytest.raises(UserError, match="do not fit"):
+        attention_decode(q, k, v[..., 0], LENGTHS)
+    half = [jnp.asarray(x, jnp.float16) for x in (q, k, v)]
+    with pytest.raises(UserError, match="has no float16"):
+        attention_decode(*half, LENGTHS, implementation="tpu")

@@ -8,7 +8,13 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from efficient_vlm.kernels.attention import attention, attention_decode, platforms, tpu_blocks
+from efficient_vlm.kernels.attention import (
+    attention,
+    attention_decode,
+    platforms,
+    quantise,
+    tpu_blocks,
+)
 
 SHAPE = (1, 2, 1, 200, 300, 64, 64)
 SETS = [
@@ -57,9 +63,27 @@ def test_forward_backward_and_importance(features):
         np.testing.assert_allclose(one / scale, two / scale, atol=2e-5)
 
 
+def test_decoding_from_pages_in_int8():
+    q, k, v = cases.arrays((2, 4, 2, 1, 1280, 64, 64))
+    (k, k_scale), (v, v_scale) = quantise(k), quantise(v)
+
+    def pool(x):  # Row 0 has pages 0 and 1, of two blocks each.
+        x = x.reshape(2, 2, 2, 640, *x.shape[3:])
+        return np.moveaxis(x, 2, 1).reshape(4, *x.shape[1:2], *x.shape[3:])
+
+    k, v, k_scale, v_scale = (pool(np.asarray(x)) for x in (k, v, k_scale, v_scale))
+    given = dict(pages=np.arange(4).reshape(2, 2), k_scale=k_scale, v_scale=v_scale)
+    given["live"] = np.random.default_rng(0).random((2, 1280)) < 0.7
+    lengths = np.array([1280, 700])
+    found = attention_decode(q, k, v, lengths, implementation="tpu", **given)
+    plain = attention_decode(q, k, v, lengths, implementation="xla", **given)
+    np.testing.assert_allclose(found.out, plain.out, atol=2e-5)
+    np.testing.assert_allclose(found.lse, plain.lse, atol=2e-5)
+
+
 def test_decoding():
-    q, k, v = cases.arrays((2, 4, 2, 1, 300, 64, 64))
-    lengths = np.array([300, 40])
+    q, k, v = cases.arrays((2, 4, 2, 1, 1100, 64, 64))
+    lengths = np.array([1100, 40])
     found = attention_decode(q, k, v, lengths, implementation="tpu")
     plain = attention_decode(q, k, v, lengths, implementation="xla")
     np.testing.assert_allclose(found.out, plain.out, atol=2e-5)

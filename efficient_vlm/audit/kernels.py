@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from efficient_vlm.errors import UserError, first_line
+from efficient_vlm.errors import UserError, first_line, unknown
 from efficient_vlm.kernels import aot
 from efficient_vlm.kernels.attention import attention, attention_decode
 from efficient_vlm.kernels.attention.tpu_blocks import block_sizes, lane_dim, vmem_bytes
@@ -103,6 +103,8 @@ def audit_kernels(args: argparse.Namespace) -> int:
         rows = kernels_gpu.compiled(args.quick)
     else:
         topologies = ALL if args.topology == "all" else (args.topology,)
+        if args.topology.partition(":")[0] not in aot.TOPOLOGIES:
+            raise unknown("--topology", args.topology, (*ALL, "all", "h100"))
         for topology in topologies:
             aot.tpu_devices(topology)  # A mistake is said before anything is compiled.
         rows = [

@@ -58,6 +58,8 @@ def grouped_matmul(
             f"grouped_matmul: lhs {lhs.shape} and rhs {rhs.shape} do not fit",
             allowed="[M, K] and [E, K, N]",
         )
+    if not len(rhs):
+        raise UserError(f"grouped_matmul: rhs has shape {rhs.shape}", allowed="one matrix or more")
     if sizes.shape != rhs.shape[:1] or not jnp.issubdtype(sizes.dtype, jnp.integer):
         raise UserError(
             f"grouped_matmul: group_sizes is {sizes.dtype} of shape {sizes.shape}",
@@ -94,9 +96,15 @@ _grouped_matmul.defvjp(_forward, _backward)
 
 
 def _by_platform(room, *args, **forms):
-    with hints.room_for(room) if room > 1 else contextlib.nullcontext():
-        forms = {name: functools.partial(form, room=room) for name, form in forms.items()}
+    forms = {name: functools.partial(form, room=room) for name, form in forms.items()}
+
+    # Under `vmap` one after the other: `ragged_dot` has no rule for it, whatever the platform.
+    @jax.custom_batching.sequential_vmap
+    def run(*args):
         return lax.platform_dependent(*args, **forms)
+
+    with hints.room_for(room) if room > 1 else contextlib.nullcontext():
+        return run(*args)
 
 
 _dot = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
@@ -264,9 +272,9 @@ def _blocked_outer(lhs, cotangent, group_sizes, dtype=jnp.float32, room=1):
     x, g = (jnp.pad(a, ((0, block), (0, 0))) for a in (lhs, cotangent))
 
     def body(i, total):
-        part = jnp.where(own(i)[:, None], lax.dynamic_slice_in_dim(x, first[i], block), 0)
-        part = _dot(part.T, lax.dynamic_slice_in_dim(g, first[i], block))
-        return total.at[group[i]].add(part)
+        mine = own(i)[:, None]
+        rows = (jnp.where(mine, lax.dynamic_slice_in_dim(a, first[i], block), 0) for a in (x, g))
+        return total.at[group[i]].add(_dot(next(rows).T, next(rows)))
 
     with hints.about_turns(-(-rows // (block * room))):
         total = lax.fori_loop(0, used, body, zeros((groups, inner, outer), jnp.float32, lhs))

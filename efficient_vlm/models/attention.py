@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from efficient_vlm.errors import unknown
 from efficient_vlm.inference.cache import CACHE_AXES
-from efficient_vlm.kernels.attention import Mask
+from efficient_vlm.kernels.attention import Mask, mask_rows, visible
 from efficient_vlm.kernels.attention import attention as dot_product_attention
 from efficient_vlm.models.layers import Dtype, Linear, fused_product, make_norm
 from efficient_vlm.models.rotary import axial, rotate
@@ -23,7 +23,14 @@ _NEGATIVE = -1e30  # finite, so that a row with no live key gives a mean and nev
 
 
 def attention_rows(
-    q: jax.Array, k: jax.Array, index: jax.Array, key_mask: jax.Array, scale: float
+    q: jax.Array,
+    k: jax.Array,
+    index: jax.Array,
+    key_mask: jax.Array,
+    scale: float,
+    softcap: float | None = None,
+    key_bias: jax.Array | None = None,
+    mask: Mask | None = None,
 ) -> jax.Array:
     """Attention of a few queries to the first keys, recomputed beside the fused attention.
 
@@ -31,7 +38,8 @@ def attention_rows(
       q: [B, S, H, Dh]; k: [B, Skv, Hkv, Dh].
       index: int [B, R], which queries.
       key_mask: bool [B, T], which of the first T keys count; the others are left out.
-      scale: multiplies the logits.
+      scale, softcap, key_bias [B, Skv]: of the layer's own attention.
+      mask: likewise; a query that sees none of the keys, as in a layer with a window, looks at all.
 
     Returns:
       float32 [B, R, T], softmax over those keys, mean over heads.
@@ -40,7 +48,15 @@ def attention_rows(
     rows = jnp.take_along_axis(q, index[:, :, None, None], axis=1).astype(jnp.float32)
     keys = jnp.repeat(k[:, :count].astype(jnp.float32), q.shape[2] // k.shape[2], axis=2)
     logits = scale * jnp.einsum("brhd,bthd->bhrt", rows, keys)
-    logits = jnp.where(key_mask[:, None, None], logits, _NEGATIVE)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    if key_bias is not None:
+        logits = logits + key_bias[:, None, None, :count]
+    seen = key_mask[:, None]
+    if mask is not None:
+        near = seen & visible(mask_rows(mask, index))[..., :count]
+        seen = jnp.where(near.any(axis=-1, keepdims=True), near, seen)
+    logits = jnp.where(seen[:, None], logits, _NEGATIVE)
     return jax.nn.softmax(logits, axis=-1).mean(axis=1)
 
 

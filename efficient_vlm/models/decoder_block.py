@@ -117,8 +117,8 @@ class DecoderBlock(nn.Module):
         }
         looks = None
         if inputs.probe is not None:
-            query, key = inner["query"], inner["key"]
-            looks = attention_rows(query, key, *inputs.probe, self.attend.scale)
+            own = (self.attend.scale, self.attend.softcap, inputs.key_bias, mask)
+            looks = attention_rows(inner["query"], inner["key"], *inputs.probe, *own)
         y, stats = x, {}
         if self.norm_layout in ("pre", "sandwich"):
             y = self.mlp_norm(x)

@@ -1,5 +1,6 @@
 """Feed-forward layers: dense, gated or not, and a mixture of experts."""
 
+import math
 from collections.abc import Mapping
 
 import jax
@@ -154,13 +155,20 @@ def check_moe(moe: Mapping | None) -> None:
     for name in ("num_experts", "top_k", "expert_dim"):
         if name not in moe:
             raise UserError(f"model.decoder.moe.{name}: missing", fix="set it, or moe=None")
-    if not 1 <= moe["top_k"] <= moe["num_experts"]:
+    for name, least in (("num_experts", 1), ("top_k", 1), ("expert_dim", 1), ("shared_dim", 0)):
+        value = moe.get(name, least)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UserError(
+                f"model.decoder.moe.{name}: {value!r}", allowed=f"a whole number from {least}"
+            )
+    if not moe["top_k"] <= moe["num_experts"]:
         raise UserError(
             f"model.decoder.moe.top_k: {moe['top_k']}",
             allowed=f"1 to num_experts={moe['num_experts']}",
         )
     capacity = moe.get("capacity")
-    if capacity is not None and not (isinstance(capacity, int | float) and capacity > 0):
+    number = isinstance(capacity, int | float) and not isinstance(capacity, bool)
+    if capacity is not None and not (number and 0 < capacity < math.inf):
         raise UserError(
             f"model.decoder.moe.capacity: {capacity!r}", allowed="above 0, or None for dropless"
         )

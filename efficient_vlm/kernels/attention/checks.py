@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 
 from efficient_vlm.errors import UserError
@@ -16,9 +17,24 @@ def cap(softcap, op: str = "attention") -> float | None:
     """A soft cap as a number."""
     if softcap is None:
         return None
-    if isinstance(softcap, str) or not 0 < float(softcap) < math.inf:
+    found = number("softcap", softcap, op)
+    if isinstance(softcap, str) or not 0 < found < math.inf:
         raise UserError(f"{op}: softcap={softcap!r}", allowed="above 0, or None for no cap")
-    return float(softcap)
+    return found
+
+
+def number(name: str, x, op: str = "attention") -> float:
+    """What is static of a call."""
+    try:
+        return float(x)
+    except (TypeError, ValueError, jax.errors.ConcretizationTypeError):
+        raise UserError(
+            f"{op}: {name} is {x!r:.60}", allowed="a number of Python", fix=_FIX.get(name)
+        ) from None
+
+
+_FIX = {"scale": "multiply q by what is traced, and give scale=1.0"}
+_KINDS = ("bfloat16", "float16", "float32", "float64")
 
 
 def attention(q, k, v, key_bias, weights, rows, lse=None) -> None:
@@ -43,11 +59,8 @@ def attention(q, k, v, key_bias, weights, rows, lse=None) -> None:
             f"attention: dtypes {q.dtype}, {k.dtype} and {v.dtype} of q, k and v",
             allowed="the same for all three",
         )
-    if not jnp.issubdtype(q.dtype, jnp.floating):
-        raise UserError(
-            f"attention: q, k and v of {q.dtype}",
-            allowed="bfloat16, float16, float32, float64",
-        )
+    if q.dtype.name not in _KINDS:
+        raise UserError(f"attention: q, k and v of {q.dtype}", allowed=", ".join(_KINDS))
     bias = None if key_bias is None else jnp.shape(key_bias)
     if bias not in (None, (batch, k.shape[2]), (1, k.shape[2])):
         raise UserError(f"attention: key_bias has shape {bias}", allowed=f"[{batch}, {k.shape[2]}]")
@@ -110,8 +123,8 @@ def decode(q, k, v, lengths, pages, k_scale, v_scale) -> None:
             )
         if given is None and x.dtype != q.dtype:
             raise UserError(f"attention_decode: {name} is {x.dtype}", allowed=f"{q.dtype}, as q")
-        if not jnp.issubdtype(q.dtype, jnp.floating):
-            raise UserError(f"attention_decode: q is {q.dtype}", allowed="a floating point dtype")
+        if q.dtype.name not in _KINDS:
+            raise UserError(f"attention_decode: q is {q.dtype}", allowed=", ".join(_KINDS))
         if given is not None and jnp.shape(given) != k.shape[:3]:
             raise UserError(
                 f"attention_decode: {name}_scale has shape {jnp.shape(given)}",

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_vlm.errors import UserError
+from efficient_vlm.kernels.attention import checks
 
 __all__ = ["Compacted", "compact", "keep_blocks"]
 
@@ -50,7 +51,7 @@ def compact(
     Raises:
       UserError: `most` out of range, or shapes that do not fit.
     """
-    keep = jnp.asarray(keep, bool)
+    keep, sizes, positions = jnp.asarray(keep, bool), *checks.arrays(sizes, positions)
     if keep.ndim != 2 or not 1 <= most <= keep.shape[1]:
         raise UserError(
             f"compact: most={most} for keep of shape {keep.shape}",
@@ -98,10 +99,12 @@ def keep_blocks(scores: jax.Array, block: int, count: int) -> jax.Array:
     Raises:
       UserError: `block` or `count` out of range.
     """
-    if jnp.ndim(scores) != 2:
-        raise UserError(f"keep_blocks: scores of shape {jnp.shape(scores)}", allowed="[B, M]")
+    scores = jnp.asarray(scores)
+    if scores.ndim != 2:
+        raise UserError(f"keep_blocks: scores of shape {scores.shape}", allowed="[B, M]")
     keys = scores.shape[1]
-    blocks = -(-keys // block) if block > 0 else 0
+    whole = isinstance(block, int) and isinstance(count, int) and block > 0
+    blocks = -(-keys // block) if whole else 0
     if not 1 <= count <= blocks:
         raise UserError(
             f"keep_blocks: count={count} of blocks of {block} of {keys} keys",

@@ -80,7 +80,9 @@ def attention_decode(
     keys = k.shape[2] if pages is None else pages.shape[1] * k.shape[2]
     checks.columns(len(q), keys, key_bias=key_bias, live=live, kept=kept)
     softcap = checks.cap(softcap, "attention_decode")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = (
+        q.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale, "attention_decode")
+    )
     exact = jnp.promote_types(q.dtype, jnp.float32)
 
     if implementation not in (None, "xla", "tpu"):

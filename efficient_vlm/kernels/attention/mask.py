@@ -140,8 +140,9 @@ def make_mask(
       shared_segment: keys of this segment are seen from every segment.
       prefix_length: int or [B]; tokens at positions below it see each other, also under `causal`,
         and no window cuts its keys.
-      window: a number w of keys up to and including the query's own place, or (left, right), how
-        far a key may be before and after the query, None for any distance.
+      window: a number w, of keys up to and including the query's own place, beside all later ones
+        where `causal` does not hide these; or (left, right), how far a key may be before and after
+        the query, None for any distance.
       q_blocks, kv_blocks: int [B, N] and [B, M]; tokens of one block see each other, whichever
         comes first; 0 for tokens of no block. Below 2**24.
       window_spares_blocks: whether they do so however far apart; else the window holds there too
@@ -158,7 +159,7 @@ def make_mask(
     ):
         if (one is None) != (two is None):
             raise UserError(f"attention: q_{name} and kv_{name} are given together or not at all")
-    _check_window(window)
+    window = _checked(window)
     q = _each(q_positions, queries, "q_positions")
     k = _each(kv_positions, keys, "kv_positions")
     q_segments = None if q_segments is None else _each(q_segments, queries, "q_segments", jnp.int32)
@@ -285,6 +286,10 @@ def choose(pick: jax.Array | bool, one: Mask, two: Mask) -> Mask:
             return mask
         return mask.replace(low=jnp.full_like(mask.high, -jnp.inf), near=mask.position)
 
+    if one.low is not None and two.low is not None and one.spares != two.spares:
+        raise UserError(
+            "attention: of two masks one spares blocks from its window, and one does not"
+        )
     # Without a window there is nothing to be spared: the one that has it says so.
     spares = two.spares if one.low is None else one.spares
     if (one.low is None) != (two.low is None):
@@ -312,11 +317,15 @@ def _below(x: jax.Array) -> jax.Array:
     return jnp.where(x == 0, -1e-30, jnp.nextafter(x, jnp.full_like(x, -jnp.inf)))
 
 
-def _check_window(window) -> None:
+def _checked(window):
+    """A window in numbers of Python."""
     parts = window if isinstance(window, tuple) else (window,)
+    parts = tuple(int(p) if isinstance(p, np.integer) else p for p in parts)
+    window = parts if isinstance(window, tuple) else parts[0]
     good = all(p is None or (isinstance(p, int) and p >= 0) for p in parts)
     if not good or len(parts) > 2 or (isinstance(window, int) and window < 1):
         raise UserError(
             f"attention: window {window!r}",
             allowed="a number of keys from 1, or (left, right) of numbers from 0 or None",
         )
+    return window

@@ -87,20 +87,22 @@ def attention(
     Logits, in this order: s = scale q.k; s = c tanh(s / c) with `softcap` c; s += key_bias of the
     key; s = -inf where the mask hides the key. Logits, softmax and sums are float32 (float64 for
     float64). The backward pass computes the logits again: memory is O(N + M), beside a map of at
-    most 16 MiB where that is faster (under `vmap` one for each call). Gradients flow through `out`,
-    `lse` and `importance` to q, k, v, key_bias and the weights; second ones with "reference" only.
+    most 16 MiB, or of one query, where that is faster (under `vmap` one for each call). Gradients
+    flow through `out`, `lse` and `importance` to q, k, v, key_bias and the weights; second ones
+    with "reference" only.
 
     Args:
       q: [B, H, N, D], bfloat16, float16, float32 or float64.
       k, v: [B, Hk, M, D] and [B, Hk, M, Dv] in the dtype of q; H a multiple of Hk. Absent keys may
-        hold anything finite.
+        hold anything whose products with q and with the cotangent of `out` are finite.
       scale: multiplies the logits; None for D ** -0.5.
       causal, q_positions, kv_positions, q_segments, kv_segments, prefix_length, window, q_lengths,
         kv_lengths: what is seen, see `mask.make_mask`.
       softcap: see above (arXiv 2408.00118), above 0.
       key_bias: float [B, M], or [1, M]: log n makes a merged token count as its n (ToMe,
-        arXiv 2210.09461, equation 1), exactly as n copies of the key and value would. Above -1e29:
-        what is not there (log 0) is hidden by the mask, `kv_live` of `make_mask`.
+        arXiv 2210.09461, equation 1), exactly as n copies of the key and value would. Above -1e4:
+        a row that sees keys of -1e9 alone has a float32 lse without the digits that gradients and
+        importance need. What is not there (log 0) is hidden by the mask, `kv_live` of `make_mask`.
       importance_weights: float [B, N], not negative, one for each query row; asks for
         importance[b, j] = mean over heads of sum_i weights[b, i] P[b, h, i, j].
       importance_rows: int [B, R], the query rows that `importance_weights`, then [B, R], are for:
@@ -111,6 +113,7 @@ def attention(
     Raises:
       UserError: shapes that do not fit, an unknown implementation, or one that cannot serve this.
     """
+    q, k, v = (checks.arrays(x)[0] if isinstance(x, list) else x for x in (q, k, v))
     told = (key_bias, importance_weights, importance_rows)
     key_bias, importance_weights, importance_rows = checks.arrays(*told)
     checks.attention(q, k, v, key_bias, importance_weights, importance_rows)
@@ -128,7 +131,7 @@ def attention(
     given = [name for name, x in shapes.items() if x is not None and x is not False]
     if mask is not None and given:
         raise UserError(f"attention: mask and {given[0]} are both given", fix="leave one out")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale)
     softcap = checks.cap(softcap)
     if key_bias is not None:
         key_bias = jnp.broadcast_to(key_bias, (q.shape[0], k.shape[2]))
@@ -200,12 +203,16 @@ def attention_importance(
     Returns:
       float32 [B, M], mean over heads of sum_i weights[b, i] P[b, h, i, j].
     """
-    q, k, lse, weights, key_bias = lax.stop_gradient((q, k, lse, weights, key_bias))
-    key_bias, rows = checks.arrays(key_bias, rows)
+    if lse is None:
+        raise UserError(
+            "attention_importance: no lse", fix="that of `attention`, but not of cuDNN, has one"
+        )
+    given = checks.arrays(q, k, lse, weights, key_bias, rows)
+    q, k, lse, weights, key_bias, rows = lax.stop_gradient(given)
     checks.attention(q, k, k, key_bias, weights, rows, lse=lse)
     if mask is not None:
         check_mask(mask, q.shape[0], q.shape[2], k.shape[2])
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale)
     softcap = checks.cap(softcap)
     if key_bias is not None:
         key_bias = jnp.broadcast_to(key_bias, (q.shape[0], k.shape[2]))
@@ -351,8 +358,10 @@ def _of_rows(call, q, k, key_bias, mask, lse, weights, rows):
     some = jnp.take_along_axis(q, rows[:, None, :, None], axis=2)
     lse = jnp.take_along_axis(lse, rows[:, None], axis=2)
     mask = None if mask is None else mask_rows(mask, rows)
-    options = dict(scale=call.scale, softcap=call.softcap)
-    return reference.rows(some, k, key_bias, mask, lse, weights, **options)
+    function = functools.partial(reference.rows, scale=call.scale, softcap=call.softcap)
+    given = (some, k, key_bias, mask, lse, weights)
+    # The compiler cuts it by itself, but not where axes are explicit.
+    return importance_on_mesh(function, *given) if is_explicit(q) else function(*given)
 
 
 def _choice(implementation, q, k, v, **told) -> str | None:

@@ -21,8 +21,10 @@ def attend(q, k, v, key_bias, mask: Mask | None, weights, *, scale, softcap):
         live = seen.any(axis=-1)
     probabilities = jax.nn.softmax(logits, axis=-1)
     batch, heads, queries, keys = logits.shape
-    mixed = probabilities.astype(v.dtype).reshape(batch, v.shape[1], -1, keys)
-    out = jnp.matmul(mixed, v).reshape(batch, heads, queries, -1)
+    # Gradients of probabilities leave the range of float16.
+    kind = v.dtype if v.dtype != jnp.float16 else logits.dtype
+    mixed = probabilities.astype(kind).reshape(batch, v.shape[1], -1, keys)
+    out = jnp.matmul(mixed, v.astype(kind)).reshape(batch, heads, queries, -1).astype(v.dtype)
     lse = jax.nn.logsumexp(logits, axis=-1)
     if live is not None:
         out = jnp.where(live[..., None], out, 0)

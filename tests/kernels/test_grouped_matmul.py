@@ -121,6 +121,38 @@ def test_what_belongs_to_no_group_stays_where_it_is():
     np.testing.assert_allclose(outer, plain, atol=1e-5)
 
 
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("form", ["blocked", "tiled", "side by side"])
+@pytest.mark.parametrize("shape", [(64, 64, 128), (300, 256, 256)])
+def test_nan_behind_the_last_group_is_in_no_gradient(form, which, shape):
+    """Of rows, or of their cotangents; nor is that of a group in its neighbour's."""
+    rows, inner, outer = shape
+    rng = np.random.default_rng(0)
+    given = [rng.normal(size=(rows, n)).astype(np.float32) for n in (inner, outer)]
+    given[which][23:] = np.nan
+    for sizes in ([10, 13], [23, rows - 23]):
+        x, g = map(jnp.asarray, given)
+        found = OUTER[form](x, g, jnp.asarray(sizes, jnp.int32), jnp.float32)
+        np.testing.assert_allclose(found[0], x[: sizes[0]].T @ g[: sizes[0]], atol=1e-4)
+        assert np.isfinite(found[1]).all() == (sum(sizes) == 23)
+
+
+@pytest.mark.parametrize("batched", [(0, 0, 0), (0, None, 0), (None, 0, None)])
+def test_vmap(batched):
+    """One problem after the other, gradients as well, in a program."""
+    lhs, rhs, sizes = (np.stack([x, x[::-1]]) for x in case([4, 0, 6]))
+    given = [x if axis == 0 else x[0] for x, axis in zip((lhs, rhs, sizes), batched)]
+
+    def gradients(lhs, rhs, sizes):
+        return jax.grad(lambda a, b: (gm.grouped_matmul(a, b, sizes) ** 2).sum(), (0, 1))(lhs, rhs)
+
+    found = jax.jit(jax.vmap(gradients, batched))(*given)
+    for i in range(2):
+        own = [x[i] if axis == 0 else x for x, axis in zip(given, batched)]
+        for one, two in zip(found, gradients(*map(jnp.asarray, own)), strict=True):
+            np.testing.assert_allclose(one[i], two, atol=1e-4)
+
+
 OUTER = {
     "blocked": gm._blocked_outer,
     "tiled": tiled,

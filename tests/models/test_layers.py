@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from efficient_vlm.errors import UserError
+from efficient_vlm.kernels.attention import attention as dot_product_attention
 from efficient_vlm.kernels.attention import make_mask, visible
 from efficient_vlm.models import attention, rotary
 from efficient_vlm.models.layers import product
-from efficient_vlm.models.moe import MoE
+from efficient_vlm.models.moe import MoE, check_moe
 
 
 def softmax(x):
@@ -166,6 +168,46 @@ def test_moe_gradients_reach_every_parameter(top_k):
     grads = jax.grad(lambda p: (layer.apply(p, x, valid)[0] ** 2).sum())(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         assert float(jnp.abs(leaf).max()) > 0, path
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(dict(top_k=value) for value in (0, 3, 1.5, "2", True)),
+        *(dict(expert_dim=value) for value in (0, "8")),
+        *(dict(capacity=value) for value in (0, math.inf, math.nan, True, "1.25")),
+        dict(num_experts=4.0),
+        dict(shared_dim=-1),
+        dict(normalize=[]),
+    ],
+    ids=str,
+)
+def test_mixtures_that_cannot_be(change):
+    with pytest.raises(UserError, match=f"moe.{next(iter(change))}: "):
+        check_moe({"num_experts": 2, "top_k": 1, "expert_dim": 8, **change})
+
+
+def test_attention_rows_are_those_of_the_layer():
+    """With its cap, its biases and its window; a row that sees none of the keys looks at all."""
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.normal(size=(1, 8, h, 8)), jnp.float32) for h in (4, 2))
+    bias = jnp.asarray(rng.normal(size=(1, 8)), jnp.float32)
+    mask = make_mask(8, 8, causal=True, window=3)
+    index, live = np.array([[4, 6, 7]]), jnp.array([[True, True, False, True]])
+    found = attention.attention_rows(q, k, index, live, 0.5, 2.0, bias, mask)
+    turned, keys = q.swapaxes(1, 2), k.swapaxes(1, 2)[:, :, :4]
+    for at, row in enumerate(index[0]):
+        seen = np.array(live[0]) & (np.arange(4) > row - 3)
+        whole = dot_product_attention(
+            turned[:, :, row : row + 1],
+            *(keys, keys),
+            scale=0.5,
+            softcap=2.0,
+            key_bias=bias[:, :4],
+            mask=make_mask(1, 4, kv_live=seen if seen.any() else live[0]),
+            importance_weights=jnp.ones((1, 1)),
+        )
+        np.testing.assert_allclose(found[0, at], whole.importance[0], atol=1e-6)
 
 
 def test_attention_rows_by_hand():

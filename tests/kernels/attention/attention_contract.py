@@ -152,6 +152,17 @@ class AttentionContract:
         assert not np.any(out) and np.all(np.isposinf(lse))
         assert not any(np.any(g) for g in gradients if g is not None)
 
+    def test_nan_stays(self):
+        """It is no row that sees nothing: a run that diverged is seen, whatever its size."""
+        q, k, v = (np.array(x) for x in cases.arrays(LARGE))
+        q[0, 1, 7], k[1, 0, 3] = np.nan, np.nan
+        found = self.run(*(jnp.asarray(x, self.precise) for x in (q, k, v)), causal=True)
+        lost = np.zeros(q.shape[:3], bool)
+        # Of both heads that share the key: queries from its place on, counted from the first key.
+        lost[0, 1, 7], lost[1, :2, 3:] = True, True
+        for x in (found.out[..., 0], found.lse):
+            np.testing.assert_array_equal(np.isnan(np.asarray(x, np.float64)), lost)
+
     def test_deterministic(self):
         q, k, v = (jnp.asarray(x, self.precise) for x in cases.arrays(LARGE))
         given = cases.options(("causal", "bias", "importance"), LARGE)

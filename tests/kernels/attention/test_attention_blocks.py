@@ -1,6 +1,7 @@
 """Which blocks are left out: never one that holds anything, and all that bounds can tell."""
 
 import attention_cases as cases
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -110,6 +111,35 @@ def test_blocks_of_tokens_see_each_other(window, spares):
     live = blocks.live_blocks(mask, 3, 3)
     some = np.asarray(visible(mask)).reshape(1, 4, 3, 4, 3).any(axis=(2, 4))
     assert not (some & ~np.asarray(live)).any()
+
+
+def test_a_window_holds_within_blocks():
+    """On both sides, unless it spares them; under causality there is no rule for its right side."""
+    given = dict(window=(2, 1), q_blocks=np.ones((1, 8), int), kv_blocks=np.ones((1, 8), int))
+    plain = visible(make_mask(8, 8, window=(2, 1)))
+    np.testing.assert_array_equal(visible(make_mask(8, 8, **given)), plain)
+    assert visible(make_mask(8, 8, window_spares_blocks=True, **given)).all()
+    assert visible(make_mask(8, 8, causal=True, window_spares_blocks=True, **given)).all()
+    with pytest.raises(UserError, match="its right side"):
+        make_mask(8, 8, causal=True, **given)
+
+
+@pytest.mark.parametrize("window", [3, (3, 2), np.int64(3)])
+def test_positions_have_no_gradients(window):
+    def some(p):
+        mask = make_mask(
+            *(24, 40), causal=True, q_positions=p, window=window, prefix_length=p[0] + 3
+        )
+        return sum(x.sum() for x in (mask.high, mask.low) if x is not None)
+
+    assert not jax.grad(some)(jnp.arange(24.0) * 1.5).any()
+
+
+def test_masks_of_different_rules_are_not_chosen_between():
+    given = dict(causal=True, window=3, q_blocks=np.ones(9), kv_blocks=np.ones(9))
+    one, two = (make_mask(9, 9, window_spares_blocks=spares, **given) for spares in (True, False))
+    with pytest.raises(UserError, match="spares"):
+        choose(jnp.array(True), one, two)
 
 
 @pytest.mark.parametrize("pick", [True, False])

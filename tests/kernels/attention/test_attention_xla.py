@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from efficient_vlm.errors import UserError
-from efficient_vlm.kernels.attention import attention, op, xla
+from efficient_vlm.kernels.attention import attention, attention_importance, op, xla
 
 
 @pytest.fixture(autouse=True)
@@ -161,12 +161,42 @@ def test_small_problems_take_the_whole_map():
         (dict(kv_positions=np.arange(3)), "[batch, 27]"),
         (dict(importance_weights=np.zeros((2, 27))), "[2, 21]"),
         (dict(importance_weights=np.zeros(2), importance_rows=np.zeros(2, int)), "[2, R]"),
+        (dict(softcap=np.inf), "above 0"),
+        (dict(scale="one"), "a number"),
     ],
 )
 def test_mistakes_are_named(change, words):
     with pytest.raises(UserError) as error:
         attention(*cases.arrays(cases.SMALL), **change)
     assert words in str(error.value) and len(str(error.value).splitlines()) <= 3
+
+
+def test_what_is_traced_and_should_not_be():
+    q, k, v = cases.arrays(cases.SMALL)
+    with pytest.raises(UserError, match="(?s)scale.*multiply q"):
+        jax.jit(lambda s: attention(q, k, v, scale=s).out)(0.3)
+    with pytest.raises(UserError, match="no lse"):
+        attention_importance(q, k, None, np.ones((2, 21)))
+    with pytest.raises(UserError, match="bfloat16, float16"):
+        attention(*(jnp.asarray(x, jnp.float8_e4m3fn) for x in (q, k, v)))
+
+
+def test_float16_under_a_loss_scale():
+    """Gradients of probabilities leave its range where those of q and k do not."""
+    q, k, v = (jnp.asarray(x, jnp.float16) for x in cases.arrays((1, 2, 2, 200, 200, 64, 64)))
+    way = 6e3 * jax.random.normal(jax.random.key(0), q.shape)
+
+    def gradients(implementation, *given):
+        def loss(q, k, v):
+            out = attention(q, k, v, implementation=implementation).out
+            return jnp.sum(out.astype(jnp.float32) * way)
+
+        return jax.grad(loss, (0, 1, 2))(*given)
+
+    exact = gradients("reference", *(x.astype(jnp.float32) for x in (q, k, v)))
+    for name in ("reference", "xla", None):
+        for one, two in zip(gradients(name, q, k, v), exact, strict=True):
+            np.testing.assert_allclose(one / 6e3, two / 6e3, atol=4e-3)
 
 
 @pytest.mark.parametrize(("rows", "whole"), [(8, True), (64, False)])

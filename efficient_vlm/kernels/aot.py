@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from efficient_vlm.errors import UserError, unknown
 
-__all__ = ["TOPOLOGIES", "compile_for", "compile_for_tpu", "tpu_devices"]
+__all__ = ["TOPOLOGIES", "compile_for", "compile_for_tpu", "options_for", "tpu_devices"]
 
 # Generation -> the accelerator type that libtpu is told, any size of it.
 TOPOLOGIES = {"v5e": "v5litepod-4", "v6e": "v6e-4", "v5p": "v5p-8", "v4": "v4-8"}
@@ -66,6 +66,15 @@ def tpu_devices(topology: str) -> tuple[Any, ...]:
     return tuple(found.devices)
 
 
+def options_for(device: Any) -> dict[str, Any] | None:
+    """What the compiler is told of a device that is not there.
+
+    Without a GPU XLA cannot try which of its own tiles a product takes, and its first guess may
+    not compile: products are cuBLAS', as large ones are on a GPU.
+    """
+    return {"xla_gpu_enable_triton_gemm": False} if device.platform == "gpu" else None
+
+
 def compile_for(device: Any, function: Callable, *shapes: Any):
     """`jax.stages.Compiled` of `function` for one described device.
 
@@ -79,7 +88,7 @@ def compile_for(device: Any, function: Callable, *shapes: Any):
     )
     # Says what is compiled for: Pallas asks for the kind of the device.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(function).lower(*given).compile()
+        return jax.jit(function).lower(*given).compile(options_for(device))
 
 
 def compile_for_tpu(function: Callable, *shapes: Any, topology: str = "v5e:2x2"):

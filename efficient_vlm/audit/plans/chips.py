@@ -1,5 +1,6 @@
 """Published figures of accelerators, and their devices on a host that has none."""
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -75,9 +76,9 @@ def devices_of(topology: str) -> tuple[Any, ...]:
         raise UserError(f"--topology={topology}: {count!r} is no number of GPUs", allowed=_EXAMPLES)
     if has_compiler(chip_of(topology)):
         return aot_gpu.gpu_devices(name, int(count))
-    # Only before JAX first asks for its devices.
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", int(count))
+    with contextlib.suppress(RuntimeError):  # JAX has asked for its devices before.
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", int(count))
     found = jax.devices("cpu")
     if len(found) < int(count):
         raise UserError(

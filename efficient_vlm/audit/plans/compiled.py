@@ -14,6 +14,7 @@ from efficient_vlm.audit.plans import hlo
 from efficient_vlm.audit.plans.chips import Chip, chip_of, devices_of, has_compiler
 from efficient_vlm.audit.plans.programs import Program, Work, lowered
 from efficient_vlm.errors import UserError, first_line
+from efficient_vlm.kernels import aot
 
 __all__ = ["Answer", "Memory", "Stage", "compile_plan"]
 
@@ -143,14 +144,15 @@ def compile_plan(work: Work, topology: str, sizes: Mapping[str, int]) -> Answer:
             fix=f"sizes whose product that is, for example --mesh=fsdp:{len(devices)}",
         )
     mesh = sharding.make_mesh(sharding.MeshConfig(**sizes), devices)
-    stages = [_compiled(program, chip, topology) for program in lowered(work, mesh)]
+    options = aot.options_for(devices[0])
+    stages = [_compiled(program, chip, topology, options) for program in lowered(work, mesh)]
     return Answer(topology, dict(sizes), len(devices), chip, stages)
 
 
-def _compiled(program: Program, chip: Chip, topology: str) -> Stage:
+def _compiled(program: Program, chip: Chip, topology: str, options: Any) -> Stage:
     name, arguments, start = program.name, program.argument_bytes, time.monotonic()
     try:
-        found = program.lowered.compile()
+        found = program.lowered.compile(options)
     except Exception as error:
         needed = _needed(str(error))
         if needed is None:

@@ -144,6 +144,8 @@ class _Program:
         elif one.opcode == "reduce" and through(scope, one.operands[0]).opcode == "multiply":
             # A product with one row, which a TPU spells so.
             self.total.flops += times * 2 * math.prod(array_dims(scope[one.operands[0]].shape))
+        elif _is_product_of_library(one):
+            self.total.flops += times * hlo_products.of_library(scope, one)
         elif name := _kernel(one):
             self.total.kernels[name] = self.total.kernels.get(name, 0) + round(times)
             flops = _estimate(one, "flops") or hints.flops_of(one.rest)
@@ -158,6 +160,10 @@ class _Program:
             return max(said, self._whole(scope, one)) if room == 1 else self._rows(scope, one, room)
         if one.opcode == "custom-call" and '"AllocateBuffer"' in one.rest:
             return 0.0
+        if _is_product_of_library(one):
+            # What it gives has room for the library to work in behind it.
+            read = sum(size_of(scope[name].shape, fast=False) for name in one.operands)
+            return read + size_of(SHAPE.search(one.shape)[0], fast=False)
         if _collective(one):
             given = sum(size_of(scope[n].shape, fast=False) for n in one.operands if n in scope)
             result = size_of(one.shape, fast=False)
@@ -282,6 +288,10 @@ def _goes_on(scope) -> bool:
     """
     found = any(map(_chained, scope.values()))
     return found and not any('"AsyncCollectiveStart"' in one.rest for one in scope.values())
+
+
+def _is_product_of_library(one: Instruction) -> bool:
+    return one.opcode == "custom-call" and 'custom_call_target="__cublas$' in one.rest
 
 
 def _kernel(one: Instruction) -> str | None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from efficient_vlm.audit.plans.hlo_text import Instruction, array_dims, dims_of
 
-__all__ = ["convolution", "dot", "meeting"]
+__all__ = ["convolution", "dot", "meeting", "of_library"]
 
 
 def dot(scope: dict[str, Instruction], one: Instruction) -> int:
@@ -16,6 +16,18 @@ def dot(scope: dict[str, Instruction], one: Instruction) -> int:
     contracted = dims_of(re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.rest)[1])
     lhs = array_dims(scope[one.operands[0]].shape)
     return 2 * math.prod(array_dims(one.shape)) * math.prod(lhs[i] for i in contracted)
+
+
+def of_library(scope: dict[str, Instruction], one: Instruction) -> int:
+    """The same of a call of cuBLAS, whose axes stand in its settings."""
+    lhs, rhs = (array_dims(scope[name].shape) for name in one.operands[:2])
+
+    def sizes(name: str) -> list[int]:
+        axes = re.search(rf'"rhs_{name}_dimensions":\[([^\]]*)\]', one.rest)[1]
+        return [rhs[int(axis)] for axis in re.findall(r"\d+", axes)]
+
+    shared = math.prod(sizes("contracting")) * math.prod(sizes("batch"))
+    return 2 * math.prod(lhs) * math.prod(rhs) // shared
 
 
 def convolution(scope: dict[str, Instruction], one: Instruction) -> int:

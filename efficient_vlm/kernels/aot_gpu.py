@@ -60,11 +60,12 @@ def environment() -> dict[str, str]:
             "compiling for a GPU needs jax-cuda12-pjrt, jax-cuda12-plugin, nvidia-cuda-nvcc-cu12",
             fix="pip install 'efficient_vlm[aot-gpu]'",
         )
-    flags = (os.environ.get("XLA_FLAGS"), f"--xla_gpu_cuda_data_dir={found[0]}")
+    flags, path = os.environ.get("XLA_FLAGS", "").split(), os.environ.get("PATH", "")
+    folder, tools = f"--xla_gpu_cuda_data_dir={found[0]}", str(found[0] / "bin")
     return {
         "JAX_PLATFORMS": "cpu",
-        "PATH": f"{found[0] / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}",
-        "XLA_FLAGS": " ".join(filter(None, flags)),
+        "PATH": path if tools in path.split(os.pathsep) else f"{tools}{os.pathsep}{path}",
+        "XLA_FLAGS": " ".join([flag for flag in flags if flag != folder] + [folder]),
         "MOSAIC_GPU_DUMP_PTXAS": "1",
     }
 

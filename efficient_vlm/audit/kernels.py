@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from efficient_vlm.audit.plans import hlo
 from efficient_vlm.errors import UserError, first_line, unknown
 from efficient_vlm.kernels import aot
 from efficient_vlm.kernels.attention import attention, attention_decode
@@ -67,6 +68,15 @@ class _Program:
     given: tuple[Any, ...]
     vmem_bytes: int | None
     calls: int  # Kernels that must be in the program.
+    flops: int | None = None  # Of the products alone, of which it may have less than twice as many.
+
+    def problem(self, kernels: int, flops: float) -> str | None:
+        """What is wrong with the compiled program, or None."""
+        if kernels < self.calls:
+            return f"{kernels} of {self.calls} kernels are in the program"
+        if self.flops is not None and flops >= 2 * self.flops:
+            return f"{flops / self.flops:.0f} times the work of its products"
+        return None
 
 
 def audit_kernels(args: argparse.Namespace) -> int:
@@ -121,11 +131,10 @@ def audit_kernels(args: argparse.Namespace) -> int:
 
 def compiled(program: _Program, topology: str) -> Row:
     """Compiles one program and looks for the kernels in it."""
-    error = None
     try:
         text = aot.compile_for_tpu(program.function, *program.given, topology=topology).as_text()
-        if (found := text.count(f'custom_call_target="{_MARK}"')) < program.calls:
-            error = f"{found} of {program.calls} kernels are in the program"
+        kernels = text.count(f'custom_call_target="{_MARK}"')
+        error = program.problem(kernels, hlo.costs(text).flops)
     except Exception as problem:  # Whatever the compiler says is the answer.
         error = first_line(problem)
     facts = (program.kernel, program.shape, program.dtype, program.direction)
@@ -140,7 +149,7 @@ def programs(quick: bool = False, implementation: str = "tpu") -> Iterator[_Prog
             yield from _attention(tokens, dim, *heads, implementation)
     if implementation == "tpu":
         yield from _decode()
-        yield from _experts()
+    yield from _experts()
 
 
 def _attention(
@@ -199,6 +208,13 @@ def _decode() -> Iterator[_Program]:
         shape = "4 x 8/2 x 1, 24 pages of 128 x 128"
         yield _Program("attention_decode", shape, dtype, "forward", decode, given, VMEM_BYTES, 1)
 
+    def contiguous(q, k, v, lengths):
+        return attention_decode(q, k, v, lengths, implementation="tpu")[:2]
+
+    cache = _shape((4, 2, 1100, 128), jnp.bfloat16)
+    given, facts = (q, cache, cache, lengths), ("4 x 8/2 x 1, 1100 x 128", "bfloat16", "forward")
+    yield _Program("attention_decode", *facts, contiguous, given, VMEM_BYTES, 1)
+
 
 def _experts() -> Iterator[_Program]:
     given = (
@@ -208,15 +224,18 @@ def _experts() -> Iterator[_Program]:
     )
 
     def loss(lhs, rhs, sizes):
-        return grouped_matmul(lhs, rhs, sizes).astype(jnp.float32).sum()
+        return (grouped_matmul(lhs, rhs, sizes).astype(jnp.float32) ** 2).sum()
 
-    shape = "8192 x 1024 x 1024, 64 experts"
-    for direction, function in (
-        ("forward", grouped_matmul),
-        ("backward", jax.grad(loss, (0, 1))),
+    shape, flops = "8192 x 1024 x 1024, 64 experts", 2 * 8192 * 1024 * 1024
+    for direction, function, products in (
+        ("forward", grouped_matmul, 1),
+        ("backward", jax.grad(loss, (0, 1)), 3),
     ):
-        # XLA's own form of `ragged_dot`: whether it is a kernel of its own is XLA's choice.
-        yield _Program("grouped_matmul", shape, "bfloat16", direction, function, given, None, 0)
+        # Which form XLA's `ragged_dot` takes is XLA's choice: it must be no masked product for
+        # each expert.
+        facts = (shape, "bfloat16", direction)
+        work = products * flops
+        yield _Program("grouped_matmul", *facts, function, given, None, 0, work)
 
 
 def _show(rows: list[Row]) -> None:
@@ -228,7 +247,9 @@ def _show(rows: list[Row]) -> None:
         table.add_column(name, justify="right" if name in fits else "left")
     for row in rows:
         fit = ("" if row.vmem_bytes is None else f"{row.vmem_bytes / 2**20:.1f} MiB",)
-        fit = (str(row.registers), f"{row.spill_bytes} B") if gpu else fit
+        if gpu:
+            fit = "" if row.registers is None else str(row.registers), ""
+            fit = fit if row.spill_bytes is None else (fit[0], f"{row.spill_bytes} B")
         facts = (row.topology, row.kernel, row.shape, row.dtype, row.direction)
         table.add_row(*facts, "yes" if row.compiled else "NO", *fit, row.error or "")
     console.print(table)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 from efficient_vlm.audit.kernels import Row, programs
+from efficient_vlm.audit.plans import hlo
 from efficient_vlm.errors import UserError, first_line
 from efficient_vlm.kernels import aot_gpu
 
@@ -41,10 +42,8 @@ def _row(program, text: str) -> Row:
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", text)]
     error = re.search(r"^error: (.*)$", text, re.M)
     error = error[1] if error else None
-    found = re.search(r"^kernels: (\d+)$", text, re.M)
-    found = int(found[1]) if found else 0
-    if error is None and found < program.calls:
-        error = f"{found} of {program.calls} kernels are in the program"
+    found = re.search(r"^kernels: (\d+), flops: (\d+)$", text, re.M)
+    error = error or program.problem(*map(int, found.groups() if found else (0, 0)))
     if error is None and any(spills):
         error = f"{sum(spills)} bytes of registers are spilled"
     facts = (program.kernel, program.shape, program.dtype, program.direction)
@@ -61,7 +60,8 @@ def main() -> None:
         try:
             text = aot_gpu.compile_for_hopper(program.function, *program.given).as_text()
             # A kernel that an earlier program has, too, is not compiled again.
-            print(f"kernels: {text.count(_TARGET)}", flush=True)
+            flops = round(hlo.costs(text).flops)
+            print(f"kernels: {text.count(_TARGET)}, flops: {flops}", flush=True)
         except Exception as problem:  # Whatever the compiler says is the answer.
             print(f"error: {first_line(problem)}", flush=True)
 

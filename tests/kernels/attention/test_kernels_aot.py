@@ -171,10 +171,16 @@ def test_no_libtpu_is_said(monkeypatch):
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("0 bytes spill stores\nptxas info : Used 168 registers\nkernels: 1\n", None),
-        ("kernels: 1\n", None),  # An earlier program has the same kernel: it is not compiled again.
-        ("12 bytes spill stores\nUsed 168 registers\nkernels: 1\n", "12 bytes of registers"),
-        ("kernels: 0\n", "0 of 1 kernels"),
+        ("0 bytes spill stores\nptxas info : Used 168 registers\nkernels: 1, flops: 9\n", None),
+        (
+            "kernels: 1, flops: 9\n",
+            None,
+        ),  # An earlier program has the same kernel: it is not compiled again.
+        (
+            "12 bytes spill stores\nUsed 168 registers\nkernels: 1, flops: 9\n",
+            "12 bytes of registers",
+        ),
+        ("kernels: 0, flops: 9\n", "0 of 1 kernels"),
         ("error: no such layout\n", "no such layout"),
     ],
 )

@@ -113,9 +113,9 @@ def audit_kernels(args: argparse.Namespace) -> int:
         rows = kernels_gpu.compiled(args.quick)
     else:
         topologies = ALL if args.topology == "all" else (args.topology,)
-        if args.topology.partition(":")[0] not in aot.TOPOLOGIES:
-            raise unknown("--topology", args.topology, (*ALL, "all", "h100"))
         for topology in topologies:
+            if topology.partition(":")[0] not in aot.TOPOLOGIES:
+                raise unknown("--topology", topology, (*ALL, "all", "h100"))
             aot.tpu_devices(topology)  # A mistake is said before anything is compiled.
         rows = [
             compiled(program, topology)
@@ -134,7 +134,7 @@ def compiled(program: _Program, topology: str) -> Row:
     try:
         text = aot.compile_for_tpu(program.function, *program.given, topology=topology).as_text()
         kernels = text.count(f'custom_call_target="{_MARK}"')
-        error = program.problem(kernels, hlo.costs(text).flops)
+        error = program.problem(kernels, hlo.costs(text).flops if program.flops else 0)
     except Exception as problem:  # Whatever the compiler says is the answer.
         error = first_line(problem)
     facts = (program.kernel, program.shape, program.dtype, program.direction)

@@ -43,7 +43,8 @@ def decode(q, k, v, lengths, pages, columns, k_scale, v_scale, *, scale, softcap
     if contiguous:
         # What the last block has too much is behind the end of every row. A table is not needed,
         # but keeps one kernel.
-        block, pages = min(size, _BLOCKS[0]), jnp.zeros((batch, 1), jnp.int32)
+        block = min(max(size, _LANES), _BLOCKS[0])
+        pages = jnp.zeros((batch, 1), jnp.int32)
         steps = pl.cdiv(size, block)
         lengths = jnp.minimum(lengths, size)
     else:

@@ -165,6 +165,36 @@ def test_no_libtpu_is_said(monkeypatch):
     aot.tpu_devices.cache_clear()
 
 
+@needs_libtpu
+@pytest.mark.parametrize("keys", [1, 40, 700, 1100])
+def test_decoding_copies_no_cache(keys):
+    """Whatever its length: the last block may reach behind it."""
+    query = jax.ShapeDtypeStruct((4, 8, 1, 128), jnp.bfloat16)
+    cache = jax.ShapeDtypeStruct((4, 2, keys, 128), jnp.bfloat16)
+    lengths = jax.ShapeDtypeStruct((4,), jnp.int32)
+
+    def decode(*given):
+        return attention_decode(*given, implementation="tpu")[:2]
+
+    program = aot.compile_for_tpu(decode, query, cache, cache, lengths)
+    assert program.as_text().count('custom_call_target="tpu_custom_call"') == 1
+    assert program.memory_analysis().temp_size_in_bytes < max(cache.size, 2**17)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(("page", "dim", "dtype"), [(640, 72, "bfloat16"), (4096, 256, "float32")])
+def test_large_pages_compile(page, dim, dtype):
+    query = jax.ShapeDtypeStruct((4, 8, 1, dim), dtype)
+    pool = jax.ShapeDtypeStruct((9, 2, page, dim), dtype)
+    lengths, pages = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((4,), (4, 2)))
+
+    def decode(q, k, v, lengths, pages):
+        return attention_decode(q, k, v, lengths, pages=pages)[:2]
+
+    text = aot.compile_for_tpu(decode, query, pool, pool, lengths, pages).as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 1
+
+
 # --- GPU -----------------------------------------------------------------------------------------
 
 
@@ -172,14 +202,9 @@ def test_no_libtpu_is_said(monkeypatch):
     ("text", "error"),
     [
         ("0 bytes spill stores\nptxas info : Used 168 registers\nkernels: 1, flops: 9\n", None),
-        (
-            "kernels: 1, flops: 9\n",
-            None,
-        ),  # An earlier program has the same kernel: it is not compiled again.
-        (
-            "12 bytes spill stores\nUsed 168 registers\nkernels: 1, flops: 9\n",
-            "12 bytes of registers",
-        ),
+        # An earlier program has the same kernel: it is not compiled again.
+        ("kernels: 1, flops: 9\n", None),
+        ("12 bytes spill stores\nkernels: 1, flops: 9\n", "12 bytes of registers"),
         ("kernels: 0, flops: 9\n", "0 of 1 kernels"),
         ("error: no such layout\n", "no such layout"),
     ],
@@ -188,6 +213,13 @@ def test_what_ptxas_says(text, error):
     row = kernels_gpu._row(next(iter(audit.programs(True, "gpu"))), text)
     assert row.compiled == (error is None)
     assert row.error is None if error is None else error in row.error
+
+
+def test_one_masked_product_per_expert_is_an_error():
+    forward, _ = audit._experts()
+    least = 2 * 8192 * 1024 * 1024
+    assert forward.problem(0, 1.3 * least) is None
+    assert forward.problem(0, 64 * least) == "64 times the work of its products"
 
 
 def test_no_gpu_compiler_is_said(monkeypatch):

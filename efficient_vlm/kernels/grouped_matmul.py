@@ -24,7 +24,7 @@ from jax import lax
 from efficient_vlm.errors import UserError
 from efficient_vlm.kernels import hints
 from efficient_vlm.kernels.attention.platforms import interpretation
-from efficient_vlm.kernels.manual import alike, zeros
+from efficient_vlm.kernels.manual import alike, varies, zeros
 
 __all__ = ["grouped_matmul", "grouped_matmul_reference"]
 
@@ -76,8 +76,8 @@ def grouped_matmul_reference(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Ar
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped_matmul(room, lhs, rhs, group_sizes):
-    forms = dict(cpu=_blocked, tpu=_ragged, default=_side_by_side)
-    return _by_platform(room, lhs, rhs, group_sizes, **forms)
+    forms = (("cpu", _blocked), ("tpu", _ragged), ("default", _side_by_side))
+    return _by_platform(forms, room)(lhs, rhs, group_sizes)
 
 
 def _forward(room, lhs, rhs, group_sizes):
@@ -87,24 +87,30 @@ def _forward(room, lhs, rhs, group_sizes):
 def _backward(room, residuals, cotangent):
     lhs, rhs, group_sizes = residuals
     d_lhs = _grouped_matmul(room, cotangent, rhs.swapaxes(1, 2), group_sizes)
-    forms = dict(cpu=_blocked_outer, tpu=_tiled_outer, default=_side_by_side_outer)
-    forms = {name: functools.partial(form, dtype=rhs.dtype) for name, form in forms.items()}
-    return d_lhs, _by_platform(room, lhs, cotangent, group_sizes, **forms), None
+    # JAX's kernel cannot say over which axes of a caller's mesh its result varies.
+    tpu = _side_by_side_outer if varies(lhs) else _tiled_outer
+    forms = (("cpu", _blocked_outer), ("tpu", tpu), ("default", _side_by_side_outer))
+    return d_lhs, _by_platform(forms, room, rhs.dtype)(lhs, cotangent, group_sizes), None
 
 
 _grouped_matmul.defvjp(_forward, _backward)
 
 
-def _by_platform(room, *args, **forms):
-    forms = {name: functools.partial(form, room=room) for name, form in forms.items()}
+@functools.lru_cache(maxsize=64)
+def _by_platform(forms: tuple, room: int, dtype=None):
+    """One function of arrays, which is the form of the platform that is lowered for."""
+    options = dict(room=room) if dtype is None else dict(room=room, dtype=dtype)
+    forms = {name: functools.partial(form, **options) for name, form in forms}
 
     # Under `vmap` one after the other: `ragged_dot` has no rule for it, whatever the platform.
+    # `jit`, and the cache, for calls that are in no program: else each is compiled anew.
+    @jax.jit
     @jax.custom_batching.sequential_vmap
     def run(*args):
-        return lax.platform_dependent(*args, **forms)
+        with hints.room_for(room) if room > 1 else contextlib.nullcontext():
+            return lax.platform_dependent(*args, **forms)
 
-    with hints.room_for(room) if room > 1 else contextlib.nullcontext():
-        return run(*args)
+    return run
 
 
 _dot = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
@@ -135,7 +141,7 @@ def _tiled_outer(lhs, cotangent, group_sizes, dtype=jnp.float32, room=1):
     sums, rows = dtype, _TILE_ROWS
     while len(lhs) > rows * _MOST_TILES:
         rows *= 2
-    if jnp.float16 in (lhs.dtype, dtype):  # No matrix unit takes it.
+    if {lhs.dtype.name, jnp.dtype(dtype).name} & {"float16", "float64"}:  # No matrix unit has them.
         lhs, cotangent, sums = lhs.astype(jnp.float32), cotangent.astype(jnp.float32), jnp.float32
     more = -len(lhs) % rows
     lhs, cotangent = (jnp.pad(x, ((0, more), (0, 0))) for x in (lhs, cotangent))

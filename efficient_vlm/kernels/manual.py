@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["alike", "out_shape", "zeros"]
+__all__ = ["alike", "out_shape", "varies", "zeros"]
 
 
 def alike(*trees: Any) -> tuple[Any, ...]:
@@ -24,6 +24,11 @@ def alike(*trees: Any) -> tuple[Any, ...]:
         return lax.pcast(x, tuple(every - _varying(x)), to="varying")
 
     return jax.tree.map(more, trees)
+
+
+def varies(x: jax.Array) -> bool:
+    """Whether an array is said to vary over axes of a caller's mesh."""
+    return bool(_varying(x))
 
 
 def zeros(shape: tuple[int, ...], dtype: Any, like: jax.Array, fill: float = 0.0) -> jax.Array:

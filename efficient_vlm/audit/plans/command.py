@@ -198,4 +198,4 @@ def _show(head: dict[str, Any], answer: Answer) -> None:
         )
     if loops := sum(stage.unknown_loops or 0 for stage in answer.stages):
         console.print(f"Loops of unknown length: {loops}; they count once, so the times are low.")
-    console.print(_bound(answer.topology) + " All numbers are of one device.")
+    console.print(_bound(answer.topology) + " All numbers are of one device.", markup=False)

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from efficient_vlm.errors import UserError
 from efficient_vlm.kernels.attention import checks
@@ -103,8 +104,11 @@ def keep_blocks(scores: jax.Array, block: int, count: int) -> jax.Array:
     if scores.ndim != 2:
         raise UserError(f"keep_blocks: scores of shape {scores.shape}", allowed="[B, M]")
     keys = scores.shape[1]
-    whole = isinstance(block, int) and isinstance(count, int) and block > 0
-    blocks = -(-keys // block) if whole else 0
+    for name, x in (("block", block), ("count", count)):
+        if not isinstance(x, int | np.integer):
+            raise UserError(f"keep_blocks: {name}={x!r}", allowed="a whole number")
+    block, count = int(block), int(count)
+    blocks = -(-keys // block) if block > 0 else 0
     if not 1 <= count <= blocks:
         raise UserError(
             f"keep_blocks: count={count} of blocks of {block} of {keys} keys",

@@ -18,7 +18,7 @@ def cap(softcap, op: str = "attention") -> float | None:
     if softcap is None:
         return None
     found = number("softcap", softcap, op)
-    if isinstance(softcap, str) or not 0 < found < math.inf:
+    if not 0 < found < math.inf:
         raise UserError(f"{op}: softcap={softcap!r}", allowed="above 0, or None for no cap")
     return found
 
@@ -26,7 +26,7 @@ def cap(softcap, op: str = "attention") -> float | None:
 def number(name: str, x, op: str = "attention") -> float:
     """What is static of a call."""
     try:
-        return float(x)
+        return float(x + 0)
     except (TypeError, ValueError, jax.errors.ConcretizationTypeError):
         raise UserError(
             f"{op}: {name} is {x!r:.60}", allowed="a number of Python", fix=_FIX.get(name)
@@ -110,6 +110,8 @@ def decode(q, k, v, lengths, pages, k_scale, v_scale) -> None:
             )
     if pages is None and len(k) != batch:
         raise UserError(f"attention_decode: k has {len(k)} rows", allowed=f"{batch}, those of q")
+    if q.dtype.name not in _KINDS:
+        raise UserError(f"attention_decode: q is {q.dtype}", allowed=", ".join(_KINDS))
     if lengths is None:
         raise UserError("attention_decode: no lengths", allowed=f"integers [{batch}]")
     _integers("pages", pages, batch, 2)
@@ -123,8 +125,6 @@ def decode(q, k, v, lengths, pages, k_scale, v_scale) -> None:
             )
         if given is None and x.dtype != q.dtype:
             raise UserError(f"attention_decode: {name} is {x.dtype}", allowed=f"{q.dtype}, as q")
-        if q.dtype.name not in _KINDS:
-            raise UserError(f"attention_decode: q is {q.dtype}", allowed=", ".join(_KINDS))
         if given is not None and jnp.shape(given) != k.shape[:3]:
             raise UserError(
                 f"attention_decode: {name}_scale has shape {jnp.shape(given)}",

@@ -115,10 +115,8 @@ def attention_decode(
         return kernel(only_on("tpu", q), *args[1:])
     if implementation == "xla" or (pages is None and keys < _FEW_KEYS):
         return plain(*args)
-    chosen = jax.custom_vjp(lambda *args: lax.platform_dependent(*args, tpu=kernel, default=plain))
-    chosen.defvjp(
-        lambda *args: (chosen(*args), args), lambda args, given: jax.vjp(plain, *args)[1](given)
-    )
+    chosen = jax.custom_jvp(lambda *args: lax.platform_dependent(*args, tpu=kernel, default=plain))
+    chosen.defjvp(lambda args, along: (chosen(*args), jax.jvp(plain, args, along)[1]))
     return chosen(*args)
 
 

@@ -63,18 +63,19 @@ def shape(name: str, machine: str, task: str, devices: int) -> tuple[str, int]:
 
 def compiled(name: str, machine: str, task: str, share: int) -> dict:
     """The row of one plan."""
-    given = argparse.Namespace(preset=name, config=None, text=None, new=NEW, images=None)
-    subject = read_subject(given, [])
-    chosen = command.read_methods(subject, ["none" if share == 1 else "pool"], [])[0]
-    target = None if share == 1 else Target("mean_processed", subject.baseline.entering / share)
-    ledger = command.make_entry(subject, chosen, target).ledger
     topology = TOPOLOGIES[machine]
     if not has_compiler(chip_of(topology)):
         raise UserError(
             f"{machine}: no compiler",
             fix="pip install 'efficient_vlm[aot-gpu]', and run this again",
         )
-    mesh, batch = shape(name, machine, task, len(devices_of(topology)))
+    devices = len(devices_of(topology))  # Before JAX asks for any itself.
+    given = argparse.Namespace(preset=name, config=None, text=None, new=NEW, images=None)
+    subject = read_subject(given, [])
+    chosen = command.read_methods(subject, ["none" if share == 1 else "pool"], [])[0]
+    target = None if share == 1 else Target("mean_processed", subject.baseline.entering / share)
+    ledger = command.make_entry(subject, chosen, target).ledger
+    mesh, batch = shape(name, machine, task, devices)
     work = make_work(subject, ledger.compressor, task, batch)
     row = dict(model=name, machine=machine, task=task, share=share, tokens=ledger.entering)
     try:

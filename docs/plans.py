@@ -63,19 +63,13 @@ def shape(name: str, machine: str, task: str, devices: int) -> tuple[str, int]:
 
 def compiled(name: str, machine: str, task: str, share: int) -> dict:
     """The row of one plan."""
-    topology = TOPOLOGIES[machine]
-    if not has_compiler(chip_of(topology)):
-        raise UserError(
-            f"{machine}: no compiler",
-            fix="pip install 'efficient_vlm[aot-gpu]', and run this again",
-        )
-    devices = len(devices_of(topology))  # Before JAX asks for any itself.
     given = argparse.Namespace(preset=name, config=None, text=None, new=NEW, images=None)
     subject = read_subject(given, [])
     chosen = command.read_methods(subject, ["none" if share == 1 else "pool"], [])[0]
     target = None if share == 1 else Target("mean_processed", subject.baseline.entering / share)
     ledger = command.make_entry(subject, chosen, target).ledger
-    mesh, batch = shape(name, machine, task, devices)
+    topology = TOPOLOGIES[machine]
+    mesh, batch = shape(name, machine, task, len(devices_of(topology)))
     work = make_work(subject, ledger.compressor, task, batch)
     row = dict(model=name, machine=machine, task=task, share=share, tokens=ledger.entering)
     try:
@@ -201,11 +195,14 @@ def main() -> None:
     args = parser.parse_args()
     stored = args.out / "plans.json"
     rows = json.loads(stored.read_text()) if stored.exists() else []
-    devices_of(TOPOLOGIES["h100-8"])  # Only before anything else asks for devices.
-    for one in settings():
-        label = "/".join(map(str, one))
-        if one in map(key, rows) or (args.only and args.only not in label):
-            continue
+    known = set(map(key, rows))
+    asked = {one: "/".join(map(str, one)) for one in settings() if one not in known}
+    asked = {one: label for one, label in asked.items() if (args.only or "") in label}
+    if any(machine == "h100-8" for _, machine, *_ in asked):
+        if not has_compiler(chip_of(TOPOLOGIES["h100-8"])):
+            parser.error("h100-8: no compiler; pip install 'efficient_vlm[aot-gpu]', or --only=v")
+        devices_of(TOPOLOGIES["h100-8"])  # Only before JAX asks for any devices.
+    for one, label in asked.items():
         rows.append(compiled(*one))
         print(label, rows[-1].get("error") or ("fits" if rows[-1]["fits"] else "does not fit"))
         write_atomic(stored, (json.dumps(rows, indent=1) + "\n").encode())

@@ -248,8 +248,8 @@ def _show(rows: list[Row]) -> None:
     for row in rows:
         fit = ("" if row.vmem_bytes is None else f"{row.vmem_bytes / 2**20:.1f} MiB",)
         if gpu:
-            fit = "" if row.registers is None else str(row.registers), ""
-            fit = fit if row.spill_bytes is None else (fit[0], f"{row.spill_bytes} B")
+            found = ((row.registers, ""), (row.spill_bytes, " B"))
+            fit = ("" if number is None else f"{number}{unit}" for number, unit in found)
         facts = (row.topology, row.kernel, row.shape, row.dtype, row.direction)
         table.add_row(*facts, "yes" if row.compiled else "NO", *fit, row.error or "")
     console.print(table)

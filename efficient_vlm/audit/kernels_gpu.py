@@ -59,8 +59,8 @@ def main() -> None:
         print(f"{_MARK}{program.direction}", flush=True)
         try:
             text = aot_gpu.compile_for_hopper(program.function, *program.given).as_text()
-            # A kernel that an earlier program has, too, is not compiled again.
             flops = round(hlo.costs(text).flops)
+            # A kernel that an earlier program has, too, is not compiled again.
             print(f"kernels: {text.count(_TARGET)}, flops: {flops}", flush=True)
         except Exception as problem:  # Whatever the compiler says is the answer.
             print(f"error: {first_line(problem)}", flush=True)

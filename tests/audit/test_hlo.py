@@ -223,7 +223,7 @@ def test_loops_without_a_length_are_said():
 
 @pytest.mark.parametrize(("causal", "share"), [(True, 0.625), (False, 1.0)])
 def test_loops_over_blocks_turn_as_often_as_usual(causal, share):
-    """On a CPU, and so in plans for GPUs, what is computed is in the data of the mask."""
+    """On a CPU what is computed is in the data of the mask."""
     length, heads, dim = 4096, 2, 64
 
     def run(q, k, v):
@@ -268,7 +268,7 @@ def mixture(devices, across):
 
 
 def test_experts_on_a_cpu():
-    """And so in plans for GPUs: loops over blocks of rows, as many as there are rows."""
+    """Loops over blocks of rows, as many as there are rows."""
     found, flops, _ = mixture(jax.devices()[:1], 1)
     assert found.flops == pytest.approx(flops, rel=0.1) and found.unknown_loops == 0
 

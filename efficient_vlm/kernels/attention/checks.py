@@ -23,18 +23,19 @@ def cap(softcap, op: str = "attention") -> float | None:
     return found
 
 
+_KINDS = ("bfloat16", "float16", "float32", "float64")
+
+
 def number(name: str, x, op: str = "attention") -> float:
     """What is static of a call."""
     try:
-        return float(x + 0)
+        return float(x + 0)  # A string is none.
     except (TypeError, ValueError, jax.errors.ConcretizationTypeError):
         raise UserError(
-            f"{op}: {name} is {x!r:.60}", allowed="a number of Python", fix=_FIX.get(name)
+            f"{op}: {name} is {x!r:.60}",
+            allowed="a number of Python",
+            fix="multiply q by what is traced, and give scale=1.0" if name == "scale" else None,
         ) from None
-
-
-_FIX = {"scale": "multiply q by what is traced, and give scale=1.0"}
-_KINDS = ("bfloat16", "float16", "float32", "float64")
 
 
 def attention(q, k, v, key_bias, weights, rows, lse=None) -> None:

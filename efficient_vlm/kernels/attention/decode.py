@@ -66,9 +66,9 @@ def attention_decode(
 
     Returns:
       out [B, H, R, Dv] in the dtype of q, lse float32 [B, H, R] (of float64 queries float64),
-      importance or None. The lse is
-      what merges the parts of a cache: weights exp(lse_a - lse) and exp(lse_b - lse) with
-      lse = logaddexp(lse_a, lse_b), for which a +inf, of a part that has nothing, is made -inf.
+      importance or None. The lse is what merges the parts of a cache: weights exp(lse_a - lse) and
+      exp(lse_b - lse) with lse = logaddexp(lse_a, lse_b), for which a +inf, of a part that has
+      nothing, is made -inf.
 
     Raises:
       UserError: shapes that do not fit, or an implementation that cannot serve this.
@@ -80,9 +80,8 @@ def attention_decode(
     keys = k.shape[2] if pages is None else pages.shape[1] * k.shape[2]
     checks.columns(len(q), keys, key_bias=key_bias, live=live, kept=kept)
     softcap = checks.cap(softcap, "attention_decode")
-    scale = (
-        q.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale, "attention_decode")
-    )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = checks.number("scale", scale, "attention_decode")
     exact = jnp.promote_types(q.dtype, jnp.float32)
 
     if implementation not in (None, "xla", "tpu"):

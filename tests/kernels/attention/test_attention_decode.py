@@ -121,8 +121,6 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(("shape", "page"), SHAPES)
 def test_shapes_and_dtypes(implementation, shape, page, dtype):
-    if implementation == "tpu" and dtype == "float16":
-        pytest.skip("no matrix unit takes it: `test_mistakes_are_named`")
     heads, kv_heads, queries, keys, dim, value_dim = shape
     q, k, v = cases.arrays((2, heads, kv_heads, queries, keys, dim, value_dim))
     q, k, v = (np.asarray(jnp.asarray(x, dtype), np.float64) for x in (q, k, v))
@@ -137,6 +135,10 @@ def test_shapes_and_dtypes(implementation, shape, page, dtype):
             x[1, :, lengths[1] :] = np.nan
     q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
     options = dict(pages=table, key_bias=bias, implementation=implementation)
+    if implementation == "tpu" and dtype == "float16":  # No matrix unit takes it.
+        with pytest.raises(UserError, match="has no float16"):
+            attention_decode(q, k, v, lengths, **options)
+        return
     # Longer than the cache counts as all of it.
     found = attention_decode(q, k, v, lengths + np.array([5, 0]), **options)
     near = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 2e-3}[dtype]
@@ -229,10 +231,7 @@ def test_mistakes_are_named(change, words):
     assert words in str(error.value) and len(str(error.value).splitlines()) <= 3
 
 
-def test_mistakes_in_shapes_and_dtypes_are_named():
+def test_mistakes_in_shapes_are_named():
     q, k, v = cases.arrays(SHAPE)
     with pytest.raises(UserError, match="do not fit"):
         attention_decode(q, k, v[..., 0], LENGTHS)
-    half = [jnp.asarray(x, jnp.float16) for x in (q, k, v)]
-    with pytest.raises(UserError, match="has no float16"):
-        attention_decode(*half, LENGTHS, implementation="tpu")

@@ -21,7 +21,7 @@ from compressors_model import QUICK, Geometry, Method
 from compressors_run import DECODE_STEPS, Run
 from compressors_table import targets, write_table
 
-from efficient_vlm import commands
+from efficient_vlm.cli import run as commands
 from efficient_vlm.compressors.methods import METHODS, find
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +42,7 @@ re-indexed tokens, an encoder that is asked for nothing) share its measurement. 
 "scoring" is what a method computes beside the model, called alone: the rows or means of attention
 that it asks of the encoder, and its module (score, select, fold); inside the decoder the one-cut
 modules at the shape of each cut, and, for PyramidDrop, keys and query of the next layer. Predicted
-speed-ups are ratios of FLOPs of `audit.flops`: decoder and head for prefill, with the cuts inside
+speed-ups are ratios of FLOPs of `costs.flops`: decoder and head for prefill, with the cuts inside
 the decoder; all stages for the first token."""
 
 

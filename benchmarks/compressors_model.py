@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_vlm import compressors
-from efficient_vlm.audit.flops import Cost, model_cost
+from efficient_vlm.costs.flops import Cost, model_cost
 from efficient_vlm.inference.generate import Programs, programs_of
-from efficient_vlm.models.images import Layout
+from efficient_vlm.models.image_inputs import Layout
 from efficient_vlm.models.vlm import VisionLanguageModel
 
 

@@ -18,10 +18,10 @@ from efficient_vlm import compressors
 from efficient_vlm.compressors import DecoderState, Signals, VisualTokens
 from efficient_vlm.inference import generate
 from efficient_vlm.kernels.attention import attention
-from efficient_vlm.models.images import NO_EXTRAS
-from efficient_vlm.models.intermediates import INTERMEDIATES
-from efficient_vlm.models.stack import layer_of, unstack
+from efficient_vlm.models.image_inputs import NO_EXTRAS
 from efficient_vlm.models.vlm import VisionLanguageModel
+from efficient_vlm.nn.intermediates import INTERMEDIATES
+from efficient_vlm.nn.stack import layer_of, unstack
 
 DECODE_STEPS = 8
 

@@ -29,7 +29,7 @@ SAVES = 9
 
 def command(workdir: Path, config: str, steps: int) -> list[str]:
     return [
-        *(sys.executable, "-m", "efficient_vlm.cli", "train"),
+        *(sys.executable, "-m", "efficient_vlm.cli.main", "train"),
         *(f"--config={config}", f"--config.train.steps={steps}", "--config.train.log_every=1"),
         *("--config.eval.images=2", "--config.eval.batch_size=2"),
         *("--config.eval.map_questions=0", f"--workdir={workdir}"),
@@ -82,7 +82,7 @@ def saved(workdir: Path) -> dict[str, float]:
     import numpy as np
     from orbax.checkpoint import v1 as orbax
 
-    from efficient_vlm.train.checkpoint import Checkpoints
+    from efficient_vlm.checkpoints.run import Checkpoints
 
     folder = max((p for p in (workdir / "checkpoints").glob("[0-9]*")), key=lambda p: int(p.name))
     info = json.loads((folder / "checkpoint.json").read_text())

@@ -17,6 +17,8 @@ from efficient_vlm.compressors.methods import METHODS, build, options, reachable
 PAGE = Path(__file__).with_name("compressors.md")
 BASELINES = ("none", "random", "stride", "pool", "downsample")
 OWN = ("text_topk", "resampler")
+# Modules of baselines, pools and selectors, which are trained with.
+SIMPLE = (".pooling", ".selectors")
 # Where a method comes from, in its docstring: a paper, or the model that it was published with.
 SOURCE = re.compile(r"arXiv:? ?(\d{4}\.\d{4,5})(?:v\d)?")
 MODELS = ("Gemma 4", "MiniCPM-V 4.6", "SmolVLM")
@@ -60,7 +62,7 @@ def families():
             group = "Baselines"
         elif method.where != "between":
             group = f"Inside the {method.where}"
-        elif "training_free" in method.__module__:
+        elif ".between." in method.__module__ and not method.__module__.endswith(SIMPLE):
             group = "Between encoder and decoder, training-free"
         else:
             group = "Projectors, pools and selectors to train with"

@@ -10,15 +10,15 @@ import itertools
 import json
 from pathlib import Path
 
-from efficient_vlm.audit import command
-from efficient_vlm.audit.match import Target
-from efficient_vlm.audit.plans.chips import chip_of, devices_of, has_compiler
-from efficient_vlm.audit.plans.command import make_work
-from efficient_vlm.audit.plans.compiled import compile_plan
-from efficient_vlm.audit.plans.options import parse_mesh
-from efficient_vlm.audit.subject import read_subject
+from efficient_vlm.cli import audit as command
+from efficient_vlm.cli.audit_aot import make_work
+from efficient_vlm.cli.subject import read_subject
+from efficient_vlm.costs.compiled.chips import chip_of, devices_of, has_compiler
+from efficient_vlm.costs.compiled.compiled import compile_plan
+from efficient_vlm.costs.compiled.options import parse_mesh
+from efficient_vlm.costs.match import Target
 from efficient_vlm.errors import UserError
-from efficient_vlm.train.manifest import write_atomic
+from efficient_vlm.files import write_atomic
 
 HERE = Path(__file__).parent
 TOPOLOGIES = {

@@ -12,11 +12,11 @@ __version__ = "0.1.0"
 _WHERE = {
     "UserError": "efficient_vlm.errors",
     "VisionLanguageModel": "efficient_vlm.models.vlm",
-    "evaluate_run": "efficient_vlm.evaluation",
-    "fit": "efficient_vlm.commands",
-    "from_pretrained": "efficient_vlm.interop.pretrained",
+    "evaluate_run": "efficient_vlm.evaluation.run",
+    "fit": "efficient_vlm.cli.run",
+    "from_pretrained": "efficient_vlm.inference.pretrained",
     "generate": "efficient_vlm.inference.generate",
-    "load_config": "efficient_vlm.config",
+    "load_config": "efficient_vlm.cli.config_file",
 }
 __all__ = ["__version__", *sorted(_WHERE)]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_models import DECODER, ENCODER, QUICK_TO_COMPILE, VOCAB, make_tiny_config
 
-from efficient_vlm import commands
+from efficient_vlm.cli import run as commands
 
 commands.enable_compilation_cache()
 # Thousands of small programs that run once or twice: compiling them is nearly all of the time.

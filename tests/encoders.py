@@ -8,11 +8,11 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from efficient_vlm.interop.families import vision
-from efficient_vlm.interop.names import NameMap
-from efficient_vlm.interop.safetensors_read import Checkpoint
-from efficient_vlm.models.stack import unstack
-from efficient_vlm.models.vit import ViT
+from efficient_vlm.checkpoints.names import NameMap
+from efficient_vlm.checkpoints.safetensors_read import Checkpoint
+from efficient_vlm.families import vision
+from efficient_vlm.models.encoder import ViT
+from efficient_vlm.nn.stack import unstack
 
 
 def check_encoder(folder: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny_models import QUICK_TO_COMPILE
 
-from efficient_vlm.audit.flops import model_cost
+from efficient_vlm.costs.flops import model_cost
 from efficient_vlm.models.vlm import VisionLanguageModel
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from efficient_vlm import commands
-from efficient_vlm import config as configs
+from efficient_vlm.cli import config_file as configs
+from efficient_vlm.cli import run as commands
 from efficient_vlm.train.metrics import read_metrics
 
 pytestmark = pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).parents[1] / "experiments"
+SCRIPTS = Path(__file__).parents[1] / "launch"
 XPK = dict(CLUSTER="c", ZONE="z", PROJECT="p", IMAGE="registry/image")
 
 

@@ -140,7 +140,7 @@ class Compressor(nn.Module):
 
     @nn.nowrap
     def intermediates(self) -> Mapping[str, str]:
-        """Signal -> "name/layer" of the encoder intermediate it is (`vit.ViT.__call__`)."""
+        """Signal -> "name/layer" of the encoder intermediate it is (`encoder.ViT.__call__`)."""
         return {}
 
     @nn.nowrap

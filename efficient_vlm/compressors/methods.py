@@ -3,10 +3,16 @@
 import dataclasses
 from typing import Any
 
-from efficient_vlm.compressors import pooling, selectors
 from efficient_vlm.compressors.base import Compressor
-from efficient_vlm.compressors.elastic import M3, MQT
-from efficient_vlm.compressors.gather_pool import MolmoPool, PositionPool
+from efficient_vlm.compressors.between import pooling, selectors
+from efficient_vlm.compressors.between.cdpruner import CDPruner
+from efficient_vlm.compressors.between.cls_attention import FasterVLM
+from efficient_vlm.compressors.between.divprune import DivPrune
+from efficient_vlm.compressors.between.hiprune import HiPrune
+from efficient_vlm.compressors.between.prumerge import PruMerge, PruMergePlus
+from efficient_vlm.compressors.between.scope import Scope
+from efficient_vlm.compressors.between.visionzip import VisionZip
+from efficient_vlm.compressors.between.vispruner import VisPruner
 from efficient_vlm.compressors.grids import Grid, as_grid
 from efficient_vlm.compressors.in_decoder.dart import Dart
 from efficient_vlm.compressors.in_decoder.fastv import FastV
@@ -16,21 +22,15 @@ from efficient_vlm.compressors.in_decoder.pyramiddrop import PyramidDrop
 from efficient_vlm.compressors.in_decoder.sparsevlm import SparseVLM
 from efficient_vlm.compressors.in_decoder.v2drop import V2Drop
 from efficient_vlm.compressors.in_decoder.vtw import VisualTokensWithdrawal
-from efficient_vlm.compressors.resampler import Resampler
-from efficient_vlm.compressors.trained.cell import TokenPacker
-from efficient_vlm.compressors.trained.conv import LDP, CAbstractor, LDPv2
-from efficient_vlm.compressors.trained.mlp import Deco, Mlp
-from efficient_vlm.compressors.trained.query import Perceiver, QFormer
-from efficient_vlm.compressors.training_free.cdpruner import CDPruner
-from efficient_vlm.compressors.training_free.cls_attention import FasterVLM
-from efficient_vlm.compressors.training_free.divprune import DivPrune
-from efficient_vlm.compressors.training_free.hiprune import HiPrune
-from efficient_vlm.compressors.training_free.prumerge import PruMerge, PruMergePlus
-from efficient_vlm.compressors.training_free.scope import Scope
-from efficient_vlm.compressors.training_free.tome import ToMe
-from efficient_vlm.compressors.training_free.visionzip import VisionZip
-from efficient_vlm.compressors.training_free.vispruner import VisPruner
-from efficient_vlm.compressors.window_merger import MiniCPMMerger
+from efficient_vlm.compressors.in_encoder.minicpm import MiniCPMMerger
+from efficient_vlm.compressors.in_encoder.tome import ToMe
+from efficient_vlm.compressors.projectors.cell import TokenPacker
+from efficient_vlm.compressors.projectors.conv import LDP, CAbstractor, LDPv2
+from efficient_vlm.compressors.projectors.elastic import M3, MQT
+from efficient_vlm.compressors.projectors.gather_pool import MolmoPool, PositionPool
+from efficient_vlm.compressors.projectors.mlp import Deco, Mlp
+from efficient_vlm.compressors.projectors.query import Perceiver, QFormer
+from efficient_vlm.compressors.projectors.resampler import Resampler
 from efficient_vlm.errors import check_fields, unknown
 
 METHODS: dict[str, type[Compressor]] = {

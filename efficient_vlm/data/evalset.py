@@ -11,8 +11,8 @@ from efficient_vlm.data.pipeline import make_spec, make_tokenizer
 from efficient_vlm.data.records import BadRecord, Record
 from efficient_vlm.data.skips import SkipCounter
 from efficient_vlm.data.sources import Source, open_source
-from efficient_vlm.data.tokenizer import Tokenizer
 from efficient_vlm.errors import UserError
+from efficient_vlm.processing.tokenizer import Tokenizer
 
 
 class EvalSet:

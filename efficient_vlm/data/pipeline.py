@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from efficient_vlm.data import images, transforms
+from efficient_vlm.data import transforms
 from efficient_vlm.data.config import DataConfig, validate
 from efficient_vlm.data.records import BadRecord
 from efficient_vlm.data.skips import SkipCounter
 from efficient_vlm.data.sources import Source, longest_words, open_source
-from efficient_vlm.data.tokenizer import Tokenizer
 from efficient_vlm.errors import UserError
+from efficient_vlm.processing import decode_image as images
+from efficient_vlm.processing.tokenizer import Tokenizer
 
 # Part of the fingerprint: raise it when the same config gives other batches.
 FORMAT = 1
@@ -150,7 +151,8 @@ def make_tokenizer(
     config: DataConfig, source: Source | None, workdir: str | Path | None = None
 ) -> Tokenizer:
     """The tokenizer of `config`; what is trained on the data is kept in `workdir`."""
-    from efficient_vlm.data import questions, tokenizer
+    from efficient_vlm.data import questions
+    from efficient_vlm.processing import tokenizer
 
     if config.tokenizer:
         return tokenizer.load(config.tokenizer)

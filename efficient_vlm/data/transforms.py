@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from efficient_vlm.data import images as image_ops
 from efficient_vlm.data.records import BadRecord, Conversation, Record
-from efficient_vlm.data.tokenizer import Tokenizer
+from efficient_vlm.processing import decode_image as image_ops
+from efficient_vlm.processing.tokenizer import Tokenizer
 
 
 class Spec(NamedTuple):
@@ -114,7 +114,7 @@ def image_arrays(record: Record, spec: Spec) -> dict[str, np.ndarray]:
       images uint8 [M, H, W, 3] (zeros where there is none) and image_mask bool [M].
 
     Raises:
-      BadRecord: "too_many_images", or the reasons of `images.BadImage`.
+      BadRecord: "too_many_images", or the reasons of `decode_image.BadImage`.
     """
     if len(record.images) > spec.max_images:
         raise BadRecord(

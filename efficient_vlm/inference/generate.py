@@ -17,9 +17,9 @@ from flax import struct
 from efficient_vlm import sharding
 from efficient_vlm.compressors import VisualTokens
 from efficient_vlm.errors import UserError
-from efficient_vlm.inference.cache import KVCache, constrained
-from efficient_vlm.models.images import NO_EXTRAS, ImageExtras, Layout, repeat_rows
-from efficient_vlm.models.placement import Placement
+from efficient_vlm.models.cache import KVCache, constrained
+from efficient_vlm.models.image_inputs import NO_EXTRAS, ImageExtras, Layout, repeat_rows
+from efficient_vlm.models.prompt_layout import Placement
 from efficient_vlm.models.vlm import VisionLanguageModel
 
 STAGES = ("encode", "compress", "prefill", "decode")
@@ -170,7 +170,7 @@ def generate(
 
     Args:
       model: the model at one budget.
-      params: its parameters; faster on a CPU when split by `models.stack.unstack`. They may lie on
+      params: its parameters; faster on a CPU when split by `nn.stack.unstack`. They may lie on
         a mesh that is active (`sharding.active`), also of several processes, which then call this
         alike and each get all answers, and parts of `visual` and `sources`.
       images: uint8 [B, M, H, W, 3]; None for none.
@@ -181,7 +181,7 @@ def generate(
       eos_id: the token, or the tokens, that end an answer.
       rng: key for random compressors.
       placement: of B*Q rows, where in the text visual tokens belong; None for in front of it.
-      extras: see `models.images.ImageExtras`.
+      extras: see `models.image_inputs.ImageExtras`.
       on_token: called with the tokens of each step, int32 [B*Q].
       repetition_penalty: divides logits above 0, and multiplies those below, of tokens that were
         there before (arXiv 1909.05858, section 4.1).

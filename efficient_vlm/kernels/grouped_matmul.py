@@ -76,7 +76,7 @@ def grouped_matmul_reference(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Ar
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped_matmul(room, lhs, rhs, group_sizes):
-    # The default is what `audit.traced` counts.
+    # The default is what `costs.traced` counts.
     gpus = ((name, _side_by_side) for name in ("cuda", "rocm"))
     forms = (("cpu", _blocked), *gpus, ("default", _ragged))
     return _by_platform(forms, room)(lhs, rhs, group_sizes)

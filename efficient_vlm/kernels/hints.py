@@ -2,7 +2,7 @@
 
 How often a loop over blocks turns, and how many rows of an array with room for the worst case are
 there, is in the data; how much work a kernel is, in its code. `audit aot` counts the work of a
-program from its text: it reads these names (`audit/plans/hlo.py`), which every compiler hands
+program from its text: it reads these names (`costs/compiled/hlo.py`), which every compiler hands
 through to the instructions.
 """
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from efficient_vlm.errors import UserError
-from efficient_vlm.models.layers import Dtype, Linear, activate, make_norm
+from efficient_vlm.nn.layers import Dtype, Linear, activate, make_norm
 
 
 class Connector(nn.Module):

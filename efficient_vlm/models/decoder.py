@@ -11,15 +11,15 @@ from flax import linen as nn
 from efficient_vlm import compressors
 from efficient_vlm.compressors import DecoderState, Signals, VisualTokens
 from efficient_vlm.errors import UserError
-from efficient_vlm.inference.cache import KVCache, SegmentCache
 from efficient_vlm.kernels.attention import key_mask, make_mask
-from efficient_vlm.models.attention import PADDING_SEGMENT, SHARED_SEGMENT
-from efficient_vlm.models.decoder_block import DecoderBlock, LayerInputs
+from efficient_vlm.models.cache import KVCache, SegmentCache
 from efficient_vlm.models.decoder_fields import DecoderFields
 from efficient_vlm.models.decoder_stack import DENSE, MAIN, DecoderStack, joined
-from efficient_vlm.models.layers import Linear, logical, make_norm, product
-from efficient_vlm.models.placement import Placement, held_mean, place_tokens
-from efficient_vlm.models.stack import stack_layers
+from efficient_vlm.models.prompt_layout import Placement, held_mean, place_tokens
+from efficient_vlm.nn.attention import PADDING_SEGMENT, SHARED_SEGMENT
+from efficient_vlm.nn.decoder_block import DecoderBlock, LayerInputs
+from efficient_vlm.nn.layers import Linear, logical, make_norm, product
+from efficient_vlm.nn.stack import stack_layers
 
 
 class Decoder(DecoderFields):

@@ -9,12 +9,12 @@ from flax import linen as nn
 from efficient_vlm import compressors
 from efficient_vlm.compressors import POLICIES, Compressor
 from efficient_vlm.errors import UserError, check_fields, unknown
-from efficient_vlm.models.build import frozen
-from efficient_vlm.models.decoder_block import NORM_LAYOUTS
+from efficient_vlm.fields import frozen
 from efficient_vlm.models.decoder_stack import DENSE, MAIN
-from efficient_vlm.models.layers import Dtype
-from efficient_vlm.models.moe import check_moe
-from efficient_vlm.models.rotary import check_rope
+from efficient_vlm.nn.decoder_block import NORM_LAYOUTS
+from efficient_vlm.nn.layers import Dtype
+from efficient_vlm.nn.moe import check_moe
+from efficient_vlm.nn.rotary import check_rope
 
 POSITIONS = ("rope", "learned")
 LAYER_TYPES = ("global", "local")

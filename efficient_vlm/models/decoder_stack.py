@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efficient_vlm.models.decoder_block import DecoderBlock, LayerInputs
-from efficient_vlm.models.stack import is_split, layer_of, rematerialised, run_layers
+from efficient_vlm.nn.decoder_block import DecoderBlock, LayerInputs
+from efficient_vlm.nn.stack import is_split, layer_of, rematerialised, run_layers
 
 # The stack of all layers; it has the name that the first segment had when each had a stack, so
 # that older checkpoints stay readable. And that of dense layers among mixtures of experts.

@@ -16,11 +16,11 @@ from flax import linen as nn
 
 from efficient_vlm import compressors
 from efficient_vlm.compressors import VisualTokens
-from efficient_vlm.compressors.gather_pool import windows
-from efficient_vlm.compressors.pooling import ORDERS, space_to_depth
+from efficient_vlm.compressors.between.pooling import ORDERS, space_to_depth
+from efficient_vlm.compressors.projectors.gather_pool import windows
 from efficient_vlm.errors import UserError, unknown
-from efficient_vlm.models.build import construct
-from efficient_vlm.models.layers import Dtype, Linear, activate, make_norm
+from efficient_vlm.fields import construct
+from efficient_vlm.nn.layers import Dtype, Linear, activate, make_norm
 
 Grid = tuple[int, int]
 

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from efficient_vlm.compressors import Signals, VisualTokens, selectors
-from efficient_vlm.compressors.gather_pool import windows
+from efficient_vlm.compressors import Signals, VisualTokens
+from efficient_vlm.compressors.between import selectors
+from efficient_vlm.compressors.projectors.gather_pool import windows
 from efficient_vlm.compressors.tokens import zero_padding
 from efficient_vlm.errors import UserError
-from efficient_vlm.inference.cache import KVCache
-from efficient_vlm.models.attention import PADDING_SEGMENT, SHARED_SEGMENT
-from efficient_vlm.models.build import construct
+from efficient_vlm.fields import construct
+from efficient_vlm.models.cache import KVCache
 from efficient_vlm.models.connector import Connector
-from efficient_vlm.models.images import (
+from efficient_vlm.models.image_inputs import (
     NO_EXTRAS,
     ImageExtras,
     Layout,
@@ -25,10 +25,11 @@ from efficient_vlm.models.images import (
     repeat_rows,
     resized,
 )
-from efficient_vlm.models.layers import logical
-from efficient_vlm.models.patch_positions import patch_mask
-from efficient_vlm.models.placement import Placement
+from efficient_vlm.models.prompt_layout import Placement
 from efficient_vlm.models.vlm_fields import VisionLanguageFields
+from efficient_vlm.nn.attention import PADDING_SEGMENT, SHARED_SEGMENT
+from efficient_vlm.nn.layers import logical
+from efficient_vlm.nn.patch_positions import patch_mask
 from efficient_vlm.sharding import constrain
 
 
@@ -251,7 +252,7 @@ class VisionLanguageModel(VisionLanguageFields):
           layout: from `layout`.
           new_tokens: room to leave in the cache.
           rng: key for random compressors between segments.
-          placement: see `placement.Placement`.
+          placement: see `prompt_layout.Placement`.
 
         Returns:
           float32 logits [R, vocab] behind the last prompt token; the cache; for each run of decoder
@@ -281,7 +282,7 @@ class VisionLanguageModel(VisionLanguageFields):
           images, image_mask, extras: see `encode`; images None for none.
           tokens: int32 [R, S], text tokens without visual slots, padded on the right.
           lengths: int32 [R].
-          placement: see `placement.Placement`; None for images in front of the text.
+          placement: see `prompt_layout.Placement`; None for images in front of the text.
           rng: key for random compressors.
 
         Returns:

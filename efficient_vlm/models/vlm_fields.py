@@ -11,12 +11,12 @@ from flax import linen as nn
 from efficient_vlm import compressors
 from efficient_vlm.compressors.methods import METHODS, find
 from efficient_vlm.errors import UserError
-from efficient_vlm.models.build import check_positive, construct, frozen
+from efficient_vlm.fields import check_positive, construct, frozen
 from efficient_vlm.models.decoder import Decoder
-from efficient_vlm.models.images import NO_EXTRAS, ImageExtras, Layout
-from efficient_vlm.models.layers import Dtype
+from efficient_vlm.models.encoder import ViT
+from efficient_vlm.models.image_inputs import NO_EXTRAS, ImageExtras, Layout
 from efficient_vlm.models.projectors import make_projector
-from efficient_vlm.models.vit import ViT
+from efficient_vlm.nn.layers import Dtype
 
 
 class VisionLanguageFields(nn.Module):
@@ -24,7 +24,7 @@ class VisionLanguageFields(nn.Module):
 
     Attributes:
       vocab_size: entries of the tokenizer.
-      encoder: fields of `vit.ViT`; None for a language model without images.
+      encoder: fields of `encoder.ViT`; None for a language model without images.
       projector: name and fields of one of `projectors.PROJECTORS`: the model's own way from patches
         to tokens, before any compressor; None for models whose patches are the tokens.
       padding_embedding: whether features of patches that show padding get a learned vector added,

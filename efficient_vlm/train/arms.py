@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from efficient_vlm import config as configs
-from efficient_vlm.audit.settings import setting_of
+from efficient_vlm.cli import config_file as configs
 from efficient_vlm.compressors.methods import find
 from efficient_vlm.errors import UserError
-from efficient_vlm.models.build import construct
+from efficient_vlm.evaluation.settings import setting_of
+from efficient_vlm.fields import construct
 from efficient_vlm.models.vlm import VisionLanguageModel
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from efficient_vlm import config as configs
 from efficient_vlm import sharding
+from efficient_vlm.cli import config_file as configs
 from efficient_vlm.data.config import DataConfig
 from efficient_vlm.errors import UserError, unknown
-from efficient_vlm.models.build import check_range, construct
+from efficient_vlm.fields import check_range, construct
 from efficient_vlm.train.arms import make_arms, make_model
 from efficient_vlm.train.metrics import summary_writer
 from efficient_vlm.train.optimizer import OPTIMIZERS, OptimizerConfig, schedule

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from efficient_vlm.train.manifest import write_atomic
+from efficient_vlm.files import write_atomic
 
 __all__ = ["BUCKETS", "Goodput"]
 

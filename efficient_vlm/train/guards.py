@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_vlm.errors import UserError
+from efficient_vlm.terminal import print_warning
 from efficient_vlm.train.lock import WorkdirLock
-from efficient_vlm.train.progress import print_warning
 from efficient_vlm.train.workdir_config import check_workdir_config, compare_config
 
 __all__ = [

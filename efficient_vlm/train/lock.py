@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from efficient_vlm.errors import UserError
-from efficient_vlm.train.progress import print_warning
+from efficient_vlm.terminal import print_warning
 
 LOCK = ".lock"
 _held: set[int] = set()  # descriptors of this process, closed in forked children

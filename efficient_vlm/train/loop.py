@@ -9,14 +9,15 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
+from efficient_vlm.checkpoints.run import Checkpoints, NonFiniteState, SaveFailed
 from efficient_vlm.data import build, transforms
 from efficient_vlm.data.pipeline import check_fingerprint, make_train, preview
 from efficient_vlm.data.reader import Reader
 from efficient_vlm.errors import UserError
 from efficient_vlm.sharding import own_rows
+from efficient_vlm.terminal import Progress
 from efficient_vlm.train import step as steps
 from efficient_vlm.train.arms import Arm, draw_arm, make_arms, make_model
-from efficient_vlm.train.checkpoint import Checkpoints, NonFiniteState, SaveFailed
 from efficient_vlm.train.config import make_mesh, read_config
 from efficient_vlm.train.goodput import Goodput
 from efficient_vlm.train.guards import NonFiniteGuard, StopSignal
@@ -24,7 +25,6 @@ from efficient_vlm.train.metrics import MetricsWriter
 from efficient_vlm.train.optimizer import schedule
 from efficient_vlm.train.parameters import initialise, start_from
 from efficient_vlm.train.processes import first_then_all, is_first, largest
-from efficient_vlm.train.progress import Progress
 from efficient_vlm.train.trained import Trained, digests
 
 

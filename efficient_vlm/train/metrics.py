@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from efficient_vlm.errors import UserError
-from efficient_vlm.train.manifest import write_atomic
-from efficient_vlm.train.progress import print_warning
+from efficient_vlm.files import write_atomic
+from efficient_vlm.terminal import print_warning
 
 METRICS = "metrics.jsonl"
 

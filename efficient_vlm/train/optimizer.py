@@ -9,7 +9,7 @@ import jax
 import optax
 
 from efficient_vlm.errors import UserError, unknown
-from efficient_vlm.models.build import check_range, construct
+from efficient_vlm.fields import check_range, construct
 from efficient_vlm.sharding import is_box, logical_axes, path_of
 
 OPTIMIZERS = ("adamw", "muon")

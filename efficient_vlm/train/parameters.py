@@ -11,10 +11,10 @@ import optax
 from jax.sharding import Mesh
 
 from efficient_vlm import sharding
+from efficient_vlm.checkpoints.run import Checkpoints
 from efficient_vlm.errors import UserError
 from efficient_vlm.train import step as steps
 from efficient_vlm.train.arms import Arm
-from efficient_vlm.train.checkpoint import Checkpoints
 from efficient_vlm.train.optimizer import OptimizerConfig, make_optimizer
 from efficient_vlm.train.placement import Placement, state_shardings
 

@@ -9,17 +9,17 @@ import jax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from efficient_vlm import config as configs
+from efficient_vlm.checkpoints.leaves import state_sha256
+from efficient_vlm.checkpoints.run import Checkpoints
+from efficient_vlm.cli import config_file as configs
 from efficient_vlm.data import transforms
 from efficient_vlm.data.pipeline import Pipeline
-from efficient_vlm.models.build import construct
+from efficient_vlm.fields import construct
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.sharding import param_shardings
 from efficient_vlm.train import step as steps
 from efficient_vlm.train.arms import make_arms, make_model
-from efficient_vlm.train.checkpoint import Checkpoints
 from efficient_vlm.train.config import TrainConfig
-from efficient_vlm.train.leaves import state_sha256
 from efficient_vlm.train.parameters import load_params
 from efficient_vlm.train.processes import agreed
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from efficient_vlm.errors import UserError, first_line
-from efficient_vlm.train.manifest import Damaged, read_index, write_atomic
+from efficient_vlm.files import Damaged, read_index, write_atomic
 
 
 def _plain(value: Any) -> Any:

@@ -143,10 +143,10 @@ def run(
       What results.json holds: rows in order of falling cost, what was left out, protocol,
       environment.
     """
-    from efficient_vlm import commands
-    from efficient_vlm.audit.evaluate import evaluate
-    from efficient_vlm.audit.flops import model_cost
-    from efficient_vlm.audit.settings import check_trained, parameter_shapes, settings_of
+    from efficient_vlm.cli import run as commands
+    from efficient_vlm.costs.flops import model_cost
+    from efficient_vlm.evaluation.protocol import evaluate
+    from efficient_vlm.evaluation.settings import check_trained, parameter_shapes, settings_of
 
     for name in methods or ():
         if name not in SELECTABLE:
@@ -219,12 +219,12 @@ def _restore(workdir: Path, images: int | None):
     """(trained model, test data, EvalConfig) of a run."""
     import ml_collections
 
-    from efficient_vlm import config as configs
-    from efficient_vlm.audit.settings import EvalConfig
+    from efficient_vlm.cli import config_file as configs
     from efficient_vlm.data.config import DataConfig
     from efficient_vlm.data.evalset import make_eval
     from efficient_vlm.data.pipeline import make_train
-    from efficient_vlm.models.build import construct
+    from efficient_vlm.evaluation.settings import EvalConfig
+    from efficient_vlm.fields import construct
     from efficient_vlm.train.trained import restore
 
     path = workdir / "config.json"

@@ -12,14 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from efficient_vlm.compressors import (
-    DecoderState,
-    Signals,
-    VisualTokens,
-    build,
-    names,
-    reachable,
-)
+from efficient_vlm.compressors import DecoderState, Signals, VisualTokens, build, names, reachable
 
 BATCH, WIDTH, TEXT_WIDTH = 3, 8, 8
 TEXT, HEADS, DEPTH = 3, 2, 4  # of the decoder and encoder layers that signals come from

@@ -9,7 +9,7 @@ import pytest
 
 from efficient_vlm.compressors import DecoderState, Signals, VisualTokens, build
 from efficient_vlm.kernels.attention.xla import _BLOCK_KEYS, _BLOCK_QUERIES
-from efficient_vlm.models.intermediates import INTERMEDIATES
+from efficient_vlm.nn.intermediates import INTERMEDIATES
 
 GRID, TEXT, HEADS, DEPTH = (24, 24), 64, 2, 16
 TOKENS = GRID[0] * GRID[1]

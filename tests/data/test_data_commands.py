@@ -8,7 +8,8 @@ import pytest
 from data_samples import row
 from PIL import Image
 
-from efficient_vlm.data import DataConfig, commands
+from efficient_vlm.cli import data as commands
+from efficient_vlm.data import DataConfig
 from efficient_vlm.errors import UserError
 
 

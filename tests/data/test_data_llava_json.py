@@ -8,9 +8,10 @@ import pytest
 from data_samples import image_bytes, row
 from PIL import Image
 
-from efficient_vlm.data import DataConfig, images, llava_json, make_eval, make_train
+from efficient_vlm.data import DataConfig, llava_json, make_eval, make_train
 from efficient_vlm.data.records import BadRecord
 from efficient_vlm.errors import UserError
+from efficient_vlm.processing import decode_image as images
 
 
 def config(path, **changes):

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from efficient_vlm.data import images, questions, scenes
+from efficient_vlm.data import questions, scenes
 from efficient_vlm.data.sources import build_token_bench, open_source, scene_config
 from efficient_vlm.data.token_bench import store
 from efficient_vlm.errors import UserError
+from efficient_vlm.processing import decode_image as images
 
 SIZES = {"train": 10, "test": 3}
 SCENE = scenes.SceneConfig(question_pool=8)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from data_samples import image_bytes
 
-from efficient_vlm.data import questions, tokenizer, transforms
+from efficient_vlm.data import questions, transforms
 from efficient_vlm.data.records import BadRecord, Conversation, Record
+from efficient_vlm.processing import tokenizer
 
 WORDS = tokenizer.word_level(questions.vocabulary())
 SPEC = transforms.Spec((8, 6), "stretch", 2, 3, 9, 10**6, 10**6, ("needle", "count"))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.megablox.gmm import make_group_metadata
 
-from efficient_vlm.audit.plans import hlo
+from efficient_vlm.costs.compiled import hlo
 from efficient_vlm.kernels import aot, aot_gpu
 from efficient_vlm.kernels import grouped_matmul as gm
 from efficient_vlm.kernels.attention.platforms import interpreted

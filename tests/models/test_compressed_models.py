@@ -17,10 +17,10 @@ from efficient_vlm.compressors.tokens import merge, take
 from efficient_vlm.errors import UserError
 from efficient_vlm.inference.generate import generate
 from efficient_vlm.kernels.attention import make_mask
-from efficient_vlm.models.decoder_block import DecoderBlock, LayerInputs
 from efficient_vlm.models.decoder_stack import MAIN
-from efficient_vlm.models.stack import unstack
-from efficient_vlm.models.vit import ViT
+from efficient_vlm.models.encoder import ViT
+from efficient_vlm.nn.decoder_block import DecoderBlock, LayerInputs
+from efficient_vlm.nn.stack import unstack
 
 DEEP = dict(segments=[dict(layers=4)])
 IN_DECODER = {

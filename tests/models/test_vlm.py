@@ -10,8 +10,8 @@ from tiny_models import MOE
 from efficient_vlm.errors import UserError
 from efficient_vlm.inference.generate import generate
 from efficient_vlm.models.decoder import Decoder
-from efficient_vlm.models.patch_positions import _resample as resample
-from efficient_vlm.models.vit import ViT
+from efficient_vlm.models.encoder import ViT
+from efficient_vlm.nn.patch_positions import _resample as resample
 from efficient_vlm.train.losses import ratio, token_cross_entropy
 
 SHORTER = [dict(layers=1), dict(layers=1, compressor=dict(name="stride", budget=4))]

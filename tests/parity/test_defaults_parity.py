@@ -6,8 +6,8 @@ transformers = pytest.importorskip("transformers")
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
 
-from efficient_vlm.interop.families import defaults  # noqa: E402
-from efficient_vlm.interop.families.text import rope  # noqa: E402
+from efficient_vlm.families import defaults  # noqa: E402
+from efficient_vlm.families.text import rope  # noqa: E402
 
 pytestmark = pytest.mark.parity
 

@@ -16,10 +16,12 @@ transformers = pytest.importorskip("transformers")
 from encoders import check_encoder  # noqa: E402
 from make_fixtures import CASES, EAGER, forward  # noqa: E402
 
-from efficient_vlm.interop import architecture, export, load, verify  # noqa: E402
-from efficient_vlm.interop.families.table import family_of  # noqa: E402
-from efficient_vlm.interop.safetensors_read import Checkpoint  # noqa: E402
-from efficient_vlm.models.stack import unstack  # noqa: E402
+from efficient_vlm.checkpoints.safetensors_read import Checkpoint  # noqa: E402
+from efficient_vlm.cli import verify  # noqa: E402
+from efficient_vlm.families import architecture, load  # noqa: E402
+from efficient_vlm.families import save as export  # noqa: E402
+from efficient_vlm.families.table import family_of  # noqa: E402
+from efficient_vlm.nn.stack import unstack  # noqa: E402
 
 pytestmark = pytest.mark.parity
 

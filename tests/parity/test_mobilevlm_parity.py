@@ -12,10 +12,12 @@ import numpy as np
 from mobilevlm_reference import NAMES, make
 from tiny_torch import ODD
 
+from efficient_vlm.checkpoints.safetensors_read import Checkpoint
+from efficient_vlm.cli import verify
 from efficient_vlm.errors import UserError
-from efficient_vlm.interop import architecture, export, load, verify
-from efficient_vlm.interop.families.table import family_of
-from efficient_vlm.interop.safetensors_read import Checkpoint
+from efficient_vlm.families import architecture, load
+from efficient_vlm.families import save as export
+from efficient_vlm.families.table import family_of
 
 pytestmark = pytest.mark.parity
 

@@ -34,13 +34,13 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import (  # noqa: 
 )
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string  # noqa: E402
 
-from efficient_vlm.interop.pictures.native import Qwen2VLPictures, Qwen3VLPictures  # noqa: E402
-from efficient_vlm.interop.pictures.resized import (  # noqa: E402
+from efficient_vlm.processing.pictures.native import Qwen2VLPictures, Qwen3VLPictures  # noqa: E402
+from efficient_vlm.processing.pictures.resized import (  # noqa: E402
     Gemma3Pictures,
     LlavaPictures,
     PaliGemmaPictures,
 )
-from efficient_vlm.interop.pictures.tiles import InternVLPictures, SmolVLMPictures  # noqa: E402
+from efficient_vlm.processing.pictures.tiles import InternVLPictures, SmolVLMPictures  # noqa: E402
 
 pytestmark = pytest.mark.parity
 

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from efficient_vlm.interop.prompts import Template, Tokenizer
+from efficient_vlm.processing.chat_template import Template, Tokenizer
 
 pytestmark = pytest.mark.parity
 

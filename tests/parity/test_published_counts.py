@@ -13,7 +13,7 @@ import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from efficient_vlm.errors import UserError  # noqa: E402
-from efficient_vlm.interop import published  # noqa: E402
+from efficient_vlm.families import published  # noqa: E402
 
 pytestmark = pytest.mark.parity
 

@@ -7,9 +7,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from efficient_vlm.interop.safetensors_format import CheckpointError
-from efficient_vlm.interop.safetensors_read import SINGLE, Checkpoint
-from efficient_vlm.interop.safetensors_write import write
+from efficient_vlm.checkpoints.safetensors_format import CheckpointError
+from efficient_vlm.checkpoints.safetensors_read import SINGLE, Checkpoint
+from efficient_vlm.checkpoints.safetensors_write import write
 
 torch = pytest.importorskip("torch")
 torch_api = pytest.importorskip("safetensors.torch")

@@ -14,8 +14,9 @@ import ml_dtypes
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from efficient_vlm.interop import architecture, export
-from efficient_vlm.interop.families.table import family_of
+from efficient_vlm.families import architecture
+from efficient_vlm.families import save as export
+from efficient_vlm.families.table import family_of
 
 OUT = Path(__file__).parent / "smolvlm"
 SPECIAL = [

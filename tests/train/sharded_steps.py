@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny_models import DECODER, ENCODER, MOE, VOCAB
 
 from efficient_vlm import sharding
+from efficient_vlm.checkpoints.run import Checkpoints
 from efficient_vlm.inference.generate import generate
 from efficient_vlm.kernels.attention import (
     attention,
@@ -22,10 +23,9 @@ from efficient_vlm.kernels.attention import (
     make_mask,
 )
 from efficient_vlm.kernels.grouped_matmul import grouped_matmul
-from efficient_vlm.models.moe import MoE as MoELayer
 from efficient_vlm.models.vlm import VisionLanguageModel
+from efficient_vlm.nn.moe import MoE as MoELayer
 from efficient_vlm.train import step as steps
-from efficient_vlm.train.checkpoint import Checkpoints
 from efficient_vlm.train.placement import Placement, state_shardings
 
 

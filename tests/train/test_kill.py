@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from efficient_vlm.data import DataConfig, make_train
-from efficient_vlm.train.exact_json import decode_json
-from efficient_vlm.train.manifest import read_index
+from efficient_vlm.exact_json import decode_json
+from efficient_vlm.files import read_index
 from efficient_vlm.train.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 STEPS, EVERY, KILLS = 150, 5, 20
 # What is evaluated does not matter here, only that it is the same in both runs.
 COMMAND = (
-    *("-m", "efficient_vlm.cli", "train", "--config=configs/quickstart.py:smoke"),
+    *("-m", "efficient_vlm.cli.main", "train", "--config=configs/quickstart.py:smoke"),
     *(f"--config.train.steps={STEPS}", f"--config.train.checkpoint_every={EVERY}"),
     *("--config.train.log_every=1", "--config.train.keep=2", "--config.data.batch_size=8"),
     "--config.train.elastic=[]",  # One program to trace at each start.

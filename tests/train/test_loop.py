@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from tiny_models import make_tiny_config
 
-from efficient_vlm import commands
-from efficient_vlm import config as configs
+from efficient_vlm.checkpoints.leaves import state_sha256
+from efficient_vlm.checkpoints.run import Checkpoints
+from efficient_vlm.cli import config_file as configs
+from efficient_vlm.cli import run as commands
 from efficient_vlm.errors import UserError
+from efficient_vlm.files import write_index
 from efficient_vlm.train import loop
-from efficient_vlm.train.checkpoint import Checkpoints
 from efficient_vlm.train.config import TrainConfig
 from efficient_vlm.train.guards import TrainingDiverged, check_workdir_config
-from efficient_vlm.train.leaves import state_sha256
-from efficient_vlm.train.manifest import write_index
 from efficient_vlm.train.metrics import read_metrics
 from efficient_vlm.train.parameters import load_params
 from efficient_vlm.train.trained import restore

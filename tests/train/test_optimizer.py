@@ -10,7 +10,7 @@ from flax import linen as nn
 from tiny_models import MOE
 
 from efficient_vlm.errors import UserError
-from efficient_vlm.models.build import construct
+from efficient_vlm.fields import construct
 from efficient_vlm.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from efficient_vlm.train.step import init_params
 

@@ -46,7 +46,7 @@ def start(devices, *words):
     }
     STARTED.append(
         subprocess.Popen(
-            [sys.executable, "-m", "efficient_vlm.cli", *words],
+            [sys.executable, "-m", "efficient_vlm.cli.main", *words],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

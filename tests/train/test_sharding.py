@@ -16,12 +16,13 @@ from flax import linen as nn
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from tiny_models import QUICK_TO_COMPILE
 
-from efficient_vlm import cli, sharding
-from efficient_vlm.audit.plans.options import parse_mesh
-from efficient_vlm.audit.sharding_table import table
+from efficient_vlm import sharding
+from efficient_vlm.cli import main as cli
+from efficient_vlm.cli.audit_sharding import table
+from efficient_vlm.costs.compiled.options import parse_mesh
 from efficient_vlm.errors import UserError
 from efficient_vlm.kernels import aot
-from efficient_vlm.models.moe import MoE
+from efficient_vlm.nn.moe import MoE
 from efficient_vlm.train.config import TrainConfig, make_mesh
 from efficient_vlm.train.optimizer import OptimizerConfig, make_optimizer
 from efficient_vlm.train.placement import state_shardings

@@ -12,11 +12,12 @@ import pytest
 from ml_collections import ConfigDict
 from tiny_models import make_tiny_config
 
-from efficient_vlm import commands
+from efficient_vlm.checkpoints import leaves
+from efficient_vlm.cli import run as commands
 from efficient_vlm.data import DataConfig, make_train
 from efficient_vlm.data.pipeline import Pipeline
 from efficient_vlm.errors import UserError
-from efficient_vlm.train import leaves, loop
+from efficient_vlm.train import loop
 from efficient_vlm.train import step as steps
 from efficient_vlm.train.guards import TrainingDiverged
 from efficient_vlm.train.metrics import read_metrics

@@ -9,12 +9,7 @@ import jax.numpy as jnp
 from efficient_vlm.compressors import grids
 from efficient_vlm.compressors.base import as_tuple, positive_int
 from efficient_vlm.compressors.in_decoder import rows
-from efficient_vlm.compressors.in_decoder.base import (
-    InDecoder,
-    Keep,
-    check_keep,
-    count_of,
-)
+from efficient_vlm.compressors.in_decoder.base import InDecoder, Keep, check_keep, count_of
 from efficient_vlm.errors import UserError, unknown
 
 SOFTMAX = ("visual", "all")

@@ -6,12 +6,7 @@ import math
 import flax.linen as nn
 
 from efficient_vlm.compressors.base import as_tuple
-from efficient_vlm.compressors.in_decoder.base import (
-    InDecoder,
-    check_falling,
-    check_keep,
-    count_of,
-)
+from efficient_vlm.compressors.in_decoder.base import InDecoder, check_falling, check_keep, count_of
 from efficient_vlm.compressors.in_decoder.rows import judges, range_flops, range_sums
 from efficient_vlm.errors import UserError, unknown
 

@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from efficient_vlm.data import questions, scenes
-from efficient_vlm.data.images import encode_png
+from efficient_vlm.processing.decode_image import encode_png
 
 DESCRIPTION = (
     "Scenes of real handwritten digits in colours, with questions that need few or many visual"

@@ -1,7 +1,12 @@
 """Fused sparse attention over compressed tokens: one op, one contract, several implementations."""
 
+from efficient_vlm.kernels.attention.api import (
+    IMPLEMENTATIONS,
+    AttentionResult,
+    attention,
+    attention_importance,
+)
 from efficient_vlm.kernels.attention.compact import Compacted, compact, keep_blocks
-from efficient_vlm.kernels.attention.decode import attention_decode, quantise
 from efficient_vlm.kernels.attention.mask import (
     Mask,
     choose,
@@ -10,12 +15,6 @@ from efficient_vlm.kernels.attention.mask import (
     mask_rows,
     visible,
 )
-from efficient_vlm.kernels.attention.op import (
-    IMPLEMENTATIONS,
-    AttentionResult,
-    attention,
-    attention_importance,
-)
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -23,7 +22,6 @@ __all__ = [
     "Compacted",
     "Mask",
     "attention",
-    "attention_decode",
     "attention_importance",
     "choose",
     "compact",
@@ -31,6 +29,5 @@ __all__ = [
     "key_mask",
     "make_mask",
     "mask_rows",
-    "quantise",
     "visible",
 ]

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_vlm.audit.traced import traced_flops
 from efficient_vlm.compressors import Signals, VisualTokens, build
-from efficient_vlm.compressors.training_free import vispruner
+from efficient_vlm.compressors.between import vispruner
+from efficient_vlm.costs.traced import traced_flops
 from efficient_vlm.errors import UserError
 
 GRID, WIDTH, HEADS = (4, 6), 8, 2

@@ -20,8 +20,8 @@ from pooling_cases import (
     trace,
 )
 
-from efficient_vlm.audit.traced import traced_flops
 from efficient_vlm.compressors import VisualTokens, build, reachable
+from efficient_vlm.costs.traced import traced_flops
 
 
 @pytest.mark.parametrize("keys", ["position", "content"])

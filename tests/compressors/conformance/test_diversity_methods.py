@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_vlm.audit.traced import traced_flops
 from efficient_vlm.compressors import Signals, VisualTokens, build, select
+from efficient_vlm.costs.traced import traced_flops
 from efficient_vlm.errors import UserError
 
 GRID, WIDTH = (4, 5), 8

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from decoder_states import best, check_kept, random_case
 
-from efficient_vlm.audit.traced import traced_flops
 from efficient_vlm.compressors import Signals, VisualTokens, build
 from efficient_vlm.compressors.in_decoder import fitprune, sparsevlm_plan, sparsevlm_scores
 from efficient_vlm.compressors.in_decoder.clusters import dpc_knn
 from efficient_vlm.compressors.tokens import DecoderState
+from efficient_vlm.costs.traced import traced_flops
 from efficient_vlm.errors import UserError
-from efficient_vlm.models.rotary import rotate
+from efficient_vlm.nn.rotary import rotate
 
 GRID, TOKENS, TEXT = (4, 6), 24, 5
 VISUAL = (24, 17, 9, 3, 0)  # real tokens by row

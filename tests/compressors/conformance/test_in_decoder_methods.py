@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from decoder_states import best, check_kept, full_map, random_case
 
-from efficient_vlm.audit.traced import traced_flops
 from efficient_vlm.compressors import Signals
 from efficient_vlm.compressors.in_decoder.fastv import FastV
 from efficient_vlm.compressors.in_decoder.feather import Feather
 from efficient_vlm.compressors.in_decoder.pyramiddrop import PyramidDrop
 from efficient_vlm.compressors.in_decoder.v2drop import V2Drop
 from efficient_vlm.compressors.in_decoder.vtw import VisualTokensWithdrawal
+from efficient_vlm.costs.traced import traced_flops
 
 GRID, TOKENS, BUDGET = (3, 4), 12, 5
 

@@ -10,8 +10,8 @@ import pytest
 from pooling_cases import WIDTH, assert_row, batches, check, error
 
 from efficient_vlm.compressors import VisualTokens, build, grids, reachable
-from efficient_vlm.compressors.gather_pool import position_cells
-from efficient_vlm.compressors.pooling import space_to_depth
+from efficient_vlm.compressors.between.pooling import space_to_depth
+from efficient_vlm.compressors.projectors.gather_pool import position_cells
 
 
 @pytest.mark.parametrize(

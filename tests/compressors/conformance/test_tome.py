@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tome_loops as loops
 
-from efficient_vlm.audit.traced import traced_flops
 from efficient_vlm.compressors import Signals, VisualTokens, build
-from efficient_vlm.compressors.training_free.tome import bipartite_merge
+from efficient_vlm.compressors.in_encoder.tome import bipartite_merge
+from efficient_vlm.costs.traced import traced_flops
 from efficient_vlm.errors import UserError
 
 GRID, WIDTH, HEADS, HEAD_DIM = (3, 5), 6, 2, 4

@@ -10,12 +10,12 @@ import numpy as np
 import projector_loops as loops
 import pytest
 
-from efficient_vlm.audit.traced import traced_flops
 from efficient_vlm.compressors import VisualTokens
-from efficient_vlm.compressors.trained.cell import TokenPacker
-from efficient_vlm.compressors.trained.conv import LDP, CAbstractor, LDPv2
-from efficient_vlm.compressors.trained.mlp import Deco, Mlp, adaptive_grids
-from efficient_vlm.compressors.trained.query import Perceiver, QFormer
+from efficient_vlm.compressors.projectors.cell import TokenPacker
+from efficient_vlm.compressors.projectors.conv import LDP, CAbstractor, LDPv2
+from efficient_vlm.compressors.projectors.mlp import Deco, Mlp, adaptive_grids
+from efficient_vlm.compressors.projectors.query import Perceiver, QFormer
+from efficient_vlm.costs.traced import traced_flops
 from efficient_vlm.errors import UserError
 
 WIDTH = 8

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from efficient_vlm.errors import UserError
-from efficient_vlm.kernels.attention import attention, attention_decode, platforms, quantise
+from efficient_vlm.kernels.attention import attention, platforms
+from efficient_vlm.kernels.paged_attention import attention_decode, quantise
 
 PAGE = 128
 LENGTHS = np.array([300, 1, 0])

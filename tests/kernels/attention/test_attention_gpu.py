@@ -8,7 +8,8 @@ import pytest
 from attention_contract import AttentionContract
 
 from efficient_vlm.errors import UserError
-from efficient_vlm.kernels.attention import attention, cudnn, op, platforms
+from efficient_vlm.kernels.attention import api as op
+from efficient_vlm.kernels.attention import attention, cudnn, platforms
 
 
 def is_hopper() -> bool:

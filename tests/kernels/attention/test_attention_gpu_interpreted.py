@@ -21,7 +21,8 @@ if not hasattr(plgpu, "InterpretGPUParams"):
 from jax._src import effects
 from jax._src.pallas.mosaic_gpu import core
 
-from efficient_vlm.kernels.attention import gpu, gpu_kernels
+from efficient_vlm.kernels.attention import hopper as gpu
+from efficient_vlm.kernels.attention.hopper import kernels as gpu_kernels
 
 SHAPE = (2, 2, 1, 140, 200, 64, 64)
 SETS = [

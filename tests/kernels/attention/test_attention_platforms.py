@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from efficient_vlm.errors import UserError
-from efficient_vlm.kernels.attention import attention, attention_decode, cudnn
+from efficient_vlm.kernels.attention import attention, cudnn
+from efficient_vlm.kernels.paged_attention import attention_decode
 
 Q = jnp.ones((1, 2, 256, 64), jnp.bfloat16)
 

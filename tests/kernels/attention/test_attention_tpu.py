@@ -7,8 +7,9 @@ import pytest
 from attention_contract import AttentionContract
 
 from efficient_vlm.errors import UserError
-from efficient_vlm.kernels.attention import attention, make_mask, platforms, tpu_blocks
-from efficient_vlm.kernels.attention.tpu_call import Call
+from efficient_vlm.kernels.attention import attention, make_mask, platforms
+from efficient_vlm.kernels.attention.tpu import blocks as tpu_blocks
+from efficient_vlm.kernels.attention.tpu.call import Call
 
 
 @pytest.fixture(autouse=True)

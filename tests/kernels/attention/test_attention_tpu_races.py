@@ -8,13 +8,9 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from efficient_vlm.kernels.attention import (
-    attention,
-    attention_decode,
-    platforms,
-    quantise,
-    tpu_blocks,
-)
+from efficient_vlm.kernels.attention import attention, platforms
+from efficient_vlm.kernels.attention.tpu import blocks as tpu_blocks
+from efficient_vlm.kernels.paged_attention import attention_decode, quantise
 
 SHAPE = (1, 2, 1, 200, 300, 64, 64)
 SETS = [

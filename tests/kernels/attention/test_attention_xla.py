@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from efficient_vlm.errors import UserError
-from efficient_vlm.kernels.attention import attention, attention_importance, op, xla
+from efficient_vlm.kernels.attention import api as op
+from efficient_vlm.kernels.attention import attention, attention_importance, xla
 
 
 @pytest.fixture(autouse=True)

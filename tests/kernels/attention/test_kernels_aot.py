@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
-from efficient_vlm import cli, sharding
-from efficient_vlm.audit import kernels as audit
-from efficient_vlm.audit import kernels_gpu
+from efficient_vlm import sharding
+from efficient_vlm.cli import audit_kernels as audit
+from efficient_vlm.cli import audit_kernels_gpu as kernels_gpu
+from efficient_vlm.cli import main as cli
 from efficient_vlm.errors import UserError
 from efficient_vlm.kernels import aot, aot_gpu
-from efficient_vlm.kernels.attention import attention, attention_decode, attention_importance
+from efficient_vlm.kernels.attention import attention, attention_importance
+from efficient_vlm.kernels.paged_attention import attention_decode
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu has no package for this platform"
@@ -141,7 +143,7 @@ def test_a_kernel_that_is_not_in_the_program_is_an_error(monkeypatch):
 
 @needs_libtpu
 def test_what_the_compiler_refuses_is_said(monkeypatch):
-    from efficient_vlm.kernels.attention import tpu_call
+    from efficient_vlm.kernels.attention.tpu import call as tpu_call
 
     monkeypatch.setattr(tpu_call, "vmem_bytes", lambda *args: 2**20)
     row = audit.compiled(next(iter(audit.programs(quick=True))), "v5e:2x2")

@@ -1,1 +1,0 @@
-"""Plans for machines that are not here: `efficient-vlm audit aot`."""

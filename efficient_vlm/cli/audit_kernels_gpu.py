@@ -1,0 +1,75 @@
+"""`efficient-vlm audit kernels --topology=h100`: registers and spills, without a GPU.
+
+ptxas prints from native code: the programs are compiled in a process of their own, whose output is
+read here.
+"""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+
+from efficient_vlm.cli.audit_kernels import Row, programs
+from efficient_vlm.costs.compiled import hlo
+from efficient_vlm.errors import UserError, first_line
+from efficient_vlm.kernels import aot_gpu
+
+TOPOLOGY = "h100"
+_MARK = "@@ program "
+_TARGET = 'custom_call_target="mosaic_gpu'
+
+
+def compiled(quick: bool) -> list[Row]:
+    """One row for each program; spills are an error.
+
+    Raises:
+      UserError: the compiler's wheels are not installed, or its process died.
+    """
+    words = [
+        sys.executable,
+        "-m",
+        "efficient_vlm.cli.audit_kernels_gpu",
+        "quick" if quick else "all",
+    ]
+    environment = {**os.environ, **aot_gpu.environment()}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)  # noqa: S603
+    parts = done.stdout.split(_MARK)[1:]
+    listed = list(programs(quick, "gpu"))
+    if done.returncode or len(parts) != len(listed):
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"compiling for {TOPOLOGY} stopped: {last[:200]}")
+    return [_row(program, part) for program, part in zip(listed, parts)]
+
+
+def _row(program, text: str) -> Row:
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", text)]
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", text)]
+    error = re.search(r"^error: (.*)$", text, re.M)
+    error = error[1] if error else None
+    found = re.search(r"^kernels: (\d+), flops: (\d+)$", text, re.M)
+    error = error or program.problem(*map(int, found.groups() if found else (0, 0)))
+    if error is None and any(spills):
+        error = f"{sum(spills)} bytes of registers are spilled"
+    facts = (program.kernel, program.shape, program.dtype, program.direction)
+    row = Row(TOPOLOGY, *facts, error is None, None, error)
+    return dataclasses.replace(
+        row, registers=max(registers, default=None), spill_bytes=sum(spills) if spills else None
+    )
+
+
+def main() -> None:
+    """What the other process runs."""
+    for program in programs(sys.argv[1] == "quick", "gpu"):
+        print(f"{_MARK}{program.direction}", flush=True)
+        try:
+            text = aot_gpu.compile_for_hopper(program.function, *program.given).as_text()
+            flops = round(hlo.costs(text).flops)
+            # A kernel that an earlier program has, too, is not compiled again.
+            print(f"kernels: {text.count(_TARGET)}, flops: {flops}", flush=True)
+        except Exception as problem:  # Whatever the compiler says is the answer.
+            print(f"error: {first_line(problem)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

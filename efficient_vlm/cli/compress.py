@@ -1,0 +1,268 @@
+"""`efficient-vlm compress`: what a method makes of one picture, drawn.
+
+With a run, everything is the run's: encoder, decoder, tokenizer. Without one there are no weights,
+and statistics of the pixels stand in for the encoder (`report.pixel_signals`); the picture says so.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from efficient_vlm.cli import audit as command
+from efficient_vlm.cli.one_image import Marked, WithoutWeights, WithRun
+from efficient_vlm.compressors import methods
+from efficient_vlm.compressors.grids import Grid
+from efficient_vlm.data.records import REASONS, BadRecord
+from efficient_vlm.errors import UserError
+from efficient_vlm.processing import decode_image as images
+from efficient_vlm.report import drawing, heat
+from efficient_vlm.report.sheet import HeatPanel, Panel, draw_sheet
+
+ALL = "all"
+_MOST = 64  # Patches in a row or column, without a run.
+_ASPECT = 2.5  # Longer pictures are shown squeezed.
+_SIDE, _SMALL = 440, 240  # Pixels of the shorter side, of one method and of many.
+_LEGEND = (
+    "White outline: a patch kept as a token of its own. Tint and outline: patches merged into one "
+    "token. Grey: dropped."
+)
+_INSIDE = " Inside the decoder: as in the last layers that hold any visual token."
+
+
+def read_methods(names: Sequence[str], options: Sequence[str]) -> list[dict[str, Any]]:
+    """{"name", options} of --compressor and --compressor.OPTION=VALUE; see `command.read_methods`.
+
+    Raises:
+      UserError: an unknown name or option, or a value of another type.
+    """
+    config = ml_collections.ConfigDict({"model": {}})
+    nothing = command.Subject("config", "", config, text_tokens=0, new_tokens=1, images=1)
+    return [chosen.fields for chosen in command.read_methods(nothing, names, options)]
+
+
+def main(args: argparse.Namespace) -> int:
+    """`efficient-vlm compress`.
+
+    Args:
+      args: image, compressor, options ("layer=2"), out, workdir, question, grid, json.
+    """
+    if not args.compressor:
+        raise UserError(
+            "compress: --compressor is missing",
+            allowed=f"{ALL}, {', '.join(methods.names())}",
+            fix="for example --compressor=divprune --compressor.budget=64",
+        )
+    every = ALL in [word.strip() for value in args.compressor for word in value.split(",")]
+    names = list(methods.names()) if every else args.compressor
+    wanted = read_methods(names, args.options)
+    out = Path(args.out)
+    if out.is_dir() or not out.parent.is_dir():
+        raise UserError(f"--out={out}: not a file in a folder that exists", fix="--out=map.png")
+    subject = _subject(args, read_image(args.image))
+    say = (lambda line: None) if args.json else print
+    many = every or len(wanted) > 1
+    if every:
+        budget = _budget(wanted[0].get("budget"), subject.grid)
+    marked, left_out = [], []
+    for fields in wanted:
+        try:
+            if every:
+                fields = subject.nearest(fields, budget)
+            found = subject.mark(fields, ask=not many)
+        except UserError as error:
+            if not every:
+                raise
+            left_out.append({"compressor": fields["name"], "reason": _reason(error)})
+            continue
+        marked.append(found)
+        say(f"{found.name} at {found.budget}: {'; '.join(caption(found))}")
+        if found.answer:
+            say(f"{subject.question}: {found.answer}")
+    if not marked:
+        raise UserError("--compressor=all: none can run", fix=left_out[0]["reason"])
+    draw = _draw_many if many else _draw_one
+    pixels = draw(subject, marked, Path(args.image).name, left_out)
+    try:
+        out.write_bytes(drawing.png(pixels))
+    except OSError as error:
+        raise UserError(f"--out={out}: {error.strerror or error}", fix="--out=map.png") from None
+    if args.json:
+        print(json.dumps(_to_json(args, subject, marked, left_out), indent=1))
+        return 0
+    for reason in dict.fromkeys(each["reason"] for each in left_out):
+        same = [each["compressor"] for each in left_out if each["reason"] == reason]
+        say(f"Left out: {', '.join(same)} ({reason})")
+    say(f"Seen by: {subject.note}")
+    say(f"Map: {out}")
+    return 0
+
+
+def read_image(path: str) -> np.ndarray:
+    """uint8 [H, W, 3] of any image file; UserError where it is missing, damaged or too large."""
+    try:
+        return images.decode(images.read(path))
+    except BadRecord as error:
+        raise UserError(
+            f"image {path!r}: {REASONS.get(error.reason, error.reason)}",
+            allowed=f"{', '.join(images.FORMATS)} up to {images.MAX_PIXELS // 10**6} megapixels",
+            fix="give the path of such a file",
+        ) from None
+
+
+def caption(marked: Marked) -> list[str]:
+    """What became of the patches, in words."""
+    found = heat.counts(marked.source)
+    parts = [f"{found.kept} patches kept"] if found.kept else []
+    if found.merged:
+        into = "1 token" if found.merged_into == 1 else f"{found.merged_into} tokens"
+        parts.append(f"{found.merged} merged into {into}")
+    if found.dropped:
+        parts.append(f"{found.dropped} dropped")
+    if marked.gone is not None:
+        parts.append(f"none left behind layer {marked.gone}")
+    knobs = [
+        f"{key}={_short(value)}"
+        for key, value in sorted(marked.options.items())
+        if key not in ("budget", "grid") and value is not None
+    ]
+    return [", ".join(parts)] + ([", ".join(knobs)] if knobs else [])
+
+
+def _subject(args: argparse.Namespace, image: np.ndarray) -> WithoutWeights | WithRun:
+    if args.workdir is not None:
+        if args.grid is not None:
+            raise UserError("--grid: the run's encoder has its own", fix="leave out --grid")
+        return WithRun(image, Path(args.workdir), args.question)
+    if args.question is not None:
+        raise UserError("--question: there is no model to ask", fix="add --workdir=RUN")
+    return WithoutWeights(image, _grid(args.grid or "24"))
+
+
+def _grid(text: str) -> Grid:
+    """ "24" or "18x32", rows before columns."""
+    parts = text.lower().split("x")
+    sides = [int(p) if p.isascii() and p.isdecimal() and len(p) < 5 else 0 for p in parts]
+    if len(sides) > 2 or not all(1 <= side <= _MOST for side in sides):
+        raise UserError(
+            f"--grid={text}: not a grid of patches",
+            allowed=f"1 to {_MOST}, or ROWSxCOLUMNS",
+            fix="--grid=24",
+        )
+    return sides[0], sides[-1]
+
+
+def _budget(given: int | None, grid: Grid) -> int:
+    """The budget for all methods: as given, or a ninth of the patches (64 of 576)."""
+    patches = grid[0] * grid[1]
+    if given is None:
+        return max(1, patches // 9)
+    if not 1 <= given <= patches:
+        raise UserError(
+            f"--compressor.budget={given}: of {patches} patches", allowed=f"1 to {patches}"
+        )
+    return given
+
+
+def _reason(error: UserError) -> str:
+    """The first line of an error without the name of the method and details in brackets."""
+    line = str(error).splitlines()[0]
+    return re.sub(r"^(--compressor=\w+|compressor '\w+' at \d+): ", "", line).split(" (")[0]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return "(" + ", ".join(map(_short, value)) + ")"
+    return str(value)
+
+
+def _size(subject, shorter: int) -> tuple[int, int]:
+    """(height, width) to draw at, whole pixels for each patch."""
+    aspect = float(np.clip(subject.aspect, 1 / _ASPECT, _ASPECT))
+    high, wide = (shorter, shorter * aspect) if aspect >= 1 else (shorter / aspect, shorter)
+    rows, columns = subject.grid
+    return max(1, round(high / rows)) * rows, max(1, round(wide / columns)) * columns
+
+
+def _heat_panel(subject, image: np.ndarray, found: heat.Heat) -> HeatPanel:
+    pixels = drawing.score_map(image, found.scores, grid=subject.grid, min_side=1)
+    low, high = drawing.score_range(found.scores)
+    above = high < np.nanmax(found.scores)
+    scale = _number(low), _number(high) + (" and above" if above else "")
+    return HeatPanel(pixels, found.meaning, scale)
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value == round(value) and abs(value) < 1e6 else f"{value:.2g}"
+
+
+def _notes(subject, marked, left_out: Sequence[Mapping[str, str]]) -> list[str]:
+    notes = [f"Seen by: {subject.note}. {subject.grid[0]} x {subject.grid[1]} patches."]
+    if subject.question:
+        notes[0] += f" Question: {subject.question}"
+    inside = any(found.heat and found.heat.meaning == heat.LAYERS for found in marked)
+    notes.append(_LEGEND + (_INSIDE if inside else ""))
+    if left_out:
+        notes.append(f"Left out: {', '.join(each['compressor'] for each in left_out)}.")
+    return notes
+
+
+def _draw_one(subject, marked: Sequence[Marked], title: str, left_out) -> np.ndarray:
+    (found,) = marked
+    image = subject.shown(_size(subject, _SIDE))
+    drawn = drawing.token_map(image, found.source, grid=subject.grid, min_side=1)
+    lines = caption(found) + ([f"answer: {found.answer}"] if found.answer else [])
+    panels = [Panel(image, "image"), Panel(drawn, f"{found.name} at {found.budget}", lines)]
+    if found.heat is not None:
+        seen = _heat_panel(subject, image, found.heat)
+        panels.append(Panel(seen.pixels, seen.meaning, scale=seen.scale))
+    return draw_sheet(title, _notes(subject, marked, left_out), panels, columns=3)
+
+
+def _draw_many(subject, marked: Sequence[Marked], title: str, left_out) -> np.ndarray:
+    image = subject.shown(_size(subject, _SMALL))
+    smaller = subject.shown(_size(subject, _SMALL // 2))
+    panels = [Panel(image, "image")]
+    for found in marked:
+        drawn = drawing.token_map(image, found.source, grid=subject.grid, min_side=1)
+        seen = None if found.heat is None else _heat_panel(subject, smaller, found.heat)
+        name = f"{found.name} at {found.budget}"
+        panels.append(Panel(drawn, name, caption(found), heat=seen))
+    return draw_sheet(title, _notes(subject, marked, left_out), panels, columns=4)
+
+
+def _to_json(args, subject, marked: Sequence[Marked], left_out) -> dict[str, Any]:
+    maps = []
+    for found in marked:
+        row = {
+            "compressor": found.name,
+            "budget": found.budget,
+            "options": {k: v for k, v in found.options.items() if k not in ("budget", "grid")},
+            **heat.counts(found.source)._asdict(),
+            "heat": found.heat.meaning if found.heat else None,
+        }
+        if len(marked) == 1:
+            row |= {"answer": found.answer or None, "source": found.source.tolist()}
+            row["scores"] = _plain(found.heat.scores) if found.heat else None
+        maps.append(row)
+    return {
+        "image": args.image,
+        "out": str(args.out),
+        "seen_by": subject.note,
+        "grid": list(subject.grid),
+        "question": subject.question or None,
+        "maps": maps,
+        "left_out": left_out,
+    }
+
+
+def _plain(scores: np.ndarray) -> list[float | None]:
+    """JSON has no NaN."""
+    return [round(float(s), 6) if np.isfinite(s) else None for s in scores]

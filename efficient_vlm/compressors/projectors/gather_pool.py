@@ -1,0 +1,259 @@
+"""Pools that gather by position: molmo_pool (attention in a window), position_pool (one-hot)."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efficient_vlm.compressors import grids
+from efficient_vlm.compressors.base import Compressor, positive_int
+from efficient_vlm.compressors.projectors.mlp import Projector
+from efficient_vlm.compressors.tokens import (
+    NO_SIGNALS,
+    VisualTokens,
+    merge,
+    remap,
+    weighted_means,
+    zero_padding,
+)
+from efficient_vlm.errors import UserError, unknown
+
+QUERIES = ("mean", "first")
+
+
+def windows(grid: grids.Grid, side: int) -> np.ndarray:
+    """Patches of each window of side x side patches, from the upper left corner on.
+
+    Returns:
+      int32 [windows, side * side], raster order in both; -1 where a window sticks out of the grid.
+    """
+    rows, columns = grid
+    down, across = -(-rows // side), -(-columns // side)
+    index = np.full((down * side, across * side), -1, np.int32)
+    index[:rows, :columns] = np.arange(rows * columns).reshape(rows, columns)
+    index = index.reshape(down, side, across, side).swapaxes(1, 2)
+    return index.reshape(down * across, side * side)
+
+
+class MolmoPool(Projector):
+    """`molmo_pool`: every k x k window of patches is read by one query made from itself.
+
+    Molmo (arXiv 2409.17146, section 2; allenai/molmo@793fa38). In a window with patches x_n:
+
+        y = b_o + W_o attention(W_q q + b_q; W_k x + b_k; W_v x + b_v),  q = mean of x_n
+        token = W_2 (silu(W_1 y) * W_3 y)     with `hidden_dim`; else y itself
+
+    Windows that stick out of the grid (Molmo2's 27 x 27 patches) are padded: padding is neither in
+    the mean nor a key. Published: 2 x 2 windows, 24 x 24 patches to 144 tokens, 27 x 27 to 196, 16
+    heads of 64, hidden_dim the MLP width of the decoder. All budgets share their parameters.
+
+    Budgets: ceil(rows / k) * ceil(columns / k); k is the smallest side that gives the budget.
+    k = 1 is not the identity: a window of one patch still goes through W_v, W_o and what follows.
+
+    Deviations: the input is what the encoder gives (published: two layers side by side, so that 16
+    heads of 64 are half of its width); "first" in a window whose first patch is padding is the
+    first real one. Queries, keys and values are computed before the gather, each patch once. A bias
+    that the tokens carry is added to the logits of the patches as keys, and is used up.
+
+    Attributes:
+      query: "mean" (default, `attention_meanq`) or "first" (`attention`), the upper left patch.
+      num_heads: attention heads.
+      head_dim: width of each; None for the width of the input / num_heads.
+      hidden_dim: inner width of the SwiGLU projector, which has no biases; None for no projector.
+      features: width of the result; None for the width of the input.
+    """
+
+    query: str = "mean"
+    num_heads: int = 16
+    head_dim: int | None = None
+    hidden_dim: int | None = None
+
+    label = "molmo_pool"
+
+    @nn.nowrap
+    def check_options(self):
+        super().check_options()
+        positive_int("compressor.num_heads", self.num_heads)
+        for name in ("head_dim", "hidden_dim"):
+            if getattr(self, name) is not None:
+                positive_int(f"compressor.{name}", getattr(self, name))
+        if self.query not in QUERIES:
+            raise unknown("compressor.query", str(self.query), QUERIES)
+
+    @nn.nowrap
+    def reachable(self, grid):
+        return tuple(grids.covering_grids(grid))
+
+    @nn.nowrap
+    def flops(self, num_tokens, width, text_width=0):
+        inner, features = self._inner(width), self.features or width
+        side, _ = grids.covering_grids(grids.resolve(self.grid, num_tokens))[self.budget]
+        total = 2 * width * inner * (2 * num_tokens + self.budget)
+        total += 2 * 2 * self.budget * side * side * inner
+        if self.hidden_dim is None:
+            return total + 2 * self.budget * inner * features
+        return total + 2 * self.budget * (inner * inner + self.hidden_dim * (2 * inner + features))
+
+    @nn.nowrap
+    def _inner(self, width: int) -> int:
+        """Width of queries, keys and values."""
+        if self.head_dim is None and width % self.num_heads:
+            raise UserError(
+                f"compressor.num_heads: {self.num_heads} does not divide the width {width}",
+                allowed=f"a divisor of {width}, or any number with compressor.head_dim",
+            )
+        return self.num_heads * (self.head_dim or width // self.num_heads)
+
+    @nn.compact
+    def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
+        grid = self.check_call(tokens, signals, needs_grid=True)
+        width = tokens.embed.shape[-1]
+        inner, features = self._inner(width), self.features or width
+        side, _ = grids.covering_grids(grid)[self.budget]
+        index = windows(grid, side)
+        inside = jnp.asarray(index >= 0)
+        tokens = zero_padding(tokens)
+
+        def gather(x):  # [B, N, ...] -> [B, windows, k * k, ...], zeros outside the grid
+            x = x[:, np.maximum(index, 0)]
+            return jnp.where(inside.reshape(inside.shape + (1,) * (x.ndim - 3)), x, 0)
+
+        real = gather(tokens.mask)
+        bias, tokens = tokens.bias, tokens.replace(bias=None)
+        pooled = weighted_means(tokens, lambda x: gather(x).sum(axis=2))
+        query = pooled["embed"]
+        if self.query == "first":
+            first = jnp.argmax(real, axis=2)[:, :, None, None]
+            query = jnp.take_along_axis(gather(tokens.embed), first, axis=2)[:, :, 0]
+
+        def heads(name, x):
+            x = self.dense(name, x, inner, ("embed", "heads"))
+            return x.reshape(*x.shape[:-1], self.num_heads, inner // self.num_heads)
+
+        q = heads("query", query)
+        k, v = gather(heads("key", tokens.embed)), gather(heads("value", tokens.embed))
+        logits = jnp.einsum("bthd,btkhd->bthk", q, k, preferred_element_type=jnp.float32)
+        logits = logits * (inner // self.num_heads) ** -0.5
+        if bias is not None:
+            logits = logits + gather(bias)[:, :, None, :]
+        # A finite floor: a window without real patches gets a uniform softmax, and is zeroed.
+        logits = jnp.where(real[:, :, None, :], logits, jnp.finfo(jnp.float32).min)
+        attention = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+        x = jnp.einsum("bthk,btkhd->bthd", attention, v)
+        x = x.reshape(*x.shape[:2], inner)
+        if self.hidden_dim is None:
+            x = self.dense("out", x, features, ("heads", "embed"))
+        else:
+            x = self.dense("out", x, inner, ("heads", "embed"))
+            gate = nn.silu(self.dense("gate", x, self.hidden_dim, ("embed", "mlp"), bias=False))
+            up = self.dense("up", x, self.hidden_dim, ("embed", "mlp"), bias=False)
+            x = self.dense("down", gate * up, features, ("mlp", "embed"), bias=False)
+        pooled["embed"] = jnp.where(pooled["mask"][..., None], x, 0)
+
+        holder = np.zeros(grid[0] * grid[1], np.int32)
+        holder[index[index >= 0]] = np.nonzero(index >= 0)[0]
+        holder = jnp.broadcast_to(jnp.asarray(holder), tokens.mask.shape)
+        return VisualTokens(**pooled, source=remap(tokens.source, holder))
+
+
+class PositionPool(Compressor):
+    """`position_pool`: means over cells found from positions, not from the order of tokens.
+
+    The pooler of Gemma 4 (google-deepmind/gemma `gm/nn/gemma4/vision`; transformers `gemma4`). With
+    (r, c) the row and column of a patch in the image and w the columns of that image:
+
+        cell = floor(r / k) * ceil(w / k) + floor(c / k),  token_t = mean of the patches of cell t
+
+    as a product with one_hot(cell, L), L the budget. The shape is static, yet each row of a batch
+    may hold an image of its own height and width: the bounding box of its real tokens. Slots behind
+    the last cell, and cells of padding alone, are masked. Published: k = 3 and L = 70, 140, 280
+    (default), 560 or 1120 for at most 9 L patches.
+
+    All budgets can be reached: without `cell`, k = ceil(sqrt(N / L)) for the N real patches of a
+    row, the published sqrt(N / L) where that is whole. Where an image of awkward shape has more
+    than L cells, k grows for that row until they fit. The full budget without `cell` is the
+    identity (but for `scaled`).
+
+    Deviations: a cell's sum is divided by its patches (published: by k^2, the same for whole cells,
+    and its images have whole cells only); `scaled` is off, as a connector with a norm or a matrix
+    of its own follows.
+
+    Attributes:
+      cell: k, the side of a cell in patches; None to derive it from N and the budget.
+      scaled: multiply by sqrt(width), as published. Default False.
+    """
+
+    cell: int | None = None
+    scaled: bool = False
+
+    label = "position_pool"
+
+    @nn.nowrap
+    def check_options(self):
+        if self.cell is not None:
+            positive_int("compressor.cell", self.cell)
+        if not isinstance(self.scaled, bool):
+            raise UserError(f"compressor.scaled: {self.scaled!r}", allowed="true or false")
+
+    @nn.nowrap
+    def side(self, num_tokens: int | jax.Array) -> int | jax.Array:
+        """k: the smallest side whose cells are at least N / budget patches; for int [B] of each."""
+        if self.cell is not None:
+            return self.cell
+        per_token = -(-num_tokens // self.budget)
+        if isinstance(per_token, int):
+            return math.isqrt(per_token - 1) + 1
+        # Rounded up from just below a whole root, which may be inexact.
+        root = jnp.sqrt(jnp.maximum(per_token, 1).astype(jnp.float32) - 0.25)
+        return jnp.ceil(root).astype(jnp.int32)
+
+    @nn.nowrap
+    def flops(self, num_tokens, width, text_width=0):
+        if self.budget == num_tokens and self.side(num_tokens) == 1:
+            return 0
+        # The one-hot product of the embedding, the two coordinates and the size.
+        return 2 * self.budget * num_tokens * (width + 3)
+
+    def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
+        self.check_call(tokens, signals, needs_grid=False)
+        num_tokens, width = tokens.embed.shape[1:]
+        if self.budget < num_tokens or self.side(num_tokens) > 1:
+            tokens = zero_padding(tokens)
+            side = self.side(tokens.mask.sum(axis=1))
+            cell = position_cells(tokens.position, tokens.mask, side, self.budget)
+            tokens = merge(tokens, cell, self.budget)
+        if not self.scaled:
+            return tokens
+        return tokens.replace(embed=tokens.embed * jnp.asarray(width**0.5, tokens.embed.dtype))
+
+
+def position_cells(position: jax.Array, mask: jax.Array, side: int, budget: int) -> jax.Array:
+    """The cell of each token in the bounding box of its row's real tokens.
+
+    Args:
+      position: float32 [B, T, 2], (row, column).
+      mask: bool [B, T].
+      side: least side of a cell, for all rows or int [B] of each; larger in rows whose cells would
+        be more than `budget`.
+      budget: most cells.
+
+    Returns:
+      int32 [B, T] in raster order of the cells, below `budget`; anything for padding.
+    """
+    place = jnp.floor(position).astype(jnp.int32)
+    real = mask[..., None]
+    corner = jnp.min(jnp.where(real, place, jnp.iinfo(jnp.int32).max), axis=1, keepdims=True)
+    place = jnp.where(real, place - corner, 0)
+    extent = jnp.max(place, axis=1) + 1  # [B, 2]
+
+    least = side if isinstance(side, int) else 1
+    sides = jnp.arange(least, max(least, position.shape[1]) + 1)
+    cells = jnp.prod(-(-extent[:, None, :] // sides[:, None]), axis=-1)
+    fits = (cells <= budget) & (sides >= jnp.reshape(side, (-1, 1)))
+    # A box longer than the number of tokens (sparse ones) may fit none of these: one cell for all.
+    grown = jnp.where(jnp.any(fits, axis=1), sides[jnp.argmax(fits, axis=1)], extent.max(axis=1))
+    grown = grown[:, None]
+    across = -(-extent[:, 1:] // grown)
+    return place[..., 0] // grown * across + place[..., 1] // grown

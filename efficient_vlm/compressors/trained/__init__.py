@@ -1,1 +1,0 @@
-"""Trained projectors: convolutions, learned queries and perceptrons that give fewer tokens."""

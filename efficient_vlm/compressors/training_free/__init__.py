@@ -1,1 +1,0 @@
-"""Training-free methods between encoder and decoder."""

@@ -1,0 +1,117 @@
+"""The model of a config.json and the shapes of its parameters, without weights."""
+
+import functools
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+
+from efficient_vlm.checkpoints.names import NameMap
+from efficient_vlm.errors import UserError, first_line
+from efficient_vlm.families.base import Config, Family
+from efficient_vlm.families.defaults import complete
+from efficient_vlm.families.table import FAMILIES, family_of
+from efficient_vlm.models.vlm import VisionLanguageModel
+from efficient_vlm.nn.stack import unstack
+from efficient_vlm.processing.hub_tokenizer import special_id
+
+
+def read_config(directory: str | os.PathLike) -> dict[str, Any]:
+    """config.json of a directory, with what it leaves out (`families.defaults`).
+
+    Raises:
+      UserError: there is none, it is no JSON object, or it has a size that no model has.
+    """
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"{directory}: no config.json", fix="give a directory with config.json and safetensors"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {error}", fix="download it again") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not a JSON object", fix="download it again")
+    config = complete(config)
+    family = FAMILIES.get(config.get("model_type"))
+    for name, token in family.special_ids.items() if family else ():
+        if name not in config and (found := special_id(directory, token)) is not None:
+            config[name] = found
+    return config
+
+
+def build_model(
+    config: Config, *, dtype: Any = jnp.float32, compressor: Mapping[str, Any] | None = None
+) -> VisionLanguageModel:
+    """The model of a config.json, without weights.
+
+    Args:
+      config: content of config.json.
+      dtype: of activations.
+      compressor: name, budget and options, see `compressors.build`; None for all tokens.
+
+    Raises:
+      UserError: an unknown family, or a config that it cannot have.
+    """
+    family, config = family_of(config), complete(config)
+    fix = "use the config.json that came with the weights"
+    try:
+        fields = family.model(config)
+        # Values of a wrong kind are found where they are used: when shapes are made.
+        abstract_parameters(VisionLanguageModel(**fields))
+    except KeyError as error:
+        raise UserError(
+            f"config.json: no {error.args[0]!r}, which a model of type {config['model_type']} has",
+            fix=fix,
+        ) from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"config.json: {first_line(error)}", fix=fix) from error
+    if compressor is not None:
+        fields = {**fields, "compressor": dict(compressor)}
+    return VisionLanguageModel(**fields, dtype=dtype)
+
+
+def parameter_shapes(model: VisionLanguageModel) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path -> shape and dtype of each parameter in split form, without computing anything."""
+    return flatten_dict(jax.eval_shape(unstack, abstract_parameters(model)), sep="/")
+
+
+def abstract_parameters(model: VisionLanguageModel) -> Any:
+    """Shapes and dtypes of the parameters as `init` gives them."""
+    return nn.unbox(boxed_parameters(model))
+
+
+def boxed_parameters(model: VisionLanguageModel) -> Any:
+    """The same with their logical axes."""
+    return _boxed_parameters(model.clone(dtype=jnp.float32))  # Of activations; one trace.
+
+
+@functools.lru_cache(maxsize=8)
+def _boxed_parameters(model: VisionLanguageModel) -> Any:
+    tokens, lengths = jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
+    images = mask = None
+    if model.encoder is not None:
+        vit = model.make_encoder()
+        sides = [side * vit.patch_size for side in vit.grid]
+        images, mask = jnp.zeros((1, 1, *sides, 3)), jnp.ones((1, 1), bool)
+    init = functools.partial(model.init, method="text_logits")
+    return jax.eval_shape(init, jax.random.key(0), images, mask, tokens, lengths)["params"]
+
+
+def name_map(
+    family: Family, config: Config, model: VisionLanguageModel, spelling: str = "hub"
+) -> NameMap:
+    """The name map of a model, checked to cover every parameter."""
+    shapes = {path: leaf.shape for path, leaf in parameter_shapes(model).items()}
+    names = NameMap(shapes)
+    family.tensors(names, complete(config), spelling)
+    if missing := names.missing():
+        raise ValueError(f"{family.name}: no tensor is named for {missing[:3]} of {len(missing)}")
+    return names

@@ -1,0 +1,66 @@
+"""What a family is."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from efficient_vlm.checkpoints.names import NameMap
+
+Config = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One family of published models.
+
+    Attributes:
+      name: as in `import --verify` and `presets`.
+      model_types: values of "model_type" in config.json.
+      model: config.json -> fields of `VisionLanguageModel`.
+      tensors: fills a name map, given config.json and the spelling of the names in the file.
+      spellings: the spellings that are accepted: name -> (pattern, replacement) pairs from the
+        names in a file to those that `tensors` uses; the first is that of the hub.
+      ignored: patterns of tensors (hub spelling) that the model does not use. They are carried
+        along, and exported again.
+      processor: (preprocessor config, config.json) -> a picture processor; None without images.
+      image_token: config.json -> id of the token that stands for each visual token in a prompt.
+      special_ids: settings that config.json may lack -> the special token whose id they are, looked
+        up in the files of the tokenizer.
+      picture_options: options of the processor that a user may set.
+      prompt: name of a function of `prompts` for checkpoints without a chat template.
+      prompt_options: options of that function.
+      own_prompt: whether that function is used although the checkpoint has a chat template.
+      begin: where the beginning token comes from: "tokenizer" (what it puts around a text, unless
+        the template has written the token), "prompt" (the function above writes it), "template"
+        (nothing is added to what the template writes; so it is for all language models) or
+        "bos_or_eos" (in front of everything the tokenizer's beginning or else end token).
+      placeholder: what stands for one image in a rendered prompt.
+      blocks: which tokens of a prompt see each other whichever comes first: None, "prefix" (all of
+        a prompt), "image" (those of one image) or "images" (all that belong to images).
+      block_ids: config.json -> ids of the other tokens that belong to images ("images").
+      variable: whether pictures of other sizes become other numbers of tokens of one image, so
+        that a budget can only be checked when they come.
+      positions: "sequence", or "mrope" (one position for time, row and column).
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    model: Callable[[Config], dict[str, Any]]
+    tensors: Callable[[NameMap, Config, str], None]
+    spellings: Mapping[str, tuple[tuple[str, str], ...]] = dataclasses.field(
+        default_factory=lambda: {"hub": ()}
+    )
+    ignored: tuple[str, ...] = ()
+    processor: Callable[[Config, Config], Any] | None = None
+    image_token: Callable[[Config], int] | None = None
+    special_ids: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    picture_options: tuple[str, ...] = ()
+    prompt: str = "plain"
+    prompt_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    own_prompt: bool = False
+    begin: str = "tokenizer"
+    placeholder: str = "<image>"
+    blocks: str | None = None
+    variable: bool = False
+    block_ids: Callable[[Config], tuple[int, ...]] | None = None
+    positions: str = "sequence"

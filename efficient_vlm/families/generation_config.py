@@ -1,0 +1,59 @@
+"""What generation_config.json says of greedy answers."""
+
+import numbers
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from efficient_vlm.errors import UserError
+from efficient_vlm.processing.hub_tokenizer import read_json
+
+__all__ = ["check_penalty", "repetition_penalty"]
+
+# Fields that change greedy answers and are not applied -> the values with which they do not.
+_NOT_APPLIED: dict[str, tuple[Any, ...]] = {
+    "bad_words_ids": (None, []),
+    "begin_suppress_tokens": (None, []),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "exponential_decay_length_penalty": (None,),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "guidance_scale": (None, 1.0),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "no_repeat_ngram_size": (None, 0),
+    "num_beams": (None, 1),
+    "sequence_bias": (None, {}),
+    "suppress_tokens": (None, []),
+}
+
+
+def repetition_penalty(directory: Path) -> float:
+    """The penalty of a model's directory, 1.0 where it names none.
+
+    Warns of what else is there that would change greedy answers.
+
+    Raises:
+      UserError: not a positive number.
+    """
+    found = read_json(directory / "generation_config.json")
+    others = [name for name, plain in _NOT_APPLIED.items() if found.get(name) not in plain]
+    if others:
+        warnings.warn(
+            f"{directory / 'generation_config.json'}: {', '.join(others)}: not applied",
+            stacklevel=2,
+        )
+    value = found.get("repetition_penalty")
+    where = f"{directory / 'generation_config.json'}: repetition_penalty"
+    return 1.0 if value is None else check_penalty(value, where)
+
+
+def check_penalty(value: Any, name: str = "repetition_penalty") -> float:
+    """A penalty that can be applied, as a float; UserError if it is none."""
+    number = isinstance(value, numbers.Real | np.number) and not isinstance(value, bool)
+    if not number or not 1e-30 < value < 1e30:
+        raise UserError(f"{name}: {value!r:.40}", allowed="a number above 0; 1.0 changes nothing")
+    return float(value)

@@ -1,0 +1,193 @@
+"""Imported models: a published checkpoint as one of ours, with what it takes to give it back.
+
+A folder with config.json and the other settings as published, the parameters under checkpoints/
+(step 0, layers stacked, as training wants them), dtypes.json (parameters keep theirs), and
+carried/: tensors that our model does not use, kept for the way back.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from efficient_vlm.checkpoints import safetensors_write
+from efficient_vlm.checkpoints.safetensors_read import Checkpoint
+from efficient_vlm.checkpoints.safetensors_write import writing
+from efficient_vlm.checkpoints.staging import Stage, identity
+from efficient_vlm.errors import UserError
+from efficient_vlm.families.architecture import abstract_parameters, build_model, read_config
+from efficient_vlm.families.base import Config, Family
+from efficient_vlm.families.load import Source, check_range, load_parameters, stacked
+from efficient_vlm.families.save import copy_settings
+from efficient_vlm.families.table import family_of
+from efficient_vlm.models.vlm import VisionLanguageModel
+from efficient_vlm.nn.stack import unstack
+from efficient_vlm.processing.hub_tokenizer import read_json
+
+CHECKPOINTS = "checkpoints"
+CARRIED = "carried"
+DTYPES = "dtypes.json"
+STAGE = "under_way"
+
+
+def open_weights(
+    directory: Path,
+    family: Family,
+    config: Config,
+    model: VisionLanguageModel,
+    *,
+    dtype: Any,
+    sharding: Callable | None = None,
+    check: bool = True,
+    sha256: Mapping[str, str] | None = None,
+) -> tuple[Any, dict[str, np.ndarray]]:
+    """Parameters in split form, and the tensors that are only carried along (by hub name).
+
+    Args:
+      directory: a published or an imported one.
+      family, config, model: what it is of; the compressor of the model does not matter.
+      dtype: of the parameters; None for those stored.
+      sharding, check, sha256: see `pretrained.from_pretrained`.
+    """
+    model = model.clone(compressor={"name": "none"})
+    if not (directory / CHECKPOINTS).is_dir():
+        source = Source(Checkpoint.open(directory, sha256=sha256), family, config, model)
+        if check:
+            source.check_finite()
+        params = load_parameters(source, dtype=dtype, sharding=sharding)
+        return params, {name: source.tensor(name) for name in source.carried}
+    stacks, params = flatten_dict(_restore(directory, model), sep="/"), {}
+    for path in list(stacks):
+        # Stack after stack, each converted and let go: there are never two copies of the model.
+        for name, value in flatten_dict(
+            unstack(unflatten_dict({path: stacks.pop(path)}, sep="/")), sep="/"
+        ).items():
+            before = value.dtype
+            value = value if dtype is None else value.astype(dtype)
+            check_range(name, value, before)
+            where = None if sharding is None else sharding(name, value.shape)
+            params[name] = value if where is None else jax.device_put(value, where)
+    return unflatten_dict(params, sep="/"), read_carried(directory)
+
+
+def _restore(directory: Path, model: VisionLanguageModel) -> Any:
+    from efficient_vlm.checkpoints.run import Checkpoints
+
+    kinds = read_json(directory / DTYPES)
+    try:
+        abstract = {
+            path: jax.ShapeDtypeStruct(leaf.shape, np.dtype(kinds.get(path, leaf.dtype)))
+            for path, leaf in flatten_dict(abstract_parameters(model), sep="/").items()
+        }
+    except TypeError as error:
+        again = "run efficient-vlm import again"
+        raise UserError(f"{directory / DTYPES}: {error}", fix=again) from None
+    with Checkpoints(directory / CHECKPOINTS, read_only=True) as checkpoints:
+        wanted = {"params": unflatten_dict(abstract, sep="/")}
+        found = checkpoints.restore_latest(wanted, subset=True)
+    if found is None:
+        raise UserError(f"{directory}: no checkpoint", fix="run efficient-vlm import again")
+    return found[1]["params"]
+
+
+def read_carried(directory: Path) -> dict[str, np.ndarray]:
+    """Tensors that are only carried, by name."""
+    if not (directory / CARRIED).is_dir():
+        return {}
+    checkpoint = Checkpoint.open(directory / CARRIED)
+    return {name: checkpoint.read(name) for name in checkpoint.names}
+
+
+def import_model(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    sha256: Mapping[str, str] | None = None,
+) -> tuple[VisionLanguageModel, Any]:
+    """Writes a published checkpoint as one of ours; parameters keep their dtype.
+
+    Called again after a kill it goes on with the tensors that were not converted yet; nothing
+    counts as imported until the checkpoint is committed. It needs room on the disk for the
+    parameters three times: converted, written, and the same again to spare, as every save does.
+
+    Args:
+      source: directory with config.json and safetensors.
+      target: folder to write.
+      sha256: see `Checkpoint.open`.
+
+    Returns:
+      The model and its parameters, stacked, memory-mapped.
+
+    Raises:
+      UserError: see `from_pretrained`; or the target holds something else.
+    """
+    from efficient_vlm.checkpoints.run import SaveFailed
+
+    source, target = Path(source), Path(target)
+    config = read_config(source)
+    if (target / DTYPES).is_file() and _committed(target):
+        # An import that was killed behind its very last step.
+        shutil.rmtree(target / STAGE, ignore_errors=True)
+    if target.exists() and not (target.is_dir() and _is_free(target)):
+        raise UserError(
+            f"{target}: not empty, or an imported model",
+            fix="name a folder that does not exist yet",
+        )
+    if source.resolve() in target.resolve().parents:
+        raise UserError(f"{target}: inside {source}", fix="name a folder outside of it")
+    family, model = family_of(config), build_model(config)
+    checkpoint = Checkpoint.open(source, sha256=sha256)
+    reader = Source(checkpoint, family, config, model)
+    reader.check_finite()
+    try:
+        with writing(target):
+            params = _write(source, target, reader)
+    except SaveFailed as error:
+        raise UserError(f"{target}: {error}", fix="mend that and call it again") from None
+    return model, params
+
+
+def _write(source: Path, target: Path, reader: Source) -> Any:
+    from efficient_vlm.checkpoints.run import Checkpoints
+
+    files = reader.checkpoint.files
+    stage = Stage(target / STAGE, identity((source / "config.json", *files)))
+    for leftover in target.iterdir():  # Of an import that was killed, perhaps of another model.
+        if leftover.is_dir() and not leftover.is_symlink() and leftover.name != STAGE:
+            shutil.rmtree(leftover)
+        elif leftover.name != STAGE:
+            leftover.unlink()
+    params = stacked(reader, stage=stage)
+    copy_settings(source, target)
+    (target / "config.json").write_bytes((source / "config.json").read_bytes())
+    kinds = {path: str(value.dtype) for path, value in flatten_dict(params, sep="/").items()}
+    (target / DTYPES).write_text(json.dumps(kinds, indent=0, sort_keys=True) + "\n")
+    if reader.carried:
+        carried = [(n, reader.tensor(n)) for n in reader.carried]
+        tensors = [(n, t.shape, t.dtype, lambda t=t: t) for n, t in carried]
+        safetensors_write.write(target / CARRIED, tensors)
+    with Checkpoints(target / CHECKPOINTS) as checkpoints:
+        checkpoints.save(0, {"params": params}, wait=True)
+    stage.remove()
+    return params
+
+
+def _is_free(target: Path) -> bool:
+    """Whether a folder is empty, or what an import that did not end has left."""
+    names = {path.name for path in target.iterdir()}
+    return not names or (STAGE in names and not _committed(target))
+
+
+def _committed(target: Path) -> bool:
+    from efficient_vlm.checkpoints.run import Checkpoints
+
+    if not (target / CHECKPOINTS).is_dir():
+        return False
+    with Checkpoints(target / CHECKPOINTS, read_only=True) as checkpoints:
+        return bool(checkpoints.committed())

@@ -1,0 +1,253 @@
+"""Weights of published checkpoints to parameters of ours."""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from efficient_vlm.byte_bar import progress
+from efficient_vlm.checkpoints.names import NameMap
+from efficient_vlm.checkpoints.safetensors_format import CheckpointError, show
+from efficient_vlm.checkpoints.safetensors_read import Checkpoint
+from efficient_vlm.checkpoints.staging import Stage
+from efficient_vlm.errors import UserError
+from efficient_vlm.families.architecture import name_map
+from efficient_vlm.families.base import Config, Family
+from efficient_vlm.nn.stack import STACKS
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Source:
+    """A checkpoint read under the names of its family.
+
+    Attributes:
+      names: the map that fits the spelling of the file.
+      carried: names (hub spelling) of tensors that the model does not use.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, family: Family, config: Config, model: Any):
+        self.checkpoint, self.family = checkpoint, family
+        place, tries = checkpoint.files[0].parent, []
+        for spelling, renames in family.spellings.items():
+            names = name_map(family, config, model, spelling)
+            there: dict[str, str] = {}
+            twice = []
+            for name in checkpoint.names:
+                same = there.setdefault(renamed(name, renames), name)
+                twice += [] if same == name else [(same, name)]
+            wanted = names.tensors()
+            ignored = tuple(re.compile(pattern) for pattern in family.ignored)
+            carried = {
+                name
+                for name in set(there) - set(wanted)
+                if any(pattern.fullmatch(name) for pattern in ignored)
+            }
+            carried |= self._repeated_heads(names, there, model)
+            lost = sorted(set(wanted) - set(there))
+            unknown = sorted(set(there) - set(wanted) - carried)
+            shapes = ((checkpoint.shape(there[n]), wanted[n]) for n in set(wanted) & set(there))
+            other = sum(tuple(found) != tuple(shape) for found, shape in shapes)
+            score = (len(lost) + len(unknown), other)
+            tries.append((score, lost, unknown, names, there, carried, twice))
+        _, lost, unknown, self.names, self.there, carried, twice = min(tries, key=lambda t: t[0])
+        self.carried = tuple(sorted(carried))
+        if twice:
+            raise CheckpointError(
+                f"{place}: {show(twice[0][0])} and {show(twice[0][1])} are one tensor, twice",
+                fix="leave out one of them",
+            )
+        if lost or unknown:
+            raise CheckpointError(
+                f"{place}: {len(lost)} tensors are missing"
+                f"{_listed(lost)} and {len(unknown)} are unknown{_listed(unknown)}",
+                allowed=f"the {len(self.names.tensors())} tensors of this {family.name} config",
+                fix="use the config.json that came with these weights",
+            )
+        for name, shape in self.names.tensors().items():
+            found = checkpoint.shape(self.there[name])
+            kind = checkpoint.dtype(self.there[name])
+            if not jnp.issubdtype(kind, jnp.floating):
+                raise CheckpointError(
+                    f"{place}: tensor {show(name)} holds {kind}, a quantised model",
+                    allowed="floating point weights",
+                    fix="use the checkpoint that was quantised, or dequantise this one",
+                )
+            if tuple(found) != tuple(shape):
+                raise CheckpointError(
+                    f"{place}: tensor {show(name)} has the shape {list(found)}",
+                    allowed=f"{list(shape)}, from config.json",
+                    fix="use the config.json that came with these weights",
+                )
+
+    def _repeated_heads(self, names: NameMap, there: dict[str, str], model: Any) -> set[str]:
+        """Heads that a tied model's file holds all the same, if they are equal to the table."""
+        table = names.leaves.get("language/embedding")
+        if table is None or not model.decoder.get("tie_embeddings"):
+            return set()
+        tied = there.get(table.pieces[0].name)
+        heads = {name for name in there if name.endswith("lm_head.weight")}
+        read = self.checkpoint.read
+        return {h for h in heads if tied and np.array_equal(read(there[h]), read(tied))}
+
+    def tensor(self, name: str) -> np.ndarray:
+        """A tensor by its hub name, memory-mapped."""
+        return self.checkpoint.read(self.there[name])
+
+    def check_finite(self) -> None:
+        """Raises CheckpointError if any value of any tensor that is used is NaN or infinite."""
+        for name in self.names.tensors():
+            self.checkpoint.read(self.there[name], finite=True)
+            self.checkpoint.release(self.there[name])
+
+    def paths(self) -> Iterator[str]:
+        """Path of each parameter in split form, in the order of the file, with a progress bar."""
+
+        def size(path: str) -> int:
+            return math.prod(self.names.shapes[path]) * self.dtype(path).itemsize
+
+        total = sum(map(size, self.names.leaves))
+        yield from progress(self.names.leaves, size, total, "loading")
+
+    def dtype(self, path: str) -> np.dtype:
+        """The dtype of a parameter in the file."""
+        return self.checkpoint.dtype(self.there[self.names.leaves[path].pieces[0].name])
+
+    def read(self, path: str, dtype: Any = None, out: np.ndarray | None = None) -> np.ndarray:
+        """A parameter in split form, written straight into one array.
+
+        Args:
+          path: of the parameter.
+          dtype: to convert to; None for that of the file.
+          out: to write into; None for a new one.
+
+        Raises:
+          CheckpointError: a value is finite in the file and not in `dtype`.
+        """
+        kind, leaf = self.dtype(path), self.names.leaves[path]
+        out = aligned(self.names.shapes[path], np.dtype(dtype or kind)) if out is None else out
+        with np.errstate(over="ignore"):
+            leaf.read(self.tensor, out)
+        check_range(path, out, kind)
+        for piece in leaf.pieces:
+            self.checkpoint.release(self.there[piece.name])
+        return out
+
+
+def known_dtype(name: str, given: Any) -> np.dtype:
+    """The dtype of parameters called `given`; UserError naming the argument if it is none."""
+    try:
+        found = jnp.dtype(given)
+    except TypeError:
+        found = None
+    if str(found) not in DTYPES:
+        raise UserError(f"{name}: {given!r}", allowed=", ".join(DTYPES))
+    return found
+
+
+def check_range(path: str, value: Any, before: Any, fix: str | None = None) -> None:
+    """Raises CheckpointError if a value was finite in the dtype `before` and is not any more."""
+    finite = np.isfinite if isinstance(value, np.ndarray) else jnp.isfinite
+    if jnp.finfo(value.dtype).max < jnp.finfo(before).max and not finite(value).all():
+        raise CheckpointError(
+            f"{path}: has values beyond {value.dtype}", fix=fix or f"load the model as {before}"
+        )
+
+
+def renamed(name: str, renames: tuple[tuple[str, str], ...]) -> str:
+    """A name after the first pattern that fits it."""
+    for pattern, replacement in renames:
+        changed, count = re.subn(pattern, replacement, name)
+        if count:
+            return changed
+    return name
+
+
+def _listed(names: list[str]) -> str:
+    if not names:
+        return ""
+    more = ", ..." if len(names) > 4 else ""
+    return f" ({', '.join(map(show, names[:4]))}{more})"
+
+
+def load_parameters(
+    source: Source,
+    *,
+    dtype: Any = jnp.float32,
+    sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+) -> dict[str, Any]:
+    """Parameters in split form (`nn.stack.unstack`), each put where it belongs at once.
+
+    One at a time is converted from the mapped file into one array, and placed: on a CPU that array
+    is the parameter, on another device the host holds one array at a time.
+
+    Args:
+      source: the checkpoint.
+      dtype: of the parameters; None for that of the file.
+      sharding: (path, shape) -> sharding; None for the default device.
+    """
+    placed = {}
+    for path in source.paths():
+        value = source.read(path, dtype)
+        if sharding is None:
+            placed[path] = jax.device_put(value)
+        else:
+            placed[path] = jax.make_array_from_callback(
+                value.shape, sharding(path, value.shape), lambda index, v=value: v[index]
+            )
+    return unflatten_dict(placed, sep="/")
+
+
+def stacked(source: Source, dtype: Any = None, stage: Stage | None = None) -> dict[str, Any]:
+    """Parameters on the host with the layers of each stack on a leading axis, for training.
+
+    Each stack is allocated once and filled layer by layer.
+
+    Args:
+      source: the checkpoint.
+      dtype: to convert to; None for that of the file.
+      stage: where to keep them on disk and to go on after a kill; None for memory.
+    """
+    groups: dict[str, Any] = {}
+    for path in source.paths():
+        prefix, layer, rest = in_stack(path)
+        whole = path if layer is None else f"{prefix}/{rest}"
+        kind = np.dtype(dtype or source.dtype(path))
+        if whole not in groups:
+            layers = () if layer is None else (source.names.count(prefix),)
+            shape = (*layers, *source.names.shapes[path])
+            groups[whole] = stage.array(whole, shape, kind) if stage else np.empty(shape, kind)
+        if groups[whole].dtype != kind:
+            raise CheckpointError(
+                f"{path}: stored as {kind}, but other layers as {groups[whole].dtype}",
+                fix="convert the checkpoint to one dtype first",
+            )
+        if stage and stage.is_done(path):
+            continue
+        target = groups[whole] if layer is None else groups[whole][layer : layer + 1]
+        source.read(path, out=target.reshape(source.names.shapes[path]))
+        if stage:
+            stage.done(path, whole, groups[whole])
+    return unflatten_dict(groups, sep="/")
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that JAX takes on a CPU without a copy."""
+    count = math.prod(shape) * dtype.itemsize
+    room = np.empty(count + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + count].view(dtype).reshape(shape)
+
+
+def in_stack(path: str) -> tuple[str, int | None, str]:
+    """Prefix of a stack, layer and the rest of a path in split form; no layer outside of stacks."""
+    parts = path.split("/")
+    for i, name in enumerate(parts):
+        if name in STACKS:
+            return "/".join(parts[: i + 1]), int(parts[i + 1]), "/".join(parts[i + 2 :])
+    return path, None, ""

@@ -1,0 +1,390 @@
+"""A published model ready to be asked: weights, tokenizer, pictures and prompt in one object."""
+
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from efficient_vlm.checkpoints.safetensors_write import writing
+from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.families import generation_config
+from efficient_vlm.families.architecture import build_model, read_config
+from efficient_vlm.families.base import Family
+from efficient_vlm.families.checks import check_compressor, check_parameters
+from efficient_vlm.families.generation_config import check_penalty
+from efficient_vlm.families.imported import open_weights
+from efficient_vlm.families.load import known_dtype
+from efficient_vlm.families.save import copy_settings, export
+from efficient_vlm.families.table import family_of
+from efficient_vlm.inference.generate import Generated, generate
+from efficient_vlm.models.vlm import VisionLanguageModel
+from efficient_vlm.nn.stack import fuse
+from efficient_vlm.processing.chat_template import Template
+from efficient_vlm.processing.conversation import Conversation, is_one, prompt_ids
+from efficient_vlm.processing.hub_tokenizer import Tokenizer, read_json
+from efficient_vlm.processing.pictures.base import Pictured
+from efficient_vlm.processing.placing import Prompt, place
+from efficient_vlm.processing.request import Request, check_tables, gather, visual_tokens
+
+# Text is padded to a multiple of this: prompts of about one length share a program.
+BUCKET = 32
+
+
+class Pretrained:
+    """A published model. Made by `from_pretrained`.
+
+    Attributes:
+      model: a `VisionLanguageModel`; its compressor is the one in use.
+      params: parameters in split form (`nn.stack.unstack`).
+      family, config: what it is, and its config.json.
+      tokenizer: a `tokenizer.Tokenizer`, or None if the directory has none.
+      directory: where it came from.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        params: Any,
+        family: Family,
+        config: Mapping[str, Any],
+        directory: Path,
+        picture_options: Mapping[str, Any],
+        carried: Mapping[str, np.ndarray],
+    ):
+        self.model, self.params, self.family, self.config = model, params, family, dict(config)
+        self.directory, self._carried = directory, carried
+        self._picture_options = dict(picture_options)
+
+    # --- parts that are read when they are needed ------------------------------------------------
+
+    @functools.cached_property
+    def fused(self) -> Any:
+        """Parameters as `generate` uses them: products of one input joined (`stack.fuse`)."""
+        leaf = jax.tree.leaves(self.params)[0]
+        # A second copy of most weights, worth it where reading them is all that decoding does.
+        on_cpu = all(device.platform == "cpu" for device in jnp.asarray(leaf).devices())
+        return fuse(self.params) if on_cpu else self.params
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer; UserError if the directory has none."""
+        return Tokenizer.from_hf(self.directory)
+
+    @functools.cached_property
+    def template(self) -> Template | str:
+        """The chat template of the directory, or the name of the family's own prompt."""
+        found = None if self.family.own_prompt else Template.find(self.directory)
+        return found or self.family.prompt
+
+    @functools.cached_property
+    def pictures(self) -> Any:
+        """The picture processor of the directory."""
+        if self.family.processor is None:
+            raise UserError(f"images: {self.family.name} is a language model without images")
+        settings = {
+            **read_json(self.directory / "processor_config.json"),
+            **read_json(self.directory / "preprocessor_config.json"),
+        }
+        return self.family.processor(settings, self.config, **self._picture_options)
+
+    @functools.cached_property
+    def _penalty(self) -> float:
+        return generation_config.repetition_penalty(self.directory)
+
+    # --- what a user does ------------------------------------------------------------------------
+
+    def with_compressor(self, name: str, budget: int | None = None, **options: Any) -> "Pretrained":
+        """The same weights with another compressor; see `compressors.build`."""
+        compressor = {"name": name, **options}
+        if budget is not None:
+            compressor["budget"] = budget
+        model = self.model.clone(compressor=compressor)
+        check_compressor(model, self.family.variable)
+        parts = (self.family, self.config, self.directory, self._picture_options, self._carried)
+        other = Pretrained(model, self.params, *parts)
+        for name in ("fused", "tokenizer", "template", "pictures", "_penalty"):
+            if name in self.__dict__:
+                setattr(other, name, self.__dict__[name])
+        return other
+
+    def with_params(self, params: Any) -> "Pretrained":
+        """The same model with other weights, for example after fine-tuning.
+
+        Args:
+          params: a tree like `params`, split (or stacked, as `init` gives it).
+
+        Raises:
+          UserError: parameters that are missing, unknown or of another shape.
+        """
+        params = nn.unbox(params)
+        check_parameters(self.model, params)
+        parts = (self.family, self.config, self.directory, self._picture_options, self._carried)
+        return Pretrained(self.model, params, *parts)
+
+    def generate(
+        self,
+        prompt: Conversation | Sequence[Conversation],
+        images: Any = None,
+        *,
+        max_new_tokens: int = 64,
+        stream: Callable[[str], None] | None = None,
+        rng: jax.Array | None = None,
+        repetition_penalty: float | None = None,
+    ) -> Any:
+        """Answers a question, or several, greedily: always with the most likely next token.
+
+        Args:
+          prompt: a question, or a conversation: [{"role": "user", "content": [{"type": "image"},
+            {"type": "text", "text": ...}]}, ...], the last message being the user's; or a list of
+            questions and conversations.
+          images: for one prompt a picture (a path, a Pillow image, a uint8 array [H, W, 3]) or a
+            list of them, in the order of the conversation; for several a list of lists. None for
+            none.
+          max_new_tokens: the most tokens of an answer.
+          stream: called with pieces of the answer to a single prompt as they come.
+          rng: key for random compressors.
+          repetition_penalty: see `inference.generate.generate`; None for that of
+            generation_config.json, of which only this and the tokens that end an answer are taken.
+
+        Returns:
+          The answer, or a list of answers.
+
+        Raises:
+          UserError: a picture or a prompt that cannot be used.
+        """
+        single = is_one(prompt)
+        if stream is not None and not single:
+            raise UserError(f"stream: {len(prompt)} prompts", fix="stream one prompt at a time")
+        if single and images is not None:
+            images = [images if isinstance(images, list | tuple) else [images]]
+        out = self.run(
+            [prompt] if single else list(prompt),
+            images,
+            max_new_tokens=max_new_tokens,
+            stream=stream,
+            rng=rng,
+            repetition_penalty=repetition_penalty,
+        )
+        answers = self.answers(out)
+        return answers[0] if single else answers
+
+    def answers(self, out: Generated) -> list[str]:
+        """The text of each answer up to its end."""
+        return [self.tokenizer.decode(self._until_end(row)) for row in out.tokens[:, 0]]
+
+    def run(
+        self,
+        questions: Sequence[Conversation],
+        images: Sequence[Sequence[Any]] | None = None,
+        *,
+        max_new_tokens: int = 64,
+        stream: Callable[[str], None] | None = None,
+        rng: jax.Array | None = None,
+        repetition_penalty: float | None = None,
+    ) -> Generated:
+        """As `generate` for several questions, with tokens, times and cache sizes."""
+        whole = isinstance(max_new_tokens, int | np.integer) and max_new_tokens is not True
+        if not whole or max_new_tokens < 1:
+            raise UserError(f"max_new_tokens: {max_new_tokens!r}", allowed="1, 2, 3, ...")
+        penalty = self._penalty if repetition_penalty is None else check_penalty(repetition_penalty)
+        request = self.request(questions, images)
+        ends = self.tokenizer.eos_ids or (-1,)
+        decoder = self.tokenizer.stream()
+
+        def on_token(tokens: np.ndarray) -> None:
+            if stream is not None and int(tokens[0]) not in ends:
+                stream(decoder.push(int(tokens[0])))
+
+        out = generate(
+            request.model,
+            self.fused,
+            request.images,
+            request.image_mask,
+            request.tokens[:, None],
+            request.lengths[:, None],
+            new_tokens=int(max_new_tokens),
+            eos_id=ends,
+            rng=rng,
+            placement=request.placement,
+            extras=request.extras,
+            on_token=on_token,
+            repetition_penalty=penalty,
+            seen=self._seen(request),
+        )
+        if stream is not None:
+            stream(decoder.finish())
+        return out
+
+    def logits(self, request: Request, rng: jax.Array | None = None) -> jax.Array:
+        """Next-token logits behind each text token of a request: float32 [R, S, vocab]."""
+        return _logits(
+            request.model,
+            self.params,
+            request.images,
+            request.image_mask,
+            request.tokens,
+            request.lengths,
+            request.placement,
+            request.extras,
+            rng,
+        )
+
+    def save(self, directory: str | os.PathLike, **options: Any) -> tuple[Path, ...]:
+        """Writes the model in Hugging Face's layout, with tokenizer and settings beside it.
+
+        Args:
+          directory: to write to, not the one it came from.
+          **options: dtype and max_shard_bytes of `save.export`.
+        """
+        directory = Path(directory)
+        if directory.resolve() == self.directory.resolve():
+            raise UserError(f"{directory}: the checkpoint came from there", fix="name another one")
+        files = export(
+            directory,
+            self.family,
+            # As it was read: without the defaults that were filled in.
+            read_json(self.directory / "config.json"),
+            self.model,
+            self.params,
+            carried=self._carried,
+            **options,
+        )
+        with writing(directory):
+            copy_settings(self.directory, directory)
+        return files
+
+    # --- from words and pictures to arrays -------------------------------------------------------
+
+    def request(
+        self, questions: Sequence[Conversation], images: Sequence[Sequence[Any]] | None = None
+    ) -> Request:
+        """Renders, tokenises and places prompts; see `generate`."""
+        if not questions:
+            raise UserError("prompt: none", fix="ask at least one question")
+        images = [[] for _ in questions] if images is None else list(images)
+        if len(images) != len(questions):
+            raise UserError(
+                f"images: {len(images)} lists for {len(questions)} questions",
+                fix="give one list of pictures for each question",
+            )
+        pictured = []
+        for row in images:
+            if not isinstance(row, list | tuple):
+                raise UserError(
+                    f"images: a {type(row).__name__}, not a list", fix="images=[picture]"
+                )
+            pictured.append(tuple(self.pictures(picture) for picture in row))
+        how = (self.family, self.config, self.template, self.tokenizer)
+        ids = [prompt_ids(*how, *row) for row in zip(questions, pictured, strict=True)]
+        return self.place(ids, pictured)
+
+    def place(
+        self, ids: Sequence[Sequence[int]], pictured: Sequence[Sequence[Pictured]]
+    ) -> Request:
+        """Token ids with visual slots among them, and the pictures that go there, as arrays."""
+        model = self.model
+        if any(pictured):
+            seen = dict(pixel_mean=self.pictures.mean, pixel_std=self.pictures.std)
+            model = model.clone(encoder={**model.encoder, **seen})
+        model, images, mask, extras, slots, grids = gather(model, pictured, self.family.variable)
+        prompts = [
+            Prompt(np.asarray(row), s, g) for row, s, g in zip(ids, slots, grids, strict=True)
+        ]
+        family, config = self.family, self.config
+        longest = max(len(row) - len(s) for row, s in zip(ids, slots, strict=True))
+        tokens, lengths, placement = place(
+            prompts,
+            family.image_token(config) if images is not None else None,
+            0 if images is None else visual_tokens(model, mask, extras),
+            length=-(-longest // BUCKET) * BUCKET,
+            blocks=family.blocks,
+            block_ids=family.block_ids(config) if family.block_ids else (),
+            positions=family.positions,
+        )
+        if lengths.min() == 0:
+            raise UserError("prompt: no text", fix="ask something about the picture")
+        check_tables(model, tokens, placement)
+        both = (tokens, lengths, placement, images, mask, extras)
+        return Request(model, *both, tuple(map(tuple, pictured)))
+
+    def _seen(self, request: Request) -> np.ndarray:
+        """Ids of each prompt, as published code counts them: with one for its pictures."""
+        tokens, lengths = np.asarray(request.tokens), np.asarray(request.lengths)
+        seen = np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, -1)
+        if request.images is None:
+            return seen
+        slot = [self.family.image_token(self.config) if row else -1 for row in request.pictured]
+        return np.concatenate([seen, np.array(slot, seen.dtype)[:, None]], axis=1)
+
+    def _until_end(self, tokens: np.ndarray) -> list[int]:
+        ends = [i for i, token in enumerate(tokens) if int(token) in self.tokenizer.eos_ids]
+        return [int(token) for token in tokens[: ends[0] if ends else len(tokens)]]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model, params, *args):
+    *args, rng = args
+    return model.apply({"params": params}, *args, rng=rng, method="text_logits")
+
+
+def from_pretrained(
+    path: str | os.PathLike,
+    *,
+    compressor: Mapping[str, Any] | None = None,
+    dtype: Any = "float32",
+    param_dtype: Any = None,
+    sharding: Callable | None = None,
+    check: bool = True,
+    sha256: Mapping[str, str] | None = None,
+    **picture_options: Any,
+) -> Pretrained:
+    """Loads a published model.
+
+    Args:
+      path: a directory with config.json and safetensors (one file, or shards with an index), or
+        what `efficient-vlm import` wrote.
+      compressor: name, budget and options, such as dict(name="visionzip", budget=64); None for all
+        visual tokens.
+      dtype: of activations, "float32" or "bfloat16".
+      param_dtype: of parameters; None for that of activations, "stored" for those of the files.
+      sharding: see `load.load_parameters`.
+      check: read all values once, and refuse NaN and infinity.
+      sha256: file name -> digest of every safetensors file; they are read and compared first.
+      **picture_options: of the family's picture processor: min_pixels and max_pixels (Qwen-VL),
+        split (SmolVLM), max_tiles (InternVL), max_crops (Molmo).
+
+    Raises:
+      UserError: no such model, a damaged file, or a compressor that this model cannot have.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise UserError(
+            f"{path}: no such directory",
+            fix="download the model's files first; names on a hub are not resolved",
+        )
+    dtype = known_dtype("dtype", dtype)
+    kind = None
+    if param_dtype != "stored":
+        kind = dtype if param_dtype is None else known_dtype("param_dtype", param_dtype)
+    if compressor is not None and not isinstance(compressor, Mapping):
+        raise UserError(
+            f"compressor: {compressor!r} is not a mapping", fix='dict(name="visionzip", budget=64)'
+        )
+    config = read_config(directory)
+    family = family_of(config)
+    for name in picture_options:
+        if name not in family.picture_options:
+            options = family.picture_options or (f"none for {family.name}",)
+            raise unknown("option of from_pretrained or its pictures", name, options)
+    model = build_model(config, dtype=dtype, compressor=compressor)
+    check_compressor(model, family.variable)
+    params, carried = open_weights(
+        directory, family, config, model, dtype=kind, sharding=sharding, check=check, sha256=sha256
+    )
+    return Pretrained(model, params, family, config, directory, picture_options, carried)

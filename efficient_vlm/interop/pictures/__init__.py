@@ -1,1 +1,0 @@
-"""Pictures as published model families take them: pixels, tiles, token counts and prompt text."""

@@ -1,0 +1,363 @@
+"""The vision encoder: one configurable vision transformer (arXiv 2010.11929)."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from efficient_vlm.compressors import Signals, Stage, VisualTokens
+from efficient_vlm.errors import UserError
+from efficient_vlm.kernels.attention import Mask, key_mask
+from efficient_vlm.nn.encoder_block import EncoderBlock
+from efficient_vlm.nn.intermediates import INTERMEDIATES, parse_intermediate
+from efficient_vlm.nn.layers import Dtype, Linear, logical, make_norm
+from efficient_vlm.nn.patch_positions import patch_mask, patch_positions
+from efficient_vlm.nn.stack import layer_of, rematerialised, run_layers, stack_layers
+
+_MOST_CELLS = 1 << 12  # Windows along a side: what makes one number of a row and a column of them.
+
+
+class ViT(nn.Module):
+    """Images to patch features.
+
+    Attributes:
+      image_size: pixels, one side or (height, width), multiples of `patch_size`. The position
+        tables have this size; another size at call time interpolates them.
+      patch_size: pixels.
+      crop_remainder: whether an image that is no multiple of the patch size loses its last rows and
+        columns (SigLIP at 384 pixels has 27 patches of 14), or is an error.
+      stem_dim: hidden width of a two-layer patch embedding (GELU between); None for one product.
+      pixel_mean, pixel_std: images in [0, 1] are shifted and scaled by these (one number, or one
+        per channel), so that content is not small beside the position embedding.
+      patch_bias: whether the (last product of the) patch embedding has a bias.
+      temporal_patch: frames that one patch spans; a still picture stands for all of them.
+      position: one of `patch_positions.POSITIONS`.
+      position_grid: rows and columns of the position table; None for those of `image_size`.
+      position_scale: standard deviation of the initial position tables.
+      rope_theta: base of rotary positions over rows and columns (`rotary.axial`); None for none.
+      window: patches along a side of the windows inside which layers attend, except `full_layers`;
+        None for no windows (arXiv 2502.13923, section 2.1.1).
+      class_token: whether a learned CLS token stands before the patches.
+      class_feature: whether the features include that token, in front; they are then no grid but
+        one row.
+      class_position: whether that token has a position embedding.
+      norm, norm_epsilon: see `layers.make_norm`.
+      activation, mlp_gated: of the MLP: "gelu_tanh" and others of `layers.ACTIVATIONS`.
+      bias: whether the products of the layers have biases.
+      qkv_bias: whether those of queries, keys and values have; None for what `bias` says.
+      layer_scale: a learned factor per channel behind attention and MLP (arXiv 2103.17239).
+      pre_norm: a norm in front of the first layer (CLIP).
+      final_norm: a norm behind the last; not with feature_layers.
+      feature_layers: the features are the outputs of these layers, side by side (-1 is the last);
+        None for the output of the last, normed. Layers behind all of them do not run.
+      qk_norm, qk_scale: see `attention.Attention`.
+      remat, scan_unroll: see `stack.run_layers`.
+    """
+
+    image_size: int | Sequence[int]
+    patch_size: int
+    width: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    crop_remainder: bool = False
+    stem_dim: int | None = None
+    pixel_mean: float | Sequence[float] = 0.5
+    pixel_std: float | Sequence[float] = 0.5
+    patch_bias: bool = False
+    temporal_patch: int = 1
+    position: str = "factorised"
+    position_grid: Sequence[int] | None = None
+    position_scale: float = 0.5
+    rope_theta: float | None = None
+    window: int | None = None
+    full_layers: Sequence[int] = ()
+    class_token: bool = False
+    class_feature: bool = False
+    class_position: bool = False
+    norm: str = "rms"
+    norm_epsilon: float = 1e-6
+    activation: str = "gelu_tanh"
+    mlp_gated: bool = False
+    bias: bool = False
+    qkv_bias: bool | None = None
+    layer_scale: bool = False
+    pre_norm: bool = False
+    final_norm: bool = True
+    feature_layers: Sequence[int] | None = None
+    qk_norm: bool | str = False
+    qk_scale: float = 1.0
+    remat: str = "none"
+    scan_unroll: int = 1
+    dtype: Dtype = jnp.float32
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches per column and per row of an image of `image_size`."""
+        size = self.image_size
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        remainder = height % self.patch_size or width % self.patch_size
+        if remainder and not self.crop_remainder:
+            raise UserError(
+                f"model.encoder.image_size: {size} is not a multiple of the patch size",
+                allowed=f"multiples of model.encoder.patch_size={self.patch_size}",
+            )
+        return height // self.patch_size, width // self.patch_size
+
+    @nn.nowrap
+    def feature_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the features of an image of `grid` patches."""
+        return (1, 1 + grid[0] * grid[1]) if self.class_feature else tuple(grid)
+
+    @property
+    def layers_run(self) -> int:
+        """Layers that the features need."""
+        if self.feature_layers is None:
+            return self.depth
+        return max(self._layer(layer) for layer in self.feature_layers) + 1
+
+    @property
+    def feature_width(self) -> int:
+        """Channels of the features."""
+        return self.width * len(self.feature_layers or (0,))
+
+    @nn.nowrap
+    def _layer(self, layer: int) -> int:
+        if not -self.depth <= layer < self.depth:
+            raise UserError(
+                f"model.encoder.feature_layers: {layer} of {self.depth} layers",
+                allowed=f"{-self.depth} to {self.depth - 1}",
+            )
+        return layer % self.depth
+
+    @nn.compact
+    def __call__(
+        self,
+        images: jax.Array,
+        *,
+        intermediates: Sequence[str] = (),
+        stages: Sequence[Stage] = (),
+        valid: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Encodes images.
+
+        Args:
+          images: uint8 [B, H, W, 3], or float in [0, 1]; [B, temporal_patch, H, W, 3] for frames
+            that differ.
+          intermediates: "name/layer" with name one of INTERMEDIATES; a negative layer counts from
+            the last that runs, a fraction is a part of those, rounded down.
+          stages: where a compressor shortens the sequence inside the encoder, in order; not
+            together with intermediates.
+          valid: int32 [B, 2], rows and columns of patches that are real, from the upper left
+            corner; the others are padding, which nothing sees. None for all.
+
+        Returns:
+          features [B, N, feature_width], normed behind the last layer, and a dict: the
+          intermediates by the name
+          asked for, N = h*w patches without CLS (features [B, N, width]; keys [B, N, heads, dim];
+          rows and means float32 [B, N], attention that each patch receives: from CLS, from CLS
+          with all heads as one (logits / sqrt(width)), from the mean query, from all queries;
+          they sum to 1 together with what CLS receives). With `stages`: "tokens", the features as
+          VisualTokens of the grid, N of them being left.
+
+        Raises:
+          UserError: unknown name or layer, or a CLS row of an encoder without CLS.
+        """
+        if self.class_token and self.window is not None:
+            raise UserError("model.encoder.window: not with class_token, which is in no window")
+        depth = self.layers_run
+        wanted = {a: parse_intermediate(a, depth, self.class_token) for a in intermediates}
+        if self.feature_layers is None:
+            kept = []
+        else:
+            kept = [self._layer(layer) for layer in self.feature_layers]
+        if stages and len(kept) > 1:
+            raise UserError(
+                f"compressor.name: {stages[0].module.label} merges patches inside the encoder, "
+                f"whose features are those of {len(kept)} layers side by side",
+                allowed="methods between encoder and decoder, or inside the decoder",
+            )
+        x = self._patches(images)
+        pixels = images.shape[-3:-1]
+        grid = tuple(side // self.patch_size for side in pixels)
+        x = x + patch_positions(self, grid, valid).astype(self.dtype)
+        mask = None if valid is None else patch_mask(grid, valid)
+        tracked = bool(stages) or self._placed or valid is not None
+        tokens = VisualTokens.from_grid(x, grid, mask=mask) if tracked else None
+        extra = 0
+        if self.class_token:
+            init = logical(nn.initializers.normal(self.position_scale), "rows", "embed")
+            cls = self.param("class_token", init, (1, self.width)).astype(self.dtype)
+            if self.class_position:
+                cls = cls + self.param("class_position", init, (1, self.width)).astype(self.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), *cls.shape)), x], axis=1)
+            extra = 1
+        skipped = 0 if self.class_feature else extra
+        norm = functools.partial(make_norm, self.norm, self.norm_epsilon, dtype=self.dtype)
+        if self.pre_norm:
+            x = norm(name="pre_norm")(x)
+
+        fields = dict(
+            width=self.width,
+            num_heads=self.num_heads,
+            mlp_dim=self.mlp_dim,
+            qk_norm=self.qk_norm,
+            qk_scale=self.qk_scale,
+            dtype=self.dtype,
+            norm=self.norm,
+            norm_epsilon=self.norm_epsilon,
+            activation=self.activation,
+            mlp_gated=self.mlp_gated,
+            bias=self.bias,
+            qkv_bias=self.qkv_bias,
+            layer_scale=self.layer_scale,
+            rope_theta=self.rope_theta,
+        )
+        stack = stack_layers(EncoderBlock, self.depth, 0)(**fields, name="layers")
+        if self.is_initializing():
+            stack(x)
+        stacked = nn.unbox(self.variables["params"]["layers"])
+        block = EncoderBlock(**fields, parent=None)
+        labels = [stage.module.label for stage in stages]
+        modules = [
+            stage.module.copy(name=label if labels.count(label) == 1 else f"{label}_{i}")
+            for i, (stage, label) in enumerate(zip(stages, labels, strict=True))
+        ]
+        bias = None
+
+        def reduce(index: int, x: jax.Array, keys: jax.Array | None) -> jax.Array:
+            nonlocal tokens, bias
+            given = tokens.replace(embed=x[:, extra:])
+            tokens = modules[index](given, Signals(keys=keys))
+            if getattr(modules[index], "proportional", False):
+                bias = jnp.log(jnp.maximum(tokens.size, 1.0))
+                bias = jnp.pad(bias, ((0, 0), (extra, 0)))
+            return jnp.concatenate([x[:, :extra], tokens.embed], axis=1)
+
+        def places(layer: int) -> dict[str, jax.Array | None]:
+            """Positions and mask of what is left, in this layer."""
+            if not self._placed and valid is None:
+                return {}
+            window = None if layer in tuple(self.full_layers) else self.window
+            seen = _seen(tokens, extra, window, valid is not None)
+            rotary = self.rope_theta is not None
+            return dict(positions=tokens.position if rotary else None, mask=seen)
+
+        def plain(x, start, stop):
+            while start < stop:
+                end = stop if self.window is None else _stretch(self.full_layers, start, stop)
+                where = places(start)
+
+                def layer(params, x, _, where=where):
+                    return block.apply({"params": params}, x, bias, **where)[0], None
+
+                options = dict(remat=self.remat, unroll=self.scan_unroll)
+                x = run_layers(layer, stacked, x, start, end, **options)[0]
+                start = end
+            return x
+
+        found: dict[str, Any] = {}
+        outputs: dict[int, jax.Array] = {}
+        inside = {stage.layer: i for i, stage in enumerate(stages) if stage.inside}
+        before = [(stage.layer, i) for i, stage in enumerate(stages) if not stage.inside]
+        looked_at = {layer for _, layer in wanted.values()} | set(inside)
+        done = 0
+        for layer in sorted(looked_at | {at for at, _ in before} | {at + 1 for at in kept}):
+            x = plain(x, done, layer)
+            done = layer
+            if layer - 1 in kept:
+                outputs[layer - 1] = x[:, skipped:]
+            for index in (i for at, i in before if at == layer):
+                x = reduce(index, x, None)
+            if layer in looked_at:
+                merge = None
+                if layer in inside:
+                    index = inside[layer]
+
+                    def merge(x, inner, index=index):
+                        return reduce(index, x, inner["key"][:, extra:])
+
+                where = places(layer)
+
+                def one(params, x, merge=merge, where=where):
+                    return block.apply({"params": params}, x, bias, merge, **where)
+
+                # Without a merge nothing escapes the layer, so it can be computed again.
+                one = one if merge else rematerialised(one, self.remat)
+                x, inner = one(layer_of(stacked, layer), x)
+                done = layer + 1
+                inner["live"] = None if valid is None else _real(tokens, extra)
+                for asked, (name, at) in wanted.items():
+                    if at == layer:
+                        scale = self.qk_scale * (self.width // self.num_heads) ** -0.5
+                        value = INTERMEDIATES[name](x, inner, scale)
+                        found[asked] = value[:, skipped:]
+        x = plain(x, done, depth)
+        if kept:
+            outputs[done if done == depth else depth - 1] = x[:, skipped:]
+            features = jnp.concatenate([outputs[layer] for layer in kept], axis=-1)
+        else:
+            features = x[:, skipped:]
+        if self.final_norm and not kept:
+            features = norm(name="norm")(features)
+        if stages:
+            found["tokens"] = tokens.replace(embed=features)
+        return features, found
+
+    @property
+    def _placed(self) -> bool:
+        """Whether layers need to know where a patch is."""
+        return self.rope_theta is not None or self.window is not None
+
+    def _patches(self, images: jax.Array) -> jax.Array:
+        if images.ndim == 4 and self.temporal_patch > 1:
+            images = jnp.broadcast_to(
+                images[:, None], (len(images), self.temporal_patch, *images.shape[1:])
+            )
+        elif images.ndim == 4:
+            images = images[:, None]
+        p = self.patch_size
+        rows, columns = (side // p for side in images.shape[2:4])
+        images = images[:, :, : rows * p, : columns * p]
+        batch, frames, height, width, channels = images.shape
+        if jnp.issubdtype(images.dtype, jnp.integer):
+            images = images.astype(jnp.float32) / 255
+        images = (images - jnp.asarray(self.pixel_mean)) / jnp.asarray(self.pixel_std)
+        x = images.astype(self.dtype)
+        x = x.reshape(batch, frames, height // p, p, width // p, p, channels)
+        x = x.transpose(0, 2, 4, 1, 3, 5, 6).reshape(batch, -1, frames * p * p * channels)
+        if self.stem_dim is not None:
+            x = Linear(("patch",), (self.stem_dim,), ("mlp",), dtype=self.dtype, name="stem")(x)
+            x = nn.gelu(x)
+        axis = "patch" if self.stem_dim is None else "mlp"
+        fields = dict(dtype=self.dtype, bias=self.patch_bias, name="embed")
+        return Linear((axis,), (self.width,), ("embed",), **fields)(x)
+
+
+def _stretch(full_layers: Sequence[int], start: int, stop: int) -> int:
+    """Where the layers end that attend in windows, or that do not, as layer `start`."""
+    for layer in range(start + 1, stop):
+        if (layer in tuple(full_layers)) != (start in tuple(full_layers)):
+            return layer
+    return stop
+
+
+def _real(tokens: VisualTokens, extra: int) -> jax.Array:
+    """bool [B, extra + N], which tokens are no padding."""
+    return jnp.pad(tokens.mask, ((0, 0), (extra, 0)), constant_values=True)
+
+
+def _seen(tokens: VisualTokens, extra: int, window: int | None, padded: bool) -> Mask | None:
+    """Which tokens see which; None if all see all. Windows are cells of the plane."""
+    if window is None and not padded:
+        return None
+    real = _real(tokens, extra)
+    mask = key_mask(real, real.shape[1])
+    if window is None:
+        return mask
+    cell = jnp.floor(tokens.position / window).astype(jnp.int32)
+    cell = cell[..., 0] * _MOST_CELLS + cell[..., 1]
+    return mask.replace(q_segment=cell, kv_segment=cell)

@@ -1,0 +1,155 @@
+"""One layer of the decoder."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from efficient_vlm.kernels.attention import Mask, choose
+from efficient_vlm.nn.attention import Attention, attention_rows
+from efficient_vlm.nn.layers import Dtype, make_norm
+from efficient_vlm.nn.moe import FeedForward, MoE
+from efficient_vlm.sharding import constrain
+
+# Where a layer normalises: what goes into a sublayer; what comes out of it (OLMo2); both (Gemma2);
+# or once, what goes into attention and feed-forward side by side (Phi).
+NORM_LAYOUTS = ("pre", "post", "sandwich", "parallel")
+
+
+@struct.dataclass
+class LayerInputs:
+    """What every layer of a run gets beside the hidden states [B, S, D].
+
+    Attributes:
+      positions: [B, S] or [B, S, axes], rotary positions.
+      mask: which keys are seen, see `kernels.attention.make_mask`.
+      key_bias: float32 [B, Skv], added to the logits of each key.
+      live: bool [B, S], places that hold a token (the router counts no others).
+      write_index: see `attention.Attention`.
+      probe: (int [B, R], bool [B, T]), rows whose attention to T visual keys is wanted, or None.
+      local_mask: in place of `mask` for local layers; None if there are none.
+    """
+
+    positions: jax.Array
+    mask: Mask
+    key_bias: jax.Array
+    live: jax.Array
+    write_index: jax.Array | None = None
+    probe: tuple[jax.Array, jax.Array] | None = None
+    local_mask: Mask | None = None
+
+    def mask_of(self, local: Any) -> Mask:
+        """The mask of a layer that is local, or is not: bool, static or traced."""
+        return self.mask if self.local_mask is None else choose(local, self.local_mask, self.mask)
+
+
+class DecoderBlock(nn.Module):
+    """Attention, then a feed-forward layer or a mixture of experts, with norms around them.
+
+    Attributes:
+      attention: fields of `attention.Attention`.
+      mlp: fields of `moe.FeedForward`; not used with `moe`.
+      moe: fields of `moe.MoE`, or None.
+      norm, norm_epsilon: see `layers.make_norm`.
+      norm_layout: one of NORM_LAYOUTS.
+    """
+
+    attention: Mapping[str, Any]
+    mlp: Mapping[str, Any]
+    moe: Mapping[str, Any] | None
+    dtype: Dtype
+    norm: str = "rms"
+    norm_epsilon: float = 1e-6
+    norm_layout: str = "pre"
+
+    def setup(self):
+        def norm():
+            return make_norm(self.norm, self.norm_epsilon, dtype=self.dtype)
+
+        layout = self.norm_layout
+        if layout != "post":
+            self.attention_norm = norm()
+        if layout in ("post", "sandwich"):
+            self.attention_post_norm, self.mlp_post_norm = norm(), norm()
+        self.attend = Attention(**self.attention, dtype=self.dtype, name="attention")
+        if layout in ("pre", "sandwich"):
+            self.mlp_norm = norm()
+        if self.moe is None:
+            self.feed_forward = FeedForward(**self.mlp, dtype=self.dtype, name="mlp")
+        else:
+            out_scale = self.attention["out_scale"]
+            self.feed_forward = MoE(**self.moe, out_scale=out_scale, dtype=self.dtype, name="moe")
+
+    def __call__(self, x: jax.Array, inputs: LayerInputs, cache: tuple | None, local: Any = False):
+        """One layer over x [B, S, D].
+
+        Args:
+          x: hidden states.
+          inputs: what is the same for all layers.
+          cache: keys and values of this layer, see `attention.Attention`, or None.
+          local: bool, static or traced, whether this is a local layer.
+
+        Returns:
+          x behind the layer, and a pair: (cache, router statistics, attention of the probed rows),
+          and what its attention saw: query, key, plain_query, plain_key, mask, lse.
+        """
+        mask = inputs.mask_of(local)
+        entered = self._entering(x)
+        y, inner = self.attend(
+            entered,
+            inputs.positions,
+            mask=mask,
+            key_bias=inputs.key_bias,
+            cache=cache,
+            write_index=inputs.write_index,
+            local=local,
+        )
+        if self.norm_layout in ("post", "sandwich"):
+            y = self.attention_post_norm(y)
+        x = constrain(x + y, "batch", "tokens", None)
+        cache = inner.pop("cache")
+        inner = {
+            name: inner[name]
+            for name in ("query", "key", "plain_query", "plain_key", "mask", "lse")
+        }
+        looks = None
+        if inputs.probe is not None:
+            own = (self.attend.scale, self.attend.softcap, inputs.key_bias, mask)
+            looks = attention_rows(inner["query"], inner["key"], *inputs.probe, *own)
+        y, stats = x, {}
+        if self.norm_layout in ("pre", "sandwich"):
+            y = self.mlp_norm(x)
+        elif self.norm_layout == "parallel":
+            y = entered
+        if self.moe is None:
+            y = self.feed_forward(y)
+        else:
+            y, stats = self.feed_forward(y, inputs.live)
+        if self.norm_layout in ("post", "sandwich"):
+            y = self.mlp_post_norm(y)
+        x = constrain(x + y, "batch", "tokens", None)
+        return x, ((cache, stats, looks), inner)
+
+    def _entering(self, x: jax.Array) -> jax.Array:
+        return x if self.norm_layout == "post" else self.attention_norm(x)
+
+    def look(
+        self, x: jax.Array, positions: jax.Array, last: jax.Array, local: Any = False
+    ) -> dict[str, jax.Array]:
+        """Keys of all places and the query of one place a row, as this layer would make them.
+
+        The queries have the shape of all places, zero but for `last`: only that row is computed.
+        """
+        y = self._entering(x)
+        key, plain_key = self.attend.keys(y, positions, local)
+        rows = jnp.arange(x.shape[0])
+        row, place = y[rows, last][:, None], positions[rows, last][:, None]
+        queries = self.attend.queries(row, place, local)
+        query, plain_query = (
+            jnp.zeros((*x.shape[:2], *q.shape[2:]), q.dtype).at[rows, last].set(q[:, 0])
+            for q in queries
+        )
+        return dict(query=query, key=key, plain_query=plain_query, plain_key=plain_key)

@@ -1,0 +1,85 @@
+"""One layer of the vision encoder."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from efficient_vlm.nn.attention import Attention
+from efficient_vlm.nn.layers import Dtype, Linear, activate, fused_product, logical, make_norm
+from efficient_vlm.sharding import constrain
+
+
+class EncoderBlock(nn.Module):
+    """Pre-norm attention and MLP, bidirectional.
+
+    Attributes: see `ViT`; `rope_theta` is the `axial_theta` of `attention.Attention`.
+    """
+
+    width: int
+    num_heads: int
+    mlp_dim: int
+    qk_norm: bool | str
+    qk_scale: float
+    dtype: Dtype
+    norm: str = "rms"
+    norm_epsilon: float = 1e-6
+    activation: str = "gelu_tanh"
+    mlp_gated: bool = False
+    bias: bool = False
+    qkv_bias: bool | None = None
+    layer_scale: bool = False
+    rope_theta: float | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        key_bias: jax.Array | None = None,
+        merge: Callable[[jax.Array, dict], jax.Array] | None = None,
+        positions: jax.Array | None = None,
+        mask: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """[B, S, D] -> [B, S', D] and what attention saw; `merge` acts between the two halves."""
+        norm = functools.partial(make_norm, self.norm, self.norm_epsilon, dtype=self.dtype)
+        y, inner = Attention(
+            width=self.width,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_heads,
+            head_dim=self.width // self.num_heads,
+            qk_norm=self.qk_norm,
+            qk_scale=self.qk_scale,
+            axial_theta=self.rope_theta,
+            qkv_bias=self.bias if self.qkv_bias is None else self.qkv_bias,
+            out_bias=self.bias,
+            out_scale=0.5,
+            dtype=self.dtype,
+            name="attention",
+        )(norm(name="attention_norm")(x), positions, key_bias=key_bias, mask=mask)
+        x = constrain(x, "batch", "tokens", None)
+        x = x + self._scaled("attention_scale", y)
+        if merge is not None:
+            x = merge(x, inner)
+        fields = dict(dtype=self.dtype, bias=self.bias)
+        normed, act = norm(name="mlp_norm")(x), activate(self.activation)
+
+        def wide(name: str):
+            return Linear(("embed",), (self.mlp_dim,), ("mlp",), name=name, **fields)(normed)
+
+        if "gate_up" in self.variables.get("params", {}):
+            gate, up = jnp.split(fused_product(self, "gate_up", normed), 2, axis=-1)
+            y = act(gate) * up
+        else:
+            y = act(wide("gate")) * wide("up") if self.mlp_gated else act(wide("up"))
+        y = constrain(y, "batch", "tokens", "activation_mlp")
+        down = Linear(("mlp",), (self.width,), ("embed",), 0.5, name="down", **fields)
+        x = constrain(x + self._scaled("mlp_scale", down(y)), "batch", "tokens", None)
+        return x, inner
+
+    def _scaled(self, name: str, y: jax.Array) -> jax.Array:
+        if not self.layer_scale:
+            return y
+        init = logical(nn.initializers.constant(0.1), "embed")
+        return y * self.param(name, init, (self.width,), jnp.float32).astype(self.dtype)

@@ -1,0 +1,190 @@
+"""Feed-forward layers: dense, gated or not, and a mixture of experts."""
+
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from efficient_vlm.errors import UserError, check_fields
+from efficient_vlm.nn.experts import Kernels, dispatch
+from efficient_vlm.nn.layers import Dtype, Linear, activate, fused_product, logical
+from efficient_vlm.sharding import constrain
+
+# A loss is a sum with its denominator, so that micro-batches and devices add up exactly.
+Ratio = tuple[jax.Array, jax.Array]
+
+
+class FeedForward(nn.Module):
+    """down(act(gate(x)) * up(x)) (arXiv 2002.05202), or down(act(up(x))) where it is not gated."""
+
+    mlp_dim: int
+    out_scale: float = 1.0
+    dtype: Dtype = jnp.float32
+    gated: bool = True
+    activation: str = "silu"
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        fields = dict(dtype=self.dtype, bias=self.bias)
+
+        def wide(name: str):
+            return Linear(("embed",), (self.mlp_dim,), ("mlp",), name=name, **fields)(x)
+
+        act = activate(self.activation)
+        if "gate_up" in self.variables.get("params", {}):
+            gate, up = jnp.split(fused_product(self, "gate_up", x), 2, axis=-1)
+            hidden = act(gate) * up
+        else:
+            hidden = act(wide("gate")) * wide("up") if self.gated else act(wide("up"))
+        hidden = constrain(hidden, "batch", "tokens", "activation_mlp")
+        down = Linear(
+            ("mlp",), (x.shape[-1],), ("embed",), scale=self.out_scale, name="down", **fields
+        )
+        return down(hidden)
+
+
+class MoE(nn.Module):
+    """Top-k mixture of gated experts (arXiv 2002.05202), each token to all it chose by default.
+
+    The router is a softmax over all experts in float32, of which the `top_k` largest are kept
+    (and, with `normalize`, rescaled to sum to one). Losses follow Switch (arXiv 2101.03961, eq. 4)
+    and ST-MoE (arXiv 2202.08906, eq. 5).
+
+    Attributes:
+      num_experts, top_k: experts, and experts per token.
+      expert_dim: hidden width of one expert.
+      shared_dim: hidden width of a dense gated layer that every token also takes; 0 for none.
+      normalize: whether the weights of the chosen experts sum to one. Not done for `top_k` 1, where
+        the weight would be the constant 1 and the router would learn nothing from the loss; with
+        "always" it is done even so, as in published models.
+      activation: of the experts, see `layers.ACTIVATIONS`.
+      capacity: None for dropless; else how many times an equal share of a row's tokens an expert
+        takes, such as 1.25 (Switch, arXiv 2101.03961); what is over gets nothing from it.
+    """
+
+    num_experts: int
+    top_k: int
+    expert_dim: int
+    shared_dim: int = 0
+    normalize: bool | str = True
+    activation: str = "silu"
+    capacity: float | None = None
+    out_scale: float = 1.0
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, valid: jax.Array) -> tuple[jax.Array, dict[str, Ratio]]:
+        """Applies the layer.
+
+        Args:
+          x: [B, S, D].
+          valid: bool [B, S]; padding is computed (shapes are static) but counted nowhere.
+
+        Returns:
+          [B, S, D], and {"load_balance", "router_z"} as (sum, denominator) scalars with
+          "expert_load": ([E] tokens sent to each expert, their total), with a capacity also
+          "dropped": (choices that were not served, all choices).
+        """
+        experts, k = self.num_experts, self.top_k
+        shape, width = x.shape, x.shape[-1]
+        x = x.reshape(-1, width)
+        counted = valid.reshape(-1).astype(jnp.float32)
+
+        router = Linear(("embed",), (experts,), ("experts_router",), name="router")
+        logits = router(x.astype(jnp.float32))
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        weights, chosen = jax.lax.top_k(probabilities, k)
+        if self.normalize == "always" or (self.normalize and k > 1):
+            weights = weights / weights.sum(axis=-1, keepdims=True)
+
+        kernels = self._kernels(width)
+        y, served = dispatch(
+            x.reshape(shape).astype(self.dtype),
+            chosen.reshape(*shape[:2], k),
+            weights.reshape(*shape[:2], k),
+            valid,
+            kernels,
+            activate(self.activation),
+            self.capacity,
+        )
+        y = y.reshape(-1, width)
+        if self.shared_dim:
+            dense = FeedForward(self.shared_dim, self.out_scale, self.dtype, name="shared")
+            y = y + dense(x.reshape(shape)).reshape(-1, width)
+
+        total = counted.sum()
+        routed = jnp.einsum("tke,t->e", jax.nn.one_hot(chosen, experts), counted)
+        fraction = routed / jnp.maximum(total * k, 1)
+        mean_probability = jnp.einsum("te,t->e", probabilities, counted) / jnp.maximum(total, 1)
+        balance = experts * jnp.sum(jax.lax.stop_gradient(fraction) * mean_probability)
+        z = jnp.sum(jax.nn.logsumexp(logits, axis=-1) ** 2 * counted)
+        stats = {
+            "load_balance": (balance * total, total),
+            "router_z": (z, total),
+            "expert_load": (routed, total * k),
+        }
+        if self.capacity is not None:
+            dropped = jnp.einsum("tk,t->", ~served.reshape(-1, k), counted)
+            stats["dropped"] = (dropped, total * k)
+        return y.reshape(shape), stats
+
+    def _kernels(self, width: int) -> Kernels:
+        def weight(name: str, inner: int, outer: int, axes: tuple[str, str], scale: float):
+            init = nn.initializers.variance_scaling(
+                scale**2, "fan_in", "normal", in_axis=1, out_axis=2, batch_axis=0
+            )
+            value = self.param(
+                name, logical(init, "experts", *axes), (self.num_experts, inner, outer)
+            )
+            return value.astype(self.dtype)
+
+        wide = ("embed", "expert_mlp")
+        gate = weight("gate", width, self.expert_dim, wide, 1.0)
+        up = weight("up", width, self.expert_dim, wide, 1.0)
+        return gate, up, weight("down", self.expert_dim, width, wide[::-1], self.out_scale)
+
+
+def check_moe(moe: Mapping | None) -> None:
+    """Raises UserError for a mixture that cannot be built."""
+    if moe is None:
+        return
+    check_fields("model.decoder.moe", moe, moe_fields())
+    for name in ("num_experts", "top_k", "expert_dim"):
+        if name not in moe:
+            raise UserError(f"model.decoder.moe.{name}: missing", fix="set it, or moe=None")
+    for name, least in (("num_experts", 1), ("top_k", 1), ("expert_dim", 1), ("shared_dim", 0)):
+        value = moe.get(name, least)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UserError(
+                f"model.decoder.moe.{name}: {value!r}", allowed=f"a whole number from {least}"
+            )
+    if not moe["top_k"] <= moe["num_experts"]:
+        raise UserError(
+            f"model.decoder.moe.top_k: {moe['top_k']}",
+            allowed=f"1 to num_experts={moe['num_experts']}",
+        )
+    capacity = moe.get("capacity")
+    number = isinstance(capacity, int | float) and not isinstance(capacity, bool)
+    if capacity is not None and not (number and 0 < capacity < math.inf):
+        raise UserError(
+            f"model.decoder.moe.capacity: {capacity!r}", allowed="above 0, or None for dropless"
+        )
+    if moe.get("normalize", True) not in (True, False, "always"):
+        raise UserError(
+            f"model.decoder.moe.normalize: {moe['normalize']!r}", allowed="True, False, 'always'"
+        )
+
+
+def moe_fields() -> tuple[str, ...]:
+    return (
+        "num_experts",
+        "top_k",
+        "expert_dim",
+        "shared_dim",
+        "normalize",
+        "activation",
+        "capacity",
+    )

@@ -1,0 +1,321 @@
+"""Prompts of published models: their chat templates, and the families that have none.
+
+A prompt is made in three steps: `render` writes the conversation with one placeholder per picture,
+`expand` puts the text of each picture in place of its placeholder, and `Tokenizer` gives ids.
+
+Templates come from strangers. They run in jinja2's sandbox, see no files and no network, and have
+limits on steps and on what they write. See docs/prompts.md.
+"""
+
+import dataclasses
+import datetime
+import functools
+import itertools
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.processing.hub_tokenizer import Tokenizer, read_json, special_tokens
+
+__all__ = ["FAMILIES", "Template", "Tokenizer", "expand", "render"]
+
+MAX_SOURCE = 2**20  # Characters of a template; the longest released ones have some 20,000.
+MAX_OUTPUT = 2**22  # Characters of a prompt, and of any value repeated by a template.
+MAX_STEPS = 200_000  # Passes of loops and calls of one rendering.
+
+Message = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """A chat template in jinja2.
+
+    Attributes:
+      source: the template.
+      tokens: role to special token ("bos_token": "<s>"), variables of the template.
+    """
+
+    source: str
+    tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_hf(cls, directory: str | os.PathLike, name: str = "default") -> "Template":
+        """The template in a model's directory.
+
+        The first of `chat_template.jinja`, `chat_template.json`, `processor_config.json` and
+        `tokenizer_config.json` that holds one.
+
+        Args:
+          directory: of the model.
+          name: which, where the file holds several.
+
+        Raises:
+          UserError: none of the files holds a template of this name, or one is damaged.
+        """
+        found = cls.find(directory, name)
+        if found is None:
+            raise UserError(
+                f"chat template: none in {directory}",
+                allowed="chat_template.jinja, or chat_template in tokenizer_config.json",
+                fix=f"name a family instead: {', '.join(FAMILIES)}",
+            )
+        return found
+
+    @classmethod
+    def find(cls, directory: str | os.PathLike, name: str = "default") -> "Template | None":
+        """As `from_hf`, but None where no file holds a template."""
+        directory = Path(directory)
+        tokens = special_tokens(directory)
+        jinja = directory / "chat_template.jinja"
+        if jinja.is_file() and name == "default":
+            return cls(jinja.read_text(encoding="utf-8", errors="replace"), tokens)
+        for file in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+            found = read_json(directory / file).get("chat_template")
+            if found:
+                return cls(_named(found, name, file), tokens)
+        return None
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """The prompt of a conversation.
+
+        Args:
+          messages: {"role": ..., "content": text, or a list of {"type": "text", "text": ...} and
+            {"type": "image"}}, in the order of the conversation.
+          add_generation_prompt: end with the beginning of the answer.
+          tools: JSON schemas of functions, for templates that know them.
+          **variables: further ones; `strftime_now` replaces the clock.
+
+        Raises:
+          UserError: the template is damaged, refuses the conversation, does what the sandbox
+            forbids, or exceeds a limit.
+        """
+        import jinja2
+
+        given = {**self.tokens, **variables}
+        given |= {"messages": list(messages), "tools": tools, "documents": None}
+        try:
+            compiled = _compile(self.source)
+            compiled.environment.begin()
+            pieces, length = [], 0
+            for piece in compiled.generate(add_generation_prompt=add_generation_prompt, **given):
+                pieces.append(piece)
+                length += len(piece)
+                if length > MAX_OUTPUT:
+                    raise UserError(
+                        f"chat template: writes more than {MAX_OUTPUT:,} characters",
+                        fix="shorten the conversation, or take another template",
+                    )
+            return "".join(pieces)
+        except UserError:
+            raise
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(f"chat template: line {error.lineno}: {error.message}") from error
+        except (MemoryError, RecursionError) as error:
+            raise UserError(f"chat template: exceeds a limit ({type(error).__name__})") from error
+        # A template is a program: type errors, missing keys and its own complaints end up here.
+        except Exception as error:
+            raise UserError(
+                f"chat template: {str(error) or type(error).__name__}",
+                fix="check roles and contents of the messages against the model's documentation",
+            ) from error
+
+
+def _named(found: Any, name: str, file: str) -> str:
+    """One template out of a string, {name: source} or [{"name": ..., "template": ...}]."""
+    if isinstance(found, str):
+        found = {"default": found}
+    if isinstance(found, list) and all(isinstance(entry, dict) for entry in found):
+        found = {entry.get("name"): entry.get("template") for entry in found}
+    if not isinstance(found, dict) or not all(
+        isinstance(part, str) for part in itertools.chain(found, found.values())
+    ):
+        raise UserError(f"{file}: chat_template", allowed="a string, or names with strings")
+    if name not in found:
+        raise unknown("chat template", name, found)
+    return found[name]
+
+
+@functools.lru_cache(maxsize=16)
+def _compile(source: str) -> Any:
+    """A jinja2 template in an environment of its own."""
+    if len(source) > MAX_SOURCE:
+        raise UserError(f"chat template: {len(source):,} characters", allowed=f"{MAX_SOURCE:,}")
+    from efficient_vlm.processing import sandbox
+
+    environment = sandbox.Sandbox(MAX_STEPS, MAX_OUTPUT)
+    environment.filters["tojson"] = _tojson
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.compiled(source)
+
+
+def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    """jinja2's own filter escapes HTML, which no model has seen in training."""
+    if isinstance(indent, int) and indent > 100:
+        raise UserError(
+            f"chat template: tojson with an indent of {indent:.3g}", allowed="up to 100"
+        )
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+# ---- families without a template -----------------------------------------------------------------
+
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions."
+)
+
+
+def plain(messages: Sequence[Message], placeholder: str = "<image>") -> str:
+    """Placeholders and texts of all messages, nothing added."""
+    return "".join(
+        part if part is not None else placeholder for _, parts in _turns(messages) for part in parts
+    )
+
+
+def llava(messages: Sequence[Message], system: str = "") -> str:
+    """LLaVA-1.5: "USER: <image>\\n{question} ASSISTANT:", for several turns too.
+
+    Args:
+      messages: user and assistant in turn; a system message takes precedence over `system`.
+      system: sentence in front, such as `VICUNA_SYSTEM`, which training used; the released
+        processor's template has none.
+    """
+    prompt = ""
+    for role, parts in _turns(messages, ("system", "user", "assistant")):
+        text = _text(parts)
+        if role == "system":
+            system = text
+        elif role == "user":
+            prompt += "USER: " + "<image>\n" * parts.count(None) + text + " "
+        else:
+            prompt += f"ASSISTANT: {text}</s>"
+    ending = "ASSISTANT:" if not prompt.endswith("</s>") else ""
+    return (system + " " if system else "") + prompt + ending
+
+
+def paligemma(messages: Sequence[Message], bos: str = "<bos>") -> str:
+    """PaliGemma 1 and 2: the pictures, <bos>, the question and a line break; one question."""
+    images, text = _question("paligemma", messages)
+    return "<image>" * images + bos + text + "\n"
+
+
+def molmo(messages: Sequence[Message], bos: str = "<|endoftext|>", style: str = "") -> str:
+    """Molmo: the pictures right behind the beginning token, " User: {question} Assistant:".
+
+    Args:
+      messages: one question. The placeholder of its pictures is <|image|>.
+      bos: the beginning token; Qwen2 and OLMo have none, and Molmo takes their <|endoftext|>.
+      style: answer style of training, such as "vqa2:"; "" for free answers.
+    """
+    images, text = _question("molmo", messages)
+    question = " ".join(filter(None, (style, text)))
+    return f"{bos}{'<|image|>' * images} User: {question} Assistant:"
+
+
+FAMILIES = {"llava": llava, "molmo": molmo, "paligemma": paligemma, "plain": plain}
+
+
+def render(messages: Sequence[Message], template: Template | str, **options: Any) -> str:
+    """The prompt of a conversation by a template or by the name of a family.
+
+    Args:
+      messages: see `Template.render`.
+      template: a `Template`, or a name in `FAMILIES`.
+      **options: of `Template.render` or of the family's function.
+
+    Raises:
+      UserError: unknown family, or a conversation that it cannot express.
+    """
+    if isinstance(template, Template):
+        return template.render(messages, **options)
+    if template not in FAMILIES:
+        raise unknown("prompt family", template, FAMILIES)
+    return FAMILIES[template](messages, **options)
+
+
+def expand(prompt: str, image_texts: Sequence[str], placeholder: str = "<image>") -> str:
+    """Replaces the k-th placeholder by the k-th text.
+
+    Args:
+      prompt: a rendered conversation.
+      image_texts: `Pictured.text` of each picture; may contain the placeholder itself.
+      placeholder: how the prompt names a picture.
+
+    Raises:
+      UserError: the numbers of placeholders and texts differ.
+    """
+    parts = prompt.split(placeholder)
+    if len(parts) - 1 != len(image_texts):
+        pictures = f"{len(image_texts)} picture" + "s" * (len(image_texts) != 1)
+        raise UserError(
+            f"prompt: {len(parts) - 1} {placeholder} in the prompt, {pictures}",
+            fix=f"write {placeholder} once for every picture, and nowhere else",
+        )
+    return "".join(itertools.chain(*zip(parts, [*image_texts, ""], strict=True)))
+
+
+def _turns(
+    messages: Sequence[Message], roles: Iterable[str] | None = None
+) -> list[tuple[str, list[str | None]]]:
+    """(role, parts) of each message; a part is a text, or None for a picture.
+
+    Raises:
+      UserError: a message of another form or role.
+    """
+    turns = []
+    for number, message in enumerate(messages):
+        parts = parts_of(message, number)
+        role = message["role"]
+        if roles is not None and role not in roles:
+            raise unknown(f"messages: role of number {number}", str(role), roles)
+        turns.append((role, parts))
+    return turns
+
+
+def parts_of(message: Any, number: int) -> list[str | None]:
+    """The parts of one message: texts, and None for pictures; UserError if it is of another form.
+
+    Args:
+      message: see `Template.render`.
+      number: of the message, for the error.
+    """
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    content = content if isinstance(content, list | tuple) else ()
+    kinds = [str(part.get("type")) if isinstance(part, Mapping) else None for part in content]
+    texts = [part.get("text") for part, kind in zip(content, kinds, strict=True) if kind == "text"]
+    right = content and set(kinds) <= {"text", "image"} and "role" in message
+    if not right or not all(isinstance(text, str) for text in texts):
+        raise UserError(
+            f"messages: number {number} is {str(message)[:80]!r}",
+            allowed='{"role": ..., "content": text, or a list of {"type": "text", "text": ...} '
+            'and {"type": "image"}}',
+        )
+    given = iter(texts)
+    return [next(given) if kind == "text" else None for kind in kinds]
+
+
+def _text(parts: Sequence[str | None]) -> str:
+    return "".join(part for part in parts if part is not None)
+
+
+def _question(family: str, messages: Sequence[Message]) -> tuple[int, str]:
+    """Pictures and text of a conversation of one question."""
+    turns = _turns(messages, ("user",))
+    if len(turns) != 1:
+        raise UserError(f"{family}: {len(turns)} messages", allowed="one question of the user")
+    ((_, parts),) = turns
+    return parts.count(None), _text(parts)

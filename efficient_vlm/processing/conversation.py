@@ -1,0 +1,150 @@
+"""What a user asks -> token ids of a prompt, by the template and the tokenizer of a model."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from efficient_vlm.errors import UserError
+from efficient_vlm.families.base import Config, Family
+from efficient_vlm.processing import chat_template as prompts
+from efficient_vlm.processing.hub_tokenizer import Tokenizer
+from efficient_vlm.processing.pictures.base import Pictured
+
+Conversation = str | Sequence[prompts.Message]
+
+
+def is_one(prompt: Any) -> bool:
+    """Whether a prompt is one conversation, not a list of them; UserError if it is neither."""
+    if isinstance(prompt, str):
+        return True
+    if not isinstance(prompt, list | tuple) or not prompt:
+        raise UserError(
+            f"prompt: {prompt!r:.80}",
+            allowed='a question, messages [{"role": ..., "content": ...}, ...], or a list of these',
+        )
+    if all(isinstance(part, Mapping) for part in prompt):
+        return True
+    several = [part for part in prompt if not isinstance(part, str)]
+    if not all(isinstance(part, list | tuple) and is_one(part) for part in several):
+        raise UserError(
+            f"prompt: a list with {[type(part).__name__ for part in prompt][:6]}",
+            allowed='questions, or conversations [{"role": ..., "content": ...}, ...]',
+        )
+    return False
+
+
+def prompt_ids(
+    family: Family,
+    config: Config,
+    template: prompts.Template | str,
+    tokenizer: Tokenizer,
+    asked: Conversation,
+    pictured: Sequence[Pictured],
+) -> list[int]:
+    """Ids of a prompt, with one id for each visual token.
+
+    Args:
+      family, config: of the model.
+      template: of the checkpoint, or the name of a function of `prompts`.
+      tokenizer: of the checkpoint.
+      asked: a question, which comes behind all pictures; or messages, see `Template.render`, which
+        say with {"type": "image"} where each picture stands.
+      pictured: the pictures.
+
+    Raises:
+      UserError: a conversation that the template refuses, or that has other pictures.
+    """
+    if isinstance(asked, str):
+        content: Any = asked  # What templates of language models expect.
+        if family.processor is not None:
+            content = [{"type": "image"}] * len(pictured) + [{"type": "text", "text": asked}]
+        asked = [{"role": "user", "content": content}]
+    options: dict[str, Any] = {}
+    if isinstance(template, str):
+        options = dict(family.prompt_options)
+        if template == "plain":
+            options["placeholder"] = family.placeholder
+    text = _rendered(asked, template, family, options)
+    text = prompts.expand(text, [p.text for p in pictured], family.placeholder)
+    return _encode(family, config, template, tokenizer, text)
+
+
+def _rendered(asked, template, family, options) -> str:
+    """The prompt of messages that a template might leave out without a word: what is no text and no
+    picture, and the form of text that it does not expect."""
+    if isinstance(template, str):
+        return prompts.render(asked, template, **options)
+    asked = list(asked)
+    for number, message in enumerate(asked):
+        if message.get("content") is None:  # Calls of tools.
+            continue
+        parts = prompts.parts_of(message, number)
+        if family.processor is None and None in parts:
+            raise UserError(f"messages: a picture, but {family.name} is a language model")
+        if family.processor is None:
+            asked[number] = {**message, "content": "".join(filter(None, parts))}
+    texts = [i for i, m in enumerate(asked) if isinstance(m.get("content"), str)]
+    if family.processor is None or not texts:
+        return prompts.render(asked, template, **options)
+    return prompts.render(_as_expected(asked, texts, template, options), template, **options)
+
+
+def _as_expected(asked, texts, template, options) -> list[Any]:
+    """Messages, of whose texts those are put in parts that the template would not write.
+
+    Many templates of models that see go through the parts of a message and find none in a text;
+    others take nothing but a text, some of it by role. Which is found out with texts that occur
+    nowhere else.
+    """
+    marks = {i: f"text-{i}-of-message-{id(asked)}" for i in texts}
+
+    def formed(contents: Mapping[int, str], in_parts: set[int]) -> list[Any]:
+        found = list(asked)
+        for i, text in contents.items():
+            content = [{"type": "text", "text": text}] if i in in_parts else text
+            found[i] = {**asked[i], "content": content}
+        return found
+
+    def lost(in_parts: set[int]) -> set[int]:
+        prompt = prompts.render(formed(marks, in_parts), template, **options)
+        return {i for i in texts if marks[i] not in prompt.lower()}
+
+    in_parts: set[int] = set()
+    try:
+        missing = lost(in_parts)
+        if missing:
+            in_parts = missing
+            missing = lost(in_parts)
+    except UserError as error:
+        in_parts = set(texts)
+        try:
+            missing = lost(in_parts)
+        except UserError:
+            raise error from None
+    if missing:
+        raise UserError(
+            f"messages: the chat template leaves out number {min(missing)}",
+            fix="leave it out, or say it in a message of the user",
+        )
+    return formed({i: asked[i]["content"] for i in texts}, in_parts)
+
+
+def _encode(family, config, template, tokenizer, text: str) -> list[int]:
+    first = tokenizer.special.get("bos_token", "")
+    if family.begin == "bos_or_eos":
+        first = first or tokenizer.special.get("eos_token", "")
+        text = text if text.startswith(first) else first + text
+    written = {
+        "tokenizer": bool(first) and text.startswith(first),
+        "template": isinstance(template, prompts.Template),
+    }
+    bos = False if written.get(family.begin, True) else None
+    if tokenizer.knows(family.placeholder) or family.placeholder not in text:
+        return tokenizer.encode(text, bos=bos)
+    # A placeholder that is no token (LLaVA's and MobileVLM's own code): the parts between are
+    # tokenised one by one.
+    start, *parts = text.split(family.placeholder)
+    ids = tokenizer.encode(start, bos=bos)
+    for part in parts:
+        ids.append(family.image_token(config))
+        ids += tokenizer.encode(part, bos=False) if part else []
+    return ids

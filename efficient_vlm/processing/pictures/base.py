@@ -1,0 +1,320 @@
+"""What the picture processors of all families share: the result, loading, and reading settings.
+
+A processor follows its family's published Pillow preprocessing up to, and not including, the
+subtraction of the mean: the encoder normalises by the `mean` and `std` that the processor carries.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from efficient_vlm.errors import UserError
+from efficient_vlm.processing import decode_image as images
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+# Settings are read from files of strangers; no released processor has an edge near this.
+MAX_EDGE = 16384
+MAX_WORK_PIXELS = 4 * images.MAX_PIXELS
+WHOLE_PICTURE = (0.0, 0.0, 1.0, 1.0)
+
+Triple = tuple[float, float, float]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pictured:
+    """One picture as a family's model takes it: M images (crops, tiles) and the text for them.
+
+    Attributes:
+      images: float32 [M, H, W, 3] in [0, 1], mean and standard deviation not applied yet.
+      valid: int32 [M, 2], rows and columns of patches, from the top left, that are real; the rest
+        of the image is padding.
+      text: what takes the place of the picture in the prompt, special tokens spelled out, the slot
+        of a visual token written once per visual token.
+      grids: int32 [M, 2], rows and columns of the visual tokens of each image as they enter the
+        decoder.
+      boxes: float32 [M, 4], (top, left, bottom, right) of the part of the original picture that
+        each image shows, as fractions of its height and width; below 0 or above 1 where padding
+        surrounds the picture.
+      slots: int32 [P], for each visual slot of `text` in order, the index of its visual token
+        among those of all images; None: in order.
+      pool_index: int32 [P, k], the patches that each visual token pools, -1 for none; None: the
+        pooling is a regular grid.
+      padding_share: float32 [M, patches], the share of real pixels in each patch; None: unused by
+        the family.
+    """
+
+    images: np.ndarray
+    valid: np.ndarray
+    text: str
+    grids: np.ndarray
+    boxes: np.ndarray
+    slots: np.ndarray | None = None
+    pool_index: np.ndarray | None = None
+    padding_share: np.ndarray | None = None
+
+
+def load_picture(picture: Image.Image | np.ndarray | str | os.PathLike) -> Image.Image:
+    """The picture as 8-bit RGB: EXIF orientation applied, alpha composited over white.
+
+    16-bit grey is scaled (not clipped) to 8 bit; CMYK, palette and 1-bit are converted; of an
+    animation the first frame is taken. Files are held to the limits of `processing.decode_image`.
+
+    Args:
+      picture: a Pillow image, the path of a PNG, JPEG, WEBP, GIF or BMP file, or an array: uint8
+        or uint16 [height, width], uint8 [height, width, 1, 3 or 4].
+
+    Returns:
+      A Pillow image of mode RGB with at least one pixel.
+
+    Raises:
+      UserError: the picture is missing, damaged, empty, too large or of an unknown kind.
+    """
+    if isinstance(picture, str | os.PathLike):
+        try:
+            return Image.fromarray(images.decode(images.read(Path(picture))))
+        except images.BadImage as error:
+            raise UserError(
+                f"picture: cannot use {os.fspath(picture)!r} ({error})",
+                allowed=f"{', '.join(images.FORMATS)} up to {images.MAX_PIXELS:,} pixels",
+                fix="convert or shrink the file, or pass a Pillow image",
+            ) from error
+    if isinstance(picture, np.ndarray):
+        picture = _from_array(picture)
+    if not isinstance(picture, Image.Image):
+        raise UserError(
+            f"picture: got {type(picture).__name__}",
+            allowed="a path, a Pillow image, or a uint8 array [height, width, 3]",
+        )
+    check_size(picture.height, picture.width)
+    if picture.mode == "F":
+        raise UserError(
+            "picture: a Pillow image of mode F (floats of unknown scale)",
+            fix="scale it to 0..255 and convert it to mode L",
+        )
+    try:
+        picture.load()
+        return images.to_rgb(picture)
+    except Exception as error:  # Decoders of lazily opened files raise anything at all.
+        raise UserError(
+            f"picture: cannot read a Pillow image of mode {picture.mode} ({error})",
+            fix="pass an undamaged image of mode RGB",
+        ) from error
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    """A Pillow image of an array as `load_picture` accepts it."""
+    shape = array.shape[:2] if array.ndim == 3 and array.shape[2] == 1 else array.shape
+    colour = len(shape) == 3 and shape[2] in (3, 4) and array.dtype == np.uint8
+    grey = len(shape) == 2 and array.dtype in (np.uint8, np.uint16)
+    if not (colour or grey) or 0 in shape:
+        raise UserError(
+            f"picture: array of {array.dtype} {list(array.shape)}",
+            allowed="uint8 [height, width, 3 or 4], or uint8 or uint16 [height, width]; not empty",
+            fix="scale floats in [0, 1] by 255, round, and cast to uint8",
+        )
+    return Image.fromarray(np.ascontiguousarray(array.reshape(shape)))
+
+
+def check_size(height: int, width: int) -> None:
+    """Raises UserError unless a picture of this size has between one pixel and the limit."""
+    if height < 1 or width < 1 or height * width > images.MAX_PIXELS:
+        raise UserError(
+            f"picture: {width} x {height} pixels",
+            allowed=f"1 to {images.MAX_PIXELS:,} pixels",
+            fix="shrink the picture" if height * width > 0 else "pass a picture with pixels",
+        )
+
+
+def resize(image: Image.Image, height: int, width: int, resample: int) -> Image.Image:
+    """Pillow's resize on 8-bit values, which is what the published processors define.
+
+    Raises:
+      UserError: the result is too large to hold, for a picture that is all length and no width.
+    """
+    check_work(image, height, width)
+    return image.resize((width, height), Image.Resampling(resample))
+
+
+def check_work(image: Image.Image, height: int, width: int) -> None:
+    """Raises UserError if `image` would be enlarged to more pixels than `MAX_WORK_PIXELS`."""
+    if height * width > MAX_WORK_PIXELS:
+        raise UserError(
+            f"picture: {image.width} x {image.height} pixels would become {width} x {height}",
+            allowed=f"up to {MAX_WORK_PIXELS:,} pixels on the way to the encoder's size",
+            fix="crop the picture to a less extreme aspect ratio",
+        )
+
+
+def unit(image: Image.Image) -> np.ndarray:
+    """float32 [height, width, 3] in [0, 1] of an RGB image."""
+    return np.asarray(image, np.float32) / np.float32(255)
+
+
+def pictured(
+    images: Sequence[Image.Image],
+    *,
+    patch: int,
+    grid: tuple[int, int],
+    text: str,
+    boxes: Sequence[Sequence[float]],
+) -> Pictured:
+    """The result for images without padding that all have the same size and token grid.
+
+    Args:
+      images: M RGB images of one size.
+      patch: edge of an encoder patch in pixels; a remainder at the right and bottom is unused.
+      grid: rows and columns of visual tokens of each image.
+      text: see `Pictured`.
+      boxes: M x 4, see `Pictured`.
+    """
+    count = len(images)
+    patches = (images[0].height // patch, images[0].width // patch)
+    return Pictured(
+        images=np.stack([unit(image) for image in images]),
+        valid=np.tile(np.array(patches, np.int32), (count, 1)),
+        text=text,
+        grids=np.tile(np.array(grid, np.int32), (count, 1)),
+        boxes=np.asarray(boxes, np.float32).reshape(count, 4),
+    )
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+
+def image_settings(preprocessor: Mapping[str, Any]) -> dict[str, Any]:
+    """The image settings of a `preprocessor_config.json` or a `processor_config.json`.
+
+    A null counts as absent.
+
+    Raises:
+      UserError: not a mapping, pixels are to be scaled by anything but 1/255, or not resized.
+    """
+    if not isinstance(preprocessor, Mapping):
+        raise UserError(f"preprocessor: got {type(preprocessor).__name__}", allowed="a mapping")
+    nested = preprocessor.get("image_processor")
+    settings = nested if isinstance(nested, Mapping) else preprocessor
+    factor = settings.get("rescale_factor")
+    usual = factor is None or (isinstance(factor, float) and abs(factor * 255 - 1) < 1e-6)
+    if not usual or settings.get("do_rescale") is False:
+        raise UserError(
+            f"preprocessor: rescale_factor {factor!r}, do_rescale {settings.get('do_rescale')!r}",
+            allowed="pixels scaled by 1/255",
+        )
+    if settings.get("do_resize") is False:
+        raise UserError("preprocessor: do_resize False", allowed="True: encoders have fixed sizes")
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def resample_of(settings: Mapping[str, Any], default: int) -> int:
+    """The Pillow filter code under "resample".
+
+    Raises:
+      UserError: a code that is not one of Pillow's.
+    """
+    code = settings.get("resample", default)
+    if type(code) is bool or code not in list(Image.Resampling):
+        raise UserError(
+            f"preprocessor: resample {code!r}",
+            allowed=", ".join(f"{filter.value} ({filter.name})" for filter in Image.Resampling),
+        )
+    return int(code)
+
+
+def mean_std(settings: Mapping[str, Any], mean: Triple, std: Triple) -> tuple[Triple, Triple]:
+    """`image_mean` and `image_std`, or the family's; (0, 1) when normalisation is switched off.
+
+    Raises:
+      UserError: not three finite numbers each, or a standard deviation of zero or below.
+    """
+    if settings.get("do_normalize") is False:
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    mean = _triple("image_mean", settings.get("image_mean", mean))
+    std = _triple("image_std", settings.get("image_std", std))
+    if min(std) <= 0:
+        raise UserError(f"preprocessor: image_std {std}", allowed="numbers above 0")
+    return mean, std
+
+
+def _triple(field: str, value: Any) -> Triple:
+    if isinstance(value, int | float):
+        value = [value] * 3
+    if (
+        not isinstance(value, list | tuple)
+        or len(value) != 3
+        or not all(isinstance(x, int | float) and math.isfinite(x) for x in value)
+    ):
+        raise UserError(f"preprocessor: {field} {value!r}", allowed="three numbers")
+    return tuple(float(x) for x in value)
+
+
+def whole(field: str, value: Any, low: int = 1, high: int = MAX_EDGE) -> int:
+    """A whole number of a settings file.
+
+    Raises:
+      UserError: not an integer, or outside low..high.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise UserError(f"config: {field} {value!r}", allowed=f"a whole number, {low} to {high}")
+    return value
+
+
+def edge(field: str, value: Any) -> int:
+    """The edge of a square: an integer, or a mapping with equal height and width or one edge.
+
+    Raises:
+      UserError: not such a value, or not square.
+    """
+    if isinstance(value, Mapping):
+        lengths = [length for length in value.values() if length is not None]
+        if not lengths or lengths != lengths[:1] * len(lengths):
+            raise UserError(f"config: {field} {dict(value)!r}", allowed="a square")
+        value = lengths[0]
+    return whole(field, value)
+
+
+def config_setting(config: Mapping[str, Any], name: str, default: int) -> int:
+    """A whole number (or edge) of a `config.json`, or the default.
+
+    Args:
+      config: content of the file.
+      name: its key; "vision_config.patch_size" is a key of the nested mapping.
+      default: for an absent or null value.
+
+    Raises:
+      UserError: not a whole number of 1 or more.
+    """
+    value: Any = config
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    if isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1]:
+        value = value[0]  # InternVL writes [448, 448].
+    return default if value is None else edge(name, value)
+
+
+def patches_along(size: int, patch: int, *, multiple: int = 1) -> int:
+    """Whole patches of `patch` pixels along an edge of `size` pixels.
+
+    Args:
+      size: edge of what the encoder sees, in pixels.
+      patch: edge of a patch in pixels.
+      multiple: what the number must be a multiple of, to make whole visual tokens.
+
+    Raises:
+      UserError: there is not one patch, or the patches do not make whole visual tokens.
+    """
+    patches = size // patch
+    if patches == 0 or patches % multiple:
+        raise UserError(
+            f"config: {patches} patches of {patch} pixels along {size} pixels",
+            allowed=f"a multiple of {multiple} patches, and not none",
+            fix="use the preprocessor and model configuration of the same checkpoint",
+        )
+    return patches

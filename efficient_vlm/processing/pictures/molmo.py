@@ -1,0 +1,318 @@
+"""Pictures for Molmo and Molmo2: one view of the whole and up to 12 (8) overlapping crops.
+
+How crops overlap is in `overlap`. Source: Deitke et al. 2024, "Molmo and PixMo", section 2, and
+the behaviour of the released preprocessors; Molmo2 (December 2025).
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+from PIL import Image
+
+from efficient_vlm.errors import UserError
+from efficient_vlm.processing.pictures import base, overlap
+
+PATCH, COLUMN, START, LOW_RES_START, END = (
+    "<im_patch>",
+    "<im_col>",
+    "<im_start>",
+    "<low_res_im_start>",
+    "<im_end>",
+)
+
+
+def _layout(rows: int, columns: int, *, start: str = START, column_token: bool = True) -> str:
+    return start + (PATCH * columns + COLUMN * column_token) * rows + END
+
+
+# ---- Molmo ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Molmo(overlap.Overlapping):
+    """Molmo 7B-D, 7B-O, 72B and MolmoE-1B.
+
+    The picture keeps its aspect and is centred on black: padding is 0 before normalisation, hence
+    -mean / std = (-1.79, -1.75, -1.48) for the encoder, not 0.
+
+    Attributes:
+      padding_mask: give `padding_share`. Its rows are off by one, as in the released code, whose
+        weights were trained so: row 0 belongs to the whole view but holds the mask of crop 0, and
+        so on; the last row is -1 throughout.
+    """
+
+    crop: int = 336
+    patch: int = 14
+    pool: int = 2
+    max_crops: int = 12
+    margins: tuple[int, int] = (4, 4)
+    mean: base.Triple = base.CLIP_MEAN
+    std: base.Triple = base.CLIP_STD
+    padding_mask: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if any(length % self.pool for length in (self.side, *self.margins)):
+            raise UserError(
+                f"preprocessor: {self.side} patches, margins {list(self.margins)}",
+                allowed=f"multiples of {self.pool}, the edge of a pooling window",
+            )
+
+    @classmethod
+    def from_hf(cls, preprocessor: Mapping[str, Any], config: Mapping[str, Any]) -> Self:
+        """From `preprocessor_config.json` and `config.json`; absent settings are Molmo's.
+
+        Raises:
+          UserError: a setting is not understood, or is of another crop mode.
+        """
+        settings = base.image_settings(preprocessor)
+        for name, known in (("crop_mode", "overlap-and-resize-c2"), ("resize", "default")):
+            value = settings.get(name, config.get(name)) or known
+            if value != known:
+                raise UserError(f"preprocessor: {name} {value!r}", allowed=known)
+        crop = overlap.square("base_image_input_size", settings, cls.crop)
+        patch = base.whole("image_patch_size", settings.get("image_patch_size", cls.patch))
+        lengths = {settings.get(f"image_token_length_{axis}", crop // patch // 2) for axis in "hw"}
+        tokens = base.whole("image_token_length", lengths.pop())
+        if lengths or crop // patch % tokens:
+            raise UserError(
+                f"preprocessor: image_token_length {tokens} for {crop // patch} patches",
+                allowed="the same length down and across, a divisor of the patches",
+            )
+        mean, std = base.mean_std(settings, cls.mean, cls.std)
+        return cls(
+            crop=crop,
+            patch=patch,
+            pool=crop // patch // tokens,
+            max_crops=base.whole("max_crops", settings.get("max_crops", cls.max_crops), 1, 256),
+            margins=overlap.margins_of(settings),
+            mean=mean,
+            std=std,
+            padding_mask=bool(settings.get("image_padding_mask", True)),
+        )
+
+    def sequence(self, height: int, width: int) -> int:
+        """Tokens that a picture of this size takes in the prompt, <im_start> and others included.
+
+        Raises:
+          UserError: the size is not one of a picture.
+        """
+        rows, columns = self.grid(height, width)
+        side = self.side // self.pool
+        return 2 + side * (side + 1) + 2 + rows * (columns + 1)
+
+    def __call__(self, picture: Any) -> base.Pictured:
+        """One picture; see `base.load_picture` for what it can be, `base.Pictured` for the result.
+
+        Raises:
+          UserError: the picture cannot be used.
+        """
+        image = base.load_picture(picture)
+        pixels = base.unit(image)
+        tiling = self.tiling(image.height, image.width)
+        canvas, real, inner = resize_and_pad(pixels, *self.canvas(tiling))
+        whole, _, whole_inner = resize_and_pad(pixels, self.crop, self.crop)
+
+        side, margins = self.side // self.pool, [margin // self.pool for margin in self.margins]
+        order = overlap.raster(tiling, side, *margins)
+        crops = tiling[0] * tiling[1]
+        boxes = [_box(self.crop, (0, 0), whole_inner)]
+        boxes += [_box(self.crop, corner, inner) for corner in self.corners(tiling)]
+        return base.Pictured(
+            images=np.concatenate([whole[None], self.crops(canvas, tiling)]),
+            valid=np.full((1 + crops, 2), self.side, np.int32),
+            text=_layout(side, side) + _layout(*order.shape),
+            grids=np.full((1 + crops, 2), side, np.int32),
+            boxes=np.float32(boxes),
+            slots=np.concatenate([np.arange(side**2), side**2 + order.ravel()]).astype(np.int32),
+            padding_share=self._shares(real, tiling) if self.padding_mask else None,
+        )
+
+    def _shares(self, real: np.ndarray, tiling: tuple[int, int]) -> np.ndarray:
+        """`Pictured.padding_share` from the float32 mask of the canvas."""
+        side, patch = self.side, self.patch
+        crops = self.crops(real, tiling).reshape(-1, side, patch, side, patch)
+        shares = crops.mean((2, 4), dtype=np.float32).reshape(-1, side * side)
+        return np.pad(shares, [(0, 1), (0, 0)], constant_values=-1)
+
+
+def resize_and_pad(
+    pixels: np.ndarray, height: int, width: int
+) -> tuple[np.ndarray, np.ndarray, tuple[int, int, int, int]]:
+    """Fits a picture into a canvas: aspect kept, antialiased bilinear in float32, black around it.
+
+    Args:
+      pixels: float32 [h, w, 3] in [0, 1].
+      height, width: of the canvas.
+
+    Returns:
+      float32 [height, width, 3]; float32 [height, width], 1 where there is picture; and
+      (top, left, height, width) of the picture on the canvas.
+    """
+    old = np.float32(pixels.shape[:2])
+    # float32 decides how the last row is rounded; a line of one pixel must not vanish.
+    scale = min(np.float32(height) / old[0], np.float32(width) / old[1])
+    inner = [max(1, int(length * scale)) for length in old]
+    top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
+    area = np.s_[top : top + inner[0], left : left + inner[1]]
+    canvas = np.zeros((height, width, 3), np.float32)
+    real = np.zeros((height, width), np.float32)
+    real[area] = 1
+    for channel in range(3):
+        plane = Image.fromarray(np.ascontiguousarray(pixels[..., channel]))
+        plane = plane.resize((inner[1], inner[0]), Image.Resampling.BILINEAR)
+        canvas[*area, channel] = np.clip(np.asarray(plane), 0, 1)
+    return canvas, real, (top, left, *inner)
+
+
+def _box(
+    crop: int, corner: tuple[int, int], inner: tuple[int, int, int, int]
+) -> tuple[float, float, float, float]:
+    """What a crop at `corner` shows of a picture that lies at `inner`, as `Pictured.boxes`."""
+    top, left, height, width = inner
+    y, x = corner[0] - top, corner[1] - left
+    return y / height, x / width, (y + crop) / height, (x + crop) / width
+
+
+# ---- Molmo2 --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Molmo2(overlap.Overlapping):
+    """Molmo2 4B, 8B and O-7B, pictures (not video).
+
+    The picture is stretched to the canvas, bilinear without antialiasing, on 8-bit values. A side
+    of 27 patches is odd, so pooling windows are lists of patches, which may lie in two or four
+    crops and hold -1 at the right and bottom. `grids` counts a window for the crop that holds its
+    top left patch.
+
+    Attributes:
+      column_tokens: <im_col> after each row of the crops.
+      whole_column_tokens: <im_col> after each row of the whole view.
+      whole_start_token: the whole view starts with <low_res_im_start>.
+    """
+
+    crop: int = 378
+    patch: int = 14
+    pool: int = 2
+    max_crops: int = 8
+    margins: tuple[int, int] = (4, 4)
+    mean: base.Triple = base.HALF
+    std: base.Triple = base.HALF
+    column_tokens: bool = True
+    whole_column_tokens: bool = False
+    whole_start_token: bool = True
+
+    @classmethod
+    def from_hf(cls, preprocessor: Mapping[str, Any], config: Mapping[str, Any]) -> Self:
+        """From `preprocessor_config.json` with the keys of `processor_config.json` added.
+
+        Absent settings are those of the released models. A null `use_single_crop_col_tokens`
+        stands for the value of `image_use_col_tokens`.
+
+        Raises:
+          UserError: a setting is not understood.
+        """
+        settings = base.image_settings(preprocessor)
+        if settings.get("resample", 2) != 2:
+            raise UserError(f"preprocessor: resample {settings['resample']!r}", allowed="2")
+        mean, std = base.mean_std(settings, cls.mean, cls.std)
+        columns = bool(preprocessor.get("image_use_col_tokens", True))
+        whole = preprocessor.get("use_single_crop_col_tokens", cls.whole_column_tokens)
+        return cls(
+            crop=base.edge("size", settings.get("size", cls.crop)),
+            patch=base.whole("patch_size", settings.get("patch_size", cls.patch)),
+            pool=overlap.square("pooling_size", settings, cls.pool),
+            max_crops=base.whole("max_crops", settings.get("max_crops", cls.max_crops), 1, 256),
+            margins=overlap.margins_of(settings),
+            mean=mean,
+            std=std,
+            column_tokens=columns,
+            whole_column_tokens=columns if whole is None else bool(whole),
+            whole_start_token=bool(preprocessor.get("use_single_crop_start_token", True)),
+        )
+
+    def sequence(self, height: int, width: int) -> int:
+        """Tokens that a picture of this size takes in the prompt, <im_start> and others included.
+
+        Raises:
+          UserError: the size is not one of a picture.
+        """
+        rows, columns = self.grid(height, width)
+        side = math.ceil(self.side / self.pool)
+        whole = 2 + side * (side + self.whole_column_tokens)
+        return whole + 2 + rows * (columns + self.column_tokens)
+
+    def __call__(self, picture: Any) -> base.Pictured:
+        """One picture; see `base.load_picture` for what it can be, `base.Pictured` for the result.
+
+        Raises:
+          UserError: the picture cannot be used.
+        """
+        image = np.asarray(base.load_picture(picture))
+        tiling = self.tiling(*image.shape[:2])
+        height, width = self.canvas(tiling)
+        crops = self.crops(stretch(image, height, width), tiling)
+        whole = stretch(image, self.crop, self.crop)
+
+        side = self.side
+        order = overlap.raster(tiling, side, *self.margins)
+        windows = overlap.pooling_windows(order + side**2, self.pool)
+        whole_windows = overlap.pooling_windows(np.arange(side**2).reshape(side, side), self.pool)
+        firsts = order[:: self.pool, :: self.pool] // side**2
+        grids = [whole_windows.shape[:2]]
+        for number in range(len(crops)):
+            held = firsts == number
+            grids.append((held.any(1).sum(), held.any(0).sum()))
+        size = (height, width, height, width)
+        boxes = [base.WHOLE_PICTURE] + [
+            np.divide((top, left, top + self.crop, left + self.crop), size)
+            for top, left in self.corners(tiling)
+        ]
+        text = _layout(
+            *whole_windows.shape[:2],
+            start=LOW_RES_START if self.whole_start_token else START,
+            column_token=self.whole_column_tokens,
+        )
+        flat = (-1, self.pool**2)
+        return base.Pictured(
+            images=np.concatenate([whole[None], crops]),
+            valid=np.full((1 + len(crops), 2), side, np.int32),
+            text=text + _layout(*windows.shape[:2], column_token=self.column_tokens),
+            grids=np.array(grids, np.int32),
+            boxes=np.float32(boxes),
+            pool_index=np.concatenate([whole_windows.reshape(flat), windows.reshape(flat)]),
+        )
+
+
+def stretch(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Bilinear resize without antialiasing, rounded to 8 bit.
+
+    Args:
+      image: uint8 [h, w, 3].
+      height, width: of the result.
+
+    Returns:
+      float32 [height, width, 3] in [0, 1].
+    """
+
+    def taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        # Centres of pixels, in float32 like the released code: a tie decides an 8-bit value.
+        scale = np.float32(old) / np.float32(new)
+        place = np.maximum((np.arange(new, dtype=np.float32) + 0.5) * scale - 0.5, 0)
+        low = np.minimum(place.astype(np.int64), old - 1)
+        return low, np.minimum(low + 1, old - 1), place - low.astype(np.float32)
+
+    top, bottom, down = taps(image.shape[0], height)
+    left, right, across = taps(image.shape[1], width)
+    down, across = down[:, None, None], across[:, None]
+
+    def rows(which: np.ndarray) -> np.ndarray:
+        lines = image[which]
+        return lines[:, left] * (1 - across) + lines[:, right] * across
+
+    mixed = rows(top) * (1 - down) + rows(bottom) * down
+    return np.clip(np.rint(mixed), 0, 255) / np.float32(255)

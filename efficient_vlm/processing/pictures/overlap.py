@@ -1,0 +1,181 @@
+"""Overlapping crops, as Molmo and Molmo2 cut them: tiling, raster order, pooling windows.
+
+Crops overlap by a margin on every inner side. Patches in a margin are encoded, for context, but
+only the window inside the margins becomes tokens, so the windows together cover the resized
+picture (the canvas) once, and its tokens are put in raster order over all crops.
+
+Source: Deitke et al. 2024, "Molmo and PixMo", section 2, and the behaviour of the released
+preprocessors ("overlap-and-resize-c2").
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from efficient_vlm.errors import UserError
+from efficient_vlm.processing.pictures import base
+
+
+def select_tiling(height: int, width: int, window: int, most: int) -> tuple[int, int]:
+    """Rows and columns of windows for a picture.
+
+    The tiling that needs the least enlargement; if every one needs a reduction, the one that needs
+    the least. Ties go to fewer windows, then to fewer rows. Sides of zero and below (a picture
+    smaller than the margins) are legal: they leave the choice to the other side, or give 1 x 1.
+
+    Args:
+      height, width: pixels of the picture without the margins.
+      window: edge of a window in pixels.
+      most: largest number of windows.
+    """
+    tilings = [(i, j) for i in range(1, most + 1) for j in range(1, most // i + 1)]
+    tilings.sort(key=lambda tiling: (tiling[0] * tiling[1], tiling[0]))
+    # float32 like the released code: a picture that fits exactly must compare the same way.
+    with np.errstate(divide="ignore"):
+        scale = np.float32(tilings) * np.float32(window) / np.float32([height, width])
+    scale = scale.min(1)
+    if (scale < 1).all():
+        return tilings[int(scale.argmax())]
+    return tilings[int(np.where(scale < 1, np.inf, scale).argmin())]
+
+
+def raster(tiling: tuple[int, int], side: int, before: int, after: int) -> np.ndarray:
+    """Which cell of which crop shows each place of the canvas.
+
+    Args:
+      tiling: rows and columns of crops.
+      side: cells along the edge of a crop.
+      before, after: cells of the margin left of (above) and right of (below) a window.
+
+    Returns:
+      int32 [R, C], indices into the cells of all crops, crop after crop.
+    """
+
+    def along(crops: int) -> tuple[np.ndarray, np.ndarray]:
+        window = side - before - after
+        cells = np.arange(crops * window + before + after)
+        # The margin of the first and of the last crop is at the rim, where nothing overlaps.
+        crop = np.clip((cells - before) // window, 0, crops - 1)
+        return crop, cells - crop * window
+
+    (crop_row, row), (crop_column, column) = along(tiling[0]), along(tiling[1])
+    crop = crop_row[:, None] * tiling[1] + crop_column
+    return ((crop * side + row[:, None]) * side + column).astype(np.int32)
+
+
+def pooling_windows(grid: np.ndarray, pool: int) -> np.ndarray:
+    """int32 [ceil(R / pool), ceil(C / pool), pool * pool] of int [R, C], -1 where it ends.
+
+    An odd number of missing cells has the larger half at the right and bottom.
+    """
+    missing = [-length % pool for length in grid.shape]
+    grid = np.pad(grid, [(n // 2, n - n // 2) for n in missing], constant_values=-1)
+    rows, columns = (length // pool for length in grid.shape)
+    windows = grid.reshape(rows, pool, columns, pool).swapaxes(1, 2)
+    return windows.reshape(rows, columns, pool * pool).astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Overlapping:
+    """Crop geometry that both generations share.
+
+    Attributes:
+      crop: edge of a crop and of the whole view in pixels.
+      patch: edge of a patch in pixels.
+      pool: patches along the edge of a pooling window.
+      max_crops: most crops beside the whole view.
+      margins: patches left of (above) and right of (below) the window of a crop.
+      mean, std: what the encoder normalises by.
+    """
+
+    crop: int
+    patch: int
+    pool: int
+    max_crops: int
+    margins: tuple[int, int]
+    mean: base.Triple
+    std: base.Triple
+
+    def __post_init__(self):
+        if self.crop % self.patch or self.window < self.patch:
+            raise UserError(
+                f"preprocessor: {self.crop} px crops, {self.patch} px patches, "
+                f"margins {list(self.margins)}",
+                allowed="whole patches in a crop, at least one of them between the margins",
+            )
+
+    @property
+    def side(self) -> int:
+        """Patches along the edge of a crop."""
+        return self.crop // self.patch
+
+    @property
+    def window(self) -> int:
+        """Edge in pixels of what a crop contributes."""
+        return self.crop - sum(self.margins) * self.patch
+
+    def tiling(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of crops for a picture of this size."""
+        margin = self.crop - self.window
+        return select_tiling(height - margin, width - margin, self.window, self.max_crops)
+
+    def canvas(self, tiling: tuple[int, int]) -> tuple[int, int]:
+        """Height and width in pixels of what these crops cover."""
+        rows, columns = (count * self.window + self.crop - self.window for count in tiling)
+        return rows, columns
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the visual tokens of all crops of a picture of this size.
+
+        Raises:
+          UserError: no pixels or too many.
+        """
+        base.check_size(height, width)
+        rows, columns = self.canvas(self.tiling(height, width))
+        edge = self.patch * self.pool
+        return math.ceil(rows / edge), math.ceil(columns / edge)
+
+    def count(self, height: int, width: int) -> int:
+        """Visual tokens of a picture of this size, those of the whole view included.
+
+        Raises:
+          UserError: no pixels or too many.
+        """
+        rows, columns = self.grid(height, width)
+        return math.ceil(self.side / self.pool) ** 2 + rows * columns
+
+    def corners(self, tiling: tuple[int, int]) -> list[tuple[int, int]]:
+        """Top left of each crop on the canvas in pixels, row by row."""
+        rows, columns = (range(0, count * self.window, self.window) for count in tiling)
+        return [(top, left) for top in rows for left in columns]
+
+    def crops(self, canvas: np.ndarray, tiling: tuple[int, int]) -> np.ndarray:
+        """[crops, crop, crop, ...] of [H, W, ...], row by row."""
+        return np.stack(
+            [canvas[y : y + self.crop, x : x + self.crop] for y, x in self.corners(tiling)]
+        )
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+
+def square(name: str, settings: Mapping[str, Any], default: int) -> int:
+    """An edge that is written as one number or as two equal ones."""
+    value = settings.get(name, default)
+    if isinstance(value, list | tuple):
+        if len(value) != 2 or value[0] != value[1]:
+            raise UserError(f"preprocessor: {name} {list(value)}", allowed="a square")
+        value = value[0]
+    return base.whole(name, value)
+
+
+def margins_of(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """`overlap_margins`, in patches."""
+    value = settings.get("overlap_margins", (4, 4))
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise UserError(f"preprocessor: overlap_margins {value!r}", allowed="two whole numbers")
+    before, after = (base.whole("overlap_margins", margin, 0) for margin in value)
+    return before, after

@@ -1,0 +1,93 @@
+"""LLaVA's layout with a SigLIP encoder: TinyLLaVA (arXiv 2402.14289)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Self
+
+from PIL import Image
+
+from efficient_vlm.processing.pictures import base
+from efficient_vlm.processing.pictures.base import Pictured, Triple
+from efficient_vlm.processing.pictures.resized import pad_square
+
+
+@dataclasses.dataclass(frozen=True)
+class SiglipPictures:
+    """The whole picture stretched to a square, one token per patch: 384 pixels, 27 x 27 tokens.
+
+    A last row and column of pixels that make no whole patch (6 of 384) are cut off, as the
+    encoder's convolution leaves them out.
+
+    Attributes:
+      size: edge in pixels of the square that the picture is stretched to.
+      patch: edge of an encoder patch in pixels.
+      pad: pad to a square with the mean colour before stretching.
+      resample: Pillow filter code.
+      mean: per channel, subtracted by the encoder from pixels in [0, 1].
+      std: per channel, what the encoder divides by.
+    """
+
+    size: int = 384
+    patch: int = 14
+    pad: bool = False
+    resample: int = Image.Resampling.BICUBIC
+    mean: Triple = base.HALF
+    std: Triple = base.HALF
+
+    @classmethod
+    def from_hf(cls, preprocessor: Mapping[str, Any], config: Mapping[str, Any]) -> Self:
+        """Reads the files of a checkpoint; {} means the published 384 pixels.
+
+        `pad` is set by "image_aspect_ratio": "pad" of the model, which original checkpoints have.
+
+        Args:
+          preprocessor: content of `preprocessor_config.json`.
+          config: content of `config.json`.
+
+        Raises:
+          UserError: a setting out of range.
+        """
+        settings = base.image_settings(preprocessor)
+        mean, std = base.mean_std(settings, cls.mean, cls.std)
+        default = base.config_setting(config, "vision_config.image_size", cls.size)
+        size = base.edge("size", settings.get("size", default))
+        patch = base.config_setting(config, "vision_config.patch_size", cls.patch)
+        base.patches_along(size, patch)
+        return cls(
+            size=size,
+            patch=patch,
+            pad=config.get("image_aspect_ratio") == "pad",
+            resample=base.resample_of(settings, cls.resample),
+            mean=mean,
+            std=std,
+        )
+
+    def count(self, height: int, width: int) -> int:
+        """Visual tokens of a picture of this size, whatever it is.
+
+        Raises:
+          UserError: no pixels or too many.
+        """
+        base.check_size(height, width)
+        return (self.size // self.patch) ** 2
+
+    def __call__(self, picture: Any) -> Pictured:
+        """One image of whole patches. For `picture` and errors see `base.load_picture`."""
+        image = base.load_picture(picture)
+        height, width = image.height, image.width
+        above = left = 0  # Of padding, in pixels of the original.
+        if self.pad:
+            image, above, left = pad_square(image, self.mean)
+        grid = self.size // self.patch
+        edge = grid * self.patch
+        resized = base.resize(image, self.size, self.size, self.resample)
+        down, across = image.height * edge / self.size, image.width * edge / self.size
+        return base.pictured(
+            [resized.crop((0, 0, edge, edge))],
+            patch=self.patch,
+            grid=(grid, grid),
+            text="<image>" * grid**2,
+            boxes=[
+                (-above / height, -left / width, (down - above) / height, (across - left) / width)
+            ],
+        )

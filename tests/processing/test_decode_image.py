@@ -1,0 +1,190 @@
+"""Decoding rules: every limit before a pixel is decoded, every bad file a typed reason."""
+
+import io
+import struct
+import tracemalloc
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from efficient_vlm.processing import decode_image as images
+from efficient_vlm.processing.decode_image import BadImage
+
+
+def encode(image, format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def noise(height=12, width=20, channels=3, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), np.uint8)
+
+
+@pytest.mark.parametrize("format", images.FORMATS)
+def test_formats(format):
+    pixels = images.decode(encode(Image.fromarray(noise()), format))
+    assert pixels.shape == (12, 20, 3) and pixels.dtype == np.uint8
+    if format in ("PNG", "BMP"):
+        np.testing.assert_array_equal(pixels, noise())
+
+
+def test_own_png_is_read_by_pillow():
+    image = noise(7, 5)
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(io.BytesIO(images.encode_png(image)))), image
+    )
+
+
+def test_exif_orientation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Rotate by 90 degrees.
+    data = encode(Image.fromarray(noise()), exif=exif)
+    np.testing.assert_array_equal(images.decode(data), np.rot90(noise(), -1))
+
+
+def test_alpha_is_composited_on_white():
+    rgba = np.zeros((2, 2, 4), np.uint8)
+    rgba[..., 0] = 200  # Hidden red.
+    rgba[0, 0, 3] = 255
+    rgba[1, 1, 3] = 128
+    pixels = images.decode(encode(Image.fromarray(rgba)))
+    np.testing.assert_array_equal(pixels[0, 0], [200, 0, 0])
+    np.testing.assert_array_equal(pixels[0, 1], [255, 255, 255])
+    assert abs(int(pixels[1, 1, 1]) - 127) <= 1
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    palette.putpalette([9, 8, 7, 1, 2, 3])
+    pixels = images.decode(encode(palette, transparency=0))
+    np.testing.assert_array_equal(pixels, [[[255, 255, 255], [1, 2, 3]]])
+
+
+def test_sixteen_bit_grey_is_rescaled():
+    values = np.array([[0, 40000, 65535, 257]], np.uint16)
+    pixels = images.decode(encode(Image.fromarray(values)))
+    np.testing.assert_array_equal(pixels[0, :, 0], [0, 156, 255, 1])
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "CMYK"])
+def test_other_modes_become_rgb(mode):
+    format = "JPEG" if mode == "CMYK" else "PNG"
+    image = Image.new(mode, (4, 3), {"P": 0, "CMYK": (0, 0, 0, 0), "LA": (255, 255)}.get(mode, 255))
+    if mode == "P":
+        image.putpalette([255, 255, 255])
+    pixels = images.decode(encode(image, format))
+    assert pixels.shape == (3, 4, 3) and pixels.min() >= 254
+
+
+def test_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (4, 4), c) for c in ("red", "blue")]
+    data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    np.testing.assert_array_equal(images.decode(data)[0, 0], [255, 0, 0])
+
+
+def header_bomb(width, height, ratio=1000):
+    """A small PNG that claims (and would decode to) width x height grey pixels."""
+
+    def chunk(name, data):
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    body = zlib.compress(bytes(ratio))
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [8_000, 12_000, 60_000])
+def test_bomb_is_refused_by_its_header(side):
+    data = header_bomb(side, side)
+    tracemalloc.start()
+    with pytest.raises(BadImage) as caught:
+        images.decode(data)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert caught.value.reason == "too_large" and peak < 2**20
+
+
+@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
+def test_bomb_warning_as_error_is_understood():
+    with pytest.raises(BadImage) as caught:
+        images.decode(header_bomb(12_000, 12_000))
+    assert caught.value.reason == "too_large"
+
+
+def test_limits_can_be_tightened():
+    data = encode(Image.fromarray(noise()))
+    for limits in ({"max_pixels": 239}, {"max_bytes": 100}):
+        with pytest.raises(BadImage) as caught:
+            images.decode(data, **limits)
+        assert caught.value.reason == "too_large"
+    assert images.decode(data, max_pixels=240).shape == (12, 20, 3)
+
+
+good_png, good_jpeg = encode(Image.fromarray(noise())), encode(Image.fromarray(noise()), "JPEG")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "corrupt"),
+        (good_png[:100], "corrupt"),
+        (good_png[:-40], "corrupt"),
+        (good_jpeg[: len(good_jpeg) // 2], "corrupt"),
+        (good_png[:60] + b"\0" * 40 + good_png[100:], "corrupt"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "format"),
+        (encode(Image.fromarray(noise()), "TIFF"), "format"),
+        (b"\x80\x04\x95 not an image", "format"),
+    ],
+)
+def test_bad_bytes(data, reason):
+    with pytest.raises(BadImage) as caught:
+        images.decode(data)
+    assert caught.value.reason == reason
+
+
+def test_truncated_files_are_never_half_decoded():
+    raised = 0
+    for end in range(len(good_png)):
+        try:
+            # Only the check sums at the very end may be missing.
+            np.testing.assert_array_equal(images.decode(good_png[:end]), noise())
+        except BadImage as error:
+            reason = error.reason
+        else:
+            continue
+        assert reason == ("corrupt" if end >= 4 or not end else "format")
+        raised += 1
+    assert raised >= len(good_png) - 24
+
+
+def test_read(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(good_png)
+    assert images.read(path) == good_png
+    for bad, reason in (
+        (tmp_path / "b.png", "missing"),
+        (tmp_path, "missing"),
+        ("a\0b", "missing"),
+    ):
+        with pytest.raises(BadImage) as caught:
+            images.read(bad)
+        assert caught.value.reason == reason
+    with pytest.raises(BadImage) as caught:
+        images.read(path, max_bytes=10)
+    assert caught.value.reason == "too_large"
+
+
+def test_resize_is_pillow_bicubic():
+    expected = Image.fromarray(noise()).resize((8, 6), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(images.resize(noise(), (6, 8)), np.asarray(expected))
+    np.testing.assert_array_equal(images.load(good_png, (6, 8)), np.asarray(expected))
+
+
+def test_letterbox_keeps_the_aspect():
+    boxed = images.resize(np.full((10, 20, 3), 255, np.uint8), (16, 16), mode="letterbox")
+    assert (boxed[4:12] == 255).all() and (boxed[:4] == 127).all() and (boxed[12:] == 127).all()

@@ -32,7 +32,7 @@ from efficient_vlm.costs.flops import model_cost
 from efficient_vlm.errors import UserError
 from efficient_vlm.families import published
 from efficient_vlm.inference.generate import generate
-from efficient_vlm.nn.layers import product
+from efficient_vlm.nn.linear import product
 from efficient_vlm.processing.pictures.base import Pictured
 
 TILES, TEXT, THREADS = 5, 64, 2

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from efficient_vlm.errors import UserError
-from efficient_vlm.nn.layers import Dtype, Linear, activate, make_norm
+from efficient_vlm.nn.linear import Dtype, Linear
+from efficient_vlm.nn.mlp import activate
+from efficient_vlm.nn.norms import make_norm
 
 
 class Connector(nn.Module):
@@ -19,7 +21,7 @@ class Connector(nn.Module):
       hidden_dim: channels between two products; None for one product.
       activation: between them.
       bias: whether products have biases.
-      norm, norm_epsilon: in front of the first product, see `layers.make_norm`; None for none.
+      norm, norm_epsilon: in front of the first product, see `norms.make_norm`; None for none.
     """
 
     features: int

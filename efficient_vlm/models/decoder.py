@@ -18,8 +18,9 @@ from efficient_vlm.models.decoder_stack import DENSE, MAIN, DecoderStack, joined
 from efficient_vlm.models.prompt_layout import Placement, held_mean, place_tokens
 from efficient_vlm.nn.attention import PADDING_SEGMENT, SHARED_SEGMENT
 from efficient_vlm.nn.decoder_block import DecoderBlock, LayerInputs
-from efficient_vlm.nn.layers import Linear, logical, make_norm, product
-from efficient_vlm.nn.stack import stack_layers
+from efficient_vlm.nn.linear import Linear, WeightForm, head_product, logical, take
+from efficient_vlm.nn.norms import make_norm
+from efficient_vlm.nn.stack import make_layers
 
 
 class Decoder(DecoderFields):
@@ -32,11 +33,12 @@ class Decoder(DecoderFields):
 
     def setup(self):
         self.check()
-        self.table = self.param(
-            "embedding",
-            logical(nn.initializers.normal(self.embed_scale), "vocab", "embed"),
-            (self.vocab_size, self.width),
-        )
+        stored = self.get_variable("params", "embedding")
+        if isinstance(stored, WeightForm):
+            self.table = stored
+        else:
+            init = logical(nn.initializers.normal(self.embed_scale), "vocab", "embed")
+            self.table = self.param("embedding", init, (self.vocab_size, self.width))
         if self.position == "learned":
             self.position_table = self.param(
                 "position",
@@ -46,10 +48,11 @@ class Decoder(DecoderFields):
         blocks = self.blocks()
         dense = sum(self.dense_at)
         if dense < self.num_layers:
-            main = stack_layers(DecoderBlock, self.num_layers - dense, 2)
-            self.layers = main(**blocks[MAIN], name=MAIN)
+            count = self.num_layers - dense
+            self.layers = make_layers(DecoderBlock, count, 2, blocks[MAIN], MAIN, self.stacked)
         if dense:
-            self.more_layers = stack_layers(DecoderBlock, dense, 2)(**blocks[DENSE], name=DENSE)
+            fields = (dense, 2, blocks[DENSE], DENSE, self.stacked)
+            self.more_layers = make_layers(DecoderBlock, *fields)
         self.reducers = [
             compressors.build(**segment["compressor"]) if segment.get("compressor") else None
             for segment in self.segments
@@ -65,6 +68,7 @@ class Decoder(DecoderFields):
         return DecoderStack(
             {name: blocks[name] for name in names},
             {name: nn.unbox(params[name]) for name in names},
+            self.path,
             self.dense_at,
             self.local_at,
             remat=self.remat,
@@ -74,7 +78,7 @@ class Decoder(DecoderFields):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int [...] -> [..., width]."""
-        x = jnp.take(self.table, tokens, axis=0).astype(self.dtype)
+        x = take(self.table, tokens, self.dtype)
         return (
             x if self.embed_multiplier == 1.0 else x * jnp.asarray(self.embed_multiplier, x.dtype)
         )
@@ -82,8 +86,10 @@ class Decoder(DecoderFields):
     def logits(self, x: jax.Array) -> jax.Array:
         """[..., width] -> float32 [..., vocab]."""
         x = self.final_norm(x)
-        table = self.table[: self.head_size]
-        x = product(x, table.T, self.dtype) if self.tie_embeddings else self.head(x)
+        if self.tie_embeddings:
+            x = head_product(x, self.table, self.dtype, self.head_size)
+        else:
+            x = self.head(x)
         x = x.astype(jnp.float32)
         return (
             x

@@ -12,7 +12,7 @@ from efficient_vlm.errors import UserError, check_fields, unknown
 from efficient_vlm.fields import frozen
 from efficient_vlm.models.decoder_stack import DENSE, MAIN
 from efficient_vlm.nn.decoder_block import NORM_LAYOUTS
-from efficient_vlm.nn.layers import Dtype
+from efficient_vlm.nn.linear import Dtype
 from efficient_vlm.nn.moe import check_moe
 from efficient_vlm.nn.rotary import check_rope
 
@@ -50,7 +50,7 @@ class DecoderFields(nn.Module):
       qk_norm, qk_scale, qkv_bias, out_bias: see `attention.Attention`; `attention_scale` is its
         logit_scale, `attention_softcap` its softcap.
       norm, norm_epsilon, norm_layout: see `decoder_block.DecoderBlock`.
-      mlp_gated, activation, mlp_bias: of the dense feed-forward layer, see `moe.FeedForward`.
+      mlp_gated, activation, mlp_bias: of the dense feed-forward layer, see `mlp.FeedForward`.
       dense_layers: layers that are dense where the others are mixtures of experts.
       out_scale: scale of the initial output projections.
       embed_multiplier: text embeddings are multiplied by this (Gemma); visual tokens are not.
@@ -67,7 +67,9 @@ class DecoderFields(nn.Module):
       position_policy: positions of visual tokens where the compressor does not state its own:
         "retain" (index in the source grid, text behind the whole grid) or "reindex" (0, 1, 2, ...
         of the slots that are left, padding included, text behind them).
-      remat, scan_unroll: see `stack.run_layers`.
+      stacked: whether the parameters of all layers are created as stacks, or layer by layer
+        (`stack.SplitLayers`); either kind can be given.
+      remat, scan_unroll: see `stack.LayerStack`.
     """
 
     vocab_size: int
@@ -114,6 +116,7 @@ class DecoderFields(nn.Module):
     bidirectional_visual: bool = True
     proportional_attention: bool = False
     position_policy: str = "retain"
+    stacked: bool = True
     remat: str = "none"
     scan_unroll: int = 1
     dtype: Dtype = jnp.float32

@@ -20,7 +20,9 @@ from efficient_vlm.compressors.between.pooling import ORDERS, space_to_depth
 from efficient_vlm.compressors.projectors.gather_pool import windows
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.fields import construct
-from efficient_vlm.nn.layers import Dtype, Linear, activate, make_norm
+from efficient_vlm.nn.linear import Dtype, Linear
+from efficient_vlm.nn.mlp import activate
+from efficient_vlm.nn.norms import make_norm
 
 Grid = tuple[int, int]
 
@@ -35,7 +37,7 @@ class PatchMerger(nn.Module):
       features: channels of the result.
       side: patches along a side of a block.
       hidden_dim: channels between two products; None for one product.
-      norm, norm_epsilon: "rms" or "layernorm", see `layers.make_norm`; None for none.
+      norm, norm_epsilon: "rms" or "layernorm", see `norms.make_norm`; None for none.
       norm_after: whether the norm acts on the concatenation, or on each patch.
       order: of the channels, see `compressors.pooling.ORDERS`.
       deepstack: how many of the feature layers, the first ones, get a merger of their own, with the

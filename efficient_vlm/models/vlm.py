@@ -28,7 +28,7 @@ from efficient_vlm.models.image_inputs import (
 from efficient_vlm.models.prompt_layout import Placement
 from efficient_vlm.models.vlm_fields import VisionLanguageFields
 from efficient_vlm.nn.attention import PADDING_SEGMENT, SHARED_SEGMENT
-from efficient_vlm.nn.layers import logical
+from efficient_vlm.nn.linear import logical
 from efficient_vlm.nn.patch_positions import patch_mask
 from efficient_vlm.sharding import constrain
 

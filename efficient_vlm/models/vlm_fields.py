@@ -16,7 +16,7 @@ from efficient_vlm.models.decoder import Decoder
 from efficient_vlm.models.encoder import ViT
 from efficient_vlm.models.image_inputs import NO_EXTRAS, ImageExtras, Layout
 from efficient_vlm.models.projectors import make_projector
-from efficient_vlm.nn.layers import Dtype
+from efficient_vlm.nn.linear import Dtype
 
 
 class VisionLanguageFields(nn.Module):

@@ -11,7 +11,8 @@ from efficient_vlm.errors import unknown
 from efficient_vlm.kernels.attention import Mask, mask_rows, visible
 from efficient_vlm.kernels.attention import attention as dot_product_attention
 from efficient_vlm.models.cache import CACHE_AXES
-from efficient_vlm.nn.layers import Dtype, Linear, fused_product, make_norm
+from efficient_vlm.nn.linear import Dtype, Linear, together
+from efficient_vlm.nn.norms import make_norm
 from efficient_vlm.nn.rotary import axial, rotate
 from efficient_vlm.sharding import constrain
 
@@ -77,7 +78,7 @@ class Attention(nn.Module):
       softcap: see `dot_product_attention`.
       rope, local_rope: see `rotary.rotate`; the second for layers that are called with `local`.
       axial_theta: base of rotary positions over rows and columns, see `rotary.axial`.
-      norm, norm_epsilon: of the QK-norm, see `layers.make_norm`.
+      norm, norm_epsilon: of the QK-norm, see `norms.make_norm`.
     """
 
     width: int
@@ -139,7 +140,9 @@ class Attention(nn.Module):
         self, x: jax.Array, positions: jax.Array | None, local: Any = False
     ) -> tuple[jax.Array, jax.Array]:
         """[B, S, D] -> queries [B, S, H, Dh] with and without rotary positions."""
-        q = self._project(x, "query")
+        return self._as_queries(self._project(x, "query")[0], positions, local)
+
+    def _as_queries(self, q, positions, local):
         q = q if self.normalises == "none" else self._normalised(self.query_norm, q)
         return self._rotate(q, positions, local), q
 
@@ -147,20 +150,20 @@ class Attention(nn.Module):
         self, x: jax.Array, positions: jax.Array | None, local: Any = False
     ) -> tuple[jax.Array, jax.Array]:
         """[B, S, D] -> keys [B, S, Hkv, Dh] with and without rotary positions."""
-        k = self._project(x, "key")
+        return self._as_keys(self._project(x, "key")[0], positions, local)
+
+    def _as_keys(self, k, positions, local):
         k = k if self.normalises == "none" else self._normalised(self.key_norm, k)
         return self._rotate(k, positions, local), k
 
-    def _project(self, x: jax.Array, name: str) -> jax.Array:
-        """Queries, keys or values; all three are one product where `stack.fuse` joined them."""
-        if "query_key_value" not in self.variables.get("params", {}):
-            return getattr(self, name)(x)
-        counts = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        order = ("query", "key", "value").index(name)
-        start = sum(counts[:order]) * self.head_dim
-        all_three = fused_product(self, "query_key_value", x)
-        part = all_three[..., start : start + counts[order] * self.head_dim]
-        return part.reshape(*x.shape[:-1], counts[order], self.head_dim)
+    def _project(self, x: jax.Array, *names: str) -> list[jax.Array]:
+        """Queries, keys or values of x [B, S, D], each [B, S, heads, Dh]."""
+        linears = dict(query=self.query, key=self.key, value=self.value)
+        if self.query.joined is not None:
+            names_of_all = tuple(linears)
+            parts = together(x, *linears.values())
+            return [parts[names_of_all.index(name)] for name in names]
+        return [linears[name](x) for name in names]
 
     def _normalised(self, norm: nn.Module, x: jax.Array) -> jax.Array:
         if self.normalises == "head":
@@ -204,9 +207,9 @@ class Attention(nn.Module):
           without rotary positions; "lse" float32 [B, H, S], "mask" and "key_bias" of the attention}
           with "cache": what came in, with the S tokens written, or None.
         """
-        q, plain_q = self.queries(x, positions, local)
-        k, plain_k = self.keys(x, positions, local)
-        v = self._project(x, "value")
+        q, k, v = self._project(x, "query", "key", "value")
+        q, plain_q = self._as_queries(q, positions, local)
+        k, plain_k = self._as_keys(k, positions, local)
         inner = {"query": q, "key": k, "plain_query": plain_q, "plain_key": plain_k}
         if cache is not None:
             at = (0, 0 if write_index is None else write_index, 0, 0)

@@ -10,8 +10,10 @@ from flax import struct
 
 from efficient_vlm.kernels.attention import Mask, choose
 from efficient_vlm.nn.attention import Attention, attention_rows
-from efficient_vlm.nn.layers import Dtype, make_norm
-from efficient_vlm.nn.moe import FeedForward, MoE
+from efficient_vlm.nn.linear import Dtype
+from efficient_vlm.nn.mlp import FeedForward
+from efficient_vlm.nn.moe import MoE
+from efficient_vlm.nn.norms import make_norm
 from efficient_vlm.sharding import constrain
 
 # Where a layer normalises: what goes into a sublayer; what comes out of it (OLMo2); both (Gemma2);
@@ -51,9 +53,9 @@ class DecoderBlock(nn.Module):
 
     Attributes:
       attention: fields of `attention.Attention`.
-      mlp: fields of `moe.FeedForward`; not used with `moe`.
+      mlp: fields of `mlp.FeedForward`; not used with `moe`.
       moe: fields of `moe.MoE`, or None.
-      norm, norm_epsilon: see `layers.make_norm`.
+      norm, norm_epsilon: see `norms.make_norm`.
       norm_layout: one of NORM_LAYOUTS.
     """
 

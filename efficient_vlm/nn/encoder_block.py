@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from efficient_vlm.nn.attention import Attention
-from efficient_vlm.nn.layers import Dtype, Linear, activate, fused_product, logical, make_norm
+from efficient_vlm.nn.linear import Dtype, logical
+from efficient_vlm.nn.mlp import activate, feed_forward, mlp_products
+from efficient_vlm.nn.norms import make_norm
 from efficient_vlm.sharding import constrain
 
 
@@ -62,20 +64,10 @@ class EncoderBlock(nn.Module):
         x = x + self._scaled("attention_scale", y)
         if merge is not None:
             x = merge(x, inner)
-        fields = dict(dtype=self.dtype, bias=self.bias)
-        normed, act = norm(name="mlp_norm")(x), activate(self.activation)
-
-        def wide(name: str):
-            return Linear(("embed",), (self.mlp_dim,), ("mlp",), name=name, **fields)(normed)
-
-        if "gate_up" in self.variables.get("params", {}):
-            gate, up = jnp.split(fused_product(self, "gate_up", normed), 2, axis=-1)
-            y = act(gate) * up
-        else:
-            y = act(wide("gate")) * wide("up") if self.mlp_gated else act(wide("up"))
-        y = constrain(y, "batch", "tokens", "activation_mlp")
-        down = Linear(("mlp",), (self.width,), ("embed",), 0.5, name="down", **fields)
-        x = constrain(x + self._scaled("mlp_scale", down(y)), "batch", "tokens", None)
+        normed, shape = norm(name="mlp_norm")(x), (self.width, self.mlp_dim, self.mlp_gated, 0.5)
+        products = mlp_products(*shape, dtype=self.dtype, bias=self.bias)
+        y = feed_forward(normed, activate(self.activation), **products)
+        x = constrain(x + self._scaled("mlp_scale", y), "batch", "tokens", None)
         return x, inner
 
     def _scaled(self, name: str, y: jax.Array) -> jax.Array:

@@ -14,13 +14,13 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from efficient_vlm.kernels import hints
-from efficient_vlm.kernels.grouped_matmul import grouped_matmul
+from efficient_vlm.nn.linear import Weight, batched, beside, grouped
 from efficient_vlm.sharding import BATCH, auto_axes
 
 __all__ = ["Kernels", "capacity_of", "dispatch"]
 
 # Gate and up [E, D, F], down [E, F, D].
-Kernels = tuple[jax.Array, jax.Array, jax.Array]
+Kernels = tuple[Weight, Weight, Weight]
 AXIS = "expert"
 
 
@@ -66,7 +66,7 @@ def dispatch(
     def part(x, chosen, weights, valid, gate, up, down):
         # One product for gate and up: the rows are laid out in blocks once. Gathered in here, so
         # that a gradient is added up and cut in one: outside, every device would get all of it.
-        both = jnp.concatenate([gate, up], axis=-1)
+        both = beside(gate, up)
         if stored:
             both = lax.all_gather(both, stored, axis=1, tiled=True)
             down = lax.all_gather(down, stored, axis=2, tiled=True)
@@ -96,8 +96,8 @@ def dispatch(
 def _gated(rows, sizes, kernels, act, room=1):
     """[M, D] sorted by expert -> [M, D], each row through the gated layer of its expert."""
     both, down = kernels
-    hidden, linear = jnp.split(grouped_matmul(rows, both, sizes, room), 2, axis=-1)
-    return grouped_matmul(act(hidden) * linear, down, sizes, room)
+    hidden, linear = jnp.split(grouped(rows, both, sizes, room), 2, axis=-1)
+    return grouped(act(hidden) * linear, down, sizes, room)
 
 
 # --- dropless ------------------------------------------------------------------------------------
@@ -216,8 +216,8 @@ def _limited(x, chosen, weights, valid, kernels, act, across, room):
     if across > 1:
         places = lax.all_to_all(places, AXIS, 1, 0, tiled=True)
     both, down = kernels
-    hidden, linear = jnp.split(jnp.einsum("becd,edf->becf", places, both), 2, axis=-1)
-    places = jnp.einsum("becf,efd->becd", act(hidden) * linear, down)
+    hidden, linear = jnp.split(batched(places, both), 2, axis=-1)
+    places = batched(act(hidden) * linear, down)
     if across > 1:
         places = lax.all_to_all(places, AXIS, 0, 1, tiled=True)
     places = places.reshape(batch, experts * room, width)

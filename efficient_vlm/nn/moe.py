@@ -1,4 +1,4 @@
-"""Feed-forward layers: dense, gated or not, and a mixture of experts."""
+"""A mixture of experts."""
 
 import math
 from collections.abc import Mapping
@@ -9,41 +9,11 @@ from flax import linen as nn
 
 from efficient_vlm.errors import UserError, check_fields
 from efficient_vlm.nn.experts import Kernels, dispatch
-from efficient_vlm.nn.layers import Dtype, Linear, activate, fused_product, logical
-from efficient_vlm.sharding import constrain
+from efficient_vlm.nn.linear import Dtype, Linear, WeightForm, logical
+from efficient_vlm.nn.mlp import FeedForward, activate
 
 # A loss is a sum with its denominator, so that micro-batches and devices add up exactly.
 Ratio = tuple[jax.Array, jax.Array]
-
-
-class FeedForward(nn.Module):
-    """down(act(gate(x)) * up(x)) (arXiv 2002.05202), or down(act(up(x))) where it is not gated."""
-
-    mlp_dim: int
-    out_scale: float = 1.0
-    dtype: Dtype = jnp.float32
-    gated: bool = True
-    activation: str = "silu"
-    bias: bool = False
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        fields = dict(dtype=self.dtype, bias=self.bias)
-
-        def wide(name: str):
-            return Linear(("embed",), (self.mlp_dim,), ("mlp",), name=name, **fields)(x)
-
-        act = activate(self.activation)
-        if "gate_up" in self.variables.get("params", {}):
-            gate, up = jnp.split(fused_product(self, "gate_up", x), 2, axis=-1)
-            hidden = act(gate) * up
-        else:
-            hidden = act(wide("gate")) * wide("up") if self.gated else act(wide("up"))
-        hidden = constrain(hidden, "batch", "tokens", "activation_mlp")
-        down = Linear(
-            ("mlp",), (x.shape[-1],), ("embed",), scale=self.out_scale, name="down", **fields
-        )
-        return down(hidden)
 
 
 class MoE(nn.Module):
@@ -60,7 +30,7 @@ class MoE(nn.Module):
       normalize: whether the weights of the chosen experts sum to one. Not done for `top_k` 1, where
         the weight would be the constant 1 and the router would learn nothing from the loss; with
         "always" it is done even so, as in published models.
-      activation: of the experts, see `layers.ACTIVATIONS`.
+      activation: of the experts, see `mlp.ACTIVATIONS`.
       capacity: None for dropless; else how many times an equal share of a row's tokens an expert
         takes, such as 1.25 (Switch, arXiv 2101.03961); what is over gets nothing from it.
     """
@@ -136,10 +106,11 @@ class MoE(nn.Module):
             init = nn.initializers.variance_scaling(
                 scale**2, "fan_in", "normal", in_axis=1, out_axis=2, batch_axis=0
             )
-            value = self.param(
-                name, logical(init, "experts", *axes), (self.num_experts, inner, outer)
-            )
-            return value.astype(self.dtype)
+            stored = self.get_variable("params", name)
+            if isinstance(stored, WeightForm):
+                return stored
+            shape = (self.num_experts, inner, outer)
+            return self.param(name, logical(init, "experts", *axes), shape).astype(self.dtype)
 
         wide = ("embed", "expert_mlp")
         gate = weight("gate", width, self.expert_dim, wide, 1.0)

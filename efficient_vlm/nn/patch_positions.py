@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen as nn
 
 from efficient_vlm.errors import unknown
-from efficient_vlm.nn.layers import logical
+from efficient_vlm.nn.linear import logical
 
 # factorised: a row table plus a column table. The others have a table of the whole grid, which
 # another size of image resamples: area or linear ("learned"), cubic as torch does it without

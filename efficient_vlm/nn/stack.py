@@ -1,15 +1,18 @@
 """Equal layers: parameters stacked for training, split for inference, run over any stretch."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.core import Scope
+from jax import lax
 
 from efficient_vlm.errors import unknown
+from efficient_vlm.nn.linear import Joined, intercepted
 
 # Names of stacks among parameters: the encoder's, the decoder's, and those of its layers that are
 # dense where the others are mixtures of experts.
@@ -19,7 +22,7 @@ STACKS = {"layers", "segment_0", "dense_layers"}
 def stack_layers(block: type[nn.Module], length: int, inputs: int) -> type[nn.Module]:
     """`block` with the parameters of `length` layers, stacked on axis 0 (logical axis "layers").
 
-    It is called once, to create them; `run_layers` runs any stretch of the layers.
+    It is called once, to create them; `LayerStack` runs any stretch of the layers.
 
     Args:
       block: a module whose call is (x, *inputs) -> (x, anything).
@@ -34,6 +37,42 @@ def stack_layers(block: type[nn.Module], length: int, inputs: int) -> type[nn.Mo
         length=length,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
+
+
+class SplitLayers(nn.Module):
+    """Layers whose parameters are split, as `unstack` would split them, from the beginning.
+
+    For what must see each layer when parameters are created: qwix quantises these, no stacks.
+
+    Attributes:
+      block: the class of a layer, called (x, *inputs) -> (x, anything).
+      length: number of layers.
+      fields: of the block.
+    """
+
+    block: type[nn.Module]
+    length: int
+    fields: Mapping[str, Any]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *inputs: Any) -> tuple[jax.Array, None]:
+        for index in range(self.length):
+            x, _ = self.block(**self.fields, name=str(index))(x, *inputs)
+        return x, None
+
+
+def make_layers(
+    block: type[nn.Module],
+    length: int,
+    inputs: int,
+    fields: Mapping[str, Any],
+    name: str,
+    stacked: bool = True,
+) -> nn.Module:
+    """The module that creates the parameters of equal layers: `stack_layers` or `SplitLayers`."""
+    if stacked:
+        return stack_layers(block, length, inputs)(**fields, name=name)
+    return SplitLayers(block, length, fields, name=name)
 
 
 def unstack(params: Any) -> Any:
@@ -56,8 +95,8 @@ def unstack(params: Any) -> Any:
     return split
 
 
-# Products of one input that `fuse` joins: new name -> the old ones.
-_FUSED = {"query_key_value": ("query", "key", "value"), "gate_up": ("gate", "up")}
+# Products of one input that `fuse` joins: each lies in the place of the first.
+_JOINED = (("query", "key", "value"), ("gate", "up"))
 
 
 def fuse(params: Any) -> Any:
@@ -79,15 +118,16 @@ def _fused(tree: Any) -> Any:
     if not isinstance(tree, Mapping):
         return tree
     tree = {name: _fused(value) for name, value in tree.items()}
-    for new, old in _FUSED.items():
-        parts = [tree.get(name) for name in old]
+    for names in _JOINED:
+        parts = [tree.get(name) for name in names]
         if all(isinstance(part, Mapping) and "kernel" in part for part in parts):
-            width = parts[0]["kernel"].shape[0]
-            joined = {"kernel": [p["kernel"].reshape(width, -1) for p in parts]}
+            kernels = [part["kernel"] for part in parts]
+            matrix = jnp.concatenate([k.reshape(k.shape[0], -1) for k in kernels], axis=-1)
+            whole = {"kernel": Joined(matrix, tuple(k.shape[1:] for k in kernels))}
             if "bias" in parts[0]:
-                joined["bias"] = [p["bias"].reshape(-1) for p in parts]
-            tree = {name: value for name, value in tree.items() if name not in old}
-            tree[new] = {key: jnp.concatenate(value, axis=-1) for key, value in joined.items()}
+                whole["bias"] = jnp.concatenate([p["bias"].reshape(-1) for p in parts])
+            tree = {name: value for name, value in tree.items() if name not in names}
+            tree[names[0]] = whole
     return tree
 
 
@@ -115,6 +155,106 @@ def rematerialised(function: Callable, remat: str) -> Callable:
     return jax.checkpoint(function, prevent_cse=False, policy=policies[remat])
 
 
+class LayerStack:
+    """Equal layers with their parameters, each at its place in the tree of modules.
+
+    A layer is a module bound to a scope with the path that its parameters have: whoever looks at
+    modules while they run (`flax.linen.intercept_methods`, qwix) is told `language/layers/query` of
+    stacked layers and `language/layers/3/query` of split ones.
+
+    Args:
+      block: a module without a parent.
+      params: of all layers, stacked on a leading axis (run by a scan) or split by `unstack` (a loop
+        that is written out).
+      path: of `params` in the tree.
+      remat: see `rematerialised`.
+      unroll: layers per loop iteration; the number of layers removes the loop, which a CPU prefers.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        params: Any,
+        path: Sequence[str],
+        *,
+        remat: str = "none",
+        unroll: int = 1,
+    ):
+        self.block, self.params, self.path = block, params, tuple(path)
+        self.remat, self.unroll, self.split = remat, unroll, is_split(params)
+
+    def one(self, index: int, layer: Callable, x: jax.Array, *, remat: bool = True) -> Any:
+        """`layer(block, x)` of one layer; `remat` only where nothing escapes it but its result."""
+
+        def run(params, x):
+            return layer(self._bound(params, index), x)
+
+        run = rematerialised(run, self.remat) if remat else run
+        return run(layer_of(self.params, index), x)
+
+    def run(
+        self,
+        layer: Callable,
+        x: jax.Array,
+        start: int,
+        stop: int,
+        inputs: Any = None,
+        *,
+        differentiated: bool = True,
+    ) -> tuple[jax.Array, Any]:
+        """Runs layers `start` to `stop` (excluded).
+
+        Args:
+          layer: (block, x, its input) -> (x, outputs).
+          x: what goes from layer to layer.
+          start, stop: static.
+          inputs: a tree with a leading axis over these layers, a slice for each, or None; for split
+            layers a list with one tree for each.
+          differentiated: False takes the layers of a stretch out of the whole stack one by one;
+            else the stretch is copied first, for a gradient that is no larger than it.
+
+        Returns:
+          x behind the last of them, and the outputs with a leading axis over these layers; a list
+          of outputs for split layers.
+        """
+
+        def at(index: int) -> Callable:
+            def body(x, item):
+                return layer(self._bound(item[0], index), x, item[1])
+
+            return rematerialised(body, self.remat)
+
+        if self.split:
+            return self._run_split(at, x, start, stop, inputs)
+        body, unroll = at(start), max(1, min(self.unroll, stop - start))
+        whole = (start, stop) == (0, jax.tree.leaves(self.params)[0].shape[0])
+        if not whole and not differentiated:
+
+            def of_number(x, item):
+                params = jax.tree.map(
+                    lambda p: lax.dynamic_index_in_dim(p, item[0], keepdims=False), self.params
+                )
+                return body(x, (params, item[1]))
+
+            return lax.scan(of_number, x, (jnp.arange(start, stop), inputs), unroll=unroll)
+        part = self.params if whole else jax.tree.map(lambda p: p[start:stop], self.params)
+        return lax.scan(body, x, (part, inputs), unroll=unroll)
+
+    def _run_split(self, at, x, start, stop, inputs):
+        # Where somebody looks, each layer is traced at its own path; else once for all.
+        once = None if intercepted() else _traced_once(at(start))
+        outputs = []
+        for index in range(start, stop):
+            given = None if inputs is None else inputs[index - start]
+            x, output = (once or at(index))(x, (layer_of(self.params, index), given))
+            outputs.append(output)
+        return x, outputs
+
+    def _bound(self, params: Any, index: int) -> nn.Module:
+        path = (*self.path, str(index)) if self.split else self.path
+        return self.block.clone(parent=Scope({"params": params}, name=path[-1], path=path))
+
+
 def _traced_once(body: Callable) -> Callable:
     """`body` of (x, item), traced and lowered once for all layers alike.
 
@@ -135,63 +275,3 @@ def _traced_once(body: Callable) -> Callable:
         return run(x, arrays, static, tree)
 
     return call
-
-
-def run_layers(
-    layer: Callable,
-    layers: Any,
-    x: jax.Array,
-    start: int,
-    stop: int,
-    inputs: Any = None,
-    *,
-    remat: str = "none",
-    unroll: int = 1,
-    differentiated: bool = True,
-) -> tuple[jax.Array, Any]:
-    """Runs layers `start` to `stop` (excluded).
-
-    Args:
-      layer: (parameters of one layer, x, its input) -> (x, outputs).
-      layers: parameters of all layers, stacked on a leading axis (a scan) or split by `unstack` (a
-        loop that is written out).
-      x: what goes from layer to layer.
-      start, stop: static.
-      inputs: a tree with a leading axis over these layers, a slice for each, or None; for split
-        layers a list with one tree for each.
-      remat: see `rematerialised`.
-      unroll: layers per loop iteration; the number of layers removes the loop, which a CPU prefers.
-      differentiated: False takes the layers of a stretch out of the whole stack one by one; else
-        the stretch is copied first, for a gradient that is no larger than it.
-
-    Returns:
-      x behind the last of them, and the outputs with a leading axis over these layers; a list of
-      outputs for split layers.
-    """
-
-    def body(x, item):
-        return layer(item[0], x, item[1])
-
-    body = rematerialised(body, remat)
-    if is_split(layers):
-        outputs, body = [], _traced_once(body)
-        for i in range(start, stop):
-            given = None if inputs is None else inputs[i - start]
-            x, output = body(x, (layer_of(layers, i), given))
-            outputs.append(output)
-        return x, outputs
-    whole = (start, stop) == (0, jax.tree.leaves(layers)[0].shape[0])
-    if not whole and not differentiated:
-
-        def of_number(x, item):
-            params = jax.tree.map(
-                lambda p: jax.lax.dynamic_index_in_dim(p, item[0], keepdims=False), layers
-            )
-            return body(x, (params, item[1]))
-
-        numbers = jnp.arange(start, stop)
-        return jax.lax.scan(
-            of_number, x, (numbers, inputs), unroll=max(1, min(unroll, stop - start))
-        )
-    part = layers if whole else jax.tree.map(lambda p: p[start:stop], layers)
-    return jax.lax.scan(body, x, (part, inputs), unroll=max(1, min(unroll, stop - start)))

@@ -16,13 +16,9 @@ from tiny_models import DECODER, ENCODER, MOE, VOCAB
 from efficient_vlm import sharding
 from efficient_vlm.checkpoints.run import Checkpoints
 from efficient_vlm.inference.generate import generate
-from efficient_vlm.kernels.attention import (
-    attention,
-    attention_decode,
-    attention_importance,
-    make_mask,
-)
+from efficient_vlm.kernels.attention import attention, attention_importance, make_mask
 from efficient_vlm.kernels.grouped_matmul import grouped_matmul
+from efficient_vlm.kernels.paged_attention import attention_decode
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.nn.moe import MoE as MoELayer
 from efficient_vlm.train import step as steps

@@ -20,7 +20,7 @@ from efficient_vlm.costs.compiled import chips, compiled, search
 from efficient_vlm.errors import UserError
 from efficient_vlm.kernels import aot_gpu
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[3] / "docs"
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu has no package for this platform"
 )

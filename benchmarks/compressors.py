@@ -21,7 +21,7 @@ from compressors_model import QUICK, Geometry, Method
 from compressors_run import DECODE_STEPS, Run
 from compressors_table import targets, write_table
 
-from efficient_vlm.cli import run as commands
+from efficient_vlm import runtime
 from efficient_vlm.compressors.methods import METHODS, find
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,7 +112,7 @@ def environment() -> dict[str, Any]:
     )
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        **commands.environment(),
+        **runtime.environment(),
         "processor": names[0] if names else "unknown",
         "load_average_at_start": round(os.getloadavg()[0], 2),
     }

@@ -27,13 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import efficient_vlm as evlm
-from efficient_vlm.cli.run import enable_compilation_cache
 from efficient_vlm.costs.flops import model_cost
 from efficient_vlm.errors import UserError
 from efficient_vlm.families import published
 from efficient_vlm.inference.generate import generate
 from efficient_vlm.nn.linear import product
 from efficient_vlm.processing.pictures.base import Pictured
+from efficient_vlm.runtime import enable_compilation_cache
 
 TILES, TEXT, THREADS = 5, 64, 2
 METHODS = (dict(name="divprune", budget=16), dict(name="fastv", layer=1, keep=0.25))

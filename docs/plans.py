@@ -10,8 +10,8 @@ import itertools
 import json
 from pathlib import Path
 
-from efficient_vlm.cli import audit as command
 from efficient_vlm.cli.audit_aot import make_work
+from efficient_vlm.cli.methods import make_entry, read_methods
 from efficient_vlm.cli.subject import read_subject
 from efficient_vlm.costs.compiled.chips import chip_of, devices_of, has_compiler
 from efficient_vlm.costs.compiled.compiled import compile_plan
@@ -65,9 +65,9 @@ def compiled(name: str, machine: str, task: str, share: int) -> dict:
     """The row of one plan."""
     given = argparse.Namespace(preset=name, config=None, text=None, new=NEW, images=None)
     subject = read_subject(given, [])
-    chosen = command.read_methods(subject, ["none" if share == 1 else "pool"], [])[0]
+    chosen = read_methods(subject, ["none" if share == 1 else "pool"], [])[0]
     target = None if share == 1 else Target("mean_processed", subject.baseline.entering / share)
-    ledger = command.make_entry(subject, chosen, target).ledger
+    ledger = make_entry(subject, chosen, target).ledger
     topology = TOPOLOGIES[machine]
     mesh, batch = shape(name, machine, task, len(devices_of(topology)))
     work = make_work(subject, ledger.compressor, task, batch)

@@ -1,10 +1,12 @@
 """From a config section to a module: the module's fields are the schema."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import ml_collections
 from flax import linen as nn
 from flax.core import FrozenDict
 
@@ -34,6 +36,17 @@ def construct(cls: type[T], config: Mapping[str, Any], where: str, **extra: Any)
         if name not in values and field.default is absent and field.default_factory is absent:
             raise UserError(f"{where}.{name}: missing", fix=f"set {where}.{name} in the config")
     return cls(**values)
+
+
+def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Plain JSON types, as written to config.json."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """One section as a plain dict; empty if it is absent."""
+    value = config.get(name) or {}
+    return value.to_dict() if isinstance(value, ml_collections.ConfigDict) else dict(value)
 
 
 def frozen(value: Any) -> Any:

@@ -46,6 +46,8 @@ __all__ = [
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 # Axes of the mesh over which the rows of a batch are cut: all but those that cut a layer.
 BATCH = ("data", "fsdp", "expert")
+# Logical axes of the keys and values of one layer in the cache.
+CACHE_AXES = ("batch", None, "kv_heads", None)
 # Logical axis -> axes of the mesh, tried in order; what is not named is on every device.
 RULES: dict[str, tuple[str, ...]] = {
     "embed": ("fsdp",),

@@ -11,8 +11,9 @@ import pytest
 from tiny_models import DECODER, ENCODER, QUICK_TO_COMPILE, VOCAB, make_tiny_config
 
 from efficient_vlm.cli import run as commands
+from efficient_vlm.runtime import enable_compilation_cache
 
-commands.enable_compilation_cache()
+enable_compilation_cache()
 # Thousands of small programs that run once or twice: compiling them is nearly all of the time.
 # Processes that tests start, which train and time, compile as users' do: flags are read once, when
 # the first device is asked for.

@@ -10,14 +10,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from efficient_vlm.cli import audit as command
+from efficient_vlm.cli.methods import make_entry, read_method, read_methods
 from efficient_vlm.cli.subject import Subject, read_subject
 from efficient_vlm.costs.compiled.chips import chip_of, devices_of, has_compiler
 from efficient_vlm.costs.compiled.compiled import Answer, compile_plan
 from efficient_vlm.costs.compiled.options import batches_of, parse_mesh
 from efficient_vlm.costs.compiled.programs import TASKS, Work
 from efficient_vlm.costs.compiled.search import Tried, best, search
-from efficient_vlm.costs.match import Target
+from efficient_vlm.costs.match import Target, parse_target
 from efficient_vlm.errors import UserError, unknown
 
 __all__ = ["audit_aot", "make_work"]
@@ -49,7 +49,7 @@ def audit_aot(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         return _search(args, subject, batches, devices)
     if len(batches) > 1:
         raise UserError(f"--batch={args.batch}: several, without --search", fix="one number")
-    method = command.read_method(subject, args)
+    method = read_method(subject, args)
     work = make_work(subject, method, args.task, batches[0], args.remat or "full")
     usual = "fsdp" if args.task == "train" else "data"
     sizes = parse_mesh(args.mesh or f"{usual}:{devices}")
@@ -74,16 +74,16 @@ def _search(args, subject: Subject, batches: Sequence[int], devices: int) -> int
     if args.remat:
         raise UserError("--remat: --search tries all", fix="leave it out")
     works = []
-    for chosen in command.read_methods(subject, args.compressor, args.options):
+    for chosen in read_methods(subject, args.compressor, args.options):
         if args.match:
-            targets = [command.parse_target(args.match)]
+            targets = [parse_target(args.match)]
         elif "budget" in chosen.fields or chosen.fields["name"] == "none" or chosen.typed:
             targets = [None]
         else:
             tokens = subject.baseline.entering
             targets = [Target("mean_processed", tokens / share) for share in _SHARES]
         for target in targets:
-            entry = command.make_entry(subject, chosen, target)
+            entry = make_entry(subject, chosen, target)
             method, tokens = entry.ledger.compressor, round(entry.ledger.entering)
             label = f"{method['name']} {tokens}"
             works.append((label, make_work(subject, method, args.task, batches[0])))

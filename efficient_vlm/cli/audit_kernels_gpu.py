@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 
-from efficient_vlm.cli.audit_kernels import Row, programs
+from efficient_vlm.cli.kernel_programs import Program, Row, programs
 from efficient_vlm.costs.compiled import hlo
 from efficient_vlm.errors import UserError, first_line
 from efficient_vlm.kernels import aot_gpu
@@ -42,7 +42,7 @@ def compiled(quick: bool) -> list[Row]:
     return [_row(program, part) for program, part in zip(listed, parts)]
 
 
-def _row(program, text: str) -> Row:
+def _row(program: Program, text: str) -> Row:
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", text)]
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", text)]
     error = re.search(r"^error: (.*)$", text, re.M)

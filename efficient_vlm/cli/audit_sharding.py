@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.table import Table
 
 from efficient_vlm import sharding
-from efficient_vlm.cli import audit as command
+from efficient_vlm.cli.methods import read_method
 from efficient_vlm.cli.subject import Subject, read_subject
 from efficient_vlm.costs.compiled.options import batches_of, parse_mesh
 from efficient_vlm.errors import UserError
 from efficient_vlm.families.architecture import boxed_parameters
-from efficient_vlm.models.cache import CACHE_AXES
+from efficient_vlm.sharding import CACHE_AXES
 
 _DEFAULT = "fsdp:8"
 # Logical axes of what goes from layer to layer, and of what is inside a feed-forward layer.
@@ -68,7 +68,7 @@ def audit_sharding(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         batch, *more = batches_of(args.batch, 1)
         if more:
             raise UserError(f"--batch={args.batch}: several", fix="one number")
-    model = subject.model(command.read_method(subject, args))
+    model = subject.model(read_method(subject, args))
     rows = table(model, sizes) + held(subject, model, sizes, batch)
     if args.json:
         found = {"mesh": sizes, "rows": [dataclasses.asdict(row) for row in rows]}

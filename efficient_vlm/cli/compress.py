@@ -11,16 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_collections
 import numpy as np
 
-from efficient_vlm.cli import audit as command
+from efficient_vlm.cli.methods import method_fields
 from efficient_vlm.cli.one_image import Marked, WithoutWeights, WithRun
 from efficient_vlm.compressors import methods
 from efficient_vlm.compressors.grids import Grid
-from efficient_vlm.data.records import REASONS, BadRecord
+from efficient_vlm.data.records import REASONS
 from efficient_vlm.errors import UserError
 from efficient_vlm.processing import decode_image as images
+from efficient_vlm.processing.decode_image import BadRecord
 from efficient_vlm.report import drawing, heat
 from efficient_vlm.report.sheet import HeatPanel, Panel, draw_sheet
 
@@ -33,17 +33,6 @@ _LEGEND = (
     "token. Grey: dropped."
 )
 _INSIDE = " Inside the decoder: as in the last layers that hold any visual token."
-
-
-def read_methods(names: Sequence[str], options: Sequence[str]) -> list[dict[str, Any]]:
-    """{"name", options} of --compressor and --compressor.OPTION=VALUE; see `command.read_methods`.
-
-    Raises:
-      UserError: an unknown name or option, or a value of another type.
-    """
-    config = ml_collections.ConfigDict({"model": {}})
-    nothing = command.Subject("config", "", config, text_tokens=0, new_tokens=1, images=1)
-    return [chosen.fields for chosen in command.read_methods(nothing, names, options)]
 
 
 def main(args: argparse.Namespace) -> int:
@@ -60,7 +49,7 @@ def main(args: argparse.Namespace) -> int:
         )
     every = ALL in [word.strip() for value in args.compressor for word in value.split(",")]
     names = list(methods.names()) if every else args.compressor
-    wanted = read_methods(names, args.options)
+    wanted = method_fields(names, args.options)
     out = Path(args.out)
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"--out={out}: not a file in a folder that exists", fix="--out=map.png")

@@ -118,17 +118,6 @@ def apply_override(config: ml_collections.ConfigDict, override: str) -> None:
         node[field] = value
 
 
-def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Plain JSON types, as written to config.json."""
-    return json.loads(json.dumps(config.to_dict()))
-
-
-def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """One section as a plain dict; empty if it is absent."""
-    value = config.get(name) or {}
-    return value.to_dict() if isinstance(value, ml_collections.ConfigDict) else dict(value)
-
-
 def _parse(name: str, text: str, wanted: Any, old: Any) -> Any:
     """The first reading of `text` that has the type wanted: JSON or a word, text, a list."""
     for value in (_word(text), text, [_word(part) for part in text.split(",") if part]):

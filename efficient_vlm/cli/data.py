@@ -6,10 +6,11 @@ from pathlib import Path
 from efficient_vlm.data.config import DataConfig, validate
 from efficient_vlm.data.inspect import contact_sheet
 from efficient_vlm.data.pipeline import make_spec
-from efficient_vlm.data.records import REASONS, BadRecord
+from efficient_vlm.data.records import REASONS
 from efficient_vlm.data.sources import build_token_bench, open_source
 from efficient_vlm.data.token_bench import store
 from efficient_vlm.errors import UserError
+from efficient_vlm.processing.decode_image import BadRecord
 
 
 def build(config: DataConfig, *, full: bool = True) -> Path:

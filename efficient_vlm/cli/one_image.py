@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from efficient_vlm.cli import config_file as configs
 from efficient_vlm.compressors import Compressor, Signals, VisualTokens, methods
 from efficient_vlm.compressors.grids import Grid
 from efficient_vlm.errors import UserError
-from efficient_vlm.evaluation.settings import check_trained, parameter_shapes, setting_of
+from efficient_vlm.evaluation.settings import check_trained, parameter_shapes
+from efficient_vlm.fields import section
+from efficient_vlm.models.variants import setting_of
 from efficient_vlm.processing import decode_image as images
 from efficient_vlm.report import heat, pixel_signals
 from efficient_vlm.report.heat import Heat
@@ -30,7 +31,7 @@ class Marked:
 
     Attributes:
       name, options: as configured.
-      budget: visual tokens, see `settings.setting_of`.
+      budget: visual tokens, see `variants.setting_of`.
       source: int [N], the token of each patch, -1 for none.
       heat: one number per patch, or None.
       answer: what the model says; "" where it was not asked.
@@ -152,7 +153,7 @@ class WithRun:
         from efficient_vlm.train.workdir_config import read_run_config
 
         self.config = read_run_config(workdir)
-        data = DataConfig.from_mapping(configs.section(self.config, "data"))
+        data = DataConfig.from_mapping(section(self.config, "data"))
         self.tokenizer, spec = _tokenizer(data, workdir), make_spec(data, data.tasks)
         trained = restore(self.config, workdir, _Known(self.tokenizer, spec))
         self.model, self.params, self._resize = trained.model, trained.params, spec.resize

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from efficient_vlm.cli import verify
-from efficient_vlm.cli.compress import read_methods
+from efficient_vlm.cli.methods import method_fields
 from efficient_vlm.errors import UserError, first_line
 from efficient_vlm.families.architecture import build_model, read_config
 from efficient_vlm.families.generation_config import check_penalty
@@ -21,6 +21,7 @@ from efficient_vlm.families.imported import import_model, read_carried
 from efficient_vlm.families.table import family_of
 from efficient_vlm.inference import pretrained
 from efficient_vlm.nn.stack import unstack
+from efficient_vlm.runtime import enable_compilation_cache
 
 
 def import_checkpoint(args: argparse.Namespace) -> int:
@@ -71,7 +72,6 @@ def generate(
     args: argparse.Namespace, options: Sequence[str], picture_options: Sequence[str]
 ) -> int:
     """`efficient-vlm generate MODEL QUESTION --image=FILE`."""
-    from efficient_vlm.cli.run import enable_compilation_cache
     from efficient_vlm.processing import pointing
 
     enable_compilation_cache()
@@ -82,7 +82,7 @@ def generate(
         )
     compressor = None
     if args.compressor is not None:
-        compressor, *more = read_methods([args.compressor], options)
+        compressor, *more = method_fields([args.compressor], options)
         if more:
             raise UserError(f"--compressor={args.compressor}: one method at a time")
     pictures = dict(option.split("=", 1) for option in picture_options)

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from efficient_vlm import __version__
 from efficient_vlm.cli import config_file as configs
 from efficient_vlm.errors import UserError
-from efficient_vlm.fields import construct
+from efficient_vlm.fields import construct, section, to_dict
+from efficient_vlm.runtime import enable_compilation_cache, environment
 from efficient_vlm.train.workdir_config import has_steps
 
 RESULTS = "results.json"
@@ -74,8 +74,8 @@ def fit(
 
     enable_compilation_cache()
     workdir = Path(workdir)
-    plain = configs.to_dict(config)
-    evaluation = construct(EvalConfig, configs.section(config, "eval"), "eval")
+    plain = to_dict(config)
+    evaluation = construct(EvalConfig, section(config, "eval"), "eval")
     # Methods that cannot be evaluated are told now, not after the training.
     settings = read_config(config)[0]
     model = loop.make_model(config, vocab_size=2)
@@ -195,7 +195,7 @@ def eval(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def _read_methods(args: argparse.Namespace) -> list[dict[str, Any]] | None:
     """--compressor, --compressor.OPTION and --budget of `eval`, as `EvalConfig.methods`."""
-    from efficient_vlm.cli.compress import read_methods
+    from efficient_vlm.cli.methods import method_fields
     from efficient_vlm.compressors.methods import METHODS
 
     for option, given in (("--budget", args.budget), ("--compressor.OPTION", args.options)):
@@ -205,7 +205,7 @@ def _read_methods(args: argparse.Namespace) -> list[dict[str, Any]] | None:
         return None
     budgets = [_positive("--budget", b) for b in (args.budget or "").split(",") if b]
     methods = []
-    for fields in read_methods([args.compressor], args.options):
+    for fields in method_fields([args.compressor], args.options):
         own = fields.pop("budget", None)
         given = budgets or ([] if own is None else [own])
         if not given and not METHODS[fields["name"]].optional_budget:
@@ -231,60 +231,12 @@ def data(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     if args.action == "inspect" and args.count < 1:
         raise UserError(f"--count: {args.count}", allowed="1 or more")
     config = configs.load(args.config, overrides)
-    fields = DataConfig.from_mapping(configs.section(config, "data"))
+    fields = DataConfig.from_mapping(section(config, "data"))
     if args.action == "build":
         commands.build(fields)
     else:
         commands.inspect(fields, split=args.split, output=args.out, images=args.count)
     return 0
-
-
-def environment() -> dict[str, str]:
-    """Versions and device, stored with results."""
-    import platform
-
-    import flax
-    import jax
-
-    device = jax.devices()[0]
-    return {
-        "efficient_vlm": __version__,
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "flax": flax.__version__,
-        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
-        "cores": str(os.cpu_count()),
-    }
-
-
-def enable_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache, so that a resumed run starts at once.
-
-    `EFFICIENT_VLM_COMPILATION_CACHE` names another folder, or "off". JAX's own setting, if there
-    is one, is left alone.
-    """
-    import jax
-
-    folder = os.environ.get("EFFICIENT_VLM_COMPILATION_CACHE")
-    if folder == "off" or jax.config.jax_compilation_cache_dir:
-        return
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = folder or str(base / "efficient_vlm" / "compiled" / _machine())
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def _machine() -> str:
-    """A name for the processor: programs compiled for one may not run on another."""
-    import hashlib
-    import platform
-
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-        flags = next(line for line in text.splitlines() if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        flags = platform.processor()
-    return f"{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
 
 
 def _positive(field: str, text: str) -> int:

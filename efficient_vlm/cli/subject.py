@@ -14,7 +14,7 @@ from efficient_vlm.costs import flops, ledger
 from efficient_vlm.costs.ledger import Ledger
 from efficient_vlm.errors import UserError
 from efficient_vlm.families import presets
-from efficient_vlm.fields import construct
+from efficient_vlm.fields import construct, section
 from efficient_vlm.models.vlm import VisionLanguageModel
 
 
@@ -44,7 +44,7 @@ class Subject:
 
         A model's own projector is part of it: methods get the tokens that it makes.
         """
-        fields = configs.section(self.config, "model")
+        fields = section(self.config, "model")
         if method is not None:
             fields["compressor"] = dict(method)
         if self.pooled:
@@ -54,7 +54,7 @@ class Subject:
     @property
     def projector(self) -> dict[str, Any] | None:
         """The model's own projector, name and fields, or None."""
-        return configs.section(self.config, "model").get("projector")
+        return section(self.config, "model").get("projector")
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -152,7 +152,7 @@ def _read_data(config: ml_collections.ConfigDict) -> tuple[int, int]:
     from efficient_vlm.data import pipeline
     from efficient_vlm.data.config import DataConfig
 
-    fields = configs.section(config, "data")
+    fields = section(config, "data")
     # The data themselves are not looked at: a config may still wait for its path.
     data = DataConfig.from_mapping({**fields, "path": fields.get("path") or "unknown"})
     spec, vocabulary = pipeline.make_spec(data, data.tasks), data.vocab_size

@@ -33,11 +33,11 @@ from efficient_vlm.costs.encoder_flops import (
     with_keys,
 )
 from efficient_vlm.costs.products import attention, dense, mixture
+from efficient_vlm.costs.stages import STAGES
 from efficient_vlm.errors import UserError
 from efficient_vlm.models.decoder import Decoder
 from efficient_vlm.models.encoder import ViT
 from efficient_vlm.models.vlm import VisionLanguageModel
-from efficient_vlm.report.records import STAGES
 
 
 @dataclasses.dataclass(frozen=True)

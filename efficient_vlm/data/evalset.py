@@ -8,10 +8,11 @@ import numpy as np
 from efficient_vlm.data import transforms
 from efficient_vlm.data.config import DataConfig, validate
 from efficient_vlm.data.pipeline import make_spec, make_tokenizer
-from efficient_vlm.data.records import BadRecord, Record
+from efficient_vlm.data.records import Record
 from efficient_vlm.data.skips import SkipCounter
 from efficient_vlm.data.sources import Source, open_source
 from efficient_vlm.errors import UserError
+from efficient_vlm.processing.decode_image import BadRecord
 from efficient_vlm.processing.tokenizer import Tokenizer
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from efficient_vlm.data import transforms
-from efficient_vlm.data.records import BadRecord, Conversation
+from efficient_vlm.data.records import Conversation
 from efficient_vlm.data.sources import Source
+from efficient_vlm.processing.decode_image import BadRecord
 
 _COLUMNS = 3
 _LINES = 9  # Lines of text beside one image.

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from efficient_vlm.data.records import BadRecord, Conversation, Record
+from efficient_vlm.data.records import Conversation, Record
 from efficient_vlm.errors import UserError
 from efficient_vlm.processing import decode_image as images
+from efficient_vlm.processing.decode_image import BadRecord
 
 MARKER = "<image>"
 DEFAULT_TASK = "conversation"

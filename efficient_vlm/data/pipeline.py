@@ -15,11 +15,11 @@ import numpy as np
 
 from efficient_vlm.data import transforms
 from efficient_vlm.data.config import DataConfig, validate
-from efficient_vlm.data.records import BadRecord
 from efficient_vlm.data.skips import SkipCounter
 from efficient_vlm.data.sources import Source, longest_words, open_source
 from efficient_vlm.errors import UserError
 from efficient_vlm.processing import decode_image as images
+from efficient_vlm.processing.decode_image import BadRecord
 from efficient_vlm.processing.tokenizer import Tokenizer
 
 # Part of the fingerprint: raise it when the same config gives other batches.

@@ -4,8 +4,8 @@ import collections
 import math
 import threading
 
-from efficient_vlm.data.records import BadRecord
 from efficient_vlm.errors import UserError
+from efficient_vlm.processing.decode_image import BadRecord
 
 
 class SkipCounter:

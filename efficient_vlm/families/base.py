@@ -1,10 +1,12 @@
 """What a family is."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from efficient_vlm.checkpoints.names import NameMap
+from efficient_vlm.processing.conversation import PromptStyle
 
 Config = Mapping[str, Any]
 
@@ -64,3 +66,15 @@ class Family:
     variable: bool = False
     block_ids: Callable[[Config], tuple[int, ...]] | None = None
     positions: str = "sequence"
+
+    def prompt_style(self, config: Config) -> PromptStyle:
+        """How prompts of a model with this config.json are written."""
+        token = self.image_token
+        return PromptStyle(
+            family=self.name,
+            pictures=self.processor is not None,
+            options=self.prompt_options,
+            placeholder=self.placeholder,
+            begin=self.begin,
+            image_token=functools.partial(token, config) if token else None,
+        )

@@ -280,7 +280,7 @@ class Pretrained:
                     f"images: a {type(row).__name__}, not a list", fix="images=[picture]"
                 )
             pictured.append(tuple(self.pictures(picture) for picture in row))
-        how = (self.family, self.config, self.template, self.tokenizer)
+        how = (self.family.prompt_style(self.config), self.template, self.tokenizer)
         ids = [prompt_ids(*how, *row) for row in zip(questions, pictured, strict=True)]
         return self.place(ids, pictured)
 

@@ -6,10 +6,7 @@ import jax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
 
-from efficient_vlm.sharding import constrain, spec_of
-
-# Logical axes of the keys and values of one layer.
-CACHE_AXES = ("batch", None, "kv_heads", None)
+from efficient_vlm.sharding import CACHE_AXES, constrain, spec_of
 
 
 @struct.dataclass

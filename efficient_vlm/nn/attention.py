@@ -10,11 +10,10 @@ from flax import linen as nn
 from efficient_vlm.errors import unknown
 from efficient_vlm.kernels.attention import Mask, mask_rows, visible
 from efficient_vlm.kernels.attention import attention as dot_product_attention
-from efficient_vlm.models.cache import CACHE_AXES
 from efficient_vlm.nn.linear import Dtype, Linear, together
 from efficient_vlm.nn.norms import make_norm
 from efficient_vlm.nn.rotary import axial, rotate
-from efficient_vlm.sharding import constrain
+from efficient_vlm.sharding import CACHE_AXES, constrain
 
 # Keys of this segment are seen by the queries of every segment of the row: the visual tokens.
 SHARED_SEGMENT = 0

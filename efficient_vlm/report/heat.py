@@ -14,7 +14,7 @@ import numpy as np
 
 from efficient_vlm import sharding
 from efficient_vlm.compressors.between import selectors
-from efficient_vlm.evaluation.settings import tokens_of_image
+from efficient_vlm.models.variants import tokens_of_image
 from efficient_vlm.models.vlm import VisionLanguageModel
 
 _WHOSE = {

@@ -20,7 +20,6 @@ _MAX_PREDICTION_BYTES = 64 << 20
 # Files of answers without the evidence end so; they are no answers of the method.
 _CONTROLS = ("-blank", "-shuffled")
 
-STAGES = ("encoder", "compressor", "decoder", "head")  # Of FLOPs, in the order they run.
 
 Setting = tuple[str, int]  # (compressor, budget)
 

@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from efficient_vlm.costs.stages import STAGES
 from efficient_vlm.report import records
 
 
@@ -42,7 +43,7 @@ def summary_table(results: Mapping[str, Any]) -> Table:
     settings = list(evals) + [s for s in costs if s not in evals]
     settings.sort(key=lambda s: -s[1])
     rows = [(costs.get(s) or [{}])[0] for s in settings]
-    work = _column([records.stage(row, "flops", *records.STAGES) / 1e6 for row in rows])
+    work = _column([records.stage(row, "flops", *STAGES) / 1e6 for row in rows])
     time = _column([records.stage(row, "ms", "prefill") for row in rows])
     for k, (name, budget) in enumerate(settings):
         if k and settings[k - 1][1] != budget:

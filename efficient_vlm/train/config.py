@@ -8,10 +8,9 @@ import jax
 from jax.sharding import Mesh
 
 from efficient_vlm import sharding
-from efficient_vlm.cli import config_file as configs
 from efficient_vlm.data.config import DataConfig
 from efficient_vlm.errors import UserError, unknown
-from efficient_vlm.fields import check_range, construct
+from efficient_vlm.fields import check_range, construct, section
 from efficient_vlm.train.arms import make_arms, make_model
 from efficient_vlm.train.metrics import summary_writer
 from efficient_vlm.train.optimizer import OPTIMIZERS, OptimizerConfig, schedule
@@ -78,10 +77,10 @@ class TrainConfig:
 
 def read_config(config: Mapping[str, Any]) -> tuple[TrainConfig, DataConfig, OptimizerConfig]:
     """What training reads of a config, with everything checked that can be without data."""
-    settings = construct(TrainConfig, configs.section(config, "train"), "train")
+    settings = construct(TrainConfig, section(config, "train"), "train")
     if settings.tensorboard:
         summary_writer()
-    data_config = DataConfig.from_mapping(configs.section(config, "data"))
+    data_config = DataConfig.from_mapping(section(config, "data"))
     optimizer = construct(OptimizerConfig, settings.optimizer, "train.optimizer")
     if data_config.batch_size % settings.accumulate:
         raise UserError(

@@ -143,15 +143,15 @@ def run(
       What results.json holds: rows in order of falling cost, what was left out, protocol,
       environment.
     """
-    from efficient_vlm.cli import run as commands
     from efficient_vlm.costs.flops import model_cost
     from efficient_vlm.evaluation.protocol import evaluate
     from efficient_vlm.evaluation.settings import check_trained, parameter_shapes, settings_of
+    from efficient_vlm.runtime import enable_compilation_cache, environment
 
     for name in methods or ():
         if name not in SELECTABLE:
             raise unknown("--methods", name, SELECTABLE)
-    commands.enable_compilation_cache()
+    enable_compilation_cache()
     start = time.monotonic()
     trained, test, evaluation = _restore(Path(workdir), images)
     model, shapes = trained.model, parameter_shapes(trained.params)
@@ -210,7 +210,7 @@ def run(
         "tasks": list(test.tasks),
         "protocol": protocol,
         "params_sha256": _trained_as(Path(workdir)),
-        "environment": commands.environment(),
+        "environment": environment(),
         "seconds": round(time.monotonic() - start, 1),
     }
 
@@ -219,12 +219,11 @@ def _restore(workdir: Path, images: int | None):
     """(trained model, test data, EvalConfig) of a run."""
     import ml_collections
 
-    from efficient_vlm.cli import config_file as configs
     from efficient_vlm.data.config import DataConfig
     from efficient_vlm.data.evalset import make_eval
     from efficient_vlm.data.pipeline import make_train
     from efficient_vlm.evaluation.settings import EvalConfig
-    from efficient_vlm.fields import construct
+    from efficient_vlm.fields import construct, section
     from efficient_vlm.train.trained import restore
 
     path = workdir / "config.json"
@@ -234,8 +233,8 @@ def _restore(workdir: Path, images: int | None):
             fix=f"efficient-vlm train --config=configs/quickstart.py --workdir={workdir}",
         )
     config = ml_collections.ConfigDict(json.loads(path.read_text()))
-    evaluation = construct(EvalConfig, configs.section(config, "eval"), "eval")
-    data = DataConfig.from_mapping(configs.section(config, "data"))
+    evaluation = construct(EvalConfig, section(config, "eval"), "eval")
+    data = DataConfig.from_mapping(section(config, "data"))
     trained = restore(config, workdir, make_train(data, workdir=workdir))
     test = make_eval(
         dataclasses.replace(data, batch_size=evaluation.batch_size),

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from efficient_vlm.cli import compress
 from efficient_vlm.cli import main as cli
+from efficient_vlm.cli.methods import method_fields
 from efficient_vlm.compressors.methods import METHODS
 from efficient_vlm.errors import UserError
 from efficient_vlm.inference.generate import generate
@@ -294,7 +294,7 @@ def test_files_that_are_no_image(photo, tmp_path):
 
 
 def test_methods_of_a_command_line():
-    read = compress.read_methods(["fastv,stride"], ["fastv.layer=3", "keep=0.5", "budget=4"])
+    read = method_fields(["fastv,stride"], ["fastv.layer=3", "keep=0.5", "budget=4"])
     assert read == [
         {"name": "fastv", "layer": 3, "keep": 0.5, "budget": 4},
         {"name": "stride", "budget": 4},

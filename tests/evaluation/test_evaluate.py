@@ -14,6 +14,7 @@ from efficient_vlm.evaluation import protocol as evaluation
 from efficient_vlm.evaluation import settings
 from efficient_vlm.evaluation.run import evaluate_run
 from efficient_vlm.inference.generate import Generated
+from efficient_vlm.models import variants
 
 
 def read_jsonl(path):
@@ -227,7 +228,7 @@ def test_a_method_without_a_budget_is_called_by_what_its_layers_process(make_mod
     deep = dict(segments=[dict(layers=4)])
 
     def label(name, budget=None, **options):
-        return settings.setting_of(
+        return variants.setting_of(
             make_model("none", 16, decoder=deep).with_compressor(name, budget, **options)
         )
 
@@ -239,7 +240,7 @@ def test_a_method_without_a_budget_is_called_by_what_its_layers_process(make_mod
     assert label("vtw", layer=2) == ("vtw", 8)  # 16, 16, 0, 0
     assert label("tome", r=4) == ("tome", 8)  # Two encoder layers: 12, then 8 in all of them.
     assert label("sparsevlm", 7) == ("sparsevlm", 7)  # A given budget is the name.
-    two = settings.setting_of(
+    two = variants.setting_of(
         make_model("none", 16, decoder=deep).with_compressor("fastv", layer=1, keep=0.25), 32
     )
     assert two == ("fastv", 14)  # Two images: 32, 8, 8, 8.

@@ -138,7 +138,7 @@ def test_repetition_penalty(vlm, pictures, tmp_path):
     pictured = request.pictured[0]
     text = request.tokens[0][: request.lengths[0]]
     token = vlm.family.image_token(vlm.config)
-    how = (vlm.family, vlm.config, vlm.template, vlm.tokenizer)
+    how = (vlm.family.prompt_style(vlm.config), vlm.template, vlm.tokenizer)
     ids = prompt_ids(*how, prompt, pictured)
     assert [i for i in ids if i != token] == list(text)
     found = vlm.run([prompt], [pictures], max_new_tokens=10, repetition_penalty=penalty)

@@ -7,12 +7,6 @@ import jax
 import jax.numpy as jnp
 
 
-def rms_normalise(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
-    """x / rms(x) over the last axis, in float32 and without parameters (a matrix follows it)."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
-
-
 def unit(x: jax.Array) -> jax.Array:
     """x / |x| over the last axis, in float32; zeros stay zeros."""
     x = x.astype(jnp.float32)

@@ -18,7 +18,7 @@ from efficient_vlm.models.decoder_stack import DENSE, MAIN, DecoderStack, joined
 from efficient_vlm.models.prompt_layout import Placement, held_mean, place_tokens
 from efficient_vlm.nn.attention import PADDING_SEGMENT, SHARED_SEGMENT
 from efficient_vlm.nn.decoder_block import DecoderBlock, LayerInputs
-from efficient_vlm.nn.linear import Linear, WeightForm, head_product, logical, take
+from efficient_vlm.nn.linear import Linear, head_product, logical, take, weight_of
 from efficient_vlm.nn.norms import make_norm
 from efficient_vlm.nn.stack import make_layers
 
@@ -33,12 +33,8 @@ class Decoder(DecoderFields):
 
     def setup(self):
         self.check()
-        stored = self.get_variable("params", "embedding")
-        if isinstance(stored, WeightForm):
-            self.table = stored
-        else:
-            init = logical(nn.initializers.normal(self.embed_scale), "vocab", "embed")
-            self.table = self.param("embedding", init, (self.vocab_size, self.width))
+        init, shape = nn.initializers.normal(self.embed_scale), (self.vocab_size, self.width)
+        self.table = weight_of(self, "embedding", init, shape, ("vocab", "embed"), jnp.float32)
         if self.position == "learned":
             self.position_table = self.param(
                 "position",

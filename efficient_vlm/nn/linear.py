@@ -197,6 +197,17 @@ def beside(first: Weight, second: Weight) -> Weight:
     return jnp.concatenate([first, second], axis=-1)
 
 
+def weight_of(
+    module: nn.Module, name: str, init: Any, shape: Sequence[int], axes: Sequence, dtype: Dtype
+) -> Weight:
+    """The parameter `name` of a module that is no `Linear`, with logical axes: an array in `dtype`,
+    or the form that lies in its place."""
+    stored = module.get_variable("params", name)
+    if isinstance(stored, WeightForm):
+        return stored
+    return module.param(name, logical(init, *axes), tuple(shape), jnp.float32).astype(dtype)
+
+
 # --- the module ----------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from efficient_vlm.errors import UserError, check_fields
 from efficient_vlm.nn.experts import Kernels, dispatch
-from efficient_vlm.nn.linear import Dtype, Linear, WeightForm, logical
+from efficient_vlm.nn.linear import Dtype, Linear, weight_of
 from efficient_vlm.nn.mlp import FeedForward, activate
 
 # A loss is a sum with its denominator, so that micro-batches and devices add up exactly.
@@ -106,11 +106,8 @@ class MoE(nn.Module):
             init = nn.initializers.variance_scaling(
                 scale**2, "fan_in", "normal", in_axis=1, out_axis=2, batch_axis=0
             )
-            stored = self.get_variable("params", name)
-            if isinstance(stored, WeightForm):
-                return stored
             shape = (self.num_experts, inner, outer)
-            return self.param(name, logical(init, "experts", *axes), shape).astype(self.dtype)
+            return weight_of(self, name, init, shape, ("experts", *axes), self.dtype)
 
         wide = ("embed", "expert_mlp")
         gate = weight("gate", width, self.expert_dim, wide, 1.0)

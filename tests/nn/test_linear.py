@@ -1,5 +1,8 @@
 """Weights in other forms, and whether every product says where it is in the tree of modules."""
 
+import ast
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -266,3 +269,27 @@ def test_qwix_adapts_only_the_connector(make_model, make_batch, inputs):
     found = adapted.apply({"params": both}, **batch).logits
     np.testing.assert_allclose(found, model.apply({"params": expected}, **batch).logits, atol=1e-4)
     assert float(jnp.abs(found - plain).max()) > 1e-3
+
+
+# --- one place for products -----------------------------------------------------------------------
+
+ROOT = pathlib.Path(__file__).parents[2] / "efficient_vlm"
+WRITTEN_BY_HAND = {"matmul", "dot", "dot_general", "tensordot", "Dense", "DenseGeneral", "Einsum"}
+# Products of NumPy arrays, of which no weight is a part.
+NO_WEIGHTS = {"compressors/tokens.py"}
+
+
+def test_no_module_multiplies_with_weights_by_hand():
+    """Products written with `@`, `matmul`, `dot` or a layer of Flax would miss forms of weights."""
+    by_hand = []
+    for room in ("nn", "compressors", "models"):
+        for path in (ROOT / room).rglob("*.py"):
+            name = str(path.relative_to(ROOT))
+            if name in NO_WEIGHTS | {"nn/linear.py"}:
+                continue
+            for node in ast.walk(ast.parse(path.read_text())):
+                operator = isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult)
+                called = isinstance(node, ast.Attribute) and node.attr in WRITTEN_BY_HAND
+                if operator or called:
+                    by_hand.append(f"{name}:{node.lineno}")
+    assert by_hand == []

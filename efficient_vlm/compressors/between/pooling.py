@@ -8,6 +8,7 @@ from efficient_vlm.compressors import fold, grids
 from efficient_vlm.compressors.base import Compressor, as_tuple, describe, positive_int
 from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, zero_padding
 from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.nn.linear import product, weight_of
 
 
 class AveragePool(Compressor):
@@ -224,25 +225,24 @@ class PixelShuffle(Compressor):
             if budget == num_tokens and features == width:
                 continue
             side = grid[0] // sizes[budget][0]
-            init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("mlp", "embed"))
             shape = (side * side * width, features)
-            kernels[budget] = self._kernel(f"kernel_{side}x{side}", init, shape)
+            kernels[budget] = self._kernel(f"kernel_{side}x{side}", shape, tokens.embed.dtype)
         if self.budget == num_tokens and features == width:
             return tokens
         folded = fold.pool(tokens, grid, sizes[self.budget])
         x = jnp.where(tokens.mask[..., None], tokens.embed, 0)
         x = space_to_depth(x, grid, sizes[self.budget], self.order)
-        return folded.replace(embed=x @ kernels[self.budget].astype(x.dtype))
+        return folded.replace(embed=product(x, kernels[self.budget], x.dtype))
 
     @nn.nowrap
-    def _kernel(self, name, init, shape):
+    def _kernel(self, name, shape, dtype):
         if not self.is_initializing() and not self.has_variable("params", name):
             raise UserError(
                 f"compressor.budget: this checkpoint holds no pixel_shuffle matrix {name!r}",
                 allowed="the budgets it was trained at",
                 fix="train with compressor.budgets=(...) naming all the budgets to be used",
             )
-        return self.param(name, init, shape, jnp.float32)
+        return weight_of(self, name, nn.initializers.lecun_normal(), shape, ("mlp", "embed"), dtype)
 
 
 def space_to_depth(

@@ -8,6 +8,8 @@ from efficient_vlm.compressors import fold, score, select
 from efficient_vlm.compressors.base import Compressor, positive_int
 from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens
 from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.nn.linear import product, weight_of
+from efficient_vlm.nn.norms import rms_normalised
 
 BIASES = ("add", "straight_through", "none")
 
@@ -143,14 +145,14 @@ class TextTopK(Compressor):
         """
         embed = tokens.embed
         dim = self._dim(embed.shape[-1])
-        init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "heads"))
-        query_kernel = self.param("query", init, (text.shape[-1], dim), jnp.float32)
-        key_kernel = self.param("key", init, (embed.shape[-1], dim), jnp.float32)
+        init, axes, dtype = nn.initializers.lecun_normal(), ("embed", "heads"), jnp.float32
+        query_kernel = weight_of(self, "query", init, (text.shape[-1], dim), axes, dtype)
+        key_kernel = weight_of(self, "key", init, (embed.shape[-1], dim), axes, dtype)
 
         heads = (self.num_heads, dim // self.num_heads)
-        query = score.rms_normalise(text) @ query_kernel
+        query = product(rms_normalised(text), query_kernel, dtype)
         real = jnp.where(tokens.mask[..., None], embed, 0)
-        keys = score.rms_normalise(real) @ key_kernel
+        keys = product(rms_normalised(real), key_kernel, dtype)
         relevance = jax.vmap(score.text_relevance, in_axes=(1, None), out_axes=1)(
             query.reshape(*query.shape[:-1], *heads), keys.reshape(*keys.shape[:-1], *heads)
         )

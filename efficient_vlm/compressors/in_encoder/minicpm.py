@@ -1,7 +1,6 @@
 """minicpm_merger: 2 x 2 windows become one token inside the vision encoder, and again behind it."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from efficient_vlm.compressors import fold, grids
@@ -10,6 +9,7 @@ from efficient_vlm.compressors.between.pooling import space_to_depth
 from efficient_vlm.compressors.projectors.mlp import Parametric, exact_gelu, with_embed
 from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, zero_padding
 from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.nn.cross_attention import cross_attention
 
 QUARTERS = ("window", "final")
 
@@ -65,15 +65,8 @@ class WindowMerger(_Halving):
             return y.reshape(*y.shape[:-1], self.num_heads, dim)
 
         q, k, v = heads("query"), heads("key"), heads("value")
-        logits = jnp.einsum("btqhd,btkhd->bthqk", q, k, preferred_element_type=jnp.float32)
-        # A finite floor: a window without real patches gets a uniform softmax, and is zeroed.
-        floor = jnp.finfo(jnp.float32).min
-        logits = logits * dim**-0.5
-        if tokens.bias is not None:
-            logits = logits + window(tokens.bias[..., None])[:, :, None, None, :, 0]
-        logits = jnp.where(real[:, :, None, None, :], logits, floor)
-        attention = jax.nn.softmax(logits, axis=-1).astype(x.dtype)
-        y = jnp.einsum("bthqk,btkhd->btqhd", attention, v).reshape(x.shape)
+        bias = None if tokens.bias is None else window(tokens.bias[..., None])[..., 0]
+        y = cross_attention(q, k, v, real, bias).values.reshape(x.shape)
         x = x + self.dense("out", y, width, ("heads", "embed"))
         x = jnp.where(real[..., None], x, 0)
 

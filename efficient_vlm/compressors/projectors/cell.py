@@ -11,6 +11,7 @@ from efficient_vlm.compressors.between.pooling import space_to_depth
 from efficient_vlm.compressors.projectors.mlp import Projector, exact_gelu, pool, with_embed
 from efficient_vlm.compressors.tokens import NO_SIGNALS
 from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.nn.cross_attention import window_attention
 
 STYLES = ("paper", "official")
 
@@ -90,7 +91,7 @@ class TokenPacker(Projector):
                 allowed=f"a divisor of {width}",
             )
         cells = grids.shuffled_grids(grid)[self.budget]
-        side, dtype = grid[0] // cells[0], tokens.embed.dtype
+        side = grid[0] // cells[0]
         bias = tokens.bias
         folded = pool(tokens.replace(bias=None), grid, cells)
 
@@ -115,16 +116,9 @@ class TokenPacker(Projector):
                 for name, y in (("query", q), ("key", k), ("value", v))
             )
         k, v = by_cell(k), by_cell(v)
-        logits = jnp.einsum(
-            "bchd,bcshd->bchs", heads(q), heads(k), preferred_element_type=jnp.float32
-        )
-        logits = logits * (width // self.num_heads) ** -0.5
         if bias is not None:
-            logits = logits + by_cell(jnp.where(tokens.mask, bias, 0)[..., None])[:, :, None, :, 0]
-        # A finite floor: a cell of padding gets a uniform softmax, no NaN, and is zeroed.
-        logits = jnp.where(live[:, :, None], logits, jnp.finfo(jnp.float32).min)
-        attention = jax.nn.softmax(logits, axis=-1).astype(dtype)
-        mixed = jnp.einsum("bchs,bcshd->bchd", attention, heads(v)).reshape(q.shape)
+            bias = by_cell(jnp.where(tokens.mask, bias, 0)[..., None])[..., 0]
+        mixed = window_attention(heads(q), heads(k), heads(v), live, bias).reshape(q.shape)
         y = self.dense("out", mixed, width, ("mlp", "embed"), bias=official)
         if not official:
             y = self.layer_norm("norm", q + y, "embed", 1e-5)

@@ -12,6 +12,7 @@ from efficient_vlm.compressors.projectors.mlp import Projector
 from efficient_vlm.compressors.projectors.resampler import position_code, query_tokens
 from efficient_vlm.compressors.tokens import NO_SIGNALS, zero_padding
 from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.nn.cross_attention import cross_attention
 
 KEYS = ("position", "content")
 
@@ -173,14 +174,7 @@ class MQT(Projector):
             return x.reshape(*x.shape[:-1], self.num_heads, width // self.num_heads)
 
         q, k, v = heads("query", queries), heads("key", keys), heads("value", values)
-        logits = jnp.einsum("qhd,bthd->bhqt", q, k, preferred_element_type=jnp.float32)
-        logits = logits * (width // self.num_heads) ** -0.5
-        if tokens.bias is not None:
-            logits = logits + tokens.bias[:, None, None, :]
-        # A finite floor: a row without real patches gets a uniform softmax, no NaN, and is zeroed.
-        logits = jnp.where(tokens.mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
-        attention = jax.nn.softmax(logits, axis=-1)
-        mixed = jnp.einsum("bhqt,bthd->bqhd", attention.astype(dtype), v)
+        mixed, attention, _ = cross_attention(q, k, v, tokens.mask, tokens.bias)
         mixed = self.dense("out", mixed.reshape(*mixed.shape[:2], width), width, ("heads", "embed"))
         embed = self.dense(
             "projection", mixed, self.features or width, ("heads", "embed"), bias=False

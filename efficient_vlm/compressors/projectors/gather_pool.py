@@ -19,6 +19,7 @@ from efficient_vlm.compressors.tokens import (
     zero_padding,
 )
 from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.nn.cross_attention import window_attention
 
 QUERIES = ("mean", "first")
 
@@ -134,14 +135,7 @@ class MolmoPool(Projector):
 
         q = heads("query", query)
         k, v = gather(heads("key", tokens.embed)), gather(heads("value", tokens.embed))
-        logits = jnp.einsum("bthd,btkhd->bthk", q, k, preferred_element_type=jnp.float32)
-        logits = logits * (inner // self.num_heads) ** -0.5
-        if bias is not None:
-            logits = logits + gather(bias)[:, :, None, :]
-        # A finite floor: a window without real patches gets a uniform softmax, and is zeroed.
-        logits = jnp.where(real[:, :, None, :], logits, jnp.finfo(jnp.float32).min)
-        attention = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-        x = jnp.einsum("bthk,btkhd->bthd", attention, v)
+        x = window_attention(q, k, v, real, None if bias is None else gather(bias))
         x = x.reshape(*x.shape[:2], inner)
         if self.hidden_dim is None:
             x = self.dense("out", x, features, ("heads", "embed"))

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from efficient_vlm.compressors import fold, grids
 from efficient_vlm.compressors.base import Compressor, positive_int
 from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, zero_padding
+from efficient_vlm.nn.linear import product, weight_of
+from efficient_vlm.nn.norms import layer_normalised
 
 
 class Parametric(Compressor):
@@ -22,8 +24,7 @@ class Parametric(Compressor):
     @nn.nowrap
     def weight(self, name: str, init: Callable, shape: tuple, axes: tuple, dtype) -> jax.Array:
         """The parameter `<label>_<name>` with logical axes, in `dtype`."""
-        init = nn.with_logical_partitioning(init, axes)
-        return self.param(f"{self.label}_{name}", init, shape, jnp.float32).astype(dtype)
+        return weight_of(self, f"{self.label}_{name}", init, shape, axes, dtype)
 
     @nn.nowrap
     def dense(
@@ -31,7 +32,8 @@ class Parametric(Compressor):
     ) -> jax.Array:
         """x @ kernel + bias over the last axis."""
         kernel = nn.initializers.lecun_normal()
-        y = x @ self.weight(f"{name}_kernel", kernel, (x.shape[-1], features), axes, x.dtype)
+        kernel = self.weight(f"{name}_kernel", kernel, (x.shape[-1], features), axes, x.dtype)
+        y = product(x, kernel, x.dtype)
         if bias:
             y = y + self.weight(
                 f"{name}_bias", nn.initializers.zeros, (features,), axes[1:], x.dtype
@@ -52,10 +54,7 @@ class Parametric(Compressor):
         shape, ones, zeros = x.shape[-1:], nn.initializers.ones, nn.initializers.zeros
         scale = self.weight(f"{name}_scale", ones, shape, (axis,), jnp.float32)
         shift = self.weight(f"{name}_bias", zeros, shape, (axis,), jnp.float32)
-        y = x.astype(jnp.float32)
-        y = y - y.mean(axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + epsilon)
-        return (y * scale + shift).astype(x.dtype)
+        return (layer_normalised(x, epsilon) * scale + shift).astype(x.dtype)
 
 
 class Projector(Parametric):

@@ -9,6 +9,8 @@ from efficient_vlm.compressors.projectors.mlp import Parametric, exact_gelu
 from efficient_vlm.compressors.projectors.resampler import query_tokens
 from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, zero_padding
 from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.nn.cross_attention import cross_attention
+from efficient_vlm.nn.norms import rms_normalised
 
 STYLES = ("idefics2", "flamingo")
 
@@ -99,18 +101,13 @@ class Queries(Parametric):
             return y.reshape(*y.shape[:-1], self.num_heads, width // self.num_heads)
 
         q, k, v = heads("query", x), heads("key", keys), heads("value", keys)
-        logits = jnp.einsum("bqhd,bshd->bhqs", q, k, preferred_element_type=jnp.float32)
-        logits = logits * (width // self.num_heads) ** -0.5
-        if bias is not None:
-            logits = logits + bias[:, None, None]
-        # A finite floor: a row without real patches gets a uniform softmax, no NaN, and is zeroed.
-        logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
-        attention = jax.nn.softmax(logits, axis=-1).astype(x.dtype)
-        mixed = jnp.einsum("bhqs,bshd->bqhd", attention, v).reshape(x.shape)
+        attended = cross_attention(q, k, v, mask, bias)
+        mixed = attended.values.reshape(x.shape)
         y = self.dense(f"{name}_out", mixed, width, ("mlp", "embed"), bias=affine)
         if not patches:
             return y, None
-        looked = jax.nn.softmax(jax.lax.stop_gradient(logits[..., :patches]), axis=-1)
+        logits = jax.lax.stop_gradient(attended.logits[..., :patches])
+        looked = jax.nn.softmax(logits, axis=-1)
         return y, looked.mean(axis=1)
 
 
@@ -178,9 +175,7 @@ class Perceiver(Queries):
             return self.layer_norm(name, x, "embed", 1e-5)
         ones, shape = nn.initializers.ones, x.shape[-1:]
         scale = self.weight(f"{name}_scale", ones, shape, ("embed",), jnp.float32)
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-6)
-        return (y * scale).astype(x.dtype)
+        return (rms_normalised(x) * scale).astype(x.dtype)
 
     @nn.nowrap
     def _feed_forward(self, i, x):

@@ -5,9 +5,11 @@ import jax
 import jax.numpy as jnp
 
 from efficient_vlm.compressors.base import Compressor, positive_int
-from efficient_vlm.compressors.score import rms_normalise
 from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, remap, zero_padding
 from efficient_vlm.errors import UserError
+from efficient_vlm.nn.cross_attention import cross_attention
+from efficient_vlm.nn.linear import product, weight_of
+from efficient_vlm.nn.norms import rms_normalised
 
 
 class Resampler(Compressor):
@@ -65,8 +67,7 @@ class Resampler(Compressor):
             )
 
         def param(name, init, axes, shape):
-            init = nn.with_logical_partitioning(init, axes)
-            return self.param(name, init, shape, jnp.float32).astype(tokens.embed.dtype)
+            return weight_of(self, name, init, shape, axes, tokens.embed.dtype)
 
         matrix, square = nn.initializers.lecun_normal(), (width, width)
         normal = nn.initializers.normal(1.0)
@@ -80,25 +81,19 @@ class Resampler(Compressor):
 
         tokens = zero_padding(tokens)
         queries = queries[: self.budget]
-        x = rms_normalise(tokens.embed)
+        x = rms_normalised(tokens.embed)
         code = position_code(tokens.position, width)
         dtype = tokens.embed.dtype
 
         def heads(y):
             return y.reshape(*y.shape[:-1], self.num_heads, width // self.num_heads)
 
-        q = heads(queries @ query_kernel)
-        k = heads((x + code).astype(dtype) @ key_kernel)
-        v = heads(x.astype(dtype) @ value_kernel)
-        logits = jnp.einsum("qhd,bthd->bhqt", q, k, preferred_element_type=jnp.float32)
-        logits = logits * (width // self.num_heads) ** -0.5
-        if tokens.bias is not None:
-            logits = logits + tokens.bias[:, None, None, :]
-        # A finite floor: a row without real patches gets a uniform softmax, no NaN, and is zeroed.
-        logits = jnp.where(tokens.mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
-        attention = jax.nn.softmax(logits, axis=-1)
-        mixed = jnp.einsum("bhqt,bthd->bqhd", attention.astype(dtype), v)
-        embed = queries + mixed.reshape(*mixed.shape[:2], width) @ out_kernel
+        q = heads(product(queries, query_kernel, dtype))
+        k = heads(product(x + code, key_kernel, dtype))
+        v = heads(product(x, value_kernel, dtype))
+        mixed, attention, _ = cross_attention(q, k, v, tokens.mask, tokens.bias)
+        mixed = mixed.reshape(*mixed.shape[:2], width)
+        embed = queries + product(mixed, out_kernel, dtype)
         return query_tokens(tokens, embed, jax.lax.stop_gradient(attention.mean(axis=1)))
 
 

@@ -1,0 +1,52 @@
+"""Attention of a few queries to keys of their own, as projectors and compressors use it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Attended(NamedTuple):
+    """What queries read.
+
+    Attributes:
+      values: [..., Q, H, D] in the dtype of the values.
+      weights: float32 [..., H, Q, K], rows summing to 1.
+      logits: float32 [..., H, Q, K], in front of the softmax.
+    """
+
+    values: jax.Array
+    weights: jax.Array
+    logits: jax.Array
+
+
+def cross_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, live: jax.Array, bias: jax.Array | None = None
+) -> Attended:
+    """Scaled dot-product attention (arXiv 1706.03762, eq. 1) that also gives its weights.
+
+    Args:
+      q: [..., Q, H, D], or [Q, H, D] for the same queries everywhere.
+      k, v: [..., K, H, D].
+      live: bool [..., K], keys that exist. Queries without any get the mean of all values.
+      bias: float32 [..., K], added to the logits of each key.
+    """
+    logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.float32)
+    logits = logits * q.shape[-1] ** -0.5
+    if bias is not None:
+        logits = logits + bias[..., None, None, :]
+    # A finite floor: where no key exists the softmax is uniform, and no NaN.
+    logits = jnp.where(live[..., None, None, :], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1)
+    values = jnp.einsum("...hqk,...khd->...qhd", weights.astype(v.dtype), v)
+    return Attended(values, weights, logits)
+
+
+def window_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, live: jax.Array, bias: jax.Array | None = None
+) -> jax.Array:
+    """One query for each window of keys: q [B, T, H, D], k and v [B, T, K, H, D] -> [B, T, H, D].
+
+    Args: see `cross_attention`; live bool and bias float32 [B, T, K].
+    """
+    return cross_attention(q[:, :, None], k, v, live, bias).values[:, :, 0]

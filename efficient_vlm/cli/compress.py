@@ -23,6 +23,7 @@ from efficient_vlm.processing import decode_image as images
 from efficient_vlm.processing.decode_image import BadRecord
 from efficient_vlm.report import drawing, heat
 from efficient_vlm.report.sheet import HeatPanel, Panel, draw_sheet
+from efficient_vlm.runtime import enable_compilation_cache
 
 ALL = "all"
 _MOST = 64  # Patches in a row or column, without a run.
@@ -35,12 +36,13 @@ _LEGEND = (
 _INSIDE = " Inside the decoder: as in the last layers that hold any visual token."
 
 
-def main(args: argparse.Namespace) -> int:
+def compress(args: argparse.Namespace) -> int:
     """`efficient-vlm compress`.
 
     Args:
       args: image, compressor, options ("layer=2"), out, workdir, question, grid, json.
     """
+    enable_compilation_cache()
     if not args.compressor:
         raise UserError(
             "compress: --compressor is missing",

@@ -16,9 +16,18 @@ from typing import Any
 
 import ml_collections
 
+from efficient_vlm.compressors.methods import METHODS
+from efficient_vlm.data.config import DataConfig
 from efficient_vlm.errors import UserError, closest, unknown
+from efficient_vlm.evaluation.settings import EvalConfig
+from efficient_vlm.models import connector, decoder, vlm
+from efficient_vlm.models import encoder as vit
+from efficient_vlm.nn import moe
+from efficient_vlm.sharding import MeshConfig
+from efficient_vlm.train.config import TrainConfig
+from efficient_vlm.train.optimizer import OptimizerConfig
 
-# Sections whose fields are those of a class that needs JAX; `data` has a class of its own.
+# Sections whose values are checked here when a file is read; `DataConfig` checks its own.
 SECTIONS = (
     "model",
     "model.encoder",
@@ -179,7 +188,6 @@ def _spell(wanted: Any) -> str:
 
 def _check_types(config: ml_collections.ConfigDict) -> None:
     """Raises UserError for the first value whose type is not that of its class's field."""
-    # data.* is checked by its own class, which JAX does not come with.
     for where in SECTIONS:
         node: Any = config
         for name in where.split("."):
@@ -210,12 +218,9 @@ def _unknown_field(where: str, field: str, node: Any, defaults: Iterable[str] = 
 
 def _fields(where: str, config: ml_collections.ConfigDict) -> dict[str, dataclasses.Field]:
     """The fields that a section may have: those of the class that it is handed to."""
-    if where == "data":
-        from efficient_vlm.data.config import DataConfig as cls
-    elif where in SECTIONS:
-        cls = _class_of(where, config)
-    else:
+    if where not in (*SECTIONS, "data"):
         return {}
+    cls = _class_of(where, config)
     hidden = ("parent", "name") if where.startswith("model") else ()
     return (
         {f.name: f for f in dataclasses.fields(cls) if f.init and f.name not in hidden}
@@ -225,19 +230,10 @@ def _fields(where: str, config: ml_collections.ConfigDict) -> dict[str, dataclas
 
 
 def _class_of(where: str, config: ml_collections.ConfigDict) -> type | None:
-    # Late, and here alone: the classes bring JAX with them.
-    from efficient_vlm.compressors.methods import METHODS
-    from efficient_vlm.evaluation.protocol import EvalConfig
-    from efficient_vlm.models import connector, decoder, vlm
-    from efficient_vlm.models import encoder as vit
-    from efficient_vlm.nn import moe
-    from efficient_vlm.sharding import MeshConfig
-    from efficient_vlm.train.config import TrainConfig
-    from efficient_vlm.train.optimizer import OptimizerConfig
-
     if where == "model.compressor":
         return METHODS.get(config.model.compressor.get("name"))
     return {
+        "data": DataConfig,
         "model": vlm.VisionLanguageModel,
         "model.encoder": vit.ViT,
         "model.connector": connector.Connector,

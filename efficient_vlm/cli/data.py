@@ -1,8 +1,11 @@
-"""`efficient-vlm data build` and `efficient-vlm data inspect`, without the parsing of arguments."""
+"""`efficient-vlm data build` and `efficient-vlm data inspect`."""
 
+import argparse
 import collections
+from collections.abc import Sequence
 from pathlib import Path
 
+from efficient_vlm.cli import config_file as configs
 from efficient_vlm.data.config import DataConfig, validate
 from efficient_vlm.data.inspect import contact_sheet
 from efficient_vlm.data.pipeline import make_spec
@@ -10,7 +13,21 @@ from efficient_vlm.data.records import REASONS
 from efficient_vlm.data.sources import build_token_bench, open_source
 from efficient_vlm.data.token_bench import store
 from efficient_vlm.errors import UserError
+from efficient_vlm.fields import section
 from efficient_vlm.processing.decode_image import BadRecord
+
+
+def data(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """`efficient-vlm data build|inspect`."""
+    if args.action == "inspect" and args.count < 1:
+        raise UserError(f"--count: {args.count}", allowed="1 or more")
+    config = configs.load(args.config, overrides)
+    fields = DataConfig.from_mapping(section(config, "data"))
+    if args.action == "build":
+        build(fields)
+    else:
+        inspect(fields, split=args.split, output=args.out, images=args.count)
+    return 0
 
 
 def build(config: DataConfig, *, full: bool = True) -> Path:

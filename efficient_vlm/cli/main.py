@@ -299,6 +299,14 @@ def run(argv: Sequence[str]) -> int:
 
         print(f"Report: {write_report(args.workdir)}")
         return 0
+    if args.verb == "compress":
+        from efficient_vlm.cli.compress import compress
+
+        return compress(args)
+    if args.verb == "data":
+        from efficient_vlm.cli.data import data
+
+        return data(args, overrides)
     from efficient_vlm.cli import run as commands
 
     return getattr(commands, args.verb)(args, overrides)

@@ -14,13 +14,19 @@ import numpy as np
 
 from efficient_vlm.compressors import Compressor, Signals, VisualTokens, methods
 from efficient_vlm.compressors.grids import Grid
+from efficient_vlm.data.config import DataConfig
+from efficient_vlm.data.pipeline import make_spec, make_tokenizer
+from efficient_vlm.data.scenes import COLOURS
 from efficient_vlm.errors import UserError
 from efficient_vlm.evaluation.settings import check_trained, parameter_shapes
 from efficient_vlm.fields import section
+from efficient_vlm.inference.generate import generate
 from efficient_vlm.models.variants import setting_of
 from efficient_vlm.processing import decode_image as images
 from efficient_vlm.report import heat, pixel_signals
 from efficient_vlm.report.heat import Heat
+from efficient_vlm.train.trained import restore
+from efficient_vlm.train.workdir_config import read_run_config
 
 _STEPS = 8  # Of tome without an encoder, whose layers it acts in.
 
@@ -147,11 +153,6 @@ class WithRun:
     """A picture seen by the newest checkpoint of a run."""
 
     def __init__(self, image: np.ndarray, workdir: Path, question: str | None):
-        from efficient_vlm.data.config import DataConfig
-        from efficient_vlm.data.pipeline import make_spec
-        from efficient_vlm.train.trained import restore
-        from efficient_vlm.train.workdir_config import read_run_config
-
         self.config = read_run_config(workdir)
         data = DataConfig.from_mapping(section(self.config, "data"))
         self.tokenizer, spec = _tokenizer(data, workdir), make_spec(data, data.tasks)
@@ -219,8 +220,6 @@ class WithRun:
         Raises:
           UserError: it has not been trained here, or has no such setting.
         """
-        from efficient_vlm.inference.generate import generate
-
         variant = self._variant(fields)
         variant.make_compressor()
         check_trained([variant], parameter_shapes(self.params))
@@ -290,8 +289,6 @@ def _at_size(image: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
 
 def _tokenizer(data, workdir: Path):
     """The run's tokenizer, without its data."""
-    from efficient_vlm.data.pipeline import make_tokenizer
-
     known = data.tokenizer or data.source == "token_bench"
     if not known and not (workdir / "tokenizer.json").is_file():
         raise UserError(
@@ -304,6 +301,4 @@ def _tokenizer(data, workdir: Path):
 def _question(data) -> str:
     if data.source != "token_bench":
         return "What is in this image?"
-    from efficient_vlm.data.scenes import COLOURS
-
     return f"which digit is {COLOURS[0]}" if "needle" in data.tasks else "what background colour"

@@ -21,6 +21,8 @@ from efficient_vlm.families.imported import import_model, read_carried
 from efficient_vlm.families.table import family_of
 from efficient_vlm.inference import pretrained
 from efficient_vlm.nn.stack import unstack
+from efficient_vlm.processing import pointing
+from efficient_vlm.processing.pictures.base import load_picture
 from efficient_vlm.runtime import enable_compilation_cache
 
 
@@ -72,8 +74,6 @@ def generate(
     args: argparse.Namespace, options: Sequence[str], picture_options: Sequence[str]
 ) -> int:
     """`efficient-vlm generate MODEL QUESTION --image=FILE`."""
-    from efficient_vlm.processing import pointing
-
     enable_compilation_cache()
     _check(args)
     if options and args.compressor is None:
@@ -157,8 +157,6 @@ def _report(vlm: pretrained.Pretrained, out: Any, answer: str) -> dict[str, Any]
 
 
 def _draw_points(vlm: pretrained.Pretrained, pointing: Any, answer: str, args: Any) -> None:
-    from efficient_vlm.processing.pictures.base import load_picture
-
     found = pointing.parse(answer)
     if not found.points:
         print(f"no points in the answer; {args.points} is not written", file=sys.stderr)

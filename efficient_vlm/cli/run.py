@@ -11,9 +11,27 @@ from pathlib import Path
 from typing import Any
 
 from efficient_vlm.cli import config_file as configs
+from efficient_vlm.cli.methods import method_fields
+from efficient_vlm.compressors.methods import METHODS
+from efficient_vlm.costs.compiled.options import parse_mesh
 from efficient_vlm.errors import UserError
+from efficient_vlm.evaluation.run import evaluate_run, evaluate_trained
+from efficient_vlm.evaluation.settings import (
+    EvalConfig,
+    check_trained,
+    init_shapes,
+    labels_of,
+    parameter_shapes,
+    settings_of,
+)
 from efficient_vlm.fields import construct, section, to_dict
+from efficient_vlm.files import write_atomic
+from efficient_vlm.report.report import write_report
+from efficient_vlm.report.summary import summary_table, summary_text
 from efficient_vlm.runtime import enable_compilation_cache, environment
+from efficient_vlm.train import guards, loop, processes
+from efficient_vlm.train.config import read_config
+from efficient_vlm.train.goodput import Goodput
 from efficient_vlm.train.workdir_config import has_steps
 
 RESULTS = "results.json"
@@ -57,21 +75,6 @@ def fit(
       UserError: a mistake in the config or the data.
       train.loop.Stopped: SIGTERM or SIGINT came; the state is saved.
     """
-    from efficient_vlm.evaluation.run import evaluate_trained
-    from efficient_vlm.evaluation.settings import (
-        EvalConfig,
-        check_trained,
-        init_shapes,
-        labels_of,
-        parameter_shapes,
-        settings_of,
-    )
-    from efficient_vlm.files import write_atomic
-    from efficient_vlm.report.report import write_report
-    from efficient_vlm.train import guards, loop, processes
-    from efficient_vlm.train.config import read_config
-    from efficient_vlm.train.goodput import Goodput
-
     enable_compilation_cache()
     workdir = Path(workdir)
     plain = to_dict(config)
@@ -137,7 +140,6 @@ def fit(
 
 def _check_stop(stop: Any, step: int) -> Callable[[], None]:
     """What evaluation asks between batches."""
-    from efficient_vlm.train import loop, processes
 
     def check() -> None:
         # All at the same batch: each process has a part of every program.
@@ -149,25 +151,18 @@ def _check_stop(stop: Any, step: int) -> Callable[[], None]:
 
 def train(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """`efficient-vlm train`."""
-    from efficient_vlm.train import processes
-    from efficient_vlm.train.loop import Stopped
-
     processes.start(args.distributed)
     config = configs.load(args.config, overrides)
     command = shlex.join(["efficient-vlm", *sys.argv[1:]])
     try:
         fit(config, args.workdir, command=command)
-    except Stopped as stopped:
+    except loop.Stopped as stopped:
         return stopped.exit_code
     return 0
 
 
 def eval(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """`efficient-vlm eval`."""
-    from efficient_vlm.costs.compiled.options import parse_mesh
-    from efficient_vlm.evaluation.run import evaluate_run
-    from efficient_vlm.train import guards, loop, processes
-
     del overrides
     methods = _read_methods(args)
     mesh = None if args.mesh is None else parse_mesh(args.mesh)
@@ -195,9 +190,6 @@ def eval(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def _read_methods(args: argparse.Namespace) -> list[dict[str, Any]] | None:
     """--compressor, --compressor.OPTION and --budget of `eval`, as `EvalConfig.methods`."""
-    from efficient_vlm.cli.methods import method_fields
-    from efficient_vlm.compressors.methods import METHODS
-
     for option, given in (("--budget", args.budget), ("--compressor.OPTION", args.options)):
         if given and not args.compressor:
             raise UserError(f"{option}: goes with --compressor", fix="add --compressor=NAME")
@@ -214,31 +206,6 @@ def _read_methods(args: argparse.Namespace) -> list[dict[str, Any]] | None:
     return methods
 
 
-def compress(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """`efficient-vlm compress`."""
-    from efficient_vlm.cli.compress import main
-
-    del overrides
-    enable_compilation_cache()
-    return main(args)
-
-
-def data(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """`efficient-vlm data build|inspect`."""
-    from efficient_vlm.cli import data as commands
-    from efficient_vlm.data.config import DataConfig
-
-    if args.action == "inspect" and args.count < 1:
-        raise UserError(f"--count: {args.count}", allowed="1 or more")
-    config = configs.load(args.config, overrides)
-    fields = DataConfig.from_mapping(section(config, "data"))
-    if args.action == "build":
-        commands.build(fields)
-    else:
-        commands.inspect(fields, split=args.split, output=args.out, images=args.count)
-    return 0
-
-
 def _positive(field: str, text: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
         raise UserError(f"{field}: {text!r} is not a positive number", allowed="1, 2, 3, ...")
@@ -247,8 +214,6 @@ def _positive(field: str, text: str) -> int:
 
 def _print_summary(results: Mapping[str, Any]) -> None:
     from rich.console import Console
-
-    from efficient_vlm.report.summary import summary_table, summary_text
 
     if sys.stdout.isatty():
         Console().print(summary_table(results))

@@ -12,6 +12,8 @@ from efficient_vlm.cli import config_file as configs
 from efficient_vlm.compressors import methods
 from efficient_vlm.costs import flops, ledger
 from efficient_vlm.costs.ledger import Ledger
+from efficient_vlm.data import pipeline
+from efficient_vlm.data.config import DataConfig
 from efficient_vlm.errors import UserError
 from efficient_vlm.families import presets
 from efficient_vlm.fields import construct, section
@@ -149,9 +151,6 @@ def read_subject(args: argparse.Namespace, overrides: Sequence[str]) -> Subject:
 
 def _read_data(config: ml_collections.ConfigDict) -> tuple[int, int]:
     """Text tokens and images of a question; fills in the vocabulary, without building data."""
-    from efficient_vlm.data import pipeline
-    from efficient_vlm.data.config import DataConfig
-
     fields = section(config, "data")
     # The data themselves are not looked at: a config may still wait for its path.
     data = DataConfig.from_mapping({**fields, "path": fields.get("path") or "unknown"})

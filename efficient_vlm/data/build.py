@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 from efficient_vlm.data.config import DataConfig
+from efficient_vlm.data.sources import build_token_bench
 
 # A smaller build takes less time than a process takes to start.
 WORTH_A_PROCESS = 4_000
@@ -30,8 +31,6 @@ def start(config: DataConfig) -> subprocess.Popen | None:
 
 def main() -> None:
     """The process: the fields of a DataConfig as JSON are its only argument."""
-    from efficient_vlm.data.sources import build_token_bench
-
     build_token_bench(DataConfig.from_mapping(json.loads(sys.argv[1])))
 
 

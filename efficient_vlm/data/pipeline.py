@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from efficient_vlm.data import transforms
+from efficient_vlm.data import questions, transforms
 from efficient_vlm.data.config import DataConfig, validate
 from efficient_vlm.data.skips import SkipCounter
 from efficient_vlm.data.sources import Source, longest_words, open_source
 from efficient_vlm.errors import UserError
 from efficient_vlm.processing import decode_image as images
+from efficient_vlm.processing import tokenizer as tokenizing
 from efficient_vlm.processing.decode_image import BadRecord
 from efficient_vlm.processing.tokenizer import Tokenizer
 
@@ -151,17 +152,14 @@ def make_tokenizer(
     config: DataConfig, source: Source | None, workdir: str | Path | None = None
 ) -> Tokenizer:
     """The tokenizer of `config`; what is trained on the data is kept in `workdir`."""
-    from efficient_vlm.data import questions
-    from efficient_vlm.processing import tokenizer
-
     if config.tokenizer:
-        return tokenizer.load(config.tokenizer)
+        return tokenizing.load(config.tokenizer)
     if config.source == "token_bench":
-        return tokenizer.word_level(questions.vocabulary())
+        return tokenizing.word_level(questions.vocabulary())
     path = Path(workdir) / "tokenizer.json" if workdir else None
     if path and path.is_file():
-        return tokenizer.load(path)
-    trained = tokenizer.train(source.texts(), config.vocab_size)
+        return tokenizing.load(path)
+    trained = tokenizing.train(source.texts(), config.vocab_size)
     if path:
         trained.save(path)
     return trained

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from efficient_vlm.data import questions
 from efficient_vlm.data.config import DataConfig
+from efficient_vlm.data.llava_json import LlavaSource
 from efficient_vlm.data.records import Conversation, Record
 from efficient_vlm.data.scenes import SceneConfig
 from efficient_vlm.data.token_bench import store
@@ -87,8 +88,6 @@ def open_source(config: DataConfig, split: str) -> Source:
     """The records of `split`, "train" or "test"."""
     if config.source == "token_bench":
         return TokenBenchSource(build_token_bench(config), split, config.tasks)
-    from efficient_vlm.data.llava_json import LlavaSource
-
     if split == "test" and config.eval_path:
         return LlavaSource(config.eval_path, max_bytes=config.max_image_bytes)
     fraction = 0.0 if config.eval_path else config.test_fraction

@@ -17,6 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from efficient_vlm.checkpoints import safetensors_write
+from efficient_vlm.checkpoints.run import Checkpoints, SaveFailed
 from efficient_vlm.checkpoints.safetensors_read import Checkpoint
 from efficient_vlm.checkpoints.safetensors_write import writing
 from efficient_vlm.checkpoints.staging import Stage, identity
@@ -77,8 +78,6 @@ def open_weights(
 
 
 def _restore(directory: Path, model: VisionLanguageModel) -> Any:
-    from efficient_vlm.checkpoints.run import Checkpoints
-
     kinds = read_json(directory / DTYPES)
     try:
         abstract = {
@@ -127,8 +126,6 @@ def import_model(
     Raises:
       UserError: see `from_pretrained`; or the target holds something else.
     """
-    from efficient_vlm.checkpoints.run import SaveFailed
-
     source, target = Path(source), Path(target)
     config = read_config(source)
     if (target / DTYPES).is_file() and _committed(target):
@@ -154,8 +151,6 @@ def import_model(
 
 
 def _write(source: Path, target: Path, reader: Source) -> Any:
-    from efficient_vlm.checkpoints.run import Checkpoints
-
     files = reader.checkpoint.files
     stage = Stage(target / STAGE, identity((source / "config.json", *files)))
     for leftover in target.iterdir():  # Of an import that was killed, perhaps of another model.
@@ -185,8 +180,6 @@ def _is_free(target: Path) -> bool:
 
 
 def _committed(target: Path) -> bool:
-    from efficient_vlm.checkpoints.run import Checkpoints
-
     if not (target / CHECKPOINTS).is_dir():
         return False
     with Checkpoints(target / CHECKPOINTS, read_only=True) as checkpoints:

@@ -7,6 +7,7 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.texts import decoder_fields, text_of
 from efficient_vlm.families.vision import activation, embedding_refused
+from efficient_vlm.processing.pictures.tiles import InternVLPictures
 
 NORMS = {"layer_norm": "layernorm", "rms_norm": "rms"}
 
@@ -130,8 +131,6 @@ def _tensors(m: NameMap, config: Config, spelling: str) -> None:
 
 
 def _processor(preprocessor: Config, config: Config, **options: Any) -> Any:
-    from efficient_vlm.processing.pictures.tiles import InternVLPictures
-
     return InternVLPictures.from_hf(preprocessor, config, **options)
 
 

@@ -14,6 +14,8 @@ from efficient_vlm.families.vision import (
     siglip,
     siglip_tensors,
 )
+from efficient_vlm.processing.pictures.resized import LlavaPictures
+from efficient_vlm.processing.pictures.siglip import SiglipPictures
 
 
 def _model(config: Config) -> dict[str, Any]:
@@ -64,9 +66,6 @@ def _tensors(m: NameMap, config: Config, spelling: str) -> None:
 
 
 def _processor(preprocessor: Config, config: Config, **options: Any) -> Any:
-    from efficient_vlm.processing.pictures.resized import LlavaPictures
-    from efficient_vlm.processing.pictures.siglip import SiglipPictures
-
     is_clip = config["vision_config"].get("model_type", "clip_vision_model").startswith("clip")
     cls = LlavaPictures if is_clip else SiglipPictures
     return cls.from_hf(preprocessor, config, **options)

@@ -8,6 +8,7 @@ from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.texts import decoder_fields, text_of
 from efficient_vlm.families.vision import clip, clip_tensors, embedding_refused
 from efficient_vlm.processing.chat_template import VICUNA_SYSTEM
+from efficient_vlm.processing.pictures.resized import MobileVLMPictures
 
 # The released files name this tower and do not describe it.
 _TOWER = "clip-vit-large-patch14-336"
@@ -113,8 +114,6 @@ def _norm(m: NameMap, path: str, name: str) -> None:
 
 
 def _processor(preprocessor: Config, config: Config, **options: Any) -> Any:
-    from efficient_vlm.processing.pictures.resized import MobileVLMPictures
-
     return MobileVLMPictures.from_hf(preprocessor, config, **options)
 
 

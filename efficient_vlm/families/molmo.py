@@ -9,6 +9,8 @@ from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.moe_text import OTHERS, experts, mixture
 from efficient_vlm.families.text import PATH, fused_rows
 from efficient_vlm.families.vision import activation
+from efficient_vlm.processing.pictures.base import CLIP_MEAN, CLIP_STD
+from efficient_vlm.processing.pictures.molmo import Molmo
 
 TRANSFORMER, BACKBONE = "model.transformer.", "model.vision_backbone."
 
@@ -144,8 +146,6 @@ def _decoder(config: Config, width: int) -> dict[str, Any]:
 
 def _encoder(vision: Config, layers: Any) -> dict[str, Any]:
     """CLIP, stored with 23 of its 24 layers; `layers` count from the end of those stored."""
-    from efficient_vlm.processing.pictures.base import CLIP_MEAN, CLIP_STD
-
     fixed(vision, dict(image_model_type=("openai",)))
     return dict(
         image_size=tuple(vision["image_default_input_size"]),
@@ -250,8 +250,6 @@ def connector_tensors(m: NameMap) -> None:
 
 
 def _processor(preprocessor: Config, config: Config, **options: Any) -> Any:
-    from efficient_vlm.processing.pictures.molmo import Molmo
-
     return Molmo.from_hf({**preprocessor, **options}, config)
 
 

@@ -14,6 +14,7 @@ from efficient_vlm.families.molmo import (
 )
 from efficient_vlm.families.text import PATH, attention, fused_rows, glu, llama
 from efficient_vlm.families.vision import activation
+from efficient_vlm.processing.pictures.molmo import Molmo2
 
 
 def _vision(config: Config) -> Config:
@@ -124,8 +125,6 @@ def _block_ids(config: Config) -> tuple[int, ...]:
 
 
 def _processor(preprocessor: Config, config: Config, **options: Any) -> Any:
-    from efficient_vlm.processing.pictures.molmo import Molmo2
-
     return Molmo2.from_hf({**preprocessor, **options}, config)
 
 

@@ -5,13 +5,13 @@ into, how the default picture becomes images, and the published sizes.
 `tests/families/test_presets.py` counts every model's parameters against them, to the unit.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from efficient_vlm.errors import unknown
 from efficient_vlm.families import published
 from efficient_vlm.families.table import family_of
+from efficient_vlm.processing.pictures.native import smart_resize
 
 # Prompt with its template, about; papers count 30 (M3) to 64 tokens. The same for every preset.
 TEXT_TOKENS = 64
@@ -113,45 +113,11 @@ def table() -> list[dict[str, Any]]:
     return rows
 
 
-def count(name: str) -> dict[str, int]:
-    """Parameters of a published checkpoint, counted on our model without allocating any.
-
-    Tensors that the checkpoint holds and no parameter of ours is made of are added from the table
-    (`unused`).
-
-    Args:
-      name: one of `names()`.
-
-    Returns:
-      params: all, tied tables once.
-      params_active: of them those that one token uses: `top_k` of the experts of each mixture.
-    """
-    from efficient_vlm.families.architecture import build_model, name_map, parameter_shapes
-
-    entry = published.get(name)
-    config = entry["config"]
-    model = build_model(config)
-    sizes = {path: math.prod(leaf.shape) for path, leaf in parameter_shapes(model).items()}
-    used = name_map(family_of(config), config, model).tensors()
-    unread = sum(
-        size for part, size in entry["unused"].items() if not any(part in tensor for tensor in used)
-    )
-    total = sum(sizes.values()) + unread
-    moe, idle = model.decoder.get("moe"), 0
-    if moe:
-        parts = ("moe/gate", "moe/up", "moe/down")
-        experts = sum(size for path, size in sizes.items() if path.endswith(parts))
-        idle = experts * (moe["num_experts"] - moe["top_k"]) // moe["num_experts"]
-    return {"params": total, "params_active": total - idle}
-
-
 def _native_size(entry: Mapping[str, Any]) -> tuple[int, int] | None:
     """Pixels that the default picture is resized to, for encoders without a size of their own."""
     settings = entry["image_processor"]
     if settings is None or "merge_size" not in settings:
         return None
-    from efficient_vlm.processing.pictures.native import smart_resize
-
     height, width = map(int, entry["visual_tokens"]["picture"].split(" x "))
     size = settings["size"]
     return smart_resize(

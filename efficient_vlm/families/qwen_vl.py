@@ -8,6 +8,7 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.text import fused_rows, llama_tensors, qwen2, qwen3
 from efficient_vlm.families.vision import activation
+from efficient_vlm.processing.pictures.native import Qwen2VLPictures, Qwen3VLPictures
 
 # Visual tokens along a side of the picture that shapes are stated for; any other size works.
 _SIDE = 24
@@ -138,8 +139,6 @@ def _merger(m: NameMap, ours: str, theirs: str, names: tuple[str, str, str]) -> 
 
 
 def _processor(preprocessor: Config, config: Config, **options: Any) -> Any:
-    from efficient_vlm.processing.pictures.native import Qwen2VLPictures, Qwen3VLPictures
-
     cls = Qwen3VLPictures if config["model_type"] == "qwen3_vl" else Qwen2VLPictures
     return cls.from_hf(preprocessor, config, **options)
 

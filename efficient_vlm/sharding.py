@@ -18,6 +18,7 @@ from flax import linen as nn
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from efficient_vlm import checks
 from efficient_vlm.errors import UserError
 
 __all__ = [
@@ -94,8 +95,10 @@ class MeshConfig:
         """
         sizes = {name: getattr(self, name) for name in AXES}
         for name, size in sizes.items():
-            if size < 1 and not (name == "data" and size == -1):
-                raise UserError(f"train.mesh.{name}: {size}", allowed="1 or more; data also -1")
+            if name == "data" and size == -1:
+                continue
+            fix = "-1 takes the devices that are left" if name == "data" else None
+            checks.whole(f"train.mesh.{name}", size, fix=fix)
         rest = math.prod(size for size in sizes.values() if size > 0)
         if sizes["data"] == -1:
             sizes["data"] = max(devices // rest, 1)

@@ -31,6 +31,7 @@ import jax
 import numpy as np
 
 import efficient_vlm
+from efficient_vlm import checks
 from efficient_vlm import files as manifest
 from efficient_vlm.checkpoints import leaves as leaf_store
 from efficient_vlm.checkpoints.commits import TEMPORARY, Commits
@@ -107,11 +108,8 @@ class Checkpoints:
                 allowed="a local folder or a shared POSIX file system",
                 fix="mount the bucket, or copy checkpoints there after they are written",
             )
-        if keep < 1 or (keep_every is not None and keep_every < 1):
-            raise UserError(
-                f"checkpoint.keep={keep}, checkpoint.keep_every={keep_every}",
-                allowed="keep >= 1; keep_every >= 1 or None",
-            )
+        checks.whole("train.keep", keep)
+        checks.whole("train.keep_every", keep_every, none=True)
         self.directory = Path(directory).absolute()
         self.last_save: SaveReport | None = None
         self.failures = 0

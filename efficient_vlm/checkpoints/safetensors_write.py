@@ -15,6 +15,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from efficient_vlm import checks
 from efficient_vlm.byte_bar import byte_bar
 from efficient_vlm.checkpoints.safetensors_format import DTYPE_NAMES, build_header
 from efficient_vlm.checkpoints.safetensors_read import INDEX, SINGLE
@@ -85,8 +86,7 @@ def write(
       ValueError: a name twice, a dtype outside the format, or values unlike their declaration.
     """
     directory = Path(directory)
-    if max_shard_bytes < 1:
-        raise UserError(f"max_shard_bytes={max_shard_bytes}", allowed="1 or more")
+    checks.whole("max_shard_bytes", max_shard_bytes)
     declared = [
         Tensor(name, tuple(shape), np.dtype(dtype), make) for name, shape, dtype, make in tensors
     ]

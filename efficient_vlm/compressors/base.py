@@ -9,29 +9,18 @@ for any batch with its own padding per row, and gives `budget` tokens whatever t
 * nothing of what the padding of the input carries reaches the output or a gradient.
 """
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import grids
 from efficient_vlm.compressors.tokens import NO_SIGNALS, Signals, VisualTokens
 from efficient_vlm.errors import UserError, unknown
 
 POLICIES = ("retain", "reindex")
-
-
-def positive_int(field: str, value: Any) -> int:
-    """`value` as a Python int above 0; UserError naming `field` if it is not one."""
-    try:
-        number = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise UserError(f"{field}: {value!r} is not a positive integer", allowed="1, 2, 3, ...")
-    return number
 
 
 def as_tuple(field: str, value: Any) -> tuple:
@@ -116,7 +105,7 @@ class Compressor(nn.Module):
         if self.budget is not None:
             whole = isinstance(self.budget, int) and not isinstance(self.budget, bool)
             if not (whole and self.budget == self.min_budget == 0):
-                object.__setattr__(self, "budget", positive_int("compressor.budget", self.budget))
+                object.__setattr__(self, "budget", checks.whole("compressor.budget", self.budget))
         if self.grid is not None:
             object.__setattr__(self, "grid", grids.as_grid("compressor.grid", self.grid))
         if self.position_policy not in (None, *POLICIES):

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from efficient_vlm.checks import known_fields
 from efficient_vlm.compressors.base import Compressor
 from efficient_vlm.compressors.between import pooling, selectors
 from efficient_vlm.compressors.between.cdpruner import CDPruner
@@ -31,7 +32,7 @@ from efficient_vlm.compressors.projectors.gather_pool import MolmoPool, Position
 from efficient_vlm.compressors.projectors.mlp import Deco, Mlp
 from efficient_vlm.compressors.projectors.query import Perceiver, QFormer
 from efficient_vlm.compressors.projectors.resampler import Resampler
-from efficient_vlm.errors import check_fields, unknown
+from efficient_vlm.errors import unknown
 
 METHODS: dict[str, type[Compressor]] = {
     method.label: method
@@ -117,7 +118,7 @@ def build(name: str, *, budget: int | None = None, **settings: Any) -> Compresso
     Raises:
       UserError: unknown name or option, or a value that is wrong whatever the image.
     """
-    check_fields(
+    known_fields(
         f"compressor {name}", {k: v for k, v in settings.items() if k != "parent"}, options(name)
     )
     return find(name)(budget=budget, **settings)

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
+from efficient_vlm import checks
 from efficient_vlm.data.glyphs import FONTS, SOURCE_PIXELS, TRAIN_GLYPHS, font, glyph_table
-from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.errors import UserError
 
 COLOURS = ("red", "green", "blue", "yellow", "magenta", "cyan", "orange", "grey")
 WHITE = len(COLOURS)  # Colour number of clutter; no question names it.
@@ -134,8 +135,7 @@ def check(config: SceneConfig) -> None:
     if not config.tasks:
         raise UserError("data.tasks: empty", allowed=", ".join(TASKS), fix="name one task or more")
     for task in config.tasks:
-        if task not in TASKS:
-            raise unknown("data.tasks", task, TASKS)
+        checks.one_of("data.tasks", task, TASKS)
     limits = {
         "canvas": (16, MAX_CANVAS),
         "grid": (0, MAX_GRID),
@@ -149,12 +149,7 @@ def check(config: SceneConfig) -> None:
         "question_pool": (1, 256),
     }
     for name, (low, high) in limits.items():
-        if not low <= getattr(config, name) <= high:
-            raise UserError(
-                f"data.{name}: {getattr(config, name)}",
-                allowed=f"{low} to {high}",
-                fix=f"choose data.{name} in this range",
-            )
+        checks.number(f"data.{name}", getattr(config, name), low, high)
     need = config.glyph + 2 * config.jitter
     if config.cells < 1 or config.canvas // config.cells < need:
         raise UserError(

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import linen as nn
 
-from efficient_vlm import compressors
+from efficient_vlm import checks, compressors
 from efficient_vlm.compressors import POLICIES, Compressor
-from efficient_vlm.errors import UserError, check_fields, unknown
+from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.fields import frozen
 from efficient_vlm.models.decoder_stack import DENSE, MAIN
 from efficient_vlm.nn.decoder_block import NORM_LAYOUTS
@@ -123,7 +123,7 @@ class DecoderFields(nn.Module):
 
     def check(self) -> None:
         for i, segment in enumerate(self.segments):
-            check_fields(f"model.decoder.segments[{i}]", segment, ("layers", "compressor"))
+            checks.known_fields(f"model.decoder.segments[{i}]", segment, ("layers", "compressor"))
             if self.compressor is not None and segment.get("compressor"):
                 raise UserError(
                     f"model.decoder.segments[{i}].compressor: set beside "

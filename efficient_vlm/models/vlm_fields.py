@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from efficient_vlm import compressors
+from efficient_vlm.checks import number_fields, whole
 from efficient_vlm.compressors.methods import METHODS, find
 from efficient_vlm.errors import UserError
-from efficient_vlm.fields import check_positive, construct, frozen
+from efficient_vlm.fields import construct, frozen
 from efficient_vlm.models.decoder import Decoder
 from efficient_vlm.models.encoder import ViT
 from efficient_vlm.models.image_inputs import NO_EXTRAS, ImageExtras, Layout
@@ -79,7 +80,7 @@ class VisionLanguageFields(nn.Module):
             raise UserError("model.encoder: None, this is a language model without images")
         vit = construct(ViT, self.encoder, "model.encoder", dtype=self.dtype, parent=None)
         names = ("patch_size", "width", "depth", "num_heads", "mlp_dim", "stem_dim")
-        check_positive("model.encoder", vit, names)
+        number_fields(vit, "model.encoder", *names)
         return vit
 
     def make_decoder(self) -> Decoder:
@@ -89,14 +90,9 @@ class VisionLanguageFields(nn.Module):
             fields["compressor"] = {"grid": self.slot_grid, **self.compressor}
         decoder = construct(Decoder, self.decoder, "model.decoder", **fields)
         names = ("width", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
-        check_positive("model.decoder", decoder, names)
+        number_fields(decoder, "model.decoder", *names)
         for i, segment in enumerate(decoder.segments):
-            layers = segment.get("layers")
-            if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
-                raise UserError(
-                    f"model.decoder.segments[{i}].layers: {layers!r}",
-                    allowed="a whole number above 0",
-                )
+            whole(f"model.decoder.segments[{i}].layers", segment.get("layers"))
         return decoder
 
     def make_compressor(self) -> nn.Module:

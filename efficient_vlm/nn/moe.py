@@ -1,13 +1,13 @@
 """A mixture of experts."""
 
-import math
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from efficient_vlm.errors import UserError, check_fields
+from efficient_vlm import checks
+from efficient_vlm.errors import UserError
 from efficient_vlm.nn.experts import Kernels, dispatch
 from efficient_vlm.nn.linear import Dtype, Linear, weight_of
 from efficient_vlm.nn.mlp import FeedForward, activate
@@ -119,31 +119,22 @@ def check_moe(moe: Mapping | None) -> None:
     """Raises UserError for a mixture that cannot be built."""
     if moe is None:
         return
-    check_fields("model.decoder.moe", moe, moe_fields())
+    where = "model.decoder.moe"
+    checks.known_fields(where, moe, moe_fields())
     for name in ("num_experts", "top_k", "expert_dim"):
         if name not in moe:
-            raise UserError(f"model.decoder.moe.{name}: missing", fix="set it, or moe=None")
+            raise UserError(f"{where}.{name}: missing", fix="set it, or moe=None")
     for name, least in (("num_experts", 1), ("top_k", 1), ("expert_dim", 1), ("shared_dim", 0)):
-        value = moe.get(name, least)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise UserError(
-                f"model.decoder.moe.{name}: {value!r}", allowed=f"a whole number from {least}"
-            )
+        checks.whole(f"{where}.{name}", moe.get(name, least), least)
     if not moe["top_k"] <= moe["num_experts"]:
         raise UserError(
-            f"model.decoder.moe.top_k: {moe['top_k']}",
-            allowed=f"1 to num_experts={moe['num_experts']}",
+            f"{where}.top_k: {moe['top_k']}", allowed=f"1 to num_experts={moe['num_experts']}"
         )
-    capacity = moe.get("capacity")
-    number = isinstance(capacity, int | float) and not isinstance(capacity, bool)
-    if capacity is not None and not (number and 0 < capacity < math.inf):
-        raise UserError(
-            f"model.decoder.moe.capacity: {capacity!r}", allowed="above 0, or None for dropless"
-        )
+    checks.number(
+        f"{where}.capacity", moe.get("capacity"), above=0, none=True, fix="None for dropless"
+    )
     if moe.get("normalize", True) not in (True, False, "always"):
-        raise UserError(
-            f"model.decoder.moe.normalize: {moe['normalize']!r}", allowed="True, False, 'always'"
-        )
+        raise UserError(f"{where}.normalize: {moe['normalize']!r}", allowed="True, False, 'always'")
 
 
 def moe_fields() -> tuple[str, ...]:

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efficient_vlm.errors import UserError, check_fields, unknown
+from efficient_vlm import checks
+from efficient_vlm.errors import UserError, unknown
 
 _NEEDED = {
     "linear": ("factor",),
@@ -144,7 +145,7 @@ def check_rope(where: str, spec: Mapping[str, Any] | None, dim: int) -> None:
     """Raises UserError for a spec that cannot be used with heads of width `dim`."""
     if spec is None:
         return
-    check_fields(where, spec, _FIELDS)
+    checks.known_fields(where, spec, _FIELDS)
     scaling = spec.get("scaling")
     if scaling is not None and scaling.get("type") not in _NEEDED:
         raise unknown(f"{where}.scaling.type", str(scaling.get("type")), _NEEDED)

@@ -8,9 +8,10 @@ import jax
 from jax.sharding import Mesh
 
 from efficient_vlm import sharding
+from efficient_vlm.checks import number_fields, whole
 from efficient_vlm.data.config import DataConfig
 from efficient_vlm.errors import UserError, unknown
-from efficient_vlm.fields import check_range, construct, section
+from efficient_vlm.fields import construct, section
 from efficient_vlm.train.arms import make_arms, make_model
 from efficient_vlm.train.metrics import summary_writer
 from efficient_vlm.train.optimizer import OPTIMIZERS, OptimizerConfig, schedule
@@ -66,13 +67,11 @@ class TrainConfig:
 
     def __post_init__(self):
         counts = ("steps", "accumulate", "checkpoint_every", "log_every", "keep")
-        check_range(self, "train", "1 or more", *counts, "save_failures", "nonfinite_limit")
-        check_range(
-            self, "train", "0 or more", "load_balance", "router_z", "selector", "seed", "keep_every"
-        )
-        check_range(self, "train", "0 or more, below 1", "ema")
-        if self.seed >= 2**63:
-            raise UserError(f"train.seed: {self.seed}", allowed=f"0 to {2**63 - 1}")
+        number_fields(self, "train", *counts, "save_failures", "nonfinite_limit", low=1)
+        weights = ("load_balance", "router_z", "selector")
+        number_fields(self, "train", *weights, "keep_every", low=0)
+        number_fields(self, "train", "ema", low=0, below=1)
+        whole("train.seed", self.seed, 0, 2**63 - 1)
 
 
 def read_config(config: Mapping[str, Any]) -> tuple[TrainConfig, DataConfig, OptimizerConfig]:

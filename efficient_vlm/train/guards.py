@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efficient_vlm import checks
 from efficient_vlm.errors import UserError
 from efficient_vlm.terminal import print_warning
 from efficient_vlm.train.lock import WorkdirLock
@@ -193,8 +194,7 @@ class NonFiniteGuard:
         max_dumps: int = 10,
         warn: Callable[[str], None] | None = None,
     ):
-        if limit < 1:
-            raise UserError(f"train.nonfinite_limit={limit}", allowed="an integer >= 1")
+        checks.whole("train.nonfinite_limit", limit)
         self.directory = Path(workdir) / "bad_batches"
         self.limit, self.consecutive, self.total = limit, 0, 0
         self._dumps_left, self._warn = max_dumps, warn or print_warning

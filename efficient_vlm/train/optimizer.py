@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import optax
 
+from efficient_vlm.checks import number_fields
 from efficient_vlm.errors import UserError, unknown
-from efficient_vlm.fields import check_range, construct
+from efficient_vlm.fields import construct
 from efficient_vlm.sharding import is_box, logical_axes, path_of
 
 OPTIMIZERS = ("adamw", "muon")
@@ -56,9 +57,11 @@ class OptimizerConfig:
 
     def __post_init__(self):
         where, rates = "train.optimizer", ("learning_rate", "adam_learning_rate")
-        check_range(self, where, "0 or more", *rates, "warmup_steps", "weight_decay")
-        check_range(self, where, "above 0", "clip_norm")
-        check_range(self, where, "0 or more, below 1", "b1", "b2")
+        number_fields(self, where, *rates, "warmup_steps", "weight_decay", low=0)
+        number_fields(self, where, "decay_steps", low=1)
+        number_fields(self, where, "decay_fraction", above=0, high=1)
+        number_fields(self, where, "clip_norm", above=0)
+        number_fields(self, where, "b1", "b2", low=0, below=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,19 +73,13 @@ class Group:
     freeze: bool = False
 
     def __post_init__(self):
-        check_range(self, "train.optimizer.groups", "0 or more", "scale")
+        number_fields(self, "train.optimizer.groups", "scale", low=0)
 
 
 def schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
     """The learning rate at each step of a run of `steps`."""
     warmup = min(config.warmup_steps, max(steps - 1, 0))
     rest = max(steps - warmup, 1)
-    if not 0 < config.decay_fraction <= 1:
-        raise UserError(
-            f"train.optimizer.decay_fraction: {config.decay_fraction}", allowed="above 0, up to 1"
-        )
-    if config.decay_steps is not None and config.decay_steps < 1:
-        raise UserError(f"train.optimizer.decay_steps: {config.decay_steps}", allowed="1 or more")
     span = max((config.decay_steps or steps) - warmup, 1)
     decay = min(rest, max(1, round(steps * config.decay_fraction)))
     shapes = {

@@ -25,21 +25,6 @@ def check_layer(field: str, value) -> None:
         )
 
 
-def check_fraction(field: str, value) -> None:
-    """UserError unless `value` is a number from 0 to 1."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and 0 <= value <= 1):
-        raise UserError(
-            f"compressor.{field}: {value!r} is not a fraction", allowed="a number from 0 to 1"
-        )
-
-
-def check_flag(field: str, value) -> None:
-    """UserError unless `value` is True or False."""
-    if not isinstance(value, bool):
-        raise UserError(f"compressor.{field}: {value!r}", allowed="True, False")
-
-
 class AttentionGuided(Compressor):
     """Base of the methods that rank patches by the attention they receive in the encoder.
 

@@ -4,12 +4,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import fold, select
 from efficient_vlm.compressors.between.cls_attention import (
     ATTENTION,
     AttentionGuided,
     as_mask,
-    check_fraction,
     check_layer,
 )
 from efficient_vlm.compressors.tokens import NO_SIGNALS
@@ -66,7 +66,7 @@ class HiPrune(AttentionGuided):
                 )
         else:
             check_layer("middle_layer", self.middle_layer)
-        check_fraction("alpha", self.alpha)
+        checks.number("compressor.alpha", self.alpha, 0, 1)
         if self.border not in BORDERS:
             raise unknown("compressor.border", str(self.border), BORDERS)
 

@@ -4,8 +4,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import fold, grids
-from efficient_vlm.compressors.base import Compressor, as_tuple, describe, positive_int
+from efficient_vlm.compressors.base import Compressor, as_tuple, describe
 from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, zero_padding
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.nn.linear import product, weight_of
@@ -182,7 +183,7 @@ class PixelShuffle(Compressor):
     def __post_init__(self):
         if self.budgets is not None:
             values = as_tuple("compressor.budgets", self.budgets)
-            budgets = tuple(positive_int("compressor.budgets", b) for b in values)
+            budgets = tuple(checks.whole("compressor.budgets", b) for b in values)
             object.__setattr__(self, "budgets", budgets)
         super().__post_init__()
 
@@ -191,7 +192,7 @@ class PixelShuffle(Compressor):
         if self.order not in tuple(ORDERS):
             raise unknown("compressor.order", str(self.order), ORDERS)
         if self.features is not None:
-            positive_int("compressor.features", self.features)
+            checks.whole("compressor.features", self.features)
         if self.budgets is not None and self.budget not in self.budgets:
             raise UserError(
                 f"compressor.budget: {self.budget} has no matrix, it is not in compressor.budgets",

@@ -4,17 +4,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import select
 from efficient_vlm.compressors.between.cls_attention import (
     AttentionGuided,
     as_mask,
     as_selection,
-    check_flag,
-    check_fraction,
     cosine_to,
 )
 from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, merge, take
-from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.errors import unknown
 
 WEIGHTS = ("published", "normalised")
 
@@ -63,16 +62,11 @@ class PruMerge(AttentionGuided):
     @nn.nowrap
     def check_options(self):
         super().check_options()
-        check_flag("adaptive", self.adaptive)
-        check_flag("extra", self.extra)
+        checks.flag("compressor.adaptive", self.adaptive)
+        checks.flag("compressor.extra", self.extra)
         if self.weights not in WEIGHTS:
             raise unknown("compressor.weights", str(self.weights), WEIGHTS)
-        whole = isinstance(self.neighbours, int) and not isinstance(self.neighbours, bool)
-        if not whole or self.neighbours < 0:
-            raise UserError(
-                f"compressor.neighbours: {self.neighbours!r} is not a number of tokens",
-                allowed="0, 1, 2, ...",
-            )
+        checks.whole("compressor.neighbours", self.neighbours, 0)
 
     @nn.nowrap
     def intermediates(self):
@@ -161,7 +155,7 @@ class PruMergePlus(PruMerge):
     @nn.nowrap
     def check_options(self):
         super().check_options()
-        check_fraction("share", self.share)
+        checks.number("compressor.share", self.share, 0, 1)
 
     @nn.nowrap
     def keep(self, row, mask, count):

@@ -1,15 +1,13 @@
 """scope: salient tokens that cover the others (arXiv 2510.24214)."""
 
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import fold, score, select
 from efficient_vlm.compressors.between.cls_attention import AttentionGuided
 from efficient_vlm.compressors.tokens import NO_SIGNALS, zero_padding
-from efficient_vlm.errors import UserError
 
 
 class Scope(AttentionGuided):
@@ -43,11 +41,7 @@ class Scope(AttentionGuided):
     @nn.nowrap
     def check_options(self):
         super().check_options()
-        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
-        if not (number and math.isfinite(self.alpha) and self.alpha >= 0):
-            raise UserError(
-                f"compressor.alpha: {self.alpha!r} is not an exponent", allowed="0 or above"
-            )
+        checks.number("compressor.alpha", self.alpha, 0)
 
     @nn.nowrap
     def flops(self, num_tokens, width, text_width=0):

@@ -4,8 +4,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import fold, score, select
-from efficient_vlm.compressors.base import Compressor, positive_int
+from efficient_vlm.compressors.base import Compressor
 from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.nn.linear import product, weight_of
@@ -47,8 +48,7 @@ class Random(Compressor):
 
     @nn.nowrap
     def check_options(self):
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise UserError(f"compressor.seed: {self.seed!r} is not an integer")
+        checks.whole("compressor.seed", self.seed, None)
 
     def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
         self.check_call(tokens, signals, needs_grid=False)
@@ -106,8 +106,8 @@ class TextTopK(Compressor):
     def check_options(self):
         if self.bias not in BIASES:
             raise unknown("compressor.bias", str(self.bias), BIASES)
-        heads = positive_int("compressor.num_heads", self.num_heads)
-        if self.dim is not None and positive_int("compressor.dim", self.dim) % heads:
+        heads = checks.whole("compressor.num_heads", self.num_heads)
+        if self.dim is not None and checks.whole("compressor.dim", self.dim) % heads:
             raise UserError(
                 f"compressor.dim: {self.dim} does not split into {heads} heads",
                 allowed=f"a multiple of {heads}",

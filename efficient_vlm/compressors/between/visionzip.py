@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import fold, select
-from efficient_vlm.compressors.base import positive_int
 from efficient_vlm.compressors.between.cls_attention import (
     AttentionGuided,
     as_mask,
@@ -59,7 +59,7 @@ class VisionZip(AttentionGuided):
         super().check_options()
         if self.merge not in MERGES:
             raise unknown("compressor.merge", str(self.merge), MERGES)
-        positive_int("compressor.head_dim", self.head_dim)
+        checks.whole("compressor.head_dim", self.head_dim)
         value = self.contextual
         count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
         fraction = isinstance(value, float) and 0 <= value < 1

@@ -4,13 +4,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import fold, select
-from efficient_vlm.compressors.base import positive_int
 from efficient_vlm.compressors.between.cls_attention import (
     AttentionGuided,
     as_mask,
     as_selection,
-    check_fraction,
     cosine_to,
 )
 from efficient_vlm.compressors.tokens import NO_SIGNALS
@@ -53,8 +52,8 @@ class VisPruner(AttentionGuided):
     @nn.nowrap
     def check_options(self):
         super().check_options()
-        check_fraction("important", self.important)
-        positive_int("compressor.round_size", self.round_size)
+        checks.number("compressor.important", self.important, 0, 1)
+        checks.whole("compressor.round_size", self.round_size)
 
     @nn.nowrap
     def flops(self, num_tokens, width, text_width=0):

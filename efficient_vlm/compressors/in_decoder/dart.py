@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import select
-from efficient_vlm.compressors.base import positive_int
 from efficient_vlm.compressors.in_decoder.base import InDecoder, Keep, check_keep, count_of
 from efficient_vlm.compressors.in_decoder.rows import judges
 from efficient_vlm.errors import UserError
@@ -65,7 +65,7 @@ class Dart(InDecoder):
                     allowed="one of the two: a budget is a count to keep",
                     fix="leave one of them out",
                 )
-        positive_int("compressor.layer", self.layer)
+        checks.whole("compressor.layer", self.layer)
         counts = (self.visual_pivots, self.text_pivots)
         whole = all(isinstance(c, int) and not isinstance(c, bool) and c >= 0 for c in counts)
         if not whole or not any(counts):

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax.numpy as jnp
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import grids
-from efficient_vlm.compressors.base import as_tuple, positive_int
+from efficient_vlm.compressors.base import as_tuple
 from efficient_vlm.compressors.in_decoder import rows
 from efficient_vlm.compressors.in_decoder.base import InDecoder, Keep, check_keep, count_of
 from efficient_vlm.errors import UserError, unknown
@@ -71,7 +72,7 @@ class Feather(InDecoder):
         if self.keep is not None:
             check_keep("compressor.keep", self.keep)
         if self.stride != 0:
-            positive_int("compressor.stride", self.stride)
+            checks.whole("compressor.stride", self.stride)
         if self.softmax not in SOFTMAX:
             raise unknown("compressor.softmax", str(self.softmax), SOFTMAX)
 

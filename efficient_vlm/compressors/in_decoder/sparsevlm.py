@@ -7,8 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import fold, select
-from efficient_vlm.compressors.base import as_tuple, positive_int
+from efficient_vlm.compressors.base import as_tuple
 from efficient_vlm.compressors.in_decoder import sparsevlm_plan as plan
 from efficient_vlm.compressors.in_decoder.base import (
     InDecoder,
@@ -110,12 +111,9 @@ class SparseVLM(InDecoder):
                 f"compressor.keep: {len(self.keep)} numbers for {len(cuts)} cuts",
                 allowed="one number for each of compressor.layers, which are three by default",
             )
-        positive_int("compressor.num_heads", self.num_heads)
-        for name, low in (("recycle", 0), ("rope_fraction", 0)):
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not (number and low <= value <= 1):
-                raise UserError(f"compressor.{name}: {value!r}", allowed="a number from 0 to 1")
+        checks.whole("compressor.num_heads", self.num_heads)
+        for name in ("recycle", "rope_fraction"):
+            checks.number(f"compressor.{name}", getattr(self, name), 0, 1)
 
     @nn.nowrap
     def _cuts(self, num_layers: int) -> tuple[int, ...]:

@@ -3,8 +3,9 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import fold, grids
-from efficient_vlm.compressors.base import Compressor, Stage, describe, positive_int
+from efficient_vlm.compressors.base import Compressor, Stage, describe
 from efficient_vlm.compressors.between.pooling import space_to_depth
 from efficient_vlm.compressors.projectors.mlp import Parametric, exact_gelu, with_embed
 from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, zero_padding
@@ -140,11 +141,10 @@ class MiniCPMMerger(Compressor):
 
     @nn.nowrap
     def check_options(self):
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
-            raise UserError(f"compressor.layer: {self.layer!r}", allowed="0, 1, 2, ...")
-        positive_int("compressor.num_heads", self.num_heads)
+        checks.whole("compressor.layer", self.layer, 0)
+        checks.whole("compressor.num_heads", self.num_heads)
         if self.hidden_dim is not None:
-            positive_int("compressor.hidden_dim", self.hidden_dim)
+            checks.whole("compressor.hidden_dim", self.hidden_dim)
         if self.quarter not in QUARTERS:
             raise unknown("compressor.quarter", str(self.quarter), QUARTERS)
 

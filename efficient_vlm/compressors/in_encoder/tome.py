@@ -6,9 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import score
-from efficient_vlm.compressors.base import Compressor, Stage, as_tuple, positive_int
-from efficient_vlm.compressors.between.cls_attention import check_flag
+from efficient_vlm.compressors.base import Compressor, Stage, as_tuple
 from efficient_vlm.compressors.tokens import (
     NO_SIGNALS,
     VisualTokens,
@@ -81,12 +81,11 @@ class ToMe(Compressor):
                 fix="for example compressor.r=23 compressor.budget=None",
             )
         if self.r is not None:
-            positive_int("compressor.r", self.r)
-        check_flag("proportional", self.proportional)
-        positive_int("compressor.head_dim", self.head_dim)
+            checks.whole("compressor.r", self.r)
+        checks.flag("compressor.proportional", self.proportional)
+        checks.whole("compressor.head_dim", self.head_dim)
         for layer in self.layers or ():
-            if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
-                raise UserError(f"compressor.layers: {layer!r} is no layer", allowed="0, 1, 2, ...")
+            checks.whole("compressor.layers", layer, 0)
 
     @nn.nowrap
     def reachable(self, grid):

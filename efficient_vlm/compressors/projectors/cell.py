@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import grids
-from efficient_vlm.compressors.base import positive_int
 from efficient_vlm.compressors.between.pooling import space_to_depth
 from efficient_vlm.compressors.projectors.mlp import Projector, exact_gelu, pool, with_embed
 from efficient_vlm.compressors.tokens import NO_SIGNALS
@@ -59,7 +59,7 @@ class TokenPacker(Projector):
     @nn.nowrap
     def check_options(self):
         super().check_options()
-        positive_int("compressor.num_heads", self.num_heads)
+        checks.whole("compressor.num_heads", self.num_heads)
         if self.style not in STYLES:
             raise unknown("compressor.style", str(self.style), STYLES)
 

@@ -8,8 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import grids
-from efficient_vlm.compressors.base import positive_int
 from efficient_vlm.compressors.projectors.mlp import (
     Parametric,
     Projector,
@@ -65,7 +65,7 @@ class CAbstractor(Projector):
         super().check_options()
         for name in ("hidden", "depth", "mlp_depth"):
             if (value := getattr(self, name)) is not None or name != "hidden":
-                positive_int(f"compressor.{name}", value)
+                checks.whole(f"compressor.{name}", value)
 
     @nn.nowrap
     def reachable(self, grid):

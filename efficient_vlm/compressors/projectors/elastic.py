@@ -6,8 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import fold, grids
-from efficient_vlm.compressors.base import Compressor, as_tuple, describe, positive_int
+from efficient_vlm.compressors.base import Compressor, as_tuple, describe
 from efficient_vlm.compressors.projectors.mlp import Projector
 from efficient_vlm.compressors.projectors.resampler import position_code, query_tokens
 from efficient_vlm.compressors.tokens import NO_SIGNALS, zero_padding
@@ -47,7 +48,7 @@ class M3(Compressor):
     def __post_init__(self):
         if self.scales is not None:
             values = as_tuple("compressor.scales", self.scales)
-            scales = tuple(positive_int("compressor.scales", s) for s in values)
+            scales = tuple(checks.whole("compressor.scales", s) for s in values)
             object.__setattr__(self, "scales", scales)
         super().__post_init__()
 
@@ -126,8 +127,8 @@ class MQT(Projector):
     @nn.nowrap
     def check_options(self):
         super().check_options()
-        positive_int("compressor.num_queries", self.num_queries)
-        positive_int("compressor.num_heads", self.num_heads)
+        checks.whole("compressor.num_queries", self.num_queries)
+        checks.whole("compressor.num_heads", self.num_heads)
         if self.keys not in KEYS:
             raise unknown("compressor.keys", str(self.keys), KEYS)
 

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import grids
-from efficient_vlm.compressors.base import Compressor, positive_int
+from efficient_vlm.compressors.base import Compressor
 from efficient_vlm.compressors.projectors.mlp import Projector
 from efficient_vlm.compressors.tokens import (
     NO_SIGNALS,
@@ -76,10 +77,10 @@ class MolmoPool(Projector):
     @nn.nowrap
     def check_options(self):
         super().check_options()
-        positive_int("compressor.num_heads", self.num_heads)
+        checks.whole("compressor.num_heads", self.num_heads)
         for name in ("head_dim", "hidden_dim"):
             if getattr(self, name) is not None:
-                positive_int(f"compressor.{name}", getattr(self, name))
+                checks.whole(f"compressor.{name}", getattr(self, name))
         if self.query not in QUERIES:
             raise unknown("compressor.query", str(self.query), QUERIES)
 
@@ -187,9 +188,8 @@ class PositionPool(Compressor):
     @nn.nowrap
     def check_options(self):
         if self.cell is not None:
-            positive_int("compressor.cell", self.cell)
-        if not isinstance(self.scaled, bool):
-            raise UserError(f"compressor.scaled: {self.scaled!r}", allowed="true or false")
+            checks.whole("compressor.cell", self.cell)
+        checks.flag("compressor.scaled", self.scaled)
 
     @nn.nowrap
     def side(self, num_tokens: int | jax.Array) -> int | jax.Array:

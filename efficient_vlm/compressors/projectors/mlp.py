@@ -7,8 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import fold, grids
-from efficient_vlm.compressors.base import Compressor, positive_int
+from efficient_vlm.compressors.base import Compressor
 from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, zero_padding
 from efficient_vlm.nn.linear import product, weight_of
 from efficient_vlm.nn.norms import layer_normalised
@@ -69,7 +70,7 @@ class Projector(Parametric):
     @nn.nowrap
     def check_options(self):
         if self.features is not None:
-            positive_int("compressor.features", self.features)
+            checks.whole("compressor.features", self.features)
 
 
 class Mlp(Projector):

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from efficient_vlm.compressors.base import positive_int
+from efficient_vlm import checks
 from efficient_vlm.compressors.projectors.mlp import Parametric, exact_gelu
 from efficient_vlm.compressors.projectors.resampler import query_tokens
 from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, zero_padding
@@ -39,7 +39,7 @@ class Queries(Parametric):
     @nn.nowrap
     def check_options(self):
         for name in ("num_queries", "num_heads", "depth"):
-            positive_int(f"compressor.{name}", getattr(self, name))
+            checks.whole(f"compressor.{name}", getattr(self, name))
 
     @nn.nowrap
     def reachable(self, grid):

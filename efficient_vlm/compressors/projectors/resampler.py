@@ -4,7 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from efficient_vlm.compressors.base import Compressor, positive_int
+from efficient_vlm import checks
+from efficient_vlm.compressors.base import Compressor
 from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, remap, zero_padding
 from efficient_vlm.errors import UserError
 from efficient_vlm.nn.cross_attention import cross_attention
@@ -39,8 +40,8 @@ class Resampler(Compressor):
 
     @nn.nowrap
     def check_options(self):
-        positive_int("compressor.num_queries", self.num_queries)
-        positive_int("compressor.num_heads", self.num_heads)
+        checks.whole("compressor.num_queries", self.num_queries)
+        checks.whole("compressor.num_heads", self.num_heads)
 
     @nn.nowrap
     def reachable(self, grid):

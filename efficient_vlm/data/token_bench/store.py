@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from efficient_vlm import checks
 from efficient_vlm.data.glyphs import TRAIN_GLYPHS
 from efficient_vlm.data.scenes import SPLITS, SceneConfig, check
 from efficient_vlm.errors import UserError
@@ -58,10 +59,7 @@ def ensure(root: Path, scene: SceneConfig, sizes: dict[str, int], *, full: bool 
     """
     check(scene)
     for split in SPLITS:
-        if sizes.get(split, 0) < 1:
-            raise UserError(
-                f"data.{split}_images: {sizes.get(split, 0)}", allowed="1 or more", fix="raise it"
-            )
+        checks.whole(f"data.{split}_images", sizes.get(split, 0))
     final = location(root, scene, sizes)
     if not (final / MANIFEST).is_file():
         try:

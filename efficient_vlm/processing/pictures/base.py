@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from efficient_vlm import checks
 from efficient_vlm.errors import UserError
 from efficient_vlm.processing import decode_image as images
 
@@ -261,9 +262,7 @@ def whole(field: str, value: Any, low: int = 1, high: int = MAX_EDGE) -> int:
     Raises:
       UserError: not an integer, or outside low..high.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise UserError(f"config: {field} {value!r}", allowed=f"a whole number, {low} to {high}")
-    return value
+    return checks.whole(f"config: {field}", value, low, high)
 
 
 def edge(field: str, value: Any) -> int:

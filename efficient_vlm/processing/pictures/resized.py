@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 
 from PIL import Image
 
+from efficient_vlm import checks
 from efficient_vlm.errors import UserError
 from efficient_vlm.processing.pictures import base
 from efficient_vlm.processing.pictures.base import Pictured, Triple
@@ -264,10 +265,7 @@ class Gemma3Pictures:
         if grid**2 != tokens:
             raise UserError(f"config: mm_tokens_per_image {tokens}", allowed="a square number")
         ratio = settings.get("pan_and_scan_min_ratio_to_activate", cls.min_ratio)
-        if not isinstance(ratio, int | float) or not 1 <= ratio < math.inf:
-            raise UserError(
-                f"preprocessor: pan_and_scan_min_ratio_to_activate {ratio!r}", allowed="1 or more"
-            )
+        checks.number("preprocessor: pan_and_scan_min_ratio_to_activate", ratio, 1)
         shared = _stretched(cls, preprocessor, config)
         base.patches_along(shared["size"], shared["patch"], multiple=grid)
         min_crop = base.whole(

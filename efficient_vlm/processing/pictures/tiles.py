@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from PIL import Image
 
+from efficient_vlm import checks
 from efficient_vlm.errors import UserError
 from efficient_vlm.processing.pictures import base
 from efficient_vlm.processing.pictures.base import Pictured, Triple
@@ -102,10 +103,9 @@ class SmolVLMPictures:
         # The default of the configuration class, which its files leave out.
         shuffle = base.config_setting(config, "scale_factor", 2 if config else cls.shuffle)
         base.patches_along(tile, patch, multiple=shuffle)
-        if split is not None and not isinstance(split, bool):
-            raise UserError(f"split: {split!r}", allowed="True or False")
         if split is None:
             split = bool(settings.get("do_image_splitting", cls.split))
+        checks.flag("split", split)
         return cls(
             longest=longest,
             tile=tile,

@@ -1,7 +1,7 @@
 """`efficient-vlm compress`: what a method makes of one picture, drawn.
 
 With a run, everything is the run's: encoder, decoder, tokenizer. Without one there are no weights,
-and statistics of the pixels stand in for the encoder (`report.pixel_signals`); the picture says so.
+and statistics of the pixels stand in for the encoder (`cli.pixel_signals`); the picture says so.
 """
 
 import argparse
@@ -19,9 +19,10 @@ from efficient_vlm.compressors import methods
 from efficient_vlm.compressors.grids import Grid
 from efficient_vlm.data.records import REASONS
 from efficient_vlm.errors import UserError
+from efficient_vlm.evaluation import heat
 from efficient_vlm.processing import decode_image as images
 from efficient_vlm.processing.decode_image import BadRecord
-from efficient_vlm.report import drawing, heat
+from efficient_vlm.report import drawing
 from efficient_vlm.report.sheet import HeatPanel, Panel, draw_sheet
 from efficient_vlm.runtime import enable_compilation_cache
 

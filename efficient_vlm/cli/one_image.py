@@ -12,19 +12,20 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from efficient_vlm.cli import pixel_signals
 from efficient_vlm.compressors import Compressor, Signals, VisualTokens, methods
 from efficient_vlm.compressors.grids import Grid
 from efficient_vlm.data.config import DataConfig
 from efficient_vlm.data.pipeline import make_spec, make_tokenizer
 from efficient_vlm.data.scenes import COLOURS
 from efficient_vlm.errors import UserError
+from efficient_vlm.evaluation import heat
+from efficient_vlm.evaluation.heat import Heat
 from efficient_vlm.evaluation.settings import check_trained, parameter_shapes
 from efficient_vlm.fields import section
 from efficient_vlm.inference.generate import generate
 from efficient_vlm.models.variants import setting_of
 from efficient_vlm.processing import decode_image as images
-from efficient_vlm.report import heat, pixel_signals
-from efficient_vlm.report.heat import Heat
 from efficient_vlm.train.trained import restore
 from efficient_vlm.train.workdir_config import read_run_config
 

@@ -15,15 +15,8 @@ from efficient_vlm.files import write_atomic
 __all__ = ["BUCKETS", "Goodput"]
 
 FILE = "goodput.json"
-BUCKETS = {
-    "productive": "steps that are part of the result",
-    "lost": "steps done again, because a process ended before they were saved",
-    "start": "from the start of a process to its first step, without compiling",
-    "compile": "compiling",
-    "data": "waiting for batches",
-    "checkpoint": "saving, as far as the loop waits for it",
-    "eval": "evaluation",
-}
+# What they are stands in the report, `report.sections.training.TIMES`.
+BUCKETS = ("productive", "lost", "start", "compile", "data", "checkpoint", "eval")
 
 
 class Goodput:

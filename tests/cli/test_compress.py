@@ -8,11 +8,12 @@ import pytest
 from PIL import Image
 
 from efficient_vlm.cli import main as cli
+from efficient_vlm.cli import pixel_signals
 from efficient_vlm.cli.methods import method_fields
 from efficient_vlm.compressors.methods import METHODS
 from efficient_vlm.errors import UserError
+from efficient_vlm.evaluation import heat
 from efficient_vlm.inference.generate import generate
-from efficient_vlm.report import heat, pixel_signals
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.evaluation import protocol as evaluation
 from efficient_vlm.evaluation import settings
 from efficient_vlm.evaluation.run import evaluate_run
+from efficient_vlm.evaluation.token_maps import read_maps
 from efficient_vlm.inference.generate import Generated
 from efficient_vlm.models import variants
 
@@ -296,7 +297,12 @@ def test_settings_with_one_budget_keep_their_own_files(finished_run, tmp_path):
             "attention from the mean query, layer -1",
             "attention from all patches, layer -1",
         ]
-        assert all((workdir / "maps" / cell["scores"]).is_file() for cell in question["maps"])
+    for example in read_maps(workdir):
+        # One image of 16 patches, of each of which every method has a number.
+        assert [cell.grid for cell in example.cells] == [(4, 4)] * 3
+        assert all(
+            np.isfinite(cell.scores).all() and cell.scores.size == 16 for cell in example.cells
+        )
 
 
 def _trained_and_data(config, workdir):

@@ -24,6 +24,7 @@ from efficient_vlm.errors import UserError
 __all__ = [
     "AXES",
     "BATCH",
+    "CACHE_AXES",
     "RULES",
     "MeshConfig",
     "active",
@@ -47,8 +48,8 @@ __all__ = [
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 # Axes of the mesh over which the rows of a batch are cut: all but those that cut a layer.
 BATCH = ("data", "fsdp", "expert")
-# Logical axes of the keys and values of one layer in the cache.
-CACHE_AXES = ("batch", None, "kv_heads", None)
+# Logical axes of the keys and values of one layer in the cache: rows, heads, slots, head dim.
+CACHE_AXES = ("batch", "kv_heads", None, None)
 # Logical axis -> axes of the mesh, tried in order; what is not named is on every device.
 RULES: dict[str, tuple[str, ...]] = {
     "embed": ("fsdp",),

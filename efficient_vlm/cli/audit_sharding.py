@@ -22,7 +22,6 @@ from efficient_vlm.cli.subject import Subject, read_subject
 from efficient_vlm.costs.compiled.options import batches_of, parse_mesh
 from efficient_vlm.errors import UserError
 from efficient_vlm.families.architecture import boxed_parameters
-from efficient_vlm.sharding import CACHE_AXES
 
 _DEFAULT = "fsdp:8"
 # Logical axes of what goes from layer to layer, and of what is inside a feed-forward layer.
@@ -99,9 +98,9 @@ def held(subject: Subject, model: Any, sizes: Mapping[str, int], batch: int) -> 
     arrays += [("activation", "decoder, between layers", STREAM, (*shape, decoder.width))]
     if decoder.moe is None:
         arrays += [("activation", "decoder, inside a layer", WIDE, (*shape, decoder.mlp_dim))]
-    room = (batch, tokens + subject.new_tokens, decoder.kv_heads, decoder.dim)
+    room = (batch, decoder.kv_heads, tokens + subject.new_tokens, decoder.dim)
     layers = f"keys or values of one of {decoder.num_layers} layers"
-    arrays += [("cache", layers, CACHE_AXES, room)]
+    arrays += [("cache", layers, sharding.CACHE_AXES, room)]
     return [
         _row(kind, name, names, jax.ShapeDtypeStruct(shape, dtype), sizes)
         for kind, name, names, shape in arrays

@@ -1,56 +1,149 @@
-"""The key-value cache: explicit, with one static length per decoder segment."""
+"""The key-value cache: one stretch of slots a row in each decoder segment, a length for each row.
 
+What a query sees follows from where its token stands alone: a row that is set back to a shorter
+length has forgotten what came behind it, although its arrays still hold that.
+"""
+
+import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
 
+from efficient_vlm.kernels.attention import make_mask
+from efficient_vlm.models.prompt_layout import Placement
+from efficient_vlm.nn.decoder_block import LayerInputs
+from efficient_vlm.nn.kv_cache import LayerCache, Slots
 from efficient_vlm.sharding import CACHE_AXES, constrain, spec_of
+
+__all__ = ["KVCache", "SegmentCache", "cache_shardings", "constrained"]
 
 
 @struct.dataclass
 class SegmentCache:
     """Keys and values of the layers of one segment.
 
-    Slots: [visual tokens of this segment | prompt, padded | generated].
+    Slots of a row: [visual tokens of this segment | prompt | generated]; the text of each row lies
+    directly behind its prompt, whatever padding the prompt had.
 
     Attributes:
-      key, value: [layers, B, S, Hkv, Dh]; keys are already rotated. A tuple over the layers where
-        parameters are split (`nn.stack.unstack`): no step then copies all of them.
-      live: bool [B, S], slots that hold a token.
-      bias: float32 [B, S], added to the attention logits of each key.
-      index: int or float [B, S], place of each token in the prompt, for windows.
-      behind: [B], rotary position of the first generated token.
-      start: slot of the first generated token (static).
+      parts: see `kv_cache.LayerCache`, each part with a leading axis over the layers; a tuple over
+        them where parameters are split (`nn.stack.unstack`): no step then copies all of them. Keys
+        are already rotated.
+      bias: float32 [B, M], added to the attention logits of each key.
+      index: float32 [B, M], place in the prompt of the token of each slot, for masks; +inf for a
+        visual slot that holds none.
+      offset: int32 [B], rotary position of the first generated token less the prompt's length.
+      start: slot of the first text token (static).
     """
 
-    key: jax.Array | tuple[jax.Array, ...]
-    value: jax.Array | tuple[jax.Array, ...]
-    live: jax.Array
+    parts: Any
     bias: jax.Array
     index: jax.Array
-    behind: jax.Array
+    offset: jax.Array
     start: int = struct.field(pytree_node=False)
+
+    @property
+    def num_layers(self) -> int:
+        """Of this segment."""
+        return len(self.parts[0])
+
+    @property
+    def num_slots(self) -> int:
+        """Of a row."""
+        return self.index.shape[1]
+
+    def inputs(
+        self, lengths: jax.Array, counts: jax.Array, new: int, window: int | None = None
+    ) -> LayerInputs:
+        """What the layers get for `new` tokens a row.
+
+        Args:
+          lengths: int32 [B], text tokens of each row before them.
+          counts: int32 [B], how many of the new ones are there.
+          new: static.
+          window: of local layers, None if there are none; see `kernels.attention.make_mask`.
+        """
+        step = jnp.arange(new)
+        there = step < counts[:, None]
+        # Absent tokens stand where the last one does: dynamic RoPE looks at the largest position.
+        place = lengths[:, None] + jnp.minimum(step, jnp.maximum(counts - 1, 0)[:, None])
+        slot = self.start + place
+        own = jnp.take_along_axis(self.index, jnp.minimum(slot, self.num_slots - 1), axis=1)
+        options = dict(q_positions=own, kv_positions=self.index, q_lengths=counts)
+        mask = functools.partial(make_mask, new, self.num_slots, causal=True, **options)
+        return LayerInputs(
+            positions=self.offset[:, None] + place,
+            mask=mask(),
+            key_bias=self.bias,
+            live=there,
+            slots=Slots(jnp.where(there, slot, self.num_slots + step)),
+            local_mask=None if window is None else mask(window=window),
+        )
 
 
 @struct.dataclass
 class KVCache:
-    """All segments, and how many tokens have been generated.
+    """All segments, and how long each row is.
 
     Attributes:
       segments: one cache per decoder segment.
-      generated: int32 scalar, tokens written since the prompt.
+      lengths: int32 [B], text tokens of each row, those of its prompt and those behind it.
     """
 
     segments: tuple[SegmentCache, ...]
-    generated: jax.Array
+    lengths: jax.Array
+
+    @property
+    def room(self) -> int:
+        """Text tokens that a row can have."""
+        return min(part.num_slots - part.start for part in self.segments)
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values."""
-        kept = [(s.key, s.value) for s in self.segments]
+        kept = [part.parts for part in self.segments]
         return sum(part.nbytes for part in jax.tree.leaves(kept))
+
+    def rolled_back(self, lengths: jax.Array) -> "KVCache":
+        """The rows with their first `lengths` (int32 [B]) text tokens, or all where that is less.
+
+        For tokens that were only tried (speculative decoding); no array is touched. What methods
+        inside the decoder chose for the prompt stays: to forget a part of that is to ask anew.
+        """
+        return self.replace(lengths=jnp.minimum(lengths, self.lengths).astype(jnp.int32))
+
+
+def make_segment(
+    parts: LayerCache, inputs: LayerInputs, place: Placement, visual: jax.Array, lengths: jax.Array
+) -> SegmentCache:
+    """The cache of a segment that has read prompts.
+
+    Args:
+      parts: see `SegmentCache`; its first slots are filled.
+      inputs: that the layers had.
+      place: of all tokens that they read.
+      visual: bool [B, N], the visual slots that hold a token.
+      lengths: int32 [B], text tokens of each prompt.
+    """
+    start, slots = visual.shape[1], jax.tree.leaves(parts)[0].shape[-2]
+    text = jnp.arange(slots - start)
+    prompt = jnp.pad(place.text_index, ((0, 0), (0, len(text) - place.text_index.shape[1])))
+    generated = place.next_index[:, None] + text - lengths[:, None]
+    index = [
+        jnp.where(visual, place.visual_index, jnp.inf),
+        jnp.where(text < lengths[:, None], prompt, generated),
+    ]
+    bias = inputs.key_bias
+    return SegmentCache(
+        parts=parts,
+        bias=jnp.pad(bias, ((0, 0), (0, slots - bias.shape[1]))),
+        index=jnp.concatenate([x.astype(jnp.float32) for x in index], axis=1),
+        offset=(place.next_position - lengths).astype(jnp.int32),
+        start=start,
+    )
 
 
 def cache_shardings(cache: KVCache, mesh: Mesh) -> KVCache:
@@ -74,6 +167,6 @@ def constrained(cache: KVCache) -> KVCache:
 
 
 def _axes(path: Any, leaf: Any) -> tuple[str | None, ...]:
-    if any(getattr(key, "name", None) in ("key", "value") for key in path):
+    if any(getattr(key, "name", None) == "parts" for key in path):
         return (*(None,) * (leaf.ndim - len(CACHE_AXES)), *CACHE_AXES)
-    return ("batch", *(None,) * (leaf.ndim - 1)) if leaf.ndim else ()
+    return ("batch", *(None,) * (leaf.ndim - 1))

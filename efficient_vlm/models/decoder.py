@@ -11,11 +11,12 @@ from flax import linen as nn
 from efficient_vlm import compressors
 from efficient_vlm.compressors import DecoderState, Signals, VisualTokens
 from efficient_vlm.errors import UserError
-from efficient_vlm.kernels.attention import key_mask, make_mask
-from efficient_vlm.models.cache import KVCache, SegmentCache
+from efficient_vlm.kernels.attention import make_mask
+from efficient_vlm.models.cache import KVCache, SegmentCache, make_segment
 from efficient_vlm.models.decoder_fields import DecoderFields
 from efficient_vlm.models.decoder_stack import DENSE, MAIN, DecoderStack, joined
 from efficient_vlm.models.prompt_layout import Placement, held_mean, place_tokens
+from efficient_vlm.nn import kv_cache
 from efficient_vlm.nn.attention import PADDING_SEGMENT, SHARED_SEGMENT
 from efficient_vlm.nn.decoder_block import DecoderBlock, LayerInputs
 from efficient_vlm.nn.linear import Linear, head_product, logical, take, weight_of
@@ -123,7 +124,7 @@ class Decoder(DecoderFields):
             decoder may use; None for all that is not padding.
           position_policy: of the visual tokens; None for the decoder's own.
           rng: key for random compressors.
-          cache_slots: room for generated tokens; None for no cache.
+          cache_slots: room for tokens behind the prompts; None for no cache.
           longest: static, places of the longest packed conversation; None for all of S.
           probe: int [B, R], text places whose attention to the visual tokens is wanted; only for a
             decoder that keeps all of them.
@@ -152,6 +153,7 @@ class Decoder(DecoderFields):
             visual = visual.replace(embed=visual.embed + self._learned(place.visual_position))
             text = text + self._learned(place.text_position)
         last_prompt = jnp.max(jnp.where(prompt, jnp.arange(prompt.shape[1]), 0), axis=1)
+        lengths = jnp.sum(segments != PADDING_SEGMENT, axis=1, dtype=jnp.int32)
         scale = self.attention_scale or self.qk_scale * self.dim**-0.5
         fixed = dict(
             prompt=prompt,
@@ -171,7 +173,7 @@ class Decoder(DecoderFields):
             sources.append(visual.source)
             count = visual.embed.shape[1]
             place = self._place(visual, positions, segments, prompt, columns, policy, placement)
-            inputs, index = self._inputs(visual, place, segments)
+            inputs = self._inputs(visual, place, segments)
             if probe is not None:
                 inputs = inputs.replace(probe=(count + probe, visual.mask))
             x = jnp.concatenate([visual.embed.astype(self.dtype), text], axis=1)
@@ -187,19 +189,7 @@ class Decoder(DecoderFields):
             visual, text = visual.replace(embed=x[:, :count]), x[:, count:]
             outputs.append((None, *rest))
             if cache_slots is not None:
-                grow = ((0, 0), (0, cache_slots))
-                behind = place.next_index[:, None] + jnp.arange(cache_slots)
-                caches.append(
-                    SegmentCache(
-                        key=kv[0],
-                        value=kv[1],
-                        live=jnp.pad(inputs.live, grow),
-                        bias=jnp.pad(inputs.key_bias, grow),
-                        index=jnp.concatenate([index, behind.astype(index.dtype)], axis=1),
-                        behind=place.next_position,
-                        start=x.shape[1],
-                    )
-                )
+                caches.append(make_segment(kv, inputs, place, visual.mask, lengths))
         _, stats, attention = joined(outputs)
         if probe is not None:
             stats["visual_attention"] = attention
@@ -227,8 +217,8 @@ class Decoder(DecoderFields):
             next_position=offset + length,
         )
 
-    def _inputs(self, visual, place: Placement, segments) -> tuple[LayerInputs, jax.Array]:
-        """What the layers of a run get, and the place of each token in the prompt."""
+    def _inputs(self, visual, place: Placement, segments) -> LayerInputs:
+        """What the layers of a run get."""
         shared = jnp.where(visual.mask, SHARED_SEGMENT, PADDING_SEGMENT)
         marks = jnp.concatenate([shared, segments], axis=1)
         index, positions, blocks = (
@@ -251,14 +241,13 @@ class Decoder(DecoderFields):
         if self.local_at is not None and self.window is not None:
             near = dict(window=self.window, window_spares_blocks=self.window_spares_blocks)
             local = make_mask(*sizes, **near, **options)
-        inputs = LayerInputs(
+        return LayerInputs(
             positions=positions,
             mask=make_mask(*sizes, **options),
             key_bias=self._key_bias(visual, segments.shape[1]),
             live=marks != PADDING_SEGMENT,
             local_mask=local,
         )
-        return inputs, index
 
     def _through(self, stack, run, following, x, inputs, cache_slots, last, fixed):
         """One run of layers; the last one apart if the compressor behind it looks at it.
@@ -296,14 +285,13 @@ class Decoder(DecoderFields):
         layers one array, or for split ones a tuple."""
         if cache_slots is None:
             return None
-        room = (x.shape[0], x.shape[1] + cache_slots, self.kv_heads, self.dim)
+        slots = x.shape[1] + cache_slots
+        cache = kv_cache.empty(len(x), slots, self.kv_heads, self.dim, self.dtype)
         if layers is None:
-            part = jnp.zeros(room, self.dtype)
-        elif stack.split:
-            part = (jnp.zeros(room, self.dtype),) * layers
-        else:
-            part = jnp.zeros((layers, *room), self.dtype)
-        return part, part
+            return cache
+        if stack.split:
+            return tuple((part,) * layers for part in cache)
+        return tuple(jnp.broadcast_to(part, (layers, *part.shape)) for part in cache)
 
     def _reduce(self, i, reducer, visual, signals, rng) -> VisualTokens:
         if self.compressor is None:
@@ -329,28 +317,42 @@ class Decoder(DecoderFields):
         table = self.position_table
         return (table[low] * (1 - part) + table[high] * part).astype(self.dtype)
 
-    def step(self, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """One token for every row: int [B] -> (float32 logits [B, vocab], the longer cache)."""
-        x = self.embed(tokens)[:, None]
+    def extend(
+        self, tokens: jax.Array, cache: KVCache, counts: jax.Array | None = None
+    ) -> tuple[jax.Array, KVCache]:
+        """Tokens behind what the rows of a cache hold, each row at its own place.
+
+        Args:
+          tokens: int32 [B, S].
+          cache: with room for them: what reaches over the end of a row is not kept.
+          counts: int32 [B], how many of the S tokens each row gets, the first ones; None for all.
+
+        Returns:
+          float32 logits [B, S, vocab] behind each token, of which those beyond `counts` mean
+          nothing; and the longer cache.
+        """
+        rows, new = tokens.shape
+        counts = jnp.full(rows, new, jnp.int32) if counts is None else counts
+        window = None if self.local_at is None else self.window
+        inputs = [part.inputs(cache.lengths, counts, new, window) for part in cache.segments]
+        x = self.embed(tokens)
         if self.position == "learned":
-            x = x + self._learned((cache.segments[0].behind + cache.generated)[:, None])
+            x = x + self._learned(inputs[0].positions)
         stack, segments, start = self._stack(), [], 0
-        for part in cache.segments:
-            stop = start + len(part.key)
-            slot = part.start + cache.generated
-            live = part.live | (jnp.arange(part.live.shape[1]) == slot)
-            place = (part.behind + cache.generated)[:, None]
-            seen = jnp.ones_like(tokens, dtype=bool)[:, None]
-            inputs = LayerInputs(place, key_mask(live, 1), part.bias, seen, write_index=slot)
-            if self.local_at is not None and self.window is not None:
-                here = jax.lax.dynamic_slice_in_dim(part.index, slot, 1, axis=1)
-                near = live & (part.index > here - self.window)
-                inputs = inputs.replace(local_mask=key_mask(near, 1))
-            x, (kv, *_) = stack.run(x, start, stop, inputs, (part.key, part.value))
-            segments.append(part.replace(key=kv[0], value=kv[1], live=live))
+        for part, given in zip(cache.segments, inputs, strict=True):
+            stop = start + part.num_layers
+            x, (parts, *_) = stack.run(x, start, stop, given, part.parts)
+            segments.append(part.replace(parts=parts))
             start = stop
-        cache = cache.replace(segments=tuple(segments), generated=cache.generated + 1)
-        return self.logits(x[:, 0]), cache
+        longer = cache.replace(segments=tuple(segments), lengths=cache.lengths + counts)
+        return self.logits(x), longer
+
+    def step(
+        self, tokens: jax.Array, cache: KVCache, counts: jax.Array | None = None
+    ) -> tuple[jax.Array, KVCache]:
+        """`extend` by one token a row: int [B] -> (float32 logits [B, vocab], the longer cache)."""
+        logits, cache = self.extend(tokens[:, None], cache, counts)
+        return logits[:, 0], cache
 
     def _visual_positions(
         self, visual: VisualTokens, columns: int, policy: str

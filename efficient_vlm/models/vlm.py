@@ -262,7 +262,7 @@ class VisionLanguageModel(VisionLanguageFields):
             visual, prompts, lengths, layout, rng, placement, cache_slots=new_tokens
         )
         last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
-        cache = KVCache(segments, jnp.zeros((), jnp.int32))
+        cache = KVCache(segments, lengths.astype(jnp.int32))
         return self.language.logits(last[:, 0]), cache, sources
 
     def text_logits(
@@ -338,6 +338,12 @@ class VisionLanguageModel(VisionLanguageFields):
     def decode(self, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """One token for every row: int32 [R] -> (float32 logits [R, vocab], the longer cache)."""
         return self.language.step(tokens, cache)
+
+    def extend(
+        self, tokens: jax.Array, cache: KVCache, counts: jax.Array | None = None
+    ) -> tuple[jax.Array, KVCache]:
+        """Several tokens for every row, see `Decoder.extend`."""
+        return self.language.extend(tokens, cache, counts)
 
     # --- training ----------------------------------------------------------------------------
 

@@ -10,10 +10,10 @@ from flax import linen as nn
 from efficient_vlm.errors import unknown
 from efficient_vlm.kernels.attention import Mask, mask_rows, visible
 from efficient_vlm.kernels.attention import attention as dot_product_attention
+from efficient_vlm.nn import kv_cache
 from efficient_vlm.nn.linear import Dtype, Linear, together
 from efficient_vlm.nn.norms import make_norm
 from efficient_vlm.nn.rotary import axial, rotate
-from efficient_vlm.sharding import CACHE_AXES, constrain
 
 # Keys of this segment are seen by the queries of every segment of the row: the visual tokens.
 SHARED_SEGMENT = 0
@@ -185,8 +185,8 @@ class Attention(nn.Module):
         *,
         mask: Mask | None = None,
         key_bias: jax.Array | None = None,
-        cache: tuple[jax.Array, jax.Array] | None = None,
-        write_index: jax.Array | None = None,
+        cache: kv_cache.LayerCache | None = None,
+        slots: kv_cache.Slots | None = None,
         local: Any = False,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Attends from x [B, S, D] to itself, or to a cache that x is first written into.
@@ -196,9 +196,9 @@ class Attention(nn.Module):
           positions: [B, S], or [B, S, axes], rotary positions; None where there are none.
           mask: which keys are seen, see `kernels.attention.make_mask`.
           key_bias: float [B, Skv].
-          cache: keys and values, each [B, Skv, Hkv, Dh].
-          write_index: scalar, the place in the cache of the first of the S tokens; None for an
-            empty cache, into whose first places they are written while they see only each other.
+          cache: see `kv_cache.LayerCache`, of Skv slots.
+          slots: where in the cache the S tokens go; None for an empty cache, into whose first
+            slots they are written while they see only each other.
           local: bool, static or traced, whether `local_rope` holds.
 
         Returns:
@@ -210,17 +210,16 @@ class Attention(nn.Module):
         q, plain_q = self._as_queries(q, positions, local)
         k, plain_k = self._as_keys(k, positions, local)
         inner = {"query": q, "key": k, "plain_query": plain_q, "plain_key": plain_k}
+        inner |= {"mask": mask, "key_bias": key_bias, "cache": cache}
         if cache is not None:
-            at = (0, 0 if write_index is None else write_index, 0, 0)
-            cache = tuple(
-                constrain(jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at), *CACHE_AXES)
-                for old, new in zip(cache, (k, v), strict=True)
+            parts = (cache, k, v)
+            inner["cache"] = (
+                kv_cache.fill(*parts) if slots is None else kv_cache.write(*parts, slots)
             )
-            if write_index is not None:
-                k, v = cache
-        inner["cache"] = cache
-        q, k, v = (x.swapaxes(1, 2).astype(self.dtype) for x in (q, k, v))
-        inner |= {"mask": mask, "key_bias": key_bias}
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+        if slots is not None:
+            k, v = inner["cache"]
+        q, k, v = (x.astype(self.dtype) for x in (q, k, v))
         out, inner["lse"], _ = dot_product_attention(
             q, k, v, scale=self.scale, mask=mask, key_bias=key_bias, softcap=self.softcap
         )

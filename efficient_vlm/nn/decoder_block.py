@@ -10,6 +10,7 @@ from flax import struct
 
 from efficient_vlm.kernels.attention import Mask, choose
 from efficient_vlm.nn.attention import Attention, attention_rows
+from efficient_vlm.nn.kv_cache import Slots
 from efficient_vlm.nn.linear import Dtype
 from efficient_vlm.nn.mlp import FeedForward
 from efficient_vlm.nn.moe import MoE
@@ -30,7 +31,7 @@ class LayerInputs:
       mask: which keys are seen, see `kernels.attention.make_mask`.
       key_bias: float32 [B, Skv], added to the logits of each key.
       live: bool [B, S], places that hold a token (the router counts no others).
-      write_index: see `attention.Attention`.
+      slots: see `attention.Attention`.
       probe: (int [B, R], bool [B, T]), rows whose attention to T visual keys is wanted, or None.
       local_mask: in place of `mask` for local layers; None if there are none.
     """
@@ -39,7 +40,7 @@ class LayerInputs:
     mask: Mask
     key_bias: jax.Array
     live: jax.Array
-    write_index: jax.Array | None = None
+    slots: Slots | None = None
     probe: tuple[jax.Array, jax.Array] | None = None
     local_mask: Mask | None = None
 
@@ -106,7 +107,7 @@ class DecoderBlock(nn.Module):
             mask=mask,
             key_bias=inputs.key_bias,
             cache=cache,
-            write_index=inputs.write_index,
+            slots=inputs.slots,
             local=local,
         )
         if self.norm_layout in ("post", "sandwich"):

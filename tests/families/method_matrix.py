@@ -270,7 +270,7 @@ def _cached(model, layout, params, visual, tokens, lengths, placement, follow):
     apply = functools.partial(model.apply, {"params": params})
     options = dict(new_tokens=1, placement=placement)
     first, cache, _ = apply(visual, tokens, lengths, layout, **options, method="prefill")
-    live = cache.segments[-1].live
+    live = cache.segments[-1].index
     second, _ = apply(follow, cache, method="decode")
     return jnp.stack([first, second], axis=1), live
 

@@ -14,6 +14,7 @@ from efficient_vlm.cli.kernel_programs import ALL, Program, Row, programs
 from efficient_vlm.costs.compiled import hlo
 from efficient_vlm.errors import UserError, first_line, unknown
 from efficient_vlm.kernels import aot
+from efficient_vlm.kernels.topologies import TOPOLOGIES, topology_of
 
 _TAKES = "--topology, --quick and --json"
 # What the compiled text calls a kernel of ours.
@@ -51,9 +52,9 @@ def audit_kernels(args: argparse.Namespace) -> int:
     if args.topology == "h100":
         rows = audit_kernels_gpu.compiled(args.quick)
     else:
-        topologies = ALL if args.topology == "all" else (args.topology,)
+        topologies = ALL if args.topology == "all" else (topology_of(args.topology),)
         for topology in topologies:
-            if topology.partition(":")[0] not in aot.TOPOLOGIES:
+            if topology.partition(":")[0] not in TOPOLOGIES:
                 raise unknown("--topology", topology, (*ALL, "all", "h100"))
             aot.tpu_devices(topology)  # A mistake is said before anything is compiled.
         rows = [

@@ -5,7 +5,7 @@ import inspect
 import re
 from typing import Any, NamedTuple
 
-__all__ = ["Described", "described", "summary"]
+__all__ = ["Described", "described", "description", "docstring", "summary"]
 
 _HEADING = re.compile(r"^[A-Z][\w ]*:$")
 _ENTRY = re.compile(r"^  (\w+(?:, \w+)*): (.*)$")
@@ -42,12 +42,22 @@ def described(cls: type, hidden: frozenset[str] = frozenset()) -> list[Described
     ]
 
 
+def docstring(cls: type) -> str:
+    """A class's own docstring, without its indentation; "" where it has none."""
+    return inspect.cleandoc(cls.__dict__.get("__doc__") or "")
+
+
 def summary(cls: type) -> str:
     """The first sentence of a class's docstring, without the name that it begins with."""
-    text = inspect.cleandoc(cls.__dict__.get("__doc__") or "")
-    first = " ".join(text.split("\n\n")[0].split())
+    first = " ".join(docstring(cls).split("\n\n")[0].split())
     first = re.sub(r"^(`\w+`|[\w+]+)( \([^)]*\))?: ", "", first)
     return re.split(r"(?<=[.])\s", first)[0].rstrip(".")
+
+
+def description(cls: type) -> str:
+    """A class's docstring behind its first paragraph, up to the list of its attributes."""
+    _, _, rest = docstring(cls).partition("\n\n")
+    return re.split(r"^[A-Z][\w ]*:$", rest, maxsplit=1, flags=re.MULTILINE)[0].strip()
 
 
 def _default(field: dataclasses.Field) -> Any:

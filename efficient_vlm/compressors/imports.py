@@ -14,6 +14,7 @@ from typing import Any
 
 from efficient_vlm.compressors.methods import METHODS
 from efficient_vlm.errors import UserError, closest, first_line
+from efficient_vlm.runtime import user_cache
 
 __all__ = ["import_methods", "import_of_run"]
 
@@ -52,13 +53,12 @@ def import_of_run(config: Mapping[str, Any], workdir: str | os.PathLike) -> None
     to `import_methods` before is run: the same file, unchanged.
 
     Args:
-      config: of the run; `imports` holds what `import_methods` returned.
+      config: of the run, plain; `imports` holds what `import_methods` returned.
       workdir: of the run, for the message.
 
     Raises:
       UserError: a source that is not there, or is not what was imported before: what to pass.
     """
-    config = config.to_dict() if hasattr(config, "to_dict") else config
     if all(name in METHODS for name in _names(config)):
         return
     for source in map(str, _list(config.get("imports"))):
@@ -178,28 +178,25 @@ def _place(error: Exception, source: str) -> str:
 # ---- what was imported before --------------------------------------------------------------------
 
 
-def _folder() -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "efficient_vlm" / "imported"
-
-
-def _token(source: str) -> str:
-    """A digest of a source: the path and content of a file, or the name of a module."""
+def _mark(source: str) -> Path:
+    """An empty file that stands for a source: path and content of a file, or a module's name."""
     path = Path(source)
     content = path.read_bytes() if path.is_file() else b""
-    return hashlib.sha256(source.encode() + b"\0" + content).hexdigest()
+    digest = hashlib.sha256(source.encode() + b"\0" + content).hexdigest()
+    return user_cache() / "imported" / digest
 
 
 def _trust(source: str) -> None:
     try:
-        _folder().mkdir(parents=True, exist_ok=True)
-        (_folder() / _token(source)).touch()
+        mark = _mark(source)
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
     except (OSError, RuntimeError):  # No home to write to: the next run is told what to pass.
         pass
 
 
 def _is_trusted(source: str) -> bool:
     try:
-        return (_folder() / _token(source)).is_file()
+        return _mark(source).is_file()
     except (OSError, RuntimeError):
         return False

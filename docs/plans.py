@@ -63,8 +63,7 @@ def shape(name: str, machine: str, task: str, devices: int) -> tuple[str, int]:
 
 def compiled(name: str, machine: str, task: str, share: int) -> dict:
     """The row of one plan."""
-    given = argparse.Namespace(preset=name, config=None, text=None, new=NEW, images=None)
-    subject = read_subject(given, [])
+    subject = read_subject(preset=name, new=NEW)
     chosen = read_methods(subject, ["none" if share == 1 else "pool"], [])[0]
     target = None if share == 1 else Target("mean_processed", subject.baseline.entering / share)
     ledger = make_entry(subject, chosen, target).ledger

@@ -32,14 +32,15 @@ def closest(name: str, options: Iterable[str]) -> str | None:
     return matches[0] if matches else None
 
 
-def unknown(field: str, value: str, options: Iterable[str]) -> UserError:
-    """The error for a name outside a known set, with the nearest name as the fix."""
+def unknown(field: str, value: str, options: Iterable[str], *, hint: str = "") -> UserError:
+    """The error for a name outside a known set, with the nearest name as the fix, and a hint."""
     options = sorted(options)
     guess = closest(value, options)
+    fix = f"did you mean {guess!r}?" if guess else f"choose one of the names above for {field}"
     return UserError(
         f"{field}: unknown name {value!r}",
         allowed=", ".join(options),
-        fix=f"did you mean {guess!r}?" if guess else f"choose one of the names above for {field}",
+        fix=f"{fix} ({hint})" if hint else fix,
     )
 
 

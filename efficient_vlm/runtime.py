@@ -35,10 +35,15 @@ def enable_compilation_cache() -> None:
     folder = os.environ.get("EFFICIENT_VLM_COMPILATION_CACHE")
     if folder == "off" or jax.config.jax_compilation_cache_dir:
         return
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = folder or str(base / "efficient_vlm" / "compiled" / _machine())
+    folder = folder or str(user_cache() / "compiled" / _machine())
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def user_cache() -> Path:
+    """Where this user's files are kept that can be made again; it need not be there."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "efficient_vlm"
 
 
 def _machine() -> str:

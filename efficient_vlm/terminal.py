@@ -47,6 +47,40 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+class Compiling:
+    """Says on stderr what is being compiled, a line for each program, so that nobody waits in
+    silence: "[0:12] compiling 2 of 9: divprune, prefill".
+
+    Lines are plain, in a pipe, too, and stdout stays free for results.
+
+    Args:
+      total: programs that there will be, or at most will be.
+      at_most: whether `total` may not be reached.
+      quiet: say nothing.
+    """
+
+    def __init__(self, total: int, *, at_most: bool = False, quiet: bool = False):
+        self._total = f"{'at most ' if at_most else ''}{total}"
+        self._quiet, self._count, self._start = quiet, 0, time.monotonic()
+
+    def __call__(self, what: str) -> None:
+        """Is called in front of each program."""
+        self._count += 1
+        self._say(f"compiling {self._count} of {self._total}: {what}")
+
+    def done(self) -> None:
+        """Is called behind the last."""
+        plural = "" if self._count == 1 else "s"
+        self._say(f"compiled {self._count} program{plural}")
+
+    def _say(self, text: str) -> None:
+        if self._quiet:
+            return
+        seconds = format_seconds(time.monotonic() - self._start)
+        with contextlib.suppress(OSError, ValueError):
+            print(f"[{seconds}] {text}", file=sys.stderr, flush=True)
+
+
 def in_notebook() -> bool:
     """True in a Jupyter or Colab kernel."""
     if "IPython" not in sys.modules:

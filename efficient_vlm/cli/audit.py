@@ -1,29 +1,28 @@
 """`efficient-vlm audit`: the ledger of a preset or a config, without weights, in seconds."""
 
-import argparse
 import json
 from collections.abc import Sequence
 from typing import Any
 
 from efficient_vlm.cli import ledger_table
-from efficient_vlm.cli.methods import Entry, make_entry, read_methods
-from efficient_vlm.cli.subject import Subject, read_subject
-from efficient_vlm.costs.match import parse_target
+from efficient_vlm.cli.methods import Chosen, Entry, make_entry
+from efficient_vlm.cli.subject import Subject
+from efficient_vlm.costs.match import Target
 
 
-def audit(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+def audit(
+    subject: Subject, chosen: Sequence[Chosen], target: Target | None, *, as_json: bool = False
+) -> int:
     """`efficient-vlm audit`.
 
     Args:
-      args: preset or config; compressor, its options ("layer=2", "fastv.layer=2"), text, new,
-        images, match, json.
-      overrides: "section.field=value" of the config.
+      subject: what is audited.
+      chosen: its methods, see `methods.read_methods`.
+      target: what they are matched to, or None.
+      as_json: print as JSON.
     """
-    subject = read_subject(args, overrides)
-    chosen = read_methods(subject, args.compressor, args.options)
-    target = parse_target(args.match) if args.match else None
     entries = [make_entry(subject, method, target) for method in chosen]
-    if args.json:
+    if as_json:
         print(json.dumps(to_json(subject, entries), indent=1))
     else:
         ledger_table.show(subject, entries)

@@ -1,6 +1,5 @@
 """`efficient-vlm audit kernels`: every kernel through the real TPU compiler, without a TPU."""
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -12,56 +11,46 @@ from rich.table import Table
 from efficient_vlm.cli import audit_kernels_gpu
 from efficient_vlm.cli.kernel_programs import ALL, Program, Row, programs
 from efficient_vlm.costs.compiled import hlo
-from efficient_vlm.errors import UserError, first_line, unknown
+from efficient_vlm.errors import first_line, unknown
 from efficient_vlm.kernels import aot
+from efficient_vlm.kernels.topologies import TOPOLOGIES, topology_of
+from efficient_vlm.terminal import Compiling
 
-_TAKES = "--topology, --quick and --json"
 # What the compiled text calls a kernel of ours.
 _MARK = "tpu_custom_call"
 
 
-def audit_kernels(args: argparse.Namespace) -> int:
+def audit_kernels(
+    topology: str, *, quick: bool = False, quiet: bool = False, as_json: bool = False
+) -> int:
     """`efficient-vlm audit kernels`: 0 if everything compiled.
 
     Args:
-      args: topology or None, quick, json, and what `audit` alone takes.
+      topology: "v5e:2x2", "v5p-8", ..., "all" or "h100".
+      quick: at one size only.
+      quiet: say nothing of what is being compiled.
+      as_json: print as JSON.
 
     Raises:
-      UserError: an option of `audit` alone, or no such topology.
+      UserError: no such topology.
     """
-    for name in (
-        "preset",
-        "config",
-        "compressor",
-        "text",
-        "new",
-        "images",
-        "match",
-        "mesh",
-        "task",
-        "batch",
-        "remat",
-        "search",
-        "options",
-    ):
-        if getattr(args, name):
-            word = "compressor" if name == "options" else name
-            raise UserError(f"--{word}: `audit kernels` does not take it", allowed=_TAKES)
-    args.topology = args.topology or ALL[0]
-    if args.topology == "h100":
-        rows = audit_kernels_gpu.compiled(args.quick)
+    if topology == "h100":
+        say = Compiling(len(list(programs(quick, "gpu"))), quiet=quiet)
+        rows = audit_kernels_gpu.compiled(quick, say)
     else:
-        topologies = ALL if args.topology == "all" else (args.topology,)
-        for topology in topologies:
-            if topology.partition(":")[0] not in aot.TOPOLOGIES:
-                raise unknown("--topology", topology, (*ALL, "all", "h100"))
-            aot.tpu_devices(topology)  # A mistake is said before anything is compiled.
-        rows = [
-            compiled(program, topology)
-            for topology in topologies
-            for program in programs(args.quick)
-        ]
-    if args.json:
+        topologies = ALL if topology == "all" else (topology_of(topology),)
+        for name in topologies:
+            if name.partition(":")[0] not in TOPOLOGIES:
+                raise unknown("--topology", name, (*ALL, "all", "h100"))
+            aot.tpu_devices(name)  # A mistake is said before anything is compiled.
+        listed = [(name, program) for name in topologies for program in programs(quick)]
+        say = Compiling(len(listed), quiet=quiet)
+        rows = []
+        for name, program in listed:
+            say(f"{program.describe()} for {name}")
+            rows.append(compiled(program, name))
+    say.done()
+    if as_json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
     else:
         _show(rows)

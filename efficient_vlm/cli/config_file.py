@@ -27,7 +27,7 @@ from efficient_vlm.sharding import MeshConfig
 from efficient_vlm.train.config import TrainConfig
 from efficient_vlm.train.optimizer import OptimizerConfig
 
-# Sections whose values are checked here when a file is read; `DataConfig` checks its own.
+# Sections whose fields are those of a class that needs JAX; `data` has a class of its own.
 SECTIONS = (
     "model",
     "model.encoder",
@@ -137,8 +137,8 @@ def _parse(name: str, text: str, wanted: Any, old: Any) -> Any:
             return float(value) if whole and not _fits(value, wanted, exact=True) else value
     plain = old is not None and isinstance(old, bool | int | float | str | list | tuple)
     raise UserError(
-        f"--config.{name}: {text!r} is not of type {_spell(wanted)}",
-        allowed=_spell(wanted) + (f", such as {old!r}" if plain else ""),
+        f"--config.{name}: {text!r} is not of type {spell(wanted)}",
+        allowed=spell(wanted) + (f", such as {old!r}" if plain else ""),
     )
 
 
@@ -180,7 +180,8 @@ def _type_of(old: Any) -> Any:
     return Sequence if isinstance(old, list | tuple) else type(old)
 
 
-def _spell(wanted: Any) -> str:
+def spell(wanted: Any) -> str:
+    """An annotation as a person reads it: "int", "float | None"."""
     if isinstance(wanted, type) and not typing.get_args(wanted):
         return wanted.__name__
     return str(wanted).replace("typing.", "").replace("collections.abc.", "")
@@ -188,6 +189,7 @@ def _spell(wanted: Any) -> str:
 
 def _check_types(config: ml_collections.ConfigDict) -> None:
     """Raises UserError for the first value whose type is not that of its class's field."""
+    # data.* is checked by its own class, which JAX does not come with.
     for where in SECTIONS:
         node: Any = config
         for name in where.split("."):
@@ -198,7 +200,7 @@ def _check_types(config: ml_collections.ConfigDict) -> None:
             if name in node and not _fits(node[name], field.type):
                 raise UserError(
                     f"{where}.{name}: {node[name]!r} has the wrong type",
-                    allowed=_spell(field.type),
+                    allowed=spell(field.type),
                     fix=f"--config.{where}.{name}=VALUE, or change the config file",
                 )
 
@@ -218,22 +220,27 @@ def _unknown_field(where: str, field: str, node: Any, defaults: Iterable[str] = 
 
 def _fields(where: str, config: ml_collections.ConfigDict) -> dict[str, dataclasses.Field]:
     """The fields that a section may have: those of the class that it is handed to."""
-    if where not in (*SECTIONS, "data"):
+    cls = class_of(where, config)
+    if cls is None:
         return {}
-    cls = _class_of(where, config)
-    hidden = ("parent", "name") if where.startswith("model") else ()
-    return (
-        {f.name: f for f in dataclasses.fields(cls) if f.init and f.name not in hidden}
-        if cls
-        else {}
-    )
+    hidden = hidden_fields(where)
+    return {f.name: f for f in dataclasses.fields(cls) if f.init and f.name not in hidden}
 
 
-def _class_of(where: str, config: ml_collections.ConfigDict) -> type | None:
+def hidden_fields(where: str) -> frozenset[str]:
+    """Fields of a section's class that are none of the config's: those of every Linen module."""
+    return frozenset(("parent", "name") if where.startswith("model") else ())
+
+
+def class_of(where: str, config: ml_collections.ConfigDict) -> type | None:
+    """The class that a section is handed to; None for a section of one's own, or no such method."""
+    if where == "data":
+        return DataConfig
+    if where not in SECTIONS:
+        return None
     if where == "model.compressor":
         return METHODS.get(config.model.compressor.get("name"))
     return {
-        "data": DataConfig,
         "model": vlm.VisionLanguageModel,
         "model.encoder": vit.ViT,
         "model.connector": connector.Connector,

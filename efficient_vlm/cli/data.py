@@ -1,11 +1,10 @@
-"""`efficient-vlm data build` and `efficient-vlm data inspect`."""
+"""`efficient-vlm data build` and `efficient-vlm data inspect`, without the parsing of arguments."""
 
-import argparse
 import collections
 from collections.abc import Sequence
 from pathlib import Path
 
-from efficient_vlm.cli import config_file as configs
+from efficient_vlm.cli import config_file
 from efficient_vlm.data.config import DataConfig, validate
 from efficient_vlm.data.inspect import contact_sheet
 from efficient_vlm.data.pipeline import make_spec
@@ -17,17 +16,9 @@ from efficient_vlm.fields import section
 from efficient_vlm.processing.decode_image import BadRecord
 
 
-def data(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """`efficient-vlm data build|inspect`."""
-    if args.action == "inspect" and args.count < 1:
-        raise UserError(f"--count: {args.count}", allowed="1 or more")
-    config = configs.load(args.config, overrides)
-    fields = DataConfig.from_mapping(section(config, "data"))
-    if args.action == "build":
-        build(fields)
-    else:
-        inspect(fields, split=args.split, output=args.out, images=args.count)
-    return 0
+def read_data(config: str, overrides: Sequence[str] = ()) -> DataConfig:
+    """The section data of "FILE.py" or "FILE.py:ARG" with "section.field=value" of the config."""
+    return DataConfig.from_mapping(section(config_file.load(config, overrides), "data"))
 
 
 def build(config: DataConfig, *, full: bool = True) -> Path:

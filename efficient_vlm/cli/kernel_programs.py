@@ -60,6 +60,10 @@ class Program:
     calls: int  # Kernels that must be in the program.
     flops: int | None = None  # Of the products alone, of which it may have less than twice as many.
 
+    def describe(self) -> str:
+        """What is compiled, in words."""
+        return f"{self.kernel} {self.shape} {self.dtype}, {self.direction}"
+
     def problem(self, kernels: int, flops: float) -> str | None:
         """What is wrong with the compiled program, or None."""
         if kernels < self.calls:

@@ -1,8 +1,8 @@
 """The methods that a command line names, with their options, and the ledger of each."""
 
-import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ml_collections
@@ -12,8 +12,9 @@ from efficient_vlm.cli.subject import Subject
 from efficient_vlm.compressors import methods
 from efficient_vlm.costs.dry_run import dry_run
 from efficient_vlm.costs.ledger import Ledger
-from efficient_vlm.costs.match import Match, Target, parse_target, solve
+from efficient_vlm.costs.match import Match, Target, solve
 from efficient_vlm.errors import UserError, closest
+from efficient_vlm.train.workdir_config import read_run_config
 
 _OPTION, _FIELD = "--compressor.", "--config.model.compressor."
 _COUNTS = ("budget", "keep", "counts")  # Options that may hold a number of tokens.
@@ -137,13 +138,22 @@ def method_fields(names: Sequence[str], options: Sequence[str]) -> list[dict[str
     return [chosen.fields for chosen in read_methods(nothing, names, options)]
 
 
-def read_method(subject: Subject, args: argparse.Namespace) -> dict[str, Any]:
-    """The one method of --compressor, its options and --match, with its budget; UserError for
-    several."""
-    chosen = read_methods(subject, args.compressor, args.options)
+def import_named(names: Sequence[str], workdir: str | None) -> None:
+    """Imports the methods of a run's own where one of these names, or "all", may mean one of them.
+
+    Raises:
+      UserError: no such run, or what to pass for its methods.
+    """
+    words = {word.strip() for value in names for word in value.split(",")}
+    if workdir is not None and not words <= set(methods.METHODS):
+        read_run_config(Path(workdir))
+
+
+def one_method(subject: Subject, chosen: Sequence[Chosen], target: Target | None) -> dict[str, Any]:
+    """The fields of the one method chosen, with its budget; UserError for several."""
     if len(chosen) > 1:
-        raise UserError(f"--compressor={','.join(args.compressor)}: several", fix="name one")
-    target = parse_target(args.match) if args.match else None
+        names = ",".join(method.fields["name"] for method in chosen)
+        raise UserError(f"--compressor={names}: several", fix="name one")
     return make_entry(subject, chosen[0], target).ledger.compressor
 
 

@@ -81,6 +81,9 @@ METHODS: dict[str, type[Compressor]] = {
 }
 
 
+OWN_HINT = "a method of your own: --import=FILE.py"
+
+
 def names() -> tuple[str, ...]:
     """The names that `build` knows."""
     return tuple(METHODS)
@@ -89,7 +92,7 @@ def names() -> tuple[str, ...]:
 def find(name: str) -> type[Compressor]:
     """The module class of a method; UserError with the nearest name if there is none."""
     if not isinstance(name, str) or name not in METHODS:
-        raise unknown("compressor.name", str(name), METHODS)
+        raise unknown("compressor.name", str(name), METHODS, hint=OWN_HINT)
     return METHODS[name]
 
 

@@ -39,10 +39,20 @@ class DataConfig:
       num_threads: threads that prepare batches; 0 prepares them in the calling thread.
       prefetch: batches prepared ahead.
       cache_mb: memory for decoded samples, in MiB; later epochs then cost almost nothing.
-      tasks, canvas, grid, glyph, jitter, clutter, max_count, dense_length, dense_px, noise, tint,
-        question_pool: token_bench, see `scenes.SceneConfig`; canvas 0 means image_size.
+      tasks: token_bench: names of `scenes.TASKS` (needle, count, point, global, ...).
       dataset_seed: of the generated images, apart from `seed`: several runs share one build.
       train_images, test_images: size of the generated splits.
+      canvas: token_bench: side of a scene in pixels; 0: image_size.
+      grid: token_bench: cells per side; 0: as many as fit glyphs with their jitter.
+      glyph: token_bench: side of a digit in pixels.
+      jitter: token_bench: pixels by which a digit is moved inside its cell, at most.
+      clutter: token_bench: white digits that no question asks about.
+      max_count: token_bench: colours that occur several times do so at most this often.
+      dense_length: token_bench: characters of the text to read.
+      dense_px: token_bench: smallest and largest font size in pixels.
+      noise: token_bench: standard deviation of the pixel noise (1 is the full range).
+      tint: token_bench: strength of the background colour.
+      question_pool: token_bench: questions stored per image.
     """
 
     source: str = "token_bench"

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from efficient_vlm.compressors.methods import METHODS
+from efficient_vlm.compressors.methods import METHODS, OWN_HINT
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.models.variants import Setting, setting_of
 from efficient_vlm.models.vlm import VisionLanguageModel
@@ -56,7 +56,7 @@ def settings_of(config: EvalConfig, model: VisionLanguageModel) -> list[VisionLa
         options = dict(method)
         name = options.pop("name", None)
         if name not in METHODS:
-            raise unknown(f"eval.methods[{i}].name", str(name), METHODS)
+            raise unknown(f"eval.methods[{i}].name", str(name), METHODS, hint=OWN_HINT)
         budgets = options.pop("budgets", None) or [options.get("budget")]
         budgets = budgets if isinstance(budgets, list | tuple) else [budgets]
         options.pop("budget", None)

@@ -6,7 +6,6 @@ libtpu, which is a package of the registry (`pip install 'efficient_vlm[test]'` 
 
 import functools
 import importlib.util
-import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -16,34 +15,23 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.kernels.topologies import TOPOLOGIES, check_size, topology_of
 
-__all__ = ["TOPOLOGIES", "compile_for", "compile_for_tpu", "options_for", "tpu_devices"]
-
-# Generation -> the accelerator type that libtpu is told, any size of it.
-TOPOLOGIES = {"v5e": "v5litepod-4", "v6e": "v6e-4", "v5p": "v5p-8", "v4": "v4-8"}
-
-# Chips of a whole pod, as published, and its longest side. For more libtpu ends the process, or
-# compiles without end.
-_PODS = {"v5e": (256, 16), "v6e": (256, 16), "v5p": (8960, 28), "v4": (4096, 64)}
+__all__ = ["compile_for", "compile_for_tpu", "options_for", "tpu_devices"]
 
 
 @functools.cache
 def tpu_devices(topology: str) -> tuple[Any, ...]:
-    """The devices of a topology such as "v5e:2x2", described, not there.
+    """The devices of a topology such as "v5e:2x2" or "v5litepod-4", described, not there.
 
     Raises:
       UserError: no libtpu, or no such topology.
     """
-    generation = topology.partition(":")[0]
+    topology = topology_of(topology)
+    generation, _, shape = topology.partition(":")
     if generation not in TOPOLOGIES or ":" not in topology:
         raise unknown("topology", topology, [f"{name}:2x2" for name in TOPOLOGIES])
-    sides = [int(side) for side in topology.partition(":")[2].split("x") if side.isdecimal()]
-    chips, longest = _PODS[generation]
-    if math.prod(sides) > chips or max(sides, default=0) > longest:
-        raise UserError(
-            f"topology: {topology!r} is larger than a pod",
-            allowed=f"{chips} chips of {generation}, no side longer than {longest}",
-        )
+    check_size(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             "compiling for a TPU needs libtpu, which is not installed",
@@ -56,8 +44,13 @@ def tpu_devices(topology: str) -> tuple[Any, ...]:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     from jax.experimental import topologies
 
+    options: dict[str, Any] = {}
+    if generation == "v4":  # Else every TensorCore is a device of its own, unlike on Cloud's VMs.
+        options["chip_config_name"] = "megacore"
+    if shape == "1x1":  # Hosts have 2 x 2 chips unless said.
+        options["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        found = topologies.get_topology_desc(topology_name=topology, platform="tpu")
+        found = topologies.get_topology_desc(topology_name=topology, platform="tpu", **options)
     except Exception as error:
         raise UserError(
             f"topology: {topology!r} is none of libtpu's: {str(error).splitlines()[0][:120]}",

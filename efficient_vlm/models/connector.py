@@ -19,9 +19,12 @@ class Connector(nn.Module):
     Attributes:
       features: channels of the result.
       hidden_dim: channels between two products; None for one product.
+      identity: whether there is no product at all, see above.
       activation: between them.
       bias: whether products have biases.
-      norm, norm_epsilon: in front of the first product, see `norms.make_norm`; None for none.
+      norm, norm_epsilon: in front of the first product: "rms", "rms_plus1", "layernorm" or None for
+        none, and what is added to the variance.
+      dtype: of activations, that of the model.
     """
 
     features: int

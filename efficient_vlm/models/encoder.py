@@ -25,7 +25,11 @@ class ViT(nn.Module):
     Attributes:
       image_size: pixels, one side or (height, width), multiples of `patch_size`. The position
         tables have this size; another size at call time interpolates them.
-      patch_size: pixels.
+      patch_size: pixels along a side of a patch.
+      width: channels of a patch.
+      depth: layers.
+      num_heads: attention heads of a layer.
+      mlp_dim: hidden width of the MLP.
       crop_remainder: whether an image that is no multiple of the patch size loses its last rows and
         columns (SigLIP at 384 pixels has 27 patches of 14), or is an error.
       stem_dim: hidden width of a two-layer patch embedding (GELU between); None for one product.
@@ -33,17 +37,20 @@ class ViT(nn.Module):
         per channel), so that content is not small beside the position embedding.
       patch_bias: whether the (last product of the) patch embedding has a bias.
       temporal_patch: frames that one patch spans; a still picture stands for all of them.
-      position: one of `patch_positions.POSITIONS`.
+      position: how patches know where they are: "factorised" (a table of rows and one of columns),
+        "learned", "bicubic", "bicubic_antialias", "corners", "bucketed" (one table, resized each in
+        its own way for other images, see `patch_positions`) or "none".
       position_grid: rows and columns of the position table; None for those of `image_size`.
       position_scale: standard deviation of the initial position tables.
       rope_theta: base of rotary positions over rows and columns (`rotary.axial`); None for none.
       window: patches along a side of the windows inside which layers attend, except `full_layers`;
         None for no windows (arXiv 2502.13923, section 2.1.1).
+      full_layers: layers that attend to the whole image although there are windows.
       class_token: whether a learned CLS token stands before the patches.
       class_feature: whether the features include that token, in front; they are then no grid but
         one row.
       class_position: whether that token has a position embedding.
-      norm, norm_epsilon: see `norms.make_norm`.
+      norm, norm_epsilon: "rms", "rms_plus1" or "layernorm", and what is added to the variance.
       activation, mlp_gated: of the MLP: "gelu_tanh" and others of `mlp.ACTIVATIONS`.
       bias: whether the products of the layers have biases.
       qkv_bias: whether those of queries, keys and values have; None for what `bias` says.
@@ -52,10 +59,13 @@ class ViT(nn.Module):
       final_norm: a norm behind the last; not with feature_layers.
       feature_layers: the features are the outputs of these layers, side by side (-1 is the last);
         None for the output of the last, normed. Layers behind all of them do not run.
-      qk_norm, qk_scale: see `attention.Attention`.
+      qk_norm, qk_scale: norm of queries and keys (False, True or "full"), and a factor of the
+        attention logits, see `attention.Attention`.
       stacked: whether the parameters of all layers are created as stacks, or layer by layer
         (`stack.SplitLayers`); either kind can be given.
-      remat, scan_unroll: see `stack.LayerStack`.
+      remat: what the backward pass computes again: "none", "dots" (all but products) or "full".
+      scan_unroll: layers that are written out in each turn of the loop over layers.
+      dtype: of activations, that of the model.
     """
 
     image_size: int | Sequence[int]

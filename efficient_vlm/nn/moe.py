@@ -33,6 +33,8 @@ class MoE(nn.Module):
       activation: of the experts, see `mlp.ACTIVATIONS`.
       capacity: None for dropless; else how many times an equal share of a row's tokens an expert
         takes, such as 1.25 (Switch, arXiv 2101.03961); what is over gets nothing from it.
+      out_scale: scale of the initial output projections.
+      dtype: of activations, that of the model.
     """
 
     num_experts: int

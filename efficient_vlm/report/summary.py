@@ -2,6 +2,7 @@
 
 import io
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,3 +82,11 @@ def _column(values: list[float]) -> list[str]:
     digits = 2 - math.floor(math.log10(min(positive))) if positive else 0
     digits = min(max(digits, 0), 2)
     return [f"{v:,.{digits}f}" if math.isfinite(v) else "-" for v in values]
+
+
+def print_summary(results: Mapping[str, Any]) -> None:
+    """Prints the table: as wide as a terminal, or as text where there is none."""
+    if sys.stdout.isatty():
+        Console().print(summary_table(results))
+    else:
+        print(summary_text(results))

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 import numpy as np
 
+from efficient_vlm.compressors.imports import import_of_run
 from efficient_vlm.errors import UserError, first_line
 from efficient_vlm.files import Damaged, read_index, write_atomic
 
@@ -136,10 +138,8 @@ def _write(path: Path, config: Mapping[str, Any]) -> None:
         ) from None
 
 
-def read_run_config(workdir: Path) -> Any:
-    """The config that a run was made with, a ConfigDict."""
-    import ml_collections
-
+def read_run_config(workdir: Path) -> ml_collections.ConfigDict:
+    """The config that a run was made with; its own methods are imported (`import_of_run`)."""
     path = workdir / "config.json"
     if not path.is_file():
         raise UserError(
@@ -149,7 +149,9 @@ def read_run_config(workdir: Path) -> Any:
         found = json.loads(path.read_text())
         if not isinstance(found, dict):
             raise ValueError("no sections")
-        return ml_collections.ConfigDict(found)
+        config = ml_collections.ConfigDict(found)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         problem = f"{path}: not a readable config ({first_line(error)})"
         raise UserError(problem, fix="restore it") from None
+    import_of_run(found, workdir)
+    return config

@@ -128,6 +128,9 @@ class Perceiver(Queries):
     and 4 key heads of 96); the modality projection in front of Idefics2's latents is the model's
     connector behind them here; Flamingo's time embedding is left out (one image has one time).
     As published, keys hold no position beside what the encoder put in.
+
+    Attributes:
+      style: "idefics2" or "flamingo", see above.
     """
 
     style: str = "idefics2"

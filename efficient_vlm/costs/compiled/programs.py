@@ -23,9 +23,15 @@ from efficient_vlm.train import step as steps
 from efficient_vlm.train.optimizer import OptimizerConfig, make_optimizer
 from efficient_vlm.train.placement import Placement, state_shardings
 
-__all__ = ["TASKS", "Program", "Work", "lowered"]
+__all__ = ["PROGRAMS", "TASKS", "Program", "Work", "lowered"]
 
-TASKS = ("train", "prefill", "decode")
+# Task -> its programs, in the order in which they run.
+PROGRAMS = {
+    "train": ("train",),
+    "prefill": ("encode", "compress", "prefill"),
+    "decode": ("decode",),
+}
+TASKS = tuple(PROGRAMS)
 _shape = jax.ShapeDtypeStruct
 
 
@@ -63,7 +69,7 @@ class Program(NamedTuple):
 
 
 def lowered(work: Work, mesh: Mesh) -> Iterator[Program]:
-    """The programs of a task in the order in which they run.
+    """The programs of a task, those of PROGRAMS.
 
     Parameters are float32 with the moments of AdamW in training, and of the model's own dtype in
     inference. They are arguments of every stage, used or not: all of them are there.

@@ -154,6 +154,10 @@ class Qwen2VLPictures:
         rows, columns = self.size(height, width)
         return rows * columns // (self.patch * self.merge) ** 2
 
+    def views(self, height: int, width: int) -> tuple[int, int, int]:
+        """One image of its resized height and width; see `smart_resize` for errors."""
+        return 1, *self.size(height, width)
+
     def __call__(self, picture: Any) -> Pictured:
         """One image. For `picture` and errors see `base.load_picture` and `smart_resize`.
 

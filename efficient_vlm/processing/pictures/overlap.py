@@ -147,6 +147,16 @@ class Overlapping:
         rows, columns = self.grid(height, width)
         return math.ceil(self.side / self.pool) ** 2 + rows * columns
 
+    def views(self, height: int, width: int) -> tuple[int, int, int]:
+        """How many images a picture of this size becomes, and their height and width in pixels.
+
+        Raises:
+          UserError: no pixels or too many.
+        """
+        base.check_size(height, width)
+        rows, columns = self.tiling(height, width)
+        return 1 + rows * columns, self.crop, self.crop
+
     def corners(self, tiling: tuple[int, int]) -> list[tuple[int, int]]:
         """Top left of each crop on the canvas in pixels, row by row."""
         rows, columns = (range(0, count * self.window, self.window) for count in tiling)

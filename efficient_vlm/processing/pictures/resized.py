@@ -103,6 +103,15 @@ class LlavaPictures:
         base.check_size(height, width)
         return self.grid**2 + self.class_feature
 
+    def views(self, height: int, width: int) -> tuple[int, int, int]:
+        """How many images a picture of this size becomes, and their height and width in pixels.
+
+        Raises:
+          UserError: no pixels or too many.
+        """
+        base.check_size(height, width)
+        return 1, self.crop, self.crop
+
     def __call__(self, picture: Any) -> Pictured:
         """One image [crop, crop]. For `picture` and errors see `base.load_picture`.
 
@@ -205,6 +214,15 @@ class PaliGemmaPictures:
         base.check_size(height, width)
         return (self.size // self.patch) ** 2
 
+    def views(self, height: int, width: int) -> tuple[int, int, int]:
+        """How many images a picture of this size becomes, and their height and width in pixels.
+
+        Raises:
+          UserError: no pixels or too many.
+        """
+        base.check_size(height, width)
+        return 1, self.size, self.size
+
     def __call__(self, picture: Any) -> Pictured:
         """One image [size, size]. For `picture` and errors see `base.load_picture`.
 
@@ -302,6 +320,15 @@ class Gemma3Pictures:
         wanted = min(math.floor(long / short + 0.5), long // self.min_crop)
         cuts = min(max(wanted, 2), self.max_crops)
         return cuts if min(math.ceil(long / cuts), short) >= self.min_crop else 0
+
+    def views(self, height: int, width: int) -> tuple[int, int, int]:
+        """How many images a picture of this size becomes, and their height and width in pixels.
+
+        Raises:
+          UserError: no pixels or too many.
+        """
+        base.check_size(height, width)
+        return 1 + self._cuts(height, width), self.size, self.size
 
     def __call__(self, picture: Any) -> Pictured:
         """The whole picture, then its cuts, each [size, size]. See `base.load_picture`.

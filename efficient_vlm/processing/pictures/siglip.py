@@ -71,6 +71,16 @@ class SiglipPictures:
         base.check_size(height, width)
         return (self.size // self.patch) ** 2
 
+    def views(self, height: int, width: int) -> tuple[int, int, int]:
+        """How many images a picture of this size becomes, and their height and width in pixels.
+
+        Raises:
+          UserError: no pixels or too many.
+        """
+        base.check_size(height, width)
+        edge = self.size // self.patch * self.patch
+        return 1, edge, edge
+
     def __call__(self, picture: Any) -> Pictured:
         """One image of whole patches. For `picture` and errors see `base.load_picture`."""
         image = base.load_picture(picture)

@@ -153,7 +153,11 @@ class SmolVLMPictures:
         return max(rows, 1), max(columns, 1)
 
     def count(self, height: int, width: int) -> int:
-        """Visual tokens of a picture of this size.
+        """Visual tokens of a picture of this size; see `views` for errors."""
+        return self.views(height, width)[0] * self.grid**2
+
+    def views(self, height: int, width: int) -> tuple[int, int, int]:
+        """How many images a picture of this size becomes, and their height and width in pixels.
 
         Raises:
           UserError: no pixels or too many.
@@ -163,7 +167,7 @@ class SmolVLMPictures:
         if self.split:
             rows, columns = self._tiles(*self._scaled(height, width))
             tiles = rows * columns + (rows * columns > 1)
-        return tiles * self.grid**2
+        return tiles, self.tile, self.tile
 
     def __call__(self, picture: Any) -> Pictured:
         """Tiles [tile, tile] row by row, the whole picture last. See `base.load_picture`.
@@ -301,14 +305,18 @@ class InternVLPictures:
         return best
 
     def count(self, height: int, width: int) -> int:
-        """Visual tokens of a picture of this size.
+        """Visual tokens of a picture of this size; see `views` for errors."""
+        return self.views(height, width)[0] * self.grid**2
+
+    def views(self, height: int, width: int) -> tuple[int, int, int]:
+        """How many images a picture of this size becomes, and their height and width in pixels.
 
         Raises:
           UserError: no pixels or too many.
         """
         base.check_size(height, width)
         rows, columns = self.arrangement(height, width)
-        return (rows * columns + (rows * columns > 1)) * self.grid**2
+        return rows * columns + (rows * columns > 1), self.tile, self.tile
 
     def __call__(self, picture: Any) -> Pictured:
         """Tiles [tile, tile] row by row, the whole picture last. See `base.load_picture`.

@@ -27,6 +27,6 @@ def token_cross_entropy(
 
 
 def ratio(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """sum / denominator, 0 where there is nothing to average."""
+    """sum / denominator; 0 where the denominator is 0."""
     total, count = pair
     return jnp.where(count > 0, total / jnp.maximum(count, 1), 0.0)

@@ -16,24 +16,24 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.train import step as steps
 from efficient_vlm.train.arms import Arm
 from efficient_vlm.train.optimizer import OptimizerConfig, make_optimizer
-from efficient_vlm.train.placement import Placement, state_shardings
+from efficient_vlm.train.state_layout import StateLayout, state_shardings
 
 
 class Start(NamedTuple):
     """What a run starts with.
 
     Attributes:
-      state: makes a fresh state, the same every time, on none of whose devices it ever is as a
-        whole if there is a mesh.
-      shapes: of the state, and where it lies.
+      state: makes a fresh state, the same one at every call; on a mesh each device makes only its
+        part.
+      shapes: of the state, with its shardings on a mesh.
       tx: the optimizer.
-      placement: None for one device.
+      layout: None for one device.
     """
 
     state: Callable[[], steps.State]
     shapes: steps.State
     tx: optax.GradientTransformation
-    placement: Placement | None
+    layout: StateLayout | None
 
 
 def initialise(
@@ -69,7 +69,7 @@ def initialise(
     shapes = jax.eval_shape(rest, boxed)
     if mesh is None:
         return Start(state, shapes, tx, None)
-    lies = state_shardings(
+    shardings = state_shardings(
         shapes,
         sharding.param_shardings(boxed, mesh),
         tx,
@@ -77,9 +77,10 @@ def initialise(
         zero=bool(settings.mesh.get("zero")),
     )
     placed = jax.tree.map(
-        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, lies
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, shardings
     )
-    return Start(jax.jit(state, out_shardings=lies), placed, tx, Placement(mesh, lies))
+    layout = StateLayout(mesh, shardings)
+    return Start(jax.jit(state, out_shardings=shardings), placed, tx, layout)
 
 
 def start_from(state: steps.State, workdir: Path) -> steps.State:
@@ -94,8 +95,8 @@ def load_params(workdir: Path, like: Any, name: str = "params") -> Any:
 
     Args:
       workdir: of that run.
-      like: parameters, or their shapes, of the same structure; where they have places on a mesh
-        they are read there. All processes call this alike.
+      like: parameters, or their shapes, of the same structure; with shardings, they are read
+        straight to their devices. All processes must make the same call.
       name: "params", or "ema" for their average.
 
     Raises:

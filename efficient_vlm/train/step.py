@@ -14,7 +14,7 @@ from efficient_vlm import sharding
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.train.guards import select_finite
 from efficient_vlm.train.losses import ratio, token_cross_entropy
-from efficient_vlm.train.placement import Placement
+from efficient_vlm.train.state_layout import StateLayout
 
 State = dict[str, Any]  # params, opt, step, skipped, and ema if it is on
 
@@ -116,7 +116,7 @@ def make_train_step(
     accumulate: int = 1,
     aux: Mapping[str, float] | None = None,
     ema: float | None = None,
-    placement: Placement | None = None,
+    layout: StateLayout | None = None,
 ) -> Callable[[State, Mapping[str, Any]], tuple[State, dict[str, jax.Array]]]:
     """A jitted step(state, batch) -> (state, metrics) for one budget; the state is donated.
 
@@ -131,7 +131,7 @@ def make_train_step(
         over all targets of the step, however they are spread over the micro-batches.
       aux: weights of router losses.
       ema: decay of an average of the parameters kept in state["ema"]; None for none.
-      placement: where the state lies; batches are then those of all devices. None for one device.
+      layout: where the state lies; batches are then those of all devices. None for one device.
 
     Returns:
       The step. Like a jitted function it has `lower(state, batch)`, of shapes with their shardings.
@@ -176,19 +176,19 @@ def make_train_step(
             scalars["expert_load"] = load[0] / jnp.maximum(load[1], 1)[:, None]
         return new, {**scalars, "grad_norm": norm, "ok": ok}
 
-    if placement is None:
+    if layout is None:
         return jax.jit(step, donate_argnums=0)
-    everywhere = NamedSharding(placement.mesh, PartitionSpec())
+    everywhere = NamedSharding(layout.mesh, PartitionSpec())
     # Without them the state of the second step would lie elsewhere, and be compiled for again.
-    shardings = (placement.state, everywhere)
+    shardings = (layout.state, everywhere)
     compiled = jax.jit(step, donate_argnums=0, out_shardings=shardings)
 
     def placed(state, batch):
-        with sharding.active(placement.mesh):
-            return compiled(state, sharding.global_batch(batch, placement.mesh))
+        with sharding.active(layout.mesh):
+            return compiled(state, sharding.global_batch(batch, layout.mesh))
 
     def lower(state, batch):
-        with sharding.active(placement.mesh):
+        with sharding.active(layout.mesh):
             return compiled.lower(state, batch)
 
     placed._cache_size, placed.lower = compiled._cache_size, lower

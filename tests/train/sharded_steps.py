@@ -22,7 +22,7 @@ from efficient_vlm.kernels.paged_attention import attention_decode
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.nn.moe import MoE as MoELayer
 from efficient_vlm.train import step as steps
-from efficient_vlm.train.placement import Placement, state_shardings
+from efficient_vlm.train.state_layout import StateLayout, state_shardings
 
 
 def make(kind):
@@ -81,7 +81,7 @@ def run(kind, job):
     def state():
         return steps.init_state(params(), tx)
 
-    placement, init = None, state
+    layout, init = None, state
     if job["mesh"] is not None:
         devices = jax.devices()
         if job.get("mixed"):
@@ -89,9 +89,9 @@ def run(kind, job):
         mesh = sharding.make_mesh(sharding.MeshConfig(**job["mesh"]), devices)
         cut = sharding.param_shardings(jax.eval_shape(params), mesh)
         lies = state_shardings(jax.eval_shape(state), cut, tx, mesh, zero=job.get("zero", False))
-        placement, init = Placement(mesh, lies), jax.jit(state, out_shardings=lies)
+        layout, init = StateLayout(mesh, lies), jax.jit(state, out_shardings=lies)
     step, now, found, place = (
-        steps.make_train_step(model, tx, placement=placement),
+        steps.make_train_step(model, tx, layout=layout),
         init(),
         [],
         Place(),
@@ -101,7 +101,7 @@ def run(kind, job):
         saved = Checkpoints(job["folder"], background=False)
         if (restored := saved.restore_latest(now, place)) is not None:
             now = restored[1]
-    part = slice(None) if placement is None else sharding.own_rows(placement.mesh, 8)
+    part = slice(None) if layout is None else sharding.own_rows(layout.mesh, 8)
     for batch in list(batches(job["steps"]))[place.batches :]:
         now, metrics = step(now, {name: x[part] for name, x in batch.items()})
         place.batches += 1

@@ -25,7 +25,7 @@ from efficient_vlm.kernels import aot
 from efficient_vlm.nn.moe import MoE
 from efficient_vlm.train.config import TrainConfig, make_mesh
 from efficient_vlm.train.optimizer import OptimizerConfig, make_optimizer
-from efficient_vlm.train.placement import state_shardings
+from efficient_vlm.train.state_layout import state_shardings
 
 HERE = Path(__file__).parent
 SIZES = dict(data=1, fsdp=2, expert=2, sequence=1, tensor=2)

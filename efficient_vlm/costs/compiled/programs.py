@@ -21,7 +21,7 @@ from efficient_vlm.models.image_inputs import ImageExtras
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.train import step as steps
 from efficient_vlm.train.optimizer import OptimizerConfig, make_optimizer
-from efficient_vlm.train.placement import Placement, state_shardings
+from efficient_vlm.train.state_layout import StateLayout, state_shardings
 
 __all__ = ["PROGRAMS", "TASKS", "Program", "Work", "lowered"]
 
@@ -104,7 +104,7 @@ def _train(work: Work, mesh: Mesh) -> Iterator[Program]:
     tx = make_optimizer(OptimizerConfig(), 1000, boxed)
     state = jax.eval_shape(lambda params: steps.init_state(params, tx), nn.unbox(boxed))
     lies = state_shardings(state, sharding.param_shardings(boxed, mesh), tx, mesh)
-    step = steps.make_train_step(model, tx, placement=Placement(mesh, lies))
+    step = steps.make_train_step(model, tx, layout=StateLayout(mesh, lies))
     state = _placed(state, lies)
     yield Program("train", step.lower(state, batch), _bytes((state, batch)))
 

@@ -28,11 +28,11 @@ def print_warning(message: str) -> None:
 
 
 def format_metrics(values: Mapping[str, Any]) -> str:
-    """ "loss 1.2345  accuracy 0.500  ..." for the metrics that are worth a person's eye.
+    """ "loss 1.2345  accuracy 0.500  ..." of the metrics that a person watches.
 
     Args:
-      values: Python, NumPy or device scalars; read only here, so that a step whose line is not
-        shown never waits for the device.
+      values: Python, NumPy or device scalars; converted only here, so that a step whose line is
+        not shown never waits for the device.
     """
     parts = [
         show(float(values[name])) for name, show in _SHOWN.items() if values.get(name) is not None
@@ -100,9 +100,9 @@ class Progress:
       start: the step resumed from (0 for a new run); the time left is estimated from steps done
         by this process.
       log_every: steps between plain lines.
-      every_seconds: at most this long without a plain line while steps are being done.
+      every_seconds: longest time without a plain line while steps are being done.
       file: where to write; default stdout at the time of entry.
-      quiet: show no steps, only messages (for all processes of a run but the first).
+      quiet: show only messages, no steps (for all processes of a run but the first).
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Progress:
             self._bar = None
 
     def _open_bar(self) -> None:
-        # isatty and nothing else: FORCE_COLOR and its kin must not put codes into a log file.
+        # Only isatty counts: FORCE_COLOR and the like must not put control codes into a log file.
         if not self._file.isatty():
             return
         from rich import progress as rich_progress
@@ -232,7 +232,7 @@ class Progress:
 
 @contextlib.contextmanager
 def stage(name: str, progress: Progress | None = None) -> Iterator[None]:
-    """Prints "name ..." and, at the end, how long it took; used for data, compilation, evaluation.
+    """Prints "name ..." and, at the end, the time taken; for data, compilation, evaluation.
 
     Args:
       name: e.g. "building data".

@@ -23,10 +23,10 @@ from efficient_vlm.processing.hub_tokenizer import special_id
 
 
 def read_config(directory: str | os.PathLike) -> dict[str, Any]:
-    """config.json of a directory, with what it leaves out (`families.defaults`).
+    """config.json of a directory, completed with the defaults of its classes.
 
     Raises:
-      UserError: there is none, it is no JSON object, or it has a size that no model has.
+      UserError: no config.json, not a JSON object, or a size that no model has.
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
@@ -42,8 +42,8 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
     config = complete(config)
     family = FAMILIES.get(config.get("model_type"))
     for name, token in family.special_ids.items() if family else ():
-        if name not in config and (found := special_id(directory, token)) is not None:
-            config[name] = found
+        if name not in config and (token_id := special_id(directory, token)) is not None:
+            config[name] = token_id
     return config
 
 
@@ -58,17 +58,17 @@ def build_model(
       compressor: name, budget and options, see `compressors.build`; None for all tokens.
 
     Raises:
-      UserError: an unknown family, or a config that it cannot have.
+      UserError: an unknown family, or a config that is not one of its family.
     """
     family, config = family_of(config), complete(config)
     fix = "use the config.json that came with the weights"
     try:
         fields = family.model(config)
-        # Values of a wrong kind are found where they are used: when shapes are made.
+        # Values of a wrong type raise where they are used, which is when shapes are made.
         abstract_parameters(VisionLanguageModel(**fields))
     except KeyError as error:
         raise UserError(
-            f"config.json: no {error.args[0]!r}, which a model of type {config['model_type']} has",
+            f"config.json: no {error.args[0]!r}, which every {config['model_type']} model has",
             fix=fix,
         ) from None
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:

@@ -1,4 +1,4 @@
-"""Gemma 3 with pictures (arXiv 2503.19786): SigLIP, patches averaged, a norm, one product."""
+"""Gemma 3 with pictures (arXiv 2503.19786): SigLIP, averaged patches, a norm, one product."""
 
 import math
 from typing import Any
@@ -26,14 +26,14 @@ def _model(config: Config) -> dict[str, Any]:
 
 
 def _side(config: Config) -> int:
-    """Patches along a side of what one token averages."""
+    """Edge, in patches, of the square that one visual token averages."""
     patches = config["vision_config"]["image_size"] // config["vision_config"]["patch_size"]
     tokens = config.get("mm_tokens_per_image", 256)
     along = math.isqrt(tokens)
     if along < 1 or along**2 != tokens or patches % along:
         raise UserError(
             f"config.json: mm_tokens_per_image={tokens} for {patches} x {patches} patches",
-            allowed="the square of a divisor of the patches along a side",
+            allowed="the square of a divisor of the patches along an edge",
         )
     return patches // along
 
@@ -42,7 +42,7 @@ def _tensors(m: NameMap, config: Config, spelling: str) -> None:
     text = config["text_config"]
     siglip_tensors(m, config["vision_config"], "vision_tower.vision_model.")
     m.norm("connect/norm", "multi_modal_projector.mm_soft_emb_norm")
-    # Not a torch Linear: [in, out], as ours.
+    # Not a torch Linear: stored as [in, out], like ours.
     m.plain("connect/out/kernel", "multi_modal_projector.mm_input_projection_weight")
     text_of(text).tensors(m, text, "language_model.model.", "language_model.lm_head", spelling)
 

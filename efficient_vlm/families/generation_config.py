@@ -1,4 +1,4 @@
-"""What generation_config.json says of greedy answers."""
+"""Settings of generation_config.json that change greedy answers."""
 
 import numbers
 import warnings
@@ -12,7 +12,7 @@ from efficient_vlm.processing.hub_tokenizer import read_json
 
 __all__ = ["check_penalty", "repetition_penalty"]
 
-# Fields that change greedy answers and are not applied -> the values with which they do not.
+# Fields that would change greedy answers but are not applied -> values that change nothing.
 _NOT_APPLIED: dict[str, tuple[Any, ...]] = {
     "bad_words_ids": (None, []),
     "begin_suppress_tokens": (None, []),
@@ -32,27 +32,27 @@ _NOT_APPLIED: dict[str, tuple[Any, ...]] = {
 
 
 def repetition_penalty(directory: Path) -> float:
-    """The penalty of a model's directory, 1.0 where it names none.
+    """The repetition penalty of a model's directory, 1.0 by default.
 
-    Warns of what else is there that would change greedy answers.
+    Warns of other settings that would change greedy answers.
 
     Raises:
       UserError: not a positive number.
     """
-    found = read_json(directory / "generation_config.json")
-    others = [name for name, plain in _NOT_APPLIED.items() if found.get(name) not in plain]
+    settings = read_json(directory / "generation_config.json")
+    others = [name for name, plain in _NOT_APPLIED.items() if settings.get(name) not in plain]
     if others:
         warnings.warn(
             f"{directory / 'generation_config.json'}: {', '.join(others)}: not applied",
             stacklevel=2,
         )
-    value = found.get("repetition_penalty")
+    value = settings.get("repetition_penalty")
     where = f"{directory / 'generation_config.json'}: repetition_penalty"
     return 1.0 if value is None else check_penalty(value, where)
 
 
 def check_penalty(value: Any, name: str = "repetition_penalty") -> float:
-    """A penalty that can be applied, as a float; UserError if it is none."""
+    """A valid penalty as a float; UserError for any other value."""
     number = isinstance(value, numbers.Real | np.number) and not isinstance(value, bool)
     if not number or not 1e-30 < value < 1e30:
         raise UserError(f"{name}: {value!r:.40}", allowed="a number above 0; 1.0 changes nothing")

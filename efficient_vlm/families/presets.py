@@ -13,7 +13,7 @@ from efficient_vlm.families import published
 from efficient_vlm.families.base import Family
 from efficient_vlm.families.table import family_of
 
-# Prompt with its template, about; papers count 30 (M3) to 64 tokens. The same for every preset.
+# A typical prompt with its template; papers count 30 (M3) to 64 tokens.
 TEXT_TOKENS = 64
 # Height and width of the picture that presets see unless another is given.
 PICTURE = (768, 1024)
@@ -27,7 +27,7 @@ def names() -> tuple[str, ...]:
 
 
 def visual_names() -> tuple[str, ...]:
-    """The presets that see pictures."""
+    """The presets with a vision encoder."""
     return tuple(name for name in names() if published.get(name)["visual_tokens"] is not None)
 
 
@@ -37,7 +37,7 @@ def get(
     picture: tuple[int, int] = PICTURE,
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """One preset, a copy to change at will.
+    """One preset, as a new copy.
 
     Args:
       name: one of `names()`.
@@ -45,17 +45,17 @@ def get(
       options: of its picture processor, those of `Family.picture_options`.
 
     Returns:
-      model: fields of `VisionLanguageModel`, half precision, with the compressor "none"; an encoder
-        for pictures near their own size is set to what the picture is resized to.
-      family: of `families`.
+      model: fields of `VisionLanguageModel`, half precision, with the compressor "none". An encoder
+        that takes pictures near their own size has the size of the resized picture.
+      family: name of the family.
       text_tokens: of a prompt.
-      images: tiles, crops and thumbnails that one picture becomes; 0 for a language model.
+      images: tiles, crops and thumbnails of one picture; 0 for a language model.
       pooled: visual tokens of the picture where they read patches across crops, else None.
-      picture: the picture that this is for, in words; None for a language model.
-      notes: what the numbers do not say.
+      picture: the picture, in words; None for a language model.
+      notes: remarks on the numbers.
       source: the paper, and the weights' name on the hub.
       params, params_active, params_vision: see `published.get`.
-      visual_tokens: that the picture becomes; None for a language model.
+      visual_tokens: of the picture; None for a language model.
 
     Raises:
       UserError: no such preset or option, with the nearest name, or a picture that the model cannot
@@ -139,7 +139,7 @@ def table() -> list[dict[str, Any]]:
 
 
 def _words(entry: Mapping[str, Any], picture: tuple[int, int], processor: Any) -> str:
-    """What the visual tokens are of."""
+    """The picture, in words."""
     if entry["visual_tokens"]["picture"] == "any":
         return "any"
     images, height, width = processor.views(*picture)
@@ -152,5 +152,5 @@ def _words(entry: Mapping[str, Any], picture: tuple[int, int], processor: Any) -
 
 
 def _has_own_size(processor: Any) -> bool:
-    """Whether pictures are seen near their own size, so that the encoder has none."""
+    """Whether the encoder takes pictures near their own size, without a fixed one."""
     return hasattr(processor, "min_pixels")

@@ -1,4 +1,4 @@
-"""SmolVLM (arXiv 2504.05299), SmolVLM2 and Idefics3 (arXiv 2408.12637): one arithmetic."""
+"""SmolVLM (arXiv 2504.05299), SmolVLM2 and Idefics3 (arXiv 2408.12637): the same forward pass."""
 
 from typing import Any
 

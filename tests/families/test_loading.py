@@ -239,7 +239,7 @@ def test_another_import_leaves_nothing_of_the_first(tmp_path):
 
 def test_a_parameter_that_was_lost_is_converted_again(tmp_path):
     """The journal says it is done, the disk says otherwise; and a journal that is damaged."""
-    from efficient_vlm.checkpoints.staging import Stage
+    from efficient_vlm.checkpoints.staging import StagingArea
 
     def fill(stage):
         array = stage.array("a/b", (2, 3), np.dtype(np.float32))
@@ -250,15 +250,15 @@ def test_a_parameter_that_was_lost_is_converted_again(tmp_path):
         stage._journal.close()
         return was
 
-    assert fill(Stage(tmp_path, "one")) == [False, False]
-    assert fill(Stage(tmp_path, "one")) == [True, True]
+    assert fill(StagingArea(tmp_path, "one")) == [False, False]
+    assert fill(StagingArea(tmp_path, "one")) == [True, True]
     (tmp_path / "a.b").write_bytes(b"short")
-    assert fill(Stage(tmp_path, "one")) == [False, False]
+    assert fill(StagingArea(tmp_path, "one")) == [False, False]
     with (tmp_path / "journal.jsonl").open("r+b") as file:
         file.seek(-30, 2)
         file.write(b"\0" * 30)
-    assert fill(Stage(tmp_path, "one"))[0]
-    assert fill(Stage(tmp_path, "two")) == [False, False]
+    assert fill(StagingArea(tmp_path, "one"))[0]
+    assert fill(StagingArea(tmp_path, "two")) == [False, False]
 
 
 def test_an_imported_model_says_what_float16_cannot_hold(tmp_path):

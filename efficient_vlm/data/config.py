@@ -13,7 +13,7 @@ RESIZES = ("stretch", "letterbox")
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What data there is and in which order and form it comes. Zero means "automatic" where said.
+    """The data, their order and their form. Zero means "automatic" where stated.
 
     Attributes:
       source: "token_bench" (generated) or "llava_json" (your own images).
@@ -22,10 +22,10 @@ class DataConfig:
       test_fraction: llava_json: share of the images held out (at least one).
       tokenizer: a tokenizer.json; empty: words for token_bench, a BPE trained on the texts for
         llava_json.
-      vocab_size: of that BPE.
+      vocab_size: of this BPE.
       dir: folder of generated data; empty: $EFFICIENT_VLM_DATA or ~/.cache/efficient_vlm/data.
-      seed: of the order and of the draw of questions.
-      image_size: (height, width) or one number, pixels that the model sees.
+      seed: of the order and of the questions drawn.
+      image_size: (height, width) or one number, in pixels, as the model sees it.
       resize: "stretch" or "letterbox".
       batch_size: images per step, over all processes.
       questions_per_image: Q; 0: 8 for token_bench, 1 for llava_json.

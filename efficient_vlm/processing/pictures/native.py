@@ -1,4 +1,4 @@
-"""Families that see a picture near its own size: Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
+"""Families that take pictures near their own size: Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
 
 Both edges are rounded to whole visual tokens (Qwen2-VL, arXiv 2409.12191, section 2.1), and a
 picture outside min_pixels..max_pixels is scaled into that range first. The number of visual tokens
@@ -93,8 +93,8 @@ class Qwen2VLPictures:
     ) -> Self:
         """Reads the files of a checkpoint.
 
-        "min_pixels" and "max_pixels" stand before "shortest_edge" and "longest_edge" of "size",
-        which mean areas as well, not edges.
+        "min_pixels" and "max_pixels" take precedence over "shortest_edge" and "longest_edge" of
+        "size", which are areas in pixels too, not edges.
 
         Args:
           preprocessor: content of `preprocessor_config.json`; {}: the class defaults above.
@@ -161,8 +161,8 @@ class Qwen2VLPictures:
     def __call__(self, picture: Any) -> Pictured:
         """One image. For `picture` and errors see `base.load_picture` and `smart_resize`.
 
-        `text` takes the place of `<|image_pad|>`: the prompt itself has `<|vision_start|>` before
-        and `<|vision_end|>` behind it.
+        `text` replaces `<|image_pad|>`: the prompt itself has `<|vision_start|>` before it and
+        `<|vision_end|>` after it.
         """
         image = base.load_picture(picture)
         height, width = self.size(image.height, image.width)

@@ -32,7 +32,7 @@ class LlavaPictures:
       resample: Pillow filter code.
       mean: per channel, subtracted by the encoder from pixels in [0, 1].
       std: per channel, what the encoder divides by.
-      class_feature: the CLS token is a visual token as well, in front of the others.
+      class_feature: whether the CLS token is a visual token as well, before the others.
     """
 
     size: int = 336
@@ -50,15 +50,15 @@ class LlavaPictures:
     def from_hf(cls, preprocessor: Mapping[str, Any], config: Mapping[str, Any]) -> Self:
         """Reads the files of a checkpoint.
 
-        `pad` is set by "do_pad" of the preprocessor, or by "image_aspect_ratio": "pad" of the
-        model, which the original (not the converted) checkpoints have.
+        `pad` follows "do_pad" of the preprocessor, or "image_aspect_ratio": "pad" of the model,
+        which original (not converted) checkpoints have.
 
         Args:
           preprocessor: content of `preprocessor_config.json`; {}: the published 336 pixels.
           config: content of `config.json`.
 
         Raises:
-          UserError: a setting out of range, or one that the family does not have.
+          UserError: a setting out of range, or one that the family does not support.
         """
         settings = base.image_settings(preprocessor)
         mean, std = base.mean_std(settings, cls.mean, cls.std)
@@ -116,7 +116,7 @@ class LlavaPictures:
         """One image [crop, crop]. For `picture` and errors see `base.load_picture`.
 
         Raises:
-          UserError: also for a picture so elongated that its resized form would not fit in memory.
+          UserError: also for a picture so elongated that it would not fit into memory resized.
         """
         image = base.load_picture(picture)
         height, width = image.height, image.width
@@ -133,7 +133,7 @@ class LlavaPictures:
         return base.pictured(
             [shown],
             patch=self.patch,
-            # With CLS they are no square: one row.
+            # With CLS the tokens do not form a square: one row.
             grid=(1, tokens) if self.class_feature else (self.grid, self.grid),
             text="<image>" * tokens,
             boxes=[
@@ -151,10 +151,10 @@ def pad_square(image: Image.Image, mean: Triple) -> tuple[Image.Image, int, int]
     """The picture in the middle of a square of the mean colour.
 
     Returns:
-      The square, and how many of its pixels are above the picture and left of it.
+      The square, and its pixels above and left of the picture.
 
     Raises:
-      UserError: a picture so elongated that the square would not fit in memory.
+      UserError: a picture so elongated that the square would not fit into memory.
     """
     edge = max(image.height, image.width)
     base.check_work(image, edge, edge)
@@ -226,7 +226,7 @@ class PaliGemmaPictures:
     def __call__(self, picture: Any) -> Pictured:
         """One image [size, size]. For `picture` and errors see `base.load_picture`.
 
-        `text` holds the visual slots only: the prompt puts them in front of `<bos>`.
+        `text` has the visual slots only: the prompt puts them before `<bos>`.
         """
         image = base.load_picture(picture)
         grid = self.size // self.patch
@@ -251,7 +251,7 @@ class Gemma3Pictures:
       patch: edge of an encoder patch in pixels.
       grid: edge of the square of visual tokens.
       pan_and_scan: add cuts of elongated pictures; off in the released files.
-      min_crop: smallest edge in pixels of a cut; with smaller ones there are none.
+      min_crop: smallest edge in pixels of a cut; a picture with smaller cuts is not cut.
       max_crops: most cuts of a picture; at most `min_crop`.
       min_ratio: longer over shorter edge from which a picture is cut.
       resample: Pillow filter code.
@@ -294,7 +294,7 @@ class Gemma3Pictures:
             grid=grid,
             pan_and_scan=bool(settings.get("do_pan_and_scan", cls.pan_and_scan)),
             min_crop=min_crop,
-            # No more cuts than pixels in one: rounding up could otherwise leave the last one empty.
+            # At most as many cuts as pixels in one, or rounding up could leave the last one empty.
             max_crops=base.whole(
                 "pan_and_scan_max_num_crops",
                 settings.get("pan_and_scan_max_num_crops", cls.max_crops),
@@ -333,7 +333,7 @@ class Gemma3Pictures:
     def __call__(self, picture: Any) -> Pictured:
         """The whole picture, then its cuts, each [size, size]. See `base.load_picture`.
 
-        `text` takes the place of `<start_of_image>` in the prompt.
+        `text` replaces `<start_of_image>` in the prompt.
         """
         image = base.load_picture(picture)
         height, width = image.height, image.width

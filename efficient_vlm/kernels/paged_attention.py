@@ -1,4 +1,4 @@
-"""Attention of a few new queries to a cache: contiguous or in pages, whole or thinned out, int8."""
+"""Attention of a few new queries to a cache: contiguous or paged, complete or pruned, int8."""
 
 import functools
 
@@ -16,9 +16,9 @@ from efficient_vlm.kernels.manual import alike
 
 __all__ = ["attention_decode", "quantise"]
 
-# A shorter contiguous cache is one product either way.
+# A contiguous cache with fewer keys is one product in any implementation.
 _FEW_KEYS = 1024
-# All queries of a head of keys are in the memory of a TPU's core at once, with their logits.
+# All queries of a key head, and their logits, are in the memory of a TPU core at the same time.
 _MOST_ROWS, _MOST_QUERY_BYTES = 2048, 2**20
 
 
@@ -41,41 +41,40 @@ def attention_decode(
 ) -> AttentionResult:
     """Each query sees the whole cache of its row, up to `lengths`.
 
-    Made for inference: gradients are those of plain XLA, with whole maps and gathered pages.
+    For inference: gradients are those of plain XLA, with whole maps and gathered pages.
 
-    Without `pages` the cache is k, v [B, Hk, M, D]. With them it is a pool of pages of S tokens,
-    [P, Hk, S, D], and token t of row b is token t % S of page pages[b, t // S]; M = T S for T
-    pages a row. On a TPU pages of 128, 256, ... tokens are read from where they are; in all other
-    cases those of a row are gathered first.
+    Without `pages` the cache is k, v [B, Hk, M, D]. With `pages` it is a pool of pages of S tokens,
+    [P, Hk, S, D], and token t of row b is token t % S of page pages[b, t // S]; M = T S for T pages
+    per row. On a TPU pages of 128, 256, ... tokens are read in place; otherwise the pages of a row
+    are gathered first.
 
     Args:
       q: [B, H, R, D], R new tokens of each row; all of them see the same keys.
       k, v: as above; int8 with k_scale and v_scale, else in the dtype of q.
-      lengths: int32 [B], tokens of the cache, or of `kept`; more than there are count as all.
+      lengths: int32 [B], tokens in the cache, or in `kept`; clipped to the size of the cache.
       scale, softcap: see `attention`.
-      key_bias: float [B, M] or [1, M], by place in the row.
+      key_bias: float [B, M] or [1, M], by index in the row.
       pages: int32 [B, T], or None.
-      kept: int32 [B, K], places in the row of the tokens that are left, in the first `lengths` of
-        the K, for a cache from which tokens were evicted; None for all.
+      kept: int32 [B, K], for a cache with evicted tokens: indices in the row of the tokens that are
+        left, in the first `lengths` of K entries; None for all tokens.
       k_scale, v_scale: float32, the shape of k and v without D: a token's key is k * k_scale.
-      live: bool [B, M] or [1, M], by place in the row; keys that are seen; None for all.
-      importance: whether to give the attention that each key receives: mean over heads, sum over
-        the R queries (what eviction adds up), [B, M], or [B, K] with `kept`.
+      live: bool [B, M] or [1, M], by index in the row: visible keys; None for all.
+      importance: whether to return the attention that each key receives: mean over heads, sum over
+        the R queries (which eviction accumulates), [B, M], or [B, K] with `kept`.
       implementation: "xla", "tpu" (whole pages of 128 tokens or more, no `kept`), or None for the
         best one where the program runs.
 
     Returns:
-      out [B, H, R, Dv] in the dtype of q, lse float32 [B, H, R] (of float64 queries float64),
-      importance or None. The lse is what merges the parts of a cache: weights exp(lse_a - lse) and
-      exp(lse_b - lse) with lse = logaddexp(lse_a, lse_b), for which a +inf, of a part that has
-      nothing, is made -inf.
+      out [B, H, R, Dv] in the dtype of q, lse float32 [B, H, R] (float64 for float64 queries),
+      importance or None. Parts a and b of a cache are merged by their lse, with weights
+      exp(lse_a - lse) and exp(lse_b - lse), lse = logaddexp(lse_a, lse_b); replace the +inf of an
+      empty part by -inf first.
 
     Raises:
       UserError: shapes that do not fit, or an implementation that cannot serve this.
     """
     q, k, v, k_scale, v_scale = checks.arrays(q, k, v, k_scale, v_scale)
-    told = (lengths, pages, kept, key_bias, live)
-    lengths, pages, kept, key_bias, live = checks.arrays(*told)
+    lengths, pages, kept, key_bias, live = checks.arrays(lengths, pages, kept, key_bias, live)
     checks.decode(q, k, v, lengths, pages, k_scale, v_scale)
     keys = k.shape[2] if pages is None else pages.shape[1] * k.shape[2]
     checks.columns(len(q), keys, key_bias=key_bias, live=live, kept=kept)
@@ -100,7 +99,7 @@ def attention_decode(
         columns = jnp.where(live, columns, NEGATIVE)
     options = dict(scale=scale, softcap=softcap)
     if pages is not None:
-        # Places of a table behind the end of a row may hold anything.
+        # Entries of the table after the end of a row may have any value.
         pages = jnp.clip(pages, 0, len(k) - 1)
     args = alike(q, k, v, lengths, pages, columns, k_scale, v_scale)
     q, kept = args[0], alike(kept, q)[0]
@@ -130,7 +129,7 @@ def _plain(q, k, v, lengths, pages, columns, k_scale, v_scale, *, kept, importan
     exact = columns.dtype
 
     def rows(x):
-        """[B, Hk, M, ...] of what is read."""
+        """The rows of the cache as [B, Hk, M, ...], pages and kept tokens gathered."""
         if x is None:
             return None
         if pages is not None:
@@ -146,8 +145,8 @@ def _plain(q, k, v, lengths, pages, columns, k_scale, v_scale, *, kept, importan
         columns = jnp.take_along_axis(columns, kept, axis=1)
     batch, heads, queries, dim = q.shape
     kv_heads, keys = k.shape[1:3]
-    # Queries that share keys are one matrix. The scales of a token multiply whole columns of
-    # logits and of weights: nothing of the size of the cache is dequantised.
+    # Queries that share keys form one matrix. The scale of a token multiplies a whole column of
+    # logits or weights, so nothing of the size of the cache is dequantised.
     packed = q.reshape(batch, kv_heads, -1, dim).astype(exact)
     s = jnp.einsum("bhgd,bhmd->bhgm", packed, k.astype(exact), precision="highest") * scale
     s = s if k_scale is None else s * k_scale[:, :, None]
@@ -161,13 +160,13 @@ def _plain(q, k, v, lengths, pages, columns, k_scale, v_scale, *, kept, importan
     some = total != 0  # NaN stays one.
     p = p / jnp.where(some, total, 1)
     mixed = p if v_scale is None else jnp.where(seen, p * v_scale[:, :, None], 0)
-    # What absent places hold may be anything.
+    # Hidden slots may hold NaN, and 0 times NaN is NaN.
     values = jnp.where(jnp.moveaxis(seen, -1, -2), v.astype(exact), 0)
     out = jnp.einsum("bhgm,bhmd->bhgd", mixed, values, precision="highest")
     lse = jnp.where(some, top + jnp.log(jnp.where(some, total, 1)), jnp.inf)[..., 0]
     shape = (batch, heads, queries)
-    found = p.sum(axis=(1, 2)) / heads if importance else None
-    return AttentionResult(out.reshape(*shape, -1).astype(q.dtype), lse.reshape(shape), found)
+    received = p.sum(axis=(1, 2)) / heads if importance else None
+    return AttentionResult(out.reshape(*shape, -1).astype(q.dtype), lse.reshape(shape), received)
 
 
 def _unserved_by_tpu(q, k, v, pages, kept, importance) -> str | None:
@@ -183,12 +182,12 @@ def _unserved_by_tpu(q, k, v, pages, kept, importance) -> str | None:
     rows, width = q.shape[2] * (q.shape[1] // k.shape[1]), q.shape[3] + v.shape[3]
     most = min(_MOST_ROWS, _MOST_QUERY_BYTES // (width * q.dtype.itemsize))
     if rows > most:
-        return f"{rows} queries of a head of keys (at most {most} of this width)"
+        return f"{rows} queries of a key head (at most {most} of this width)"
     return None
 
 
 def quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[..., D] -> int8 [..., D] and float32 [...], a scale for each token and head."""
+    """[..., D] -> int8 [..., D] and float32 [...], one scale per token and head."""
     x = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), axis=-1) / 127
     safe = jnp.where(scale > 0, scale, 1)

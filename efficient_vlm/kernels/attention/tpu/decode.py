@@ -1,7 +1,7 @@
-"""Attention of a few queries to a cache on TPUs: pages are read from where they are, int8 as int8.
+"""Attention of a few queries to a cache on TPUs: pages are read in place, int8 as int8.
 
 One grid step is one block of a page, or of a contiguous cache, of one key head. The page table and
-the lengths are prefetched scalars that drive the index maps, so that blocks behind the end of a row
+the lengths are prefetched scalars that drive the index maps, so that blocks after the end of a row
 are neither fetched nor computed; the queries that share a key head are the rows of one product.
 """
 
@@ -18,8 +18,8 @@ from efficient_vlm.kernels.manual import out_shape
 
 _LANES = 128
 _SUBLANES = 8
-_ROWS = 16  # Queries of a product are padded to whole tiles, of bfloat16 as well.
-_BLOCKS = (512, 384, 256, 128)  # Keys of a block, of which pages have whole ones.
+_ROWS = 16  # Queries of a product are padded to whole tiles, which for bfloat16 have 16 rows.
+_BLOCKS = (512, 384, 256, 128)  # Keys of a block; a page is a whole number of blocks.
 VMEM_BYTES = 16 * 2**20
 
 
@@ -30,7 +30,7 @@ def decode(q, k, v, lengths, pages, columns, k_scale, v_scale, *, scale, softcap
       q: [B, H, R, D].
       k, v: [P, Hk, S, D and Dv] with pages int32 [B, T], or [B, Hk, M, D and Dv] with pages None.
       lengths: int32 [B].
-      columns: float32 [B, M]: the bias of each key, -1e30 for one that is not seen.
+      columns: float32 [B, M], the bias of each key; -1e30 for hidden ones.
       k_scale, v_scale: float32, the shape of k and v without D, for int8; else None.
     """
     batch, heads, queries, dim = q.shape
@@ -41,8 +41,8 @@ def decode(q, k, v, lengths, pages, columns, k_scale, v_scale, *, scale, softcap
     packed = jnp.pad(packed, ((0, 0), (0, 0), (0, padded - rows), (0, 0)))
     size, contiguous = k.shape[2], pages is None
     if contiguous:
-        # What the last block has too much is behind the end of every row. A table is not needed,
-        # but keeps one kernel.
+        # The last block may reach beyond the cache, where `lengths` hide everything. The table is
+        # unused; it lets both layouts share one kernel.
         block = min(max(size, _LANES), _BLOCKS[0])
         pages = jnp.zeros((batch, 1), jnp.int32)
         steps = pl.cdiv(size, block)
@@ -56,16 +56,16 @@ def decode(q, k, v, lengths, pages, columns, k_scale, v_scale, *, scale, softcap
         return jnp.minimum(t, jnp.maximum(counts[b] - 1, 0))
 
     def page(b, h, t, lengths, counts, pages):
-        place = last(b, t, counts)
+        number = last(b, t, counts)
         if contiguous:
-            return b, h, place, 0
-        return pages[b, place // (size // block)], h, place % (size // block), 0
+            return b, h, number, 0
+        return pages[b, number // (size // block)], h, number % (size // block), 0
 
     def scale_row(b, h, t, lengths, counts, pages):
-        first, head, place, _ = page(b, h, t, lengths, counts, pages)
-        return first, head, 0, place
+        first, head, number, _ = page(b, h, t, lengths, counts, pages)
+        return first, head, 0, number
 
-    def own(b, h, t, lengths, counts, pages):
+    def of_row(b, h, t, lengths, counts, pages):
         return b, h, 0, 0
 
     def column(b, h, t, lengths, counts, pages):
@@ -73,7 +73,7 @@ def decode(q, k, v, lengths, pages, columns, k_scale, v_scale, *, scale, softcap
 
     operands = [packed, k, v, columns[:, None]]
     in_specs = [
-        pl.BlockSpec((1, 1, padded, dim), own),
+        pl.BlockSpec((1, 1, padded, dim), of_row),
         pl.BlockSpec((1, 1, block, dim), page),
         pl.BlockSpec((1, 1, block, value_dim), page),
         pl.BlockSpec((1, 1, block), column),
@@ -101,8 +101,8 @@ def decode(q, k, v, lengths, pages, columns, k_scale, v_scale, *, scale, softcap
             grid=(batch, kv_heads, steps),
             in_specs=in_specs,
             out_specs=(
-                pl.BlockSpec((1, 1, padded, value_dim), own),
-                pl.BlockSpec((1, 1, padded, _LANES), own),
+                pl.BlockSpec((1, 1, padded, value_dim), of_row),
+                pl.BlockSpec((1, 1, padded, _LANES), of_row),
             ),
             scratch_shapes=[
                 pltpu.VMEM((padded, _LANES), jnp.float32),
@@ -150,8 +150,8 @@ def _kernel(lengths, counts, pages, q, k, v, columns, *rest, scale, softcap, blo
         if softcap is not None:
             s = softcap * jnp.tanh(s / softcap)
         bias = columns[0]
-        place = t * block + lax.broadcasted_iota(jnp.int32, bias.shape, 1)
-        seen = (bias > 0.5 * NEGATIVE) & (place < lengths[b])
+        slot = t * block + lax.broadcasted_iota(jnp.int32, bias.shape, 1)
+        seen = (bias > 0.5 * NEGATIVE) & (slot < lengths[b])
         s = jnp.where(seen, s + bias, NEGATIVE)
         before = top[:, :1]
         higher = jnp.maximum(before, s.max(axis=-1, keepdims=True))
@@ -165,9 +165,9 @@ def _kernel(lengths, counts, pages, q, k, v, columns, *rest, scale, softcap, blo
         if v_scale is not None:
             p = jnp.where(seen, p * v_scale[0, 0], 0.0)
         else:
-            # What absent places hold may be anything, and 0 times NaN is NaN.
-            there = jnp.broadcast_to(seen.astype(jnp.float32), (_SUBLANES, block)).T[:, :1]
-            values = jnp.where(there > 0, values, 0)
+            # Hidden slots may hold NaN, and 0 times NaN is NaN.
+            visible = jnp.broadcast_to(seen.astype(jnp.float32), (_SUBLANES, block)).T[:, :1]
+            values = jnp.where(visible > 0, values, 0)
         acc[...] = acc[...] * shrink + _dot(p.astype(queries.dtype), values, 0)
 
     @pl.when(t == steps - 1)

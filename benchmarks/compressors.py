@@ -32,18 +32,18 @@ LARGE_BATCH = (
 )
 PROTOCOL = """\
 Stages are the programs of `inference.generate`, compiled ahead and called on the same inputs in one
-process. Compilation and one warm-up call are not in the times; compile seconds stand apart. A
-round goes through all methods, in turn forward and backward, with `none` in front of every third
-and at the end; a speed-up is the mean of the two nearest `none` over the method, so that drift of
-the machine hits both, and the median over the rounds is reported, like that of the milliseconds.
-Calls shorter than 20 ms are repeated inside a sample. Methods that share a program (prefill of 64
-re-indexed tokens, an encoder that is asked for nothing) share its measurement. Each call ends in
+process. Times exclude compilation and one warm-up call; compile seconds are reported separately. A
+round goes through all methods, alternately forward and backward, with `none` before every third one
+and at the end. A speed-up is the mean of the two nearest `none` over the method, so that drift of
+the machine affects both; it is the median over the rounds, like the milliseconds. Calls shorter
+than 20 ms are repeated inside a sample. Methods that share a program (prefill of 64 re-indexed
+tokens, an encoder without requested signals) share its measurement. Each call ends in
 `block_until_ready`. "decode" is one token for every row, mean of DECODE_STEPS steps.
-"scoring" is what a method computes beside the model, called alone: the rows or means of attention
-that it asks of the encoder, and its module (score, select, fold); inside the decoder the one-cut
-modules at the shape of each cut, and, for PyramidDrop, keys and query of the next layer. Predicted
-speed-ups are ratios of FLOPs of `costs.flops`: decoder and head for prefill, with the cuts inside
-the decoder; all stages for the first token."""
+"scoring" is what a method computes in addition to the model, called alone: the rows or means of
+attention that it requests from the encoder, and its module (score, select, fold); inside the
+decoder the one-cut modules at the shape of each cut, and, for PyramidDrop, keys and query of the
+next layer. Predicted speed-ups are ratios of FLOPs of `costs.flops`: decoder and head for prefill,
+with the cuts inside the decoder; all stages for the first token."""
 
 
 def rows_of(run: Run) -> list[dict[str, Any]]:

@@ -151,7 +151,7 @@ NORM = "model.norm.weight"
     ("change", "options", "message"),
     [
         (lambda a: {n: v.astype(np.int8) for n, v in a.items()}, {}, "int8, a quantised model"),
-        (lambda a: a | {NORM: a[NORM] * 1e6}, dict(dtype="float16"), "beyond float16"),
+        (lambda a: a | {NORM: a[NORM] * 1e6}, dict(dtype="float16"), "beyond the range of float16"),
         (lambda a: a | {"x\x1b[31m" + "y" * 3000: a[NORM]}, {}, "1 are unknown"),
     ],
 )
@@ -172,7 +172,7 @@ def test_one_tensor_in_both_spellings(tmp_path):
     config = architecture.read_config(GOLDEN / "llava")
     safetensors_write.write(tmp_path, tensors)
     with pytest.raises(UserError, match="are one tensor, twice"):
-        load.Source(
+        load.FamilyCheckpoint(
             Checkpoint.open(tmp_path), family_of(config), config, architecture.build_model(config)
         )
 
@@ -266,7 +266,7 @@ def test_an_imported_model_says_what_float16_cannot_hold(tmp_path):
 
     folder = changed(tmp_path, lambda a: a | {NORM: a[NORM] * 1e6})
     import_model(folder, tmp_path / "out")
-    with pytest.raises(UserError, match="beyond float16"):
+    with pytest.raises(UserError, match="beyond the range of float16"):
         evlm.from_pretrained(tmp_path / "out", dtype="float16")
 
 

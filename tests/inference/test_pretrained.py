@@ -126,7 +126,7 @@ def test_weights_are_not_saved_as_what_cannot_hold_them(vlm, tmp_path):
     with pytest.raises(UserError, match="dtype: 'int8'\n.*bfloat16"):
         vlm.save(tmp_path / "one", dtype="int8")
     large = vlm.with_params(jax.tree.map(lambda p: p * 1e7, vlm.params))
-    with pytest.raises(UserError, match="beyond float16"):
+    with pytest.raises(UserError, match="beyond the range of float16"):
         large.save(tmp_path / "two", dtype="float16")
 
 
@@ -255,7 +255,7 @@ def test_import_verify_export(tmp_path, capsys):
 def test_an_import_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     """Nothing that is on the disk is read again; weights that changed meanwhile start it over."""
     source = shutil.copytree(TESTS / "golden" / "llava", tmp_path / "source")
-    target, real, read = tmp_path / "out", load.Source.read, []
+    target, real, read = tmp_path / "out", load.FamilyCheckpoint.read, []
 
     def dies(self, path, *args, after, **options):
         if len(read) == after:
@@ -264,11 +264,13 @@ def test_an_import_goes_on_where_it_was_killed(tmp_path, monkeypatch):
         return real(self, path, *args, **options)
 
     for after in (5, 20):
-        monkeypatch.setattr(load.Source, "read", functools.partialmethod(dies, after=after))
+        monkeypatch.setattr(
+            load.FamilyCheckpoint, "read", functools.partialmethod(dies, after=after)
+        )
         with pytest.raises(KeyboardInterrupt):
             import_model(source, target)
     (target / "under_way" / "journal.jsonl").open("a").write('{"part": "lang')  # Half a line.
-    monkeypatch.setattr(load.Source, "read", functools.partialmethod(dies, after=-1))
+    monkeypatch.setattr(load.FamilyCheckpoint, "read", functools.partialmethod(dies, after=-1))
     _, params = import_model(source, target)
     assert len(read) == len(set(read))
     count = len(read)
@@ -281,11 +283,11 @@ def test_an_import_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     )
 
     read.clear()
-    monkeypatch.setattr(load.Source, "read", functools.partialmethod(dies, after=5))
+    monkeypatch.setattr(load.FamilyCheckpoint, "read", functools.partialmethod(dies, after=5))
     with pytest.raises(KeyboardInterrupt):
         import_model(source, tmp_path / "two")
     os.utime(source / "model.safetensors", (1, 1))
-    monkeypatch.setattr(load.Source, "read", functools.partialmethod(dies, after=-1))
+    monkeypatch.setattr(load.FamilyCheckpoint, "read", functools.partialmethod(dies, after=-1))
     import_model(source, tmp_path / "two")
     assert len(read) == 5 + len(whole)
 

@@ -48,15 +48,14 @@ def format_seconds(seconds: float) -> str:
 
 
 class Compiling:
-    """Says on stderr what is being compiled, a line for each program, so that nobody waits in
-    silence: "[0:12] compiling 2 of 9: divprune, prefill".
+    """Prints a line per program that is compiled: "[0:12] compiling 2 of 9: divprune, prefill".
 
-    Lines are plain, in a pipe, too, and stdout stays free for results.
+    Lines are plain, also on a terminal, and go to stderr, so that stdout stays free for results.
 
     Args:
-      total: programs that there will be, or at most will be.
-      at_most: whether `total` may not be reached.
-      quiet: say nothing.
+      total: number of programs, or an upper bound.
+      at_most: whether `total` is an upper bound.
+      quiet: print nothing.
     """
 
     def __init__(self, total: int, *, at_most: bool = False, quiet: bool = False):
@@ -64,12 +63,12 @@ class Compiling:
         self._quiet, self._count, self._start = quiet, 0, time.monotonic()
 
     def __call__(self, what: str) -> None:
-        """Is called in front of each program."""
+        """To be called before each program."""
         self._count += 1
         self._say(f"compiling {self._count} of {self._total}: {what}")
 
     def done(self) -> None:
-        """Is called behind the last."""
+        """To be called after the last program."""
         plural = "" if self._count == 1 else "s"
         self._say(f"compiled {self._count} program{plural}")
 

@@ -1,7 +1,7 @@
-"""Compiling for accelerators that are not there: the real TPU compiler on a CPU host.
+"""Compiling for accelerators without having one: the real TPU compiler on a CPU host.
 
-It proves lowering, layouts and that fast memory suffices, not numbers, races or speed. Needs
-libtpu, which is a package of the registry (`pip install 'efficient_vlm[test]'` on Linux).
+It proves lowering, layouts and that fast memory suffices, but not results, the absence of races, or
+speed. Needs libtpu (`pip install 'efficient_vlm[test]'` on Linux).
 """
 
 import functools
@@ -22,7 +22,7 @@ __all__ = ["compile_for", "compile_for_tpu", "options_for", "tpu_devices"]
 
 @functools.cache
 def tpu_devices(topology: str) -> tuple[Any, ...]:
-    """The devices of a topology such as "v5e:2x2" or "v5litepod-4", described, not there.
+    """Descriptions of the devices of a topology such as "v5e:2x2" or "v5litepod-4".
 
     Raises:
       UserError: no libtpu, or no such topology.
@@ -37,7 +37,7 @@ def tpu_devices(topology: str) -> tuple[Any, ...]:
             "compiling for a TPU needs libtpu, which is not installed",
             fix="pip install 'efficient_vlm[test]' (Linux on x86-64), or pip install 'jax[tpu]'",
         )
-    # Read when libtpu is loaded: no metadata server is asked, and several processes may compile.
+    # Read when libtpu is loaded: no query to a metadata server, and several processes may compile.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", TOPOLOGIES[generation])
@@ -50,20 +50,20 @@ def tpu_devices(topology: str) -> tuple[Any, ...]:
     if shape == "1x1":  # Hosts have 2 x 2 chips unless said.
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        found = topologies.get_topology_desc(topology_name=topology, platform="tpu", **options)
+        described = topologies.get_topology_desc(topology_name=topology, platform="tpu", **options)
     except Exception as error:
         raise UserError(
-            f"topology: {topology!r} is none of libtpu's: {str(error).splitlines()[0][:120]}",
+            f"topology: {topology!r}, unknown to libtpu: {str(error).splitlines()[0][:120]}",
             allowed="v5e:2x2, v5e:16x16, v6e:2x2, v5p:2x2x1, ...",
         ) from error
-    return tuple(found.devices)
+    return tuple(described.devices)
 
 
 def options_for(device: Any) -> dict[str, Any] | None:
-    """What the compiler is told of a device that is not there.
+    """Compiler options for a described device.
 
-    Without a GPU XLA cannot try which of its own tiles a product takes, and its first guess may
-    not compile: products are cuBLAS', as large ones are on a GPU.
+    Without a GPU, XLA cannot tune the tiles of its own products, and its first guess may not
+    compile: products use cuBLAS, as large ones do on a GPU.
     """
     return {"xla_gpu_enable_triton_gemm": False} if device.platform == "gpu" else None
 

@@ -7,7 +7,7 @@ from efficient_vlm.errors import UserError, closest
 
 __all__ = ["TOPOLOGIES", "check_size", "topology_of"]
 
-# Generation -> the accelerator type that libtpu is told, any size of it.
+# Generation -> an accelerator type for libtpu, of any size.
 TOPOLOGIES = {"v5e": "v5litepod-4", "v6e": "v6e-4", "v5p": "v5p-8", "v4": "v4-8"}
 
 # Chips of a whole pod, as published, and its longest side. For more libtpu ends the process, or
@@ -28,9 +28,9 @@ _TYPE = re.compile(r"(v\d+[a-z]*)-(\d{1,6})")
 
 
 def topology_of(text: str) -> str:
-    """The shape behind an accelerator type: "v5p-128" -> "v5p:4x4x4", "v5litepod-8" -> "v5e:2x4".
+    """The shape of an accelerator type: "v5p-128" -> "v5p:4x4x4", "v5litepod-8" -> "v5e:2x4".
 
-    Anything else comes back as it is.
+    Any other text is returned unchanged.
 
     Raises:
       UserError: a generation that cannot be compiled for, or a number of chips that Cloud TPU does

@@ -86,7 +86,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[TrainConfig, DataConfig, Opt
             f"train.accumulate: {settings.accumulate}",
             allowed=f"divisors of data.batch_size={data_config.batch_size}",
         )
-    # Wrong names and budgets are told before data are built.
+    # Wrong names and budgets are reported before data are built.
     model = make_model(config, vocab_size=2)
     for each in (model, *(arm.model for arm in make_arms(model, settings.elastic))):
         each.make_compressor()

@@ -3,12 +3,15 @@ in the package's table."""
 
 import json
 
+import ml_collections
 import pytest
 from PIL import Image
 
 from efficient_vlm import fit
+from efficient_vlm.cli import run
 from efficient_vlm.compressors.methods import METHODS
 from efficient_vlm.errors import UserError
+from efficient_vlm.fields import to_dict
 
 METHOD = """
 import jax.numpy as jnp
@@ -129,6 +132,13 @@ def test_a_config_that_names_it(new_process, method_file, tiny_config, tmp_path)
     with pytest.raises(UserError, match="compressor corner: unknown name 'wrong'"):
         fit(tiny_config, tmp_path / "run", say=lambda line: None)
     assert "corner" in METHODS
-    tiny_config.imports = "nowhere.py"
+    tiny_config.imports = ["nowhere.py"]
     with pytest.raises(UserError, match="nowhere.py: there is no such file"):
         fit(tiny_config, tmp_path / "run", say=lambda line: None)
+
+
+@pytest.mark.parametrize("given", [None, "/a.py", ["/a.py"], ("/a.py", "/b.py")])
+def test_what_a_run_records(given):
+    config = ml_collections.ConfigDict({} if given is None else {"imports": given})
+    run._record(config.lock(), ["/b.py"])
+    assert to_dict(config)["imports"] == (["/b.py"] if given is None else ["/a.py", "/b.py"])

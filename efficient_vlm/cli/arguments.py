@@ -186,10 +186,15 @@ def complete_list(prefix: str, names: Sequence[str]) -> list[str]:
 def method_names() -> list[str]:
     """The names of the methods, read from their sources: importing them would bring JAX."""
     folder = Path(__file__).resolve().parents[1] / "compressors"
-    found = (
-        re.findall(r'^    label = "(\w+)"$', p.read_text(), re.M) for p in folder.rglob("*.py")
-    )
-    return sorted(name for names in found for name in names)
+    table, names, method = (folder / "methods.py").read_text(), [], ""
+    for file in folder.rglob("*.py"):
+        for line in file.read_text().splitlines():
+            if found := re.match(r"class (\w+)\(", line):
+                method = found[1]
+            elif found := re.match(r'    label = "(\w+)"', line):
+                # Parts of a method have labels, too, but no row in the table.
+                names += [found[1]] * bool(re.search(rf"\b{method},", table))
+    return sorted(names)
 
 
 def preset_names() -> list[str]:

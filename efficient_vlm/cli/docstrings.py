@@ -44,7 +44,9 @@ def described(cls: type, hidden: frozenset[str] = frozenset()) -> list[Described
 
 def docstring(cls: type) -> str:
     """A class's own docstring, without its indentation; "" where it has none."""
-    return inspect.cleandoc(cls.__dict__.get("__doc__") or "")
+    text = inspect.cleandoc(cls.__dict__.get("__doc__") or "")
+    # Of a class without one, dataclasses make a signature.
+    return "" if text.startswith(f"{cls.__name__}(") else text
 
 
 def summary(cls: type) -> str:

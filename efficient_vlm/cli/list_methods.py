@@ -18,6 +18,7 @@ from efficient_vlm.cli import config_file as configs
 from efficient_vlm.cli.docstrings import described, description, docstring, summary
 from efficient_vlm.compressors import Signals, VisualTokens, methods
 from efficient_vlm.compressors.grids import Grid
+from efficient_vlm.errors import UserError
 
 # Where a method comes from, in its docstring: a paper, or the model that it was published with.
 _PAPER = re.compile(r"arXiv:? ?(\d{4}\.\d{4,5})(?:v\d)?")
@@ -111,12 +112,13 @@ def _has_parameters(name: str) -> bool:
 
 def example(name: str) -> str:
     """A command that audits the method on LLaVA-1.5, at a budget that it can reach."""
-    method = methods.find(name)
     command = f"efficient-vlm audit --preset=llava-1.5-7b --compressor={name}"
-    if method.optional_budget:
-        return command
-    budget = min(methods.reachable(name, _PATCHES), key=lambda b: (abs(b - _BUDGET), b))
-    return f"{command} --compressor.budget={budget}"
+    try:
+        methods.build(name, parent=None)
+    except UserError:  # It needs a budget.
+        budget = min(methods.reachable(name, _PATCHES), key=lambda b: (abs(b - _BUDGET), b))
+        return f"{command} --compressor.budget={budget}"
+    return command
 
 
 def _show_all(rows: list[dict[str, Any]]) -> None:

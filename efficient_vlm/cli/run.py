@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_collections
+
 from efficient_vlm.cli import config_file as configs
 from efficient_vlm.compressors.imports import import_methods
 from efficient_vlm.evaluation.run import evaluate_trained
@@ -75,13 +77,22 @@ def train(
     imported = import_methods(imports)
     loaded = configs.load(config, overrides)
     if imported:
-        with loaded.unlocked():
-            loaded.imports = [*loaded.get("imports", ()), *imported]
+        _record(loaded, imported)
     try:
         fit(loaded, workdir, command=shlex.join(["efficient-vlm", *sys.argv[1:]]))
     except loop.Stopped as stopped:
         return stopped.exit_code
     return 0
+
+
+def _record(config: ml_collections.ConfigDict, imported: Sequence[str]) -> None:
+    """Adds what was imported to the `imports` of a config."""
+    given = config.get("imports") or ()
+    given = [given] if isinstance(given, str) else list(given)
+    with config.unlocked():
+        if "imports" in config:  # Deleted first: ConfigDict would refuse a list for a text.
+            del config["imports"]
+        config.imports = list(dict.fromkeys([*given, *imported]))
 
 
 def fit(

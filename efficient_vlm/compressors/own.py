@@ -14,6 +14,7 @@ __all__ = ["register"]
 
 _BUILT_IN = frozenset(METHODS)
 _RESERVED = ("all",)  # What `efficient-vlm compress` calls every method.
+_files: dict[str, str | None] = {}  # Label -> the file that its class came from.
 
 
 def register(method: type[Compressor]) -> type[Compressor]:
@@ -39,13 +40,13 @@ def register(method: type[Compressor]) -> type[Compressor]:
     """
     _check_class(method)
     label = method.label
-    known = METHODS.get(label)
-    if known is not None and not _same_class(known, method):
+    known, file = METHODS.get(label), _file(method)
+    if known is not None and not _made_anew(known, method, file):
         raise UserError(
             f"register: {label!r} is the name of {known.__module__}.{known.__qualname__} already",
             fix=f"give {method.__qualname__} another label",
         )
-    METHODS[label] = method
+    METHODS[label], _files[label] = method, file
     return method
 
 
@@ -83,11 +84,13 @@ def _check_class(method: Any) -> None:
         )
 
 
-def _same_class(one: type, other: type) -> bool:
-    """Whether a class is another one made anew, from the same cell, module or file."""
-    if one.__qualname__ != other.__qualname__ or one.label in _BUILT_IN:
-        return one is other
-    return one.__module__ == other.__module__ or _file(one) == _file(other) is not None
+def _made_anew(known: type, method: type, file: str | None) -> bool:
+    """Whether a class is the known one, or that one from the same cell, module or file."""
+    if known is method:
+        return True
+    if known.__qualname__ != method.__qualname__ or known.label in _BUILT_IN:
+        return False
+    return known.__module__ == method.__module__ or _files.get(known.label) == file is not None
 
 
 def _file(cls: type) -> str | None:

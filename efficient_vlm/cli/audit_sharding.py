@@ -21,8 +21,8 @@ from efficient_vlm.cli import audit as command
 from efficient_vlm.cli.subject import Subject, read_subject
 from efficient_vlm.costs.compiled.options import batches_of, parse_mesh
 from efficient_vlm.errors import UserError
-from efficient_vlm.families.architecture import boxed_parameters
 from efficient_vlm.models.cache import CACHE_AXES
+from efficient_vlm.models.init import boxed_parameters
 
 _DEFAULT = "fsdp:8"
 # Logical axes of what goes from layer to layer, and of what is inside a feed-forward layer.

@@ -61,12 +61,12 @@ def fit(
     from efficient_vlm.evaluation.settings import (
         EvalConfig,
         check_trained,
-        init_shapes,
         labels_of,
         parameter_shapes,
         settings_of,
     )
     from efficient_vlm.files import write_atomic
+    from efficient_vlm.models.init import abstract_parameters
     from efficient_vlm.report.report import write_report
     from efficient_vlm.train import guards, loop, processes
     from efficient_vlm.train.config import read_config
@@ -86,7 +86,7 @@ def fit(
     others = {v.compressor["name"]: v for v in variants}
     others = [variant for name, variant in others.items() if name not in names]
     if not has_steps(workdir):  # Else this was found good before the first.
-        check_trained(others, parameter_shapes(init_shapes(trained_at[0])))
+        check_trained(others, parameter_shapes(abstract_parameters(trained_at[0])))
     first = processes.is_first()
     say = say if first else lambda line: None
     with contextlib.ExitStack() as held:

@@ -14,6 +14,7 @@ from efficient_vlm.data import build, transforms
 from efficient_vlm.data.pipeline import check_fingerprint, make_train, preview
 from efficient_vlm.data.reader import Reader
 from efficient_vlm.errors import UserError
+from efficient_vlm.processing.batch import training_inputs
 from efficient_vlm.sharding import own_rows
 from efficient_vlm.terminal import Progress
 from efficient_vlm.train import step as steps
@@ -72,8 +73,9 @@ def train(
     model = make_model(config, tokenizer.vocab_size)
     arms = make_arms(model, settings.elastic)
     example = transforms.empty(spec, tokenizer.pad_id)
-    shapes = transforms.stack([example] * (data_config.batch_size if rows is None else len(rows)))
-    start = initialise(arms, shapes, settings, optimizer, mesh)
+    own_count = data_config.batch_size if rows is None else len(rows)
+    shapes = training_inputs(transforms.stack([example] * own_count))
+    start = initialise(arms, settings, optimizer, mesh)
     aux = {name: getattr(settings, name) for name in ("load_balance", "router_z", "selector")}
     functions = [
         steps.make_train_step(
@@ -243,7 +245,7 @@ def train(
                 waited = time.monotonic() - before
                 index = draw_arm(arms, settings.seed, step, settings.steps)
                 programs, before = functions[index]._cache_size(), time.monotonic()
-                state, metrics = functions[index](state, batch)
+                state, metrics = functions[index](state, training_inputs(batch))
                 compiled = 0.0
                 if functions[index]._cache_size() > programs:
                     compiled = time.monotonic() - before

@@ -100,18 +100,7 @@ def answer(vlm, pixels, ids, new_tokens: int):
     full = np.full((len(pixels), 2), 32)
     picture = Pictured(pixels, full, "", full // 4, np.zeros((len(pixels), 4), np.float32))
     request = vlm.place([ids], [[picture]])
-    return generate(
-        request.model,
-        vlm.fused,
-        request.images,
-        request.image_mask,
-        request.tokens[:, None],
-        request.lengths[:, None],
-        new_tokens=new_tokens,
-        eos_id=-1,
-        placement=request.placement,
-        extras=request.extras,
-    )
+    return generate(request.model, vlm.fused, request.inputs, new_tokens=new_tokens, eos_id=-1)
 
 
 def readers(vlm):

@@ -272,11 +272,11 @@ def own_rows(mesh: Mesh, rows: int, process: int | None = None) -> np.ndarray:
     return np.concatenate([np.arange(block * size, (block + 1) * size) for block in blocks])
 
 
-def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def global_batch(batch: Any, mesh: Mesh) -> Any:
     """A batch on the mesh, each device with its own rows.
 
     Args:
-      batch: the rows of this process, see `own_rows`; with one process, all.
+      batch: arrays of the rows of this process, see `own_rows`; with one process, all. A tree.
       mesh: see `make_mesh`.
     """
     target = batch_sharding(mesh)
@@ -294,7 +294,7 @@ def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.A
 
         return jax.make_array_from_callback((size * count, *x.shape[1:]), target, part)
 
-    return {name: spread(np.asarray(x)) for name, x in batch.items()}
+    return jax.tree.map(lambda x: spread(np.asarray(x)), batch)
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from efficient_vlm.cli.subject import Subject
 from efficient_vlm.costs.compiled.options import batches_of, parse_mesh
 from efficient_vlm.costs.match import Target
 from efficient_vlm.errors import UserError
-from efficient_vlm.families.architecture import boxed_parameters
+from efficient_vlm.models.init import boxed_parameters
 
 # Logical axes of what goes from layer to layer, and of what is inside a feed-forward layer.
 STREAM, WIDE = ("batch", "tokens", None), ("batch", "tokens", "activation_mlp")

@@ -26,6 +26,7 @@ from efficient_vlm.fields import section
 from efficient_vlm.inference.generate import generate
 from efficient_vlm.models.variants import setting_of
 from efficient_vlm.processing import decode_image as images
+from efficient_vlm.processing.batch import one_question
 from efficient_vlm.train.trained import restore
 from efficient_vlm.train.workdir_config import read_run_config
 
@@ -169,8 +170,7 @@ class WithRun:
             raise UserError(
                 f"--question: {len(ids)} tokens", allowed=f"at most {spec.max_length} in this run"
             )
-        self._prompt = np.full(spec.max_length, self.tokenizer.pad_id, np.int32)
-        self._prompt[: len(ids)], self._length = ids, len(ids)
+        self._ids, self._length = ids, spec.max_length
 
     def shown(self, size: tuple[int, int]) -> np.ndarray:
         """The picture as the encoder gets it, uint8 of `size`."""
@@ -225,19 +225,16 @@ class WithRun:
         variant.make_compressor()
         check_trained([variant], parameter_shapes(self.params))
         pixels = images.resize(self._image, self._pixels, mode=self._resize)[None]
-        there = np.ones(1, bool)
+        inputs = one_question(pixels, self._ids, self._length)
         out = generate(
             variant,
             self.params,
-            pixels[None],
-            there[None],
-            self._prompt[None, None],
-            np.array([[self._length]], np.int32),
+            inputs,
             new_tokens=8 if ask else 1,
             eos_id=self.tokenizer.eos_id,
         )
         sources = [np.asarray(source[0]) for source in out.sources]
-        seen = heat.heat(variant, self.params, pixels, there, self._prompt, self._length, sources)
+        seen = heat.heat(variant, self.params, inputs, sources)
         name, budget = setting_of(variant)
         options = {k: v for k, v in variant.compressor.items() if k != "name"}
         answer = self.tokenizer.decode(out.tokens[0, 0]) if ask else ""

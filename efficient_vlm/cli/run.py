@@ -17,13 +17,13 @@ from efficient_vlm.evaluation.run import evaluate_trained
 from efficient_vlm.evaluation.settings import (
     EvalConfig,
     check_trained,
-    init_shapes,
     labels_of,
     parameter_shapes,
     settings_of,
 )
 from efficient_vlm.fields import construct, section, to_dict
 from efficient_vlm.files import write_atomic
+from efficient_vlm.models.init import abstract_parameters
 from efficient_vlm.report.report import write_report
 from efficient_vlm.report.summary import print_summary
 from efficient_vlm.runtime import enable_compilation_cache, environment
@@ -175,7 +175,7 @@ def _check_methods(config: Mapping[str, Any], evaluation: EvalConfig, *, started
     others = {v.compressor["name"]: v for v in variants}
     others = [variant for name, variant in others.items() if name not in names]
     if not started:  # Else this was found good before the first step.
-        check_trained(others, parameter_shapes(init_shapes(trained_at[0])))
+        check_trained(others, parameter_shapes(abstract_parameters(trained_at[0])))
 
 
 def _finish(results: dict[str, Any], workdir: Path, say: Callable[[str], None]) -> dict[str, Any]:

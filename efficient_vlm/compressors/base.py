@@ -76,6 +76,7 @@ class Compressor(nn.Module):
       where: "between" encoder and decoder, inside the "encoder", or inside the "decoder".
       projected: whether it looks at tokens behind the connector (decoder width) or before it.
       text_guided: whether different questions about one image keep different tokens.
+      draws: whether a random draw says which tokens stay; each row of text has one of its own.
       optional_budget: whether `budget` may be None (the method has another knob, or none).
       min_budget: 0 for methods that can drop every token.
       internal: fields that `stages` sets on the modules it makes; not options of the method.
@@ -90,6 +91,7 @@ class Compressor(nn.Module):
     where = "between"
     projected = False
     text_guided = False
+    draws = False
     optional_budget = False
     min_budget = 1
     internal = frozenset()

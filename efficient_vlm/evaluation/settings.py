@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from efficient_vlm.compressors.methods import METHODS, OWN_HINT
 from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.models.init import abstract_parameters
 from efficient_vlm.models.variants import Setting, setting_of
 from efficient_vlm.models.vlm import VisionLanguageModel
 
@@ -113,7 +113,7 @@ def check_trained(
       given: paths and shapes of what is (or will be) trained, from `parameter_shapes`.
     """
     for variant in variants:
-        needed = parameter_shapes(init_shapes(variant))
+        needed = parameter_shapes(abstract_parameters(variant))
         name, budget = setting_of(variant)
         missing = [path for path in needed if path not in given]
         if missing:
@@ -129,23 +129,6 @@ def check_trained(
                 f"trained was {given[other[0]]}",
                 fix="give the options and budgets that it was trained with",
             )
-
-
-def init_shapes(model: VisionLanguageModel) -> Any:
-    """The shapes of a model's parameters, without computing anything."""
-    from flax import linen as nn
-
-    encoder = model.make_encoder()
-    rows, columns = (side * encoder.patch_size for side in encoder.grid)
-    inputs = {
-        "images": np.zeros((1, 1, rows, columns, 3), np.uint8),
-        "image_mask": np.ones((1, 1), bool),
-        "tokens": np.zeros((1, 1, 2), np.int32),
-        "lengths": np.full((1, 1), 2, np.int32),
-        "prompt_lengths": np.ones((1, 1), np.int32),
-    }
-    made = jax.eval_shape(lambda key: model.init(key, **inputs)["params"], jax.random.key(0))
-    return nn.unbox(made)
 
 
 def parameter_shapes(params: Any) -> dict[str, tuple[int, ...]]:

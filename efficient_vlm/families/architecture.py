@@ -1,6 +1,5 @@
 """The model of a config.json and the shapes of its parameters, without weights."""
 
-import functools
 import json
 import os
 from collections.abc import Mapping
@@ -9,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from efficient_vlm.checkpoints.names import NameMap
@@ -17,6 +15,7 @@ from efficient_vlm.errors import UserError, first_line
 from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.defaults import complete
 from efficient_vlm.families.table import FAMILIES, family_of
+from efficient_vlm.models.init import abstract_parameters
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.nn.stack import unstack
 from efficient_vlm.processing.hub_tokenizer import special_id
@@ -81,28 +80,6 @@ def build_model(
 def parameter_shapes(model: VisionLanguageModel) -> dict[str, jax.ShapeDtypeStruct]:
     """Path -> shape and dtype of each parameter in split form, without computing anything."""
     return flatten_dict(jax.eval_shape(unstack, abstract_parameters(model)), sep="/")
-
-
-def abstract_parameters(model: VisionLanguageModel) -> Any:
-    """Shapes and dtypes of the parameters as `init` gives them."""
-    return nn.unbox(boxed_parameters(model))
-
-
-def boxed_parameters(model: VisionLanguageModel) -> Any:
-    """The same with their logical axes."""
-    return _boxed_parameters(model.clone(dtype=jnp.float32))  # Of activations; one trace.
-
-
-@functools.lru_cache(maxsize=8)
-def _boxed_parameters(model: VisionLanguageModel) -> Any:
-    tokens, lengths = jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
-    images = mask = None
-    if model.encoder is not None:
-        vit = model.make_encoder()
-        sides = [side * vit.patch_size for side in vit.grid]
-        images, mask = jnp.zeros((1, 1, *sides, 3)), jnp.ones((1, 1), bool)
-    init = functools.partial(model.init, method="text_logits")
-    return jax.eval_shape(init, jax.random.key(0), images, mask, tokens, lengths)["params"]
 
 
 def name_map(

@@ -22,11 +22,12 @@ from efficient_vlm.checkpoints.safetensors_read import Checkpoint
 from efficient_vlm.checkpoints.safetensors_write import writing
 from efficient_vlm.checkpoints.staging import StagingArea, identity
 from efficient_vlm.errors import UserError
-from efficient_vlm.families.architecture import abstract_parameters, build_model, read_config
+from efficient_vlm.families.architecture import build_model, read_config
 from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.load import FamilyCheckpoint, check_overflow, load_parameters, stacked
 from efficient_vlm.families.save import copy_settings
 from efficient_vlm.families.table import family_of
+from efficient_vlm.models.init import abstract_parameters
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.nn.stack import unstack
 from efficient_vlm.processing.hub_tokenizer import read_json

@@ -18,8 +18,7 @@ from efficient_vlm import sharding
 from efficient_vlm.compressors import VisualTokens
 from efficient_vlm.errors import UserError
 from efficient_vlm.models.cache import KVCache, constrained
-from efficient_vlm.models.image_inputs import NO_EXTRAS, ImageExtras, Layout, repeat_rows
-from efficient_vlm.models.prompt_layout import Placement
+from efficient_vlm.models.inputs import Layout, ModelInputs
 from efficient_vlm.models.vlm import VisionLanguageModel
 
 STAGES = ("encode", "compress", "prefill", "decode")
@@ -79,28 +78,17 @@ def programs_of(model: VisionLanguageModel, layout: Layout) -> Programs:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def encode_stage(model: VisionLanguageModel, grid, asked, params, images, image_mask, extras):
-    options = {"grid": grid, "asked": None if asked is None else dict(asked), "extras": extras}
-    return model.apply({"params": params}, images, image_mask, method="encode", **options)
+def encode_stage(model: VisionLanguageModel, grid, asked, params, pictures):
+    options = {"grid": grid, "asked": None if asked is None else dict(asked)}
+    return model.apply({"params": params}, pictures, method="encode", **options)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def compress_stage(
-    model: VisionLanguageModel, layout: Layout, params, visual, signals, prompts, lengths, rng
+    model: VisionLanguageModel, layout: Layout, params, visual, signals, text: ModelInputs, rng
 ):
-    apply = functools.partial(model.apply, {"params": params})
-    questions = prompts.shape[1]
-    # Where the question does not matter, images are compressed once; each question has a random
-    # draw of its own.
-    each = model.selects_by_text or model.compressor["name"] == "random"
-    instruction = apply(prompts, lengths, method="instruction")
-    if each:
-        visual, signals = repeat_rows((visual, signals), layout.images, questions)
-        instruction = instruction.reshape(-1, instruction.shape[-1])
-    else:
-        instruction = instruction[:, 0]
-    visual = apply(visual, signals, instruction, layout, rng, method="compress")
-    return visual if each else repeat_rows(visual, 1, questions)
+    given = (visual, signals, text, layout, rng)
+    return model.apply({"params": params}, *given, method="compress")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -110,23 +98,13 @@ def prefill_stage(
     new_tokens: int,
     params,
     visual,
-    prompts,
-    lengths,
+    text: ModelInputs,
     rng,
-    placement,
     repeated=None,
 ):
-    rows, row_lengths = prompts.reshape(-1, prompts.shape[-1]), lengths.reshape(-1)
+    options = dict(new_tokens=new_tokens, rng=rng)
     logits, cache, sources = model.apply(
-        {"params": params},
-        visual,
-        rows,
-        row_lengths,
-        layout,
-        new_tokens=new_tokens,
-        rng=rng,
-        placement=placement,
-        method="prefill",
+        {"params": params}, visual, text, layout, **options, method="prefill"
     )
     return _chosen(logits, repeated), constrained(cache), sources
 
@@ -152,16 +130,11 @@ def _chosen(logits: jax.Array, repeated: tuple[Any, Any] | None) -> jax.Array:
 def generate(
     model: VisionLanguageModel,
     params: Any,
-    images: Any,
-    image_mask: Any,
-    prompts: Any,
-    lengths: Any,
+    inputs: ModelInputs,
     *,
     new_tokens: int,
     eos_id: int,
     rng: jax.Array | None = None,
-    placement: Placement | None = None,
-    extras: ImageExtras = NO_EXTRAS,
     on_token: Callable[[np.ndarray], None] | None = None,
     repetition_penalty: float = 1.0,
     seen: Any = None,
@@ -173,44 +146,38 @@ def generate(
       params: its parameters; faster on a CPU when split by `nn.stack.unstack`. They may lie on
         a mesh that is active (`sharding.active`), also of several processes, which then call this
         alike and each get all answers, and parts of `visual` and `sources`.
-      images: uint8 [B, M, H, W, 3]; None for none.
-      image_mask: bool [B, M].
-      prompts: int32 [B, Q, P], padded on the right.
-      lengths: int32 [B, Q]; 0 for an empty slot.
+      inputs: R = B*Q prompts, one a row, padded on the right, about B rows of pictures (each about
+        its own without any); NumPy. Empty rows are not answered.
       new_tokens: the most tokens to generate, at least 1.
       eos_id: the token, or the tokens, that end an answer.
       rng: key for random compressors.
-      placement: of B*Q rows, where in the text visual tokens belong; None for in front of it.
-      extras: see `models.image_inputs.ImageExtras`.
-      on_token: called with the tokens of each step, int32 [B*Q].
+      on_token: called with the tokens of each step, int32 [R].
       repetition_penalty: divides logits above 0, and multiplies those below, of tokens that were
         there before (arXiv 1909.05858, section 4.1).
-      seen: int32 [B*Q, S], those that were there in the prompts, -1 for none; None for all of them.
+      seen: int32 [R, N], those that were there in the prompts, -1 for none; None for all of them.
 
     Raises:
-      UserError: a prompt that ends with an image, or an answer that would cross the position at
+      UserError: inputs that do not belong together, several prompts in a row, a prompt that ends
+        with an image, or an answer that would cross the position at
         which longrope changes all frequencies or a table of positions ends.
     """
-    _check_ends(model, lengths, placement, new_tokens)
+    _check_prompts(model, inputs, new_tokens)
     seconds: dict[str, Any] = {"decode": []}
-    if images is None:
-        static, layout = Programs((model, None, None), model, model, model), Layout(0, 1, 1)
-        visual = model.no_images(len(prompts) * np.shape(prompts)[1])
+    pictures, layout = inputs.pictures, model.layout(inputs.pictures)
+    text = inputs.replace(pictures=None, labels=None)
+    if pictures is None:
+        static = Programs((model, None, None), model, model, model)
+        visual = model.no_pictures(len(text.text))
         seconds["encode"] = seconds["compress"] = 0.0
     else:
-        layout = model.layout(images, extras)
         static = programs_of(model, layout)
-        images = (images, image_mask, extras)
-        visual, signals = _timed(seconds, "encode", encode_stage, *static.encode, params, *images)
-        question = (prompts, lengths, rng)
-        visual = _timed(
-            seconds, "compress", compress_stage, model, layout, params, visual, signals, *question
-        )
+        visual, signals = _timed(seconds, "encode", encode_stage, *static.encode, params, pictures)
+        given = (visual, signals, text.replace(placement=None), rng)
+        visual = _timed(seconds, "compress", compress_stage, model, layout, params, *given)
     repeated = None
     if repetition_penalty != 1.0:
         if seen is None:
-            rows = np.reshape(prompts, (-1, np.shape(prompts)[-1]))
-            seen = np.where(np.arange(rows.shape[1]) < np.reshape(lengths, (-1, 1)), rows, -1)
+            seen = np.where(text.live, text.text, -1)
         given = np.shape(seen)[1]
         seen = np.pad(np.asarray(seen, np.int32), ((0, 0), (0, new_tokens)), constant_values=-1)
         repeated = (seen, np.float32(repetition_penalty))
@@ -223,16 +190,14 @@ def generate(
         new_tokens,
         params,
         visual,
-        prompts,
-        lengths,
+        text,
         rng,
-        placement,
         repeated,
     )
     kv_bytes = cache.nbytes
     ends = np.atleast_1d(np.asarray(eos_id))
     answers = np.full((token.shape[0], new_tokens), ends[0], np.int32)
-    done = np.asarray(lengths).reshape(-1) == 0
+    done = np.asarray(text.lengths) == 0
     for step in range(new_tokens):
         chosen = np.where(done, ends[0], np.asarray(token)).astype(np.int32)
         answers[:, step] = chosen
@@ -246,14 +211,20 @@ def generate(
         token, cache = _timed(
             seconds, "decode", decode_stage, static.decode, params, chosen, cache, repeated
         )
-    shape = (*np.shape(prompts)[:2], new_tokens)
-    return Generated(answers.reshape(shape), visual, sources, kv_bytes, seconds)
+    answers = answers.reshape(inputs.picture_rows, -1, new_tokens)
+    return Generated(answers, visual, sources, kv_bytes, seconds)
 
 
-def _check_ends(model, lengths: Any, placement: Placement | None, new_tokens: int) -> None:
+def _check_prompts(model, inputs: ModelInputs, new_tokens: int) -> None:
+    inputs.check(model.layout(inputs.pictures))
+    if inputs.questions > 1:
+        raise UserError(
+            f"inputs: {inputs.questions} questions packed in a row, but each answer needs its own",
+            fix="inputs.unpacked()",
+        )
+    placement, lengths = inputs.placement, np.asarray(inputs.lengths)
     if placement is None:
         return
-    lengths = np.asarray(lengths).reshape(-1)
     rows = np.flatnonzero(lengths)
     last = np.asarray(placement.text_index)[rows, lengths[rows] - 1]
     ends = np.asarray(placement.next_index)[rows]

@@ -1,6 +1,7 @@
 """A published model ready to be asked: weights, tokenizer, pictures and prompt in one object."""
 
 import functools
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ from efficient_vlm.processing.conversation import Conversation, is_one, prompt_i
 from efficient_vlm.processing.hub_tokenizer import Tokenizer, read_json
 from efficient_vlm.processing.pictures.base import Pictured
 from efficient_vlm.processing.placing import Prompt, place
-from efficient_vlm.processing.request import Request, check_tables, gather, visual_tokens
+from efficient_vlm.processing.request import Request, check_tables, gather
 
 # Text is padded to a multiple of this: prompts of about one length share a program.
 BUCKET = 32
@@ -204,15 +205,10 @@ class Pretrained:
         out = generate(
             request.model,
             self.fused,
-            request.images,
-            request.image_mask,
-            request.tokens[:, None],
-            request.lengths[:, None],
+            request.inputs,
             new_tokens=int(max_new_tokens),
             eos_id=ends,
             rng=rng,
-            placement=request.placement,
-            extras=request.extras,
             on_token=on_token,
             repetition_penalty=penalty,
             seen=self._seen(request),
@@ -223,17 +219,7 @@ class Pretrained:
 
     def logits(self, request: Request, rng: jax.Array | None = None) -> jax.Array:
         """Next-token logits behind each text token of a request: float32 [R, S, vocab]."""
-        return _logits(
-            request.model,
-            self.params,
-            request.images,
-            request.image_mask,
-            request.tokens,
-            request.lengths,
-            request.placement,
-            request.extras,
-            rng,
-        )
+        return _logits(request.model, self.params, request.inputs, rng)
 
     def save(self, directory: str | os.PathLike, **options: Any) -> tuple[Path, ...]:
         """Writes the model in Hugging Face's layout, with tokenizer and settings beside it.
@@ -292,32 +278,30 @@ class Pretrained:
         if any(pictured):
             seen = dict(pixel_mean=self.pictures.mean, pixel_std=self.pictures.std)
             model = model.clone(encoder={**model.encoder, **seen})
-        model, images, mask, extras, slots, grids = gather(model, pictured, self.family.variable)
+        model, pictures, slots, grids = gather(model, pictured, self.family.variable)
         prompts = [
             Prompt(np.asarray(row), s, g) for row, s, g in zip(ids, slots, grids, strict=True)
         ]
         family, config = self.family, self.config
         longest = max(len(row) - len(s) for row, s in zip(ids, slots, strict=True))
-        tokens, lengths, placement = place(
+        inputs = place(
             prompts,
-            family.image_token(config) if images is not None else None,
-            0 if images is None else visual_tokens(model, mask, extras),
+            family.image_token(config) if pictures is not None else None,
+            math.prod(model.layout(pictures)),
             length=-(-longest // BUCKET) * BUCKET,
             blocks=family.blocks,
             block_ids=family.block_ids(config) if family.block_ids else (),
             positions=family.positions,
         )
-        if lengths.min() == 0:
+        if inputs.lengths.min() == 0:
             raise UserError("prompt: no text", fix="ask something about the picture")
-        check_tables(model, tokens, placement)
-        both = (tokens, lengths, placement, images, mask, extras)
-        return Request(model, *both, tuple(map(tuple, pictured)))
+        check_tables(model, inputs)
+        return Request(model, inputs.replace(pictures=pictures), tuple(map(tuple, pictured)))
 
     def _seen(self, request: Request) -> np.ndarray:
         """Ids of each prompt, as published code counts them: with one for its pictures."""
-        tokens, lengths = np.asarray(request.tokens), np.asarray(request.lengths)
-        seen = np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, -1)
-        if request.images is None:
+        seen = np.where(request.inputs.live, request.inputs.text, -1)
+        if request.inputs.pictures is None:
             return seen
         slot = [self.family.image_token(self.config) if row else -1 for row in request.pictured]
         return np.concatenate([seen, np.array(slot, seen.dtype)[:, None]], axis=1)
@@ -328,9 +312,8 @@ class Pretrained:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(model, params, *args):
-    *args, rng = args
-    return model.apply({"params": params}, *args, rng=rng, method="text_logits")
+def _logits(model, params, inputs, rng):
+    return model.apply({"params": params}, inputs, rng=rng).logits
 
 
 def from_pretrained(

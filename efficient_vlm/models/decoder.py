@@ -201,14 +201,12 @@ class Decoder(DecoderFields):
             return place_tokens(placement, visual, segments != PADDING_SEGMENT, policy)
         offset, visual_position = self._visual_positions(visual, columns, policy)
         rows, count = visual.mask.shape
-        index = jnp.broadcast_to(
-            jnp.arange(count + positions.shape[1]), (rows, count + positions.shape[1])
-        )
         length = jnp.max(jnp.where(prompt, 1 + jnp.arange(prompt.shape[1]), 0), axis=1)
         block = 1 if self.bidirectional_visual else 0
         return Placement(
-            visual_index=index[:, :count],
-            text_index=index[:, count:],
+            visual_index=jnp.broadcast_to(jnp.arange(count), (rows, count)),
+            # The first token of every conversation that is packed here stands behind the pictures.
+            text_index=count + positions,
             visual_position=visual_position,
             text_position=offset + positions,
             visual_block=jnp.full((rows, count), block),

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Self
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -15,7 +14,7 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.fields import construct, frozen
 from efficient_vlm.models.decoder import Decoder
 from efficient_vlm.models.encoder import ViT
-from efficient_vlm.models.image_inputs import NO_EXTRAS, ImageExtras, Layout
+from efficient_vlm.models.inputs import NO_PICTURES, Layout, Pictures
 from efficient_vlm.models.projectors import make_projector
 from efficient_vlm.nn.linear import Dtype
 
@@ -29,7 +28,7 @@ class VisionLanguageFields(nn.Module):
       projector: name and fields of one of `projectors.PROJECTORS`: the model's own way from patches
         to tokens, before any compressor; None for models whose patches are the tokens.
       padding_embedding: whether features of patches that show padding get a learned vector added,
-        see `ImageExtras.padding_share` (Molmo).
+        see `Pictures.padding_share` (Molmo).
       slot_token: id of the text token whose embedding is added to visual tokens (Molmo); None where
         they stand in its place.
       compressor: name, budget (visual tokens per image) and options of `compressors.build`.
@@ -138,11 +137,14 @@ class VisionLanguageFields(nn.Module):
         method = self.make_compressor()
         return None if method.where == "decoder" else method.position_policy
 
-    def layout(self, images: jax.Array, extras: ImageExtras = NO_EXTRAS) -> Layout:
-        """The layout of images [B, M, H, W, 3]."""
-        if extras.pool_index is not None:
-            return Layout(1, 1, extras.pool_index.shape[1])
+    def layout(self, pictures: Pictures | None) -> Layout:
+        """The layout of pictures, arrays or shapes of them; None for text alone."""
+        if pictures is None:
+            return NO_PICTURES
+        if pictures.pool_index is not None:
+            return Layout(1, 1, pictures.pool_index.shape[1])
         vit = self.make_encoder()
-        grid = vit.feature_grid(tuple(side // vit.patch_size for side in images.shape[-3:-1]))
+        sides = pictures.pixels.shape[-3:-1]
+        grid = vit.feature_grid(tuple(side // vit.patch_size for side in sides))
         cells = grid if self.projector is None else self.make_projector().cells(grid)
-        return Layout(images.shape[1], *cells)
+        return Layout(pictures.pixels.shape[1], *cells)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from efficient_vlm.errors import UserError
+from efficient_vlm.models.inputs import ModelInputs
 from efficient_vlm.models.prompt_layout import Placement
 
 
@@ -35,7 +36,7 @@ def place(
     blocks: str | None = None,
     block_ids: Collection[int] = (),
     positions: str = "sequence",
-) -> tuple[np.ndarray, np.ndarray, Placement]:
+) -> ModelInputs:
     """Splits prompts into text and slots.
 
     Args:
@@ -48,7 +49,7 @@ def place(
       positions: "sequence" or "mrope".
 
     Returns:
-      text tokens int32 [R, S] padded with 0, lengths int32 [R], and the placement (NumPy).
+      R rows of text and their placement, without pictures (NumPy).
 
     Raises:
       UserError: another number of slots than visual tokens for them.
@@ -92,7 +93,7 @@ def place(
         next_index=after[0],
         next_position=after[1],
     )
-    return tokens, lengths, placement
+    return ModelInputs.of_rows(tokens, lengths, placement=placement)
 
 
 def _blocks(

@@ -7,30 +7,23 @@ from collections.abc import Sequence
 import numpy as np
 
 from efficient_vlm.errors import UserError
-from efficient_vlm.models.image_inputs import NO_EXTRAS, ImageExtras
-from efficient_vlm.models.prompt_layout import Placement
+from efficient_vlm.models.inputs import ModelInputs, Pictures
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.processing.pictures.base import Pictured
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A batch of prompts as arrays; see `VisionLanguageModel.text_logits`.
+    """A batch of prompts as arrays.
 
     Attributes:
       model: at the size of these pictures.
-      tokens, lengths, placement: of R rows.
-      images, image_mask, extras: of R rows; images None for none.
-      pictured: for each row what each of its pictures became.
+      inputs: of R rows, NumPy.
+      pictured: for each row of pictures what each of them became.
     """
 
     model: VisionLanguageModel
-    tokens: np.ndarray
-    lengths: np.ndarray
-    placement: Placement
-    images: np.ndarray | None
-    image_mask: np.ndarray | None
-    extras: ImageExtras
+    inputs: ModelInputs
     pictured: tuple[tuple[Pictured, ...], ...]
 
 
@@ -44,15 +37,15 @@ def gather(
       variable: see `capped`.
 
     Returns:
-      The model at that size; images [R, M, H, W, 3], mask [R, M] and extras; for each row its
-      slots and the grids of its images (`placing.Prompt`).
+      The model at that size; the pictures, None for none; for each row its slots and the grids of
+      its images (`placing.Prompt`).
     """
     rows = len(pictured)
     nothing = [np.zeros(0, np.int64)] * rows
     most = max(sum(len(p.images) for p in row) for row in pictured)
     if most == 0:  # There is nothing to compress, which methods inside the decoder refuse.
         plain = model.clone(compressor={"name": "none"})
-        return plain, None, None, NO_EXTRAS, nothing, [None] * rows
+        return plain, None, nothing, [None] * rows
     patch = model.encoder["patch_size"]
     every = [p for row in pictured for p in row]
     size = [max(p.images.shape[axis] for p in every) for axis in (1, 2)]
@@ -71,16 +64,16 @@ def gather(
             valid[row, at : at + count] = p.valid
             at += count
     padded = (valid[mask] != np.array(size) // patch).any()
-    extras = ImageExtras(valid=valid if padded else None)
+    pictures = Pictures(images, mask, valid=valid if padded else None)
     if every[0].pool_index is not None:
-        return _gather_pooled(model, pictured, images, mask, extras)
+        return _gather_pooled(model, pictured, pictures)
     if every[0].padding_share is not None:
         share = np.zeros((rows, most, every[0].padding_share.shape[1]), np.float32)
         for row, each in enumerate(pictured):
             if each:
                 whole = np.concatenate([p.padding_share for p in each])
                 share[row, : len(whole)] = whole
-        extras = extras.replace(padding_share=share)
+        pictures = pictures.replace(padding_share=share)
     grid = np.array(model.slot_grid)
     index = np.arange(grid.prod()).reshape(grid)
     slots, grids = [], []
@@ -103,8 +96,8 @@ def gather(
         has_slot = np.zeros((rows, most * grid.prod()), bool)
         for row, at in enumerate(slots):
             has_slot[row, at] = True
-        extras = extras.replace(slot_mask=has_slot.reshape(rows, most, -1))
-    return model, images, mask, extras, slots, grids
+        pictures = pictures.replace(slot_mask=has_slot.reshape(rows, most, -1))
+    return model, pictures, slots, grids
 
 
 def capped(
@@ -134,9 +127,10 @@ def capped(
     )
 
 
-def _gather_pooled(model, pictured, images, mask, extras):
+def _gather_pooled(model, pictured, pictures: Pictures):
     """Pictures whose tokens read patches across crops (Molmo2)."""
-    patches = math.prod(side // model.encoder["patch_size"] for side in images.shape[2:4])
+    sides = pictures.pixels.shape[2:4]
+    patches = math.prod(side // model.encoder["patch_size"] for side in sides)
     counts = [sum(len(p.pool_index) for p in each) for each in pictured]
     width = max(p.pool_index.shape[1] for each in pictured for p in each)
     index = np.full((len(pictured), max(counts), width), -1, np.int32)
@@ -149,27 +143,19 @@ def _gather_pooled(model, pictured, images, mask, extras):
     model = model.clone(compressor={**model.compressor, "grid": (1, max(counts))})
     model = capped(model, max(counts), 1, True)
     slots = [np.arange(count) for count in counts]
-    extras = extras.replace(pool_index=index)
-    return model, images, mask, extras, slots, [None] * len(pictured)
+    return model, pictures.replace(pool_index=index), slots, [None] * len(pictured)
 
 
-def visual_tokens(model: VisionLanguageModel, mask: np.ndarray, extras: ImageExtras) -> int:
-    """Slots of a row, real or not."""
-    if extras.pool_index is not None:
-        return extras.pool_index.shape[1]
-    return mask.shape[1] * math.prod(model.slot_grid)
-
-
-def check_tables(model: VisionLanguageModel, tokens: np.ndarray, placement: Placement) -> None:
+def check_tables(model: VisionLanguageModel, inputs: ModelInputs) -> None:
     """JAX reads tables beyond their end without an error."""
-    if tokens.max() >= model.vocab_size:
+    if inputs.text.max() >= model.vocab_size:
         raise UserError(
-            f"prompt: token {tokens.max()}, but the model has {model.vocab_size} tokens",
+            f"prompt: token {inputs.text.max()}, but the model has {model.vocab_size} tokens",
             fix="take tokenizer and weights from the same release",
         )
     if model.decoder.get("position") != "learned":
         return
-    positions, longest = model.decoder["max_positions"], int(placement.next_position.max())
+    positions, longest = model.decoder["max_positions"], int(inputs.placement.next_position.max())
     if longest > positions:
         raise UserError(
             f"prompt: {longest} tokens", allowed=f"up to {positions}, the positions of this model"

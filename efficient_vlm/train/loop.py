@@ -13,6 +13,7 @@ import numpy as np
 from efficient_vlm.checkpoints.run import Checkpoints
 from efficient_vlm.data.pipeline import check_fingerprint
 from efficient_vlm.data.reader import Reader
+from efficient_vlm.processing.batch import training_inputs
 from efficient_vlm.terminal import Progress
 from efficient_vlm.train.arms import Arm, draw_arm, make_arms, make_model
 from efficient_vlm.train.goodput import Goodput
@@ -191,7 +192,7 @@ class _Run:
                 index = draw_arm(setup.arms, settings.seed, step, settings.steps)
                 program = setup.programs[index]
                 programs, before = program._cache_size(), time.monotonic()
-                self.state, metrics = program(self.state, batch)
+                self.state, metrics = program(self.state, training_inputs(batch))
                 compiled = time.monotonic() - before if program._cache_size() > programs else 0.0
                 # 4. Log the step before: its metrics are ready, so the host does not wait for this
                 # one.

@@ -1,7 +1,7 @@
 """Parameters of a run: fresh, from another run, or from its newest checkpoint."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +38,6 @@ class Start(NamedTuple):
 
 def initialise(
     arms: Sequence[Arm],
-    batch: Mapping[str, Any],
     settings: Any,
     optimizer: OptimizerConfig,
     mesh: Mesh | None = None,
@@ -47,7 +46,6 @@ def initialise(
 
     Args:
       arms: the models; their parameters are created once per compressor, not per budget.
-      batch: anything with the shapes of a batch.
       settings, optimizer: of the run.
       mesh: of the devices; None for one device.
     """
@@ -58,7 +56,7 @@ def initialise(
         for arm in arms
     }
 
-    init, key = steps.make_init(list(distinct.values()), batch), jax.random.key(settings.seed)
+    init, key = steps.make_init(list(distinct.values())), jax.random.key(settings.seed)
     boxed = jax.eval_shape(init, key)
     tx = make_optimizer(optimizer, settings.steps, boxed)
     rest = functools.partial(steps.init_state, tx=tx, ema=settings.ema is not None)

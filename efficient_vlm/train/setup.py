@@ -12,6 +12,7 @@ from efficient_vlm.data import build, transforms
 from efficient_vlm.data.config import DataConfig
 from efficient_vlm.data.pipeline import Pipeline, make_train, preview
 from efficient_vlm.models.vlm import VisionLanguageModel
+from efficient_vlm.processing.batch import training_inputs
 from efficient_vlm.sharding import own_rows
 from efficient_vlm.train import step as steps
 from efficient_vlm.train.arms import Arm, draw_arm, make_arms, make_model
@@ -89,8 +90,9 @@ def prepare(config: Mapping[str, Any], workdir: Path, say: Callable[[str], None]
     model = make_model(config, tokenizer.vocab_size)
     arms = make_arms(model, settings.elastic)
     example = transforms.empty(spec, tokenizer.pad_id)
-    shapes = transforms.stack([example] * (data_config.batch_size if rows is None else len(rows)))
-    start = initialise(arms, shapes, settings, optimizer, mesh)
+    own_count = data_config.batch_size if rows is None else len(rows)
+    shapes = training_inputs(transforms.stack([example] * own_count))
+    start = initialise(arms, settings, optimizer, mesh)
     programs = [_program(arm, settings, start) for arm in arms]
 
     # 4. The first program, and the end of the build.

@@ -16,6 +16,7 @@ from efficient_vlm.evaluation.run import evaluate_run
 from efficient_vlm.evaluation.token_maps import read_maps
 from efficient_vlm.inference.generate import Generated
 from efficient_vlm.models import variants
+from efficient_vlm.models.init import abstract_parameters
 
 
 def read_jsonl(path):
@@ -106,9 +107,11 @@ def test_answers_are_compared_with_their_own_questions(finished_run, monkeypatch
     config = ConfigDict(json.loads((finished_run[0] / "config.json").read_text()))
     seen = []
 
-    def oracle(model, params, images, image_mask, prompts, lengths, *, new_tokens, eos_id, rng):
-        tokens = np.full((*lengths.shape, new_tokens), eos_id, np.int32)
+    def oracle(model, params, inputs, *, new_tokens, eos_id, rng):
         batch = data.batches[len(seen)]
+        lengths = inputs.lengths.reshape(batch["lengths"].shape)
+        prompts = inputs.text.reshape(*lengths.shape, -1)
+        tokens = np.full((*lengths.shape, new_tokens), eos_id, np.int32)
         seen.append(lengths)
         for b, q in zip(*np.nonzero(lengths), strict=True):
             start, end = batch["prompt_lengths"][b, q], batch["lengths"][b, q]
@@ -128,7 +131,7 @@ def test_answers_are_compared_with_their_own_questions(finished_run, monkeypatch
 
     data = make_eval(DataConfig.from_mapping({**config.data.to_dict(), "batch_size": 16}), limit=24)
     model = loop.make_model(config, data.tokenizer.vocab_size)
-    shapes = settings.init_shapes(model)
+    shapes = abstract_parameters(model)
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     monkeypatch.setattr(evaluation, "generate", oracle)
     fields = settings.EvalConfig(batch_size=16, new_tokens=2)
@@ -203,7 +206,7 @@ def test_methods_that_cannot_be_evaluated(finished_run, methods, words):
 def test_parameters_of_another_shape_are_named(make_model):
     """Trained with 8 queries, asked with 4."""
     trained = make_model("resampler", 4, options=dict(num_queries=8))
-    given = settings.parameter_shapes(settings.init_shapes(trained))
+    given = settings.parameter_shapes(abstract_parameters(trained))
     assert given["reduce/queries"] == (8, 24)
     settings.check_trained([trained, trained.with_compressor("resampler", 2)], given)
     other = trained.with_compressor("resampler", 4, num_queries=4)
@@ -342,7 +345,7 @@ def test_a_stop_between_batches_ends_the_evaluation(finished_run):
     fields = {**config.data.to_dict(), "batch_size": 16}
     data = make_eval(DataConfig.from_mapping(fields), limit=48)
     model = loop.make_model(config, data.tokenizer.vocab_size)
-    params = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), settings.init_shapes(model))
+    params = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), abstract_parameters(model))
     with pytest.raises(Stopped):
         evaluation.evaluate(
             *(model, params, data, settings.EvalConfig(batch_size=16, new_tokens=2)),

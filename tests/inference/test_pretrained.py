@@ -108,12 +108,7 @@ def test_a_small_picture_beside_a_large_one(name, options):
         counts = [int(p.grids.prod(axis=1).sum()) for p in pictures]
         ids = [[1, *[token] * count, 5, 6] for count in counts]
         request = qwen.place(ids, [(p,) for p in pictures])
-        found = generate(
-            *(request.model, qwen.fused, request.images, request.image_mask),
-            *(request.tokens[:, None], request.lengths[:, None]),
-            **dict(new_tokens=4, eos_id=-1),
-            **dict(placement=request.placement, extras=request.extras),
-        )
+        found = generate(request.model, qwen.fused, request.inputs, new_tokens=4, eos_id=-1)
         live = np.asarray(found.visual.mask)[0]
         return found.tokens[0].tolist(), np.asarray(found.visual.position)[0][live]
 
@@ -136,7 +131,7 @@ def test_repetition_penalty(vlm, pictures, tmp_path):
     prompt, penalty = "What is this? What is this?", 3.0
     request = vlm.request([prompt], [pictures])
     pictured = request.pictured[0]
-    text = request.tokens[0][: request.lengths[0]]
+    text = request.inputs.text[0][: request.inputs.lengths[0]]
     token = vlm.family.image_token(vlm.config)
     how = (vlm.family.prompt_style(vlm.config), vlm.template, vlm.tokenizer)
     ids = prompt_ids(*how, prompt, pictured)
@@ -144,7 +139,7 @@ def test_repetition_penalty(vlm, pictures, tmp_path):
     found = vlm.run([prompt], [pictures], max_new_tokens=10, repetition_penalty=penalty)
     for chosen in found.tokens[0, 0]:
         whole = vlm.place([ids], [pictured])
-        logits = np.asarray(vlm.logits(whole), np.float64)[0, int(whole.lengths[0]) - 1]
+        logits = np.asarray(vlm.logits(whole), np.float64)[0, int(whole.inputs.lengths[0]) - 1]
         seen = np.unique(ids)
         logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
         assert chosen == logits.argmax()
@@ -168,10 +163,7 @@ def test_as_many_tokens_as_the_table_has_positions():
     gpt = evlm.from_pretrained(TESTS / "golden" / "gpt_neo")
     ids = list(np.random.default_rng(0).integers(1, 60, 60))
     request = gpt.place([ids], [()])
-    found = generate(
-        *(request.model, gpt.fused, None, None, request.tokens[:, None], request.lengths[:, None]),
-        **dict(new_tokens=5, eos_id=-1, placement=request.placement),
-    )
+    found = generate(request.model, gpt.fused, request.inputs, new_tokens=5, eos_id=-1)
     for token in found.tokens[0, 0]:
         request = gpt.place([ids], [()])
         assert token == gpt.logits(request)[0, len(ids) - 1].argmax()
@@ -180,19 +172,17 @@ def test_as_many_tokens_as_the_table_has_positions():
         gpt.place([ids], [()])
     with pytest.raises(UserError, match="token 64, but the model has 64"):
         gpt.place([[3, 64]], [()])
+    longest = gpt.place([ids[:60]], [()]).inputs
     with pytest.raises(UserError, match="new_tokens: 6, but learned positions end 4 tokens.*\n.*5"):
-        generate(
-            *(gpt.model, gpt.fused, None, None, np.zeros((1, 1, 64), np.int32), [[60]]),
-            **dict(new_tokens=6, eos_id=-1, placement=gpt.place([ids[:60]], [()]).placement),
-        )
+        generate(gpt.model, gpt.fused, longest, new_tokens=6, eos_id=-1)
 
 
 @pytest.mark.parametrize("options", [dict(name="divprune", budget=4), dict(name="vtw", layer=1)])
 def test_full_budget_and_less(vlm, options):
     request = vlm.request(["What?"], [PHOTOS[:1]])
-    plain = vlm.logits(request)[0, : request.lengths[0]]
+    plain = vlm.logits(request)[0, : request.inputs.lengths[0]]
     other = vlm.with_compressor(**options)
-    logits = other.logits(other.request(["What?"], [PHOTOS[:1]]))[0, : request.lengths[0]]
+    logits = other.logits(other.request(["What?"], [PHOTOS[:1]]))[0, : len(plain)]
     # All four tokens of a tile are its full budget; vtw drops what it drops.
     same = np.allclose(logits, plain, atol=1e-5 * np.abs(plain).max())
     assert same is (options["name"] == "divprune")

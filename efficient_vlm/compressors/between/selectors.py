@@ -45,6 +45,7 @@ class Random(Compressor):
     seed: int = 0
 
     label = "random"
+    draws = True
 
     @nn.nowrap
     def check_options(self):

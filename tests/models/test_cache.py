@@ -15,8 +15,8 @@ from efficient_vlm.cli import verify
 from efficient_vlm.families import architecture, load
 from efficient_vlm.families.table import family_of
 from efficient_vlm.models.cache import KVCache
-from efficient_vlm.models.image_inputs import Layout
 from efficient_vlm.nn.stack import unstack
+from efficient_vlm.processing.batch import question_inputs
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LAYERS = 4
@@ -69,18 +69,22 @@ def following(batch):
     return np.take_along_axis(batch["tokens"][:, 0], at, axis=1)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def prefilled(model, params, batch):
-    """Logits behind the prompts [B, vocab], and the cache."""
+    """Logits after the prompts [B, vocab], and the cache."""
+    prompts = question_inputs({**batch, "tokens": batch["tokens"][..., :6]})
+    return read_prompts(model, params, prompts, FOLLOW)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def read_prompts(model, params, prompts, room):
     apply = functools.partial(model.apply, {"params": params})
-    tokens, lengths = batch["tokens"][:, 0, :6], batch["prompt_lengths"][:, 0]
-    layout = model.layout(batch["images"])
-    patches, signals = apply(batch["images"], batch["image_mask"], method="encode")
-    instruction = apply(tokens, lengths, method="instruction")
-    visual = apply(patches, signals, instruction, layout, method="compress")
-    options = dict(new_tokens=FOLLOW, method="prefill")
-    logits, cache, _ = apply(visual, tokens, lengths, layout, **options)
-    return logits, cache
+    layout = model.layout(prompts.pictures)
+    if prompts.pictures is None:
+        visual = model.no_pictures(len(prompts.text))
+    else:
+        patches, signals = apply(prompts.pictures, method="encode")
+        visual = apply(patches, signals, prompts, layout, method="compress")
+    return apply(visual, prompts, layout, new_tokens=room, method="prefill")[:2]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -110,10 +114,10 @@ def test_all_ways_to_the_same_logits(make_model, init, inputs, batch, case):
     name, options = fields.pop("method", ("none", dict(budget=16)))
     fields["decoder"] = dict(segments=[dict(layers=LAYERS)], **fields.get("decoder", {}))
     model = make_model("none", 16, **fields)
-    params = init(model, batch)
+    params = init(model)
     model = model.with_compressor(name, **options)
-    whole = jax.jit(lambda p, b: model.apply({"params": p}, **b).logits)(params, inputs(batch))
-    whole = np.asarray(whole)[:, 0]
+    whole = jax.jit(lambda p, b: model.apply({"params": p}, b).logits)(params, inputs(batch))
+    whole = np.asarray(whole)
     at = PROMPTS[:, None] + np.arange(FOLLOW)
     expected = np.take_along_axis(whole, np.minimum(at, whole.shape[1] - 1)[..., None], axis=1)
     there = np.arange(FOLLOW) < COUNTS[:, None]
@@ -148,7 +152,7 @@ def test_a_row_alone_is_the_row_in_a_batch(make_model, init, batch, case):
     name, options = fields.pop("method", ("none", dict(budget=16)))
     fields["decoder"] = dict(segments=[dict(layers=LAYERS)], **fields.get("decoder", {}))
     model = make_model("none", 16, **fields)
-    params = init(model, batch)
+    params = init(model)
     model, follow = model.with_compressor(name, **options), following(batch)
 
     def asked(rows):
@@ -164,7 +168,7 @@ def test_a_row_alone_is_the_row_in_a_batch(make_model, init, batch, case):
 def test_stacked_layers_and_one_step(make_model, init, batch):
     """A cache with an axis over the layers, as training's parameters give it; `decode`."""
     model = make_model("fastv", options=dict(layer=1, keep=4), budget=None)
-    params = init(make_model(), batch)
+    params = init(make_model())
     follow, found = following(batch), []
     for given in (params, unstack(params)):
         _, cache = prefilled(model, given, batch)
@@ -205,24 +209,9 @@ def test_published_layouts(name):
 
 
 def cached(inputs, params, follow, counts):
-    """Logits behind the prompts, and behind what follows, through the cache."""
-    model, (tokens, lengths, placement) = inputs.model, inputs.placed()
-
-    def run(params, tokens, lengths, placement, images, mask, extras, follow, counts):
-        apply = functools.partial(model.apply, {"params": params})
-        if images is None:
-            visual, layout = model.no_images(len(tokens)), Layout(0, 1, 1)
-        else:
-            layout = model.layout(images, extras)
-            patches, signals = apply(images, mask, extras=extras, method="encode")
-            instruction = apply(tokens, lengths, method="instruction")
-            visual = apply(patches, signals, instruction, layout, method="compress")
-        options = dict(new_tokens=3, placement=placement, method="prefill")
-        first, cache, _ = apply(visual, tokens, lengths, layout, **options)
-        return first, apply(follow, cache, counts, method="extend")[0]
-
-    given = (tokens, lengths, placement, inputs.images, inputs.image_mask, inputs.extras)
-    return map(np.asarray, jax.jit(run)(params, *given, follow, counts))
+    """Logits after the prompts, and after what follows, through the cache."""
+    first, cache = read_prompts(inputs.model, params, inputs.placed(), follow.shape[1])
+    return np.asarray(first), np.asarray(extended(inputs.model, params, follow, cache, counts)[0])
 
 
 # What may give an array of the size of the cache: places of it, and writing a few tokens into it.
@@ -233,7 +222,7 @@ IN_PLACE = WRITES | {"parameter", "get-tuple-element", "bitcast", "fusion"}
 def test_a_step_copies_no_cache(make_model, init, batch):
     """Rows at different places are written where they are, in a cache that is donated."""
     model = make_model(decoder=dict(segments=[dict(layers=2)]))
-    params = unstack(init(model, batch))
+    params = unstack(init(model))
     rows, slots = 8, 400
     segment = prefilled(model, params, batch)[1].segments[0]
     parts = jax.tree.map(lambda p: jnp.zeros((rows, p.shape[1], slots, p.shape[3])), segment.parts)

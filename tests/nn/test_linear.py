@@ -61,21 +61,21 @@ def layers_among(paths):
 def test_products_have_their_paths(dense, make_batch, init, inputs):
     """At `init` and `apply` alike, of stacked and of split layers, encoder and decoder apart."""
     batch = inputs(make_batch())
-    params = init(dense, make_batch())
+    params = init(dense)
     stacked, split = (
         set(expected_paths([""], [""])),
         set(expected_paths(["/0", "/1"], ["/0", "/1", "/2"])),
     )
-    apply = lambda params: lambda: jax.eval_shape(dense.apply, {"params": params}, **batch)  # noqa: E731
+    apply = lambda params: lambda: jax.eval_shape(dense.apply, {"params": params}, batch)  # noqa: E731
     assert layers_among(paths_of(apply(params))) == stacked
     called = paths_of(apply(unstack(params)))
     assert layers_among(called) == split
     counts = [called.count(path) for path in split]
     assert counts == [1] * len(split)
     key = jax.random.key(0)
-    assert layers_among(paths_of(lambda: jax.eval_shape(dense.init, key, **batch))) == stacked
+    assert layers_among(paths_of(lambda: jax.eval_shape(dense.init, key, batch))) == stacked
     other = split_model(dense)
-    assert layers_among(paths_of(lambda: jax.eval_shape(other.init, key, **batch))) == split
+    assert layers_among(paths_of(lambda: jax.eval_shape(other.init, key, batch))) == split
     # Each path is where the parameters of the product lie.
     for path in called:
         tree = unstack(params)
@@ -84,18 +84,17 @@ def test_products_have_their_paths(dense, make_batch, init, inputs):
         assert "kernel" in tree
 
 
-def test_layers_created_one_by_one_are_those_of_unstack(dense, make_batch, init):
+def test_layers_created_one_by_one_are_those_of_unstack(dense, init):
     shapes = lambda tree: jax.tree.map(jnp.shape, tree)  # noqa: E731
-    batch = make_batch()
-    assert shapes(init(split_model(dense), batch)) == shapes(unstack(init(dense, batch)))
+    assert shapes(init(split_model(dense))) == shapes(unstack(init(dense)))
 
 
 def test_looking_changes_nothing(dense, make_batch, init, inputs):
     """One by one, as somebody looks on, and all alike: the same logits."""
-    params, batch = unstack(init(dense, make_batch())), inputs(make_batch())
-    plain = dense.apply({"params": params}, **batch).logits
+    params, batch = unstack(init(dense)), inputs(make_batch())
+    plain = dense.apply({"params": params}, batch).logits
     with nn.intercept_methods(lambda call, args, kwargs, context: call(*args, **kwargs)):
-        watched = dense.apply({"params": params}, **batch).logits
+        watched = dense.apply({"params": params}, batch).logits
     np.testing.assert_allclose(watched, plain, atol=1e-5)
 
 
@@ -116,13 +115,13 @@ def test_joined_layers_say_the_same(make_model, make_batch, init, inputs, bias):
     """Attention and gated layers of encoder and decoder, with and without biases."""
     decoder = dict(mlp_dim=48, qkv_bias=bias, mlp_bias=bias)
     model = make_model(encoder=dict(bias=bias, mlp_gated=True), decoder=decoder)
-    params, batch = init(model, make_batch()), inputs(make_batch())
+    params, batch = init(model), inputs(make_batch())
     # Biases are zero at first.
     params = jax.tree.map(lambda p: p + 0.01 * jnp.arange(p.size).reshape(p.shape) / p.size, params)
     joined = fuse(params)
     assert isinstance(joined["vit"]["layers"]["0"]["gate"]["kernel"], Joined)
-    found = model.apply({"params": joined}, **batch).logits
-    np.testing.assert_allclose(found, model.apply({"params": params}, **batch).logits, atol=1e-4)
+    found = model.apply({"params": joined}, batch).logits
+    np.testing.assert_allclose(found, model.apply({"params": params}, batch).logits, atol=1e-4)
 
 
 @struct.dataclass
@@ -138,17 +137,17 @@ class Halves(WeightForm):
 
 def test_a_new_form_needs_no_change_elsewhere(dense, make_batch, init, inputs):
     """Encoder, connector, decoder and head: stacked, split, jitted, with gradients."""
-    params, batch = init(dense, make_batch()), inputs(make_batch())
+    params, batch = init(dense), inputs(make_batch())
 
     def halved(path, leaf):
         is_kernel = path[-1].key == "kernel"
         return Halves(0.25 * leaf, 0.75 * leaf) if is_kernel else leaf
 
     changed = jax.tree_util.tree_map_with_path(halved, params)
-    expected = dense.apply({"params": params}, **batch).logits
+    expected = dense.apply({"params": params}, batch).logits
 
     def loss(params):
-        logits = dense.apply({"params": params}, **batch).logits
+        logits = dense.apply({"params": params}, batch).logits
         return logits.sum(), logits
 
     (_, found), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(changed)
@@ -158,7 +157,7 @@ def test_a_new_form_needs_no_change_elsewhere(dense, make_batch, init, inputs):
     assert forms
     for form in forms:
         np.testing.assert_allclose(form.one, form.two, atol=1e-5)
-    split = dense.apply({"params": unstack(changed)}, **batch).logits
+    split = dense.apply({"params": unstack(changed)}, batch).logits
     np.testing.assert_allclose(split, expected, atol=1e-4)
 
 
@@ -197,14 +196,14 @@ MLPS = "language/.*/mlp/(gate|up|down)"
 
 def test_qwix_trains_only_the_products_that_a_rule_names(dense, make_batch, init, inputs):
     """Fake quantisation of the decoder's MLPs: they alone see rounded numbers."""
-    params, batch = unstack(init(dense, make_batch())), inputs(make_batch())
+    params, batch = unstack(init(dense)), inputs(make_batch())
 
     def logits(pattern):
         provider = qwix.QtProvider([qwix.QtRule(module_path=pattern, weight_qtype="int8")])
         model = qwix.quantize_model(dense, provider)
-        return model.apply({"params": params}, **batch).logits, provider.get_unused_rules()
+        return model.apply({"params": params}, batch).logits, provider.get_unused_rules()
 
-    plain = dense.apply({"params": params}, **batch).logits
+    plain = dense.apply({"params": params}, batch).logits
     quantised, unused = logits(MLPS)
     assert unused == []
 
@@ -216,7 +215,7 @@ def test_qwix_trains_only_the_products_that_a_rule_names(dense, make_batch, init
         return jnp.clip(jnp.round(leaf / scale), -128, 127) * scale
 
     by_hand = jax.tree_util.tree_map_with_path(rounded, params)
-    expected = dense.apply({"params": by_hand}, **batch).logits
+    expected = dense.apply({"params": by_hand}, batch).logits
     np.testing.assert_allclose(quantised, expected, atol=1e-4)
     assert float(jnp.abs(quantised - plain).max()) > 1e-3
     # A rule whose pattern names nothing changes nothing, and is told.
@@ -228,17 +227,17 @@ def test_qwix_trains_only_the_products_that_a_rule_names(dense, make_batch, init
 def test_qwix_stores_only_the_products_that_a_rule_names(dense, make_batch, init, inputs):
     """Post-training quantisation of the decoder's MLPs: int8 among the parameters, no others."""
     batch, model = inputs(make_batch()), split_model(dense)
-    params = nn.unbox(model.init(jax.random.key(0), **batch)["params"])
+    params = nn.unbox(model.init(jax.random.key(0), batch)["params"])
     provider = qwix.PtqProvider([qwix.QuantizationRule(module_path=MLPS, weight_qtype="int8")])
     quantised = qwix.quantize_model(model, provider)
-    shapes = jax.eval_shape(lambda: quantised.init(jax.random.key(0), **batch)["params"])
+    shapes = jax.eval_shape(lambda: quantised.init(jax.random.key(0), batch)["params"])
     stored = qwix.quantize_params(params, nn.unbox(shapes))
     names = ("gate", "up", "down")
     wanted = {f"language/{MAIN}/{i}/mlp/{name}/kernel" for i in range(3) for name in names}
     assert changed_paths(params, stored) == wanted
     assert provider.get_unused_rules() == []
-    plain = model.apply({"params": params}, **batch).logits
-    found = quantised.apply({"params": stored}, **batch).logits
+    plain = model.apply({"params": params}, batch).logits
+    found = quantised.apply({"params": stored}, batch).logits
     error = float(jnp.abs(found - plain).max())
     assert 1e-4 < error < 0.1 * float(jnp.abs(plain).max())
 
@@ -249,13 +248,13 @@ def test_qwix_adapts_only_the_connector(make_model, make_batch, inputs):
     model = make_model(connector=dict(hidden_dim=24))
     provider = qwix.LoraProvider(module_path="connect/.*", rank=2, alpha=4.0)
     adapted = qwix.apply_lora_to_model(model, provider)
-    params = nn.unbox(model.init(jax.random.key(0), **batch)["params"])
-    both = nn.unbox(adapted.init(jax.random.key(0), **batch)["params"])
+    params = nn.unbox(model.init(jax.random.key(0), batch)["params"])
+    both = nn.unbox(adapted.init(jax.random.key(0), batch)["params"])
     new = changed_paths(params, both)
     assert new == {f"connect/{name}/kernel_lora_{part}" for name in ("up", "out") for part in "ab"}
     assert provider.get_unused_rules() == []
     # At first an adapter changes nothing, since b is zero; then as the formula says.
-    plain = adapted.apply({"params": both}, **batch).logits
+    plain = adapted.apply({"params": both}, batch).logits
     both["connect"]["out"]["kernel_lora_b"] += 0.5
     lora = both["connect"]["out"]
     merged = lora["kernel"] + 2.0 * lora["kernel_lora_a"] @ lora["kernel_lora_b"]
@@ -263,11 +262,11 @@ def test_qwix_adapts_only_the_connector(make_model, make_batch, inputs):
     for name in ("up", "out"):
         expected["connect"][name] = {"kernel": both["connect"][name]["kernel"]}
     expected = {**both, "connect": {n: dict(expected["connect"][n]) for n in ("up", "out")}}
-    before = model.apply({"params": expected}, **batch).logits
+    before = model.apply({"params": expected}, batch).logits
     np.testing.assert_allclose(plain, before, atol=1e-5)
     expected["connect"]["out"]["kernel"] = merged
-    found = adapted.apply({"params": both}, **batch).logits
-    np.testing.assert_allclose(found, model.apply({"params": expected}, **batch).logits, atol=1e-4)
+    found = adapted.apply({"params": both}, batch).logits
+    np.testing.assert_allclose(found, model.apply({"params": expected}, batch).logits, atol=1e-4)
     assert float(jnp.abs(found - plain).max()) > 1e-3
 
 

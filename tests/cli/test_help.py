@@ -9,7 +9,7 @@ import pytest
 
 from efficient_vlm.cli import arguments, config_file, kernel_programs
 from efficient_vlm.cli import main as cli
-from efficient_vlm.cli.verbs import audit, audit_aot, audit_kernels
+from efficient_vlm.cli.verbs import audit_aot, audit_kernels, subject_options
 from efficient_vlm.compressors.methods import METHODS
 from efficient_vlm.costs import match
 from efficient_vlm.costs.compiled import programs
@@ -67,13 +67,13 @@ def test_every_verb_has_examples():
 
 def test_values_are_those_of_the_core():
     assert audit_aot.TASKS == programs.TASKS
-    assert set(audit.MEASURES) == set(match.MEASURES)
+    assert set(subject_options.MEASURES) == set(match.MEASURES)
     assert kernel_programs.ALL[0] == audit_kernels.TOPOLOGY
     for remat in audit_aot.REMAT:
         stack.rematerialised(len, remat)
     text = PARSERS["efficient-vlm audit aot"].format_help()
     assert all(name in text for name in (*match.MEASURES, *AXES, f"(default: {audit_aot.NEW})"))
-    assert f"{presets.TEXT_TOKENS};" in audit.TEXT_DEFAULT
+    assert f"{presets.TEXT_TOKENS};" in subject_options.TEXT_DEFAULT
     assert "x".join(map(str, presets.PICTURE)) in PARSERS["efficient-vlm audit"].format_help()
 
 
@@ -149,7 +149,7 @@ def test_every_field_of_a_config_is_listed_with_its_meaning(command):
         ),
         (
             ("data", "inspect", "--config.data.help", "--config", "configs/quickstart.py"),
-            ("data.image_size", "pixels that the model sees"),
+            ("data.image_size", "in pixels, as the model sees it"),
             ("model.",),
         ),
     ],

@@ -3,6 +3,7 @@
 `tests/samples/old_workdir` is a run of six steps of the tests' tiny configuration.
 """
 
+import base64
 import json
 import shutil
 from pathlib import Path
@@ -66,5 +67,8 @@ def test_it_is_resumed_where_it_was(old_workdir):
 
 
 def test_its_report_is_written(old_workdir):
+    """With the token maps that its evaluation drew; now it keeps arrays and the report draws."""
     page = write_report(old_workdir).read_text()
     assert "random" in page and "needle" in page
+    for picture in (old_workdir / "maps").glob("*.png"):
+        assert base64.b64encode(picture.read_bytes()).decode() in page, picture.name

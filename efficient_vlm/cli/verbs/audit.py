@@ -1,25 +1,14 @@
-"""`efficient-vlm audit`, and what all audits of a model take."""
+"""`efficient-vlm audit`, and the audits below it."""
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from efficient_vlm.cli import arguments
-from efficient_vlm.cli.arguments import Given, Parser
-
-if TYPE_CHECKING:
-    from efficient_vlm.cli.methods import Chosen
-    from efficient_vlm.cli.subject import Subject
-    from efficient_vlm.costs.match import Target
-
-DOTTED = ("config", "compressor", "pictures")
-# What --match takes, the keys of `costs.match.MEASURES`.
-MEASURES = ("mean_processed", "mean_written", "entering", "flops", "kv_bytes")
-TEXT_DEFAULT = "of the prompt (default: 64; of a config, the longest question)"
+from efficient_vlm.cli.arguments import Given
+from efficient_vlm.cli.verbs import audit_aot, audit_kernels, audit_sharding, subject_options
 
 
 def add(verbs: Any) -> None:
-    from efficient_vlm.cli.verbs import audit_aot, audit_kernels, audit_sharding
-
     parser = arguments.add_verb(
         verbs,
         "audit",
@@ -30,86 +19,18 @@ def add(verbs: Any) -> None:
             "audit --preset=llava-1.5-7b --compressor=fastv,divprune --match=mean_processed:128",
             "audit --preset=qwen2-vl-2b --pictures.max_pixels=200704",
         ),
-        dotted=DOTTED,
+        dotted=subject_options.DOTTED,
     )
-    add_subject(parser, new=1)
+    subject_options.add_subject(parser, new=1)
     arguments.add_json(parser)
     below = arguments.add_verbs(parser, "other audits", dest="what", metavar="kernels|sharding|aot")
     for each in (audit_kernels, audit_sharding, audit_aot):
         each.add(below)
 
 
-def add_subject(parser: Parser, *, new: int) -> None:
-    """The options of what is audited.
-
-    Args:
-      parser: of an audit.
-      new: default of --new.
-    """
-    action = parser.add_argument(
-        "--preset", metavar="NAME", help="a published model, such as llava-1.5-7b; see presets"
-    )
-    action.completer = lambda **_: arguments.preset_names()
-    arguments.add_config(parser, required=False)
-    arguments.add_methods(
-        parser, "methods, see `efficient-vlm methods` (default: the config's own, or none)"
-    )
-    action = parser.add_argument(
-        "--match",
-        metavar="MEASURE:VALUE",
-        help="set each method to equal cost: mean_processed, mean_written or entering:TOKENS; "
-        "flops or kv_bytes:SHARE of the model without it, up to 1, or a number",
-    )
-    action.completer = lambda **_: [f"{measure}:" for measure in MEASURES]
-    parser.add_argument("--text", type=int, metavar="N", help=f"text tokens {TEXT_DEFAULT}")
-    parser.add_argument(
-        "--new", type=int, default=new, metavar="N", help=f"generated tokens (default: {new})"
-    )
-    parser.add_argument(
-        "--images",
-        type=int,
-        metavar="N",
-        help="images (tiles, crops) of a picture (default: those of --picture; of a config, "
-        "data.max_images)",
-    )
-    parser.add_argument(
-        "--picture",
-        metavar="HxW",
-        help="height and width of the picture, in pixels, that a preset sees (default: 768x1024)",
-    )
-    arguments.add_imports(parser)
-
-
-def read_subject(args: argparse.Namespace, given: Given) -> "Subject":
-    """What is audited, after --import."""
-    from efficient_vlm.cli.subject import read_subject
-
-    arguments.import_methods(args)
-    return read_subject(
-        preset=args.preset,
-        config=args.config,
-        overrides=given.config,
-        text=args.text,
-        new=args.new,
-        images=args.images,
-        picture=args.picture,
-        pictures=given.pictures,
-    )
-
-
-def read_methods(
-    args: argparse.Namespace, given: Given, subject: "Subject"
-) -> tuple[list["Chosen"], "Target | None"]:
-    """The methods that are audited, and what they are matched to."""
-    from efficient_vlm.cli.methods import read_methods
-    from efficient_vlm.costs.match import parse_target
-
-    target = parse_target(args.match) if args.match else None
-    return read_methods(subject, args.compressor, given.compressor), target
-
-
 def run(args: argparse.Namespace, given: Given) -> int:
     from efficient_vlm.cli.audit import audit
 
-    subject = read_subject(args, given)
-    return audit(subject, *read_methods(args, given, subject), as_json=args.json)
+    subject = subject_options.read_subject(args, given)
+    chosen, target = subject_options.read_methods(args, given, subject)
+    return audit(subject, chosen, target, as_json=args.json)

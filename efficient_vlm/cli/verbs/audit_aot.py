@@ -5,7 +5,7 @@ from typing import Any
 
 from efficient_vlm.cli import arguments
 from efficient_vlm.cli.arguments import Given
-from efficient_vlm.cli.verbs import audit
+from efficient_vlm.cli.verbs import subject_options
 
 TASKS = ("train", "prefill", "decode")
 REMAT = ("none", "dots", "full")
@@ -23,7 +23,7 @@ def add(verbs: Any) -> None:
             "audit aot --preset=smolvlm-256m --task=prefill --topology=v5e-4 --batch=4 "
             "--compressor=none,divprune,fastv --match=mean_processed:208",
         ),
-        dotted=audit.DOTTED,
+        dotted=subject_options.DOTTED,
     )
     parser.add_argument(
         "--task",
@@ -55,7 +55,7 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--search", action="store_true", help="try meshes, the batches, and in training remat"
     )
-    audit.add_subject(parser, new=NEW)
+    subject_options.add_subject(parser, new=NEW)
     arguments.add_quiet(parser)
     arguments.add_json(parser)
 
@@ -71,6 +71,6 @@ def run(args: argparse.Namespace, given: Given) -> int:
         remat=args.remat,
         search=args.search,
     )
-    subject = audit.read_subject(args, given)
-    chosen, target = audit.read_methods(args, given, subject)
+    subject = subject_options.read_subject(args, given)
+    chosen, target = subject_options.read_methods(args, given, subject)
     return audit_aot.audit_aot(subject, chosen, target, wanted, quiet=args.quiet, as_json=args.json)

@@ -5,7 +5,7 @@ from typing import Any
 
 from efficient_vlm.cli import arguments
 from efficient_vlm.cli.arguments import Given
-from efficient_vlm.cli.verbs import audit
+from efficient_vlm.cli.verbs import subject_options
 
 MESH = "fsdp:8"
 
@@ -20,7 +20,7 @@ def add(verbs: Any) -> None:
             "audit sharding --preset=molmo-7b-d --mesh=fsdp:16,tensor:4",
             "audit sharding --config=configs/quickstart.py --mesh=data:2,expert:4",
         ),
-        dotted=audit.DOTTED,
+        dotted=subject_options.DOTTED,
     )
     parser.add_argument(
         "--mesh",
@@ -33,15 +33,15 @@ def add(verbs: Any) -> None:
         metavar="N",
         help="pictures on all devices together (default: one for each that holds rows)",
     )
-    audit.add_subject(parser, new=1)
+    subject_options.add_subject(parser, new=1)
     arguments.add_json(parser)
 
 
 def run(args: argparse.Namespace, given: Given) -> int:
     from efficient_vlm.cli.audit_sharding import audit_sharding
 
-    subject = audit.read_subject(args, given)
-    chosen, target = audit.read_methods(args, given, subject)
+    subject = subject_options.read_subject(args, given)
+    chosen, target = subject_options.read_methods(args, given, subject)
     return audit_sharding(
         subject, chosen, target, mesh=args.mesh, batch=args.batch, as_json=args.json
     )

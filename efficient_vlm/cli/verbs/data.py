@@ -5,6 +5,7 @@ from typing import Any
 
 from efficient_vlm.cli import arguments
 from efficient_vlm.cli.arguments import Given
+from efficient_vlm.errors import UserError
 
 
 def add(verbs: Any) -> None:
@@ -63,7 +64,6 @@ def run_build(args: argparse.Namespace, given: Given) -> int:
 
 def run_inspect(args: argparse.Namespace, given: Given) -> int:
     from efficient_vlm.cli import data
-    from efficient_vlm.errors import UserError
 
     if args.count < 1:
         raise UserError(f"--count: {args.count}", allowed="1 or more")

@@ -188,7 +188,7 @@ def test_published_layouts(name):
     """Images between the text of rows of different lengths, by the layout of each family."""
     config = architecture.read_config(GOLDEN / name)
     family, model = family_of(config), architecture.build_model(config)
-    source = load.Source(Checkpoint.open(GOLDEN / name), family, config, model)
+    source = load.FamilyCheckpoint(Checkpoint.open(GOLDEN / name), family, config, model)
     params = load.load_parameters(source)
     with np.load(GOLDEN / name / "io.npz") as io:
         inputs = verify.read_inputs(family, config, model, dict(io))

@@ -91,7 +91,7 @@ class Subject:
         self.name, self.config = name, architecture.read_config(directory)
         self.family = family_of(self.config)
         plain = architecture.build_model(self.config)
-        source = load.Source(Checkpoint.open(directory), self.family, self.config, plain)
+        source = load.FamilyCheckpoint(Checkpoint.open(directory), self.family, self.config, plain)
         self.model, self.params = deepened(plain, load.stacked(source))
         with np.load(directory / "io.npz") as io:
             self.io = dict(io)

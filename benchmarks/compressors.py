@@ -143,9 +143,8 @@ def main() -> None:
     if args.encoder_layers:
         geometry = dataclasses.replace(geometry, encoder_layers=args.encoder_layers)
     out, table = args.out, args.table
-    if (
-        not args.quick and not args.methods and not args.imports
-    ):  # Parts of a run do not overwrite the whole.
+    whole = not (args.quick or args.methods or args.imports)
+    if whole:  # Parts of a run do not overwrite it.
         out = out or ROOT / "benchmarks/results/compressors_cpu.json"
         table = table or ROOT / "docs/benchmark_compressors.md"
     facts, start, rows, known, rounds = environment(), time.perf_counter(), [], None, {}

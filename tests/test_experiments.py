@@ -169,10 +169,6 @@ def test_mistakes_are_told_without_a_traceback(script, tmp_path, capsys, finishe
 def test_methods_of_ones_own_are_evaluated_too(script, finished_run, tmp_path):
     """At each budget, by name or with all others."""
     known, out = dict(METHODS), tmp_path / "results.json"
-    monkeypatch.setattr(script, "BUDGETS", (8,))
-    monkeypatch.setattr(
-        script.run, "__kwdefaults__", {**script.run.__kwdefaults__, "budgets": (8,)}
-    )
     words = [f"--workdir={finished_run[0]}", "--images=4", f"--out={out}", "--methods=contrast"]
     try:
         assert script.main([*words, f"--import={ROOT / 'docs' / 'my_method.py'}"]) == 0

@@ -22,6 +22,7 @@ from compressors_run import DECODE_STEPS, Run
 from compressors_table import targets, write_table
 
 from efficient_vlm import runtime
+from efficient_vlm.compressors.imports import import_methods
 from efficient_vlm.compressors.methods import METHODS, find
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,17 +124,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", default="1,8", help="batch sizes (1,8)")
     parser.add_argument("--methods", help="names, default: all (batch 1), one of each kind (8)")
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="FILE.py",
+        help="file that registers methods of your own",
+    )
     parser.add_argument("--rounds", type=int, help="default 5 at batch 1, 3 above")
     parser.add_argument("--encoder-layers", type=int, help="of CLIP-L's 23 (4)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: a test, not a benchmark")
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--table", type=Path, help="Markdown file")
     args = parser.parse_args()
+    import_methods(args.imports)
     geometry = QUICK if args.quick else Geometry()
     if args.encoder_layers:
         geometry = dataclasses.replace(geometry, encoder_layers=args.encoder_layers)
     out, table = args.out, args.table
-    if not args.quick and not args.methods:  # Parts of a run do not overwrite the whole.
+    whole = not (args.quick or args.methods or args.imports)
+    if whole:  # Parts of a run do not overwrite it.
         out = out or ROOT / "benchmarks/results/compressors_cpu.json"
         table = table or ROOT / "docs/benchmark_compressors.md"
     facts, start, rows, known, rounds = environment(), time.perf_counter(), [], None, {}

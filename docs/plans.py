@@ -18,6 +18,7 @@ from efficient_vlm.costs.compiled.compiled import compile_plan
 from efficient_vlm.costs.compiled.options import parse_mesh
 from efficient_vlm.costs.match import Target
 from efficient_vlm.errors import UserError
+from efficient_vlm.families import presets
 from efficient_vlm.files import write_atomic
 
 HERE = Path(__file__).parent
@@ -82,6 +83,18 @@ def key(row: dict) -> tuple:
     return row["model"], row["machine"], row["task"], row["share"]
 
 
+def command(row: dict) -> str:
+    """What makes a row by itself: the method's budget is of each image, or of all that it pools."""
+    words = [f"--preset={row['model']}", f"--task={row['task']}"]
+    words += [f"--topology={TOPOLOGIES[row['machine']]}", f"--mesh={row['mesh_text']}"]
+    words += [f"--batch={row['batch']}"]
+    if row["share"] > 1:
+        preset = presets.get(row["model"])
+        images = 1 if preset["pooled"] else preset["images"]
+        words += ["--compressor=pool", f"--compressor.budget={row['tokens'] // images}"]
+    return " ".join(["efficient-vlm audit aot", *words])
+
+
 def render(rows: list[dict]) -> str:
     """docs/plans.md."""
     known = {key(row): row for row in rows}
@@ -90,10 +103,12 @@ def render(rows: list[dict]) -> str:
         "# Plans for pods",
         "",
         "What published models need on TPUs and GPUs, and what fewer visual tokens buy: every line "
-        "is a program of ours, compiled by the chip's own compiler on a host without one "
-        "(`python docs/plans.py`; one plan: `efficient-vlm audit aot`). **Memory is the "
-        "compiler's. Times are estimates: bounds at the published speed of the chip, nothing was "
-        "run on either.** All numbers are of one device.",
+        "is a program of ours, compiled by the chip's own compiler on a host without one. **Memory "
+        "is the compiler's. Times are estimates: bounds at the published speed of the chip, "
+        "nothing was run on either.** All numbers are of one device. `python docs/plans.py` makes "
+        "the page; each row ends with the command that makes it alone. Inference has two programs "
+        "of each row: the command is that of the first token; with `--task=decode` it is that of "
+        "a further one.",
         "",
         f"Tokens are averaged down (`pool`) to 1/4 and 1/9 of those of the preset's picture; "
         f"{NEW} tokens of answer. Inference: {SERVED} pictures for each group of devices that "
@@ -152,11 +167,13 @@ def _table(title: str, columns: tuple[str, ...], rows: list[tuple[dict, list[str
     if not rows:
         return []
     columns = (*FACTS, *columns)
-    lines = ["", title, "", f"| {' | '.join(columns)} |", "|---|---|" + "--:|" * (len(columns) - 2)]
+    rule = "|---|---|" + "--:|" * (len(columns) - 2) + "---|"
+    lines = ["", title, "", f"| {' | '.join([*columns, 'command'])} |", rule]
     for row, cells in rows:
         facts = [row["machine"], f"`{row['mesh_text']}`", str(row["batch"]), f"{row['tokens']:,}"]
         cells = [*facts, *([row["error"]] if "error" in row else cells)]
-        lines.append(f"| {' | '.join(cells + [''] * (len(columns) - len(cells)))} |")
+        cells += [""] * (len(columns) - len(cells))
+        lines.append(f"| {' | '.join([*cells, f'`{command(row)}`'])} |")
     return lines
 
 

@@ -136,8 +136,10 @@ def make_work(
 def _compile(
     work: Work, topology: str, sizes: Mapping[str, int], say: Callable[[str], None], label: str
 ) -> Answer:
+    several = len(PROGRAMS[work.task]) > 1
+
     def program(name: str) -> None:
-        say(f"{label}, {name} for {topology}" if name != work.task else f"{label} for {topology}")
+        say(f"{label}, {name} for {topology}" if several else f"{label} for {topology}")
 
     return compile_plan(work, topology, sizes, program)
 

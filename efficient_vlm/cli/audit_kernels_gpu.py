@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from efficient_vlm.cli.kernel_programs import Program, Row, programs
 from efficient_vlm.costs.compiled import hlo
@@ -40,7 +40,8 @@ def compiled(quick: bool, say: Callable[[str], None] = lambda what: None) -> lis
     ]
     listed = list(programs(quick, "gpu"))
     what = (f"{program.describe()} for {TOPOLOGY}" for program in listed)
-    code, out, err = run_and_tell(words, _MARK, lambda: say(next(what, TOPOLOGY)))
+    environment = {**os.environ, **aot_gpu.environment()}
+    code, out, err = run_and_tell(words, environment, lambda: say(next(what, TOPOLOGY)))
     parts = out.split(_MARK)[1:]
     if code or len(parts) != len(listed):
         last = (err.strip().splitlines() or ["no message"])[-1]
@@ -48,13 +49,15 @@ def compiled(quick: bool, say: Callable[[str], None] = lambda what: None) -> lis
     return [_row(program, part) for program, part in zip(listed, parts)]
 
 
-def run_and_tell(words: Sequence[str], mark: str, tell: Callable[[], None]) -> tuple[int, str, str]:
-    """Runs a command, and calls `tell` at each line of its output that begins with `mark`.
+def run_and_tell(
+    words: Sequence[str], environment: Mapping[str, str], tell: Callable[[], None]
+) -> tuple[int, str, str]:
+    """Runs a command, and calls `tell` at each line of its output that begins with the mark of a
+    program.
 
     Returns:
       Exit code, stdout, stderr.
     """
-    environment = {**os.environ, **aot_gpu.environment()}
     lines = []
     with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(  # noqa: S603
@@ -62,7 +65,7 @@ def run_and_tell(words: Sequence[str], mark: str, tell: Callable[[], None]) -> t
         ) as process:
             for line in process.stdout:
                 lines.append(line)
-                if line.startswith(mark):
+                if line.startswith(_MARK):
                     tell()
         errors.seek(0)
         return process.returncode, "".join(lines), errors.read()

@@ -1,6 +1,7 @@
 # PYTHON_ARGCOMPLETE_OK
 """The command line: `efficient-vlm VERB ...`. Nothing heavy is imported before a verb runs."""
 
+import functools
 import os
 import re
 import sys
@@ -39,6 +40,7 @@ _ADD = (
 )
 
 
+@functools.cache
 def make_parser() -> Parser:
     """The parser of the whole command line."""
     parser = Parser(

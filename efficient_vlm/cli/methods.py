@@ -44,6 +44,11 @@ class Chosen:
     def has(self, option: str) -> bool:
         return option in ("budget", *methods.options(self.fields["name"]))
 
+    def shares(self, option: str) -> bool:
+        """Whether an option that is given for several methods is one of this one's; `none` keeps
+        all tokens whatever the budget of the others."""
+        return self.has(option) and self.fields["name"] != "none"
+
     def set(self, text: str) -> None:
         """Sets one "option=value", read as the type of the method's field."""
         name, (field, _, value) = self.fields["name"], text.partition("=")
@@ -115,7 +120,7 @@ def read_methods(
             method
             for method in chosen
             if (not one or method.fields["name"] == name)
-            and (len(chosen) == 1 or one or method.has(field))
+            and (len(chosen) == 1 or one or method.shares(field))
         ]
         if not takers:
             raise UserError(

@@ -49,7 +49,7 @@ class Inputs(NamedTuple):
 
     def placed(self) -> ModelInputs:
         """What the model reads."""
-        text = place(self.prompts, visual=self.visual, **self.place)
+        text = place([[prompt] for prompt in self.prompts], visual=self.visual, **self.place)
         return text.replace(pictures=self.pictures)
 
 
@@ -60,22 +60,16 @@ def read_inputs(
     given = {key[3:]: np.asarray(io[key]) for key in io if key.startswith("in/")}
     ids = given["input_ids"]
     mask = given.get("attention_mask", np.ones_like(ids)).astype(bool)
-    token = family.image_token(config) if family.image_token else None
     rows = [row[live] for row, live in zip(ids, mask, strict=True)]
     types = [None] * len(rows)
     if "token_type_ids" in given:
         types = [t[live] for t, live in zip(given["token_type_ids"], mask, strict=True)]
-    options = dict(
-        image_token=token,
-        blocks=family.blocks,
-        block_ids=family.block_ids(config) if family.block_ids else (),
-        positions=family.positions,
-    )
+    options = family.rules(config)
     if model.encoder is None or not {"pixel_values", "images"} & set(given):
         none = np.zeros(0, np.int64)
         prompts = [Prompt(r, none, types=t) for r, t in zip(rows, types, strict=True)]
         return Inputs(model, None, prompts, 0, options)
-    counts = [int((row == token).sum()) for row in rows]
+    counts = [int((row == options["image_token"]).sum()) for row in rows]
     model = model.clone(encoder={**model.encoder, "pixel_mean": 0.0, "pixel_std": 1.0})
     pictures = _pictures(model, given, counts)
     prompts = [

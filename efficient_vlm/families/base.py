@@ -78,3 +78,12 @@ class Family:
             begin=self.begin,
             image_token=functools.partial(token, config) if token else None,
         )
+
+    def rules(self, config: Config) -> dict[str, Any]:
+        """How prompts are placed: keyword arguments of `processing.placing.place`."""
+        return dict(
+            image_token=self.image_token(config) if self.image_token else None,
+            blocks=self.blocks,
+            block_ids=self.block_ids(config) if self.block_ids else (),
+            positions=self.positions,
+        )

@@ -1,7 +1,6 @@
 """A published model ready to be asked: weights, tokenizer, pictures and prompt in one object."""
 
 import functools
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,8 +29,7 @@ from efficient_vlm.processing.chat_template import Template
 from efficient_vlm.processing.conversation import Conversation, is_one, prompt_ids
 from efficient_vlm.processing.hub_tokenizer import Tokenizer, read_json
 from efficient_vlm.processing.pictures.base import Pictured
-from efficient_vlm.processing.placing import Prompt, place
-from efficient_vlm.processing.request import Request, check_tables, gather
+from efficient_vlm.processing.request import Example, Request, make_request
 
 # Text is padded to a multiple of this: prompts of about one length share a program.
 BUCKET = 32
@@ -274,29 +272,20 @@ class Pretrained:
         self, ids: Sequence[Sequence[int]], pictured: Sequence[Sequence[Pictured]]
     ) -> Request:
         """Token ids with visual slots among them, and the pictures that go there, as arrays."""
-        model = self.model
-        if any(pictured):
+        rows = zip(ids, pictured, strict=True)
+        return self.batch([Example([row], pictures) for row, pictures in rows])
+
+    def batch(self, examples: Sequence[Example]) -> Request:
+        """Conversations as token ids, several about the same pictures or one, as arrays.
+
+        With targets they have labels, for `train.step`.
+        """
+        model, family = self.model, self.family
+        if any(example.pictured for example in examples):
             seen = dict(pixel_mean=self.pictures.mean, pixel_std=self.pictures.std)
             model = model.clone(encoder={**model.encoder, **seen})
-        model, pictures, slots, grids = gather(model, pictured, self.family.variable)
-        prompts = [
-            Prompt(np.asarray(row), s, g) for row, s, g in zip(ids, slots, grids, strict=True)
-        ]
-        family, config = self.family, self.config
-        longest = max(len(row) - len(s) for row, s in zip(ids, slots, strict=True))
-        inputs = place(
-            prompts,
-            family.image_token(config) if pictures is not None else None,
-            math.prod(model.layout(pictures)),
-            length=-(-longest // BUCKET) * BUCKET,
-            blocks=family.blocks,
-            block_ids=family.block_ids(config) if family.block_ids else (),
-            positions=family.positions,
-        )
-        if inputs.lengths.min() == 0:
-            raise UserError("prompt: no text", fix="ask something about the picture")
-        check_tables(model, inputs)
-        return Request(model, inputs.replace(pictures=pictures), tuple(map(tuple, pictured)))
+        options = dict(variable=family.variable, multiple=BUCKET)
+        return make_request(model, examples, family.rules(self.config), **options)
 
     def _seen(self, request: Request) -> np.ndarray:
         """Ids of each prompt, as published code counts them: with one for its pictures."""

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
+from jaxtyping import PRNGKeyArray
 
 from efficient_vlm import checks
 from efficient_vlm.compressors import grids
@@ -197,7 +197,11 @@ class Compressor(nn.Module):
         return grid
 
     def __call__(
-        self, tokens: VisualTokens, signals: Signals = NO_SIGNALS, *, rng: jax.Array | None = None
+        self,
+        tokens: VisualTokens,
+        signals: Signals = NO_SIGNALS,
+        *,
+        rng: PRNGKeyArray | None = None,
     ) -> VisualTokens:
         """Compresses [B, T, D] tokens to [B, budget, D]; `rng` is used by random methods only."""
         raise NotImplementedError(f"{type(self).__name__}.__call__")

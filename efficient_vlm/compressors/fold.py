@@ -7,12 +7,14 @@ static areas. Merging by an assignment that depends on the data is `tokens.merge
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from efficient_vlm.compressors import grids
+from efficient_vlm.compressors.select import Selection
 from efficient_vlm.compressors.tokens import VisualTokens, remap, take, weighted_means
 
 
-def drop(tokens: VisualTokens, selection: tuple[jax.Array, jax.Array]) -> VisualTokens:
+def drop(tokens: VisualTokens, selection: Selection) -> VisualTokens:
     """Keeps the selection, in source order, and drops the rest."""
     indices, valid = selection
     return take(tokens, indices, valid)
@@ -53,7 +55,7 @@ def pool(tokens: VisualTokens, grid: grids.Grid, cells: grids.Grid) -> VisualTok
     return VisualTokens(**weighted_means(tokens, sums), source=remap(tokens.source, holder))
 
 
-def area_pool(tokens: VisualTokens, shares: np.ndarray) -> VisualTokens:
+def area_pool(tokens: VisualTokens, shares: Float[np.ndarray, "K T"]) -> VisualTokens:
     """Size-weighted means over any areas; padding has no part in them.
 
     Args:

@@ -7,6 +7,7 @@ import functools
 import math
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from efficient_vlm.errors import UserError
 
@@ -159,7 +160,7 @@ def bands(grid: Grid, budget: int) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=64)
-def cover(grid: Grid, columns: tuple[int, ...]) -> np.ndarray:
+def cover(grid: Grid, columns: tuple[int, ...]) -> Float[np.ndarray, "cells patches"]:
     """How much of each patch of `grid` lies in each cell of the bands of `bands`.
 
     Returns:
@@ -174,7 +175,7 @@ def cover(grid: Grid, columns: tuple[int, ...]) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=256)
-def overlap(fine: int, coarse: int) -> np.ndarray:
+def overlap(fine: int, coarse: int) -> Float[np.ndarray, "{coarse} {fine}"]:
     """How much of each of `fine` unit intervals lies in each of `coarse` equal parts.
 
     Returns:
@@ -183,21 +184,21 @@ def overlap(fine: int, coarse: int) -> np.ndarray:
     return _shares(np.arange(coarse + 1) * fine / coarse, fine)
 
 
-def _shares(edges: np.ndarray, count: int) -> np.ndarray:
+def _shares(edges: Float[np.ndarray, " edges"], count: int) -> Float[np.ndarray, "parts {count}"]:
     """Length of each of `count` unit intervals between each two edges, [len(edges) - 1, count]."""
     start, stop = edges[:-1, None], edges[1:, None]
     cell = np.arange(count)[None, :]
     return np.clip(np.minimum(stop, cell + 1) - np.maximum(start, cell), 0.0, 1.0)
 
 
-def most(shares: np.ndarray) -> np.ndarray:
+def most(shares: Float[np.ndarray, "cells patches"]) -> Int[np.ndarray, " patches"]:
     """For each column of [cells, patches] the row with the largest share (ties: the lowest)."""
     # Rounding: in thirds and sevenths two equal overlaps can differ in the last bit.
     return np.argmax(np.round(shares, 9), axis=0).astype(np.int32)
 
 
 @functools.lru_cache(maxsize=256)
-def holders(fine: Grid, coarse: Grid) -> np.ndarray:
+def holders(fine: Grid, coarse: Grid) -> Int[np.ndarray, " patches"]:
     """For each cell of `fine` the cell of `coarse` that covers most of it (ties: the lowest).
 
     Returns:

@@ -14,12 +14,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from efficient_vlm.shapes import Array
+
+# Indices of K kept tokens, and which of the K are real.
+Selection = tuple[Int[Array, "B K"], Bool[Array, "B K"]]
 
 TIE = 1e-5
 NEAREST_BLOCK = 512  # rows of the similarity matrix that `max_min` holds at once
 
 
-def top_k(scores: jax.Array, mask: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+def top_k(scores: Float[Array, "B T"], mask: Bool[Array, "B T"], k: int) -> Selection:
     """The k best real tokens; equal scores go to the lowest index, NaN counts as the worst score.
 
     Args:
@@ -36,7 +42,7 @@ def top_k(scores: jax.Array, mask: jax.Array, k: int) -> tuple[jax.Array, jax.Ar
     return indices.astype(jnp.int32), values > -jnp.inf
 
 
-def stride(mask: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+def stride(mask: Bool[Array, "B T"], k: int) -> Selection:
     """k tokens evenly spaced, in raster order, over the real tokens of each row.
 
     With r real tokens the j-th kept one has rank floor((j + 1/2) r / k) among them: the middles of
@@ -53,7 +59,7 @@ def stride(mask: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     return jnp.take_along_axis(real_first, rank, axis=1), slot < real
 
 
-def max_min(unit: jax.Array, mask: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+def max_min(unit: Float[Array, "B T D"], mask: Bool[Array, "B T"], k: int) -> Selection:
     """Greedy max-min diversity with the distance 1 - cos.
 
     The first token is the one whose nearest other token is farthest away; each further one is the
@@ -83,8 +89,8 @@ def max_min_flops(num_tokens: int, width: int, k: int) -> int:
 
 
 def map_dpp(
-    unit: jax.Array, quality: jax.Array, mask: jax.Array, k: int
-) -> tuple[jax.Array, jax.Array]:
+    unit: Float[Array, "B T D"], quality: Float[Array, "B T"], mask: Bool[Array, "B T"], k: int
+) -> Selection:
     """Greedy MAP inference of the determinantal point process L = diag(q) S diag(q), S = cosines.
 
     Each step takes the token that multiplies det L of the chosen set the most, by q_i^2 rho_i. Here
@@ -130,8 +136,8 @@ def map_dpp_flops(num_tokens: int, width: int, k: int) -> int:
 
 
 def coverage(
-    unit: jax.Array, weight: jax.Array, mask: jax.Array, k: int
-) -> tuple[jax.Array, jax.Array]:
+    unit: Float[Array, "B T D"], weight: Float[Array, "B T"], mask: Bool[Array, "B T"], k: int
+) -> Selection:
     """Greedy weighted coverage.
 
     Token i is covered to c_i = max(0, max over chosen s of cos(i, s)); each step takes the token j
@@ -171,7 +177,7 @@ def _greedy(
     update: Callable[[jax.Array, Any, jax.Array], Any],
     absolute: float,
     relative: float,
-) -> tuple[jax.Array, jax.Array]:
+) -> Selection:
     """k times: the best real token not yet chosen, then `update(step, state, its index [B])`.
 
     Scores at least best - absolute - relative * |best| are ties, the lowest index wins. NaN counts

@@ -4,13 +4,17 @@ Notation: B images, T tokens now, N patches of the source grid, D width. One inv
 all methods: `source` says where each patch went, `size` how many patches a token stands for.
 """
 
+from collections.abc import Callable
+
 import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
 
 from efficient_vlm.compressors import grids
 from efficient_vlm.kernels.attention import Mask
+from efficient_vlm.shapes import Array
 
 
 @flax.struct.dataclass
@@ -28,20 +32,20 @@ class VisualTokens:
       bias: float32 [B, T] to add to the attention logits of these tokens as keys, or None.
     """
 
-    embed: jax.Array
-    position: jax.Array
-    size: jax.Array
-    mask: jax.Array
-    source: jax.Array
-    bias: jax.Array | None = None
+    embed: Float[Array, "B T D"]
+    position: Float[Array, "B T 2"]
+    size: Float[Array, "B T"]
+    mask: Bool[Array, "B T"]
+    source: Int[Array, "B N"]
+    bias: Float[Array, "B T"] | None = None
 
     @classmethod
     def from_grid(
         cls,
-        embed: jax.Array,
+        embed: Float[Array, "B T D"],
         grid: grids.Grid,
         source_grid: grids.Grid | None = None,
-        mask: jax.Array | None = None,
+        mask: Bool[Array, "B T"] | None = None,
     ) -> "VisualTokens":
         """Tokens of an encoder that ran on `grid`.
 
@@ -108,21 +112,21 @@ class DecoderState:
       bidirectional: static, whether visual tokens see all visual tokens or only earlier ones.
     """
 
-    query: jax.Array
-    key: jax.Array
-    plain_query: jax.Array
-    plain_key: jax.Array
-    live: jax.Array
-    prompt: jax.Array
-    last: jax.Array
-    bias: jax.Array
-    before: jax.Array
-    after: jax.Array
-    first_visual: jax.Array
-    first_text: jax.Array
-    first_live: jax.Array
+    query: Float[Array, "B S H Dh"]
+    key: Float[Array, "B S Hkv Dh"]
+    plain_query: Float[Array, "B S H Dh"]
+    plain_key: Float[Array, "B S Hkv Dh"]
+    live: Bool[Array, "B S"]
+    prompt: Bool[Array, "B L"]
+    last: Int[Array, " B"]
+    bias: Float[Array, "B S"]
+    before: Float[Array, "B S D"]
+    after: Float[Array, "B S D"]
+    first_visual: Float[Array, "B N D"]
+    first_text: Float[Array, "B L D"]
+    first_live: Bool[Array, "B N"]
     mask: Mask | None = None
-    lse: jax.Array | None = None
+    lse: Float[Array, "B H S"] | None = None
     scale: float = flax.struct.field(pytree_node=False, default=1.0)
     softcap: float | None = flax.struct.field(pytree_node=False, default=None)
     bidirectional: bool = flax.struct.field(pytree_node=False, default=False)
@@ -142,11 +146,11 @@ class Signals:
       decoder: what methods inside the decoder see.
     """
 
-    attention_row: jax.Array | None = None
-    middle_row: jax.Array | None = None
-    keys: jax.Array | None = None
-    text: jax.Array | None = None
-    hidden: jax.Array | None = None
+    attention_row: Float[Array, "B N"] | None = None
+    middle_row: Float[Array, "B N"] | None = None
+    keys: Float[Array, "B N H Dh"] | None = None
+    text: Float[Array, "B Dt"] | None = None
+    hidden: Float[Array, "B N D"] | None = None
     decoder: DecoderState | None = None
 
 
@@ -164,7 +168,7 @@ def zero_padding(tokens: VisualTokens) -> VisualTokens:
     )
 
 
-def remap(source: jax.Array, holder: jax.Array) -> jax.Array:
+def remap(source: Int[Array, "B N"], holder: Int[Array, "B T"]) -> Int[Array, "B N"]:
     """Follows patches through one more step.
 
     Args:
@@ -178,7 +182,9 @@ def remap(source: jax.Array, holder: jax.Array) -> jax.Array:
     return jnp.where(source >= 0, after, -1)
 
 
-def take(tokens: VisualTokens, indices: jax.Array, valid: jax.Array) -> VisualTokens:
+def take(
+    tokens: VisualTokens, indices: Int[Array, "B K"], valid: Bool[Array, "B K"]
+) -> VisualTokens:
     """Keeps the tokens at `indices` and drops the others.
 
     Args:
@@ -213,7 +219,9 @@ def take(tokens: VisualTokens, indices: jax.Array, valid: jax.Array) -> VisualTo
     )
 
 
-def weighted_means(tokens: VisualTokens, sums) -> dict[str, jax.Array | None]:
+def weighted_means(
+    tokens: VisualTokens, sums: Callable[[jax.Array], jax.Array]
+) -> dict[str, Shaped[Array, "B K *C"] | None]:
     """The fields of tokens merged by a linear map: size-weighted means, summed sizes, mask.
 
     Args:
@@ -243,7 +251,7 @@ def weighted_means(tokens: VisualTokens, sums) -> dict[str, jax.Array | None]:
     }
 
 
-def merge(tokens: VisualTokens, assignment: jax.Array, num_out: int) -> VisualTokens:
+def merge(tokens: VisualTokens, assignment: Int[Array, "B T"], num_out: int) -> VisualTokens:
     """Merges tokens by assignment: size-weighted means of embed and position, sizes summed.
 
     The sums are a one-hot matrix product in float32: differentiable, without a scatter, and exact

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Bool, Float, Float32, Int, Real
 
 from efficient_vlm.errors import unknown
 from efficient_vlm.kernels.attention import Mask, mask_rows, visible
@@ -14,6 +15,7 @@ from efficient_vlm.nn import kv_cache
 from efficient_vlm.nn.linear import Dtype, Linear, together
 from efficient_vlm.nn.norms import make_norm
 from efficient_vlm.nn.rotary import axial, rotate
+from efficient_vlm.shapes import Array
 
 # Keys of this segment are seen by the queries of every segment of the row: the visual tokens.
 SHARED_SEGMENT = 0
@@ -23,15 +25,15 @@ _NEGATIVE = -1e30  # finite, so that a row with no live key gives a mean and nev
 
 
 def attention_rows(
-    q: jax.Array,
-    k: jax.Array,
-    index: jax.Array,
-    key_mask: jax.Array,
+    q: Float[Array, "B S H Dh"],
+    k: Float[Array, "B Skv Hkv Dh"],
+    index: Int[Array, "B R"],
+    key_mask: Bool[Array, "B T"],
     scale: float,
     softcap: float | None = None,
-    key_bias: jax.Array | None = None,
+    key_bias: Float[Array, "B Skv"] | None = None,
     mask: Mask | None = None,
-) -> jax.Array:
+) -> Float32[Array, "B R T"]:
     """Attention of a few queries to the first keys, recomputed beside the fused attention.
 
     Args:
@@ -136,8 +138,11 @@ class Attention(nn.Module):
         return self.qk_scale * self.head_dim**-0.5
 
     def queries(
-        self, x: jax.Array, positions: jax.Array | None, local: Any = False
-    ) -> tuple[jax.Array, jax.Array]:
+        self,
+        x: Float[Array, "B S D"],
+        positions: Real[Array, "B S *axes"] | None,
+        local: Any = False,
+    ) -> tuple[Float[Array, "B S H Dh"], Float[Array, "B S H Dh"]]:
         """[B, S, D] -> queries [B, S, H, Dh] with and without rotary positions."""
         return self._as_queries(self._project(x, "query")[0], positions, local)
 
@@ -146,8 +151,11 @@ class Attention(nn.Module):
         return self._rotate(q, positions, local), q
 
     def keys(
-        self, x: jax.Array, positions: jax.Array | None, local: Any = False
-    ) -> tuple[jax.Array, jax.Array]:
+        self,
+        x: Float[Array, "B S D"],
+        positions: Real[Array, "B S *axes"] | None,
+        local: Any = False,
+    ) -> tuple[Float[Array, "B S Hkv Dh"], Float[Array, "B S Hkv Dh"]]:
         """[B, S, D] -> keys [B, S, Hkv, Dh] with and without rotary positions."""
         return self._as_keys(self._project(x, "key")[0], positions, local)
 
@@ -180,15 +188,15 @@ class Attention(nn.Module):
 
     def __call__(
         self,
-        x: jax.Array,
-        positions: jax.Array | None = None,
+        x: Float[Array, "B S D"],
+        positions: Real[Array, "B S *axes"] | None = None,
         *,
         mask: Mask | None = None,
-        key_bias: jax.Array | None = None,
+        key_bias: Float[Array, "B Skv"] | None = None,
         cache: kv_cache.LayerCache | None = None,
         slots: kv_cache.Slots | None = None,
         local: Any = False,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    ) -> tuple[Float[Array, "B S width"], dict[str, Any]]:
         """Attends from x [B, S, D] to itself, or to a cache that x is first written into.
 
         Args:

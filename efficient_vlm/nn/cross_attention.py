@@ -4,6 +4,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Float32
+
+from efficient_vlm.shapes import Array
 
 
 class Attended(NamedTuple):
@@ -15,13 +18,17 @@ class Attended(NamedTuple):
       logits: float32 [..., H, Q, K], in front of the softmax.
     """
 
-    values: jax.Array
-    weights: jax.Array
-    logits: jax.Array
+    values: Float[Array, "*rows Q H D"]
+    weights: Float32[Array, "*rows H Q K"]
+    logits: Float32[Array, "*rows H Q K"]
 
 
 def cross_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, live: jax.Array, bias: jax.Array | None = None
+    q: Float[Array, "*#rows Q H D"],
+    k: Float[Array, "*rows K H D"],
+    v: Float[Array, "*rows K H D"],
+    live: Bool[Array, "*#rows K"],
+    bias: Float[Array, "*rows K"] | None = None,
 ) -> Attended:
     """Scaled dot-product attention (arXiv 1706.03762, eq. 1) that also gives its weights.
 
@@ -43,10 +50,14 @@ def cross_attention(
 
 
 def window_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, live: jax.Array, bias: jax.Array | None = None
-) -> jax.Array:
-    """One query for each window of keys: q [B, T, H, D], k and v [B, T, K, H, D] -> [B, T, H, D].
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T K H D"],
+    v: Float[Array, "B T K H D"],
+    live: Bool[Array, "#B T K"],
+    bias: Float[Array, "B T K"] | None = None,
+) -> Float[Array, "B T H D"]:
+    """One query for each window of keys.
 
-    Args: see `cross_attention`; live bool and bias float32 [B, T, K].
+    Args: see `cross_attention`; each of T windows has K keys of its own.
     """
     return cross_attention(q[:, :, None], k, v, live, bias).values[:, :, 0]

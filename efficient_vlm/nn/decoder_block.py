@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
+from jaxtyping import Bool, Float, Int, Real
 
 from efficient_vlm.kernels.attention import Mask, choose
 from efficient_vlm.nn.attention import Attention, attention_rows
@@ -15,6 +16,7 @@ from efficient_vlm.nn.linear import Dtype
 from efficient_vlm.nn.mlp import FeedForward
 from efficient_vlm.nn.moe import MoE
 from efficient_vlm.nn.norms import make_norm
+from efficient_vlm.shapes import Array
 from efficient_vlm.sharding import constrain
 
 # Where a layer normalises: what goes into a sublayer; what comes out of it (OLMo2); both (Gemma2);
@@ -36,12 +38,12 @@ class LayerInputs:
       local_mask: in place of `mask` for local layers; None if there are none.
     """
 
-    positions: jax.Array
+    positions: Real[Array, "B S *axes"]
     mask: Mask
-    key_bias: jax.Array
-    live: jax.Array
+    key_bias: Float[Array, "B Skv"]
+    live: Bool[Array, "B S"]
     slots: Slots | None = None
-    probe: tuple[jax.Array, jax.Array] | None = None
+    probe: tuple[Int[Array, "B R"], Bool[Array, "B T"]] | None = None
     local_mask: Mask | None = None
 
     def mask_of(self, local: Any) -> Mask:
@@ -86,7 +88,13 @@ class DecoderBlock(nn.Module):
             out_scale = self.attention["out_scale"]
             self.feed_forward = MoE(**self.moe, out_scale=out_scale, dtype=self.dtype, name="moe")
 
-    def __call__(self, x: jax.Array, inputs: LayerInputs, cache: tuple | None, local: Any = False):
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        inputs: LayerInputs,
+        cache: tuple | None,
+        local: Any = False,
+    ) -> tuple[Float[Array, "B S D"], tuple[tuple, dict[str, Any]]]:
         """One layer over x [B, S, D].
 
         Args:
@@ -140,8 +148,12 @@ class DecoderBlock(nn.Module):
         return x if self.norm_layout == "post" else self.attention_norm(x)
 
     def look(
-        self, x: jax.Array, positions: jax.Array, last: jax.Array, local: Any = False
-    ) -> dict[str, jax.Array]:
+        self,
+        x: Float[Array, "B S D"],
+        positions: Real[Array, "B S *axes"],
+        last: Int[Array, " B"],
+        local: Any = False,
+    ) -> dict[str, Float[Array, "B S _ Dh"]]:
         """Keys of all places and the query of one place a row, as this layer would make them.
 
         The queries have the shape of all places, zero but for `last`: only that row is computed.

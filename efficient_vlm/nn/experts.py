@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
+from jaxtyping import Bool, Float, Int
 
 from efficient_vlm.kernels import hints
 from efficient_vlm.nn.linear import Weight, batched, beside, grouped
+from efficient_vlm.shapes import Array
 from efficient_vlm.sharding import BATCH, auto_axes
 
 __all__ = ["Kernels", "capacity_of", "dispatch"]
@@ -33,14 +35,14 @@ def capacity_of(factor: float, tokens: int, top_k: int, experts: int) -> int:
 
 
 def dispatch(
-    x: jax.Array,
-    chosen: jax.Array,
-    weights: jax.Array,
-    valid: jax.Array,
+    x: Float[Array, "B S D"],
+    chosen: Int[Array, "B S k"],
+    weights: Float[Array, "B S k"],
+    valid: Bool[Array, "B S"],
     kernels: Kernels,
     act: Callable[[jax.Array], jax.Array],
     capacity: float | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "B S D"], Bool[Array, "B S k"]]:
     """Each token through its experts.
 
     Args:

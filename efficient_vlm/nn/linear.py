@@ -16,10 +16,13 @@ from flax import linen as nn
 from flax import struct
 from flax.linen import module as linen_module
 from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int
 
 from efficient_vlm.kernels.grouped_matmul import grouped_matmul
+from efficient_vlm.shapes import Array
 
-Dtype = jnp.dtype | str
+Dtype = DTypeLike
 
 
 def logical(init, *axes: str | None):
@@ -38,12 +41,14 @@ class WeightForm:
     `batched`, `beside`).
     """
 
-    def dot(self, x: jax.Array, contracted: int, dtype: Dtype) -> jax.Array:
+    def dot(
+        self, x: Float[Array, "*rows_inputs"], contracted: int, dtype: Dtype
+    ) -> Float[Array, "*rows_outputs"]:
         """x [..., *inputs] times the weight [*inputs, *outputs], `contracted` axes being inputs:
         [..., *outputs] in `dtype`."""
         raise NotImplementedError(f"{type(self).__name__}: no product")
 
-    def take(self, rows: jax.Array, dtype: Dtype) -> jax.Array:
+    def take(self, rows: Int[Array, "*rows"], dtype: Dtype) -> Float[Array, "*rows D"]:
         """Rows of a table [V, D]: int [...] -> [..., D] in `dtype`."""
         raise NotImplementedError(f"{type(self).__name__}: not for embedding tables")
 
@@ -51,11 +56,13 @@ class WeightForm:
         """A table [V, D], its first `rows`, as the weight [D, rows] of the head."""
         raise NotImplementedError(f"{type(self).__name__}: not for embedding tables")
 
-    def grouped(self, x: jax.Array, sizes: jax.Array, room: int) -> jax.Array:
+    def grouped(
+        self, x: Float[Array, "M D"], sizes: Int[Array, " E"], room: int
+    ) -> Float[Array, "M F"]:
         """Rows [M, D] sorted by expert, each times the weight of its expert: [M, F]."""
         raise NotImplementedError(f"{type(self).__name__}: not for experts")
 
-    def batched(self, x: jax.Array) -> jax.Array:
+    def batched(self, x: Float[Array, "B E C D"]) -> Float[Array, "B E C F"]:
         """Places [B, E, C, D] of each expert times its weight: [B, E, C, F]."""
         raise NotImplementedError(f"{type(self).__name__}: not for experts")
 
@@ -64,7 +71,8 @@ class WeightForm:
         raise NotImplementedError(f"{type(self).__name__}: not for experts")
 
 
-Weight = jax.Array | WeightForm
+# Any: qwix puts arrays of its own there.
+Weight = Array | WeightForm | Any
 
 
 @struct.dataclass
@@ -82,12 +90,14 @@ class Joined(WeightForm):
     matrix: Weight
     outputs: tuple[tuple[int, ...], ...] = struct.field(pytree_node=False)
 
-    def dot(self, x: jax.Array, contracted: int, dtype: Dtype) -> jax.Array:
+    def dot(
+        self, x: Float[Array, "*rows_inputs"], contracted: int, dtype: Dtype
+    ) -> Float[Array, "*rows outputs"]:
         """[..., *inputs] -> [..., all outputs]."""
         x = x.reshape(*x.shape[: x.ndim - contracted], -1)
         return product(x, self.matrix, dtype)
 
-    def split(self, y: jax.Array) -> list[jax.Array]:
+    def split(self, y: Float[Array, "*rows outputs"]) -> list[Float[Array, "..."]]:
         """[..., all outputs] -> [..., *outputs] of each part."""
         ends = [sum(map(math.prod, self.outputs[: i + 1])) for i in range(len(self.outputs))]
         parts = jnp.split(y, ends[:-1], axis=-1)
@@ -112,7 +122,9 @@ def intercepted() -> bool:
     return bool(stack) or lax.dot_general.__code__ is not _PLAIN_DOT
 
 
-def product(x: jax.Array, weight: Weight, dtype: Dtype, contracted: int = 1) -> jax.Array:
+def product(
+    x: Float[Array, "*rows_inputs"], weight: Weight, dtype: Dtype, contracted: int = 1
+) -> Float[Array, "*rows_outputs"]:
     """x [..., *inputs] times weight [*inputs, *outputs], computed in `dtype`: [..., *outputs].
 
     Where the weight is stored in bfloat16, which no parameter in training is, a CPU is asked for
@@ -159,21 +171,25 @@ def _product_on_cpu(x: jax.Array, matrix: jax.Array) -> jax.Array:
     return jnp.matmul(x, matrix, preferred_element_type=jnp.float32)[:count].astype(x.dtype)
 
 
-def take(table: Weight, rows: jax.Array, dtype: Dtype) -> jax.Array:
+def take(table: Weight, rows: Int[Array, "*rows"], dtype: Dtype) -> Float[Array, "*rows D"]:
     """Rows of an embedding table [V, D]: int [...] -> [..., D]."""
     if isinstance(table, WeightForm):
         return table.take(rows, dtype)
     return jnp.take(table, rows, axis=0).astype(dtype)
 
 
-def head_product(x: jax.Array, table: Weight, dtype: Dtype, rows: int | None = None) -> jax.Array:
+def head_product(
+    x: Float[Array, "*rows D"], table: Weight, dtype: Dtype, rows: int | None = None
+) -> Float[Array, "*rows V"]:
     """x [..., D] times the first `rows` of an embedding table [V, D]: [..., rows]."""
     if isinstance(table, WeightForm):
         return product(x, table.transposed(rows), dtype)
     return product(x, table[:rows].T, dtype)
 
 
-def grouped(x: jax.Array, weight: Weight, sizes: jax.Array, room: int = 1) -> jax.Array:
+def grouped(
+    x: Float[Array, "M D"], weight: Weight, sizes: Int[Array, " E"], room: int = 1
+) -> Float[Array, "M F"]:
     """Rows [M, D] sorted by expert times weights [E, D, F], each row by that of its expert: [M, F].
 
     Args: see `kernels.grouped_matmul.grouped_matmul`.
@@ -183,7 +199,7 @@ def grouped(x: jax.Array, weight: Weight, sizes: jax.Array, room: int = 1) -> ja
     return grouped_matmul(x, weight, sizes, room)
 
 
-def batched(x: jax.Array, weight: Weight) -> jax.Array:
+def batched(x: Float[Array, "B E C D"], weight: Weight) -> Float[Array, "B E C F"]:
     """Places [B, E, C, D] of each expert times weights [E, D, F]: [B, E, C, F]."""
     if isinstance(weight, WeightForm):
         return weight.batched(x)
@@ -230,7 +246,7 @@ class Linear(nn.Module):
     bias: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*rows_inputs"]) -> Float[Array, "*rows_features"]:
         """[..., *inputs] -> [..., *features]; of joined weights [..., all features]."""
         y = product(x, self._kernel(x), self.dtype, len(self.inputs))
         if not self.bias:
@@ -264,7 +280,7 @@ class Linear(nn.Module):
         return self.param("kernel", init, (*contracted, *self.features), jnp.float32)
 
 
-def together(x: jax.Array, *linears: Linear) -> list[jax.Array]:
+def together(x: Float[Array, "*rows_inputs"], *linears: Linear) -> list[Float[Array, "..."]]:
     """Products of one input, x [..., *inputs] -> [..., *features] of each.
 
     They are one product where their weights are joined.

@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Float
 
 from efficient_vlm.errors import unknown
 from efficient_vlm.nn.linear import Dtype, Linear, together
+from efficient_vlm.shapes import Array
 from efficient_vlm.sharding import constrain
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -29,8 +31,8 @@ def activate(name: str) -> Callable[[jax.Array], jax.Array]:
 
 
 def feed_forward(
-    x: jax.Array, act: Callable, down: Linear, up: Linear, gate: Linear | None = None
-) -> jax.Array:
+    x: Float[Array, "B S D"], act: Callable, down: Linear, up: Linear, gate: Linear | None = None
+) -> Float[Array, "B S features"]:
     """down(act(gate(x)) * up(x)) (arXiv 2002.05202), without a gate down(act(up(x))).
 
     Args:
@@ -57,8 +59,7 @@ class FeedForward(nn.Module):
     bias: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, S, D] -> [B, S, D]."""
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         shape = x.shape[-1], self.mlp_dim, self.gated, self.out_scale
         products = mlp_products(*shape, dtype=self.dtype, bias=self.bias)
         return feed_forward(x, activate(self.activation), **products)

@@ -5,15 +5,17 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Bool, Float
 
 from efficient_vlm import checks
 from efficient_vlm.errors import UserError
 from efficient_vlm.nn.experts import Kernels, dispatch
 from efficient_vlm.nn.linear import Dtype, Linear, weight_of
 from efficient_vlm.nn.mlp import FeedForward, activate
+from efficient_vlm.shapes import Array
 
 # A loss is a sum with its denominator, so that micro-batches and devices add up exactly.
-Ratio = tuple[jax.Array, jax.Array]
+Ratio = tuple[Float[Array, "*experts"], Float[Array, ""]]
 
 
 class MoE(nn.Module):
@@ -48,7 +50,9 @@ class MoE(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, valid: jax.Array) -> tuple[jax.Array, dict[str, Ratio]]:
+    def __call__(
+        self, x: Float[Array, "B S D"], valid: Bool[Array, "B S"]
+    ) -> tuple[Float[Array, "B S D"], dict[str, Ratio]]:
         """Applies the layer.
 
         Args:
@@ -63,7 +67,7 @@ class MoE(nn.Module):
         experts, k = self.num_experts, self.top_k
         shape, width = x.shape, x.shape[-1]
         x = x.reshape(-1, width)
-        counted = valid.reshape(-1).astype(jnp.float32)
+        counted = jnp.asarray(valid, jnp.float32).reshape(-1)
 
         router = Linear(("embed",), (experts,), ("experts_router",), name="router")
         logits = router(x.astype(jnp.float32))

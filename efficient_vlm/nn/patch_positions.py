@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jaxtyping import Bool, Float, Int
 
 from efficient_vlm.errors import unknown
 from efficient_vlm.nn.linear import logical
+from efficient_vlm.shapes import Array
 
 # factorised: a row table plus a column table. The others have a table of the whole grid, which
 # another size of image resamples: area or linear ("learned"), cubic as torch does it without
@@ -27,14 +29,16 @@ POSITIONS = (
 )
 
 
-def patch_mask(grid: tuple[int, int], valid: jax.Array) -> jax.Array:
+def patch_mask(grid: tuple[int, int], valid: Int[Array, "B 2"]) -> Bool[Array, "B N"]:
     """bool [B, h*w], patches inside the upper left `valid` [B, 2] rows and columns."""
     rows = jnp.arange(grid[0]) < valid[:, :1]
     columns = jnp.arange(grid[1]) < valid[:, 1:]
     return (rows[:, :, None] & columns[:, None]).reshape(len(valid), -1)
 
 
-def patch_positions(vit: Any, grid: tuple[int, int], valid: jax.Array | None) -> jax.Array:
+def patch_positions(
+    vit: Any, grid: tuple[int, int], valid: Int[Array, "B 2"] | None
+) -> Float[Array, "*B N width"]:
     """[h*w, width] or [B, h*w, width] for images of `grid` patches, of which `valid` are real.
 
     Called inside the `encoder.ViT`, whose parameters the tables are.
@@ -103,7 +107,7 @@ def _between_corners(old: int, new: int, real: jax.Array) -> jax.Array:
     return jnp.maximum(1 - distance, 0.0)
 
 
-def cubic_weights(old: int, new: int, antialias: bool) -> np.ndarray:
+def cubic_weights(old: int, new: int, antialias: bool) -> Float[np.ndarray, "{new} {old}"]:
     """float32 [new, old], cubic convolution with half-pixel centres, as torch resamples.
 
     Without antialiasing a = -0.75, and places beyond the border repeat the border; with it

@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Real
 
 from efficient_vlm import checks
 from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.shapes import Array
 
 _NEEDED = {
     "linear": ("factor",),
@@ -22,12 +24,12 @@ _FIELDS = ("theta", "fraction", "scaling", "sections", "interleaved")
 
 
 def rotate(
-    x: jax.Array,
-    positions: jax.Array,
+    x: Float[Array, "B S H Dh"],
+    positions: Real[Array, "B S *axes"],
     spec: Mapping[str, Any],
     other: Mapping[str, Any] | None = None,
     use_other: Any = False,
-) -> jax.Array:
+) -> Float[Array, "B S H Dh"]:
     """Rotary position embedding (arXiv 2104.09864), in halves, as Llama does it.
 
     Args:
@@ -76,8 +78,8 @@ def _axis_of_frequency(sections: tuple[int, ...], interleaved: bool) -> np.ndarr
 
 
 def frequencies(
-    dim: int, positions: jax.Array, spec: Mapping[str, Any]
-) -> tuple[jax.Array, float | jax.Array]:
+    dim: int, positions: Real[Array, "B S *axes"], spec: Mapping[str, Any]
+) -> tuple[Float[Array, " F"], float | Float[Array, ""]]:
     """Frequencies [dim / 2] and what sine and cosine are multiplied by.
 
     `spec["scaling"]` is None or {"type": ...} with
@@ -163,7 +165,9 @@ def check_rope(where: str, spec: Mapping[str, Any] | None, dim: int) -> None:
         )
 
 
-def axial(x: jax.Array, position: jax.Array, theta: float) -> jax.Array:
+def axial(
+    x: Float[Array, "B N H Dh"], position: Real[Array, "B N 2"], theta: float
+) -> Float[Array, "B N H Dh"]:
     """Rotary positions in two axes, as in the encoders of Qwen2-VL (arXiv 2409.12191).
 
     The first half of the frequencies turns with the row, the second with the column.

@@ -10,9 +10,11 @@ import numpy as np
 from flax import linen as nn
 from flax.core import Scope
 from jax import lax
+from jaxtyping import Float
 
 from efficient_vlm.errors import unknown
 from efficient_vlm.nn.linear import Joined, intercepted
+from efficient_vlm.shapes import Array
 
 # Names of stacks among parameters: the encoder's, the decoder's, and those of its layers that are
 # dense where the others are mixtures of experts.
@@ -55,7 +57,9 @@ class SplitLayers(nn.Module):
     fields: Mapping[str, Any]
 
     @nn.compact
-    def __call__(self, x: jax.Array, *inputs: Any) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x: Float[Array, "*tokens D"], *inputs: Any
+    ) -> tuple[Float[Array, "*tokens D"], None]:
         for index in range(self.length):
             x, _ = self.block(**self.fields, name=str(index))(x, *inputs)
         return x, None
@@ -183,7 +187,9 @@ class LayerStack:
         self.block, self.params, self.path = block, params, tuple(path)
         self.remat, self.unroll, self.split = remat, unroll, is_split(params)
 
-    def one(self, index: int, layer: Callable, x: jax.Array, *, remat: bool = True) -> Any:
+    def one(
+        self, index: int, layer: Callable, x: Float[Array, "*tokens D"], *, remat: bool = True
+    ) -> Any:
         """`layer(block, x)` of one layer; `remat` only where nothing escapes it but its result."""
 
         def run(params, x):
@@ -195,13 +201,13 @@ class LayerStack:
     def run(
         self,
         layer: Callable,
-        x: jax.Array,
+        x: Float[Array, "*tokens D"],
         start: int,
         stop: int,
         inputs: Any = None,
         *,
         differentiated: bool = True,
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[Float[Array, "*tokens D"], Any]:
         """Runs layers `start` to `stop` (excluded).
 
         Args:

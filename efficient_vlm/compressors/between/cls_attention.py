@@ -7,11 +7,13 @@ encoder gives that row as `Signals.attention_row`, recomputed beside its fused a
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float
 
 from efficient_vlm.compressors import fold, select
 from efficient_vlm.compressors.base import Compressor
 from efficient_vlm.compressors.tokens import NO_SIGNALS, Signals, VisualTokens
 from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.shapes import Array
 
 ATTENTION = {"cls": "cls_row", "mean_query": "mean_query_row", "column_mean": "column_mean"}
 
@@ -54,17 +56,17 @@ class AttentionGuided(Compressor):
         return {"attention_row": f"{ATTENTION[self.attention]}/{self.layer}"}
 
     @nn.nowrap
-    def row(self, tokens: VisualTokens, signals: Signals) -> jax.Array:
+    def row(self, tokens: VisualTokens, signals: Signals) -> Float[Array, "B T"]:
         """The attention each token receives: float32 [B, T], 0 for padding."""
         return jnp.where(tokens.mask, signals.attention_row, 0).astype(jnp.float32)
 
 
-def as_selection(keep: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+def as_selection(keep: Bool[Array, "B T"], k: int) -> select.Selection:
     """The True places of `keep` [B, T], at most k of them, as a selection in ascending order."""
     return select.top_k(jnp.zeros(keep.shape, jnp.float32), keep, k)
 
 
-def as_mask(selection: tuple[jax.Array, jax.Array], num_tokens: int) -> jax.Array:
+def as_mask(selection: select.Selection, num_tokens: int) -> Bool[Array, "B {num_tokens}"]:
     """The inverse of `as_selection`: bool [B, num_tokens], True at the valid indices."""
     indices, valid = selection
     places = jnp.where(valid, indices, num_tokens)
@@ -72,7 +74,7 @@ def as_mask(selection: tuple[jax.Array, jax.Array], num_tokens: int) -> jax.Arra
     return jnp.zeros((indices.shape[0], num_tokens), bool).at[rows, places].set(True, mode="drop")
 
 
-def cosine_to(queries: jax.Array, keys: jax.Array) -> jax.Array:
+def cosine_to(queries: Float[Array, "B K D"], keys: Float[Array, "B T D"]) -> Float[Array, "B K T"]:
     """How near each key is to each query: cosine times the length of the query.
 
     The factor is the same for all keys of a query, so their order is that of the cosines. Dividing

@@ -3,11 +3,13 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Int
 
 from efficient_vlm.compressors import fold, score, select
 from efficient_vlm.compressors.base import Compressor
 from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, remap, zero_padding
 from efficient_vlm.errors import unknown
+from efficient_vlm.shapes import Array
 
 ORDERS = ("sorted", "selection")
 
@@ -57,7 +59,9 @@ class DivPrune(Compressor):
         return kept if self.order == "sorted" else in_selection_order(kept, *selection)
 
 
-def in_selection_order(kept: VisualTokens, indices: jax.Array, valid: jax.Array) -> VisualTokens:
+def in_selection_order(
+    kept: VisualTokens, indices: Int[Array, "B K"], valid: Bool[Array, "B K"]
+) -> VisualTokens:
     """Turns kept tokens from source order into that of `indices` [B, K]; padding stays last."""
     # holder[o]: the choice that stands at o in source order. place[s]: where choice s stands there.
     holder = jnp.argsort(jnp.where(valid, indices, jnp.iinfo(jnp.int32).max), axis=1)

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool
 
 from efficient_vlm import checks
 from efficient_vlm.compressors import fold, select
@@ -12,8 +13,10 @@ from efficient_vlm.compressors.between.cls_attention import (
     as_mask,
     check_layer,
 )
+from efficient_vlm.compressors.grids import Grid
 from efficient_vlm.compressors.tokens import NO_SIGNALS
 from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.shapes import Array
 
 BORDERS = ("wrap", "stop")
 
@@ -98,9 +101,7 @@ class HiPrune(AttentionGuided):
         return fold.drop(tokens, (index[:, : self.budget], group[:, : self.budget] < 3))
 
 
-def neighbours(
-    selection: tuple[jax.Array, jax.Array], grid: tuple[int, int], border: str
-) -> jax.Array:
+def neighbours(selection: select.Selection, grid: Grid, border: str) -> Bool[Array, "B N"]:
     """The four neighbours of each selected patch: bool [B, h*w], selected ones included if so."""
     indices, valid = selection
     rows, columns = grid

@@ -1,8 +1,8 @@
 """Methods that merge the cells of a grid: average_pool, pool, pixel_shuffle, downsample."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jaxtyping import Shaped
 
 from efficient_vlm import checks
 from efficient_vlm.compressors import fold, grids
@@ -10,6 +10,7 @@ from efficient_vlm.compressors.base import Compressor, as_tuple, describe
 from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, zero_padding
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.nn.linear import product, weight_of
+from efficient_vlm.shapes import Array
 
 
 class AveragePool(Compressor):
@@ -247,8 +248,11 @@ class PixelShuffle(Compressor):
 
 
 def space_to_depth(
-    x: jax.Array, grid: grids.Grid, cells: grids.Grid, order: str = "row_column_feature"
-) -> jax.Array:
+    x: Shaped[Array, "B N D"],
+    grid: grids.Grid,
+    cells: grids.Grid,
+    order: str = "row_column_feature",
+) -> Shaped[Array, "B cells channels"]:
     """[B, h*w, D] to [B, h'*w', r*c*D] with r = h / h', c = w / w', channels in that order."""
     (rows, columns), (cell_rows, cell_columns) = grid, cells
     r, c = rows // cell_rows, columns // cell_columns

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
 
 from efficient_vlm import checks
 from efficient_vlm.compressors import select
@@ -14,6 +15,7 @@ from efficient_vlm.compressors.between.cls_attention import (
 )
 from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, merge, take
 from efficient_vlm.errors import unknown
+from efficient_vlm.shapes import Array
 
 WEIGHTS = ("published", "normalised")
 
@@ -89,7 +91,9 @@ class PruMerge(AttentionGuided):
         return sums + self.num_extra() * 2 * num_tokens * (2 * width + 3)
 
     @nn.nowrap
-    def keep(self, row: jax.Array, mask: jax.Array, count: int) -> jax.Array:
+    def keep(
+        self, row: Float[Array, "B T"], mask: Bool[Array, "B T"], count: int
+    ) -> Bool[Array, "B T"]:
         """Which tokens are kept, at most `count` of each row: bool [B, T]."""
         if self.adaptive:
             mask = outliers(row, mask)
@@ -122,8 +126,9 @@ class PruMerge(AttentionGuided):
         return append(out, last.replace(embed=value.astype(out.embed.dtype)), rest, tokens.source)
 
     @nn.nowrap
-    def _weighted_sums(self, weight: jax.Array, embed: jax.Array) -> jax.Array:
-        """float32 [B, K, T] and [B, T, D] to [B, K, D]."""
+    def _weighted_sums(
+        self, weight: Float[Array, "B K T"], embed: Float[Array, "B T D"]
+    ) -> Float[Array, "B K D"]:
         if self.weights == "normalised":
             total = weight.sum(axis=2, keepdims=True)
             weight = weight / jnp.where(total == 0, 1, total)
@@ -176,7 +181,7 @@ class PruMergePlus(PruMerge):
         return best | (sample & (jnp.cumsum(sample, axis=1) <= room))
 
 
-def outliers(row: jax.Array, mask: jax.Array) -> jax.Array:
+def outliers(row: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
     """Real tokens with a score above Q3 + 1.5 (Q3 - Q1) of their row; the best one if none is.
 
     Args:
@@ -201,7 +206,13 @@ def outliers(row: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(out.any(axis=1, keepdims=True), out, best)
 
 
-def cluster_weights(keys, row, mask, selection, near: int) -> jax.Array:
+def cluster_weights(
+    keys: Float[Array, "B T D"],
+    row: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    selection: select.Selection,
+    near: int,
+) -> Float[Array, "B K T"]:
     """The attention a_j of the tokens nearest to each kept one, 0 for all others.
 
     Args:
@@ -225,7 +236,10 @@ def cluster_weights(keys, row, mask, selection, near: int) -> jax.Array:
 
 
 def append(
-    kept: VisualTokens, last: VisualTokens, rest: jax.Array, source: jax.Array
+    kept: VisualTokens,
+    last: VisualTokens,
+    rest: Bool[Array, "B T"],
+    source: Int[Array, "B N"],
 ) -> VisualTokens:
     """`kept` with one more slot, and the token `last` behind its real tokens.
 

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float
 
 from efficient_vlm import checks
 from efficient_vlm.compressors import fold, score, select
@@ -11,6 +12,7 @@ from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.nn.linear import product, weight_of
 from efficient_vlm.nn.norms import rms_normalised
+from efficient_vlm.shapes import Array
 
 BIASES = ("add", "straight_through", "none")
 
@@ -133,7 +135,7 @@ class TextTopK(Compressor):
         return 2 * text_width * dim + 2 * num_tokens * width * dim + 2 * num_tokens * dim
 
     @nn.compact
-    def scores(self, tokens, text):
+    def scores(self, tokens: VisualTokens, text: Float[Array, "B Q Dt"]) -> Float[Array, "B Q T"]:
         """Relevance of each token to each of several instructions.
 
         Args:
@@ -161,11 +163,11 @@ class TextTopK(Compressor):
     def imitation_loss(
         self,
         patches: VisualTokens,
-        instruction: jax.Array,
-        attention: jax.Array,
-        asked: jax.Array,
+        instruction: Float[Array, "B Q Dt"],
+        attention: Float[Array, "layers B Q MN"],
+        asked: Bool[Array, "B Q"],
         images: int,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """How far the scores are from where the decoder looks, in nats.
 
         The teacher is the attention of the last prompt token to the visual tokens, mean over heads
@@ -209,6 +211,6 @@ class TextTopK(Compressor):
         return fold.drop(tokens, select.top_k(scores, tokens.mask, self.budget))
 
 
-def straight_through(x: jax.Array) -> jax.Array:
+def straight_through(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """Exactly 0 in value, with the gradient of x."""
     return x - jax.lax.stop_gradient(x)

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool
 
 from efficient_vlm import checks
 from efficient_vlm.compressors import fold, select
@@ -14,6 +15,7 @@ from efficient_vlm.compressors.between.cls_attention import (
 )
 from efficient_vlm.compressors.tokens import NO_SIGNALS, merge
 from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.shapes import Array
 
 MERGES = ("published", "mean")
 
@@ -136,7 +138,7 @@ class VisionZip(AttentionGuided):
         )
 
 
-def strided(mask: jax.Array, k: int) -> jax.Array:
+def strided(mask: Bool[Array, "B T"], k: int) -> Bool[Array, "B T"]:
     """The real tokens of rank 0, s, 2s, ..., at most k of them, s = max(1, floor(real / k)).
 
     Args:

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
 
 from efficient_vlm import checks
 from efficient_vlm.compressors import fold, select
@@ -13,6 +14,7 @@ from efficient_vlm.compressors.between.cls_attention import (
     cosine_to,
 )
 from efficient_vlm.compressors.tokens import NO_SIGNALS
+from efficient_vlm.shapes import Array
 
 
 class VisPruner(AttentionGuided):
@@ -84,7 +86,9 @@ class VisPruner(AttentionGuided):
         return fold.drop(tokens, as_selection(keep, self.budget))
 
 
-def drop_duplicates(similarity: jax.Array, count: jax.Array, keep: int, size: int) -> jax.Array:
+def drop_duplicates(
+    similarity: Float[Array, "B M M"], count: Int[Array, " B"], keep: int, size: int
+) -> Bool[Array, "B M"]:
     """Removes the most duplicated tokens at even places of a list, a few in each round.
 
     Args:

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from efficient_vlm.compressors import fold, select
 from efficient_vlm.compressors.base import Compressor, Stage
-from efficient_vlm.compressors.tokens import NO_SIGNALS
+from efficient_vlm.compressors.tokens import NO_SIGNALS, DecoderState, Signals, VisualTokens
 from efficient_vlm.errors import UserError
+from efficient_vlm.shapes import Array
 
 Keep = int | float  # a count, or a fraction up to 1.0, which keeps all
 
@@ -174,7 +176,7 @@ class InDecoder(Compressor):
         raise NotImplementedError(f"{type(self).__name__}.score_flops")
 
     @nn.nowrap
-    def scores(self, tokens, state) -> jax.Array:
+    def scores(self, tokens: VisualTokens, state: DecoderState) -> Float[Array, "B T"]:
         """float32 [B, T], higher is kept; what padding gets does not matter."""
         raise NotImplementedError(f"{type(self).__name__}.scores")
 
@@ -186,7 +188,7 @@ class InDecoder(Compressor):
         return fold.drop(tokens, self.selection(tokens, signals))
 
     @nn.nowrap
-    def check_cut(self, tokens, signals) -> None:
+    def check_cut(self, tokens: VisualTokens, signals: Signals) -> None:
         """`check_call` of the one-cut form; UserError if it has no budget."""
         if self.budget is None:
             raise UserError(
@@ -196,7 +198,7 @@ class InDecoder(Compressor):
         self.check_call(tokens, signals, needs_grid=False)
 
     @nn.nowrap
-    def selection(self, tokens, signals):
+    def selection(self, tokens: VisualTokens, signals: Signals) -> select.Selection:
         """(indices, valid) [B, budget]; a choice has no gradient, so its score needs none."""
         if self.budget == 0:
             return select.top_k(jnp.zeros(tokens.mask.shape), tokens.mask, 0)

@@ -4,12 +4,16 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
 
 from efficient_vlm.compressors import select
 from efficient_vlm.compressors.tokens import VisualTokens, remap, weighted_means, zero_padding
+from efficient_vlm.shapes import Array
 
 
-def dpc_knn(x: jax.Array, mask: jax.Array, num_clusters: int) -> tuple[jax.Array, ...]:
+def dpc_knn(
+    x: Float[Array, "B M D"], mask: Bool[Array, "B M"], num_clusters: int
+) -> tuple[Int[Array, "B C"], Bool[Array, "B C"], Int[Array, "B M"]]:
     """Density peaks (Rodriguez & Laio, Science 2014) with k nearest neighbours (Du et al., 2016).
 
     With d_ij = ||x_i - x_j|| / sqrt(D) and k = `num_clusters`, as SparseVLM (arXiv 2410.04417)
@@ -70,7 +74,11 @@ def dpc_knn(x: jax.Array, mask: jax.Array, num_clusters: int) -> tuple[jax.Array
 
 
 def keep_and_cluster(
-    tokens: VisualTokens, scores: jax.Array, kept: int, places: int, table: Sequence[int]
+    tokens: VisualTokens,
+    scores: Float[Array, "B T"],
+    kept: int,
+    places: int,
+    table: Sequence[int],
 ) -> VisualTokens:
     """Keeps the best tokens and merges the best of the others into clusters (`dpc_knn`).
 
@@ -137,7 +145,7 @@ def keep_and_cluster(
     )
 
 
-def gather(tokens: VisualTokens, index: jax.Array) -> VisualTokens:
+def gather(tokens: VisualTokens, index: Int[Array, "B K"]) -> VisualTokens:
     """Tokens at `index` [B, K], zeros and no token where it is T; `source` stays as it was."""
     real = index < tokens.mask.shape[1]
     index = jnp.where(real, index, 0)

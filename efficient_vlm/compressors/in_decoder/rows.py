@@ -5,11 +5,16 @@ keys of the layer: O(R S) for R rows. Methods that look at all rows get their su
 rows, in O(block S) memory.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float32, Int, Shaped
 
 from efficient_vlm.compressors.tokens import DecoderState
 from efficient_vlm.kernels.attention import mask_rows, visible
+from efficient_vlm.shapes import Array
 
 HEADS = ("mean", "max", "each")
 BLOCK = 64
@@ -20,7 +25,7 @@ def num_visual(state: DecoderState) -> int:
     return state.live.shape[1] - state.prompt.shape[1]
 
 
-def judges(state: DecoderState, *, visual: bool = True, text: bool = True) -> jax.Array:
+def judges(state: DecoderState, *, visual: bool = True, text: bool = True) -> Bool[Array, "B S"]:
     """bool [B, S]: live visual places and those of the prompt; never those of an answer."""
     count = num_visual(state)
     asks = state.live[:, count:] & state.prompt
@@ -28,8 +33,12 @@ def judges(state: DecoderState, *, visual: bool = True, text: bool = True) -> ja
 
 
 def attention_rows(
-    state: DecoderState, index: jax.Array, *, rotary: bool = True, among: jax.Array | None = None
-) -> jax.Array:
+    state: DecoderState,
+    index: Int[Array, "B R"],
+    *,
+    rotary: bool = True,
+    among: Bool[Array, "B S"] | None = None,
+) -> Float32[Array, "B H R S"]:
     """softmax(scale q_i K^T + bias) of some query rows i, over the live keys that they see.
 
     A row sees what the layer's mask says; where the state has none, the places up to its own, and a
@@ -95,12 +104,12 @@ def attention_rows(
 
 def column_sums(
     state: DecoderState,
-    weight: jax.Array,
+    weight: Shaped[Array, "B S"],
     *,
     rotary: bool = True,
     heads: str = "mean",
     block: int = BLOCK,
-) -> jax.Array:
+) -> Float32[Array, "B *heads S"]:
     """sum_i weight_i A_ij: the attention that each place j receives from weighted rows.
 
     Args:
@@ -117,7 +126,9 @@ def column_sums(
     return range_sums(state, 0, weight, rotary=rotary, heads=heads, block=block)
 
 
-def column_means(state: DecoderState, rows: jax.Array, **options) -> jax.Array:
+def column_means(
+    state: DecoderState, rows: Bool[Array, "B S"], **options: Any
+) -> Float32[Array, "B *heads S"]:
     """Mean over the query rows `rows` (bool [B, S]) of A_ij; options as in `column_sums`.
 
     A row that does not see j counts with 0, so all columns are divided by the same number; without
@@ -141,13 +152,13 @@ def column_flops(num_places: int, width: int, block: int = BLOCK) -> int:
 def range_sums(
     state: DecoderState,
     start: int,
-    weight: jax.Array,
+    weight: Shaped[Array, "B R"],
     *,
     rotary: bool = True,
     heads: str = "mean",
-    divisor=None,
+    divisor: Callable[[jax.Array], jax.Array] | None = None,
     block: int = BLOCK,
-) -> jax.Array:
+) -> Float32[Array, "B *heads S"]:
     """`column_sums` that looks at the rows start .. start + R - 1 only, and pays for no others.
 
     Args:

@@ -2,15 +2,17 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
 
 from efficient_vlm.compressors.in_decoder.rows import judges
 from efficient_vlm.compressors.tokens import DecoderState
+from efficient_vlm.shapes import Array
 
 # Below this share of its largest value the rotary bias is not divided out any further.
 FLOOR = 0.05
 
 
-def raters(state: DecoderState) -> jax.Array:
+def raters(state: DecoderState) -> Bool[Array, "B L"]:
     """bool [B, L]: words of the prompt whose mean relevance is above the mean over the prompt."""
     count = state.live.shape[1] - state.prompt.shape[1]
     asked = judges(state, visual=False)[:, count:]
@@ -28,7 +30,7 @@ def raters(state: DecoderState) -> jax.Array:
     return jnp.where(jnp.any(above, axis=1, keepdims=True), above, asked)
 
 
-def turns(state: DecoderState, fraction: float) -> jax.Array:
+def turns(state: DecoderState, fraction: float) -> Float[Array, "B S angles"]:
     """Cosine and sine by which rotary positions turn each channel pair, float32 [B, S, pairs * 2].
 
     Read off the queries and keys with and without rotary positions, whose channels i and
@@ -53,8 +55,11 @@ def turns(state: DecoderState, fraction: float) -> jax.Array:
 
 
 def rotary_bias(
-    state: DecoderState, turned: jax.Array, rows: jax.Array, floor: float = FLOOR
-) -> jax.Array:
+    state: DecoderState,
+    turned: Float[Array, "B S angles"],
+    rows: Int[Array, " r"],
+    floor: float = FLOOR,
+) -> Float[Array, "B r S"]:
     """D_mn = <rotate_m(1), rotate_n(1)> / Dh, 1 at distance 0, of some rows m and all places n.
 
     Args:

@@ -5,6 +5,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from efficient_vlm import checks
 from efficient_vlm.compressors import score
@@ -17,6 +18,7 @@ from efficient_vlm.compressors.tokens import (
     zero_padding,
 )
 from efficient_vlm.errors import UserError
+from efficient_vlm.shapes import Array
 
 # Cosines are rounded to this step: equal tokens must tie whatever the order of summation.
 STEP = 2.0**-16
@@ -153,7 +155,7 @@ class ToMe(Compressor):
 
 
 def bipartite_merge(
-    tokens: VisualTokens, metric: jax.Array, r: int, *, class_token: bool = False
+    tokens: VisualTokens, metric: Float[Array, "B N C"], r: int, *, class_token: bool = False
 ) -> VisualTokens:
     """Merges r tokens into others (bipartite soft matching, arXiv 2210.09461, section 3).
 

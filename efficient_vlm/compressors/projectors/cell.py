@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float
 
 from efficient_vlm import checks
 from efficient_vlm.compressors import grids
@@ -12,6 +13,7 @@ from efficient_vlm.compressors.projectors.mlp import Projector, exact_gelu, pool
 from efficient_vlm.compressors.tokens import NO_SIGNALS
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.nn.cross_attention import window_attention
+from efficient_vlm.shapes import Array
 
 STYLES = ("paper", "official")
 
@@ -136,7 +138,9 @@ class TokenPacker(Projector):
         return self.dense(f"{name}_down", x, width, ("mlp", "embed"))
 
 
-def cell_points(x: jax.Array, live: jax.Array, side: int) -> jax.Array:
+def cell_points(
+    x: Float[Array, "B cells P D"], live: Bool[Array, "B cells P"], side: int
+) -> Float[Array, "B cells D"]:
     """The patches of each cell, bilinearly down-sampled to one point.
 
     Args:

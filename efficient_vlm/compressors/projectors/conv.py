@@ -4,9 +4,12 @@ Padding is treated like the outside of the image: zeros in a convolution, no par
 image that fills only the upper left of its grid gives there what the smaller image would give.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Shaped
 
 from efficient_vlm import checks
 from efficient_vlm.compressors import grids
@@ -20,6 +23,7 @@ from efficient_vlm.compressors.projectors.mlp import (
     with_embed,
 )
 from efficient_vlm.compressors.tokens import NO_SIGNALS, zero_padding
+from efficient_vlm.shapes import Array
 
 # Epsilons of the official norms: timm's LayerNorm2d in RegStage, its LayerNormAct2d in LDP.
 _REG_EPSILON, _LDP_EPSILON = 1e-6, 1e-5
@@ -234,19 +238,23 @@ class LDPv2(Projector):
         return with_embed(tokens, off_grid(x + depthwise(self, "peg", x, live) + bias))
 
 
-def on_grid(x: jax.Array, grid: grids.Grid) -> jax.Array:
+def on_grid(x: Shaped[Array, "B N C"], grid: grids.Grid) -> Shaped[Array, "B h w C"]:
     """[B, h*w, C] to [B, h, w, C]."""
     return x.reshape(x.shape[0], *grid, x.shape[-1])
 
 
-def off_grid(x: jax.Array) -> jax.Array:
+def off_grid(x: Shaped[Array, "B h w C"]) -> Shaped[Array, "B N C"]:
     """[B, h, w, C] to [B, h*w, C]."""
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 def depthwise(
-    module: Parametric, name: str, x: jax.Array, live: jax.Array, stride: int = 1
-) -> jax.Array:
+    module: Parametric,
+    name: str,
+    x: Float[Array, "B h w C"],
+    live: Bool[Array, "B h w 1"],
+    stride: int = 1,
+) -> Float[Array, "B rows columns C"]:
     """Depthwise 3 x 3 convolution without bias, zeros around the grid and in padding.
 
     As shifted copies: XLA's grouped convolution took 24 times as long on a CPU (24 x 24 x 256),
@@ -275,7 +283,15 @@ def depthwise(
     return total.astype(dtype)
 
 
-def squeeze_excite(module, name, x, live, squeezed, activation, gate):
+def squeeze_excite(
+    module: Parametric,
+    name: str,
+    x: Float[Array, "B h w C"],
+    live: Bool[Array, "B h w 1"],
+    squeezed: int,
+    activation: Callable[[jax.Array], jax.Array],
+    gate: Callable[[jax.Array], jax.Array],
+) -> Float[Array, "B h w C"]:
     """x times gate(W_b activation(W_a mean(x))), with the mean over the real places of the row.
 
     Args:

@@ -5,6 +5,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from efficient_vlm import checks
 from efficient_vlm.compressors import fold, grids
@@ -14,6 +15,7 @@ from efficient_vlm.compressors.projectors.resampler import position_code, query_
 from efficient_vlm.compressors.tokens import NO_SIGNALS, zero_padding
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.nn.cross_attention import cross_attention
+from efficient_vlm.shapes import Array
 
 KEYS = ("position", "content")
 
@@ -183,6 +185,6 @@ class MQT(Projector):
         return query_tokens(tokens, embed, jax.lax.stop_gradient(attention.mean(axis=1)))
 
     @nn.nowrap
-    def _code(self, position: jax.Array, width: int) -> jax.Array:
+    def _code(self, position: Float[Array, "*batch 2"], width: int) -> Float[Array, "*batch D"]:
         """The sine code with the column first."""
         return position_code(position[..., ::-1], width)

@@ -3,9 +3,9 @@
 import math
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from efficient_vlm import checks
 from efficient_vlm.compressors import grids
@@ -21,11 +21,12 @@ from efficient_vlm.compressors.tokens import (
 )
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.nn.cross_attention import window_attention
+from efficient_vlm.shapes import Array
 
 QUERIES = ("mean", "first")
 
 
-def windows(grid: grids.Grid, side: int) -> np.ndarray:
+def windows(grid: grids.Grid, side: int) -> Int[np.ndarray, "windows {side*side}"]:
     """Patches of each window of side x side patches, from the upper left corner on.
 
     Returns:
@@ -120,7 +121,8 @@ class MolmoPool(Projector):
 
         def gather(x):  # [B, N, ...] -> [B, windows, k * k, ...], zeros outside the grid
             x = x[:, np.maximum(index, 0)]
-            return jnp.where(inside.reshape(inside.shape + (1,) * (x.ndim - 3)), x, 0)
+            inside_x = inside.reshape(inside.shape + (1,) * (x.ndim - 3))
+            return jnp.where(inside_x, x, jnp.zeros_like(x))
 
         real = gather(tokens.mask)
         bias, tokens = tokens.bias, tokens.replace(bias=None)
@@ -192,7 +194,7 @@ class PositionPool(Compressor):
         checks.flag("compressor.scaled", self.scaled)
 
     @nn.nowrap
-    def side(self, num_tokens: int | jax.Array) -> int | jax.Array:
+    def side(self, num_tokens: int | Int[Array, " B"]) -> int | Int[Array, " B"]:
         """k: the smallest side whose cells are at least N / budget patches; for int [B] of each."""
         if self.cell is not None:
             return self.cell
@@ -223,7 +225,12 @@ class PositionPool(Compressor):
         return tokens.replace(embed=tokens.embed * jnp.asarray(width**0.5, tokens.embed.dtype))
 
 
-def position_cells(position: jax.Array, mask: jax.Array, side: int, budget: int) -> jax.Array:
+def position_cells(
+    position: Float[Array, "B T 2"],
+    mask: Bool[Array, "B T"],
+    side: int | Int[Array, " B"],
+    budget: int,
+) -> Int[Array, "B T"]:
     """The cell of each token in the bounding box of its row's real tokens.
 
     Args:

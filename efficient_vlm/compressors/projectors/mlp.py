@@ -4,15 +4,16 @@ import math
 from collections.abc import Callable
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from efficient_vlm import checks
 from efficient_vlm.compressors import fold, grids
 from efficient_vlm.compressors.base import Compressor
 from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, zero_padding
-from efficient_vlm.nn.linear import product, weight_of
+from efficient_vlm.nn.linear import Dtype, Weight, product, weight_of
 from efficient_vlm.nn.norms import layer_normalised
+from efficient_vlm.shapes import Array
 
 
 class Parametric(Compressor):
@@ -23,14 +24,20 @@ class Parametric(Compressor):
     """
 
     @nn.nowrap
-    def weight(self, name: str, init: Callable, shape: tuple, axes: tuple, dtype) -> jax.Array:
+    def weight(self, name: str, init: Callable, shape: tuple, axes: tuple, dtype: Dtype) -> Weight:
         """The parameter `<label>_<name>` with logical axes, in `dtype`."""
         return weight_of(self, f"{self.label}_{name}", init, shape, axes, dtype)
 
     @nn.nowrap
     def dense(
-        self, name: str, x: jax.Array, features: int, axes: tuple, *, bias: bool = True
-    ) -> jax.Array:
+        self,
+        name: str,
+        x: Float[Array, "*batch D"],
+        features: int,
+        axes: tuple,
+        *,
+        bias: bool = True,
+    ) -> Float[Array, "*batch {features}"]:
         """x @ kernel + bias over the last axis."""
         kernel = nn.initializers.lecun_normal()
         kernel = self.weight(f"{name}_kernel", kernel, (x.shape[-1], features), axes, x.dtype)
@@ -43,14 +50,22 @@ class Parametric(Compressor):
 
     @nn.nowrap
     def mlp(
-        self, x: jax.Array, features: int, hidden: int, activation: Callable, *, bias: bool = True
-    ) -> jax.Array:
+        self,
+        x: Float[Array, "*batch D"],
+        features: int,
+        hidden: int,
+        activation: Callable,
+        *,
+        bias: bool = True,
+    ) -> Float[Array, "*batch {features}"]:
         """Two matrices with `activation` between: the perceptron behind or in front of a method."""
         x = activation(self.dense("up", x, hidden, ("embed", "mlp"), bias=bias))
         return self.dense("down", x, features, ("mlp", "embed"), bias=bias)
 
     @nn.nowrap
-    def layer_norm(self, name: str, x: jax.Array, axis: str, epsilon: float) -> jax.Array:
+    def layer_norm(
+        self, name: str, x: Float[Array, "*batch D"], axis: str, epsilon: float
+    ) -> Float[Array, "*batch D"]:
         """LayerNorm over the last axis, whose logical name is `axis`; result in the dtype of x."""
         shape, ones, zeros = x.shape[-1:], nn.initializers.ones, nn.initializers.zeros
         scale = self.weight(f"{name}_scale", ones, shape, (axis,), jnp.float32)
@@ -141,12 +156,12 @@ class Deco(Projector):
         return with_embed(tokens, self.mlp(tokens.embed, features, features, exact_gelu))
 
 
-def exact_gelu(x: jax.Array) -> jax.Array:
+def exact_gelu(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """x times the normal distribution function, by erf (jax's own default is the tanh formula)."""
     return nn.gelu(x, approximate=False)
 
 
-def with_embed(tokens: VisualTokens, embed: jax.Array) -> VisualTokens:
+def with_embed(tokens: VisualTokens, embed: Float[Array, "B T D"]) -> VisualTokens:
     """`tokens` with other embeddings, zeros in padding (biases make it non-zero on the way)."""
     return tokens.replace(embed=jnp.where(tokens.mask[..., None], embed, 0))
 

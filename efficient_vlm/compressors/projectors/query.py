@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float
 
 from efficient_vlm import checks
 from efficient_vlm.compressors.projectors.mlp import Parametric, exact_gelu
@@ -11,6 +12,7 @@ from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, zero_padd
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.nn.cross_attention import cross_attention
 from efficient_vlm.nn.norms import rms_normalised
+from efficient_vlm.shapes import Array
 
 STYLES = ("idefics2", "flamingo")
 
@@ -71,9 +73,9 @@ class Queries(Parametric):
 
     @nn.nowrap
     def _layers(
-        self, x: jax.Array, slots: jax.Array, tokens: VisualTokens
-    ) -> tuple[jax.Array, jax.Array]:
-        """Queries [B, K, D] of which `slots` [B, K] are real, to ([B, K, D], float32 [B, K, T])."""
+        self, x: Float[Array, "B K D"], slots: Bool[Array, "B K"], tokens: VisualTokens
+    ) -> tuple[Float[Array, "B K D"], Float[Array, "B K T"]]:
+        """Queries, of which `slots` are real, after all layers, and their attention to patches."""
         raise NotImplementedError
 
     @nn.nowrap

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32
 
 from efficient_vlm import checks
 from efficient_vlm.compressors.base import Compressor
@@ -11,6 +12,7 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.nn.cross_attention import cross_attention
 from efficient_vlm.nn.linear import product, weight_of
 from efficient_vlm.nn.norms import rms_normalised
+from efficient_vlm.shapes import Array
 
 
 class Resampler(Compressor):
@@ -98,7 +100,9 @@ class Resampler(Compressor):
         return query_tokens(tokens, embed, jax.lax.stop_gradient(attention.mean(axis=1)))
 
 
-def query_tokens(tokens: VisualTokens, embed: jax.Array, attention: jax.Array) -> VisualTokens:
+def query_tokens(
+    tokens: VisualTokens, embed: Float[Array, "B K D"], attention: Float[Array, "B K T"]
+) -> VisualTokens:
     """What queries read, with the book-keeping of the docstring of `Resampler`.
 
     Args:
@@ -127,7 +131,9 @@ def query_tokens(tokens: VisualTokens, embed: jax.Array, attention: jax.Array) -
     )
 
 
-def position_code(position: jax.Array, width: int) -> jax.Array:
+def position_code(
+    position: Float[Array, "*batch 2"], width: int
+) -> Float32[Array, "*batch {width}"]:
     """Sines and cosines of row and column, float32 [..., width].
 
     A quarter of the width each for sin(row w), cos(row w), sin(column w), cos(column w), with w

@@ -21,6 +21,7 @@ from efficient_vlm.compressors.tokens import NO_SIGNALS, Signals, VisualTokens
 from efficient_vlm.errors import UserError, unknown
 
 POLICIES = ("retain", "reindex")
+PLACES = ("between", "encoder", "decoder")
 
 
 def as_tuple(field: str, value: Any) -> tuple:
@@ -73,9 +74,14 @@ class Compressor(nn.Module):
     Class attributes:
       label: the method's name in configs.
       needs: names of the Signals that `__call__` reads.
-      where: "between" encoder and decoder, inside the "encoder", or inside the "decoder".
+      where: "between" encoder and decoder, inside the "encoder", or inside the "decoder": one of
+        PLACES. Models ask for it as `between`, `in_encoder` and `in_decoder`.
       projected: whether it looks at tokens behind the connector (decoder width) or before it.
       text_guided: whether different questions about one image keep different tokens.
+      draws: whether the choice is drawn with `rng`: each question gets a draw of its own, and an
+        evaluation averages over several.
+      text_scores: whether it has `scores(tokens, text)`, which attention of the decoder can teach
+        (`imitation_loss(...)`, see `selectors.TextTopK`).
       optional_budget: whether `budget` may be None (the method has another knob, or none).
       min_budget: 0 for methods that can drop every token.
       internal: fields that `stages` sets on the modules it makes; not options of the method.
@@ -88,11 +94,18 @@ class Compressor(nn.Module):
     label = ""
     needs = frozenset()
     where = "between"
+    between, in_encoder, in_decoder = True, False, False
     projected = False
     text_guided = False
+    draws = False
+    text_scores = False
     optional_budget = False
     min_budget = 1
     internal = frozenset()
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        cls.between, cls.in_encoder, cls.in_decoder = (cls.where == place for place in PLACES)
 
     def __post_init__(self):
         # Before Linen's own, which freezes the module: lists from a config file become tuples.

@@ -110,7 +110,7 @@ def evaluate(
 
 def _run_method(variant, label, params, data, references, config, control, cells, check_stop):
     name, budget = label
-    seeds = config.seeds if variant.compressor["name"] == "random" else 1
+    seeds = config.seeds if variant.make_compressor().draws else 1
     predictions, times, kv_bytes = [], [], 0
     for seed in range(seeds):
         for number, batch in enumerate(data.batches):

@@ -69,10 +69,10 @@ def programs_of(model: VisionLanguageModel, layout: Layout) -> Programs:
     count = patches[0] * patches[1]
     method, plain = model.make_compressor(), model.with_compressor("none", count)
     encode, prefill = (model, None, None), model
-    if method.where != "encoder":
+    if not method.in_encoder:
         asked = tuple(sorted(method.intermediates().items()))
         encode = (plain, method.image_grid(patches), asked)
-    if method.where != "decoder":
+    if not method.in_decoder:
         options = {"position_policy": method.position_policy}
         prefill = plain.with_compressor("none", count, **options)
     return Programs(encode, model, prefill, plain)
@@ -92,7 +92,7 @@ def compress_stage(
     questions = prompts.shape[1]
     # Where the question does not matter, images are compressed once; each question has a random
     # draw of its own.
-    each = model.selects_by_text or model.compressor["name"] == "random"
+    each = model.selects_by_text or model.make_compressor().draws
     instruction = apply(prompts, lengths, method="instruction")
     if each:
         visual, signals = repeat_rows((visual, signals), layout.images, questions)

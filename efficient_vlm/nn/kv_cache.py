@@ -6,13 +6,16 @@ A layer keeps them as a tuple of arrays, keys first, with a row's slots on the l
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Float, Int, Shaped
 
+from efficient_vlm.nn.linear import Dtype
+from efficient_vlm.shapes import Array
 from efficient_vlm.sharding import CACHE_AXES, constrain
 
 __all__ = ["LayerCache", "Slots", "empty", "fill", "write"]
 
-# Keys and values, each [B, Hkv, M, Dh] of M slots a row.
-LayerCache = tuple[jax.Array, ...]
+# Keys and values of M slots a row.
+LayerCache = tuple[Shaped[Array, "B Hkv M Dh"], ...]
 
 
 @struct.dataclass
@@ -23,17 +26,19 @@ class Slots:
       at: int32 [B, S], no slot twice in a row; a slot behind the last one writes nothing.
     """
 
-    at: jax.Array
+    at: Int[Array, "B S"]
 
 
-def empty(rows: int, slots: int, heads: int, dim: int, dtype: jnp.dtype) -> LayerCache:
+def empty(rows: int, slots: int, heads: int, dim: int, dtype: Dtype) -> LayerCache:
     """A layer's cache without a token."""
     part = jnp.zeros((rows, heads, slots, dim), dtype)
     return part, part
 
 
-def fill(cache: LayerCache, k: jax.Array, v: jax.Array) -> LayerCache:
-    """A cache with k, v [B, S, Hkv, Dh] in its first S slots."""
+def fill(
+    cache: LayerCache, k: Float[Array, "B S Hkv Dh"], v: Float[Array, "B S Hkv Dh"]
+) -> LayerCache:
+    """A cache with k and v in its first S slots."""
 
     def put(kept: jax.Array, new: jax.Array) -> jax.Array:
         new = new.swapaxes(1, 2).astype(kept.dtype)
@@ -42,8 +47,13 @@ def fill(cache: LayerCache, k: jax.Array, v: jax.Array) -> LayerCache:
     return _constrained(put(kept, new) for kept, new in zip(cache, (k, v), strict=True))
 
 
-def write(cache: LayerCache, k: jax.Array, v: jax.Array, slots: Slots) -> LayerCache:
-    """A cache with k, v [B, S, Hkv, Dh] in slots of their own in each row.
+def write(
+    cache: LayerCache,
+    k: Float[Array, "B S Hkv Dh"],
+    v: Float[Array, "B S Hkv Dh"],
+    slots: Slots,
+) -> LayerCache:
+    """A cache with k and v in slots of their own in each row.
 
     A scatter of S tokens: where the cache is donated nothing else of it is touched or copied. (A
     `dynamic_update_slice` of each row would move tokens that reach over the end to its front.)

@@ -47,6 +47,7 @@ class Random(Compressor):
     seed: int = 0
 
     label = "random"
+    draws = True
 
     @nn.nowrap
     def check_options(self):
@@ -103,6 +104,7 @@ class TextTopK(Compressor):
     label = "text_topk"
     needs = frozenset({"text"})
     text_guided = True
+    text_scores = True
 
     @nn.nowrap
     def check_options(self):

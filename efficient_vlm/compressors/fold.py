@@ -1,7 +1,7 @@
-"""Folds: what becomes of the tokens, given a selection or a grid. Pure functions.
+"""Folds: turn tokens and a selection or a grid into fewer tokens. Pure functions.
 
-`drop` forgets the rest of a selection; `pool` merges the cells of a regular grid, `area_pool` any
-static areas. Merging by an assignment that depends on the data is `tokens.merge`.
+`drop` discards what was not selected; `pool` merges the cells of a regular grid, `area_pool` any
+static areas. `tokens.merge` merges by an assignment that depends on the data.
 """
 
 import jax
@@ -21,17 +21,17 @@ def drop(tokens: VisualTokens, selection: Selection) -> VisualTokens:
 
 
 def pool(tokens: VisualTokens, grid: grids.Grid, cells: grids.Grid) -> VisualTokens:
-    """Size-weighted means over the cells of a coarser grid; padding has no part in them.
+    """Size-weighted means over the cells of a coarser grid; padding is excluded.
 
     Where the cells do not divide the grid, a token belongs to several cells in proportion to the
     area (area resampling), sizes are areas, and `source` names the cell that covers most of the
     token (ties: the lowest).
 
     Args:
-      tokens: h*w tokens a row, in raster order of `grid`.
+      tokens: h*w tokens per row, in raster order of `grid`.
       grid: (h, w).
       cells: (h', w') with h' <= h and w' <= w; the result has h'*w' tokens in raster order. A cell
-        without real tokens is padding, and stays in its place.
+        without real tokens becomes padding at its own index.
     """
     (rows, columns), (cell_rows, cell_columns) = grid, cells
 
@@ -56,12 +56,12 @@ def pool(tokens: VisualTokens, grid: grids.Grid, cells: grids.Grid) -> VisualTok
 
 
 def area_pool(tokens: VisualTokens, shares: Float[np.ndarray, "K T"]) -> VisualTokens:
-    """Size-weighted means over any areas; padding has no part in them.
+    """Size-weighted means over arbitrary areas; padding is excluded.
 
     Args:
-      tokens: T tokens a row.
-      shares: static [K, T], how much of each token belongs to each area; columns sum to 1. Sizes
-        are these areas, and `source` names the area with the largest share (ties: the lowest).
+      tokens: T tokens per row.
+      shares: static, the part of each token that lies in each area; columns sum to 1. Sizes are
+        these areas, and `source` names the area with the largest share (ties: the lowest).
     """
     matrix = jnp.asarray(shares, jnp.float32)
 

@@ -1,6 +1,6 @@
-"""Scores: one float32 number per token, higher is kept. Pure functions, [B, T].
+"""Scores: one float32 number per token; tokens with higher scores are kept. Pure functions.
 
-Scores ignore the mask; `select` does not.
+Scores ignore the mask, which `select` applies.
 """
 
 import jax
@@ -18,9 +18,9 @@ def unit(x: Float[Array, "*batch D"]) -> Float32[Array, "*batch D"]:
 
 
 def min_max(x: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
-    """float32 [B, T] moved and scaled to 0..1 over the real tokens of each row.
+    """Scores shifted and scaled to 0..1 over the real tokens of each row.
 
-    A row of equal scores (to 1e-6) becomes ones; padding becomes 0.
+    A row of equal scores (within 1e-6) becomes ones; padding becomes 0.
     """
     low = jnp.min(jnp.where(mask, x, jnp.inf), axis=1, keepdims=True)
     high = jnp.max(jnp.where(mask, x, -jnp.inf), axis=1, keepdims=True)
@@ -39,8 +39,8 @@ def text_relevance(
 ) -> Float[Array, "B T"]:
     """Relevance of each token to the instruction, by scaled dot products.
 
-    With one head this is <q, k> / sqrt(d). With several it is their soft maximum, log mean exp,
-    because a plain mean of dot products would again be one dot product.
+    One head gives <q, k> / sqrt(d). Several heads give their soft maximum, log mean exp, because
+    the mean of their dot products would be a single dot product again.
 
     Args:
       query: float32 [B, heads, d].

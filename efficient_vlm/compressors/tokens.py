@@ -1,7 +1,7 @@
-"""The types every compressor speaks: VisualTokens and Signals, and their two book-keepers.
+"""The inputs and outputs of all compressors, VisualTokens and Signals, and how they are updated.
 
-Notation: B images, T tokens now, N patches of the source grid, D width. One invariant runs through
-all methods: `source` says where each patch went, `size` how many patches a token stands for.
+Notation: B images, T current tokens, N patches of the source grid, D channels. All methods keep one
+invariant: `source` names the token that holds each patch, `size` the number of patches per token.
 """
 
 from collections.abc import Callable
@@ -25,11 +25,11 @@ class VisualTokens:
       embed: [B, T, D], any float dtype.
       position: float32 [B, T, 2], (row, column) in patch units of the source grid; the
         size-weighted mean for merged tokens.
-      size: float32 [B, T], how many patches the token stands for; 0 for padding.
+      size: float32 [B, T], number of patches that the token represents; 0 for padding.
       mask: bool [B, T], True for real tokens.
-      source: int32 [B, N], for each patch the index of the token that holds it, -1 if no token does
-        (dropped, or the patch itself was padding).
-      bias: float32 [B, T] to add to the attention logits of these tokens as keys, or None.
+      source: int32 [B, N], for each patch the index of the token that holds it; -1 for a patch that
+        was dropped or is padding.
+      bias: float32 [B, T], added to the attention logits of these tokens as keys, or None.
     """
 
     embed: Float[Array, "B T D"]
@@ -53,13 +53,13 @@ class VisualTokens:
           embed: [B, h*w, D] in raster order.
           grid: (h, w).
           source_grid: (H, W) of the image before it was resized, at least `grid`; None if it was
-            not. A token then covers H*W / (h*w) patches, its position is the mean of the patches
-            it covers, weighted by the covered area, and each patch belongs to the token that covers
-            most of it.
-          mask: bool [B, h*w], None for all real.
+            not resized. A token then covers H*W / (h*w) patches, its position is the mean of these
+            weighted by the covered area, and each patch belongs to the token that covers most of
+            it.
+          mask: bool [B, h*w]; None if all tokens are real.
 
         Raises:
-          ValueError: the shapes do not fit.
+          ValueError: shapes that do not match.
         """
         fine, coarse = tuple(source_grid or grid), tuple(grid)
         batch, num_tokens, _ = embed.shape
@@ -88,28 +88,27 @@ class VisualTokens:
 
 @flax.struct.dataclass
 class DecoderState:
-    """What a method inside the decoder sees: the layer before the cut (or the one behind it).
+    """The input of a method inside the decoder: the layer before the cut, or the one after it.
 
-    S = T + L places: T visual tokens (padding included), then L text tokens. What a method does not
-    read is never computed.
+    S = T + L positions: T visual tokens (padding included), then L text tokens. Fields that a
+    method does not read are never computed.
 
     Attributes:
       query, key: [B, S, H, Dh] and [B, S, Hkv, Dh] of that layer, with rotary positions.
       plain_query, plain_key: the same before rotary positions.
-      live: bool [B, S], places that hold a token.
-      prompt: bool [B, L], text tokens before the answer: the only ones that may judge.
-      last: int [B], place in 0..S-1 of the last prompt token.
+      live: bool [B, S], positions that hold a token.
+      prompt: bool [B, L], text tokens before the answer, the only ones that may score.
+      last: int [B], index 0..S-1 of the last prompt token.
       bias: float32 [B, S], added to the logits of each key.
-      before: [B, S, D], hidden states that entered the layer.
-      after: [B, S, D], those that left it; the visual part is the `embed` of the tokens.
-      first_visual, first_text: [B, N, D] and [B, L, D], what entered the decoder's first layer.
+      before: [B, S, D], inputs of the layer.
+      after: [B, S, D], its outputs; the visual part is the `embed` of the tokens.
+      first_visual, first_text: [B, N, D] and [B, L, D], inputs of the decoder's first layer.
       first_live: bool [B, N], which of the first visual tokens are real.
-      mask: which keys each place sees in that layer; None for all places up to its own.
-      lse: float32 [B, H, S], logarithm of the sum of exponentials of the logits of that layer; None
-        where it was not computed.
+      mask: keys that each position attends to in that layer; None for all up to itself.
+      lse: float32 [B, H, S], log-sum-exp of that layer's logits; None if it was not computed.
       scale: static, multiplies the logits.
       softcap: static, of the logits, see `kernels.attention`.
-      bidirectional: static, whether visual tokens see all visual tokens or only earlier ones.
+      bidirectional: static, whether visual tokens attend to all visual tokens or earlier ones only.
     """
 
     query: Float[Array, "B S H Dh"]
@@ -134,16 +133,16 @@ class DecoderState:
 
 @flax.struct.dataclass
 class Signals:
-    """What a compressor may look at beside the tokens; only what it declares in `needs` is set.
+    """Further inputs of a compressor; only those that it declares in `needs` are set.
 
     Attributes:
-      attention_row: float32 [B, N], attention that each patch receives in the encoder; whose, and
-        in which layer, is said by the compressor's `intermediates`.
-      middle_row: the same of a second layer.
-      keys: [B, N, H, Dh], attention keys of an encoder layer, heads apart.
+      attention_row: float32 [B, N], attention that each patch receives in the encoder; the
+        compressor's `intermediates` name the query and the layer.
+      middle_row: the same from a second layer.
+      keys: [B, N, H, Dh], attention keys of an encoder layer, one vector per head.
       text: [B, Dt], one embedding of the instruction per row.
       hidden: [B, N, D], features of a second encoder layer.
-      decoder: what methods inside the decoder see.
+      decoder: input of methods inside the decoder.
     """
 
     attention_row: Float[Array, "B N"] | None = None
@@ -158,7 +157,7 @@ NO_SIGNALS = Signals()
 
 
 def zero_padding(tokens: VisualTokens) -> VisualTokens:
-    """Zeroes all that padding carries: not even a NaN there can reach a value or a gradient."""
+    """Zeroes what padding holds, so that not even a NaN reaches a value or a gradient."""
     mask = tokens.mask
     return tokens.replace(
         embed=jnp.where(mask[..., None], tokens.embed, 0),
@@ -169,7 +168,7 @@ def zero_padding(tokens: VisualTokens) -> VisualTokens:
 
 
 def remap(source: Int[Array, "B N"], holder: Int[Array, "B T"]) -> Int[Array, "B N"]:
-    """Follows patches through one more step.
+    """Updates `source` after one more step.
 
     Args:
       source: int32 [B, N], patch -> token before the step, -1 for none.
@@ -188,16 +187,16 @@ def take(
     """Keeps the tokens at `indices` and drops the others.
 
     Args:
-      tokens: T tokens a row.
+      tokens: T tokens per row.
       indices: int32 [B, K] in any order, distinct where valid.
-      valid: bool [B, K]; the other slots become padding (zeros, size 0), after the valid ones.
+      valid: bool [B, K]; the other slots become padding (zeros, size 0) at the end.
 
     Returns:
-      K tokens a row in source order, whatever the order of `indices`.
+      K tokens per row in source order, for any order of `indices`.
     """
     num_tokens, kept = tokens.mask.shape[1], indices.shape[1]
     valid = valid & jnp.take_along_axis(tokens.mask, indices, axis=1)
-    # T is past every real index, so one sort gives source order with the padding last.
+    # T is larger than every real index: one sort gives source order with padding last.
     slots = jnp.sort(jnp.where(valid, indices, num_tokens), axis=1)
     rows = jnp.arange(slots.shape[0])[:, None]
     holder = jnp.full((slots.shape[0], num_tokens), -1, jnp.int32)
@@ -222,14 +221,14 @@ def take(
 def weighted_means(
     tokens: VisualTokens, sums: Callable[[jax.Array], jax.Array]
 ) -> dict[str, Shaped[Array, "B K *C"] | None]:
-    """The fields of tokens merged by a linear map: size-weighted means, summed sizes, mask.
+    """The fields of linearly merged tokens: size-weighted means, summed sizes, mask.
 
     Args:
-      tokens: T tokens a row.
-      sums: function from float32 [B, T, C] to [B, K, C], adding up the members of each new token.
+      tokens: T tokens per row.
+      sums: maps float32 [B, T, C] to [B, K, C], the sums over the members of each new token.
 
     Returns:
-      embed (in the dtype of the input), position, size, mask and bias of the K tokens; a token
+      embed (in the dtype of the input), position, size, mask and bias of the K tokens. A token
       without real members is padding (zeros).
     """
     tokens = zero_padding(tokens)
@@ -254,13 +253,13 @@ def weighted_means(
 def merge(tokens: VisualTokens, assignment: Int[Array, "B T"], num_out: int) -> VisualTokens:
     """Merges tokens by assignment: size-weighted means of embed and position, sizes summed.
 
-    The sums are a one-hot matrix product in float32: differentiable, without a scatter, and exact
-    for the sizes.
+    The sums are one float32 product with a one-hot matrix: differentiable, free of scatters, and
+    exact for the sizes.
 
     Args:
-      tokens: T tokens a row.
+      tokens: T tokens per row.
       assignment: int32 [B, T], the new token of each token, -1 to drop it.
-      num_out: K, static. New tokens without real members are padding, and stay in their place.
+      num_out: K, static. A new token without real members is padding at its own index.
     """
     assignment = jnp.where(tokens.mask, assignment, -1)
     member = jax.nn.one_hot(assignment, num_out, dtype=jnp.float32, axis=1)  # -1 is all zeros.

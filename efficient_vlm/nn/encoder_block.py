@@ -48,7 +48,7 @@ class EncoderBlock(nn.Module):
         positions: Real[Array, "B S *axes"] | None = None,
         mask: Mask | None = None,
     ) -> tuple[Float[Array, "B merged D"], dict[str, Any]]:
-        """[B, S, D] -> [B, S', D] and what attention saw; `merge` acts between the two halves."""
+        """The new states and the inputs of attention; `merge` acts between attention and MLP."""
         norm = functools.partial(make_norm, self.norm, self.norm_epsilon, dtype=self.dtype)
         y, inner = Attention(
             width=self.width,

@@ -1,9 +1,9 @@
-"""The one product of activations with weights, and the forms that weights can have.
+"""The product of activations and weights, and the forms that weights can take.
 
-Every product of every module comes through here: `Linear` (a module), `product` (a function of a
+Every product of every module is computed here: `Linear` (a module), `product` (a function of a
 weight), `head_product` (with an embedding table), `grouped` (of experts). A weight is a `jax.Array`
-or a `WeightForm`, a pytree that lies in the place of the array among the parameters: a model whose
-weights are joined, adapted or quantised needs no other module.
+or a `WeightForm`, a pytree that replaces the array among the parameters, so that models with
+joined, adapted or quantised weights need no other modules.
 """
 
 import math
@@ -34,11 +34,11 @@ def logical(init, *axes: str | None):
 
 
 class WeightForm:
-    """What lies in the place of a weight array.
+    """Base of pytrees that replace a weight array.
 
-    A form is a `flax.struct.dataclass` with this as a base. `dot` is the one method that it must
-    have; the others serve embedding tables (`take`, `transposed`) and experts (`grouped`,
-    `batched`, `beside`).
+    A form is a `flax.struct.dataclass` derived from this class. Only `dot` is required; the other
+    methods serve embedding tables (`take`, `transposed`) and experts (`grouped`, `batched`,
+    `beside`).
     """
 
     def dot(
@@ -63,24 +63,24 @@ class WeightForm:
         raise NotImplementedError(f"{type(self).__name__}: not for experts")
 
     def batched(self, x: Float[Array, "B E C D"]) -> Float[Array, "B E C F"]:
-        """Places [B, E, C, D] of each expert times its weight: [B, E, C, F]."""
+        """Slots [B, E, C, D] of each expert times its weight: [B, E, C, F]."""
         raise NotImplementedError(f"{type(self).__name__}: not for experts")
 
     def beside(self, other: Any) -> "WeightForm":
-        """This weight and another one of the same form side by side in the last axis."""
+        """Concatenates this weight and another one of the same form on the last axis."""
         raise NotImplementedError(f"{type(self).__name__}: not for experts")
 
 
-# Any: qwix puts arrays of its own there.
+# Any: qwix replaces arrays by types of its own.
 Weight = Array | WeightForm | Any
 
 
 @struct.dataclass
 class Joined(WeightForm):
-    """Weights that multiply one input, side by side; `stack.fuse` makes them, for inference.
+    """Concatenated weights of one input, which `stack.fuse` creates for inference.
 
-    It lies in the place of the first of them; the others have none. One product is fewer and larger
-    reads of weights: a fifth faster on a CPU for a few tokens.
+    It replaces the first of them, and the others are absent. One product reads weights in fewer and
+    larger pieces: a fifth faster on a CPU for a few tokens.
 
     Attributes:
       matrix: [inputs, all outputs].
@@ -109,14 +109,14 @@ class Joined(WeightForm):
 
 # --- products ------------------------------------------------------------------------------------
 
-# What JAX came with: libraries that quantise (qwix) put other code into this very function.
+# JAX's own code: libraries that quantise (qwix) replace the code of this function.
 _PLAIN_DOT = lax.dot_general.__code__
 
 
 def intercepted() -> bool:
-    """Whether somebody looks at, or replaces, what modules do (`nn.intercept_methods`, qwix).
+    """Whether calls of modules or products are intercepted (`nn.intercept_methods`, qwix).
 
-    Each product is then computed for itself, in the shape in which its weight is stored.
+    Each product is then computed separately, in the shape of its stored weight.
     """
     stack = linen_module._global_interceptor_stack
     return bool(stack) or lax.dot_general.__code__ is not _PLAIN_DOT
@@ -127,25 +127,24 @@ def product(
 ) -> Float[Array, "*rows_outputs"]:
     """x [..., *inputs] times weight [*inputs, *outputs], computed in `dtype`: [..., *outputs].
 
-    Where the weight is stored in bfloat16, which no parameter in training is, a CPU is asked for
-    float32 and rounds: XLA's products with a result in bfloat16 are several times slower there.
+    For weights stored in bfloat16 (never in training), CPUs compute in float32 and round: XLA's
+    products with a bfloat16 result are several times slower on them.
 
     Args:
       x: activations.
-      weight: an array, or a form of one.
+      weight: an array or a form of one.
       dtype: of the product.
-      contracted: how many axes are inputs.
+      contracted: number of input axes.
     """
     if isinstance(weight, WeightForm):
         return weight.dot(x, contracted, dtype)
     x, outer = x.astype(dtype), x.ndim - contracted
     if intercepted():
-        # What qwix makes of a weight has the weight's own shape, and takes no other dtype.
+        # qwix's replacement of a weight has the weight's shape and keeps its dtype.
         weight = weight.astype(dtype) if isinstance(weight, jax.Array) else weight
         axes = tuple(range(outer, x.ndim)), tuple(range(contracted))
         return lax.dot_general(x, weight, (axes, ((), ())))
-    # As one product of two matrices: the CPU backend's gradients of a product over a stack of
-    # matrices cost twice as much.
+    # A product of two matrices: with a stack of matrices its gradients cost twice as much on CPUs.
     shape = (*x.shape[:outer], *weight.shape[contracted:])
     size = math.prod(weight.shape[:contracted])
     rows, matrix = x.reshape(-1, size), weight.astype(dtype).reshape(size, -1)
@@ -160,7 +159,7 @@ def _dot(x: jax.Array, matrix: jax.Array) -> jax.Array:
     return lax.dot_general(x, matrix, (((1,), (0,)), ((), ())))
 
 
-# XLA's CPU takes the slow way for one row even so; eight take as long as two.
+# XLA's CPU backend is slow for a single row even so; eight rows take as long as two.
 _LEAST_ROWS = 8
 
 
@@ -190,7 +189,7 @@ def head_product(
 def grouped(
     x: Float[Array, "M D"], weight: Weight, sizes: Int[Array, " E"], room: int = 1
 ) -> Float[Array, "M F"]:
-    """Rows [M, D] sorted by expert times weights [E, D, F], each row by that of its expert: [M, F].
+    """Rows [M, D] sorted by expert, each times its expert's weight of [E, D, F]: [M, F].
 
     Args: see `kernels.grouped_matmul.grouped_matmul`.
     """
@@ -200,14 +199,14 @@ def grouped(
 
 
 def batched(x: Float[Array, "B E C D"], weight: Weight) -> Float[Array, "B E C F"]:
-    """Places [B, E, C, D] of each expert times weights [E, D, F]: [B, E, C, F]."""
+    """Slots [B, E, C, D] of each expert times its weight of [E, D, F]: [B, E, C, F]."""
     if isinstance(weight, WeightForm):
         return weight.batched(x)
     return jnp.einsum("becd,edf->becf", x, weight)
 
 
 def beside(first: Weight, second: Weight) -> Weight:
-    """Two weights of one form side by side in the last axis."""
+    """Concatenates two weights of the same form on the last axis."""
     if isinstance(first, WeightForm):
         return first.beside(second)
     return jnp.concatenate([first, second], axis=-1)
@@ -216,8 +215,8 @@ def beside(first: Weight, second: Weight) -> Weight:
 def weight_of(
     module: nn.Module, name: str, init: Any, shape: Sequence[int], axes: Sequence, dtype: Dtype
 ) -> Weight:
-    """The parameter `name` of a module that is no `Linear`, with logical axes: an array in `dtype`,
-    or the form that lies in its place."""
+    """The parameter `name` of a module other than `Linear`, with logical axes: an array in `dtype`
+    or the form that replaces it."""
     stored = module.get_variable("params", name)
     if isinstance(stored, WeightForm):
         return stored
@@ -228,7 +227,7 @@ def weight_of(
 
 
 class Linear(nn.Module):
-    """A product over the last `len(inputs)` axes of x, and a bias if asked for.
+    """A product over the last `len(inputs)` axes of x, with an optional bias.
 
     Attributes:
       inputs: logical names of the contracted axes.
@@ -260,7 +259,7 @@ class Linear(nn.Module):
 
     @property
     def joined(self) -> Joined | None:
-        """The weights of this and of other products, where they lie here (`stack.fuse`)."""
+        """The concatenated weights of this and other products (`stack.fuse`), or None."""
         stored = self.get_variable("params", "kernel")
         return stored if isinstance(stored, Joined) else None
 
@@ -281,9 +280,9 @@ class Linear(nn.Module):
 
 
 def together(x: Float[Array, "*rows_inputs"], *linears: Linear) -> list[Float[Array, "..."]]:
-    """Products of one input, x [..., *inputs] -> [..., *features] of each.
+    """Several products of one input, x [..., *inputs] -> [..., *features] of each.
 
-    They are one product where their weights are joined.
+    Joined weights take a single product.
     """
     joined = linears[0].joined
     if joined is None:

@@ -1,4 +1,4 @@
-"""Feed-forward layers, and the activations that models name."""
+"""Feed-forward layers and named activations."""
 
 import functools
 from collections.abc import Callable
@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def activate(name: str) -> Callable[[jax.Array], jax.Array]:
-    """The activation of this name; UserError with the nearest one if there is none."""
+    """The activation of this name; UserError with the closest name if it is unknown."""
     if name not in ACTIVATIONS:
         raise unknown("activation", name, ACTIVATIONS)
     return ACTIVATIONS[name]
@@ -33,7 +33,7 @@ def activate(name: str) -> Callable[[jax.Array], jax.Array]:
 def feed_forward(
     x: Float[Array, "B S D"], act: Callable, down: Linear, up: Linear, gate: Linear | None = None
 ) -> Float[Array, "B S features"]:
-    """down(act(gate(x)) * up(x)) (arXiv 2002.05202), without a gate down(act(up(x))).
+    """down(act(gate(x)) * up(x)) (arXiv 2002.05202), or down(act(up(x))) without a gate.
 
     Args:
       x: [B, S, D].
@@ -68,14 +68,14 @@ class FeedForward(nn.Module):
 def mlp_products(
     width: int, mlp_dim: int, gated: bool, out_scale: float, **fields: Any
 ) -> dict[str, Linear | None]:
-    """The products of `feed_forward` as children of the module whose compact method calls this.
+    """The products of `feed_forward`, as children of the module whose compact method calls this.
 
     Args:
       width: D.
-      mlp_dim: between them.
-      gated: whether there is a gate.
-      out_scale: see `Linear.scale`, of the last product.
-      **fields: dtype and bias of all.
+      mlp_dim: inner width.
+      gated: whether to include the gate.
+      out_scale: `Linear.scale` of the last product.
+      **fields: dtype and bias of all products.
     """
     wide = ("embed",), (mlp_dim,), ("mlp",)
     gate = Linear(*wide, name="gate", **fields) if gated else None

@@ -15,7 +15,7 @@ from efficient_vlm.shapes import Array
 def rms_normalised(
     x: Float[Array, "*batch D"], epsilon: float = 1e-6
 ) -> Float32[Array, "*batch D"]:
-    """x [..., D] over the root of its mean square (arXiv 1910.07467, eq. 4): float32 [..., D]."""
+    """x divided by its root mean square (arXiv 1910.07467, eq. 4), in float32."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
 
@@ -23,7 +23,7 @@ def rms_normalised(
 def layer_normalised(
     x: Float[Array, "*batch D"], epsilon: float = 1e-5
 ) -> Float32[Array, "*batch D"]:
-    """x [..., D] with mean 0 and variance 1 (arXiv 1607.06450, eq. 3): float32 [..., D]."""
+    """x shifted and scaled to mean 0 and variance 1 (arXiv 1607.06450, eq. 3), in float32."""
     x = x.astype(jnp.float32)
     x = x - jnp.mean(x, axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
@@ -32,7 +32,7 @@ def layer_normalised(
 class RMSNorm(nn.Module):
     """Root mean square normalisation with a learned scale, in float32.
 
-    The result is multiplied by `offset` + scale; Gemma stores the scale minus one (offset 1).
+    The factor is `offset` + scale; Gemma stores the scale minus one (offset 1).
     """
 
     axis: str = "embed"

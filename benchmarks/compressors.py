@@ -101,7 +101,7 @@ def prefill_flops(method: Method, none: Method) -> int:
     """FLOPs of the prefill program: decoder, head, and the cuts that happen inside it."""
     flops = method.cost.flops
     total = flops["decoder"] + flops["head"]
-    if method.module.where == "decoder":
+    if method.module.in_decoder:
         total += flops["compressor"] - none.cost.flops["compressor"]  # Both project all patches.
     return total
 

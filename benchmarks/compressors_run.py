@@ -104,7 +104,7 @@ class Run:
                 programs[name], _ = compiled(generate.compress_stage, static, *given)
                 self.visual[name] = jax.block_until_ready(programs[name].run())
                 seconds[name] = programs[name].compile_s
-                if method.module.where == "between" and name != "none":
+                if method.module.between and name != "none":
                     modules[name] = self._module(method, params.get("reduce", {}), tokens, signals)
             timing |= interleave(programs, "none", self.rounds)
             self._alone(modules)
@@ -192,7 +192,7 @@ class Run:
     def cuts(self) -> None:
         """One-cut modules of the methods inside the decoder, at the shapes of their cuts."""
         for method in self.methods:
-            if method.module.where == "decoder":
+            if method.module.in_decoder:
                 for program in self._cut_programs(method):
                     self._alone({method.name: program})
 

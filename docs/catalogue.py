@@ -53,7 +53,7 @@ def families():
     for name, method in METHODS.items():
         if name in BASELINES:
             group = "Baselines"
-        elif method.where != "between":
+        elif not method.between:
             group = f"Inside the {method.where}"
         elif ".between." in method.__module__ and not method.__module__.endswith(SIMPLE):
             group = "Between encoder and decoder, training-free"
@@ -79,7 +79,7 @@ def row(name: str) -> str:
     method = METHODS[name]
     needs = [NEEDS[need] for need in sorted(method.needs)]
     links = [f"[{s}](https://arxiv.org/abs/{s})" if s[0].isdigit() else s for s in sources(name)]
-    budget = None if method.where == "decoder" else reachable(name, (4, 4))[-1]
+    budget = None if method.in_decoder else reachable(name, (4, 4))[-1]
     cells = [
         f"`{name}`",
         summary(method).replace("|", "\\|"),

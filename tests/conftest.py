@@ -8,6 +8,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 import pytest
+import shape_checks  # noqa: F401  First: it looks at what is imported from here on.
 from tiny_models import DECODER, ENCODER, QUICK_TO_COMPILE, VOCAB, make_tiny_config
 
 from efficient_vlm.cli import run as commands

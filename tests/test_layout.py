@@ -16,7 +16,7 @@ import efficient_vlm
 # Lowest first: a room imports itself and those before it. The modules of the ground are one room.
 GROUND = (
     *("errors", "checks", "fields", "files", "exact_json", "terminal", "byte_bar", "runtime"),
-    "sharding",
+    *("shapes", "sharding"),
 )
 ROOMS = (
     *("checkpoints", "kernels", "nn", "compressors", "models", "adapt", "processing", "families"),

@@ -90,7 +90,7 @@ def sources(name: str) -> list[str]:
 def is_trained(name: str) -> bool | None:
     """Whether a method has parameters, from the shapes of its initialiser; None for one of your own
     that does not run."""
-    if methods.find(name).where == "decoder":
+    if methods.find(name).in_decoder:
         return False
     try:
         return _has_parameters(name)

@@ -205,7 +205,7 @@ def _finish(subject: Subject, entry: Entry) -> Entry:
 def _count_note(fields: Mapping[str, Any], images: int) -> str | None:
     """What a count of tokens means with several images, for a method inside the decoder."""
     name = fields["name"]
-    if images == 1 or methods.find(name).where != "decoder":
+    if images == 1 or not methods.find(name).in_decoder:
         return None
     for option in _COUNTS:
         given = fields.get(option)

@@ -102,7 +102,7 @@ class WithoutWeights:
         module = methods.build(name, **{"grid": self.grid, **options}, parent=None)
         if lacking := sorted(module.needs - pixel_signals.GIVEN):
             raise _needs_run(name, f"it needs {lacking[0]}")
-        if kind.where == "encoder":
+        if kind.in_encoder:
             source = self._steps(module)
         else:
             source = self._call(module)
@@ -116,7 +116,7 @@ class WithoutWeights:
         return Marked(name, options, budget, source, found)
 
     def _check_runs(self, name: str) -> None:
-        if methods.find(name).where == "decoder":
+        if methods.find(name).in_decoder:
             raise _needs_run(name, "it needs a decoder")
 
     def _on(self, grid: Grid, descriptors: np.ndarray) -> VisualTokens:
@@ -189,18 +189,18 @@ class WithRun:
         fields = dict(fields)
         kind = methods.find(fields["name"])
         has = methods.options(fields["name"])
-        if kind.where == "decoder":
+        if kind.in_decoder:
             fields.pop("budget", None)  # It is matched by the knobs of the method.
         if not vit.class_token and fields.get("attention") is None and "attention" in has:
             fields["attention"] = "column_mean"
         if "middle_layer" in has and "middle_layer" not in fields:
             fields["middle_layer"] = 9 / 24  # As published, in a deeper or shallower encoder.
-        depth = decoder.num_layers if kind.where == "decoder" else vit.layers_run
+        depth = decoder.num_layers if kind.in_decoder else vit.layers_run
         first_cut = {"layer": 1} if "layer" in has else {"layers": (1,)} if "layers" in has else {}
         try:
             return self._reach(fields, depth, budget)
         except UserError as error:
-            if kind.where != "decoder" or not first_cut or set(first_cut) & set(fields):
+            if not kind.in_decoder or not first_cut or set(first_cut) & set(fields):
                 raise
             try:  # Published cuts may lie behind the last layer of a small model.
                 return self._reach({**fields, **first_cut}, depth, budget)
@@ -254,7 +254,7 @@ def _probe(fields: Mapping[str, Any], grid: Grid) -> Compressor:
     """A module to ask for its knobs."""
     kind, options = methods.find(fields["name"]), dict(fields)
     name = options.pop("name")
-    options["budget"] = None if kind.where == "decoder" else grid[0] * grid[1]
+    options["budget"] = None if kind.in_decoder else grid[0] * grid[1]
     return methods.build(name, **{"grid": grid, **options}, parent=None)
 
 

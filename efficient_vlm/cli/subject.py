@@ -91,7 +91,7 @@ class Subject:
         probe = dict(method)
         if "budget" not in probe and not _stands_alone(probe):
             probe["budget"] = rows * columns  # Only so that there is a module to ask.
-        if methods.find(method["name"]).where == "decoder":
+        if methods.find(method["name"]).in_decoder:
             module = methods.build(**probe, parent=None)
             return list(module.knobs(decoder.num_layers, self.baseline.entering))
         return list(self.model(probe).make_compressor().knobs(encoder.layers_run, rows * columns))

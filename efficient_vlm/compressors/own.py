@@ -5,7 +5,7 @@ import inspect
 import re
 from typing import Any
 
-from efficient_vlm.compressors.base import Compressor
+from efficient_vlm.compressors.base import PLACES, Compressor
 from efficient_vlm.compressors.methods import METHODS
 from efficient_vlm.compressors.tokens import Signals
 from efficient_vlm.errors import UserError, unknown
@@ -64,9 +64,8 @@ def _check_class(method: Any) -> None:
             allowed="a name of small letters, digits and _, other than all",
             fix='for example label = "my_method"',
         )
-    places = ("between", "encoder", "decoder")
-    if method.where not in places:
-        raise unknown(f"register: {name}.where", str(method.where), places)
+    if method.where not in PLACES:
+        raise unknown(f"register: {name}.where", str(method.where), PLACES)
     signals = [field.name for field in dataclasses.fields(Signals)]
     for need in method.needs:
         if need not in signals:
@@ -77,7 +76,7 @@ def _check_class(method: Any) -> None:
             raise UserError(
                 f"register: {name}.{field.name} has no default", fix="give it one, or None"
             )
-    body = "__call__" if method.where == "between" else "stages"
+    body = "__call__" if method.between else "stages"
     if getattr(method, body) is getattr(Compressor, body):
         raise UserError(
             f"register: {name} has no {body}", fix="see docs/adding_a_compressor.md, step 2"

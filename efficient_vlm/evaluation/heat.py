@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_vlm import sharding
-from efficient_vlm.compressors.between import selectors
 from efficient_vlm.models.inputs import ModelInputs
 from efficient_vlm.models.variants import tokens_of_image
 from efficient_vlm.models.vlm import VisionLanguageModel
@@ -110,11 +109,11 @@ def heat(
     """
     method = model.make_compressor()
     asked = method.intermediates()
-    if method.where == "between" and "attention_row" in asked:
+    if method.between and "attention_row" in asked:
         plain = model.clone(compressor={"name": "none"})
         row = _row(plain, asked["attention_row"], params, inputs.pictures)
         return Heat(np.asarray(row, float).reshape(-1), attention_meaning(asked["attention_row"]))
-    if isinstance(method, selectors.TextTopK):
+    if method.text_scores:
         scores = _relevance(model, params, inputs)
         return Heat(np.asarray(scores, float).reshape(-1), "relevance to the question")
     if any(not np.array_equal(source, sources[0]) for source in sources[1:]):

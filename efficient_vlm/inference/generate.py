@@ -68,10 +68,10 @@ def programs_of(model: VisionLanguageModel, layout: Layout) -> Programs:
     count = patches[0] * patches[1]
     method, plain = model.make_compressor(), model.with_compressor("none", count)
     encode, prefill = (model, None, None), model
-    if method.where != "encoder":
+    if not method.in_encoder:
         asked = tuple(sorted(method.intermediates().items()))
         encode = (plain, method.image_grid(patches), asked)
-    if method.where != "decoder":
+    if not method.in_decoder:
         options = {"position_policy": method.position_policy}
         prefill = plain.with_compressor("none", count, **options)
     return Programs(encode, model, prefill, plain)

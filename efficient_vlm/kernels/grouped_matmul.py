@@ -20,11 +20,13 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float, Int
 
 from efficient_vlm.errors import UserError
 from efficient_vlm.kernels import hints
 from efficient_vlm.kernels.attention.platforms import interpretation
 from efficient_vlm.kernels.manual import alike, varies, zeros
+from efficient_vlm.shapes import Array
 
 __all__ = ["grouped_matmul", "grouped_matmul_reference"]
 
@@ -34,8 +36,11 @@ _TILE_ROWS, _MOST_TILES, _TILE, _LANES = 128, 1024, 512, 128
 
 
 def grouped_matmul(
-    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, room: int = 1
-) -> jax.Array:
+    lhs: Float[Array, "M K"],
+    rhs: Float[Array, "E K N"],
+    group_sizes: Int[Array, " E"],
+    room: int = 1,
+) -> Float[Array, "M N"]:
     """Multiplies each group of rows of `lhs` by its own matrix of `rhs`.
 
     Args:
@@ -68,7 +73,9 @@ def grouped_matmul(
     return _grouped_matmul(room, *alike(lhs, rhs, sizes.astype(jnp.int32)))
 
 
-def grouped_matmul_reference(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def grouped_matmul_reference(
+    lhs: Float[Array, "M K"], rhs: Float[Array, "E K N"], group_sizes: Int[Array, " E"]
+) -> Float[Array, "M N"]:
     """The same by definition: every row times the matrix of its group; for tests."""
     group = jnp.repeat(jnp.arange(rhs.shape[0]), group_sizes, total_repeat_length=lhs.shape[0])
     return jnp.einsum("mk,mkn->mn", lhs, rhs[group])

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Bool, Float, Int, Int8
 
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.kernels.attention import checks
@@ -13,6 +14,7 @@ from efficient_vlm.kernels.attention.mask import NEGATIVE
 from efficient_vlm.kernels.attention.parts import decode_on_mesh
 from efficient_vlm.kernels.attention.platforms import only_on
 from efficient_vlm.kernels.manual import alike
+from efficient_vlm.shapes import Array
 
 __all__ = ["attention_decode", "quantise"]
 
@@ -23,19 +25,19 @@ _MOST_ROWS, _MOST_QUERY_BYTES = 2048, 2**20
 
 
 def attention_decode(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    lengths: jax.Array,
+    q: Float[Array, "B H R D"],
+    k: Float[Array, "rows Hk S D"] | Int8[Array, "rows Hk S D"],
+    v: Float[Array, "rows Hk S Dv"] | Int8[Array, "rows Hk S Dv"],
+    lengths: Int[Array, " B"],
     *,
     scale: float | None = None,
     softcap: float | None = None,
-    key_bias: jax.Array | None = None,
-    pages: jax.Array | None = None,
-    kept: jax.Array | None = None,
-    k_scale: jax.Array | None = None,
-    v_scale: jax.Array | None = None,
-    live: jax.Array | None = None,
+    key_bias: Float[Array, "#B M"] | None = None,
+    pages: Int[Array, "B T"] | None = None,
+    kept: Int[Array, "B K"] | None = None,
+    k_scale: Float[Array, "rows Hk S"] | None = None,
+    v_scale: Float[Array, "rows Hk S"] | None = None,
+    live: Bool[Array, "#B M"] | None = None,
     importance: bool = False,
     implementation: str | None = None,
 ) -> AttentionResult:
@@ -186,7 +188,9 @@ def _unserved_by_tpu(q, k, v, pages, kept, importance) -> str | None:
     return None
 
 
-def quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def quantise(
+    x: Float[Array, "*batch D"],
+) -> tuple[Int8[Array, "*batch D"], Float[Array, "*batch"]]:
     """[..., D] -> int8 [..., D] and float32 [...], one scale per token and head."""
     x = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), axis=-1) / 127

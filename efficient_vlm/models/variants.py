@@ -37,9 +37,9 @@ def tokens_of_image(variant: VisionLanguageModel, num_visual: int | None = None)
     """Visual tokens of one image that enter the decoder; `num_visual` as in `setting_of`."""
     vit, method = variant.make_encoder(), variant.make_compressor()
     tokens = num_visual or math.prod(variant.slot_grid)
-    if method.where == "between":
+    if method.between:
         return tokens if method.budget is None else method.budget
-    if method.where == "encoder":
+    if method.in_encoder:
         for stage in method.stages(vit.layers_run, tokens, class_token=vit.class_token):
             tokens = stage.module.budget
     return tokens

@@ -51,14 +51,14 @@ class VisionLanguageModel(VisionLanguageFields):
             return
         self.vit = self.make_encoder()
         method = self.make_compressor()
-        if self.vit.class_feature and method.where == "encoder":
+        if self.vit.class_feature and method.in_encoder:
             raise UserError(
                 f"compressor.name: {method.label} merges patches inside the encoder, but the "
                 "features of this model include the CLS token (model.encoder.class_feature)",
                 allowed="methods between encoder and decoder, or inside the decoder",
             )
         # A method inside the encoder or decoder leaves nothing to do between them.
-        self.reduce = method if method.where == "between" else selectors.Identity(None)
+        self.reduce = method if method.between else selectors.Identity(None)
         width = self.language.width * (1 + self.language.deepstack)
         fields = dict(features=width, dtype=self.dtype)
         self.connect = construct(Connector, self.connector, "model.connector", **fields)
@@ -72,7 +72,7 @@ class VisionLanguageModel(VisionLanguageFields):
 
     @nn.nowrap
     def _check_projector(self, method: nn.Module) -> None:
-        if method.where == "encoder":
+        if method.in_encoder:
             raise UserError(
                 f"compressor.name: {method.label} merges patches inside the encoder, but this "
                 f"model's projector ({self.projector['name']}) reads blocks of the whole grid",
@@ -143,7 +143,7 @@ class VisionLanguageModel(VisionLanguageFields):
             patches = self._resized_patches(grid, pictures)
             images = resized(images, [side * self.vit.patch_size for side in patches])
         method, stages = self.make_compressor(), ()
-        if method.where == "encoder":
+        if method.in_encoder:
             place = dict(class_token=self.vit.class_token)
             stages = method.stages(self.vit.layers_run, grid[0] * grid[1], **place)
         asked = method.intermediates() if asked is None else asked
@@ -366,8 +366,7 @@ class VisionLanguageModel(VisionLanguageFields):
     def teaches_selector(self) -> bool:
         """Whether the compressor can learn where the decoder looks: it sees everything here."""
         inner = any(segment.get("compressor") for segment in self.decoder["segments"])
-        selector = isinstance(self.make_compressor(), selectors.TextTopK)
-        return selector and not self.selects_by_text and not inner
+        return self.make_compressor().text_scores and not self.selects_by_text and not inner
 
 
 def _last(marks: jax.Array) -> jax.Array:

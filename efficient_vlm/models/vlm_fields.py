@@ -85,7 +85,7 @@ class VisionLanguageFields(nn.Module):
     def make_decoder(self) -> Decoder:
         """The decoder of this configuration, unbound."""
         fields = {"vocab_size": self.vocab_size, "dtype": self.dtype, "parent": None}
-        if self.make_compressor().where == "decoder":
+        if self.make_compressor().in_decoder:
             fields["compressor"] = {"grid": self.slot_grid, **self.compressor}
         decoder = construct(Decoder, self.decoder, "model.decoder", **fields)
         names = ("width", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
@@ -127,7 +127,7 @@ class VisionLanguageFields(nn.Module):
         """Whether different questions about one image get different visual tokens."""
         method = self.make_compressor()
         rows, columns = (0, 0) if self.encoder is None else method.grid
-        if method.text_guided and (method.where != "between" or method.budget < rows * columns):
+        if method.text_guided and (not method.between or method.budget < rows * columns):
             return True
         inner = [s["compressor"]["name"] for s in self.decoder["segments"] if s.get("compressor")]
         return any(METHODS[name].text_guided for name in inner if name in METHODS)
@@ -135,7 +135,7 @@ class VisionLanguageFields(nn.Module):
     def _position_policy(self) -> str | None:
         """The policy that the compressor states, if it has chosen the tokens that enter."""
         method = self.make_compressor()
-        return None if method.where == "decoder" else method.position_policy
+        return None if method.in_decoder else method.position_policy
 
     def layout(self, pictures: Pictures | None) -> Layout:
         """The layout of pictures, arrays or shapes of them; None for text alone."""

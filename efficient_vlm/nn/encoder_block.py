@@ -2,15 +2,19 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Float, Real
 
+from efficient_vlm.kernels.attention import Mask
 from efficient_vlm.nn.attention import Attention
 from efficient_vlm.nn.linear import Dtype, logical
 from efficient_vlm.nn.mlp import activate, feed_forward, mlp_products
 from efficient_vlm.nn.norms import make_norm
+from efficient_vlm.shapes import Array
 from efficient_vlm.sharding import constrain
 
 
@@ -38,13 +42,13 @@ class EncoderBlock(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
-        key_bias: jax.Array | None = None,
+        x: Float[Array, "B S D"],
+        key_bias: Float[Array, "B S"] | None = None,
         merge: Callable[[jax.Array, dict], jax.Array] | None = None,
-        positions: jax.Array | None = None,
-        mask: jax.Array | None = None,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """[B, S, D] -> [B, S', D] and what attention saw; `merge` acts between the two halves."""
+        positions: Real[Array, "B S *axes"] | None = None,
+        mask: Mask | None = None,
+    ) -> tuple[Float[Array, "B merged D"], dict[str, Any]]:
+        """The new states and the inputs of attention; `merge` acts between attention and MLP."""
         norm = functools.partial(make_norm, self.norm, self.norm_epsilon, dtype=self.dtype)
         y, inner = Attention(
             width=self.width,

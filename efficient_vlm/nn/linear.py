@@ -1,9 +1,9 @@
-"""The one product of activations with weights, and the forms that weights can have.
+"""The product of activations and weights, and the forms that weights can take.
 
-Every product of every module comes through here: `Linear` (a module), `product` (a function of a
+Every product of every module is computed here: `Linear` (a module), `product` (a function of a
 weight), `head_product` (with an embedding table), `grouped` (of experts). A weight is a `jax.Array`
-or a `WeightForm`, a pytree that lies in the place of the array among the parameters: a model whose
-weights are joined, adapted or quantised needs no other module.
+or a `WeightForm`, a pytree that replaces the array among the parameters, so that models with
+joined, adapted or quantised weights need no other modules.
 """
 
 import math
@@ -16,10 +16,13 @@ from flax import linen as nn
 from flax import struct
 from flax.linen import module as linen_module
 from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int
 
 from efficient_vlm.kernels.grouped_matmul import grouped_matmul
+from efficient_vlm.shapes import Array
 
-Dtype = jnp.dtype | str
+Dtype = DTypeLike
 
 
 def logical(init, *axes: str | None):
@@ -31,19 +34,21 @@ def logical(init, *axes: str | None):
 
 
 class WeightForm:
-    """What lies in the place of a weight array.
+    """Base of pytrees that replace a weight array.
 
-    A form is a `flax.struct.dataclass` with this as a base. `dot` is the one method that it must
-    have; the others serve embedding tables (`take`, `transposed`) and experts (`grouped`,
-    `batched`, `beside`).
+    A form is a `flax.struct.dataclass` derived from this class. Only `dot` is required; the other
+    methods serve embedding tables (`take`, `transposed`) and experts (`grouped`, `batched`,
+    `beside`).
     """
 
-    def dot(self, x: jax.Array, contracted: int, dtype: Dtype) -> jax.Array:
+    def dot(
+        self, x: Float[Array, "*rows_inputs"], contracted: int, dtype: Dtype
+    ) -> Float[Array, "*rows_outputs"]:
         """x [..., *inputs] times the weight [*inputs, *outputs], `contracted` axes being inputs:
         [..., *outputs] in `dtype`."""
         raise NotImplementedError(f"{type(self).__name__}: no product")
 
-    def take(self, rows: jax.Array, dtype: Dtype) -> jax.Array:
+    def take(self, rows: Int[Array, "*rows"], dtype: Dtype) -> Float[Array, "*rows D"]:
         """Rows of a table [V, D]: int [...] -> [..., D] in `dtype`."""
         raise NotImplementedError(f"{type(self).__name__}: not for embedding tables")
 
@@ -51,28 +56,31 @@ class WeightForm:
         """A table [V, D], its first `rows`, as the weight [D, rows] of the head."""
         raise NotImplementedError(f"{type(self).__name__}: not for embedding tables")
 
-    def grouped(self, x: jax.Array, sizes: jax.Array, room: int) -> jax.Array:
+    def grouped(
+        self, x: Float[Array, "M D"], sizes: Int[Array, " E"], room: int
+    ) -> Float[Array, "M F"]:
         """Rows [M, D] sorted by expert, each times the weight of its expert: [M, F]."""
         raise NotImplementedError(f"{type(self).__name__}: not for experts")
 
-    def batched(self, x: jax.Array) -> jax.Array:
-        """Places [B, E, C, D] of each expert times its weight: [B, E, C, F]."""
+    def batched(self, x: Float[Array, "B E C D"]) -> Float[Array, "B E C F"]:
+        """Slots [B, E, C, D] of each expert times its weight: [B, E, C, F]."""
         raise NotImplementedError(f"{type(self).__name__}: not for experts")
 
     def beside(self, other: Any) -> "WeightForm":
-        """This weight and another one of the same form side by side in the last axis."""
+        """Concatenates this weight and another one of the same form on the last axis."""
         raise NotImplementedError(f"{type(self).__name__}: not for experts")
 
 
-Weight = jax.Array | WeightForm
+# Any: qwix replaces arrays by types of its own.
+Weight = Array | WeightForm | Any
 
 
 @struct.dataclass
 class Joined(WeightForm):
-    """Weights that multiply one input, side by side; `stack.fuse` makes them, for inference.
+    """Concatenated weights of one input, which `stack.fuse` creates for inference.
 
-    It lies in the place of the first of them; the others have none. One product is fewer and larger
-    reads of weights: a fifth faster on a CPU for a few tokens.
+    It replaces the first of them, and the others are absent. One product reads weights in fewer and
+    larger pieces: a fifth faster on a CPU for a few tokens.
 
     Attributes:
       matrix: [inputs, all outputs].
@@ -82,12 +90,14 @@ class Joined(WeightForm):
     matrix: Weight
     outputs: tuple[tuple[int, ...], ...] = struct.field(pytree_node=False)
 
-    def dot(self, x: jax.Array, contracted: int, dtype: Dtype) -> jax.Array:
+    def dot(
+        self, x: Float[Array, "*rows_inputs"], contracted: int, dtype: Dtype
+    ) -> Float[Array, "*rows outputs"]:
         """[..., *inputs] -> [..., all outputs]."""
         x = x.reshape(*x.shape[: x.ndim - contracted], -1)
         return product(x, self.matrix, dtype)
 
-    def split(self, y: jax.Array) -> list[jax.Array]:
+    def split(self, y: Float[Array, "*rows outputs"]) -> list[Float[Array, "..."]]:
         """[..., all outputs] -> [..., *outputs] of each part."""
         ends = [sum(map(math.prod, self.outputs[: i + 1])) for i in range(len(self.outputs))]
         parts = jnp.split(y, ends[:-1], axis=-1)
@@ -99,41 +109,42 @@ class Joined(WeightForm):
 
 # --- products ------------------------------------------------------------------------------------
 
-# What JAX came with: libraries that quantise (qwix) put other code into this very function.
+# JAX's own code: libraries that quantise (qwix) replace the code of this function.
 _PLAIN_DOT = lax.dot_general.__code__
 
 
 def intercepted() -> bool:
-    """Whether somebody looks at, or replaces, what modules do (`nn.intercept_methods`, qwix).
+    """Whether calls of modules or products are intercepted (`nn.intercept_methods`, qwix).
 
-    Each product is then computed for itself, in the shape in which its weight is stored.
+    Each product is then computed separately, in the shape of its stored weight.
     """
     stack = linen_module._global_interceptor_stack
     return bool(stack) or lax.dot_general.__code__ is not _PLAIN_DOT
 
 
-def product(x: jax.Array, weight: Weight, dtype: Dtype, contracted: int = 1) -> jax.Array:
+def product(
+    x: Float[Array, "*rows_inputs"], weight: Weight, dtype: Dtype, contracted: int = 1
+) -> Float[Array, "*rows_outputs"]:
     """x [..., *inputs] times weight [*inputs, *outputs], computed in `dtype`: [..., *outputs].
 
-    Where the weight is stored in bfloat16, which no parameter in training is, a CPU is asked for
-    float32 and rounds: XLA's products with a result in bfloat16 are several times slower there.
+    For weights stored in bfloat16 (never in training), CPUs compute in float32 and round: XLA's
+    products with a bfloat16 result are several times slower on them.
 
     Args:
       x: activations.
-      weight: an array, or a form of one.
+      weight: an array or a form of one.
       dtype: of the product.
-      contracted: how many axes are inputs.
+      contracted: number of input axes.
     """
     if isinstance(weight, WeightForm):
         return weight.dot(x, contracted, dtype)
     x, outer = x.astype(dtype), x.ndim - contracted
     if intercepted():
-        # What qwix makes of a weight has the weight's own shape, and takes no other dtype.
+        # qwix's replacement of a weight has the weight's shape and keeps its dtype.
         weight = weight.astype(dtype) if isinstance(weight, jax.Array) else weight
         axes = tuple(range(outer, x.ndim)), tuple(range(contracted))
         return lax.dot_general(x, weight, (axes, ((), ())))
-    # As one product of two matrices: the CPU backend's gradients of a product over a stack of
-    # matrices cost twice as much.
+    # A product of two matrices: with a stack of matrices its gradients cost twice as much on CPUs.
     shape = (*x.shape[:outer], *weight.shape[contracted:])
     size = math.prod(weight.shape[:contracted])
     rows, matrix = x.reshape(-1, size), weight.astype(dtype).reshape(size, -1)
@@ -148,7 +159,7 @@ def _dot(x: jax.Array, matrix: jax.Array) -> jax.Array:
     return lax.dot_general(x, matrix, (((1,), (0,)), ((), ())))
 
 
-# XLA's CPU takes the slow way for one row even so; eight take as long as two.
+# XLA's CPU backend is slow for a single row even so; eight rows take as long as two.
 _LEAST_ROWS = 8
 
 
@@ -159,22 +170,26 @@ def _product_on_cpu(x: jax.Array, matrix: jax.Array) -> jax.Array:
     return jnp.matmul(x, matrix, preferred_element_type=jnp.float32)[:count].astype(x.dtype)
 
 
-def take(table: Weight, rows: jax.Array, dtype: Dtype) -> jax.Array:
+def take(table: Weight, rows: Int[Array, "*rows"], dtype: Dtype) -> Float[Array, "*rows D"]:
     """Rows of an embedding table [V, D]: int [...] -> [..., D]."""
     if isinstance(table, WeightForm):
         return table.take(rows, dtype)
     return jnp.take(table, rows, axis=0).astype(dtype)
 
 
-def head_product(x: jax.Array, table: Weight, dtype: Dtype, rows: int | None = None) -> jax.Array:
+def head_product(
+    x: Float[Array, "*rows D"], table: Weight, dtype: Dtype, rows: int | None = None
+) -> Float[Array, "*rows V"]:
     """x [..., D] times the first `rows` of an embedding table [V, D]: [..., rows]."""
     if isinstance(table, WeightForm):
         return product(x, table.transposed(rows), dtype)
     return product(x, table[:rows].T, dtype)
 
 
-def grouped(x: jax.Array, weight: Weight, sizes: jax.Array, room: int = 1) -> jax.Array:
-    """Rows [M, D] sorted by expert times weights [E, D, F], each row by that of its expert: [M, F].
+def grouped(
+    x: Float[Array, "M D"], weight: Weight, sizes: Int[Array, " E"], room: int = 1
+) -> Float[Array, "M F"]:
+    """Rows [M, D] sorted by expert, each times its expert's weight of [E, D, F]: [M, F].
 
     Args: see `kernels.grouped_matmul.grouped_matmul`.
     """
@@ -183,15 +198,15 @@ def grouped(x: jax.Array, weight: Weight, sizes: jax.Array, room: int = 1) -> ja
     return grouped_matmul(x, weight, sizes, room)
 
 
-def batched(x: jax.Array, weight: Weight) -> jax.Array:
-    """Places [B, E, C, D] of each expert times weights [E, D, F]: [B, E, C, F]."""
+def batched(x: Float[Array, "B E C D"], weight: Weight) -> Float[Array, "B E C F"]:
+    """Slots [B, E, C, D] of each expert times its weight of [E, D, F]: [B, E, C, F]."""
     if isinstance(weight, WeightForm):
         return weight.batched(x)
     return jnp.einsum("becd,edf->becf", x, weight)
 
 
 def beside(first: Weight, second: Weight) -> Weight:
-    """Two weights of one form side by side in the last axis."""
+    """Concatenates two weights of the same form on the last axis."""
     if isinstance(first, WeightForm):
         return first.beside(second)
     return jnp.concatenate([first, second], axis=-1)
@@ -200,8 +215,8 @@ def beside(first: Weight, second: Weight) -> Weight:
 def weight_of(
     module: nn.Module, name: str, init: Any, shape: Sequence[int], axes: Sequence, dtype: Dtype
 ) -> Weight:
-    """The parameter `name` of a module that is no `Linear`, with logical axes: an array in `dtype`,
-    or the form that lies in its place."""
+    """The parameter `name` of a module other than `Linear`, with logical axes: an array in `dtype`
+    or the form that replaces it."""
     stored = module.get_variable("params", name)
     if isinstance(stored, WeightForm):
         return stored
@@ -212,7 +227,7 @@ def weight_of(
 
 
 class Linear(nn.Module):
-    """A product over the last `len(inputs)` axes of x, and a bias if asked for.
+    """A product over the last `len(inputs)` axes of x, with an optional bias.
 
     Attributes:
       inputs: logical names of the contracted axes.
@@ -230,7 +245,7 @@ class Linear(nn.Module):
     bias: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*rows_inputs"]) -> Float[Array, "*rows_features"]:
         """[..., *inputs] -> [..., *features]; of joined weights [..., all features]."""
         y = product(x, self._kernel(x), self.dtype, len(self.inputs))
         if not self.bias:
@@ -244,7 +259,7 @@ class Linear(nn.Module):
 
     @property
     def joined(self) -> Joined | None:
-        """The weights of this and of other products, where they lie here (`stack.fuse`)."""
+        """The concatenated weights of this and other products (`stack.fuse`), or None."""
         stored = self.get_variable("params", "kernel")
         return stored if isinstance(stored, Joined) else None
 
@@ -264,10 +279,10 @@ class Linear(nn.Module):
         return self.param("kernel", init, (*contracted, *self.features), jnp.float32)
 
 
-def together(x: jax.Array, *linears: Linear) -> list[jax.Array]:
-    """Products of one input, x [..., *inputs] -> [..., *features] of each.
+def together(x: Float[Array, "*rows_inputs"], *linears: Linear) -> list[Float[Array, "..."]]:
+    """Several products of one input, x [..., *inputs] -> [..., *features] of each.
 
-    They are one product where their weights are joined.
+    Joined weights take a single product.
     """
     joined = linears[0].joined
     if joined is None:

@@ -1,4 +1,4 @@
-"""Feed-forward layers, and the activations that models name."""
+"""Feed-forward layers and named activations."""
 
 import functools
 from collections.abc import Callable
@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Float
 
 from efficient_vlm.errors import unknown
 from efficient_vlm.nn.linear import Dtype, Linear, together
+from efficient_vlm.shapes import Array
 from efficient_vlm.sharding import constrain
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -22,16 +24,16 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def activate(name: str) -> Callable[[jax.Array], jax.Array]:
-    """The activation of this name; UserError with the nearest one if there is none."""
+    """The activation of this name; UserError with the closest name if it is unknown."""
     if name not in ACTIVATIONS:
         raise unknown("activation", name, ACTIVATIONS)
     return ACTIVATIONS[name]
 
 
 def feed_forward(
-    x: jax.Array, act: Callable, down: Linear, up: Linear, gate: Linear | None = None
-) -> jax.Array:
-    """down(act(gate(x)) * up(x)) (arXiv 2002.05202), without a gate down(act(up(x))).
+    x: Float[Array, "B S D"], act: Callable, down: Linear, up: Linear, gate: Linear | None = None
+) -> Float[Array, "B S features"]:
+    """down(act(gate(x)) * up(x)) (arXiv 2002.05202), or down(act(up(x))) without a gate.
 
     Args:
       x: [B, S, D].
@@ -57,8 +59,7 @@ class FeedForward(nn.Module):
     bias: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, S, D] -> [B, S, D]."""
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         shape = x.shape[-1], self.mlp_dim, self.gated, self.out_scale
         products = mlp_products(*shape, dtype=self.dtype, bias=self.bias)
         return feed_forward(x, activate(self.activation), **products)
@@ -67,14 +68,14 @@ class FeedForward(nn.Module):
 def mlp_products(
     width: int, mlp_dim: int, gated: bool, out_scale: float, **fields: Any
 ) -> dict[str, Linear | None]:
-    """The products of `feed_forward` as children of the module whose compact method calls this.
+    """The products of `feed_forward`, as children of the module whose compact method calls this.
 
     Args:
       width: D.
-      mlp_dim: between them.
-      gated: whether there is a gate.
-      out_scale: see `Linear.scale`, of the last product.
-      **fields: dtype and bias of all.
+      mlp_dim: inner width.
+      gated: whether to include the gate.
+      out_scale: `Linear.scale` of the last product.
+      **fields: dtype and bias of all products.
     """
     wide = ("embed",), (mlp_dim,), ("mlp",)
     gate = Linear(*wide, name="gate", **fields) if gated else None

@@ -5,34 +5,37 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Bool, Float
 
 from efficient_vlm import checks
 from efficient_vlm.errors import UserError
 from efficient_vlm.nn.experts import Kernels, dispatch
 from efficient_vlm.nn.linear import Dtype, Linear, weight_of
 from efficient_vlm.nn.mlp import FeedForward, activate
+from efficient_vlm.shapes import Array
 
 # A loss is a sum with its denominator, so that micro-batches and devices add up exactly.
-Ratio = tuple[jax.Array, jax.Array]
+Ratio = tuple[Float[Array, "*experts"], Float[Array, ""]]
 
 
 class MoE(nn.Module):
-    """Top-k mixture of gated experts (arXiv 2002.05202), each token to all it chose by default.
+    """Top-k mixture of gated experts (arXiv 2002.05202), dropless by default.
 
-    The router is a softmax over all experts in float32, of which the `top_k` largest are kept
+    The router is a float32 softmax over all experts, of which the `top_k` largest weights are kept
     (and, with `normalize`, rescaled to sum to one). Losses follow Switch (arXiv 2101.03961, eq. 4)
     and ST-MoE (arXiv 2202.08906, eq. 5).
 
     Attributes:
-      num_experts, top_k: experts, and experts per token.
+      num_experts, top_k: number of experts, in total and per token.
       expert_dim: hidden width of one expert.
-      shared_dim: hidden width of a dense gated layer that every token also takes; 0 for none.
-      normalize: whether the weights of the chosen experts sum to one. Not done for `top_k` 1, where
-        the weight would be the constant 1 and the router would learn nothing from the loss; with
-        "always" it is done even so, as in published models.
+      shared_dim: hidden width of a dense gated layer applied to every token; 0 for none.
+      normalize: whether the weights of the chosen experts sum to one. Ignored for `top_k` 1, where
+        the weight would be the constant 1 and the router would get no gradient from the loss;
+        "always" applies even then, as in published models.
       activation: of the experts, see `mlp.ACTIVATIONS`.
-      capacity: None for dropless; else how many times an equal share of a row's tokens an expert
-        takes, such as 1.25 (Switch, arXiv 2101.03961); what is over gets nothing from it.
+      capacity: None for dropless; otherwise the capacity factor (Switch, arXiv 2101.03961), such as
+        1.25: an expert accepts that multiple of an equal share of a row's tokens, and contributes
+        nothing to the others.
       out_scale: scale of the initial output projections.
       dtype: of activations, that of the model.
     """
@@ -48,22 +51,24 @@ class MoE(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, valid: jax.Array) -> tuple[jax.Array, dict[str, Ratio]]:
+    def __call__(
+        self, x: Float[Array, "B S D"], valid: Bool[Array, "B S"]
+    ) -> tuple[Float[Array, "B S D"], dict[str, Ratio]]:
         """Applies the layer.
 
         Args:
           x: [B, S, D].
-          valid: bool [B, S]; padding is computed (shapes are static) but counted nowhere.
+          valid: bool [B, S]; padding is computed (shapes are static) but excluded from statistics.
 
         Returns:
-          [B, S, D], and {"load_balance", "router_z"} as (sum, denominator) scalars with
-          "expert_load": ([E] tokens sent to each expert, their total), with a capacity also
-          "dropped": (choices that were not served, all choices).
+          [B, S, D], and ratios (sum, denominator): scalars "load_balance" and "router_z",
+          "expert_load" (tokens of each expert [E], their total), and with a capacity "dropped"
+          (choices that were not served, all choices).
         """
         experts, k = self.num_experts, self.top_k
         shape, width = x.shape, x.shape[-1]
         x = x.reshape(-1, width)
-        counted = valid.reshape(-1).astype(jnp.float32)
+        counted = jnp.asarray(valid, jnp.float32).reshape(-1)
 
         router = Linear(("embed",), (experts,), ("experts_router",), name="router")
         logits = router(x.astype(jnp.float32))

@@ -1,4 +1,4 @@
-"""Equal layers: parameters stacked for training, split for inference, run over any stretch."""
+"""Stacks of identical layers: parameters stacked for training or split for inference."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -10,9 +10,11 @@ import numpy as np
 from flax import linen as nn
 from flax.core import Scope
 from jax import lax
+from jaxtyping import Float
 
 from efficient_vlm.errors import unknown
 from efficient_vlm.nn.linear import Joined, intercepted
+from efficient_vlm.shapes import Array
 
 # Names of stacks among parameters: the encoder's, the decoder's, and those of its layers that are
 # dense where the others are mixtures of experts.
@@ -22,12 +24,12 @@ STACKS = {"layers", "segment_0", "dense_layers"}
 def stack_layers(block: type[nn.Module], length: int, inputs: int) -> type[nn.Module]:
     """`block` with the parameters of `length` layers, stacked on axis 0 (logical axis "layers").
 
-    It is called once, to create them; `LayerStack` runs any stretch of the layers.
+    It is called once to create them; `LayerStack` runs any range of the layers.
 
     Args:
       block: a module whose call is (x, *inputs) -> (x, anything).
       length: number of layers.
-      inputs: how many inputs beside x, the same for every layer.
+      inputs: number of inputs besides x, which all layers share.
     """
     return nn.scan(
         block,
@@ -40,9 +42,9 @@ def stack_layers(block: type[nn.Module], length: int, inputs: int) -> type[nn.Mo
 
 
 class SplitLayers(nn.Module):
-    """Layers whose parameters are split, as `unstack` would split them, from the beginning.
+    """Layers whose parameters are created split, in the form of `unstack`.
 
-    For what must see each layer when parameters are created: qwix quantises these, no stacks.
+    For libraries that must visit each layer at initialisation: qwix quantises these, not stacks.
 
     Attributes:
       block: the class of a layer, called (x, *inputs) -> (x, anything).
@@ -55,7 +57,9 @@ class SplitLayers(nn.Module):
     fields: Mapping[str, Any]
 
     @nn.compact
-    def __call__(self, x: jax.Array, *inputs: Any) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x: Float[Array, "*tokens D"], *inputs: Any
+    ) -> tuple[Float[Array, "*tokens D"], None]:
         for index in range(self.length):
             x, _ = self.block(**self.fields, name=str(index))(x, *inputs)
         return x, None
@@ -69,7 +73,7 @@ def make_layers(
     name: str,
     stacked: bool = True,
 ) -> nn.Module:
-    """The module that creates the parameters of equal layers: `stack_layers` or `SplitLayers`."""
+    """The module that creates the parameters of identical layers."""
     if stacked:
         return stack_layers(block, length, inputs)(**fields, name=name)
     return SplitLayers(block, length, fields, name=name)
@@ -78,12 +82,12 @@ def make_layers(
 def unstack(params: Any) -> Any:
     """Parameters with every stack of layers split into one tree per layer, for inference.
 
-    A loop over a stack copies each layer's weights out of it, on a CPU as slow as multiplying a few
-    tokens with them. Split once, prefill of 128 tokens is a fifth faster and decoding twice. The
-    programs get longer (the loop is written out), so training keeps its stacks.
+    A loop over a stack copies each layer's weights out of it, which takes a CPU as long as the
+    products of a few tokens. With split weights, prefill of 128 tokens is a fifth faster and
+    decoding twice as fast. Programs grow (the loop is unrolled), so training keeps the stacks.
 
     Args:
-      params: as `init` gives them, without logical axes; already split ones come back unchanged.
+      params: as from `init`, without logical axes; split parameters are returned unchanged.
     """
     if not isinstance(params, Mapping):
         return params
@@ -95,18 +99,18 @@ def unstack(params: Any) -> Any:
     return split
 
 
-# Products of one input that `fuse` joins: each lies in the place of the first.
+# Products of one input, which `fuse` joins under the name of the first.
 _JOINED = (("query", "key", "value"), ("gate", "up"))
 
 
 def fuse(params: Any) -> Any:
-    """`unstack`, and kernels that multiply the same input put side by side, for inference.
+    """`unstack`, with the kernels of products of the same input concatenated, for inference.
 
-    One product with a few tokens is then fewer and larger reads of weights: a fifth faster on a
-    CPU. Not undone: keep the original for export.
+    Products of a few tokens then read weights in fewer and larger pieces: a fifth faster on a CPU.
+    Not reversible: keep the original for export.
 
     Args:
-      params: as `init` or `unstack` give them, without logical axes.
+      params: as from `init` or `unstack`, without logical axes.
     """
     params = unstack(params)
     if not isinstance(params, Mapping):
@@ -137,13 +141,13 @@ def is_split(layers: Any) -> bool:
 
 
 def layer_of(layers: Any, index: int) -> Any:
-    """The parameters of one layer, from a stack or from what `unstack` made of it."""
+    """The parameters of one layer of stacked or split parameters."""
     return layers[str(index)] if is_split(layers) else jax.tree.map(lambda p: p[index], layers)
 
 
 def rematerialised(function: Callable, remat: str) -> Callable:
-    """`function`, of which the backward pass computes "none", "full" (everything) or "dots" (all
-    but matrix products) again."""
+    """`function`, whose backward pass recomputes "none", "full" (everything) or "dots" (everything
+    but matrix products)."""
     policies = {
         "full": jax.checkpoint_policies.nothing_saveable,
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -156,19 +160,19 @@ def rematerialised(function: Callable, remat: str) -> Callable:
 
 
 class LayerStack:
-    """Equal layers with their parameters, each at its place in the tree of modules.
+    """Identical layers with their parameters, bound at their paths in the module tree.
 
-    A layer is a module bound to a scope with the path that its parameters have: whoever looks at
-    modules while they run (`flax.linen.intercept_methods`, qwix) is told `language/layers/query` of
-    stacked layers and `language/layers/3/query` of split ones.
+    A layer is a module bound to a scope with the path of its parameters. Interceptors of module
+    calls (`flax.linen.intercept_methods`, qwix) therefore see `language/layers/query` for stacked
+    layers and `language/layers/3/query` for split ones.
 
     Args:
       block: a module without a parent.
-      params: of all layers, stacked on a leading axis (run by a scan) or split by `unstack` (a loop
-        that is written out).
+      params: of all layers, stacked on a leading axis (run by a scan) or split by `unstack` (run by
+        an unrolled loop).
       path: of `params` in the tree.
       remat: see `rematerialised`.
-      unroll: layers per loop iteration; the number of layers removes the loop, which a CPU prefers.
+      unroll: layers per loop iteration; the number of layers removes the loop, best on CPUs.
     """
 
     def __init__(
@@ -183,8 +187,10 @@ class LayerStack:
         self.block, self.params, self.path = block, params, tuple(path)
         self.remat, self.unroll, self.split = remat, unroll, is_split(params)
 
-    def one(self, index: int, layer: Callable, x: jax.Array, *, remat: bool = True) -> Any:
-        """`layer(block, x)` of one layer; `remat` only where nothing escapes it but its result."""
+    def one(
+        self, index: int, layer: Callable, x: Float[Array, "*tokens D"], *, remat: bool = True
+    ) -> Any:
+        """`layer(block, x)` of one layer; `remat` requires that only its result leaves it."""
 
         def run(params, x):
             return layer(self._bound(params, index), x)
@@ -195,27 +201,27 @@ class LayerStack:
     def run(
         self,
         layer: Callable,
-        x: jax.Array,
+        x: Float[Array, "*tokens D"],
         start: int,
         stop: int,
         inputs: Any = None,
         *,
         differentiated: bool = True,
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[Float[Array, "*tokens D"], Any]:
         """Runs layers `start` to `stop` (excluded).
 
         Args:
           layer: (block, x, its input) -> (x, outputs).
-          x: what goes from layer to layer.
+          x: the hidden states.
           start, stop: static.
-          inputs: a tree with a leading axis over these layers, a slice for each, or None; for split
-            layers a list with one tree for each.
-          differentiated: False takes the layers of a stretch out of the whole stack one by one;
-            else the stretch is copied first, for a gradient that is no larger than it.
+          inputs: a tree with a leading axis over these layers, or None; for split layers a list
+            with one tree per layer.
+          differentiated: False slices the layers out of the whole stack one by one; True copies the
+            range first, so that the gradient is no larger than the range.
 
         Returns:
-          x behind the last of them, and the outputs with a leading axis over these layers; a list
-          of outputs for split layers.
+          x after the last layer, and the outputs with a leading axis over these layers; a list of
+          outputs for split layers.
         """
 
         def at(index: int) -> Callable:
@@ -241,12 +247,12 @@ class LayerStack:
         return lax.scan(body, x, (part, inputs), unroll=unroll)
 
     def _run_split(self, at, x, start, stop, inputs):
-        # Where somebody looks, each layer is traced at its own path; else once for all.
+        # With interceptors each layer is traced at its own path; otherwise once for all.
         once = None if intercepted() else _traced_once(at(start))
         outputs = []
         for index in range(start, stop):
-            given = None if inputs is None else inputs[index - start]
-            x, output = (once or at(index))(x, (layer_of(self.params, index), given))
+            own = None if inputs is None else inputs[index - start]
+            x, output = (once or at(index))(x, (layer_of(self.params, index), own))
             outputs.append(output)
         return x, outputs
 
@@ -256,10 +262,10 @@ class LayerStack:
 
 
 def _traced_once(body: Callable) -> Callable:
-    """`body` of (x, item), traced and lowered once for all layers alike.
+    """`body` of (x, item), traced and lowered once for all layers.
 
-    That is most of what a program that is in the compilation cache costs. What is no array in the
-    item stays static, as it would be without.
+    Tracing and lowering dominate the start-up of cached programs. Leaves of the item that are not
+    arrays stay static, as they would be in `body`.
     """
 
     @functools.partial(jax.jit, static_argnums=(2, 3))

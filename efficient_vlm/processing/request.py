@@ -185,7 +185,7 @@ def capped(
       variable: whether pictures have sizes of their own (`families.base.Family`). Else only methods
         inside the decoder meet different numbers of tokens, those of all images of a prompt.
     """
-    inside = model.make_compressor().where == "decoder"
+    inside = model.make_compressor().in_decoder
     if not (variable or inside):
         return model
     most = tokens * images if inside else tokens

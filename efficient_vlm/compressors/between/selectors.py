@@ -1,8 +1,9 @@
-"""Methods that keep some tokens as they are and drop the rest: none, random, stride, text_topk."""
+"""Methods that keep some tokens unchanged and drop the rest: none, random, stride, text_topk."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float
 
 from efficient_vlm import checks
 from efficient_vlm.compressors import fold, score, select
@@ -11,12 +12,13 @@ from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.nn.linear import product, weight_of
 from efficient_vlm.nn.norms import rms_normalised
+from efficient_vlm.shapes import Array
 
 BIASES = ("add", "straight_through", "none")
 
 
 class Identity(Compressor):
-    """`none`: every patch becomes a token. The budget is None, or the number of patches."""
+    """`none`: every patch becomes a token. The budget is None or the number of patches."""
 
     budget: int | None = None
 
@@ -36,10 +38,10 @@ class Identity(Compressor):
 class Random(Compressor):
     """`random`: a uniform draw without replacement from the real tokens of each row.
 
-    The baseline that many published methods do not beat. Draws are independent between rows.
+    The baseline that many published methods fail to beat. Rows are drawn independently.
 
     Attributes:
-      seed: of the key used when the call gives no `rng`; the same tokens are then kept each time.
+      seed: seeds the key if the call has no `rng`; every call then keeps the same tokens.
     """
 
     seed: int = 0
@@ -75,24 +77,24 @@ class Stride(Compressor):
 class TextTopK(Compressor):
     """`text_topk`: the tokens most relevant to the instruction.
 
-    score_t = <W_q n(text), W_k n(token_t)> / sqrt(d), n = division by the root mean square; the
-    `budget` best are kept. A selection has no gradient, so the score is trained in other ways. At
-    the full budget the model can teach it where the decoder looks (`selector` loss of training,
-    see `imitation_loss`); at smaller ones the attention bias of the kept tokens
-    carries a gradient:
+    score_t = <W_q n(text), W_k n(token_t)> / sqrt(d), with n the division by the root mean square;
+    the `budget` best tokens are kept. A selection has no gradient, so the score is trained
+    differently. At the full budget it can imitate the decoder's attention (training's `selector`
+    loss, see `imitation_loss`); at smaller budgets the attention bias of the kept tokens carries a
+    gradient:
 
-    * "add": `tokens.bias` is the score, in value and gradient: a token that is more relevant is
-      also attended to more.
+    * "add": `tokens.bias` is the score, in value and gradient: more relevant tokens also receive
+      more attention.
     * "straight_through": the bias is exactly 0 and has the gradient of the score.
-    * "none": no bias and no gradient (for a scorer that is taught, or frozen).
+    * "none": neither bias nor gradient (for a scorer that imitates, or is frozen).
 
-    At the full budget "add" acts as "straight_through": the tokens are unchanged in value. (Where
-    several questions are packed behind one copy of the tokens the model leaves this bias out.)
+    At the full budget "add" acts as "straight_through": the values of the tokens are unchanged. (If
+    several questions share one copy of the tokens, the model omits this bias.)
 
     Attributes:
       bias: see above.
-      dim: inner width of the two projections over all heads; None for the width of the tokens.
-      num_heads: several heads are joined by their soft maximum (`score.text_relevance`).
+      dim: inner width of both projections over all heads; None for the width of the tokens.
+      num_heads: several heads are combined by their soft maximum (`score.text_relevance`).
     """
 
     bias: str = "add"
@@ -102,6 +104,7 @@ class TextTopK(Compressor):
     label = "text_topk"
     needs = frozenset({"text"})
     text_guided = True
+    text_scores = True
 
     @nn.nowrap
     def check_options(self):
@@ -134,7 +137,7 @@ class TextTopK(Compressor):
         return 2 * text_width * dim + 2 * num_tokens * width * dim + 2 * num_tokens * dim
 
     @nn.compact
-    def scores(self, tokens, text):
+    def scores(self, tokens: VisualTokens, text: Float[Array, "B Q Dt"]) -> Float[Array, "B Q T"]:
         """Relevance of each token to each of several instructions.
 
         Args:
@@ -162,21 +165,21 @@ class TextTopK(Compressor):
     def imitation_loss(
         self,
         patches: VisualTokens,
-        instruction: jax.Array,
-        attention: jax.Array,
-        asked: jax.Array,
+        instruction: Float[Array, "B Q Dt"],
+        attention: Float[Array, "layers B Q MN"],
+        asked: Bool[Array, "B Q"],
         images: int,
-    ) -> tuple[jax.Array, jax.Array]:
-        """How far the scores are from where the decoder looks, in nats.
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Divergence of the scores from the decoder's attention, in nats.
 
         The teacher is the attention of the last prompt token to the visual tokens, mean over heads
-        and layers; the student is a softmax over the scores. Only the selector learns from it.
+        and layers; the student is a softmax over the scores. Only the selector gets a gradient.
 
         Args:
           patches: leading axis B*M.
           instruction: [B, Q, width].
           attention: [layers, B, Q, M*N].
-          asked: bool [B, Q], questions that exist.
+          asked: bool [B, Q], slots that hold a question.
           images: M.
 
         Returns:
@@ -210,6 +213,6 @@ class TextTopK(Compressor):
         return fold.drop(tokens, select.top_k(scores, tokens.mask, self.budget))
 
 
-def straight_through(x: jax.Array) -> jax.Array:
-    """Exactly 0 in value, with the gradient of x."""
+def straight_through(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """Exactly 0, with the gradient of x."""
     return x - jax.lax.stop_gradient(x)

@@ -1,4 +1,4 @@
-"""minicpm_merger: 2 x 2 windows become one token inside the vision encoder, and again behind it."""
+"""minicpm_merger: merges 2 x 2 windows inside the vision encoder, and again after it."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ QUARTERS = ("window", "final")
 
 
 class _Halving(Parametric):
-    """A merger of 2 x 2 windows: a quarter of its input is its only budget."""
+    """A merger of 2 x 2 windows, whose only budget is a quarter of its input."""
 
     @nn.nowrap
     def reachable(self, grid):
@@ -29,7 +29,7 @@ class _Halving(Parametric):
 
 
 class WindowMerger(_Halving):
-    """The merger inside the encoder, one stage of `minicpm_merger`: see there."""
+    """The merger inside the encoder, a stage of `MiniCPMMerger`, which describes it."""
 
     num_heads: int = 16
     hidden_dim: int | None = None
@@ -80,7 +80,7 @@ class WindowMerger(_Halving):
 
 
 class FinalMerger(_Halving):
-    """The merger behind the encoder, one stage of `minicpm_merger`: see there."""
+    """The merger after the encoder, a stage of `MiniCPMMerger`, which describes it."""
 
     label = "minicpm_final"
 
@@ -98,35 +98,35 @@ class FinalMerger(_Halving):
 
 
 class MiniCPMMerger(Compressor):
-    """`minicpm_merger`: windows of 2 x 2 patches merge early in the encoder, then once more behind.
+    """`minicpm_merger`: 2 x 2 windows of patches merge early in the encoder and again after it.
 
     MiniCPM-V 4.6 (model card; transformers `minicpmv4_6`). Two mergers, each to a quarter:
 
-    * window (inside the encoder, behind `layer` layers): x += attention(LN(x)) within each window,
+    * window (inside the encoder, after `layer` layers): x += attention(LN(x)) within each window,
       then token = mean of the window + MLP(LN(window side by side)), MLP with the tanh GELU. The
-      remaining layers run on a quarter of the tokens, which is where the saving is.
-    * final (behind the last layer): token = MLP(LN(window side by side)), exact GELU, inner width
+      remaining layers run on a quarter of the tokens, which saves the compute.
+    * final (after the last layer): token = MLP(LN(window side by side)), exact GELU, inner width
       four times the width.
 
     All matrices have biases. Budgets: N (the identity), N / 4 and, with both mergers, N / 16, the
     published "16x" (448 pixels: 32 x 32 patches to 64 tokens).
 
-    With N / 4 there is one merger. The published "4x" leaves out the *window* merger, so the whole
-    encoder runs on N tokens: quarter="final". Default quarter="window", which saves in the encoder.
+    N / 4 uses one merger. The published "4x" omits the *window* merger, so the whole encoder runs
+    on N tokens: quarter="final". The default quarter="window" saves compute in the encoder.
 
-    Deviations: the final merger keeps the encoder's width and stands before the encoder's last norm
-    (published: behind it, and it maps to the decoder's width; here the connector does). Padded
-    neighbours are no keys, have no part in the mean, and are zeros side by side. A bias that the
-    tokens carry is added to the logits of the window attention, and is used up. Kernels start from
+    Deviations: the final merger keeps the encoder's width and precedes the encoder's last norm
+    (published: after it, mapping to the decoder's width, which the connector does here). Padded
+    neighbours are excluded from keys and mean, and are zeros side by side. A bias of the tokens is
+    added to the logits of the window attention and then discarded. Kernels are initialised by
     lecun_normal (published: block-diagonal normals).
 
     Called outside an encoder it applies its mergers one after the other.
 
     Attributes:
-      layer: encoder layers in front of the window merger. Default 7: the published insert_layer_id
-        6 is the 0-based index of the layer behind which it acts.
-      quarter: the merger of budget N / 4, "window" (default) or "final".
-      num_heads: of the window attention.
+      layer: number of encoder layers before the window merger. Default 7: the published
+        insert_layer_id 6 is the 0-based index of the layer after which it acts.
+      quarter: the merger used for budget N / 4, "window" (default) or "final".
+      num_heads: heads of the window attention.
       hidden_dim: inner width of the window MLP; None for 16 times the width (published: 4 times
         the encoder's MLP width, 17216 for 1152).
     """
@@ -159,7 +159,7 @@ class MiniCPMMerger(Compressor):
 
     @nn.nowrap
     def mergers(self, num_tokens: int) -> tuple[tuple[str, Compressor], ...]:
-        """Names and modules of the mergers that lead from N tokens to the budget, in order."""
+        """Names and modules of the mergers from N tokens to the budget, in order."""
         rows, columns = grid = grids.resolve(self.grid, num_tokens)
         budgets = self.reachable(grid)
         if self.budget not in budgets:
@@ -191,8 +191,8 @@ class MiniCPMMerger(Compressor):
                 f"compressor.layer: {self.layer}, but the encoder has {num_layers} layers",
                 allowed=f"0 to {num_layers}",
             )
-        places = {"window": self.layer, "final": num_layers}
-        return tuple(Stage(places[name], module) for name, module in self.mergers(num_tokens))
+        layers = {"window": self.layer, "final": num_layers}
+        return tuple(Stage(layers[name], module) for name, module in self.mergers(num_tokens))
 
     @nn.nowrap
     def flops(self, num_tokens, width, text_width=0):
@@ -207,7 +207,7 @@ class MiniCPMMerger(Compressor):
         grid = self.check_call(tokens, signals, needs_grid=True)
         used = dict(self.mergers(tokens.mask.shape[1]))
         if self.is_initializing() and grid[0] % 2 == grid[1] % 2 == 0:
-            # One checkpoint for all budgets: also the parameters of a merger that is not used.
+            # One checkpoint for all budgets includes the parameters of unused mergers.
             for name in ("window", "final"):
                 if name not in used:
                     self._merger(name, grid).copy(name=name)(tokens)

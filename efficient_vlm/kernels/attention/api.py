@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+from jaxtyping import Float, Int, Real
 
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.kernels.attention import checks, reference, xla
@@ -33,6 +34,7 @@ from efficient_vlm.kernels.attention.parts import (
 )
 from efficient_vlm.kernels.attention.platforms import only_on
 from efficient_vlm.kernels.manual import alike
+from efficient_vlm.shapes import Array
 
 __all__ = ["IMPLEMENTATIONS", "AttentionResult", "attention", "attention_importance"]
 
@@ -55,30 +57,30 @@ class AttentionResult(NamedTuple):
       importance: float32 [B, M]; None without weights.
     """
 
-    out: jax.Array
-    lse: jax.Array | None
-    importance: jax.Array | None
+    out: Float[Array, "B H N Dv"]
+    lse: Float[Array, "B H N"] | None
+    importance: Float[Array, "B M"] | None
 
 
 def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B H N D"],
+    k: Float[Array, "B Hk M D"],
+    v: Float[Array, "B Hk M Dv"],
     *,
     scale: float | None = None,
     causal: bool = False,
-    q_positions: jax.Array | None = None,
-    kv_positions: jax.Array | None = None,
-    q_segments: jax.Array | None = None,
-    kv_segments: jax.Array | None = None,
-    prefix_length: jax.Array | int | None = None,
+    q_positions: Real[Array, "*B N"] | None = None,
+    kv_positions: Real[Array, "*B M"] | None = None,
+    q_segments: Int[Array, "*B N"] | None = None,
+    kv_segments: Int[Array, "*B M"] | None = None,
+    prefix_length: Int[Array, "*B"] | int | None = None,
     window: int | tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
-    key_bias: jax.Array | None = None,
-    q_lengths: jax.Array | None = None,
-    kv_lengths: jax.Array | None = None,
-    importance_weights: jax.Array | None = None,
-    importance_rows: jax.Array | None = None,
+    key_bias: Float[Array, "#B M"] | None = None,
+    q_lengths: Int[Array, " B"] | None = None,
+    kv_lengths: Int[Array, " B"] | None = None,
+    importance_weights: Float[Array, "B weighted"] | None = None,
+    importance_rows: Int[Array, "B weighted"] | None = None,
     mask: Mask | None = None,
     implementation: str | None = None,
 ) -> AttentionResult:
@@ -180,18 +182,18 @@ def attention(
 
 
 def attention_importance(
-    q: jax.Array,
-    k: jax.Array,
-    lse: jax.Array,
-    weights: jax.Array,
+    q: Float[Array, "B H N D"],
+    k: Float[Array, "B Hk M D"],
+    lse: Float[Array, "B H N"],
+    weights: Float[Array, "B weighted"],
     *,
     scale: float | None = None,
     softcap: float | None = None,
-    key_bias: jax.Array | None = None,
+    key_bias: Float[Array, "#B M"] | None = None,
     mask: Mask | None = None,
-    rows: jax.Array | None = None,
+    rows: Int[Array, "B weighted"] | None = None,
     implementation: str | None = None,
-) -> jax.Array:
+) -> Float[Array, "B M"]:
     """The importance of keys from the lse of an earlier call of `attention`; no gradients.
 
     Args:

@@ -28,9 +28,10 @@ def init_params(model: VisionLanguageModel, key: jax.Array, **sizes: Any) -> Any
     return model.init(key, inputs, rng=key)["params"]
 
 
-def boxed_parameters(model: VisionLanguageModel) -> Any:
-    """Shapes and dtypes of the parameters, with their logical axes."""
-    return _boxed_parameters(model.clone(dtype=jnp.float32))  # Of activations; one trace.
+def boxed_parameters(model: VisionLanguageModel, **sizes: Any) -> Any:
+    """Shapes and dtypes of the parameters, with their logical axes; `sizes` as in `init_params`."""
+    plain = model.clone(dtype=jnp.float32)  # Of activations; one trace.
+    return _boxed_parameters(plain, **sizes)
 
 
 def abstract_parameters(model: VisionLanguageModel) -> Any:
@@ -39,5 +40,5 @@ def abstract_parameters(model: VisionLanguageModel) -> Any:
 
 
 @functools.lru_cache(maxsize=8)
-def _boxed_parameters(model: VisionLanguageModel) -> Any:
-    return jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+def _boxed_parameters(model: VisionLanguageModel, **sizes: Any) -> Any:
+    return jax.eval_shape(functools.partial(init_params, model, **sizes), jax.random.key(0))

@@ -79,8 +79,8 @@ def audit_sharding(
     pictures = dict(pictures=subject.images, pooled=subject.pooled)
     rows = table(model, sizes, **pictures) + held(subject, model, sizes, rows_of_batch)
     if as_json:
-        found = {"mesh": sizes, "rows": [dataclasses.asdict(row) for row in rows]}
-        print(json.dumps(found | {"totals": totals(rows)}, indent=1))
+        result = {"mesh": sizes, "rows": [dataclasses.asdict(row) for row in rows]}
+        print(json.dumps(result | {"totals": totals(rows)}, indent=1))
     else:
         _show(subject.name, sizes, rows)
     return 0

@@ -151,7 +151,7 @@ def _checked(source: str, folder: Path) -> Iterator[None]:
     except SyntaxError as error:
         raise UserError(
             f"--import={source}: {error.filename}, line {error.lineno}: {error.msg}",
-            fix="mend that line",
+            fix="correct that line",
         ) from None
     except Exception as error:
         unknown = isinstance(error, ModuleNotFoundError) and source.startswith(f"{error.name}")
@@ -172,7 +172,7 @@ def _place(error: Exception, source: str) -> str:
     """Where an error is: the last line of the source that was running, else the last of all."""
     lines = [(each.filename, each.lineno) for each in traceback.extract_tb(error.__traceback__)]
     own = [line for line in lines if line[0] == source]
-    return "mend {}, line {}".format(*(own or lines)[-1])
+    return "correct {}, line {}".format(*(own or lines)[-1])
 
 
 # ---- what was imported before --------------------------------------------------------------------

@@ -69,7 +69,7 @@ Weight = jax.Array | WeightForm
 
 @struct.dataclass
 class Joined(WeightForm):
-    """Weights that multiply one input, side by side; `stack.fuse` makes them, for inference.
+    """Weights that multiply one input, side by side; `nn.fuse` makes them, for inference.
 
     It lies in the place of the first of them; the others have none. One product is fewer and larger
     reads of weights: a fifth faster on a CPU for a few tokens.
@@ -244,7 +244,7 @@ class Linear(nn.Module):
 
     @property
     def joined(self) -> Joined | None:
-        """The weights of this and of other products, where they lie here (`stack.fuse`)."""
+        """The weights of this and of other products, where they lie here (`nn.fuse`)."""
         stored = self.get_variable("params", "kernel")
         return stored if isinstance(stored, Joined) else None
 

@@ -224,6 +224,10 @@ class Attention(nn.Module):
             inner["cache"] = (
                 kv_cache.fill(*parts) if slots is None else kv_cache.write(*parts, slots)
             )
+        if self.is_initializing():
+            # Attention itself has no parameters, and takes long to trace: shapes are enough.
+            inner["lse"] = jnp.zeros((q.shape[0], *q.shape[2:0:-1]), jnp.float32)
+            return self.out(q), inner
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
         if slots is not None:
             k, v = inner["cache"]

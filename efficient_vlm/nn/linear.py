@@ -77,7 +77,7 @@ Weight = Array | WeightForm | Any
 
 @struct.dataclass
 class Joined(WeightForm):
-    """Concatenated weights of one input, which `stack.fuse` creates for inference.
+    """Concatenated weights of one input, which `fuse.fuse` creates for inference.
 
     It replaces the first of them, and the others are absent. One product reads weights in fewer and
     larger pieces: a fifth faster on a CPU for a few tokens.
@@ -259,7 +259,7 @@ class Linear(nn.Module):
 
     @property
     def joined(self) -> Joined | None:
-        """The concatenated weights of this and other products (`stack.fuse`), or None."""
+        """The concatenated weights of this and other products (`fuse.fuse`), or None."""
         stored = self.get_variable("params", "kernel")
         return stored if isinstance(stored, Joined) else None
 

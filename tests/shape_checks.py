@@ -7,19 +7,30 @@ import dataclasses
 import typing
 from collections.abc import Callable
 
-from beartype import beartype
-from jaxtyping import install_import_hook, jaxtyped
+from beartype import BeartypeConf, beartype
+from jaxtyping import AbstractArray, install_import_hook, jaxtyped
 
 CHECKED = ["efficient_vlm.nn", "efficient_vlm.compressors"]
 
 
-def check(function: Callable) -> Callable:
-    """beartype, except for constructors.
+# An int is a float, as PEP 484 has it.
+_beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
-    Modules raise a UserError for a wrong field themselves, and JAX rebuilds pytrees with leaves
-    that are not arrays.
+
+def check(function: Callable) -> Callable:
+    """beartype for functions of arrays, but no constructors.
+
+    The others raise a UserError for a wrong argument themselves, and JAX rebuilds pytrees with
+    leaves that are not arrays.
     """
-    return function if function.__name__ == "__init__" else beartype(function)
+    shaped = any(map(_has_shape, function.__annotations__.values()))
+    return _beartype(function) if shaped and function.__name__ != "__init__" else function
+
+
+def _has_shape(annotation: typing.Any) -> bool:
+    if isinstance(annotation, type) and issubclass(annotation, AbstractArray):
+        return True
+    return any(map(_has_shape, typing.get_args(annotation)))
 
 
 install_import_hook(CHECKED, "shape_checks.check")

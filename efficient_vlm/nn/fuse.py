@@ -1,4 +1,4 @@
-"""Weights that multiply one input put side by side, for inference, and taken apart again."""
+"""Joins the weights of products of one input, for inference, and splits them again."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,18 +9,17 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from efficient_vlm.nn.linear import Joined
 from efficient_vlm.nn.stack import STACKS, unstack
 
-# Products of one input; their weights lie together in the place of the first.
+# Products of one input, whose weights are joined under the name of the first.
 _SIDE_BY_SIDE = (("query", "key", "value"), ("gate", "up"))
 
 
 def fuse(params: Any) -> Any:
-    """`unstack`, and kernels of layers that multiply the same input side by side (`Joined`).
+    """`unstack`, with the kernels of products of the same input concatenated (`Joined`).
 
-    One product with a few tokens is then fewer and larger reads of weights: a fifth faster on a
-    CPU.
+    Products of a few tokens then read weights in fewer and larger pieces: a fifth faster on a CPU.
 
     Args:
-      params: as `init` or `unstack` give them, without logical axes.
+      params: as from `init` or `unstack`, without logical axes.
     """
     flat = flatten_dict(unstack(params), sep="/")
     for whole, parts in groups(flat).items():
@@ -34,9 +33,9 @@ def fuse(params: Any) -> Any:
 
 
 def unfuse(params: Any) -> Any:
-    """What `fuse` was given, in split form: a copy of all that lies side by side."""
+    """The inverse of `fuse`, in split form; joined weights are copied."""
     flat = flatten_dict(params, sep="/")
-    del params  # So that each matrix is freed when its parts are copied, if nobody else has it.
+    del params  # Frees each matrix once its parts are copied, unless the caller keeps it.
     for whole in [path for path, leaf in flat.items() if isinstance(leaf, Joined)]:
         above, first, _ = whole.rsplit("/", 2)
         names = next(names for names in _SIDE_BY_SIDE if names[0] == first)
@@ -49,10 +48,10 @@ def unfuse(params: Any) -> Any:
 
 
 def groups(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """What `fuse` puts side by side: path of the whole (that of its first part) -> of all parts.
+    """What `fuse` joins: path of the whole, which is that of its first part -> paths of all parts.
 
     Args:
-      paths: of parameters in split form, "/" between.
+      paths: of parameters in split form, with "/" as separator.
     """
     stored, together = set(paths), {}
     for path in stored:

@@ -155,7 +155,7 @@ def product(
     return y.reshape(shape)
 
 
-def _dot(x: jax.Array, matrix: jax.Array) -> jax.Array:
+def _dot(x: Float[Array, "M D"], matrix: Float[Array, "D F"]) -> Float[Array, "M F"]:
     return lax.dot_general(x, matrix, (((1,), (0,)), ((), ())))
 
 
@@ -163,7 +163,7 @@ def _dot(x: jax.Array, matrix: jax.Array) -> jax.Array:
 _LEAST_ROWS = 8
 
 
-def _product_on_cpu(x: jax.Array, matrix: jax.Array) -> jax.Array:
+def _product_on_cpu(x: Float[Array, "M D"], matrix: Float[Array, "D F"]) -> Float[Array, "M F"]:
     count = len(x)
     if count == 1:
         x = jnp.pad(x, ((0, _LEAST_ROWS - 1), (0, 0)))

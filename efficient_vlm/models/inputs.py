@@ -268,7 +268,10 @@ class ModelInputs:
         )
 
     def packed_again(self, x: jax.Array) -> jax.Array:
-        """[R*Q, longest, D] of the rows of `unpacked` -> [R, S, D], in the places of this."""
+        """[R*Q, longest, D] of the rows of `unpacked` -> [R, S, D], in the places of this.
+
+        Text that several conversations share is taken from the first.
+        """
         if self.questions == 1:
             return x
         rows, size = self.text.shape

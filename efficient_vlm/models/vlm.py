@@ -113,7 +113,9 @@ class VisionLanguageModel(VisionLanguageFields):
             patches = repeat_rows(patches, layout.images, repeats)
             teach = (patches, self.instruction(inputs), attention, inputs.asked(), layout.images)
             stats["selector"] = self.reduce.imitation_loss(*teach)
-        return Output(self.language.logits(packed.packed_again(hidden)), stats)
+        if inputs is not packed:
+            hidden = packed.packed_again(hidden)
+        return Output(self.language.logits(hidden), stats)
 
     # --- stages ------------------------------------------------------------------------------
 

@@ -36,10 +36,12 @@ def attention_decode(
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
     live: jax.Array | None = None,
+    places: jax.Array | None = None,
+    after: jax.Array | None = None,
     importance: bool = False,
     implementation: str | None = None,
 ) -> AttentionResult:
-    """Each query sees the whole cache of its row, up to `lengths`.
+    """Each query sees the cache of its row up to `lengths`, or in a window the last part of that.
 
     Made for inference: gradients are those of plain XLA, with whole maps and gathered pages.
 
@@ -49,9 +51,11 @@ def attention_decode(
     cases those of a row are gathered first.
 
     Args:
-      q: [B, H, R, D], R new tokens of each row; all of them see the same keys.
+      q: [B, H, R, D], R new tokens of each row.
       k, v: as above; int8 with k_scale and v_scale, else in the dtype of q.
-      lengths: int32 [B], tokens of the cache, or of `kept`; more than there are count as all.
+      lengths: int32 [B], tokens of the cache, or of `kept`, that all R queries see; or [B, R],
+        those that each of them sees: new tokens that are in the cache already see each other
+        causally so. More than there are count as all.
       scale, softcap: see `attention`.
       key_bias: float [B, M] or [1, M], by place in the row.
       pages: int32 [B, T], or None.
@@ -59,6 +63,9 @@ def attention_decode(
         the K, for a cache from which tokens were evicted; None for all.
       k_scale, v_scale: float32, the shape of k and v without D: a token's key is k * k_scale.
       live: bool [B, M] or [1, M], by place in the row; keys that are seen; None for all.
+      places, after: float [B, M] or [1, M], by place in the row, and [B, R]: a query sees no key
+        whose `places` is not above its `after`, as in a window over tokens that stand elsewhere
+        than they lie; None for both without one.
       importance: whether to give the attention that each key receives: mean over heads, sum over
         the R queries (what eviction adds up), [B, M], or [B, K] with `kept`.
       implementation: "xla", "tpu" (whole pages of 128 tokens or more, no `kept`), or None for the
@@ -74,11 +81,12 @@ def attention_decode(
       UserError: shapes that do not fit, or an implementation that cannot serve this.
     """
     q, k, v, k_scale, v_scale = checks.arrays(q, k, v, k_scale, v_scale)
-    told = (lengths, pages, kept, key_bias, live)
-    lengths, pages, kept, key_bias, live = checks.arrays(*told)
+    told = (lengths, pages, kept, key_bias, live, places, after)
+    lengths, pages, kept, key_bias, live, places, after = checks.arrays(*told)
     checks.decode(q, k, v, lengths, pages, k_scale, v_scale)
     keys = k.shape[2] if pages is None else pages.shape[1] * k.shape[2]
-    checks.columns(len(q), keys, key_bias=key_bias, live=live, kept=kept)
+    checks.columns(len(q), keys, key_bias=key_bias, live=live, places=places, kept=kept)
+    checks.windows(q, places, after)
     softcap = checks.cap(softcap, "attention_decode")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scale = checks.number("scale", scale, "attention_decode")
@@ -102,7 +110,13 @@ def attention_decode(
     if pages is not None:
         # Places of a table behind the end of a row may hold anything.
         pages = jnp.clip(pages, 0, len(k) - 1)
-    args = alike(q, k, v, lengths, pages, columns, k_scale, v_scale)
+    limits = None
+    if lengths.ndim == 2:
+        limits, lengths = lengths, lengths.max(axis=1)
+    if after is not None:
+        places, after = (jnp.asarray(x, jnp.float32) for x in (places, after))
+        places = jnp.broadcast_to(places, (len(q), keys))
+    args = alike(q, k, v, lengths, pages, columns, k_scale, v_scale, limits, places, after)
     q, kept = args[0], alike(kept, q)[0]
     plain = functools.partial(_plain, kept=kept, importance=importance, **options)
     part = functools.partial(_kernel, **options)
@@ -125,8 +139,9 @@ def _kernel(*args, **options):
     return *decode(*args, **options), None
 
 
-def _plain(q, k, v, lengths, pages, columns, k_scale, v_scale, *, kept, importance, scale, softcap):
+def _plain(q, k, v, lengths, pages, columns, k_scale, v_scale, limits, places, after, **options):
     """The same in plain XLA; the pages of a row, or its kept tokens, are gathered."""
+    kept, importance, scale, softcap = map(options.get, ("kept", "importance", "scale", "softcap"))
     exact = columns.dtype
 
     def rows(x):
@@ -143,7 +158,9 @@ def _plain(q, k, v, lengths, pages, columns, k_scale, v_scale, *, kept, importan
 
     k, v, k_scale, v_scale = map(rows, (k, v, k_scale, v_scale))
     if kept is not None:
-        columns = jnp.take_along_axis(columns, kept, axis=1)
+        columns, places = (
+            None if x is None else jnp.take_along_axis(x, kept, axis=1) for x in (columns, places)
+        )
     batch, heads, queries, dim = q.shape
     kv_heads, keys = k.shape[1:3]
     # Queries that share keys are one matrix. The scales of a token multiply whole columns of
@@ -152,8 +169,12 @@ def _plain(q, k, v, lengths, pages, columns, k_scale, v_scale, *, kept, importan
     s = jnp.einsum("bhgd,bhmd->bhgm", packed, k.astype(exact), precision="highest") * scale
     s = s if k_scale is None else s * k_scale[:, :, None]
     s = s if softcap is None else softcap * jnp.tanh(s / softcap)
-    seen = (columns > 0.5 * NEGATIVE) & (jnp.arange(keys) < lengths[:, None])
-    seen = seen[:, None, None]
+    seen = (columns > 0.5 * NEGATIVE)[:, None]
+    seen &= jnp.arange(keys) < (lengths[:, None] if limits is None else limits)[..., None]
+    if after is not None:
+        seen &= places[:, None] > after[..., None]
+    # [B, 1, R, M], or 1 for all R; the queries of a head of keys are its heads' one by one.
+    seen = jnp.tile(seen, (1, heads // kv_heads if seen.shape[1] > 1 else 1, 1))[:, None]
     s = jnp.where(seen, s + columns[:, None, None], NEGATIVE)
     top = s.max(axis=-1, keepdims=True)
     p = jnp.where(seen, jnp.exp(s - top), 0)
@@ -162,7 +183,7 @@ def _plain(q, k, v, lengths, pages, columns, k_scale, v_scale, *, kept, importan
     p = p / jnp.where(some, total, 1)
     mixed = p if v_scale is None else jnp.where(seen, p * v_scale[:, :, None], 0)
     # What absent places hold may be anything.
-    values = jnp.where(jnp.moveaxis(seen, -1, -2), v.astype(exact), 0)
+    values = jnp.where(seen.any(axis=2)[..., None], v.astype(exact), 0)
     out = jnp.einsum("bhgm,bhmd->bhgd", mixed, values, precision="highest")
     lse = jnp.where(some, top + jnp.log(jnp.where(some, total, 1)), jnp.inf)[..., 0]
     shape = (batch, heads, queries)

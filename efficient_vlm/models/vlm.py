@@ -28,6 +28,7 @@ from efficient_vlm.models.image_inputs import (
 from efficient_vlm.models.prompt_layout import Placement
 from efficient_vlm.models.vlm_fields import VisionLanguageFields
 from efficient_vlm.nn.attention import PADDING_SEGMENT, SHARED_SEGMENT
+from efficient_vlm.nn.kv_cache import CONTIGUOUS, CacheOptions
 from efficient_vlm.nn.layers import logical
 from efficient_vlm.nn.patch_positions import patch_mask
 from efficient_vlm.sharding import constrain
@@ -242,6 +243,7 @@ class VisionLanguageModel(VisionLanguageFields):
         new_tokens: int,
         rng: jax.Array | None = None,
         placement: Placement | None = None,
+        cache_options: CacheOptions = CONTIGUOUS,
     ) -> tuple[jax.Array, KVCache, tuple[jax.Array, ...]]:
         """Reads prompts with visual tokens in front of the text, or where `placement` puts them.
 
@@ -253,13 +255,16 @@ class VisionLanguageModel(VisionLanguageFields):
           new_tokens: room to leave in the cache.
           rng: key for random compressors between segments.
           placement: see `prompt_layout.Placement`.
+          cache_options: see `kv_cache.CacheOptions`.
 
         Returns:
           float32 logits [R, vocab] behind the last prompt token; the cache; for each run of decoder
           layers at one length, where every slot is: int32 [R, N], -1 if no token holds it.
         """
         hidden, _, segments, sources = self._read(
-            visual, prompts, lengths, layout, rng, placement, cache_slots=new_tokens
+            *(visual, prompts, lengths, layout, rng, placement),
+            cache_slots=new_tokens,
+            cache_options=cache_options,
         )
         last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
         cache = KVCache(segments, lengths.astype(jnp.int32))
@@ -310,7 +315,7 @@ class VisionLanguageModel(VisionLanguageFields):
             source=none.astype(jnp.int32),
         )
 
-    def _read(self, visual, tokens, lengths, layout, rng, placement, cache_slots=None):
+    def _read(self, visual, tokens, lengths, layout, rng, placement, **cache):
         place = jnp.arange(tokens.shape[1])
         prompt = place < lengths[:, None]
         judges = prompt
@@ -331,8 +336,8 @@ class VisionLanguageModel(VisionLanguageFields):
             prompt=judges,
             position_policy=self._position_policy(),
             rng=rng,
-            cache_slots=cache_slots,
             placement=placement,
+            **cache,
         )
 
     def decode(self, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:

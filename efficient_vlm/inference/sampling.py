@@ -141,7 +141,7 @@ def draw(
     Raises:
       ValueError: no counts, step or seed where one is needed.
     """
-    logits = logits.astype(jnp.float32)
+    logits = jnp.asarray(logits, jnp.float32)
     if sampling.bias_ids is not None:
         logits = biased(logits, sampling.bias_ids, sampling.bias_values)
     if sampling.needs_history:
@@ -279,7 +279,7 @@ def log_probabilities(
       chosen float32 [B], ids int32 [B, count], values float32 [B, count], the likeliest first, of
       equal ones the lowest id; no more of them than V.
     """
-    values = jax.nn.log_softmax(cleaned(logits.astype(jnp.float32)), axis=-1)
+    values = jax.nn.log_softmax(cleaned(jnp.asarray(logits, jnp.float32)), axis=-1)
     chosen = jnp.take_along_axis(values, tokens[:, None], axis=-1)[:, 0]
     top, ids = jax.lax.top_k(values, min(count, values.shape[-1]))
     return chosen, ids.astype(jnp.int32), top

@@ -179,6 +179,9 @@ def test_bias_is_added_where_it_belongs():
     ids, values = np.asarray([[2, -1], [0, 1]]), f32([5, 7], [-INF, 1.5])
     out = module.biased(jnp.zeros((2, 3)), ids, values)
     np.testing.assert_array_equal(out, [[0, 0, 5], [-INF, 1.5, 0]])
+    options = [SamplingOptions(logit_bias={2: 1}), SamplingOptions(logit_bias={0: -INF, 1: -1})]
+    found = draw(np.zeros((2, 3), np.float32), Sampling.of(options, 3))  # NumPy, and no jit.
+    np.testing.assert_array_equal(found, [2, 2])
 
 
 def test_without_settings_it_is_argmax(rows):

@@ -31,7 +31,7 @@ LARGE_BATCH = (
     *("tome", "fastv", "pyramiddrop", "feather", "sparsevlm"),
 )
 PROTOCOL = """\
-Stages are the programs of `inference.generate`, compiled ahead and called on the same inputs in one
+Stages are the programs of `inference.stages`, compiled ahead and called on the same inputs in one
 process. Compilation and one warm-up call are not in the times; compile seconds stand apart. A
 round goes through all methods, in turn forward and backward, with `none` in front of every third
 and at the end; a speed-up is the mean of the two nearest `none` over the method, so that drift of

@@ -11,7 +11,7 @@ import numpy as np
 
 from efficient_vlm import compressors
 from efficient_vlm.costs.flops import Cost, model_cost
-from efficient_vlm.inference.generate import Programs, programs_of
+from efficient_vlm.inference.stages import Programs, programs_of
 from efficient_vlm.models.image_inputs import Layout
 from efficient_vlm.models.vlm import VisionLanguageModel
 

@@ -42,6 +42,58 @@ def _add_distributed(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    """How `generate` draws an answer, where the answer ends, and how the cache keeps it."""
+    parser.add_argument(
+        "--do-sample",
+        action="store_true",
+        default=None,
+        help="draw as the model's generation_config.json says, but for what is given here",
+    )
+    numbers = {
+        "temperature": "0 takes the likeliest token, 1 draws as trained (0)",
+        "top-k": "draw from the N most likely tokens; 0 for all (0)",
+        "top-p": "draw from the likeliest tokens that make up X together (1)",
+        "min-p": "draw from tokens at least X times as likely as the likeliest (0)",
+        "repetition-penalty": "above 1 repeats less (that of generation_config.json)",
+        "frequency-penalty": "less for each time that a token was generated (0)",
+        "presence-penalty": "less for tokens that were generated (0)",
+    }
+    for name, text in numbers.items():
+        kind, shown = (int, "N") if name == "top-k" else (float, "X")
+        parser.add_argument(f"--{name}", type=kind, metavar=shown, help=text)
+    parser.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="of drawn answers, each time another one unless given; of random compressors (0)",
+    )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="ends the answer and is no part of it; may be repeated",
+    )
+    parser.add_argument(
+        "--logit-bias",
+        action="append",
+        metavar="ID=X",
+        help="added to a token's logit: -100 all but bans it; may be repeated",
+    )
+    parser.add_argument(
+        "--logprobs", type=int, metavar="N", help="log-probabilities, with N alternatives a token"
+    )
+    parser.add_argument(
+        "--cache.kind", dest="cache_kind", metavar="KIND", help="contiguous or paged (contiguous)"
+    )
+    parser.add_argument(
+        "--cache.page", dest="cache_page", type=int, metavar="N", help="slots of a page (128)"
+    )
+    parser.add_argument(
+        "--cache.dtype", dest="cache_dtype", metavar="TYPE", help="int8 (the model's)"
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="efficient-vlm",
@@ -151,11 +203,8 @@ def _parser() -> argparse.ArgumentParser:
         help="method, such as visionzip; --compressor.OPTION=VALUE sets its options",
     )
     sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(64)")
-    sub.add_argument(
-        "--repetition-penalty", type=float, metavar="X", help="(that of generation_config.json)"
-    )
+    _add_sampling(sub)
     sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    sub.add_argument("--seed", type=int, default=0, metavar="N", help="of random compressors (0)")
     sub.add_argument("--points", metavar="FILE.png", help="draw the points of the answer (Molmo)")
     sub.add_argument("--json", action="store_true", help="print answer, times and tokens as JSON")
     sub = verb("import", "turn a Hugging Face checkpoint into one of ours")

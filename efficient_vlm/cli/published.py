@@ -1,6 +1,7 @@
 """The verbs import, export and generate of the command line."""
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -16,10 +17,11 @@ from efficient_vlm.cli import verify
 from efficient_vlm.cli.compress import read_methods
 from efficient_vlm.errors import UserError, first_line
 from efficient_vlm.families.architecture import build_model, read_config
-from efficient_vlm.families.generation_config import check_penalty
 from efficient_vlm.families.imported import import_model, read_carried
 from efficient_vlm.families.table import family_of
-from efficient_vlm.inference import pretrained
+from efficient_vlm.inference import answers, pretrained
+from efficient_vlm.inference.options import SamplingOptions
+from efficient_vlm.nn.kv_cache import CacheOptions
 from efficient_vlm.nn.stack import unstack
 
 
@@ -96,30 +98,71 @@ def generate(
         def stream(text: str) -> None:
             print(text, end="", flush=True)
 
+    asked, options = (args.do_sample, _sampling(args)), dict(cache=_cache(args))
     out = vlm.run(
         [args.question],
         [args.image or []],
         max_new_tokens=args.max_new_tokens,
         stream=stream,
-        rng=jax.random.key(args.seed),
-        repetition_penalty=args.repetition_penalty,
+        rng=jax.random.key(args.seed or 0),
+        do_sample=asked[0],
+        **asked[1],
+        **options,
     )
-    answer = vlm.answers(out)[0]
+    (answer,) = answers.answers(vlm.tokenizer, out, vlm.sampling_options(1, *asked))
     if args.json:
         print(json.dumps(_report(vlm, out, answer)))
     else:
         print()
+        for token in answer.logprobs or ():
+            print(_line(token))
     if args.points is not None:
-        _draw_points(vlm, pointing, answer, args)
+        _draw_points(vlm, pointing, answer.text, args)
     return 0
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of `SamplingOptions` that were given."""
+    names = [field.name for field in dataclasses.fields(SamplingOptions)]
+    given = {name: getattr(args, name, None) for name in names}
+    if args.logit_bias:
+        given["logit_bias"] = dict(map(read_bias, args.logit_bias))
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _cache(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of `CacheOptions` that were given."""
+    given = {name: getattr(args, f"cache_{name}") for name in ("kind", "page", "dtype")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def read_bias(text: str) -> tuple[int, float]:
+    """ID=NUMBER of the command line."""
+    token, _, value = text.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise UserError(
+            f"--logit-bias={text!r:.40}", allowed="ID=NUMBER, such as 17=-100; may be repeated"
+        ) from None
+
+
+def _line(token: answers.TokenLogprob) -> str:
+    """A token, its log-probability and the alternatives to it."""
+    top = "  ".join(f"{text!r} {value:.3f}" for _, text, value in token.top)
+    return f"{token.logprob:9.3f}  {token.text!r:<16} {top}".rstrip()
 
 
 def _check(args: argparse.Namespace) -> None:
     """What would fail only behind the answer."""
-    if args.repetition_penalty is not None:
-        check_penalty(args.repetition_penalty, "--repetition-penalty")
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed={args.seed}", allowed=f"0 to {2**63 - 1}")
+    given = _sampling(args)
+    for name, value in given.items():
+        try:
+            SamplingOptions(**{name: value})
+        except UserError as error:
+            error.args = (f"--{name.replace('_', '-')}{str(error)[len(name) :]}",)
+            raise
+    CacheOptions.of(_cache(args))
     if args.points is None:
         return
     if len(args.image or []) != 1:
@@ -143,17 +186,21 @@ def read_literal(option: str, text: str) -> int | bool:
     raise UserError(f"{option}: {text!r}", allowed="a whole number, true or false")
 
 
-def _report(vlm: pretrained.Pretrained, out: Any, answer: str) -> dict[str, Any]:
+def _report(vlm: pretrained.Pretrained, out: Any, answer: answers.Answer) -> dict[str, Any]:
     decode = out.seconds["decode"]
     seconds = {stage: out.seconds[stage] for stage in ("encode", "compress", "prefill")}
-    return {
-        "answer": answer,
+    report = {
+        "answer": answer.text,
+        "finish": answer.finish,
         "family": vlm.family.name,
         "compressor": dict(vlm.model.compressor),
         "visual_tokens": int(np.asarray(out.visual.mask).sum()),
         "kv_bytes": out.kv_bytes,
         "seconds": seconds | {"decode_step": float(np.median(decode)) if decode else None},
     }
+    if answer.logprobs is not None:
+        report["logprobs"] = [dataclasses.asdict(token) for token in answer.logprobs]
+    return report
 
 
 def _draw_points(vlm: pretrained.Pretrained, pointing: Any, answer: str, args: Any) -> None:

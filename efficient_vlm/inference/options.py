@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, check_fields
 from efficient_vlm.inference.stopping import stop_strings, stop_tokens
 
-__all__ = ["SamplingOptions", "columns"]
+__all__ = ["SamplingOptions", "columns", "one_each"]
 
 MAX_BIASES = 1024
 MAX_LOGPROBS = 20  # As OpenAI's and vLLM's.
@@ -115,6 +115,42 @@ def columns(options: Sequence[SamplingOptions], vocab_size: int) -> dict[str, np
         seeds = [secrets.randbits(32) if o.seed is None else o.seed for o in options]
         found["seed"] = np.asarray(seeds, np.uint32)
     return found | _biases(options)
+
+
+def one_each(count: int, given: Mapping[str, Any]) -> list[SamplingOptions]:
+    """The options of each of `count` requests.
+
+    Args:
+      count: of requests.
+      given: fields of `SamplingOptions`: each one value for all, or a list or tuple with one for
+        each. A list of strings as `stop`, or of ids as `stop_token_ids`, is for all; of lists, it
+        is for each.
+
+    Raises:
+      UserError: an unknown field, another number of values, or a value that is not allowed.
+    """
+    names = [field.name for field in dataclasses.fields(SamplingOptions)]
+    check_fields("sampling", given, names)
+    rows = [{} for _ in range(count)]
+    for name, value in given.items():
+        for row, own in zip(rows, _spread(name, value, count), strict=True):
+            row[name] = own
+    return [SamplingOptions(**row) for row in rows]
+
+
+def _spread(name: str, value: Any, count: int) -> Sequence[Any]:
+    lists = (list, tuple, np.ndarray)
+    several = isinstance(value, lists)
+    if several and name in ("stop", "stop_token_ids"):
+        several = any(one is None or isinstance(one, lists) for one in value)
+    if not several:
+        return [value] * count
+    if len(value) != count:
+        raise UserError(
+            f"{name}: {len(value)} values for {count} prompts",
+            allowed="one value for all, or a list with one for each prompt",
+        )
+    return list(value)
 
 
 def _biases(options: Sequence[SamplingOptions]) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from efficient_vlm import sharding
 from efficient_vlm.errors import UserError
 from efficient_vlm.families.architecture import boxed_parameters
-from efficient_vlm.inference import generate as stages
+from efficient_vlm.inference import stages
 from efficient_vlm.models.cache import cache_shardings
 from efficient_vlm.models.image_inputs import ImageExtras
 from efficient_vlm.models.vlm import VisionLanguageModel
@@ -136,12 +136,12 @@ def _serve(work: Work, mesh: Mesh) -> Iterator[Program]:
     fixed = (model, layout)
     compress, visual = run("compress", fixed, params, visual, signals, *question)
     fixed = (chosen.prefill, layout, work.new)
-    prefill, (token, cache, _) = run("prefill", fixed, params, visual, *question, None)
+    prefill, (first, cache, _) = run("prefill", fixed, params, visual, *question, None)
     if work.task == "prefill":
         yield from (encode, compress, prefill)
         return
     cache = _placed(cache, cache_shardings(cache, mesh))
-    yield run("decode", (chosen.decode,), params, token, cache)[0]
+    yield run("decode", (chosen.decode,), params, first.tokens, cache)[0]
 
 
 def _pictures(work: Work, mesh: Mesh) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from compressors_model import QUICK, Geometry, Method
 from compressors_run import DECODE_STEPS, Run
 from compressors_table import targets, write_table
 
-from efficient_vlm.cli import run as commands
+from efficient_vlm import runtime
+from efficient_vlm.compressors.imports import import_methods
 from efficient_vlm.compressors.methods import METHODS, find
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,18 +33,18 @@ LARGE_BATCH = (
 )
 PROTOCOL = """\
 Stages are the programs of `inference.stages`, compiled ahead and called on the same inputs in one
-process. Compilation and one warm-up call are not in the times; compile seconds stand apart. A
-round goes through all methods, in turn forward and backward, with `none` in front of every third
-and at the end; a speed-up is the mean of the two nearest `none` over the method, so that drift of
-the machine hits both, and the median over the rounds is reported, like that of the milliseconds.
-Calls shorter than 20 ms are repeated inside a sample. Methods that share a program (prefill of 64
-re-indexed tokens, an encoder that is asked for nothing) share its measurement. Each call ends in
+process. Times exclude compilation and one warm-up call; compile seconds are reported separately. A
+round goes through all methods, alternately forward and backward, with `none` before every third one
+and at the end. A speed-up is the mean of the two nearest `none` over the method, so that drift of
+the machine affects both; it is the median over the rounds, like the milliseconds. Calls shorter
+than 20 ms are repeated inside a sample. Methods that share a program (prefill of 64 re-indexed
+tokens, an encoder without requested signals) share its measurement. Each call ends in
 `block_until_ready`. "decode" is one token for every row, mean of DECODE_STEPS steps.
-"scoring" is what a method computes beside the model, called alone: the rows or means of attention
-that it asks of the encoder, and its module (score, select, fold); inside the decoder the one-cut
-modules at the shape of each cut, and, for PyramidDrop, keys and query of the next layer. Predicted
-speed-ups are ratios of FLOPs of `costs.flops`: decoder and head for prefill, with the cuts inside
-the decoder; all stages for the first token."""
+"scoring" is what a method computes in addition to the model, called alone: the rows or means of
+attention that it requests from the encoder, and its module (score, select, fold); inside the
+decoder the one-cut modules at the shape of each cut, and, for PyramidDrop, keys and query of the
+next layer. Predicted speed-ups are ratios of FLOPs of `costs.flops`: decoder and head for prefill,
+with the cuts inside the decoder; all stages for the first token."""
 
 
 def rows_of(run: Run) -> list[dict[str, Any]]:
@@ -100,7 +101,7 @@ def prefill_flops(method: Method, none: Method) -> int:
     """FLOPs of the prefill program: decoder, head, and the cuts that happen inside it."""
     flops = method.cost.flops
     total = flops["decoder"] + flops["head"]
-    if method.module.where == "decoder":
+    if method.module.in_decoder:
         total += flops["compressor"] - none.cost.flops["compressor"]  # Both project all patches.
     return total
 
@@ -112,7 +113,7 @@ def environment() -> dict[str, Any]:
     )
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        **commands.environment(),
+        **runtime.environment(),
         "processor": names[0] if names else "unknown",
         "load_average_at_start": round(os.getloadavg()[0], 2),
     }
@@ -123,17 +124,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", default="1,8", help="batch sizes (1,8)")
     parser.add_argument("--methods", help="names, default: all (batch 1), one of each kind (8)")
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="FILE.py",
+        help="file that registers methods of your own",
+    )
     parser.add_argument("--rounds", type=int, help="default 5 at batch 1, 3 above")
     parser.add_argument("--encoder-layers", type=int, help="of CLIP-L's 23 (4)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: a test, not a benchmark")
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--table", type=Path, help="Markdown file")
     args = parser.parse_args()
+    import_methods(args.imports)
     geometry = QUICK if args.quick else Geometry()
     if args.encoder_layers:
         geometry = dataclasses.replace(geometry, encoder_layers=args.encoder_layers)
     out, table = args.out, args.table
-    if not args.quick and not args.methods:  # Parts of a run do not overwrite the whole.
+    whole = not (args.quick or args.methods or args.imports)
+    if whole:  # Parts of a run do not overwrite it.
         out = out or ROOT / "benchmarks/results/compressors_cpu.json"
         table = table or ROOT / "docs/benchmark_compressors.md"
     facts, start, rows, known, rounds = environment(), time.perf_counter(), [], None, {}

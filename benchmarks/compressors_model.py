@@ -4,7 +4,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +11,8 @@ import numpy as np
 from efficient_vlm import compressors
 from efficient_vlm.costs.flops import Cost, model_cost
 from efficient_vlm.inference.stages import Programs, programs_of
-from efficient_vlm.models.image_inputs import Layout
+from efficient_vlm.models.init import abstract_parameters
+from efficient_vlm.models.inputs import Layout, ModelInputs, Pictures
 from efficient_vlm.models.vlm import VisionLanguageModel
 
 
@@ -134,14 +134,11 @@ class Method:
         return self.model.make_compressor()
 
 
-def parameters(model: VisionLanguageModel, batch: dict[str, Any], known: Any = None) -> Any:
+def parameters(model: VisionLanguageModel, known: Any = None) -> Any:
     """Parameters of a model, the arrays of `known` where it has them.
 
     The others are random: gains of norms 1, the rest of variance 1 / width.
     """
-    inputs = (batch["images"], batch["image_mask"], batch["prompts"])
-    start = functools.partial(model.init, rng=jax.random.key(1))
-    shapes = jax.eval_shape(start, jax.random.key(0), *inputs, *2 * [batch["lengths"]])
     there = {} if known is None else dict(jax.tree_util.tree_flatten_with_path(known)[0])
     rng, deviation = np.random.default_rng(0), model.decoder["width"] ** -0.5
 
@@ -152,16 +149,15 @@ def parameters(model: VisionLanguageModel, batch: dict[str, Any], known: Any = N
             return jnp.ones(leaf.shape, leaf.dtype)
         return jnp.asarray(deviation * rng.standard_normal(leaf.shape, np.float32), leaf.dtype)
 
-    return jax.tree_util.tree_map_with_path(fill, nn.unbox(shapes)["params"])
+    return jax.tree_util.tree_map_with_path(fill, abstract_parameters(model))
 
 
-def make_batch(geometry: Geometry, batch: int) -> dict[str, Any]:
+def make_inputs(geometry: Geometry, batch: int) -> ModelInputs:
     """Random pictures, one question of `text` tokens for each."""
     rng = np.random.default_rng(0)
     pixels = geometry.side * geometry.patch
-    return dict(
-        images=jnp.asarray(rng.integers(0, 256, (batch, 1, pixels, pixels, 3)), jnp.uint8),
-        image_mask=jnp.ones((batch, 1), bool),
-        prompts=jnp.asarray(rng.integers(0, geometry.vocab, (batch, 1, geometry.text)), jnp.int32),
-        lengths=jnp.full((batch, 1), geometry.text, jnp.int32),
-    )
+    images = rng.integers(0, 256, (batch, 1, pixels, pixels, 3)).astype(np.uint8)
+    prompts = rng.integers(0, geometry.vocab, (batch, geometry.text))
+    pictures = Pictures(images, np.ones((batch, 1), bool))
+    lengths = np.full(batch, geometry.text)
+    return jax.tree.map(jnp.asarray, ModelInputs.of_rows(prompts, lengths, pictures=pictures))

@@ -11,14 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from compressors_model import Method, make_batch, parameters
+from compressors_model import Method, make_inputs, parameters
 from compressors_timing import Program, Timing, compiled, interleave
 
 from efficient_vlm import compressors
 from efficient_vlm.compressors import DecoderState, Signals, VisualTokens
 from efficient_vlm.inference import stages
 from efficient_vlm.kernels.attention import attention
-from efficient_vlm.models.image_inputs import NO_EXTRAS
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.nn.intermediates import INTERMEDIATES
 from efficient_vlm.nn.stack import layer_of, unstack
@@ -54,9 +53,10 @@ class Run:
             for name in dict.fromkeys(("none", *names))
         ]
         self.none = self.methods[0]
-        self.batch = make_batch(geometry, batch_size)
-        self.layout = self.none.model.layout(self.batch["images"])
-        self.known = parameters(self.none.model, self.batch) if known is None else known
+        inputs = make_inputs(geometry, batch_size)
+        self.pictures, self.text = inputs.pictures, inputs.replace(pictures=None)
+        self.layout = self.none.model.layout(self.pictures)
+        self.known = parameters(self.none.model) if known is None else known
         self.found, self.rng = Measured(), jax.random.key(0)
         self.encoded, self.visual = {}, {}
 
@@ -65,7 +65,7 @@ class Run:
 
     def params(self, model: VisionLanguageModel) -> Any:
         """The common weights, and random ones for what the method has of its own; layers split."""
-        return unstack(parameters(model, self.batch, self.known))
+        return unstack(parameters(model, self.known))
 
     def measure(self) -> Measured:
         for phase in (self.encode, self.compress, self.signals, self.prefill_and_decode, self.cuts):
@@ -80,15 +80,15 @@ class Run:
         for method in self.methods:
             key_of[method.name] = key = method.programs.encode
             if key not in programs:
-                given = (self.params(key[0]), self.batch["images"], self.batch["image_mask"])
-                programs[key], _ = compiled(stages.encode_stage, key, *given, NO_EXTRAS)
+                given = (self.params(key[0]), self.pictures)
+                programs[key], _ = compiled(stages.encode_stage, key, *given)
                 self.encoded[key] = jax.block_until_ready(programs[key].run())
         timing = interleave(programs, self.none.programs.encode, self.rounds)
         self.found.take("encode", timing, programs, key_of)
 
     def compress(self) -> None:
         """In groups, so that not all trained projectors are in memory at once."""
-        prompts = (self.batch["prompts"], self.batch["lengths"], self.rng)
+        prompts = (self.text, self.rng)
         timing, seconds = {}, {}
         for start in range(0, len(self.methods), 6):
             group = dict.fromkeys(["none"])
@@ -104,7 +104,7 @@ class Run:
                 programs[name], _ = compiled(stages.compress_stage, static, *given)
                 self.visual[name] = jax.block_until_ready(programs[name].run())
                 seconds[name] = programs[name].compile_s
-                if method.module.where == "between" and name != "none":
+                if method.module.between and name != "none":
                     modules[name] = self._module(method, params.get("reduce", {}), tokens, signals)
             timing |= interleave(programs, "none", self.rounds)
             self._alone(modules)
@@ -156,14 +156,14 @@ class Run:
 
     def prefill_and_decode(self) -> None:
         programs, decoders, key_of = {}, {}, {}
-        prompts = (self.batch["prompts"], self.batch["lengths"], self.rng)
+        prompts = (self.text, self.rng)
         kept, params = {}, unstack(self.known)
         for method in self.methods:
             model, visual = method.programs.prefill, self.visual[method.name]
             key_of[method.name] = key = (model, visual.embed.shape, visual.bias is None)
             if key not in programs:
                 static = (model, self.layout, self.new_tokens)
-                given = (params, visual, *prompts, None)
+                given = (params, visual, *prompts)
                 programs[key], _ = compiled(stages.prefill_stage, static, *given)
                 first, cache, _ = jax.block_until_ready(programs[key].run())
                 later = method.programs.decode
@@ -194,7 +194,7 @@ class Run:
     def cuts(self) -> None:
         """One-cut modules of the methods inside the decoder, at the shapes of their cuts."""
         for method in self.methods:
-            if method.module.where == "decoder":
+            if method.module.in_decoder:
                 for program in self._cut_programs(method):
                     self._alone({method.name: program})
 

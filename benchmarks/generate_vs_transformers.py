@@ -27,13 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import efficient_vlm as evlm
-from efficient_vlm.cli.run import enable_compilation_cache
 from efficient_vlm.costs.flops import model_cost
 from efficient_vlm.errors import UserError
 from efficient_vlm.families import published
 from efficient_vlm.inference.generate import generate
-from efficient_vlm.nn.layers import product
+from efficient_vlm.nn.linear import product
 from efficient_vlm.processing.pictures.base import Pictured
+from efficient_vlm.runtime import enable_compilation_cache
 
 TILES, TEXT, THREADS = 5, 64, 2
 METHODS = (dict(name="divprune", budget=16), dict(name="fastv", layer=1, keep=0.25))
@@ -100,18 +100,7 @@ def answer(vlm, pixels, ids, new_tokens: int):
     full = np.full((len(pixels), 2), 32)
     picture = Pictured(pixels, full, "", full // 4, np.zeros((len(pixels), 4), np.float32))
     request = vlm.place([ids], [[picture]])
-    return generate(
-        request.model,
-        vlm.fused,
-        request.images,
-        request.image_mask,
-        request.tokens[:, None],
-        request.lengths[:, None],
-        new_tokens=new_tokens,
-        eos_id=-1,
-        placement=request.placement,
-        extras=request.extras,
-    )
+    return generate(request.model, vlm.fused, request.inputs, new_tokens=new_tokens, eos_id=-1)
 
 
 def readers(vlm):

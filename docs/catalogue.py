@@ -4,14 +4,10 @@ python docs/catalogue.py
 """
 
 import dataclasses
-import inspect
-import re
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-
-from efficient_vlm.compressors import Signals, VisualTokens
+from efficient_vlm.cli.docstrings import summary
+from efficient_vlm.cli.list_methods import is_trained, sources
 from efficient_vlm.compressors.methods import METHODS, build, options, reachable
 
 PAGE = Path(__file__).with_name("compressors.md")
@@ -19,9 +15,6 @@ BASELINES = ("none", "random", "stride", "pool", "downsample")
 OWN = ("text_topk", "resampler")
 # Modules of baselines, pools and selectors, which are trained with.
 SIMPLE = (".pooling", ".selectors")
-# Where a method comes from, in its docstring: a paper, or the model that it was published with.
-SOURCE = re.compile(r"arXiv:? ?(\d{4}\.\d{4,5})(?:v\d)?")
-MODELS = ("Gemma 4", "MiniCPM-V 4.6", "SmolVLM")
 
 HEAD = """# Compressors
 
@@ -60,7 +53,7 @@ def families():
     for name, method in METHODS.items():
         if name in BASELINES:
             group = "Baselines"
-        elif method.where != "between":
+        elif not method.between:
             group = f"Inside the {method.where}"
         elif ".between." in method.__module__ and not method.__module__.endswith(SIMPLE):
             group = "Between encoder and decoder, training-free"
@@ -68,24 +61,6 @@ def families():
             group = "Projectors, pools and selectors to train with"
         groups[group].append(name)
     return groups
-
-
-def docstring(name: str) -> str:
-    """The class docstring of a method."""
-    return inspect.getdoc(METHODS[name]) or ""
-
-
-def sources(name: str) -> list[str]:
-    """arXiv numbers in a docstring, or the models it names, in order."""
-    text = " ".join(docstring(name).split())
-    return list(dict.fromkeys(SOURCE.findall(text))) or [m for m in MODELS if m in text]
-
-
-def summary(name: str) -> str:
-    """The first sentence of the docstring without the name in front."""
-    first = " ".join(docstring(name).split("\n\n")[0].split())
-    first = re.sub(r"^(`\w+`|[\w+]+)( \([^)]*\))?: ", "", first)
-    return re.split(r"(?<=[.])\s", first)[0].rstrip(".").replace("|", "\\|")
 
 
 def defaults(name: str) -> str:
@@ -99,29 +74,17 @@ def _plain(value) -> str:
     return value if isinstance(value, str) else repr(value)
 
 
-def trained(name: str) -> bool:
-    """Whether a method has parameters, from the shapes of its initialiser."""
-    if METHODS[name].where == "decoder":
-        return False
-    grid, width = (4, 4), 64
-    tokens = VisualTokens.from_grid(jnp.zeros((1, 16, width)), grid)
-    row = jnp.zeros((1, 16))
-    signals = Signals(row, row, jnp.zeros((1, 16, 2, 4)), jnp.zeros((1, width)), tokens.embed)
-    module = build(name, budget=reachable(name, grid)[-1], grid=grid)
-    return bool(jax.tree.leaves(jax.eval_shape(module.init, jax.random.key(0), tokens, signals)))
-
-
 def row(name: str) -> str:
     """One line of the table."""
     method = METHODS[name]
     needs = [NEEDS[need] for need in sorted(method.needs)]
     links = [f"[{s}](https://arxiv.org/abs/{s})" if s[0].isdigit() else s for s in sources(name)]
-    budget = None if method.where == "decoder" else reachable(name, (4, 4))[-1]
+    budget = None if method.in_decoder else reachable(name, (4, 4))[-1]
     cells = [
         f"`{name}`",
-        summary(name),
+        summary(method).replace("|", "\\|"),
         ", ".join(links) or ("own" if name in OWN else "baseline"),
-        "yes" if trained(name) else "–",
+        "yes" if is_trained(name) else "–",
         (", ".join(needs) + (", per question" if method.text_guided else "")) or "–",
         defaults(name),
         build(name, budget=budget).position_policy or "decoder's",

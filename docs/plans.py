@@ -10,14 +10,15 @@ import itertools
 import json
 from pathlib import Path
 
-from efficient_vlm.cli import audit as command
 from efficient_vlm.cli.audit_aot import make_work
+from efficient_vlm.cli.methods import make_entry, read_methods
 from efficient_vlm.cli.subject import read_subject
 from efficient_vlm.costs.compiled.chips import chip_of, devices_of, has_compiler
 from efficient_vlm.costs.compiled.compiled import compile_plan
 from efficient_vlm.costs.compiled.options import parse_mesh
 from efficient_vlm.costs.match import Target
 from efficient_vlm.errors import UserError
+from efficient_vlm.families import presets
 from efficient_vlm.files import write_atomic
 
 HERE = Path(__file__).parent
@@ -63,11 +64,10 @@ def shape(name: str, machine: str, task: str, devices: int) -> tuple[str, int]:
 
 def compiled(name: str, machine: str, task: str, share: int) -> dict:
     """The row of one plan."""
-    given = argparse.Namespace(preset=name, config=None, text=None, new=NEW, images=None)
-    subject = read_subject(given, [])
-    chosen = command.read_methods(subject, ["none" if share == 1 else "pool"], [])[0]
+    subject = read_subject(preset=name, new=NEW)
+    chosen = read_methods(subject, ["none" if share == 1 else "pool"], [])[0]
     target = None if share == 1 else Target("mean_processed", subject.baseline.entering / share)
-    ledger = command.make_entry(subject, chosen, target).ledger
+    ledger = make_entry(subject, chosen, target).ledger
     topology = TOPOLOGIES[machine]
     mesh, batch = shape(name, machine, task, len(devices_of(topology)))
     work = make_work(subject, ledger.compressor, task, batch)
@@ -83,6 +83,18 @@ def key(row: dict) -> tuple:
     return row["model"], row["machine"], row["task"], row["share"]
 
 
+def command(row: dict) -> str:
+    """What makes a row by itself: the method's budget is of each image, or of all that it pools."""
+    words = [f"--preset={row['model']}", f"--task={row['task']}"]
+    words += [f"--topology={TOPOLOGIES[row['machine']]}", f"--mesh={row['mesh_text']}"]
+    words += [f"--batch={row['batch']}"]
+    if row["share"] > 1:
+        preset = presets.get(row["model"])
+        images = 1 if preset["pooled"] else preset["images"]
+        words += ["--compressor=pool", f"--compressor.budget={row['tokens'] // images}"]
+    return " ".join(["efficient-vlm audit aot", *words])
+
+
 def render(rows: list[dict]) -> str:
     """docs/plans.md."""
     known = {key(row): row for row in rows}
@@ -91,10 +103,12 @@ def render(rows: list[dict]) -> str:
         "# Plans for pods",
         "",
         "What published models need on TPUs and GPUs, and what fewer visual tokens buy: every line "
-        "is a program of ours, compiled by the chip's own compiler on a host without one "
-        "(`python docs/plans.py`; one plan: `efficient-vlm audit aot`). **Memory is the "
-        "compiler's. Times are estimates: bounds at the published speed of the chip, nothing was "
-        "run on either.** All numbers are of one device.",
+        "is a program of ours, compiled by the chip's own compiler on a host without one. **Memory "
+        "is the compiler's. Times are estimates: bounds at the published speed of the chip, "
+        "nothing was run on either.** All numbers are of one device. `python docs/plans.py` makes "
+        "the page; each row ends with the command that makes it alone. Inference has two programs "
+        "of each row: the command is that of the first token; with `--task=decode` it is that of "
+        "a further one.",
         "",
         f"Tokens are averaged down (`pool`) to 1/4 and 1/9 of those of the preset's picture; "
         f"{NEW} tokens of answer. Inference: {SERVED} pictures for each group of devices that "
@@ -153,11 +167,13 @@ def _table(title: str, columns: tuple[str, ...], rows: list[tuple[dict, list[str
     if not rows:
         return []
     columns = (*FACTS, *columns)
-    lines = ["", title, "", f"| {' | '.join(columns)} |", "|---|---|" + "--:|" * (len(columns) - 2)]
+    rule = "|---|---|" + "--:|" * (len(columns) - 2) + "---|"
+    lines = ["", title, "", f"| {' | '.join([*columns, 'command'])} |", rule]
     for row, cells in rows:
         facts = [row["machine"], f"`{row['mesh_text']}`", str(row["batch"]), f"{row['tokens']:,}"]
         cells = [*facts, *([row["error"]] if "error" in row else cells)]
-        lines.append(f"| {' | '.join(cells + [''] * (len(columns) - len(cells)))} |")
+        cells += [""] * (len(columns) - len(cells))
+        lines.append(f"| {' | '.join([*cells, f'`{command(row)}`'])} |")
     return lines
 
 

@@ -38,10 +38,10 @@ def byte_bar(total: int, label: str) -> Iterator[Callable[[int], None]]:
 
 
 def progress(items: Iterable[T], size: Callable[[T], int], total: int, label: str) -> Iterator[T]:
-    """Yields `items` and moves the bar by `size(item)` bytes once each has been dealt with.
+    """Yields `items` and advances the bar by `size(item)` bytes after each.
 
     Args:
-      items: what to go through.
+      items: what to iterate over.
       size: bytes of one item.
       total: bytes of all items.
       label: what is being done, e.g. "reading".

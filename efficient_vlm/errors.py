@@ -1,15 +1,14 @@
-"""The one exception for a user's mistake, and the "did you mean" behind it."""
+"""The one exception for a user's mistake, and its "did you mean"."""
 
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; the command line prints it and exits with code 2.
+    """A mistake that the user can correct; the command line prints it and exits with code 2.
 
     The message has at most three lines: what is wrong (field and value), what is allowed, how to
-    mend it.
+    fix it.
 
     Args:
       problem: one line naming the field and the value.
@@ -23,7 +22,7 @@ class UserError(Exception):
             lines.append(f"  allowed: {allowed}")
         if fix:
             lines.append(f"  fix: {fix}")
-        # A value can hold line breaks; the promise of three lines cannot.
+        # A value may contain line breaks, which would break the promise of three lines.
         super().__init__("\n".join(" ".join(line.splitlines()) for line in lines))
 
 
@@ -33,25 +32,18 @@ def closest(name: str, options: Iterable[str]) -> str | None:
     return matches[0] if matches else None
 
 
-def unknown(field: str, value: str, options: Iterable[str]) -> UserError:
-    """The error for a name outside a known set, with the nearest name as the fix."""
+def unknown(field: str, value: str, options: Iterable[str], *, hint: str = "") -> UserError:
+    """The error for a name outside a known set, with the nearest name as the fix, and a hint."""
     options = sorted(options)
     guess = closest(value, options)
+    fix = f"did you mean {guess!r}?" if guess else f"choose one of the names above for {field}"
     return UserError(
         f"{field}: unknown name {value!r}",
         allowed=", ".join(options),
-        fix=f"did you mean {guess!r}?" if guess else f"choose one of the names above for {field}",
+        fix=f"{fix} ({hint})" if hint else fix,
     )
 
 
-def check_fields(field: str, given: Mapping[str, Any], allowed: Iterable[str]) -> None:
-    """Raises UserError if `given` has a key outside `allowed`."""
-    allowed = list(allowed)
-    for key in given:
-        if key not in allowed:
-            raise unknown(field, key, allowed)
-
-
 def first_line(error: BaseException) -> str:
-    """What an error says, in one short line."""
+    """The first line of an error's message (or its type), at most 200 characters."""
     return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -1,9 +1,9 @@
 """Files that survive a crash, and manifests that prove they are the files that were written.
 
-Orbax restores a flipped bit without a word, so every checkpoint folder carries a list of its files
-with their sizes and SHA-256 digests. The list itself is *sealed*: it contains the digest of its own
-content and is accepted only byte for byte, so that no single changed byte anywhere goes unseen.
-Nothing here imports JAX.
+Orbax restores a flipped bit silently, so every checkpoint folder has a list of its files with their
+sizes and SHA-256 digests. The list itself is *sealed*: it contains the digest of its own content
+and is accepted only byte for byte, so that a single changed byte anywhere is detected. Nothing here
+imports JAX.
 """
 
 import hashlib
@@ -17,11 +17,11 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 INDEX = "index.json"
-_MUCH = 1 << 23  # bytes, from which threads are quicker than one
+_THREADED_BYTES = 1 << 23  # from this size on several threads are faster than one
 
 
 class Damaged(Exception):
-    """A file or folder that is not what was written; the text names the file and the reason."""
+    """A file or folder that differs from what was written; the text names file and reason."""
 
 
 def fsync_directory(path: str | os.PathLike[str]) -> None:
@@ -42,7 +42,7 @@ def write_durable(path: Path, data: bytes) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replaces `path` so that a reader, or a crash, sees the old or the new bytes."""
+    """Replaces `path` atomically: readers see the old or the new bytes, also after a crash."""
     # The thread id keeps two threads of one process from sharing a temporary name.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
@@ -99,7 +99,7 @@ def list_files(folder: Path) -> list[str]:
 
 
 def _map_files(function: Callable[[Any], Any], names: Sequence[Any]) -> list[Any]:
-    # hashlib and fsync both release the interpreter lock, so threads help with much to do.
+    # hashlib and fsync release the interpreter lock, so threads run in parallel.
     with ThreadPoolExecutor(max_workers=4, thread_name_prefix="manifest") as pool:
         return list(pool.map(function, names))
 
@@ -127,8 +127,8 @@ def write_manifest(folder: Path, step: int) -> tuple[str, int]:
     """
     names = list_files(folder)
     paths = [folder / name for name in names]
-    much = sum(path.stat().st_size for path in paths) >= _MUCH
-    entries = list(_map_files(file_digest, paths) if much else map(file_digest, paths))
+    threaded = sum(path.stat().st_size for path in paths) >= _THREADED_BYTES
+    entries = list(_map_files(file_digest, paths) if threaded else map(file_digest, paths))
     files = {
         name: {"size": size, "sha256": digest}
         for name, (size, digest) in zip(names, entries, strict=True)
@@ -151,7 +151,7 @@ def verify(folder: Path, step: int, manifest_sha256: str | None = None) -> dict[
       The manifest's content.
 
     Raises:
-      Damaged: names the first file that is missing, extra, of another size or of another content.
+      Damaged: names the first file that is missing, extra, or of another size or content.
     """
     if not folder.is_dir():
         raise Damaged("the folder is missing")
@@ -164,10 +164,10 @@ def verify(folder: Path, step: int, manifest_sha256: str | None = None) -> dict[
         raise Damaged(f"{MANIFEST}: not the manifest that was committed")
     if content.get("step") != step:
         raise Damaged(f"{MANIFEST}: belongs to step {content.get('step')}")
-    expected, found = content["files"], set(list_files(folder)) - {MANIFEST}
-    for name in sorted(expected.keys() - found):
+    expected, present = content["files"], set(list_files(folder)) - {MANIFEST}
+    for name in sorted(expected.keys() - present):
         raise Damaged(f"{name}: missing")
-    for name in sorted(found - expected.keys()):
+    for name in sorted(present - expected.keys()):
         raise Damaged(f"{name}: not part of the checkpoint")
 
     def check(name: str) -> str | None:

@@ -1,7 +1,7 @@
-"""Meshes of devices, and where each array lies on one: one table of rules for logical axes.
+"""Meshes of devices, and how arrays are sharded over them: one table of rules for logical axes.
 
-Every parameter names its axes ("embed", "heads", ...), the rules say over which axes of the mesh an
-axis is cut, and `jax.jit` (the pjit of old) does the rest. What does not divide is not cut, and the
+Every parameter names its axes ("embed", "heads", ...), the rules map each of them to axes of the
+mesh, and `jax.jit` does the rest. An axis whose size the mesh does not divide is not sharded; the
 table of `efficient-vlm audit sharding` shows it.
 """
 
@@ -18,6 +18,7 @@ from flax import linen as nn
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from efficient_vlm import checks
 from efficient_vlm.errors import UserError
 
 __all__ = [
@@ -45,11 +46,11 @@ __all__ = [
 ]
 
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
-# Axes of the mesh over which the rows of a batch are cut: all but those that cut a layer.
+# Axes of the mesh over which the rows of a batch are sharded: all but those that shard a layer.
 BATCH = ("data", "fsdp", "expert")
 # Logical axes of the keys and values of one layer in the cache: rows, heads, slots, head dim.
 CACHE_AXES = ("batch", "kv_heads", None, None)
-# Logical axis -> axes of the mesh, tried in order; what is not named is on every device.
+# Logical axis -> axes of the mesh it is sharded over; axes without a rule are replicated.
 RULES: dict[str, tuple[str, ...]] = {
     "embed": ("fsdp",),
     "vocab": ("tensor",),
@@ -67,17 +68,16 @@ RULES: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices share what.
+    """Number of devices along each axis of the mesh.
 
     Attributes:
-      data: copies of the model, each with rows of its own; -1 for all devices that are left.
-      fsdp: devices over which parameters and optimizer state are cut, and rows as well (ZeRO-3,
-        arXiv 1910.02054).
-      expert: devices over which experts are cut, and rows as well.
-      sequence: devices over which the tokens of a row are cut, but for attention, which cuts heads
-        in their place (arXiv 2309.14509); for long visual inputs.
-      tensor: devices over which the width of each layer is cut (arXiv 1909.08053).
-      zero: whether moments of the optimizer are cut over `data`, too (ZeRO-1).
+      data: copies of the model, each with its own rows; -1 for all devices that are left.
+      fsdp: devices that share parameters, optimizer state and rows (ZeRO-3, arXiv 1910.02054).
+      expert: devices that share experts and rows.
+      sequence: devices that share the tokens of a row; attention shares its heads instead (arXiv
+        2309.14509). For long visual inputs.
+      tensor: devices that share the width of each layer (arXiv 1909.08053).
+      zero: whether the optimizer's moments are sharded over `data` as well (ZeRO-1).
     """
 
     data: int = -1
@@ -91,12 +91,14 @@ class MeshConfig:
         """Axis -> devices along it.
 
         Raises:
-          UserError: sizes that are no numbers of devices, or do not give `devices`.
+          UserError: a size below 1, or sizes whose product is not `devices`.
         """
         sizes = {name: getattr(self, name) for name in AXES}
         for name, size in sizes.items():
-            if size < 1 and not (name == "data" and size == -1):
-                raise UserError(f"train.mesh.{name}: {size}", allowed="1 or more; data also -1")
+            if name == "data" and size == -1:
+                continue
+            fix = "-1 takes the devices that are left" if name == "data" else None
+            checks.whole(f"train.mesh.{name}", size, fix=fix)
         rest = math.prod(size for size in sizes.values() if size > 0)
         if sizes["data"] == -1:
             sizes["data"] = max(devices // rest, 1)
@@ -104,24 +106,24 @@ class MeshConfig:
             text = " x ".join(f"{name} {size}" for name, size in sizes.items())
             raise UserError(
                 f"train.mesh: {text} = {product} devices, there are {devices}",
-                fix="sizes whose product that is; train.mesh.data=-1 takes the rest",
+                fix=f"choose sizes with product {devices}; train.mesh.data=-1 takes the rest",
             )
         return sizes
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh; devices that are near each other along `tensor`, the last axis.
+    """The mesh; devices along `tensor`, the last axis, are nearest to each other.
 
     Args:
       config: sizes of the axes.
-      devices: all of this job's, unless given.
+      devices: of the mesh; None for all devices of this job.
 
     Raises:
       UserError: see `MeshConfig.sizes`.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = config.sizes(len(devices))
-    # An axis may be part of one of the torus: 64 x 4 on 16 x 16 chips.
+    # A mesh axis may split a physical axis of the torus: 64 x 4 on 16 x 16 chips.
     placed = mesh_utils.create_device_mesh(
         tuple(sizes.values()), devices, allow_split_physical_axes=True
     )
@@ -130,9 +132,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 @contextlib.contextmanager
 def active(mesh: Mesh | None) -> Iterator[None]:
-    """What is traced inside is for this mesh: constraints of activations, kernels of parts.
+    """Code traced inside is for this mesh: activations are constrained, kernels run on parts.
 
-    None is one device, without either.
+    None means one device, without either.
     """
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         yield
@@ -146,17 +148,17 @@ def spec_of(
     *,
     what: str = "an array",
 ) -> PartitionSpec:
-    """Where an array of logical axes lies.
+    """The sharding of an array with logical axes.
 
     Args:
-      names: of its axes; None is on every device.
-      shape: of the array; an axis that its axes of the mesh do not divide is not cut.
-      sizes: of the mesh.
+      names: of its axes; None for a replicated axis.
+      shape: of the array; an axis that the mesh does not divide is not sharded.
+      sizes: of the axes of the mesh.
       rules: see RULES.
       what: for messages.
 
     Raises:
-      UserError: two of its axes would be cut over the same axis of the mesh.
+      UserError: two of its axes would be sharded over the same axis of the mesh.
     """
     taken: dict[str, str] = {}
     parts = []
@@ -165,9 +167,9 @@ def spec_of(
         for axis in axes:
             if axis in taken:
                 raise UserError(
-                    f"sharding: axes {taken[axis]!r} and {name!r} of {what} are both cut over "
+                    f"sharding: axes {taken[axis]!r} and {name!r} of {what} are both sharded over "
                     f"{axis!r}",
-                    fix="other rules for one of the two",
+                    fix="change the rule of one of the two",
                 )
             taken[axis] = name or ""
         whole = axes and size % math.prod(sizes[axis] for axis in axes) == 0
@@ -176,7 +178,7 @@ def spec_of(
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """x, lying where its logical axes say on the mesh that is set; without one as it is."""
+    """x, sharded by its logical axes on the current mesh; unchanged without a mesh."""
     sizes = auto_axes()
     if not sizes:
         return x
@@ -184,12 +186,12 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def replicated(tree: Any) -> Any:
-    """Arrays whole on every device of the mesh that is set: each process can read its own."""
+    """Arrays replicated on the current mesh, so that each process can read all of them."""
     return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), tree)
 
 
 def auto_axes() -> dict[str, int]:
-    """Axes of the mesh that is set which the compiler may cut over, and how long they are."""
+    """Name -> size of the current mesh's automatic axes with more than one device."""
     mesh = jax.sharding.get_abstract_mesh()
     each = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
     return {name: size for name, size, kind in each if kind == AxisType.Auto and size > 1}
@@ -226,7 +228,7 @@ def param_shardings(boxed: Any, mesh: Mesh) -> Any:
 
 
 def trimmed(parts: list[Any]) -> PartitionSpec:
-    """As JAX gives specifications back, without a tail of None: others are compiled for anew."""
+    """A specification without trailing None, as JAX returns them: others would compile again."""
     while parts and parts[-1] is None:
         parts.pop()
     return PartitionSpec(*parts)
@@ -238,7 +240,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def row_parts(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are cut."""
+    """Number of parts that the rows of a batch are split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
@@ -256,9 +258,9 @@ def check_batch(rows: int, mesh: Mesh, accumulate: int = 1) -> None:
 def own_rows(mesh: Mesh, rows: int, process: int | None = None) -> np.ndarray:
     """int [n], the rows of each batch that a process reads: those of its devices, in order.
 
-    They may stand here and there: the chips of a host of a pod are neighbours on its torus, but not
-    in the order of a mesh. Processes whose devices share rows, because a layer's width is cut over
-    both, read the same.
+    They need not be contiguous: the chips of one host are neighbours on the torus of a pod, but not
+    in the order of a mesh. Processes whose devices share rows, because a layer's width is sharded
+    over both, read the same rows.
 
     Args:
       mesh: see `make_mesh`.
@@ -270,34 +272,35 @@ def own_rows(mesh: Mesh, rows: int, process: int | None = None) -> np.ndarray:
     return np.concatenate([np.arange(block * size, (block + 1) * size) for block in blocks])
 
 
-def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """A batch on the mesh, each device with rows of its own.
+def global_batch(batch: Any, mesh: Mesh) -> Any:
+    """A batch on the mesh, each device with its own rows.
 
     Args:
-      batch: the rows of this process, see `own_rows`; with one process, all.
+      batch: arrays of the rows of this process, see `own_rows`; with one process, all. A tree.
       mesh: see `make_mesh`.
     """
-    lies = batch_sharding(mesh)
+    target = batch_sharding(mesh)
     blocks = _own_blocks(mesh, jax.process_index())
     count = row_parts(mesh)
 
     def spread(x: np.ndarray) -> jax.Array:
         size = len(x) // len(blocks)
-        places = {block * size: place * size for place, block in enumerate(blocks)}
+        # First row of a block in the whole batch -> its first row in the rows of this process.
+        local = {block * size: number * size for number, block in enumerate(blocks)}
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
-            first = places[index[0].start or 0]
+            first = local[index[0].start or 0]
             return x[first : first + size]
 
-        return jax.make_array_from_callback((size * count, *x.shape[1:]), lies, part)
+        return jax.make_array_from_callback((size * count, *x.shape[1:]), target, part)
 
-    return {name: spread(np.asarray(x)) for name, x in batch.items()}
+    return jax.tree.map(lambda x: spread(np.asarray(x)), batch)
 
 
 @functools.cache
 def _own_blocks(mesh: Mesh, process: int) -> tuple[int, ...]:
-    """Which of the equal parts of a batch the devices of a process have."""
+    """Numbers of the equal parts of a batch that the devices of a process have."""
     count = row_parts(mesh)
-    where = batch_sharding(mesh).devices_indices_map((count,))
-    mine = (index for device, (index,) in where.items() if device.process_index == process)
+    indices = batch_sharding(mesh).devices_indices_map((count,))
+    mine = (index for device, (index,) in indices.items() if device.process_index == process)
     return tuple(sorted({index.start or 0 for index in mine}))

@@ -28,11 +28,11 @@ def print_warning(message: str) -> None:
 
 
 def format_metrics(values: Mapping[str, Any]) -> str:
-    """ "loss 1.2345  accuracy 0.500  ..." for the metrics that are worth a person's eye.
+    """ "loss 1.2345  accuracy 0.500  ..." of the metrics that a person watches.
 
     Args:
-      values: Python, NumPy or device scalars; read only here, so that a step whose line is not
-        shown never waits for the device.
+      values: Python, NumPy or device scalars; converted only here, so that a step whose line is
+        not shown never waits for the device.
     """
     parts = [
         show(float(values[name])) for name, show in _SHOWN.items() if values.get(name) is not None
@@ -45,6 +45,39 @@ def format_seconds(seconds: float) -> str:
     minutes, seconds = divmod(int(max(0, seconds) + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class Compiling:
+    """Prints a line per program that is compiled: "[0:12] compiling 2 of 9: divprune, prefill".
+
+    Lines are plain, also on a terminal, and go to stderr, so that stdout stays free for results.
+
+    Args:
+      total: number of programs, or an upper bound.
+      at_most: whether `total` is an upper bound.
+      quiet: print nothing.
+    """
+
+    def __init__(self, total: int, *, at_most: bool = False, quiet: bool = False):
+        self._total = f"{'at most ' if at_most else ''}{total}"
+        self._quiet, self._count, self._start = quiet, 0, time.monotonic()
+
+    def __call__(self, what: str) -> None:
+        """To be called before each program."""
+        self._count += 1
+        self._say(f"compiling {self._count} of {self._total}: {what}")
+
+    def done(self) -> None:
+        """To be called after the last program."""
+        plural = "" if self._count == 1 else "s"
+        self._say(f"compiled {self._count} program{plural}")
+
+    def _say(self, text: str) -> None:
+        if self._quiet:
+            return
+        seconds = format_seconds(time.monotonic() - self._start)
+        with contextlib.suppress(OSError, ValueError):
+            print(f"[{seconds}] {text}", file=sys.stderr, flush=True)
 
 
 def in_notebook() -> bool:
@@ -66,9 +99,9 @@ class Progress:
       start: the step resumed from (0 for a new run); the time left is estimated from steps done
         by this process.
       log_every: steps between plain lines.
-      every_seconds: at most this long without a plain line while steps are being done.
+      every_seconds: longest time without a plain line while steps are being done.
       file: where to write; default stdout at the time of entry.
-      quiet: show no steps, only messages (for all processes of a run but the first).
+      quiet: show only messages, no steps (for all processes of a run but the first).
     """
 
     def __init__(
@@ -111,7 +144,7 @@ class Progress:
             self._bar = None
 
     def _open_bar(self) -> None:
-        # isatty and nothing else: FORCE_COLOR and its kin must not put codes into a log file.
+        # Only isatty counts: FORCE_COLOR and the like must not put control codes into a log file.
         if not self._file.isatty():
             return
         from rich import progress as rich_progress
@@ -198,7 +231,7 @@ class Progress:
 
 @contextlib.contextmanager
 def stage(name: str, progress: Progress | None = None) -> Iterator[None]:
-    """Prints "name ..." and, at the end, how long it took; used for data, compilation, evaluation.
+    """Prints "name ..." and, at the end, the time taken; for data, compilation, evaluation.
 
     Args:
       name: e.g. "building data".

@@ -1,4 +1,4 @@
-# What the launch scripts share; sourced by them, which set ACTIONS.
+# Shared by the launch scripts, which set ACTIONS and source this file.
 
 fail() { printf 'error: %s\n' "$1" >&2; [ $# -lt 2 ] || printf '  fix: %s\n' "$2" >&2; exit 2; }
 
@@ -26,7 +26,7 @@ need() {
   done
 }
 
-# Prints a command as it can be pasted, and runs it unless this is a dry run.
+# Prints a command, ready to be pasted, and runs it unless this is a dry run.
 do_it() {
   printf '+'; printf ' %q' "$@"; printf '\n'
   [ "$dry" = 1 ] || "$@"

@@ -8,12 +8,12 @@
 #SBATCH --requeue
 #SBATCH --signal=TERM@120
 #SBATCH --open-mode=append
-# One process a node, all of its GPUs each; see docs/launch.md.
+# One process per node, with all GPUs of the node; see docs/launch.md.
 #
 #   sbatch launch/slurm.sh --config=configs/quickstart.py --workdir=/shared/runs/quickstart
 #
-# Two minutes before the time is over Slurm sends SIGTERM: the run saves and ends with 143, and is
-# put into the queue again. DRY_RUN=1, or --dry-run in front, prints the commands and runs none.
+# Two minutes before the time limit Slurm sends SIGTERM: the run saves, exits with 143, and is
+# requeued. DRY_RUN=1, or --dry-run as the first argument, prints the commands and runs none.
 set -uo pipefail
 
 if [ "${1:-}" = --dry-run ]; then
@@ -29,14 +29,14 @@ do_it() {
   [ "${DRY_RUN:-0}" = 1 ] || "$@"
 }
 
-# JAX takes one GPU for a task of Slurm: right for a task a GPU, else it is told of the node's.
+# JAX uses one GPU per Slurm task. With one task per node it must be told to use all GPUs.
 if [ -n "${SLURM_GPUS_ON_NODE:-}" ] && [ "${SLURM_NTASKS_PER_NODE:-1}" = 1 ]; then
   export JAX_LOCAL_DEVICE_IDS=${JAX_LOCAL_DEVICE_IDS:-$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))}
 fi
 do_it srun --kill-on-bad-exit=1 efficient-vlm train --distributed "$@"
 code=$?
 if [ "${DRY_RUN:-0}" = 1 ]; then
-  printf '# behind exit code 143 (stopped, saved):\n'
+  printf '# after exit code 143 (stopped, saved):\n'
   do_it scontrol requeue "${SLURM_JOB_ID:-JOB}"
 elif [ "$code" = 143 ]; then
   do_it scontrol requeue "$SLURM_JOB_ID"

@@ -14,7 +14,7 @@
 #   SPOT      1 for one that may be preempted (1)
 #   NFS       ADDRESS:/PATH of a file share that all workers mount at /mnt/runs; needed for a pod,
 #             whose workers write one checkpoint together
-#   POLL      seconds between looks of `watch` (60)
+#   POLL      seconds between checks of `watch` (60)
 # --dry-run prints every command and runs none.
 set -euo pipefail
 
@@ -28,7 +28,7 @@ need ZONE
 
 tpu() { local verb=$1; shift; do_it gcloud compute tpus tpu-vm "$verb" "$NAME" --zone="$ZONE" "$@"; }
 everywhere() { tpu ssh --worker=all --command="$1"; }
-# What `watch` asks; not printed, its warnings and errors into a file.
+# Queries of `watch`: not printed, their warnings and errors go to a file.
 said=$(mktemp)
 trap 'rm -f "$said"' EXIT
 ask() { gcloud compute tpus tpu-vm "$1" "$NAME" --zone="$ZONE" "${@:2}" 2>"$said"; }
@@ -39,7 +39,7 @@ create() {
   tpu create --accelerator-type="$TYPE" --version="$RUNTIME" "${more[@]}"
 }
 sync() {
-  # What git knows, and nothing else: no data, no runs.
+  # Only files that git tracks: no data, no runs.
   do_it git -C "$here" archive --format=tar.gz --output=/tmp/efficient_vlm.tar.gz HEAD &&
     do_it gcloud compute tpus tpu-vm scp /tmp/efficient_vlm.tar.gz "$NAME:" --zone="$ZONE" --worker=all &&
     everywhere 'mkdir -p efficient_vlm && tar -xzf efficient_vlm.tar.gz -C efficient_vlm'
@@ -47,39 +47,39 @@ sync() {
 install() {
   local folder='sudo mkdir -p /mnt/runs'
   [ -z "$NFS" ] || folder="sudo apt-get install -yq nfs-common && $folder && (mountpoint -q /mnt/runs || sudo mount -t nfs $(printf %q "$NFS") /mnt/runs)"
-  # Images have an older Python; uv brings one of its own.
+  # Images have an older Python; uv installs its own.
   everywhere 'python3 -m pip install -q --user uv && ([ -x .venv/bin/python ] || .local/bin/uv venv -q --python=3.11 .venv) && .local/bin/uv pip install -q --python=.venv/bin/python -e efficient_vlm "jax[tpu]"' &&
     everywhere "$folder && { [ -w /mnt/runs ] || sudo chmod 1777 /mnt/runs; }"
 }
-# Numbers of processes mean nothing behind a reboot, which leaves the files.
+# A reboot keeps the files but invalidates the process numbers in them.
 BOOT=/proc/sys/kernel/random/boot_id
 ALIVE='alive() { { [ "$(cat train.boot)" = "$(cat '$BOOT')" ] && kill -0 "$(cat train.shell)"; } 2>/dev/null; }'
-# A worker may still have the run before, which holds its chips; checkpoints survive a kill.
+# A worker may still have the previous run, which holds its chips; checkpoints survive a kill.
 END='while alive; do kill -KILL "$(cat train.pid)"; sleep 0.1; done 2>/dev/null; rm -f train.{code,pid,shell,stopped}; cat '$BOOT' >train.boot'
-# Behind ssh, which ends at once: nothing that goes on holds its output.
+# Detached, so that ssh returns at once: no remaining process holds its output.
 RUN='"$@" >../train.log 2>&1 & echo $! >../train.pid; wait $!; echo $? >../train.code'
 run() {
   local words
   words=$(printf ' %q' ../.venv/bin/efficient-vlm train --distributed "${train[@]}")
-  # The same command starts a run and goes on with it.
+  # The same command starts and resumes a run.
   everywhere "$ALIVE; $END; cd efficient_vlm && { setsid nohup bash -c $(printf %q "$RUN") run$words </dev/null >/dev/null 2>&1 & echo \$! >../train.shell; }"
 }
 status() { tpu describe --format='value(state)'; }
 logs() { tpu ssh --worker=0 --command='tail -n 50 train.log; cat train.code 2>/dev/null'; }
-# A run that has just been started has no number yet.
+# A run that has just been started has no process number yet.
 STOP='if alive && [ ! -f train.code ]; then [ -f train.stopped ] || { touch train.stopped; until [ -s train.pid ] || ! alive; do sleep 0.1; done; kill -TERM "$(cat train.pid)" || rm train.stopped; }; else echo "no run to stop on $(hostname)"; fi'
 stop() { everywhere "$ALIVE; $STOP"; }
 delete() { tpu delete --quiet; }
 all() { create && sync && install && run; }
 
-# READY, PREEMPTED, ...; NONE if there is no such TPU; empty if that cannot be known now.
+# READY, PREEMPTED, ...; NONE if there is no such TPU; empty if it is unknown for now.
 state() {
   if ! ask describe --format='value(state)'; then
     if grep -qi 'not.found' "$said"; then echo NONE; fi
   fi
 }
-# running, none, stopped, or the exit code of the run; empty if that cannot be known now. The shell
-# of a run ends behind its code.
+# running, none, stopped, or the exit code of the run; empty if it is unknown for now. The shell of
+# a run ends after its code.
 PROGRESS="$ALIVE; "'if alive; then echo running; elif [ ! -f train.code ]; then echo none; elif [ -f train.stopped ]; then echo stopped; else cat train.code; fi'
 progress() { ask ssh --worker=0 --command="$PROGRESS" | grep -xE 'running|none|stopped|[0-9]+' || true; }
 again() { printf 'That failed; again in %s s.\n' "$POLL"; }
@@ -91,7 +91,7 @@ watch() {
     delete; all
     return
   fi
-  # due: to be started whatever is there, because it never was, or not on all workers.
+  # due: start it in any case, because it never ran, or not on all workers.
   local first=1 due=0 code
   while :; do
     case $(state) in
@@ -99,7 +99,7 @@ watch() {
       PREEMPTED | TERMINATED) delete || again ;;
       READY)
         code=$(progress)
-        # What ended before this watch is none of its runs.
+        # A run that ended before this watch does not belong to it.
         [[ $first = 0 || -z $code || $code = running ]] || code=none
         [[ $due = 0 || -z $code ]] || code=none
         case $code in

@@ -9,7 +9,7 @@
 #             (required)
 #   NAME      of the workload (efficient-vlm)
 #   TYPE      tpu type (v5litepod-16)
-#   RETRIES   restarts after a failure or preemption (20); each goes on from the newest checkpoint
+#   RETRIES   restarts after a failure or preemption (20); each resumes from the newest checkpoint
 # The workdir must be on a volume that all pods of the workload mount (Filestore).
 set -euo pipefail
 

@@ -8,11 +8,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 import pytest
+import shape_checks  # noqa: F401  First: it looks at what is imported from here on.
 from tiny_models import DECODER, ENCODER, QUICK_TO_COMPILE, VOCAB, make_tiny_config
 
 from efficient_vlm.cli import run as commands
+from efficient_vlm.runtime import enable_compilation_cache
 
-commands.enable_compilation_cache()
+enable_compilation_cache()
 # Thousands of small programs that run once or twice: compiling them is nearly all of the time.
 # Processes that tests start, which train and time, compile as users' do: flags are read once, when
 # the first device is asked for.
@@ -112,20 +114,52 @@ def make_batch():
 
 @pytest.fixture(scope="session")
 def init():
-    """init(model, batch) -> parameters without their logical axes."""
+    """init(model) -> parameters without their logical axes."""
     from flax import linen as nn
 
     from efficient_vlm.train.step import init_params
 
-    return lambda model, batch, seed=0: nn.unbox(init_params([model], batch, seed))
+    return lambda model, seed=0: nn.unbox(init_params([model], seed))
 
 
 @pytest.fixture(scope="session")
 def inputs():
-    """inputs(batch) -> what the model's call takes."""
-    from efficient_vlm.train.step import MODEL_INPUTS
+    """inputs(batch) -> `ModelInputs` of all its tokens: [B, Q*L]."""
+    from efficient_vlm.processing.batch import training_inputs
 
-    return lambda batch: {name: batch[name] for name in MODEL_INPUTS}
+    def make(batch):
+        # Training leaves out the last token of each conversation, which is only ever predicted.
+        tokens, mask = batch["tokens"], batch["loss_mask"]
+        more = 1 + tokens.shape[-1] - mask.shape[-1]
+        tokens = np.pad(tokens, ((0, 0), (0, 0), (0, 1)))
+        mask = np.pad(mask, ((0, 0), (0, 0), (0, more)))
+        return training_inputs({**batch, "tokens": tokens, "loss_mask": mask})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def logits_of(inputs):
+    """logits_of(model, params, batch) -> [B, Q, L, vocab] of a compiled forward pass."""
+
+    def run(model, params, batch, rng=None):
+        apply = jax.jit(lambda p, given, r: model.apply({"params": p}, given, rng=r).logits)
+        logits = apply(params, inputs(batch), rng)
+        return logits.reshape(*batch["tokens"].shape, -1)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    """prompts(batch, lengths=None) -> `ModelInputs` of its texts up to lengths, a row each."""
+    from efficient_vlm.processing.batch import question_inputs
+
+    def make(batch, lengths=None):
+        lengths = batch["prompt_lengths"] if lengths is None else lengths
+        return question_inputs({**batch, "lengths": lengths, "prompt_lengths": lengths})
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -221,3 +221,17 @@ def test_survival_on_a_small_run(tmp_path, data_dir):
     assert 0 < found["resumed_at"] <= found["killed_at"] and found["killed_at"] >= 25
     assert found["lost_seconds"] > 0 and 0 < found["manifest_share"] < 1
     assert f"stall_share: {100 * found['stall_share']:.2f} %" in done.stdout
+
+
+def test_methods_of_ones_own_are_known():
+    """A wrong name is answered with the right one before anything is measured."""
+    words = ("--quick", "--batch=1", "--import=docs/my_method.py", "--methods=contrst")
+    done = subprocess.run(
+        [sys.executable, "benchmarks/compressors.py", *words],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode and "did you mean 'contrast'" in done.stderr

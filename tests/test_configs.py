@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from efficient_vlm import runtime
 from efficient_vlm.cli import config_file as configs
 from efficient_vlm.cli import run as commands
 from efficient_vlm.train.metrics import read_metrics
@@ -53,7 +54,7 @@ def processor():
     """Its name and model, and a hash of what it can do."""
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     facts = [re.search(rf"^{name}\s*:\s*(.*)$", text, re.M) for name in PROCESSOR]
-    return " ".join([*(found[1] if found else "?" for found in facts), commands._machine()])
+    return " ".join([*(found[1] if found else "?" for found in facts), runtime._machine()])
 
 
 def check_losses(case, losses):

@@ -166,6 +166,22 @@ def test_mistakes_are_told_without_a_traceback(script, tmp_path, capsys, finishe
         script.run(tmp_path, methods=["divprun"])
 
 
+def test_methods_of_ones_own_are_evaluated_too(script, finished_run, tmp_path):
+    """At each budget, by name or with all others."""
+    known, out = dict(METHODS), tmp_path / "results.json"
+    words = [f"--workdir={finished_run[0]}", "--images=4", f"--out={out}", "--methods=contrast"]
+    try:
+        assert script.main([*words, f"--import={ROOT / 'docs' / 'my_method.py'}"]) == 0
+    finally:
+        METHODS.clear()
+        METHODS.update(known)
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["method"], row["role"], row["leaving"]) for row in rows] == [
+        ("contrast", "method", 16),
+        ("contrast", "method", 4),
+    ]
+
+
 def test_a_part_does_not_replace_the_whole(script, results, tmp_path, monkeypatch, capsys):
     whole = {name: tmp_path / name for name in ("RESULTS", "TABLE")}
     for name, path in whole.items():

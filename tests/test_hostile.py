@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from efficient_vlm.cli import config_file as configs
 from efficient_vlm.cli import main as cli
 from efficient_vlm.data import DataConfig, llava_json, make_train
-from efficient_vlm.data.records import BadRecord, Record
+from efficient_vlm.data.records import Record
 from efficient_vlm.errors import UserError
 from efficient_vlm.processing import decode_image as images
+from efficient_vlm.processing.decode_image import BadRecord
 from efficient_vlm.train.workdir_config import read_run_config
 
 ROOT = Path(__file__).parents[1]

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from efficient_vlm import terminal as progress_module
-from efficient_vlm.terminal import Progress, format_metrics, format_seconds, stage
+from efficient_vlm.terminal import Compiling, Progress, format_metrics, format_seconds, stage
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 RUN = """
     import time
     from efficient_vlm.terminal import Progress, stage
@@ -182,3 +182,34 @@ def test_stage_reports_failure_by_silence_and_formats():
     ]  # fmt: skip
     assert format_metrics({"skipped": 0, "other": 1, "loss": None}) == ""
     assert format_metrics({"skipped": 2}) == "skipped 2"
+
+
+# ---- compilers -----------------------------------------------------------------------------------
+
+
+def test_lines_of_what_is_compiled(monkeypatch, capsys):
+    seconds = iter([10.0, 10.2, 82.0, 145.0])
+    clock = types.SimpleNamespace(monotonic=lambda: next(seconds))
+    monkeypatch.setattr(progress_module, "time", clock)
+    say = Compiling(2)
+    say("encode")
+    say("prefill")
+    say.done()
+    out, err = capsys.readouterr()
+    assert out == "" and err.splitlines() == [
+        "[0:00] compiling 1 of 2: encode",
+        "[1:12] compiling 2 of 2: prefill",
+        "[2:15] compiled 2 programs",
+    ]
+
+
+def test_a_compiler_may_be_silent_and_its_pipe_closed(monkeypatch, capsys):
+    say = Compiling(1, quiet=True)
+    say("decode")
+    say.done()
+    assert capsys.readouterr() == ("", "")
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr(sys, "stderr", closed)
+    say = Compiling(3, at_most=True)
+    say("decode")  # No error.

@@ -13,12 +13,12 @@ TEMPORARY = ".tmp-"
 
 
 class Commits:
-    """Which steps of a directory may be used. Used by `checkpoint.Checkpoints` only.
+    """Which steps of a directory may be used. For `checkpoints.run.Checkpoints` only.
 
     Args:
       directory: the checkpoint directory; need not exist when `read_only`.
       keep: how many of the newest steps survive a commit.
-      keep_every: steps divisible by this survive as well; None for none.
+      keep_every: multiples of this survive as well; None for no such steps.
       warn: receives one line per event.
       read_only: never touch the disk.
 
@@ -57,7 +57,7 @@ class Commits:
         self._deleting, self._damaged = list(index["deleting"]), list(index["damaged"])
 
     def recover(self) -> None:
-        """Puts the directory in order after whatever ended the last process."""
+        """Brings the directory into a consistent state, however the last process ended."""
         try:
             index = manifest.read_index(self.directory)
             lost = "missing" if index is None and self._folders() else None
@@ -78,16 +78,17 @@ class Commits:
                 shutil.rmtree(entry, ignore_errors=True)
             elif entry.name.startswith(f".{manifest.INDEX}."):
                 entry.unlink(missing_ok=True)
-        # What the index has given up is deleted behind the next commit, or when a newer step has
-        # been verified: not before, for the write that gave it up may be all that there is.
+        # Steps that the index has given up are deleted after the next commit, or once a newer step
+        # has been verified. Not now: the step that replaced them may be damaged, and they are then
+        # all that is left.
         for step in sorted(set(self._folders()) - self.steps.keys() - set(self._deleting)):
-            # Killed between rename and index. Not used, but not ours to delete either: it could
-            # be a folder that someone moved here by hand.
+            # Killed between rename and index. Such a step is not used, but not deleted either: it
+            # could be a folder that someone moved here by hand.
             name = self._set_aside(str(step), "uncommitted")
             self._warn(f"checkpoint of step {step} was never committed: renamed to {name}")
 
     def commit(self, step: int, temporary: Path, digest: str) -> None:
-        """Gives a finished folder its name and enters it in the index; raises without a trace."""
+        """Renames a finished folder and enters it in the index; undoes both if either fails."""
         final = self.directory / str(step)
         if final.exists():
             self._set_aside(str(step), "uncommitted")
@@ -98,17 +99,17 @@ class Commits:
         os.rename(temporary, final)
         try:
             manifest.fsync_directory(self.directory)
-            # One write commits the new step and gives up the old ones; their folders are deleted
-            # only after it.
+            # One write commits the new step and gives up the old ones, whose folders are deleted
+            # only afterwards: a kill at any moment leaves a usable step.
             self.steps = {s: steps[s] for s in kept}
-            # A step that is reached again may have been given up once.
+            # A step that is reached a second time may have been given up the first time.
             self._deleting = sorted({*self._deleting, *steps} - set(kept))
             self._damaged = []
             self._write()
         except BaseException:
             self.steps, self._deleting, self._damaged = before
             os.rename(final, temporary)
-            # The new index may be there already, and fail afterwards.
+            # The new index may have been written before the failure.
             with contextlib.suppress(OSError):
                 self._write()
             raise
@@ -117,7 +118,7 @@ class Commits:
         """Deletes the folders of steps that the index has given up."""
         for step in self._deleting:
             shutil.rmtree(self.directory / str(step), ignore_errors=True)
-        # What could not be deleted stays listed, and is tried again.
+        # Folders that could not be deleted stay listed and are tried again.
         self._deleting = self._given_up()
 
     def newest_verified(self) -> tuple[int | None, bool]:
@@ -131,7 +132,7 @@ class Commits:
             try:
                 manifest.verify(self.directory / str(step), step, self.steps.get(step))
             except Damaged as error:
-                if step in self.steps:  # Others are being deleted.
+                if step in self.steps:  # All others are being deleted anyway.
                     lost = True
                     self._quarantine(step, str(error))
                 continue
@@ -147,20 +148,20 @@ class Commits:
         return None, lost
 
     def _quarantine(self, step: int, reason: str) -> None:
-        where = self.directory / str(step)
+        folder = self.directory / str(step)
         older = max((s for s in {*self.steps, *self._given_up()} if s < step), default=None)
         then = "no older step is left" if older is None else f"falling back to step {older}"
         if self._read_only:
-            self._warn(f"checkpoint {where} is damaged ({reason}); {then}")
+            self._warn(f"checkpoint {folder} is damaged ({reason}); {then}")
             return
-        name = self._set_aside(str(step), "damaged") if where.exists() else "nothing"
+        name = self._set_aside(str(step), "damaged") if folder.exists() else "nothing"
         del self.steps[step]
         self._damaged.append(step)
         self._write()
-        self._warn(f"checkpoint {where} is damaged ({reason}), renamed to {name}; {then}")
+        self._warn(f"checkpoint {folder} is damaged ({reason}), renamed to {name}; {then}")
 
     def _given_up(self) -> list[int]:
-        """Steps that the index no longer wants, and whose folders are still there."""
+        """Steps that the index has given up and whose folders still exist."""
         return [step for step in self._deleting if (self.directory / str(step)).exists()]
 
     def _folders(self) -> list[int]:

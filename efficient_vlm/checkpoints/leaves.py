@@ -1,8 +1,8 @@
 """Leaves of a training state: their names, host copies, checks, hash, and their way through Orbax.
 
-Orbax is imported in this file only, because the wording of its v1 interface still moves. It stores
-plain nested dicts of arrays; types that it would change without a word (dtype, PRNG keys, Python
-numbers, empty arrays) are described in a table of our own, and compared before anything is read.
+Orbax is imported in this file only, because its v1 interface still changes. It stores plain nested
+dicts of arrays; what it would change silently (dtypes, PRNG keys, Python numbers, empty arrays) is
+described in a table of our own and compared before anything is read.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ def describe(path: str, leaf: Any) -> dict[str, Any]:
     """The table row of one leaf, concrete or abstract: path, kind, shape, dtype.
 
     Raises:
-      TypeError: the leaf is no array, PRNG key or Python number.
+      TypeError: the leaf is not an array, a PRNG key or a Python number.
     """
     if type(leaf) in (bool, int, float):
         return {"path": path, "kind": "python", "shape": [], "dtype": type(leaf).__name__}
@@ -72,7 +72,7 @@ def host_copy(leaf: Any) -> Any:
 
     On CPU `np.asarray` is a view into the device buffer; hence the explicit copy. An array that
     lives on several processes cannot be copied here and is returned as it is; one that is mapped
-    from a file stays there.
+    from a file stays mapped.
     """
     if isinstance(leaf, np.memmap):
         return leaf.view(np.ndarray)
@@ -82,14 +82,14 @@ def host_copy(leaf: Any) -> Any:
 
 
 def all_finite(value: Any) -> bool:
-    """False if a floating-point array holds NaN or Inf; only local shards are looked at."""
+    """False if a floating-point array holds NaN or Inf; only local shards are checked."""
     if isinstance(value, jax.Array):
         return all(all_finite(np.asarray(shard.data)) for shard in value.addressable_shards)
     if not jnp.issubdtype(value.dtype, jnp.inexact):
         return True
     if value.dtype in (np.float32, np.float64):
-        # NaN and Inf both survive a sum, which needs no temporary array; an overflow does too,
-        # and is told apart below.
+        # NaN and Inf survive a sum, which needs no temporary array. So does an overflow of finite
+        # values, which the full test below tells apart.
         with np.errstate(all="ignore"):
             if np.isfinite(value.sum()):
                 return True
@@ -106,7 +106,7 @@ def snapshot(state: Any) -> list[Leaf]:
     pairs = jax.tree_util.tree_leaves_with_path(state)
     for _, leaf in pairs:
         if isinstance(leaf, jax.Array) and leaf.is_fully_addressable and not is_key(leaf):
-            leaf.copy_to_host_async()  # all transfers run at once; the copies below only wait
+            leaf.copy_to_host_async()  # all transfers overlap; the copies below only wait
     leaves, names = [], set()
     for key_path, leaf in pairs:
         path = leaf_path(key_path)
@@ -129,13 +129,13 @@ def state_sha256(tree: Any) -> str:
     """SHA-256 over path, dtype, shape and bytes of every leaf, sorted by path.
 
     Independent of container types, devices and shardings: equal digests mean bitwise equal
-    numbers. Of a state that several processes share: `Checkpoints.sha256`.
+    numbers. For a state that several processes share see `Checkpoints.sha256`.
     """
     return sha256_of(sorted(snapshot(tree), key=lambda leaf: leaf.path))
 
 
 def sha256_of(leaves: Iterable[Leaf]) -> str:
-    """`state_sha256` of leaves in the order of their paths."""
+    """`state_sha256` of leaves that are sorted by path."""
     digest = hashlib.sha256()
     for leaf in leaves:
         row = f"{leaf.path}|{leaf.spec['kind']}|{leaf.spec['dtype']}|{leaf.spec['shape']}\n"
@@ -145,32 +145,32 @@ def sha256_of(leaves: Iterable[Leaf]) -> str:
 
 
 def check_match(stored: list[dict], wanted: list[dict], step: int, *, subset: bool) -> None:
-    """Compares the leaves on disk with the leaves asked for.
+    """Compares the leaves on disk with the requested leaves.
 
     Args:
       stored: rows of the checkpoint.
       wanted: rows of the abstract state.
       step: for the message.
-      subset: True if the checkpoint may hold leaves that are not asked for.
+      subset: True if the checkpoint may hold leaves that are not requested.
 
     Raises:
       UserError: names the first leaf that is missing, extra, of another shape or dtype.
     """
-    have, want = ({row["path"]: row for row in rows} for rows in (stored, wanted))
+    on_disk, requested = ({row["path"]: row for row in rows} for rows in (stored, wanted))
     problems = []
-    for path, row in want.items():
-        if path not in have:
+    for path, row in requested.items():
+        if path not in on_disk:
             problems.append(f"leaf {path} is not in the checkpoint")
             continue
         for field in ("shape", "dtype", "kind"):
-            if have[path][field] != row[field]:
+            if on_disk[path][field] != row[field]:
                 problems.append(
-                    f"leaf {path} has {field} {have[path][field]} in the checkpoint, "
+                    f"leaf {path} has {field} {on_disk[path][field]} in the checkpoint, "
                     f"{row[field]} in the model"
                 )
                 break
     if not subset:
-        extra = [path for path in have if path not in want]
+        extra = [path for path in on_disk if path not in requested]
         problems += [f"leaf {path} of the checkpoint is not in the model" for path in extra]
     if problems:
         more = f" (and {len(problems) - 1} more leaves differ)" if len(problems) > 1 else ""
@@ -195,17 +195,18 @@ def _drop_orbax_noise(record: logging.LogRecord) -> bool:
 
 
 def _context(ocp: Any, *, alone: bool = False) -> Any:
-    """Settings; `alone` for what this process does without the others of its job."""
+    """Settings of Orbax; `alone` for reads that this process does without the others of its job."""
     context = ocp.Context()
     if alone:
-        both = "multiprocessing", "multiprocessing_options"
-        several = getattr(context, next(name for name in both if hasattr(context, name)))
+        # `multiprocessing_options` became `multiprocessing` in later versions of v1.
+        names = "multiprocessing", "multiprocessing_options"
+        options = getattr(context, next(name for name in names if hasattr(context, name)))
         number = jax.process_index()
-        several.primary_host, several.active_processes = number, {number}
-        several.barrier_sync_key_prefix = f"process_{number}"
+        options.primary_host, options.active_processes = number, {number}
+        options.barrier_sync_key_prefix = f"process_{number}"
     # `array_options` became `array` in later versions of v1.
     array = context.array if hasattr(context, "array") else context.array_options
-    # Trained weights hardly compress (measured: 3 % for Gaussian f32) and it triples the time.
+    # Trained weights hardly compress (3 % measured for Gaussian float32), at three times the time.
     array.saving.use_compression = False
     return context
 
@@ -213,7 +214,9 @@ def _context(ocp: Any, *, alone: bool = False) -> Any:
 def save_leaves(folder: Path, leaves: list[Leaf]) -> None:
     """Writes the leaves with Orbax into `folder`, which must not exist. Blocks until done."""
     ocp = _orbax()
-    values = {leaf.path: leaf.value for leaf in leaves if leaf.value.size}  # Orbax: none empty
+    values = {
+        leaf.path: leaf.value for leaf in leaves if leaf.value.size
+    }  # Orbax refuses empty ones
     if values:
         with _context(ocp):
             ocp.save(folder, unflatten_dict(values, sep="/"))
@@ -280,7 +283,8 @@ def load_leaves(folder: Path, stored: list[dict], abstract_state: Any) -> Any:
 
 
 def _sharding(leaf: Any) -> Any:
-    # An uncommitted array may move to where a jitted function needs it; a restored one should too.
+    # An uncommitted array may move to the device where a jitted function needs it; so should the
+    # restored one.
     if isinstance(leaf, jax.Array) and not leaf.committed:
         return None
     return getattr(leaf, "sharding", None)

@@ -1,8 +1,8 @@
 """Which tensors of a published checkpoint make which of our parameters, in both directions.
 
-A family writes its map once, from our side: for each of our parameters the tensor or tensors that
-it is made of, and how. Reading and writing both follow from that: every step (a slice, a reshape, a
-permutation, a stack) can be undone without touching a bit.
+A family writes its map once: for each of our parameters, the tensor or tensors that it is made of,
+and how. Reading and writing both follow from this map, because every step of it (a slice, a
+reshape, a permutation, a stack) can be undone bit for bit.
 
 Our parameters are named by their path in split form (`nn.stack.unstack`), "/" between:
 "language/segment_0/3/attention/query/kernel".
@@ -18,14 +18,14 @@ Shape = tuple[int, ...]
 
 
 class Piece(NamedTuple):
-    """A part of one tensor on disk, turned.
+    """A part of one tensor on disk, with its axes permuted.
 
     Attributes:
       name: of the tensor.
       shape: of the whole tensor.
-      part: (axis, start, stop) of the part that is used; None for all.
-      view: shape of the part before it is turned; None for as it is.
-      turn: permutation of the axes of that; None for none.
+      part: (axis, start, stop) of the part that is used; None for all of it.
+      view: the part is reshaped to this first; None leaves its shape.
+      turn: then its axes are permuted so; None leaves their order.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Piece(NamedTuple):
         return (*self.shape[:axis], stop - start, *self.shape[axis + 1 :])
 
     def take(self, array: np.ndarray) -> np.ndarray:
-        """The piece of the whole tensor."""
+        """The piece, taken from the whole tensor."""
         if self.part is not None:
             axis, start, stop = self.part
             array = array[(slice(None),) * axis + (slice(start, stop),)]
@@ -50,7 +50,7 @@ class Piece(NamedTuple):
         return array.transpose(self.turn) if self.turn is not None else array
 
     def put_back(self, value: np.ndarray, whole: np.ndarray) -> None:
-        """Writes what `take` gave, any reshape of it, into the whole tensor."""
+        """Writes the result of `take`, in any shape, back into the whole tensor."""
         before = self.view if self.view is not None else self.part_shape()
         if self.turn is not None:
             value = value.reshape([before[axis] for axis in self.turn])
@@ -70,7 +70,7 @@ class Leaf(NamedTuple):
     stacked: bool = False
 
     def read(self, tensor: Callable[[str], np.ndarray], out: np.ndarray) -> None:
-        """Writes the parameter into `out`, contiguous, from a function that gives tensors."""
+        """Writes the parameter into `out` (contiguous); `tensor` reads tensors by name."""
         flat, start = out.reshape(-1), 0
         for piece in self.pieces:
             part = piece.take(tensor(piece.name))
@@ -78,7 +78,7 @@ class Leaf(NamedTuple):
             start += part.size
 
     def split(self, value: np.ndarray) -> list[np.ndarray]:
-        """The parameter cut into what each piece takes back."""
+        """The parameter cut into the values of each piece."""
         if len(self.pieces) == 1 and not self.stacked:
             return [value]
         if self.stacked:
@@ -102,20 +102,22 @@ class NameMap:
         return path in self.shapes
 
     def count(self, prefix: str) -> int:
-        """How many layers there are below `prefix`."""
-        found = {
-            p[len(prefix) + 1 :].split("/")[0] for p in self.shapes if p.startswith(f"{prefix}/")
-        }
-        return len(found)
+        """Number of layers below `prefix`."""
+        below = (path for path in self.shapes if path.startswith(f"{prefix}/"))
+        return len({path[len(prefix) + 1 :].split("/")[0] for path in below})
 
     def add(self, path: str, *pieces: Piece, stacked: bool = False) -> None:
-        """Any map of one parameter."""
+        """Maps one parameter to any pieces.
+
+        Raises:
+          ValueError: the model has no such parameter.
+        """
         if path not in self.shapes:
             raise ValueError(f"the model has no parameter {path}")
         self.leaves[path] = Leaf(pieces, stacked)
 
     def plain(self, path: str, name: str, shape: Shape | None = None) -> None:
-        """A tensor as it is, or with another shape on disk."""
+        """Maps one parameter to one tensor with the same values, of another shape if given."""
         self.add(path, Piece(name, tuple(shape or self.shapes[path])))
 
     def norm(self, path: str, name: str) -> None:
@@ -139,8 +141,8 @@ class NameMap:
           path: of ours, with "kernel" and maybe "bias" below.
           name: of theirs, with ".weight" and maybe ".bias" below.
           inputs: how many leading axes of our kernel are contracted.
-          rows: (first, all) rows of a fused tensor: which are ours, of how many; None for all.
-          bare: whether `name` is the weight itself.
+          rows: for a fused tensor, (first of our rows, number of all rows); None: all are ours.
+          bare: whether `name` is the name of the weight itself, without ".weight".
         """
         kernel = self.shapes[f"{path}/kernel"]
         fan_in, out = math.prod(kernel[:inputs]), math.prod(kernel[inputs:])
@@ -153,7 +155,7 @@ class NameMap:
             self.add(f"{path}/bias", bias)
 
     def rows(self, path: str, name: str, shape: Shape, first: int) -> None:
-        """Some rows of a table: as many as ours has, from `first` on."""
+        """Maps one parameter to rows of a table, starting at `first`."""
         count = math.prod(self.shapes[path]) // math.prod(shape[1:])
         self.add(path, Piece(name, tuple(shape), (0, first, first + count)))
 
@@ -170,19 +172,19 @@ class NameMap:
             self.plain(f"{path}/bias", f"{name}.bias")
 
     def tensors(self) -> dict[str, Shape]:
-        """Name -> shape of every tensor that is used."""
+        """Name -> shape of every tensor of the map."""
         return {piece.name: piece.shape for leaf in self.leaves.values() for piece in leaf.pieces}
 
     def missing(self) -> list[str]:
-        """Parameters that no tensor makes: empty for a complete map."""
+        """Parameters without a tensor, sorted; a complete map has none."""
         return sorted(set(self.shapes) - set(self.leaves))
 
     def assemble(self, name: str, parameter: Callable[[str], np.ndarray]) -> np.ndarray:
-        """A whole tensor from our parameters: what `Leaf.read` undone gives.
+        """A whole tensor from our parameters, the inverse of `Leaf.read`.
 
         Args:
           name: of the tensor.
-          parameter: path -> our parameter.
+          parameter: gives our parameter of a path.
         """
         whole = None
         for path, leaf in self._users(name):

@@ -1,4 +1,4 @@
-"""Checkpoints that are committed, verified and never half there.
+"""Checkpoints that are committed, verified, and complete or absent.
 
 On disk::
 
@@ -12,8 +12,8 @@ On disk::
       400.damaged-1/        a step that failed verification: renamed, never deleted
 
 The order of a save is: temporary folder, fsync of every file, manifest, rename, index. A kill at
-any point leaves either a committed step or leftovers that the next start clears away; a step that
-is not in the index is never used.
+any point leaves a committed step, or leftovers that the next start removes; a step that is not in
+the index is never used.
 """
 
 import dataclasses
@@ -31,6 +31,7 @@ import jax
 import numpy as np
 
 import efficient_vlm
+from efficient_vlm import checks
 from efficient_vlm import files as manifest
 from efficient_vlm.checkpoints import leaves as leaf_store
 from efficient_vlm.checkpoints.commits import TEMPORARY, Commits
@@ -80,7 +81,7 @@ class Checkpoints:
     Args:
       directory: a local or shared POSIX folder, created if needed.
       keep: how many of the newest steps to keep.
-      keep_every: steps divisible by this are kept for ever; None for no such steps.
+      keep_every: multiples of this are kept for ever; None for no such steps.
       warn: receives one line for each damaged file, failed save or clean-up; default stderr.
       background: write in a thread while training goes on; the state is copied first, so that the
         caller may donate its buffers at once. Runs with several processes always write in place.
@@ -107,11 +108,8 @@ class Checkpoints:
                 allowed="a local folder or a shared POSIX file system",
                 fix="mount the bucket, or copy checkpoints there after they are written",
             )
-        if keep < 1 or (keep_every is not None and keep_every < 1):
-            raise UserError(
-                f"checkpoint.keep={keep}, checkpoint.keep_every={keep_every}",
-                allowed="keep >= 1; keep_every >= 1 or None",
-            )
+        checks.whole("train.keep", keep)
+        checks.whole("train.keep_every", keep_every, none=True)
         self.directory = Path(directory).absolute()
         self.last_save: SaveReport | None = None
         self.failures = 0
@@ -160,11 +158,11 @@ class Checkpoints:
           step: must be newer than every committed step; an already committed step is left alone.
           state: pytree of jax or NumPy arrays, typed PRNG keys and Python numbers.
           data_iterator: anything with `get_state` and `set_state`, or None.
-          metadata: what JSON can hold, NumPy arrays, bytes; handed back by `restore_latest`.
+          metadata: JSON types, NumPy arrays and bytes; returned by `restore_latest`.
           wait: return only when the step is committed.
 
         Returns:
-          False if the step was there already.
+          False if the step had been committed before.
 
         Raises:
           NonFiniteState: a leaf is NaN or Inf; nothing is written.
@@ -188,7 +186,7 @@ class Checkpoints:
         files = self._small_files(step, leaves, data_iterator, metadata or {})
         self._check_space(step, sum(leaf.value.nbytes for leaf in leaves))
         if self._background and not wait:
-            # Not a daemon: the interpreter waits for it at exit.
+            # Not a daemon: the interpreter must wait for it at exit.
             self._thread = threading.Thread(
                 target=self._write_quietly,
                 args=(step, leaves, files, start, time.monotonic() - start),
@@ -241,8 +239,8 @@ class Checkpoints:
         return files
 
     def _check_space(self, step: int, size: int) -> None:
-        # Twice the size: the new step must fit beside the old ones, and so must whatever else the
-        # run writes until old steps are deleted.
+        # Twice the size: the new step must fit beside the old ones, and so must all that the run
+        # writes until old steps are deleted.
         last = self.last_save.size if self.last_save else 0
         need = 2 * max(size, last) + (1 << 16)
         try:
@@ -250,7 +248,7 @@ class Checkpoints:
         except OSError:
             free = 0
         if not self._agree(free >= need):
-            reason = f"disk full: {free / 1e6:.1f} MB free, {need / 1e6:.1f} MB wanted"
+            reason = f"disk full: {free / 1e6:.1f} MB free, {need / 1e6:.1f} MB needed"
             raise self._failed(step, reason)
 
     def _failed(self, step: int, reason: str) -> SaveFailed:
@@ -323,9 +321,9 @@ class Checkpoints:
 
         Args:
           abstract_state: the state's structure: arrays, or `jax.ShapeDtypeStruct` with shardings
-            (any layout; it need not be the one that saved).
+            (any layout, not only the one it was saved from).
           data_iterator: its `set_state` is called last; None leaves the position alone.
-          subset: allow `abstract_state` to ask for part of the checkpoint (e.g. only the
+          subset: whether `abstract_state` may be a part of the checkpoint (such as the
             parameters, for evaluation); the rest is not read.
 
         Returns:
@@ -333,7 +331,7 @@ class Checkpoints:
 
         Raises:
           UserError: structure, shape or dtype differ (names the leaf); checkpoints existed but
-            none is good any more; no data position is stored though an iterator was given.
+            all are damaged; an iterator was given but no data position is stored.
         """
         self._join()
         step = self._newest_good()
@@ -347,8 +345,8 @@ class Checkpoints:
         ]
         leaf_store.check_match(info["leaves"], wanted, step, subset=subset)
         if data_iterator is not None:
-            # With another number of processes, all start from the position of process 0: our
-            # pipelines count global batches, so that it is the same everywhere.
+            # With another number of processes all start from the position of process 0: pipelines
+            # count global batches, so the position is the same in every process.
             process = self._process if info["processes"] == self._processes else 0
             path = folder / "data" / f"{process}.json"
             if not path.exists():
@@ -360,7 +358,7 @@ class Checkpoints:
         try:
             state = leaf_store.load_leaves(folder / "state", info["leaves"], abstract_state)
         except Exception as error:
-            # Every byte is as written, so this is no damage; a fallback would hide the cause.
+            # Every byte is as written, so falling back to an older step would hide the cause.
             raise UserError(
                 f"checkpoint of step {step} is intact but cannot be read: {describe_error(error)}",
                 allowed=f"the versions that wrote it: {info['versions']}",
@@ -370,10 +368,10 @@ class Checkpoints:
         return step, state, decode_json(info["metadata"])
 
     def sha256(self, step: int, part: str = "") -> str:
-        """`state_sha256` of what a committed step holds, or of a part of it such as "params".
+        """`state_sha256` of a committed step, or of a part of it such as "params".
 
-        Leaves are read one after the other into the memory of this process, without the others:
-        for states of several processes, which no device has room for.
+        This process reads leaf after leaf by itself, so that it works for states that are spread
+        over processes and fit on no single device.
         """
         folder = self.directory / str(step)
         rows = json.loads((folder / _INFO).read_bytes())["leaves"]
@@ -416,7 +414,7 @@ class Checkpoints:
             multihost_utils.sync_global_devices(name)
 
     def _agree(self, good: bool) -> bool:
-        """True if all processes say so: one that fails must not leave the others waiting."""
+        """True if it is good in all processes: one that fails must not leave the others waiting."""
         if self._processes == 1:
             return good
         from jax.experimental import multihost_utils

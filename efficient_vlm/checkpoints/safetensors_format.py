@@ -1,8 +1,8 @@
-"""The safetensors header: built, and checked in full before a byte of the data is believed.
+"""The safetensors header: built, and checked in full before any of the data is used.
 
 A file is the header's length (8 bytes, little endian), a JSON header, and the tensors' bytes
-without gaps or overlaps: https://huggingface.co/docs/safetensors, section "Format". Stricter than
-the format where a legal file would have to be absurd: see MAX_HEADER_BYTES, MAX_TENSORS, MAX_RANK.
+without gaps or overlaps: https://huggingface.co/docs/safetensors, section "Format". The limits
+MAX_HEADER_BYTES, MAX_TENSORS and MAX_RANK are our own; no sensible file exceeds them.
 """
 
 import json
@@ -21,7 +21,7 @@ from efficient_vlm.errors import UserError
 MAX_HEADER_BYTES = 8 << 20
 MAX_TENSORS = 50_000
 MAX_RANK = 32
-_MAX_SIZE = 2**63 - 1  # what NumPy can count, even in an array of no elements
+_MAX_SIZE = 2**63 - 1  # NumPy's limit, even for the shape of an empty array
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
@@ -61,7 +61,7 @@ class CheckpointError(UserError):
 
 
 class Entry(NamedTuple):
-    """Where one tensor lies: `begin` and `end` are bytes from the start of the file."""
+    """Where one tensor is stored: `begin` and `end` are bytes from the start of the file."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -122,7 +122,7 @@ def parse_json(raw: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
         return result
 
     try:
-        # Decoded here: json would also accept UTF-16 and UTF-32.
+        # Decoded here because json would also accept UTF-16 and UTF-32.
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except UnicodeDecodeError:
         raise damaged(path, "not UTF-8") from None
@@ -180,7 +180,7 @@ def read_header(data: Any, path: str | os.PathLike[str]) -> dict[str, Entry]:
       path: for error messages.
 
     Raises:
-      CheckpointError: anything about the header that is not exactly as the format asks.
+      CheckpointError: any deviation of the header from the format.
     """
     refuse_pointer(data, path)
     size = len(data)

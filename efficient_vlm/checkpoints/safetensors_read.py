@@ -1,8 +1,7 @@
 """Reading Hugging Face checkpoints: memory-mapped, tensor by tensor, nothing unpickled.
 
-Nothing is loaded when a checkpoint is opened, so there is nothing to resume: an interrupted import
-opens it again. A file that is shortened while it is mapped ends the process (SIGBUS), as with any
-memory map.
+Opening a checkpoint loads no values, so an interrupted import simply opens it again. A file that is
+shortened while it is mapped ends the process (SIGBUS), as with any memory map.
 """
 
 import hashlib
@@ -39,7 +38,7 @@ _PLAIN_NAME = re.compile(r"[\w.+ -]+\.safetensors")
 
 
 class Checkpoint:
-    """The tensors of one checkpoint, whatever number of files they lie in. Made by `open`.
+    """The tensors of one checkpoint, in one file or several shards. Made by `open`.
 
     Attributes:
       files: the safetensors files, sorted by name.
@@ -91,7 +90,7 @@ class Checkpoint:
         return cls(files, tensors)
 
     def release(self, name: str) -> None:
-        """Lets the system take back the pages that reading a tensor has brought into memory."""
+        """Returns to the system the pages that reading a tensor has brought into memory."""
         _, data, entry = self._find(name)
         page = mmap.PAGESIZE
         first, last = -(-entry.begin // page) * page, entry.end // page * page
@@ -173,14 +172,14 @@ def _no_weights(path: Path) -> CheckpointError:
         names = sorted(os.listdir(path))
     except OSError as error:
         return CheckpointError(f"{path}: cannot be read ({error.strerror})")
-    found = [name for name in names if name.endswith(".safetensors")]
+    weights = [name for name in names if name.endswith(".safetensors")]
     pickles = [name for name in names if name.endswith(_PICKLES)]
-    if pickles and not found:
+    if pickles and not weights:
         return pickle_refused(path / pickles[0])
-    if any("-of-" in name for name in found):
+    if any("-of-" in name for name in weights):
         fix = f"download {INDEX} as well, or finish writing this checkpoint"
-    elif found:
-        fix = f"name the file you mean: {', '.join(found[:4])}"
+    elif weights:
+        fix = f"name the file you mean: {', '.join(weights[:4])}"
     else:
         fix = "download the weights of the model into this directory"
     return CheckpointError(f"{path}: holds neither {SINGLE} nor {INDEX}", fix=fix)
@@ -245,7 +244,9 @@ def _check_sha256(files: tuple[Path, ...], sha256: Mapping[str, str]) -> None:
     directory = files[0].parent
     for file in files:
         if file.name not in sha256:
-            raise CheckpointError(f"{file}: no SHA-256 was given for it", fix="give one, or none")
+            raise CheckpointError(
+                f"{file}: no SHA-256 was given for it", fix="list every file, or none"
+            )
     for name, digest in sha256.items():
         if len(digest) != 64 or set(digest.lower()) - set("0123456789abcdef"):
             allowed = "64 hexadecimal digits"

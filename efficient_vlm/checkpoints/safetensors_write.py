@@ -1,7 +1,7 @@
 """Writing Hugging Face checkpoints: tensor by tensor, in shards, never half a checkpoint.
 
-Every file is written under a temporary name and renamed when it is complete and on the disk; the
-index, without which shards are not a checkpoint, comes last.
+Every file is written under a temporary name and renamed once it is complete and on the disk; the
+index, without which shards are not a checkpoint, is written last.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from efficient_vlm import checks
 from efficient_vlm.byte_bar import byte_bar
 from efficient_vlm.checkpoints.safetensors_format import DTYPE_NAMES, build_header
 from efficient_vlm.checkpoints.safetensors_read import INDEX, SINGLE
@@ -29,9 +30,9 @@ class Tensor(NamedTuple):
 
     Attributes:
       name: its key in the checkpoint.
-      shape: known before the values are.
+      shape: known before the values.
       dtype: NumPy's or ml_dtypes'.
-      make: gives the values; called when they are needed, at most twice.
+      make: returns the values; called when they are needed, at most twice.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Tensor(NamedTuple):
         """The values as a flat array of bytes.
 
         Raises:
-          ValueError: `make` gave another shape or dtype.
+          ValueError: `make` returned another shape or dtype.
         """
         array = np.asarray(self.make())
         if array.shape != self.shape or array.dtype != self.dtype:
@@ -74,8 +75,8 @@ def write(
       directory: created if needed.
       tensors: the fields of `Tensor`. Shards are filled in this order; inside a file larger item
         sizes come first, so that all data are aligned.
-      max_shard_bytes: of one file's tensors; a larger tensor has a file of its own.
-      metadata: the files' `__metadata__`; transformers asks for {"format": "pt"}.
+      max_shard_bytes: of the tensors in one file; a larger tensor gets its own file.
+      metadata: the files' `__metadata__`; transformers requires {"format": "pt"}.
 
     Returns:
       The safetensors files.
@@ -85,8 +86,7 @@ def write(
       ValueError: a name twice, a dtype outside the format, or values unlike their declaration.
     """
     directory = Path(directory)
-    if max_shard_bytes < 1:
-        raise UserError(f"max_shard_bytes={max_shard_bytes}", allowed="1 or more")
+    checks.whole("max_shard_bytes", max_shard_bytes)
     declared = [
         Tensor(name, tuple(shape), np.dtype(dtype), make) for name, shape, dtype, make in tensors
     ]
@@ -108,7 +108,7 @@ def write(
                 advance(sum(tensor.nbytes for tensor in shard))
                 continue
             with writing(directory / INDEX):
-                # From here on the old index would join old and new shards.
+                # From here on the old index would combine old and new shards.
                 (directory / INDEX).unlink(missing_ok=True)
                 fsync_directory(directory)
             _write_file(path, header, shard, advance)
@@ -126,7 +126,7 @@ def _plan(tensors: list[Tensor], max_shard_bytes: int) -> list[list[Tensor]]:
     filled = 0
     for tensor in tensors:
         if tensor.dtype not in DTYPE_NAMES or tensor.name == "__metadata__":
-            raise ValueError(f"tensor {tensor.name!r} of {tensor.dtype} has no place in the format")
+            raise ValueError(f"tensor {tensor.name!r} of {tensor.dtype}: not allowed by the format")
         if shards[-1] and filled + tensor.nbytes > max_shard_bytes:
             shards.append([])
             filled = 0
@@ -143,18 +143,18 @@ def _build_index(shards: Mapping[str, list[Tensor]], total: int) -> bytes:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what the operating system says into a UserError; not for errors of `Tensor.make`."""
+    """Turns errors of the operating system into a UserError; not for errors of `Tensor.make`."""
     try:
         yield
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written ({error.strerror or error})",
-            fix="mend that or choose another directory; the same call goes on where it stopped",
+            fix="solve that or choose another directory; the same call resumes where it stopped",
         ) from None
 
 
 def _prepare(directory: Path, planned: set[str]) -> None:
-    """Makes the directory, removes what a killed writer left, refuses other weights."""
+    """Makes the directory, removes the leftovers of a killed writer, refuses other weights."""
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         for leftover in directory.glob(".model*.tmp"):
@@ -193,7 +193,7 @@ def _write_file(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with writing(path):
-            # Unbuffered: closing the file then cannot fail for want of space.
+            # Unbuffered: closing the file can then not fail on a full disk.
             file = open(temporary, "wb", buffering=0)  # noqa: SIM115
         with file:
             with writing(path):
@@ -212,7 +212,7 @@ def _write_file(
 
 
 def _append(file: BinaryIO, tensor: Tensor, path: Path) -> None:
-    # A function of its own, so that its array is freed before the next one is made.
+    # A separate function, so that its array is freed before the next one is made.
     data = tensor.data()
     with writing(path):
         _write_all(file, data)

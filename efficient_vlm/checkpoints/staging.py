@@ -1,7 +1,7 @@
-"""Parameters kept on disk while a checkpoint is being converted, so that a killed import goes on.
+"""Parameters kept on disk while a checkpoint is being converted, so that a killed import resumes.
 
-Each parameter is a file that is filled through a memory map; a journal names what is in them for
-good. Converting holds one tensor at a time; writing the checkpoint then holds the parameters once.
+Each parameter is a file that is filled through a memory map; a journal lists the parts that are
+complete on the disk. Converting holds one tensor in memory at a time.
 """
 
 import fcntl
@@ -19,15 +19,15 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.files import fsync_directory, write_atomic
 
 _JOURNAL = "journal.jsonl"
-_FORMAT = 1  # Of what is kept; another one starts over.
+_FORMAT = 1  # Of the files; another number starts the import over.
 
 
-class Stage:
-    """A folder of parameters under way; what another checkpoint left there is thrown away.
+class StagingArea:
+    """A folder of partly converted parameters; those of another checkpoint are deleted.
 
     Args:
       folder: created if needed.
-      identity: what tells this checkpoint from others, see `identity`.
+      identity: of the published checkpoint, see `identity`.
     """
 
     def __init__(self, folder: Path, identity: str):
@@ -40,37 +40,37 @@ class Stage:
             self._done = {line["part"]: line["of"] for line in lines[1:]}
         else:
             lines = [head]
-            # The journal first: what it says must be true at any moment.
+            # The journal is deleted first: it must be true at any moment.
             for leftover in sorted(folder.iterdir(), key=lambda path: path != journal):
                 leftover.unlink()
-        # The last line may have been half of one.
+        # Rewritten because the last line may be incomplete.
         write_atomic(journal, "".join(json.dumps(line) + "\n" for line in lines).encode())
         self._journal = journal.open("a")
         try:
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(
-                f"{folder.parent}: another import is writing it", fix="wait for it, or stop it"
+                f"{folder.parent}: another import is writing here", fix="wait for it, or stop it"
             ) from None
 
     def array(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
-        """The parameter of a name, as far as it was filled."""
+        """The parameter `name`, memory-mapped, filled as far as the last import got."""
         path = self.folder / name.replace("/", ".")
         size = math.prod(shape) * dtype.itemsize
-        there = path.exists() and path.stat().st_size == size
-        if not there:
+        exists = path.exists() and path.stat().st_size == size
+        if not exists:
             self._done = {part: of for part, of in self._done.items() if of != name}
-        array = np.memmap(path, dtype, "r+" if there else "w+", shape=shape)
-        if not there:
+        array = np.memmap(path, dtype, "r+" if exists else "w+", shape=shape)
+        if not exists:
             fsync_directory(self.folder)
         return array
 
     def is_done(self, part: str) -> bool:
-        """Whether a part is on the disk."""
+        """Whether a part is complete on the disk."""
         return part in self._done
 
     def done(self, part: str, name: str, array: np.memmap) -> None:
-        """Says that a part of the parameter `name` is complete, once it is on the disk."""
+        """Flushes a part of the parameter `name` to the disk, then lists it as complete."""
         array.flush()
         self._journal.write(json.dumps({"part": part, "of": name}) + "\n")
         self._journal.flush()
@@ -78,27 +78,27 @@ class Stage:
         self._done[part] = name
 
     def remove(self) -> None:
-        """Deletes the folder; arrays that were given out stay readable while they are held."""
+        """Deletes the folder; arrays in use stay readable."""
         self._journal.close()
         shutil.rmtree(self.folder)
 
 
 def identity(files: Sequence[Path]) -> str:
-    """A digest of where files are and when they were changed: another one if any of them was.
+    """A digest of the files' paths, sizes and times, which changes when any of them changes.
 
-    Of the inode, too: times alone may have been made equal on purpose.
+    The inode is included because times can be set by hand.
     """
     stats = []
     for path in files:
-        found = path.stat()
-        times = found.st_mtime_ns, found.st_ctime_ns
-        stats.append((str(path.resolve()), found.st_ino, found.st_size, *times))
+        status = path.stat()
+        times = status.st_mtime_ns, status.st_ctime_ns
+        stats.append((str(path.resolve()), status.st_ino, status.st_size, *times))
     return hashlib.sha256(json.dumps([_FORMAT, stats]).encode()).hexdigest()
 
 
 def _lines(journal: Path) -> list[dict[str, str]]:
-    """Lines of a journal up to the first that is damaged."""
-    found = []
+    """Lines of a journal up to the first damaged one."""
+    rows = []
     for line in journal.read_text(errors="replace").splitlines() if journal.is_file() else ():
         try:
             row = json.loads(line)
@@ -106,5 +106,5 @@ def _lines(journal: Path) -> list[dict[str, str]]:
             break
         if not isinstance(row, dict) or set(row) not in ({"identity"}, {"part", "of"}):
             break
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows

@@ -1,201 +1,229 @@
 """`efficient-vlm audit aot`: whether a plan fits a machine that is not here, and what bounds it."""
 
-import argparse
+import dataclasses
 import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
-from efficient_vlm.cli import audit as command
-from efficient_vlm.cli.subject import Subject, read_subject
-from efficient_vlm.costs.compiled.chips import chip_of, devices_of, has_compiler
+from efficient_vlm.cli import aot_tables
+from efficient_vlm.cli.aot_tables import Planned
+from efficient_vlm.cli.methods import Chosen, make_entry
+from efficient_vlm.cli.subject import Subject
+from efficient_vlm.costs.compiled.chips import chip_of, devices_of, topology_of
 from efficient_vlm.costs.compiled.compiled import Answer, compile_plan
 from efficient_vlm.costs.compiled.options import batches_of, parse_mesh
-from efficient_vlm.costs.compiled.programs import TASKS, Work
-from efficient_vlm.costs.compiled.search import Tried, best, search
+from efficient_vlm.costs.compiled.programs import PROGRAMS, TASKS, Work
+from efficient_vlm.costs.compiled.search import best, most_plans, search
 from efficient_vlm.costs.match import Target
 from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.terminal import Compiling
 
-__all__ = ["audit_aot", "make_work"]
+__all__ = ["Wanted", "audit_aot", "make_work", "read_plan"]
 
-_NEW = 64
 _SHARES = (1, 4, 9)  # A search without a budget tries one in so many tokens.
 
 
-def audit_aot(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What a command line asks of a plan, checked.
+
+    Attributes:
+      task: of `programs.TASKS`.
+      topology: a shape, such as "v5e:2x4" or "h100:8".
+      devices: that it has.
+      sizes: of the axes of the mesh.
+      batches: pictures on all devices together; several are for a search.
+      remat: of a training step.
+      search: whether meshes, batches and remat are tried.
+    """
+
+    task: str
+    topology: str
+    devices: int
+    sizes: dict[str, int]
+    batches: list[int]
+    remat: str = "full"
+    search: bool = False
+
+
+def read_plan(
+    *,
+    task: str | None,
+    topology: str | None,
+    mesh: str | None = None,
+    batch: str | None = None,
+    remat: str | None = None,
+    search: bool = False,
+) -> Wanted:
+    """The options of `audit aot` beside what is audited.
+
+    Raises:
+      UserError: one that is missing, unknown, or not for this search.
+    """
+    if task not in TASKS:
+        raise unknown("--task", str(task), TASKS)
+    if topology is None:
+        raise UserError("--topology: missing", fix="--topology=v5e-8, or a shape: v5e:2x4")
+    if search and mesh:
+        raise UserError("--mesh: --search tries meshes", fix="leave out one of the two")
+    if search and remat:
+        raise UserError("--remat: --search tries all", fix="leave it out")
+    chip_of(topology)
+    topology = topology_of(topology)
+    devices = len(devices_of(topology))
+    batches = batches_of(batch, devices)
+    if len(batches) > 1 and not search:
+        raise UserError(f"--batch={batch}: several, without --search", fix="one number")
+    usual = "fsdp" if task == "train" else "data"
+    sizes = parse_mesh(mesh or f"{usual}:{devices}")
+    return Wanted(task, topology, devices, sizes, batches, remat or "full", search)
+
+
+def audit_aot(
+    subject: Subject,
+    chosen: Sequence[Chosen],
+    target: Target | None,
+    wanted: Wanted,
+    *,
+    quiet: bool = False,
+    as_json: bool = False,
+) -> int:
     """`efficient-vlm audit aot`: 0 whatever the answer is.
 
     Args:
-      args: preset or config; task, topology, mesh, batch, remat, search; compressor and its
-        options, match, text, new, images, json.
-      overrides: "section.field=value" of the config.
+      subject: what is audited.
+      chosen: its methods. Several are shown beside each other, against none.
+      target: what they are matched to, or None.
+      wanted: from `read_plan`.
+      quiet: say nothing of what is being compiled.
+      as_json: print as JSON.
     """
-    if args.task not in TASKS:
-        raise unknown("--task", str(args.task), TASKS)
-    if args.topology is None:
-        raise UserError("--topology: missing", fix="--topology=v5e:16x16")
-    if args.search and args.mesh:
-        raise UserError("--mesh: --search tries meshes", fix="leave out one of the two")
-    chip_of(args.topology)
-    args.new = _NEW if args.new is None else args.new
-    subject = read_subject(args, overrides)
-    devices = len(devices_of(args.topology))
-    batches = batches_of(args.batch, devices)
-    if args.search:
-        return _search(args, subject, batches, devices)
-    if len(batches) > 1:
-        raise UserError(f"--batch={args.batch}: several, without --search", fix="one number")
-    method = command.read_method(subject, args)
-    work = make_work(subject, method, args.task, batches[0], args.remat or "full")
-    usual = "fsdp" if args.task == "train" else "data"
-    sizes = parse_mesh(args.mesh or f"{usual}:{devices}")
-    answer = compile_plan(work, args.topology, sizes)
-    head = _head(args, subject, method, work)
-    if args.json:
-        print(json.dumps(head | answer.to_json(), indent=1))
+    if wanted.search:
+        return _search(subject, chosen, target, wanted, quiet=quiet, as_json=as_json)
+    if len(chosen) > 1 and all(method.fields["name"] != "none" for method in chosen):
+        chosen = [Chosen({"name": "none"}), *chosen]
+    ledgers = [
+        # Nothing has a budget to match.
+        make_entry(subject, each, None if each.fields["name"] == "none" else target).ledger
+        for each in chosen
+    ]
+    say = Compiling(len(ledgers) * len(PROGRAMS[wanted.task]), quiet=quiet)
+    plans = []
+    for ledger in ledgers:
+        name = ledger.compressor["name"]
+        work = make_work(subject, ledger.compressor, wanted.task, wanted.batches[0], wanted.remat)
+        answer = _compile(work, wanted.topology, wanted.sizes, say, name)
+        plans.append(Planned(dict(ledger.compressor), ledger.entering, answer))
+    say.done()
+    head = _head(subject, wanted, work)
+    if as_json:
+        print(json.dumps(_to_json(head, plans), indent=1))
+    elif len(plans) == 1:
+        aot_tables.show_one(head, plans[0])
     else:
-        _show(head, answer)
+        aot_tables.show_several(head, plans)
     return 0
 
 
 def make_work(
-    subject: Subject, method: dict[str, Any], task: str, batch: int, remat: str = "full"
+    subject: Subject, method: Mapping[str, Any], task: str, batch: int, remat: str = "full"
 ) -> Work:
     """What a subject is to do with a compressor, see `programs.Work`."""
     counts = (subject.images, subject.text_tokens, subject.new_tokens)
     return Work(subject.model(method), task, batch, *counts, subject.pooled, remat)
 
 
-def _search(args, subject: Subject, batches: Sequence[int], devices: int) -> int:
-    if args.remat:
-        raise UserError("--remat: --search tries all", fix="leave it out")
+def _compile(
+    work: Work, topology: str, sizes: Mapping[str, int], say: Callable[[str], None], label: str
+) -> Answer:
+    several = len(PROGRAMS[work.task]) > 1
+
+    def program(name: str) -> None:
+        say(f"{label}, {name} for {topology}" if several else f"{label} for {topology}")
+
+    return compile_plan(work, topology, sizes, program)
+
+
+def _head(subject: Subject, wanted: Wanted, work: Work) -> dict[str, Any]:
+    head = {subject.kind: subject.name, "task": wanted.task, "batch": work.batch}
+    head |= {"images": work.images, "text": work.text, "new": work.new}
+    return head | ({"remat": work.remat} if wanted.task == "train" else {})
+
+
+def _to_json(head: Mapping[str, Any], plans: Sequence[Planned]) -> dict[str, Any]:
+    """One plan flat, several as a list under "methods" with what each needs beside none."""
+    if len(plans) == 1:
+        return {**head, "compressor": plans[0].method, **plans[0].answer.to_json()}
+    none = aot_tables.none_of(plans)
+    rows = [
+        {
+            "compressor": plan.method,
+            "visual_tokens": plan.tokens,
+            "chips": plan.chips(none),
+            "of_none": plan.share(none),
+            "chips_of_stages": plan.stage_chips(none),
+            **plan.answer.to_json(),
+        }
+        for plan in plans
+    ]
+    return {**head, "methods": rows}
+
+
+# ---- search --------------------------------------------------------------------------------------
+
+
+def _search(
+    subject: Subject,
+    chosen: Sequence[Chosen],
+    target: Target | None,
+    wanted: Wanted,
+    *,
+    quiet: bool,
+    as_json: bool,
+) -> int:
+    works = _works(subject, chosen, target, wanted)
+    each = len(PROGRAMS[wanted.task])
+    most = each * most_plans([work for _, work in works], wanted.batches, wanted.devices)
+    say = Compiling(most, at_most=True, quiet=quiet)
+
+    def compile_one(work: Work, sizes: Mapping[str, int]) -> Answer:
+        mesh = aot_tables.mesh_text(sizes)
+        remat = f", remat {work.remat}" if work.task == "train" else ""
+        label = f"{work.model.compressor['name']}, {mesh}, batch {work.batch}{remat}"
+        return _compile(work, wanted.topology, sizes, say, label)
+
+    tried = []
+    for one in search(works, wanted.batches, wanted.devices, compile_one):
+        tried.append(one)
+        if not as_json:
+            print(aot_tables.line(one), flush=True)
+    say.done()
+    found = best(tried)
+    if as_json:
+        rows = [aot_tables.row_of(one, found) for one in tried]
+        head = {subject.kind: subject.name, "task": wanted.task, "topology": wanted.topology}
+        print(json.dumps({**head, "tried": rows}, indent=1))
+    else:
+        aot_tables.show_best(tried, found, wanted.topology)
+    return 0
+
+
+def _works(
+    subject: Subject, chosen: Sequence[Chosen], target: Target | None, wanted: Wanted
+) -> list[tuple[str, Work]]:
+    """(label, what is to be done) of each method: as it is set, or at a few shares of tokens."""
     works = []
-    for chosen in command.read_methods(subject, args.compressor, args.options):
-        if args.match:
-            targets = [command.parse_target(args.match)]
-        elif "budget" in chosen.fields or chosen.fields["name"] == "none" or chosen.typed:
+    for method in chosen:
+        if target is not None:
+            targets = [target]
+        elif "budget" in method.fields or method.fields["name"] == "none" or method.typed:
             targets = [None]
         else:
             tokens = subject.baseline.entering
             targets = [Target("mean_processed", tokens / share) for share in _SHARES]
-        for target in targets:
-            entry = command.make_entry(subject, chosen, target)
-            method, tokens = entry.ledger.compressor, round(entry.ledger.entering)
-            label = f"{method['name']} {tokens}"
-            works.append((label, make_work(subject, method, args.task, batches[0])))
-    tried = []
-    for one in search(
-        works, batches, devices, lambda work, sizes: compile_plan(work, args.topology, sizes)
-    ):
-        tried.append(one)
-        if not args.json:
-            print(_line(one), flush=True)
-    chosen = best(tried)
-    if args.json:
-        rows = [_row(one, chosen) for one in tried]
-        head = {subject.kind: subject.name, "task": args.task, "topology": args.topology}
-        print(json.dumps({**head, "tried": rows}, indent=1))
-        return 0
-    print()
-    for label in dict.fromkeys(one.label for one in tried):
-        found = chosen.get(label)
-        print(f"best of {label}: " + (_line(found) if found else "nothing fits"))
-    print(_bound(args.topology))
-    return 0
-
-
-def _bound(topology: str) -> str:
-    text = "Times are bounds at the full published speed of the chip, not measured. "
-    if has_compiler(chip_of(topology)):
-        return text + "Each was compiled on this host by the chip's own compiler."
-    return text + (
-        "Each was compiled for CPUs in the place of GPUs, an estimate in memory, too: "
-        "pip install 'efficient_vlm[aot-gpu]' for the GPU's own compiler."
-    )
-
-
-def _mesh_text(sizes: dict[str, int]) -> str:
-    return ",".join(f"{name}:{size}" for name, size in sizes.items() if size > 1) or "one device"
-
-
-def _row(one: Tried, chosen: dict[str, Tried]) -> dict[str, Any]:
-    failed = {"mesh": one.sizes, "fits": False, "error": str(one.error)}
-    found = failed if one.error else one.answer.to_json()
-    return {
-        "compressor": one.label,
-        "batch": one.work.batch,
-        "remat": one.work.remat,
-        "pictures_per_second": one.rate,
-        "best": chosen.get(one.label) is one,
-        **found,
-    }
-
-
-def _line(one: Tried) -> str:
-    remat = f", remat {one.work.remat}" if one.work.task == "train" else ""
-    text = f"{one.label}, {_mesh_text(one.sizes)}, batch {one.work.batch}{remat}: "
-    if one.error:
-        return text + str(one.error).splitlines()[0]
-    memory = one.answer.fullest.hbm_bytes
-    text += f"{_gib(memory.total)} of {_gib(memory.limit)}"
-    if not one.fits:
-        return f"{text}, does not fit"
-    return f"{text}, {1e3 * one.answer.estimated_seconds:.3g} ms, {one.rate:.4g} pictures/s"
-
-
-def _head(args, subject: Subject, method: dict[str, Any], work: Work) -> dict[str, Any]:
-    head = {subject.kind: subject.name, "task": args.task, "compressor": method}
-    head |= {"batch": work.batch, "images": work.images, "text": work.text, "new": work.new}
-    return head | ({"remat": work.remat} if args.task == "train" else {})
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
-
-
-def _show(head: dict[str, Any], answer: Answer) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
-    name = head.get("preset") or head.get("config")
-    console.print(
-        f"{name}, {head['task']}, {head['compressor']['name']}, batch {head['batch']} on "
-        f"{answer.topology} ({answer.devices} devices), {_mesh_text(answer.mesh)}"
-    )
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("program")
-    for column in (
-        *("fits", "arguments", "temporaries", "outputs", "code", "of", "TFLOPs", "HBM", "links"),
-        "at least",
-    ):
-        table.add_column(column, justify="right")
-    table.add_column("bound by")
-    for stage in answer.stages:
-        memory = stage.hbm_bytes
-        parts = (memory.arguments, memory.temporaries, memory.outputs, memory.program, memory.limit)
-        cells = [stage.name, "yes" if stage.fits else "NO", *map(_gib, parts)]
-        if stage.seconds is not None:
-            sent = sum(stage.collective_bytes.values())
-            bound = max(stage.seconds, key=stage.seconds.get)
-            cells += [f"{stage.flops / 1e12:.3g}", _gib(stage.hbm_bytes_moved), _gib(sent)]
-            cells += [f"{1e3 * stage.estimated_seconds:.3g} ms", bound]
-        table.add_row(*cells)
-    console.print(table)
-    found = answer.to_json()
-    if answer.fits:
-        kernels = ", ".join(f"{n} {k}" for n, k in found["kernels"].items()) or "none"
-        sent = (
-            ", ".join(f"{n} {_gib(b)}" for n, b in found["collective_bytes"].items()) or "nothing"
-        )
-        console.print(f"Kernels called: {kernels}. Sent by each device: {sent}.")
-    else:
-        console.print(
-            f"Does not fit: {answer.fullest.name} needs {_gib(answer.fullest.hbm_bytes.total)} of "
-            f"{_gib(answer.chip.hbm_limit)}. More devices, a smaller batch, fewer visual tokens, "
-            "or another mesh (--search)."
-        )
-    if loops := sum(stage.unknown_loops or 0 for stage in answer.stages):
-        console.print(f"Loops of unknown length: {loops}; they count once, so the times are low.")
-    console.print(_bound(answer.topology) + " All numbers are of one device.", markup=False)
+        for each in targets:
+            ledger = make_entry(subject, method, each).ledger
+            label = f"{ledger.compressor['name']} {round(ledger.entering)}"
+            work = make_work(subject, ledger.compressor, wanted.task, wanted.batches[0])
+            works.append((label, work))
+    return works

@@ -9,8 +9,10 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 
-from efficient_vlm.cli.audit_kernels import Row, programs
+from efficient_vlm.cli.kernel_programs import Program, Row, programs
 from efficient_vlm.costs.compiled import hlo
 from efficient_vlm.errors import UserError, first_line
 from efficient_vlm.kernels import aot_gpu
@@ -20,8 +22,12 @@ _MARK = "@@ program "
 _TARGET = 'custom_call_target="mosaic_gpu'
 
 
-def compiled(quick: bool) -> list[Row]:
+def compiled(quick: bool, say: Callable[[str], None] = lambda what: None) -> list[Row]:
     """One row for each program; spills are an error.
+
+    Args:
+      quick: at one size only.
+      say: called with what is being compiled.
 
     Raises:
       UserError: the compiler's wheels are not installed, or its process died.
@@ -32,17 +38,40 @@ def compiled(quick: bool) -> list[Row]:
         "efficient_vlm.cli.audit_kernels_gpu",
         "quick" if quick else "all",
     ]
-    environment = {**os.environ, **aot_gpu.environment()}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)  # noqa: S603
-    parts = done.stdout.split(_MARK)[1:]
     listed = list(programs(quick, "gpu"))
-    if done.returncode or len(parts) != len(listed):
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    what = (f"{program.describe()} for {TOPOLOGY}" for program in listed)
+    environment = {**os.environ, **aot_gpu.environment()}
+    code, out, err = run_and_tell(words, environment, lambda: say(next(what, TOPOLOGY)))
+    parts = out.split(_MARK)[1:]
+    if code or len(parts) != len(listed):
+        last = (err.strip().splitlines() or ["no message"])[-1]
         raise UserError(f"compiling for {TOPOLOGY} stopped: {last[:200]}")
     return [_row(program, part) for program, part in zip(listed, parts)]
 
 
-def _row(program, text: str) -> Row:
+def run_and_tell(
+    words: Sequence[str], environment: Mapping[str, str], tell: Callable[[], None]
+) -> tuple[int, str, str]:
+    """Runs a command, and calls `tell` at each line of its output that begins with the mark of a
+    program.
+
+    Returns:
+      Exit code, stdout, stderr.
+    """
+    lines = []
+    with tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(  # noqa: S603
+            words, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as process:
+            for line in process.stdout:
+                lines.append(line)
+                if line.startswith(_MARK):
+                    tell()
+        errors.seek(0)
+        return process.returncode, "".join(lines), errors.read()
+
+
+def _row(program: Program, text: str) -> Row:
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", text)]
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", text)]
     error = re.search(r"^error: (.*)$", text, re.M)

@@ -1,7 +1,6 @@
 """`efficient-vlm audit sharding`: where everything of a model lies on a mesh: parameters and their
 moments, activations, the cache. Nothing is computed and no device needed."""
 
-import argparse
 import dataclasses
 import json
 import math
@@ -17,13 +16,13 @@ from rich.console import Console
 from rich.table import Table
 
 from efficient_vlm import sharding
-from efficient_vlm.cli import audit as command
-from efficient_vlm.cli.subject import Subject, read_subject
+from efficient_vlm.cli.methods import Chosen, one_method
+from efficient_vlm.cli.subject import Subject
 from efficient_vlm.costs.compiled.options import batches_of, parse_mesh
+from efficient_vlm.costs.match import Target
 from efficient_vlm.errors import UserError
-from efficient_vlm.families.architecture import boxed_parameters
+from efficient_vlm.models.init import boxed_parameters
 
-_DEFAULT = "fsdp:8"
 # Logical axes of what goes from layer to layer, and of what is inside a feed-forward layer.
 STREAM, WIDE = ("batch", "tokens", None), ("batch", "tokens", "activation_mlp")
 
@@ -52,24 +51,33 @@ class Row:
     note: str | None
 
 
-def audit_sharding(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+def audit_sharding(
+    subject: Subject,
+    chosen: Sequence[Chosen],
+    target: Target | None,
+    *,
+    mesh: str,
+    batch: str | None = None,
+    as_json: bool = False,
+) -> int:
     """`efficient-vlm audit sharding`.
 
     Args:
-      args: preset or config; mesh, batch, json; compressor, its options and match; text, new and
-        images of a question.
-      overrides: "section.field=value" of the config.
+      subject: what is audited.
+      chosen, target: the one method, and what it is matched to, see `methods.make_entry`.
+      mesh: such as "fsdp:16,tensor:4".
+      batch: pictures on all devices together; None for one for each part of the rows.
+      as_json: print as JSON.
     """
-    sizes = parse_mesh(args.mesh or _DEFAULT)
-    subject = read_subject(args, overrides)
-    batch = math.prod(sizes[axis] for axis in sharding.BATCH)
-    if args.batch:
-        batch, *more = batches_of(args.batch, 1)
+    sizes = parse_mesh(mesh)
+    rows_of_batch = math.prod(sizes[axis] for axis in sharding.BATCH)
+    if batch:
+        rows_of_batch, *more = batches_of(batch, 1)
         if more:
-            raise UserError(f"--batch={args.batch}: several", fix="one number")
-    model = subject.model(command.read_method(subject, args))
-    rows = table(model, sizes) + held(subject, model, sizes, batch)
-    if args.json:
+            raise UserError(f"--batch={batch}: several", fix="one number")
+    model = subject.model(one_method(subject, chosen, target))
+    rows = table(model, sizes) + held(subject, model, sizes, rows_of_batch)
+    if as_json:
         found = {"mesh": sizes, "rows": [dataclasses.asdict(row) for row in rows]}
         print(json.dumps(found | {"totals": totals(rows)}, indent=1))
     else:

@@ -1,28 +1,29 @@
 """`efficient-vlm compress`: what a method makes of one picture, drawn.
 
 With a run, everything is the run's: encoder, decoder, tokenizer. Without one there are no weights,
-and statistics of the pixels stand in for the encoder (`report.pixel_signals`); the picture says so.
+and statistics of the pixels stand in for the encoder (`cli.pixel_signals`); the picture says so.
 """
 
-import argparse
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_collections
 import numpy as np
 
-from efficient_vlm.cli import audit as command
+from efficient_vlm.cli.methods import import_named, method_fields
 from efficient_vlm.cli.one_image import Marked, WithoutWeights, WithRun
 from efficient_vlm.compressors import methods
 from efficient_vlm.compressors.grids import Grid
-from efficient_vlm.data.records import REASONS, BadRecord
+from efficient_vlm.data.records import REASONS
 from efficient_vlm.errors import UserError
+from efficient_vlm.evaluation import heat
 from efficient_vlm.processing import decode_image as images
-from efficient_vlm.report import drawing, heat
+from efficient_vlm.processing.decode_image import BadRecord
+from efficient_vlm.report import drawing
 from efficient_vlm.report.sheet import HeatPanel, Panel, draw_sheet
+from efficient_vlm.runtime import enable_compilation_cache
 
 ALL = "all"
 _MOST = 64  # Patches in a row or column, without a run.
@@ -35,46 +36,76 @@ _LEGEND = (
 _INSIDE = " Inside the decoder: as in the last layers that hold any visual token."
 
 
-def read_methods(names: Sequence[str], options: Sequence[str]) -> list[dict[str, Any]]:
-    """{"name", options} of --compressor and --compressor.OPTION=VALUE; see `command.read_methods`.
-
-    Raises:
-      UserError: an unknown name or option, or a value of another type.
-    """
-    config = ml_collections.ConfigDict({"model": {}})
-    nothing = command.Subject("config", "", config, text_tokens=0, new_tokens=1, images=1)
-    return [chosen.fields for chosen in command.read_methods(nothing, names, options)]
-
-
-def main(args: argparse.Namespace) -> int:
+def compress(
+    image: str,
+    names: Sequence[str],
+    options: Sequence[str] = (),
+    *,
+    out: str = "map.png",
+    workdir: str | None = None,
+    question: str | None = None,
+    grid: str | None = None,
+    as_json: bool = False,
+) -> int:
     """`efficient-vlm compress`.
 
     Args:
-      args: image, compressor, options ("layer=2"), out, workdir, question, grid, json.
+      image: file.
+      names: of methods, each with commas, or "all".
+      options: "option=value" of the methods.
+      out: picture to write.
+      workdir: run whose model sees the picture; None for statistics of its pixels.
+      question: what the model is asked; None for one of its data.
+      grid: "24" or "18x32" patches, without a run; None for 24.
+      as_json: print as JSON.
     """
-    if not args.compressor:
+    enable_compilation_cache()
+    if not names:
         raise UserError(
             "compress: --compressor is missing",
             allowed=f"{ALL}, {', '.join(methods.names())}",
             fix="for example --compressor=divprune --compressor.budget=64",
         )
-    every = ALL in [word.strip() for value in args.compressor for word in value.split(",")]
-    names = list(methods.names()) if every else args.compressor
-    wanted = read_methods(names, args.options)
-    out = Path(args.out)
-    if out.is_dir() or not out.parent.is_dir():
+    every = ALL in [word.strip() for value in names for word in value.split(",")]
+    import_named(names, workdir)
+    wanted = method_fields(list(methods.names()) if every else names, options)
+    target = Path(out)
+    if target.is_dir() or not target.parent.is_dir():
         raise UserError(f"--out={out}: not a file in a folder that exists", fix="--out=map.png")
-    subject = _subject(args, read_image(args.image))
-    say = (lambda line: None) if args.json else print
-    many = every or len(wanted) > 1
-    if every:
-        budget = _budget(wanted[0].get("budget"), subject.grid)
+    subject = _subject(read_image(image), workdir, question, grid)
+    say = (lambda line: None) if as_json else print
+    marked, left_out = _mark(subject, wanted, every, say)
+    draw = _draw_many if every or len(wanted) > 1 else _draw_one
+    try:
+        target.write_bytes(drawing.png(draw(subject, marked, Path(image).name, left_out)))
+    except OSError as error:
+        raise UserError(f"--out={out}: {error.strerror or error}", fix="--out=map.png") from None
+    if as_json:
+        found = _to_json(subject, marked, left_out)
+        print(json.dumps({"image": image, "out": out, **found}, indent=1))
+        return 0
+    for reason in dict.fromkeys(each["reason"] for each in left_out):
+        same = [each["compressor"] for each in left_out if each["reason"] == reason]
+        say(f"Left out: {', '.join(same)} ({reason})")
+    say(f"Seen by: {subject.note}")
+    say(f"Map: {out}")
+    return 0
+
+
+def _mark(
+    subject: WithoutWeights | WithRun,
+    wanted: Sequence[Mapping[str, Any]],
+    every: bool,
+    say: Callable[[str], None],
+) -> tuple[list[Marked], list[dict[str, str]]]:
+    """What each method makes of the picture, and which of all (`every`) cannot run, and why."""
     marked, left_out = [], []
+    budget = _budget(wanted[0].get("budget"), subject.grid) if every else None
     for fields in wanted:
         try:
             if every:
                 fields = subject.nearest(fields, budget)
-            found = subject.mark(fields, ask=not many)
+            found = subject.mark(fields, ask=len(wanted) == 1)
         except UserError as error:
             if not every:
                 raise
@@ -86,21 +117,7 @@ def main(args: argparse.Namespace) -> int:
             say(f"{subject.question}: {found.answer}")
     if not marked:
         raise UserError("--compressor=all: none can run", fix=left_out[0]["reason"])
-    draw = _draw_many if many else _draw_one
-    pixels = draw(subject, marked, Path(args.image).name, left_out)
-    try:
-        out.write_bytes(drawing.png(pixels))
-    except OSError as error:
-        raise UserError(f"--out={out}: {error.strerror or error}", fix="--out=map.png") from None
-    if args.json:
-        print(json.dumps(_to_json(args, subject, marked, left_out), indent=1))
-        return 0
-    for reason in dict.fromkeys(each["reason"] for each in left_out):
-        same = [each["compressor"] for each in left_out if each["reason"] == reason]
-        say(f"Left out: {', '.join(same)} ({reason})")
-    say(f"Seen by: {subject.note}")
-    say(f"Map: {out}")
-    return 0
+    return marked, left_out
 
 
 def read_image(path: str) -> np.ndarray:
@@ -134,14 +151,16 @@ def caption(marked: Marked) -> list[str]:
     return [", ".join(parts)] + ([", ".join(knobs)] if knobs else [])
 
 
-def _subject(args: argparse.Namespace, image: np.ndarray) -> WithoutWeights | WithRun:
-    if args.workdir is not None:
-        if args.grid is not None:
+def _subject(
+    image: np.ndarray, workdir: str | None, question: str | None, grid: str | None
+) -> WithoutWeights | WithRun:
+    if workdir is not None:
+        if grid is not None:
             raise UserError("--grid: the run's encoder has its own", fix="leave out --grid")
-        return WithRun(image, Path(args.workdir), args.question)
-    if args.question is not None:
+        return WithRun(image, Path(workdir), question)
+    if question is not None:
         raise UserError("--question: there is no model to ask", fix="add --workdir=RUN")
-    return WithoutWeights(image, _grid(args.grid or "24"))
+    return WithoutWeights(image, _grid(grid or "24"))
 
 
 def _grid(text: str) -> Grid:
@@ -238,7 +257,7 @@ def _draw_many(subject, marked: Sequence[Marked], title: str, left_out) -> np.nd
     return draw_sheet(title, _notes(subject, marked, left_out), panels, columns=4)
 
 
-def _to_json(args, subject, marked: Sequence[Marked], left_out) -> dict[str, Any]:
+def _to_json(subject, marked: Sequence[Marked], left_out) -> dict[str, Any]:
     maps = []
     for found in marked:
         row = {
@@ -253,8 +272,6 @@ def _to_json(args, subject, marked: Sequence[Marked], left_out) -> dict[str, Any
             row["scores"] = _plain(found.heat.scores) if found.heat else None
         maps.append(row)
     return {
-        "image": args.image,
-        "out": str(args.out),
         "seen_by": subject.note,
         "grid": list(subject.grid),
         "question": subject.question or None,

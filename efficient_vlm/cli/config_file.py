@@ -16,7 +16,16 @@ from typing import Any
 
 import ml_collections
 
+from efficient_vlm.compressors.methods import METHODS
+from efficient_vlm.data.config import DataConfig
 from efficient_vlm.errors import UserError, closest, unknown
+from efficient_vlm.evaluation.settings import EvalConfig
+from efficient_vlm.models import connector, decoder, vlm
+from efficient_vlm.models import encoder as vit
+from efficient_vlm.nn import moe
+from efficient_vlm.sharding import MeshConfig
+from efficient_vlm.train.config import TrainConfig
+from efficient_vlm.train.optimizer import OptimizerConfig
 
 # Sections whose fields are those of a class that needs JAX; `data` has a class of its own.
 SECTIONS = (
@@ -118,17 +127,6 @@ def apply_override(config: ml_collections.ConfigDict, override: str) -> None:
         node[field] = value
 
 
-def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Plain JSON types, as written to config.json."""
-    return json.loads(json.dumps(config.to_dict()))
-
-
-def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """One section as a plain dict; empty if it is absent."""
-    value = config.get(name) or {}
-    return value.to_dict() if isinstance(value, ml_collections.ConfigDict) else dict(value)
-
-
 def _parse(name: str, text: str, wanted: Any, old: Any) -> Any:
     """The first reading of `text` that has the type wanted: JSON or a word, text, a list."""
     for value in (_word(text), text, [_word(part) for part in text.split(",") if part]):
@@ -139,8 +137,8 @@ def _parse(name: str, text: str, wanted: Any, old: Any) -> Any:
             return float(value) if whole and not _fits(value, wanted, exact=True) else value
     plain = old is not None and isinstance(old, bool | int | float | str | list | tuple)
     raise UserError(
-        f"--config.{name}: {text!r} is not of type {_spell(wanted)}",
-        allowed=_spell(wanted) + (f", such as {old!r}" if plain else ""),
+        f"--config.{name}: {text!r} is not of type {spell(wanted)}",
+        allowed=spell(wanted) + (f", such as {old!r}" if plain else ""),
     )
 
 
@@ -182,7 +180,8 @@ def _type_of(old: Any) -> Any:
     return Sequence if isinstance(old, list | tuple) else type(old)
 
 
-def _spell(wanted: Any) -> str:
+def spell(wanted: Any) -> str:
+    """An annotation as a person reads it: "int", "float | None"."""
     if isinstance(wanted, type) and not typing.get_args(wanted):
         return wanted.__name__
     return str(wanted).replace("typing.", "").replace("collections.abc.", "")
@@ -201,7 +200,7 @@ def _check_types(config: ml_collections.ConfigDict) -> None:
             if name in node and not _fits(node[name], field.type):
                 raise UserError(
                     f"{where}.{name}: {node[name]!r} has the wrong type",
-                    allowed=_spell(field.type),
+                    allowed=spell(field.type),
                     fix=f"--config.{where}.{name}=VALUE, or change the config file",
                 )
 
@@ -221,31 +220,24 @@ def _unknown_field(where: str, field: str, node: Any, defaults: Iterable[str] = 
 
 def _fields(where: str, config: ml_collections.ConfigDict) -> dict[str, dataclasses.Field]:
     """The fields that a section may have: those of the class that it is handed to."""
-    if where == "data":
-        from efficient_vlm.data.config import DataConfig as cls
-    elif where in SECTIONS:
-        cls = _class_of(where, config)
-    else:
+    cls = class_of(where, config)
+    if cls is None:
         return {}
-    hidden = ("parent", "name") if where.startswith("model") else ()
-    return (
-        {f.name: f for f in dataclasses.fields(cls) if f.init and f.name not in hidden}
-        if cls
-        else {}
-    )
+    hidden = hidden_fields(where)
+    return {f.name: f for f in dataclasses.fields(cls) if f.init and f.name not in hidden}
 
 
-def _class_of(where: str, config: ml_collections.ConfigDict) -> type | None:
-    # Late, and here alone: the classes bring JAX with them.
-    from efficient_vlm.compressors.methods import METHODS
-    from efficient_vlm.evaluation.protocol import EvalConfig
-    from efficient_vlm.models import connector, decoder, vlm
-    from efficient_vlm.models import encoder as vit
-    from efficient_vlm.nn import moe
-    from efficient_vlm.sharding import MeshConfig
-    from efficient_vlm.train.config import TrainConfig
-    from efficient_vlm.train.optimizer import OptimizerConfig
+def hidden_fields(where: str) -> frozenset[str]:
+    """Fields of a section's class that are none of the config's: those of every Linen module."""
+    return frozenset(("parent", "name") if where.startswith("model") else ())
 
+
+def class_of(where: str, config: ml_collections.ConfigDict) -> type | None:
+    """The class that a section is handed to; None for a section of one's own, or no such method."""
+    if where == "data":
+        return DataConfig
+    if where not in SECTIONS:
+        return None
     if where == "model.compressor":
         return METHODS.get(config.model.compressor.get("name"))
     return {

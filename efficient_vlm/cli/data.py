@@ -1,15 +1,24 @@
 """`efficient-vlm data build` and `efficient-vlm data inspect`, without the parsing of arguments."""
 
 import collections
+from collections.abc import Sequence
 from pathlib import Path
 
+from efficient_vlm.cli import config_file
 from efficient_vlm.data.config import DataConfig, validate
 from efficient_vlm.data.inspect import contact_sheet
 from efficient_vlm.data.pipeline import make_spec
-from efficient_vlm.data.records import REASONS, BadRecord
+from efficient_vlm.data.records import REASONS
 from efficient_vlm.data.sources import build_token_bench, open_source
 from efficient_vlm.data.token_bench import store
 from efficient_vlm.errors import UserError
+from efficient_vlm.fields import section
+from efficient_vlm.processing.decode_image import BadRecord
+
+
+def read_data(config: str, overrides: Sequence[str] = ()) -> DataConfig:
+    """The section data of "FILE.py" or "FILE.py:ARG" with "section.field=value" of the config."""
+    return DataConfig.from_mapping(section(config_file.load(config, overrides), "data"))
 
 
 def build(config: DataConfig, *, full: bool = True) -> Path:

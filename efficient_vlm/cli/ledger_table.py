@@ -3,23 +3,21 @@
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from efficient_vlm.cli.methods import Entry
+from efficient_vlm.cli.subject import Subject
 from efficient_vlm.costs.ledger import Ledger
 from efficient_vlm.costs.match import FAR
-
-if TYPE_CHECKING:
-    from efficient_vlm.cli.audit import Entry
-    from efficient_vlm.cli.subject import Subject
 
 _UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def show(subject: "Subject", entries: Sequence["Entry"], console: Console | None = None) -> None:
+def show(subject: Subject, entries: Sequence[Entry], console: Console | None = None) -> None:
     """Prints a comparison, or one method layer by layer.
 
     Args:
@@ -65,7 +63,7 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _one(subject: "Subject", entry: "Entry", console: Console) -> None:
+def _one(subject: Subject, entry: Entry, console: Console) -> None:
     found, base = entry.ledger, subject.baseline
     console.print(_layers(found, describe(found.compressor)))
     console.print(
@@ -122,7 +120,7 @@ def _costs(found: Ledger, base: Ledger) -> Table:
     return table
 
 
-def _several(subject: "Subject", entries: Sequence["Entry"], console: Console) -> None:
+def _several(subject: Subject, entries: Sequence[Entry], console: Console) -> None:
     matched = entries[0].match is not None
     table = _table(None)
     table.add_column("method", overflow="fold")
@@ -171,7 +169,7 @@ def _several(subject: "Subject", entries: Sequence["Entry"], console: Console) -
         console.print(f"{describe(entry.ledger.compressor)}: {_reached(entry)}", markup=False)
 
 
-def _reached(entry: "Entry") -> str:
+def _reached(entry: Entry) -> str:
     goal, reached = entry.match.goal, entry.match.reached
     off = f"{100 * entry.match.off:+.2g} %"
     if entry.match.far:

@@ -12,14 +12,23 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from efficient_vlm.cli import config_file as configs
+from efficient_vlm.cli import pixel_signals
 from efficient_vlm.compressors import Compressor, Signals, VisualTokens, methods
 from efficient_vlm.compressors.grids import Grid
+from efficient_vlm.data.config import DataConfig
+from efficient_vlm.data.pipeline import make_spec, make_tokenizer
+from efficient_vlm.data.scenes import COLOURS
 from efficient_vlm.errors import UserError
-from efficient_vlm.evaluation.settings import check_trained, parameter_shapes, setting_of
+from efficient_vlm.evaluation import heat
+from efficient_vlm.evaluation.heat import Heat
+from efficient_vlm.evaluation.settings import check_trained, parameter_shapes
+from efficient_vlm.fields import section
+from efficient_vlm.inference.generate import generate
+from efficient_vlm.models.variants import setting_of
 from efficient_vlm.processing import decode_image as images
-from efficient_vlm.report import heat, pixel_signals
-from efficient_vlm.report.heat import Heat
+from efficient_vlm.processing.batch import one_question
+from efficient_vlm.train.trained import restore
+from efficient_vlm.train.workdir_config import read_run_config
 
 _STEPS = 8  # Of tome without an encoder, whose layers it acts in.
 
@@ -30,7 +39,7 @@ class Marked:
 
     Attributes:
       name, options: as configured.
-      budget: visual tokens, see `settings.setting_of`.
+      budget: visual tokens, see `variants.setting_of`.
       source: int [N], the token of each patch, -1 for none.
       heat: one number per patch, or None.
       answer: what the model says; "" where it was not asked.
@@ -93,7 +102,7 @@ class WithoutWeights:
         module = methods.build(name, **{"grid": self.grid, **options}, parent=None)
         if lacking := sorted(module.needs - pixel_signals.GIVEN):
             raise _needs_run(name, f"it needs {lacking[0]}")
-        if kind.where == "encoder":
+        if kind.in_encoder:
             source = self._steps(module)
         else:
             source = self._call(module)
@@ -107,7 +116,7 @@ class WithoutWeights:
         return Marked(name, options, budget, source, found)
 
     def _check_runs(self, name: str) -> None:
-        if methods.find(name).where == "decoder":
+        if methods.find(name).in_decoder:
             raise _needs_run(name, "it needs a decoder")
 
     def _on(self, grid: Grid, descriptors: np.ndarray) -> VisualTokens:
@@ -146,13 +155,8 @@ class WithRun:
     """A picture seen by the newest checkpoint of a run."""
 
     def __init__(self, image: np.ndarray, workdir: Path, question: str | None):
-        from efficient_vlm.data.config import DataConfig
-        from efficient_vlm.data.pipeline import make_spec
-        from efficient_vlm.train.trained import restore
-        from efficient_vlm.train.workdir_config import read_run_config
-
         self.config = read_run_config(workdir)
-        data = DataConfig.from_mapping(configs.section(self.config, "data"))
+        data = DataConfig.from_mapping(section(self.config, "data"))
         self.tokenizer, spec = _tokenizer(data, workdir), make_spec(data, data.tasks)
         trained = restore(self.config, workdir, _Known(self.tokenizer, spec))
         self.model, self.params, self._resize = trained.model, trained.params, spec.resize
@@ -166,8 +170,7 @@ class WithRun:
             raise UserError(
                 f"--question: {len(ids)} tokens", allowed=f"at most {spec.max_length} in this run"
             )
-        self._prompt = np.full(spec.max_length, self.tokenizer.pad_id, np.int32)
-        self._prompt[: len(ids)], self._length = ids, len(ids)
+        self._ids, self._length = ids, spec.max_length
 
     def shown(self, size: tuple[int, int]) -> np.ndarray:
         """The picture as the encoder gets it, uint8 of `size`."""
@@ -186,18 +189,18 @@ class WithRun:
         fields = dict(fields)
         kind = methods.find(fields["name"])
         has = methods.options(fields["name"])
-        if kind.where == "decoder":
+        if kind.in_decoder:
             fields.pop("budget", None)  # It is matched by the knobs of the method.
         if not vit.class_token and fields.get("attention") is None and "attention" in has:
             fields["attention"] = "column_mean"
         if "middle_layer" in has and "middle_layer" not in fields:
             fields["middle_layer"] = 9 / 24  # As published, in a deeper or shallower encoder.
-        depth = decoder.num_layers if kind.where == "decoder" else vit.layers_run
+        depth = decoder.num_layers if kind.in_decoder else vit.layers_run
         first_cut = {"layer": 1} if "layer" in has else {"layers": (1,)} if "layers" in has else {}
         try:
             return self._reach(fields, depth, budget)
         except UserError as error:
-            if kind.where != "decoder" or not first_cut or set(first_cut) & set(fields):
+            if not kind.in_decoder or not first_cut or set(first_cut) & set(fields):
                 raise
             try:  # Published cuts may lie behind the last layer of a small model.
                 return self._reach({**fields, **first_cut}, depth, budget)
@@ -218,25 +221,20 @@ class WithRun:
         Raises:
           UserError: it has not been trained here, or has no such setting.
         """
-        from efficient_vlm.inference.generate import generate
-
         variant = self._variant(fields)
         variant.make_compressor()
         check_trained([variant], parameter_shapes(self.params))
         pixels = images.resize(self._image, self._pixels, mode=self._resize)[None]
-        there = np.ones(1, bool)
+        inputs = one_question(pixels, self._ids, self._length)
         out = generate(
             variant,
             self.params,
-            pixels[None],
-            there[None],
-            self._prompt[None, None],
-            np.array([[self._length]], np.int32),
+            inputs,
             new_tokens=8 if ask else 1,
             eos_id=self.tokenizer.eos_id,
         )
         sources = [np.asarray(source[0]) for source in out.sources]
-        seen = heat.heat(variant, self.params, pixels, there, self._prompt, self._length, sources)
+        seen = heat.heat(variant, self.params, inputs, sources)
         name, budget = setting_of(variant)
         options = {k: v for k, v in variant.compressor.items() if k != "name"}
         answer = self.tokenizer.decode(out.tokens[0, 0]) if ask else ""
@@ -256,7 +254,7 @@ def _probe(fields: Mapping[str, Any], grid: Grid) -> Compressor:
     """A module to ask for its knobs."""
     kind, options = methods.find(fields["name"]), dict(fields)
     name = options.pop("name")
-    options["budget"] = None if kind.where == "decoder" else grid[0] * grid[1]
+    options["budget"] = None if kind.in_decoder else grid[0] * grid[1]
     return methods.build(name, **{"grid": grid, **options}, parent=None)
 
 
@@ -289,8 +287,6 @@ def _at_size(image: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
 
 def _tokenizer(data, workdir: Path):
     """The run's tokenizer, without its data."""
-    from efficient_vlm.data.pipeline import make_tokenizer
-
     known = data.tokenizer or data.source == "token_bench"
     if not known and not (workdir / "tokenizer.json").is_file():
         raise UserError(
@@ -303,6 +299,4 @@ def _tokenizer(data, workdir: Path):
 def _question(data) -> str:
     if data.source != "token_bench":
         return "What is in this image?"
-    from efficient_vlm.data.scenes import COLOURS
-
     return f"which digit is {COLOURS[0]}" if "needle" in data.tasks else "what background colour"

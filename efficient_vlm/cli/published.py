@@ -1,20 +1,21 @@
 """The verbs import, export and generate of the command line."""
 
-import argparse
 import dataclasses
 import json
 import math
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 
 from efficient_vlm.cli import verify
-from efficient_vlm.cli.compress import read_methods
+from efficient_vlm.cli.methods import method_fields
+from efficient_vlm.cli.pictures import picture_options
 from efficient_vlm.errors import UserError, first_line
 from efficient_vlm.families.architecture import build_model, read_config
 from efficient_vlm.families.imported import import_model, read_carried
@@ -23,17 +24,22 @@ from efficient_vlm.inference import answers, pretrained
 from efficient_vlm.inference.options import SamplingOptions
 from efficient_vlm.nn.kv_cache import CacheOptions
 from efficient_vlm.nn.stack import unstack
+from efficient_vlm.processing import pointing
+from efficient_vlm.processing.pictures.base import load_picture
+from efficient_vlm.runtime import enable_compilation_cache
 
 
-def import_checkpoint(args: argparse.Namespace) -> int:
+def import_checkpoint(
+    source: str, out: str, *, verify_with: str | None = None, sha256: str | None = None
+) -> int:
     """`efficient-vlm import HF_DIR OUT [--verify=io.npz]`: 1 if the comparison fails."""
-    io = None if args.verify is None else read_npz(args.verify)
-    sha256 = None if args.sha256 is None else read_sha256(args.sha256)
-    model, params = import_model(args.source, args.out, sha256=sha256)
-    config = read_config(args.out)
+    io = None if verify_with is None else read_npz(verify_with)
+    digests = None if sha256 is None else read_sha256(sha256)
+    model, params = import_model(source, out, sha256=digests)
+    config = read_config(out)
     family = family_of(config)
     used = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    carried = sum(value.size for value in read_carried(Path(args.out)).values())
+    carried = sum(value.size for value in read_carried(Path(out)).values())
     report: dict[str, Any] = {"family": family.name, "params": used + carried}
     if carried:
         report["params_unused"] = carried
@@ -48,103 +54,93 @@ def import_checkpoint(args: argparse.Namespace) -> int:
     print(json.dumps(report | numbers))
     if not ok:
         print(
-            f"error: {args.out} is imported, but differs from {args.verify} "
+            f"error: {out} is imported, but differs from {verify_with} "
             f"(allowed: {verify.TOLERANCE} of the largest logit, identical tokens)",
             file=sys.stderr,
         )
     return 0 if ok else 1
 
 
-def export_checkpoint(args: argparse.Namespace) -> int:
+def export_checkpoint(checkpoint: str, out: str, *, dtype: str | None = None) -> int:
     """`efficient-vlm export CKPT HF_DIR`: the way back."""
-    folder = Path(args.checkpoint)
+    folder = Path(checkpoint)
     if (folder / "checkpoints").is_dir() and not (folder / "dtypes.json").is_file():
         raise UserError(
             f"{folder}: a run of efficient-vlm train, whose model has no published layout",
             allowed="what efficient-vlm import wrote, fine-tuned or not",
         )
-    vlm = pretrained.from_pretrained(args.checkpoint, param_dtype=args.dtype or "stored")
-    for path in vlm.save(args.out):
+    vlm = pretrained.from_pretrained(checkpoint, param_dtype=dtype or "stored")
+    for path in vlm.save(out):
         print(path)
     return 0
 
 
 def generate(
-    args: argparse.Namespace, options: Sequence[str], picture_options: Sequence[str]
+    model: str,
+    question: str,
+    images: Sequence[str],
+    *,
+    method: str | None = None,
+    options: Sequence[str] = (),
+    pictures: Sequence[str] = (),
+    max_new_tokens: int = 64,
+    do_sample: bool | None = None,
+    sampling: Mapping[str, Any] | None = None,
+    cache: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
+    points: str | None = None,
+    as_json: bool = False,
 ) -> int:
-    """`efficient-vlm generate MODEL QUESTION --image=FILE`."""
-    from efficient_vlm.cli.run import enable_compilation_cache
-    from efficient_vlm.processing import pointing
+    """`efficient-vlm generate MODEL QUESTION --image=FILE`.
 
+    Args:
+      model: folder with config.json and weights.
+      question: what to ask.
+      images: files.
+      method, options: name of a method, and "option=value" of it.
+      pictures: "option=value" of the picture processor.
+      max_new_tokens, do_sample, cache: see `Pretrained.generate`.
+      sampling: fields of `SamplingOptions`; the seed is that of random compressors as well.
+      dtype: see `from_pretrained`.
+      points: picture to write with the points of the answer, or None.
+      as_json: print answer, times and tokens as JSON.
+    """
     enable_compilation_cache()
-    _check(args)
-    if options and args.compressor is None:
-        raise UserError(
-            f"--compressor.{options[0]}: no method", fix="add --compressor=NAME, such as visionzip"
-        )
-    compressor = None
-    if args.compressor is not None:
-        compressor, *more = read_methods([args.compressor], options)
-        if more:
-            raise UserError(f"--compressor={args.compressor}: one method at a time")
-    pictures = dict(option.split("=", 1) for option in picture_options)
-    pictures = {name: read_literal(f"--pictures.{name}", value) for name, value in pictures.items()}
+    sampling = sampling or {}
+    _check(sampling, cache, points, images)
     vlm = pretrained.from_pretrained(
-        args.model, compressor=compressor, dtype=args.dtype, **pictures
+        model,
+        compressor=_one_method(method, options),
+        dtype=dtype,
+        **picture_options(pictures),
     )
     stream = None
-    if not args.json:
+    if not as_json:
 
         def stream(text: str) -> None:
             print(text, end="", flush=True)
 
-    asked, options = (args.do_sample, _sampling(args)), dict(cache=_cache(args))
     out = vlm.run(
-        [args.question],
-        [args.image or []],
-        max_new_tokens=args.max_new_tokens,
+        [question],
+        [list(images)],
+        max_new_tokens=max_new_tokens,
         stream=stream,
-        rng=jax.random.key(args.seed or 0),
-        do_sample=asked[0],
-        **asked[1],
-        **options,
+        rng=jax.random.key(sampling.get("seed", 0)),
+        cache=cache,
+        do_sample=do_sample,
+        **sampling,
     )
-    (answer,) = answers.answers(vlm.tokenizer, out, vlm.sampling_options(1, *asked))
-    if args.json:
+    options = vlm.sampling_options(1, do_sample, sampling)
+    (answer,) = answers.answers(vlm.tokenizer, out, options)
+    if as_json:
         print(json.dumps(_report(vlm, out, answer)))
     else:
         print()
         for token in answer.logprobs or ():
             print(_line(token))
-    if args.points is not None:
-        _draw_points(vlm, pointing, answer.text, args)
+    if points is not None:
+        _draw_points(answer.text, images[0], points)
     return 0
-
-
-def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """Fields of `SamplingOptions` that were given."""
-    names = [field.name for field in dataclasses.fields(SamplingOptions)]
-    given = {name: getattr(args, name, None) for name in names}
-    if args.logit_bias:
-        given["logit_bias"] = dict(map(read_bias, args.logit_bias))
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def _cache(args: argparse.Namespace) -> dict[str, Any]:
-    """Fields of `CacheOptions` that were given."""
-    given = {name: getattr(args, f"cache_{name}") for name in ("kind", "page", "dtype")}
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def read_bias(text: str) -> tuple[int, float]:
-    """ID=NUMBER of the command line."""
-    token, _, value = text.partition("=")
-    try:
-        return int(token), float(value)
-    except ValueError:
-        raise UserError(
-            f"--logit-bias={text!r:.40}", allowed="ID=NUMBER, such as 17=-100; may be repeated"
-        ) from None
 
 
 def _line(token: answers.TokenLogprob) -> str:
@@ -153,37 +149,44 @@ def _line(token: answers.TokenLogprob) -> str:
     return f"{token.logprob:9.3f}  {token.text!r:<16} {top}".rstrip()
 
 
-def _check(args: argparse.Namespace) -> None:
-    """What would fail only behind the answer."""
-    given = _sampling(args)
-    for name, value in given.items():
+def _one_method(method: str | None, options: Sequence[str]) -> dict[str, Any] | None:
+    """--compressor and its options, None for none."""
+    if method is None:
+        if options:
+            raise UserError(
+                f"--compressor.{options[0]}: no method",
+                fix="add --compressor=NAME, such as visionzip",
+            )
+        return None
+    fields, *more = method_fields([method], options)
+    if more:
+        raise UserError(f"--compressor={method}: one method at a time")
+    return fields
+
+
+def _check(
+    sampling: Mapping[str, Any],
+    cache: Mapping[str, Any] | None,
+    points: str | None,
+    images: Sequence[str],
+) -> None:
+    """Errors that would come only after the model is loaded, or after the answer."""
+    for name, value in sampling.items():
         try:
             SamplingOptions(**{name: value})
         except UserError as error:
             error.args = (f"--{name.replace('_', '-')}{str(error)[len(name) :]}",)
             raise
-    CacheOptions.of(_cache(args))
-    if args.points is None:
+    CacheOptions.of(cache)
+    if points is None:
         return
-    if len(args.image or []) != 1:
+    if len(images) != 1:
         raise UserError("--points: needs one picture", fix="give --image=FILE once")
-    from PIL import Image
-
-    path, known = Path(args.points), Image.registered_extensions()
+    path, known = Path(points), Image.registered_extensions()
     if known.get(path.suffix.lower()) not in Image.SAVE:
         raise UserError(f"--points={path}", allowed=".png, .jpg and what else Pillow writes")
     if not path.parent.is_dir():
         raise UserError(f"--points={path}: no directory {path.parent}", fix="make it first")
-
-
-def read_literal(option: str, text: str) -> int | bool:
-    """A whole number or a truth value of the command line."""
-    words = {"true": True, "false": False}
-    if text.lower() in words:
-        return words[text.lower()]
-    if text.isascii() and text.isdigit() and len(text) < 20:
-        return int(text)
-    raise UserError(f"{option}: {text!r}", allowed="a whole number, true or false")
 
 
 def _report(vlm: pretrained.Pretrained, out: Any, answer: answers.Answer) -> dict[str, Any]:
@@ -203,19 +206,17 @@ def _report(vlm: pretrained.Pretrained, out: Any, answer: answers.Answer) -> dic
     return report
 
 
-def _draw_points(vlm: pretrained.Pretrained, pointing: Any, answer: str, args: Any) -> None:
-    from efficient_vlm.processing.pictures.base import load_picture
-
+def _draw_points(answer: str, image: str, out: str) -> None:
     found = pointing.parse(answer)
     if not found.points:
-        print(f"no points in the answer; {args.points} is not written", file=sys.stderr)
+        print(f"no points in the answer; {out} is not written", file=sys.stderr)
         return
-    drawn = pointing.draw(found.points, load_picture(args.image[0]))
+    drawn = pointing.draw(found.points, load_picture(image))
     try:
-        drawn.save(args.points)
+        drawn.save(out)
     except (OSError, ValueError) as error:
-        raise UserError(f"--points={args.points}: {first_line(error)}") from None
-    print(f"{len(found.points)} points: {args.points}", file=sys.stderr)
+        raise UserError(f"--points={out}: {first_line(error)}") from None
+    print(f"{len(found.points)} points: {out}", file=sys.stderr)
 
 
 def read_npz(path: str) -> dict[str, np.ndarray]:

@@ -1,6 +1,5 @@
 """What `efficient-vlm audit` looks at: a preset or a config, and the model with each method."""
 
-import argparse
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -9,12 +8,15 @@ from typing import Any
 import ml_collections
 
 from efficient_vlm.cli import config_file as configs
+from efficient_vlm.cli.pictures import picture_options
 from efficient_vlm.compressors import methods
 from efficient_vlm.costs import flops, ledger
 from efficient_vlm.costs.ledger import Ledger
+from efficient_vlm.data import pipeline
+from efficient_vlm.data.config import DataConfig
 from efficient_vlm.errors import UserError
 from efficient_vlm.families import presets
-from efficient_vlm.fields import construct
+from efficient_vlm.fields import construct, section
 from efficient_vlm.models.vlm import VisionLanguageModel
 
 
@@ -44,7 +46,7 @@ class Subject:
 
         A model's own projector is part of it: methods get the tokens that it makes.
         """
-        fields = configs.section(self.config, "model")
+        fields = section(self.config, "model")
         if method is not None:
             fields["compressor"] = dict(method)
         if self.pooled:
@@ -54,7 +56,7 @@ class Subject:
     @property
     def projector(self) -> dict[str, Any] | None:
         """The model's own projector, name and fields, or None."""
-        return configs.section(self.config, "model").get("projector")
+        return section(self.config, "model").get("projector")
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -89,7 +91,7 @@ class Subject:
         probe = dict(method)
         if "budget" not in probe and not _stands_alone(probe):
             probe["budget"] = rows * columns  # Only so that there is a module to ask.
-        if methods.find(method["name"]).where == "decoder":
+        if methods.find(method["name"]).in_decoder:
             module = methods.build(**probe, parent=None)
             return list(module.knobs(decoder.num_layers, self.baseline.entering))
         return list(self.model(probe).make_compressor().knobs(encoder.layers_run, rows * columns))
@@ -106,53 +108,103 @@ def _stands_alone(method: Mapping[str, Any]) -> bool:
     return True
 
 
-def read_subject(args: argparse.Namespace, overrides: Sequence[str]) -> Subject:
-    """The preset or config of a command line, with its overrides."""
-    if (args.preset is None) == (args.config is None):
+def read_subject(
+    *,
+    preset: str | None = None,
+    config: str | None = None,
+    overrides: Sequence[str] = (),
+    text: int | None = None,
+    new: int = 1,
+    images: int | None = None,
+    picture: str | None = None,
+    pictures: Sequence[str] = (),
+) -> Subject:
+    """What is audited.
+
+    Args:
+      preset, config: name of a published model, or a config file; one of the two.
+      overrides: "section.field=value" of the config.
+      text, new, images: of one question; None for those of the preset or config.
+      picture: "HEIGHTxWIDTH" in pixels, that a preset sees; None for its default.
+      pictures: "option=value" of the preset's picture processor.
+
+    Raises:
+      UserError: neither or both of preset and config, no such thing, a number out of range, or
+        settings of pictures for a config.
+    """
+    if (preset is None) == (config is None):
         raise UserError(
             "audit: give one of --preset and --config",
             allowed="--preset=" + ", ".join(presets.visual_names()),
             fix="for example --preset=llava-1.5-7b, or --config=configs/quickstart.py",
         )
-    facts: tuple[str, ...] = ()
-    pooled = None
-    if args.preset is not None:
-        preset = presets.get(args.preset)
-        if preset["visual_tokens"] is None:
-            raise UserError(
-                f"--preset={args.preset}: a language model without images, nothing to compress",
-                allowed=", ".join(presets.visual_names()),
-            )
-        config = ml_collections.ConfigDict({"model": preset["model"]})
-        for override in overrides:
-            configs.apply_override(config, override)
-        text, images = preset["text_tokens"], preset["images"]
-        facts = preset["notes"]
-        if args.images is None:
-            facts, pooled = (f"picture: {preset['picture']}", *facts), preset["pooled"]
-    else:
-        config = configs.load(args.config, overrides)
-        if "model" not in config:
-            raise UserError(f"--config={args.config}: it has no section model", fix="add one")
-        text, images = _read_data(config)
-    sizes = {"text": text, "new": 1, "images": images}
-    for name, least in (("text", 0), ("new", 1), ("images", 1)):
-        value = getattr(args, name)
+    for option, value, least in (("text", text, 0), ("new", new, 1), ("images", images, 1)):
         if value is not None and value < least:
-            raise UserError(f"--{name}={value}", allowed=f"{least} or more")
-        sizes[name] = sizes[name] if value is None else value
-    name = args.preset or args.config
-    kind = "preset" if args.preset else "config"
-    counts = sizes["text"], sizes["new"], sizes["images"]
-    return Subject(kind, name, config, *counts, pooled=pooled, facts=facts)
+            raise UserError(f"--{option}={value}", allowed=f"{least} or more")
+    if preset is not None:
+        options = picture_options(pictures)
+        subject = _of_preset(preset, overrides, picture, options, given=images is not None)
+    else:
+        if picture or pictures:
+            option = f"--pictures.{pictures[0]}" if pictures else f"--picture={picture}"
+            raise UserError(
+                f"{option}: for presets",
+                fix="of a config: --config.data.image_size and --config.model.encoder.image_size",
+            )
+        subject = _of_config(config, overrides)
+    sizes = {"new_tokens": new, "text_tokens": text, "images": images}
+    return dataclasses.replace(subject, **{k: v for k, v in sizes.items() if v is not None})
+
+
+def _of_preset(
+    name: str,
+    overrides: Sequence[str],
+    picture: str | None,
+    options: Mapping[str, Any],
+    *,
+    given: bool,
+) -> Subject:
+    """A published model and its picture; `given`: how many images was said, whatever picture."""
+    if given and (picture or options):
+        option = f"--picture={picture}" if picture else f"--pictures.{next(iter(options))}"
+        raise UserError(f"--images: {option} says how many there are", fix="leave out one of them")
+    size = presets.PICTURE if picture is None else _read_size(picture)
+    preset = presets.get(name, picture=size, options=options)
+    if preset["visual_tokens"] is None:
+        raise UserError(
+            f"--preset={name}: a language model without images, nothing to compress",
+            allowed=", ".join(presets.visual_names()),
+        )
+    config = ml_collections.ConfigDict({"model": preset["model"]})
+    for override in overrides:
+        configs.apply_override(config, override)
+    facts, pooled = preset["notes"], None
+    if not given:
+        facts, pooled = (f"picture: {preset['picture']}", *facts), preset["pooled"]
+    counts = preset["text_tokens"], 1, preset["images"]
+    return Subject("preset", name, config, *counts, pooled=pooled, facts=facts)
+
+
+def _read_size(text: str) -> tuple[int, int]:
+    sides = [int(side) if side.isdecimal() else 0 for side in text.lower().split("x")]
+    if len(sides) != 2 or not all(sides):
+        raise UserError(
+            f"--picture={text}", allowed="HEIGHTxWIDTH in pixels", fix="--picture=768x1024"
+        )
+    return sides[0], sides[1]
+
+
+def _of_config(spec: str, overrides: Sequence[str]) -> Subject:
+    config = configs.load(spec, overrides)
+    if "model" not in config:
+        raise UserError(f"--config={spec}: it has no section model", fix="add one")
+    text, images = _read_data(config)
+    return Subject("config", spec, config, text, 1, images)
 
 
 def _read_data(config: ml_collections.ConfigDict) -> tuple[int, int]:
     """Text tokens and images of a question; fills in the vocabulary, without building data."""
-    from efficient_vlm.data import pipeline
-    from efficient_vlm.data.config import DataConfig
-
-    fields = configs.section(config, "data")
+    fields = section(config, "data")
     # The data themselves are not looked at: a config may still wait for its path.
     data = DataConfig.from_mapping({**fields, "path": fields.get("path") or "unknown"})
     spec, vocabulary = pipeline.make_spec(data, data.tasks), data.vocab_size

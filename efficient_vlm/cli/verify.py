@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from efficient_vlm.errors import UserError, first_line
 from efficient_vlm.families.base import Config, Family
 from efficient_vlm.inference.generate import generate
-from efficient_vlm.models.image_inputs import NO_EXTRAS, ImageExtras
+from efficient_vlm.models.inputs import ModelInputs, Pictures
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.processing.placing import Prompt, place
 
@@ -26,16 +25,14 @@ class Inputs(NamedTuple):
 
     Attributes:
       model: at the size of these images, which are normalised already.
-      images, image_mask, extras: see `VisionLanguageModel.encode`; images None for none.
+      pictures: of all rows; None for none.
       prompts: one for each row.
       visual: visual tokens of a row, real or not.
       place: keyword arguments of `placing.place`.
     """
 
     model: VisionLanguageModel
-    images: np.ndarray | None
-    image_mask: np.ndarray | None
-    extras: ImageExtras
+    pictures: Pictures | None
     prompts: list[Prompt]
     visual: int
     place: dict[str, Any]
@@ -45,16 +42,15 @@ class Inputs(NamedTuple):
         prompt = self.prompts[row]._replace(ids=ids, types=None)
         cut = slice(row, row + 1)
         return self._replace(
-            images=None if self.images is None else self.images[cut],
-            image_mask=None if self.images is None else self.image_mask[cut],
-            extras=jax.tree.map(lambda x: x[cut], self.extras),
+            pictures=jax.tree.map(lambda x: x[cut], self.pictures),
             prompts=[prompt],
             place={**self.place, "length": length},
         )
 
-    def placed(self):
-        """Text tokens, lengths and placement."""
-        return place(self.prompts, visual=self.visual, **self.place)
+    def placed(self) -> ModelInputs:
+        """What the model reads."""
+        text = place([[prompt] for prompt in self.prompts], visual=self.visual, **self.place)
+        return text.replace(pictures=self.pictures)
 
 
 def read_inputs(
@@ -64,44 +60,28 @@ def read_inputs(
     given = {key[3:]: np.asarray(io[key]) for key in io if key.startswith("in/")}
     ids = given["input_ids"]
     mask = given.get("attention_mask", np.ones_like(ids)).astype(bool)
-    token = family.image_token(config) if family.image_token else None
     rows = [row[live] for row, live in zip(ids, mask, strict=True)]
     types = [None] * len(rows)
     if "token_type_ids" in given:
         types = [t[live] for t, live in zip(given["token_type_ids"], mask, strict=True)]
-    options = dict(
-        image_token=token,
-        blocks=family.blocks,
-        block_ids=family.block_ids(config) if family.block_ids else (),
-        positions=family.positions,
-    )
+    options = family.rules(config)
     if model.encoder is None or not {"pixel_values", "images"} & set(given):
         none = np.zeros(0, np.int64)
         prompts = [Prompt(r, none, types=t) for r, t in zip(rows, types, strict=True)]
-        return Inputs(model, None, None, NO_EXTRAS, prompts, 0, options)
-    counts = [int((row == token).sum()) for row in rows]
+        return Inputs(model, None, prompts, 0, options)
+    counts = [int((row == options["image_token"]).sum()) for row in rows]
     model = model.clone(encoder={**model.encoder, "pixel_mean": 0.0, "pixel_std": 1.0})
     pictures = _pictures(model, given, counts)
     prompts = [
         Prompt(r, pictures.slots[i], pictures.grids[i], t)
         for i, (r, t) in enumerate(zip(rows, types, strict=True))
     ]
-    return Inputs(
-        pictures.model,
-        pictures.images,
-        pictures.mask,
-        pictures.extras,
-        prompts,
-        pictures.visual,
-        options,
-    )
+    return Inputs(pictures.model, pictures.pictures, prompts, pictures.visual, options)
 
 
 class _Pictures(NamedTuple):
     model: VisionLanguageModel
-    images: np.ndarray
-    mask: np.ndarray
-    extras: ImageExtras
+    pictures: Pictures
     slots: list[np.ndarray]
     grids: list[np.ndarray | None]
     visual: int
@@ -115,14 +95,14 @@ def _pictures(model, given, counts) -> _Pictures:
     if "images" in given:
         return _crops(model, given)
     pixels = given["pixel_values"]
-    extras = NO_EXTRAS
+    valid = slot_mask = None
     if pixels.ndim == 5:
         mask = np.abs(pixels).reshape(*pixels.shape[:2], -1).max(axis=2) > 0
         if "pixel_attention_mask" in given:
             patch = model.encoder["patch_size"]
             cells = given["pixel_attention_mask"][:, :, ::patch, ::patch].astype(bool)
             valid = np.stack([cells.any(axis=3).sum(axis=2), cells.any(axis=2).sum(axis=2)], -1)
-            extras = ImageExtras(valid=np.maximum(valid, 1).astype(np.int32))
+            valid = np.maximum(valid, 1).astype(np.int32)
             # A tile's tokens are all in the prompt, also those that read padding alone.
         images = pixels.transpose(0, 1, 3, 4, 2)
     else:
@@ -132,9 +112,10 @@ def _pictures(model, given, counts) -> _Pictures:
     model = model.sized(*images.shape[-3:-1])
     each = int(np.prod(model.slot_grid))
     slots = [_real_slots(mask[i], each, count) for i, count in enumerate(counts)]
-    if extras.valid is not None:
-        extras = extras.replace(slot_mask=np.repeat(mask[..., None], each, axis=2))
-    return _Pictures(model, images, mask, extras, slots, [None] * len(counts), mask.shape[1] * each)
+    if valid is not None:
+        slot_mask = np.repeat(mask[..., None], each, axis=2)
+    pictures = Pictures(images, mask, valid=valid, slot_mask=slot_mask)
+    return _Pictures(model, pictures, slots, [None] * len(counts), mask.shape[1] * each)
 
 
 def _real_slots(mask: np.ndarray, each: int, count: int) -> np.ndarray:
@@ -192,13 +173,11 @@ def _native(model, given, counts) -> _Pictures:
         at = [index[:h, :w].reshape(-1) + i * slot_grid.prod() for i, (h, w) in enumerate(own)]
         slots.append(np.concatenate(at) if at else np.zeros(0, np.int64))
         grids.append(own)
-    extras = NO_EXTRAS
+    pictures = Pictures(images, mask)
     if (sizes != sizes.max(axis=0)).any():
         valid = np.where(mask[..., None], valid, slot_grid * side).astype(np.int32)
-        extras = ImageExtras(valid=valid)
-    return _Pictures(
-        model, images, mask, extras, slots, grids, mask.shape[1] * int(slot_grid.prod())
-    )
+        pictures = pictures.replace(valid=valid)
+    return _Pictures(model, pictures, slots, grids, mask.shape[1] * int(slot_grid.prod()))
 
 
 def _unpatched(x: np.ndarray, patch: int) -> np.ndarray:
@@ -217,18 +196,14 @@ def _crops(model, given) -> _Pictures:
     index = index.reshape(rows, -1)
     order = [np.argsort(row, kind="stable") for row in index]
     slots = [at[row[at] >= 0] for at, row in zip(order, index, strict=True)]
-    extras = ImageExtras(
-        slot_mask=(index >= 0).reshape(rows, crops, -1), padding_share=given["image_masks"]
-    )
-    return _Pictures(
-        model.sized(*images.shape[2:4]),
+    pictures = Pictures(
         images,
         np.ones((rows, crops), bool),
-        extras,
-        slots,
-        [None] * rows,
-        index.shape[1],
+        slot_mask=(index >= 0).reshape(rows, crops, -1),
+        padding_share=given["image_masks"],
     )
+    model = model.sized(*images.shape[2:4])
+    return _Pictures(model, pictures, slots, [None] * rows, index.shape[1])
 
 
 def _pooled(model, given, counts) -> _Pictures:
@@ -256,64 +231,33 @@ def _pooled(model, given, counts) -> _Pictures:
     model = model.sized(*images.shape[2:4])
     model = model.clone(compressor={**model.compressor, "grid": (1, most)})
     slots = [np.arange(count) for count in counts]
-    extras = ImageExtras(pool_index=index)
-    return _Pictures(model, images, mask, extras, slots, [None] * len(counts), most)
+    pictures = Pictures(images, mask, pool_index=index)
+    return _Pictures(model, pictures, slots, [None] * len(counts), most)
 
 
 def logits(inputs: Inputs, params: Any) -> list[np.ndarray]:
     """Logits behind each text token of each row: float32 [text tokens, vocab]."""
-    tokens, lengths, placement = inputs.placed()
-    out = _text_logits(
-        inputs.model,
-        params,
-        inputs.images,
-        inputs.image_mask,
-        tokens,
-        lengths,
-        placement,
-        inputs.extras,
-    )
-    return [row[:length] for row, length in zip(np.asarray(out), lengths, strict=True)]
-
-
-def _text_logits(model, params, *args):
-    call = jax.jit(
-        lambda params, *args: model.apply({"params": params}, *args, method="text_logits")
-    )
-    return call(params, *args)
+    placed = inputs.placed()
+    forward = jax.jit(lambda params, given: inputs.model.apply({"params": params}, given).logits)
+    out = np.asarray(forward(params, placed))
+    return [row[:length] for row, length in zip(out, placed.lengths, strict=True)]
 
 
 def greedy(inputs: Inputs, params: Any, new_tokens: int) -> np.ndarray:
     """The likeliest continuation of each row, int [R, new_tokens], through the cache."""
-    tokens, lengths, placement = inputs.placed()
-    out = generate(
-        inputs.model,
-        params,
-        inputs.images,
-        inputs.image_mask,
-        tokens[:, None],
-        lengths[:, None],
-        new_tokens=new_tokens,
-        eos_id=-1,
-        placement=placement,
-        extras=inputs.extras,
-    )
+    out = generate(inputs.model, params, inputs.placed(), new_tokens=new_tokens, eos_id=-1)
     return out.tokens[:, 0]
 
 
 def image_features(inputs: Inputs, params: Any) -> np.ndarray:
     """What enters the decoder for each slot, in the order of the slots: [slots, width]."""
 
-    def features(model, images, mask, extras):  # The model is bound to its parameters here.
-        tokens, signals = model.encode(images, mask, extras=extras)
-        layout = model.layout(images, extras)
-        instruction = jnp.zeros((len(images), model.language.width))
-        return model.compress(tokens, signals, instruction, layout).embed
+    def features(model, given):  # The model is bound to its parameters here.
+        tokens, signals = model.encode(given.pictures)
+        return model.compress(tokens, signals, given, model.layout(given.pictures)).embed
 
     model = inputs.model.clone(slot_token=None)
-    embed = model.apply(
-        {"params": params}, inputs.images, inputs.image_mask, inputs.extras, method=features
-    )
+    embed = model.apply({"params": params}, inputs.placed(), method=features)
     return np.concatenate(
         [np.asarray(row)[p.slots] for row, p in zip(embed, inputs.prompts, strict=True)]
     )
@@ -368,7 +312,7 @@ def _compare(family, config, model, params, io) -> dict[str, Any]:
         # Not max(): that would drop a NaN.
         error = float(np.maximum(error, np.abs(ours - theirs).max() / scale))
     report: dict[str, Any] = dict(max_abs_error=error, features_error=None, greedy_match=None)
-    if "out/image_features" in io and inputs.images is not None:
+    if "out/image_features" in io and inputs.pictures is not None:
         theirs = np.asarray(io["out/image_features"])
         if theirs.ndim == 4:  # Molmo gives features without a slot, too.
             theirs = theirs.reshape(len(theirs), -1, theirs.shape[-1])

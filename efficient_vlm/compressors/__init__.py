@@ -2,6 +2,7 @@
 
 from efficient_vlm.compressors.base import POLICIES, Compressor, Stage
 from efficient_vlm.compressors.methods import build, names, needs, options, reachable
+from efficient_vlm.compressors.own import register
 from efficient_vlm.compressors.tokens import DecoderState, Signals, VisualTokens
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "needs",
     "options",
     "reachable",
+    "register",
 ]

@@ -1,37 +1,27 @@
-"""The base of every compressor: its two common fields and the questions one can ask of it.
+"""The base class of all compressors: the fields they share and what models ask of them.
 
-A compressor is a Linen module called as `module(tokens, signals, rng=key)`. It works under `jit`,
-for any batch with its own padding per row, and gives `budget` tokens whatever the data:
+A compressor is a Linen module called as `module(tokens, signals, rng=key)`. It runs under `jit`,
+takes batches whose rows are padded differently, and always returns `budget` tokens:
 
-* kept tokens in source order (merged ones in the order of their cells or queries);
-* its input unchanged if it already has `budget` tokens;
+* kept tokens in source order, merged tokens in the order of their cells or queries;
+* the input unchanged if it has `budget` tokens already;
 * padding (mask False, size 0, in no patch's `source`) where a row has too few real tokens;
-* nothing of what the padding of the input carries reaches the output or a gradient.
+* values that do not depend on what the input's padding holds; neither do the gradients.
 """
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
+from jaxtyping import PRNGKeyArray
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import grids
 from efficient_vlm.compressors.tokens import NO_SIGNALS, Signals, VisualTokens
 from efficient_vlm.errors import UserError, unknown
 
 POLICIES = ("retain", "reindex")
-
-
-def positive_int(field: str, value: Any) -> int:
-    """`value` as a Python int above 0; UserError naming `field` if it is not one."""
-    try:
-        number = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise UserError(f"{field}: {value!r} is not a positive integer", allowed="1, 2, 3, ...")
-    return number
+PLACES = ("between", "encoder", "decoder")
 
 
 def as_tuple(field: str, value: Any) -> tuple:
@@ -45,7 +35,7 @@ def as_tuple(field: str, value: Any) -> tuple:
 
 
 def describe(budgets: tuple[int, ...]) -> str:
-    """Budgets for a message: `1 to 64`, or `1, 4, 16`, shortened if there are many."""
+    """Budgets in an error message: `1 to 64` or `1, 4, 16`, shortened if there are many."""
     budgets = tuple(sorted(budgets))
     parts, start = [], 0
     for i in range(1, len(budgets) + 1):
@@ -59,12 +49,12 @@ def describe(budgets: tuple[int, ...]) -> str:
 
 
 class Stage(NamedTuple):
-    """One place where a method inside the encoder or decoder acts.
+    """One point at which a method inside the encoder or decoder acts.
 
     Attributes:
-      layer: layers in front of it; 0 is before the first.
-      module: an unbound compressor whose `budget` is the number of tokens behind it.
-      inside: between attention and feed-forward of layer `layer` (ToMe), not before that layer.
+      layer: number of layers that run before it; 0 acts before the first layer.
+      module: an unbound compressor whose `budget` is the number of tokens it leaves.
+      inside: acts between attention and feed-forward of layer `layer` (ToMe), not before it.
     """
 
     layer: int
@@ -73,23 +63,28 @@ class Stage(NamedTuple):
 
 
 class Compressor(nn.Module):
-    """Base class. Subclasses give `__call__`, and `reachable` if not every budget will do.
+    """Base class. Subclasses define `__call__`, and `reachable` if some budgets are impossible.
 
     Attributes:
-      budget: static number of tokens to give back, T.
-      grid: static (rows, columns) of the patches of the source image; None for a square.
-      position_policy: positions of what is kept, in the decoder: "retain" (index in the source
+      budget: T, the static number of tokens to return.
+      grid: static (rows, columns) of the source image's patches; None for a square.
+      position_policy: decoder positions of the kept tokens: "retain" (their index in the source
         grid), "reindex" (0, 1, 2, ...), or None for the decoder's own policy.
 
     Class attributes:
       label: the method's name in configs.
       needs: names of the Signals that `__call__` reads.
-      where: "between" encoder and decoder, inside the "encoder", or inside the "decoder".
-      projected: whether it looks at tokens behind the connector (decoder width) or before it.
+      where: "between" encoder and decoder, inside the "encoder", or inside the "decoder": one of
+        PLACES. Models ask for it as `between`, `in_encoder` and `in_decoder`.
+      projected: whether it compresses tokens after the connector (decoder width) or before it.
       text_guided: whether different questions about one image keep different tokens.
-      optional_budget: whether `budget` may be None (the method has another knob, or none).
+      draws: whether the choice is drawn with `rng`: each question gets a draw of its own, and an
+        evaluation averages over several.
+      text_scores: whether it has `scores(tokens, text)`, which attention of the decoder can teach
+        (`imitation_loss(...)`, see `selectors.TextTopK`).
+      optional_budget: whether `budget` may be None because other options set the token count.
       min_budget: 0 for methods that can drop every token.
-      internal: fields that `stages` sets on the modules it makes; not options of the method.
+      internal: fields that `stages` sets on the modules it creates; not options of the method.
     """
 
     budget: int | None
@@ -99,24 +94,31 @@ class Compressor(nn.Module):
     label = ""
     needs = frozenset()
     where = "between"
+    between, in_encoder, in_decoder = True, False, False
     projected = False
     text_guided = False
+    draws = False
+    text_scores = False
     optional_budget = False
     min_budget = 1
     internal = frozenset()
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        cls.between, cls.in_encoder, cls.in_decoder = (cls.where == place for place in PLACES)
 
     def __post_init__(self):
         # Before Linen's own, which freezes the module: lists from a config file become tuples.
         if self.budget is None and not self.optional_budget:
             raise UserError(
                 "compressor.budget: missing",
-                allowed=f"the number of tokens that {self.label} gives back, from 1",
+                allowed=f"the number of tokens that {self.label} returns, from 1",
                 fix="for example compressor.budget=16",
             )
         if self.budget is not None:
             whole = isinstance(self.budget, int) and not isinstance(self.budget, bool)
             if not (whole and self.budget == self.min_budget == 0):
-                object.__setattr__(self, "budget", positive_int("compressor.budget", self.budget))
+                object.__setattr__(self, "budget", checks.whole("compressor.budget", self.budget))
         if self.grid is not None:
             object.__setattr__(self, "grid", grids.as_grid("compressor.grid", self.grid))
         if self.position_policy not in (None, *POLICIES):
@@ -126,28 +128,28 @@ class Compressor(nn.Module):
 
     @nn.nowrap
     def check_options(self) -> None:
-        """Raises UserError for an option that is wrong whatever the input."""
+        """Raises UserError for an option that is wrong for every input."""
 
     @nn.nowrap
     def reachable(self, grid: grids.Grid) -> tuple[int, ...]:
-        """The budgets this method can give on a grid of patches, largest first."""
+        """The budgets that this method supports on a grid of patches, largest first."""
         return tuple(range(grid[0] * grid[1], 0, -1))
 
     @nn.nowrap
     def image_grid(self, grid: grids.Grid) -> grids.Grid:
-        """The grid on which the encoder should run for an image of `grid` patches."""
+        """The patch grid at which the encoder should run for an image of `grid` patches."""
         return tuple(grid)
 
     @nn.nowrap
     def intermediates(self) -> Mapping[str, str]:
-        """Signal -> "name/layer" of the encoder intermediate it is (`encoder.ViT.__call__`)."""
+        """Signal -> the encoder intermediate "name/layer" that provides it, see `encoder.ViT`."""
         return {}
 
     @nn.nowrap
     def stages(
         self, num_layers: int, num_tokens: int, *, class_token: bool = False
     ) -> tuple[Stage, ...]:
-        """Where a method inside the encoder or decoder acts, in order.
+        """The points at which a method inside the encoder or decoder acts, in order.
 
         Args:
           num_layers: of the encoder or decoder.
@@ -155,13 +157,13 @@ class Compressor(nn.Module):
           class_token: whether the encoder carries a CLS token beside them.
 
         Raises:
-          UserError: a layer outside the model, or a count that cannot be reached.
+          UserError: a layer outside the model, or an impossible token count.
         """
         raise NotImplementedError(f"{self.label} does not act inside a model")
 
     @nn.nowrap
     def knobs(self, num_layers: int, num_tokens: int) -> Iterable[Mapping[str, Any]]:
-        """Settings of its options from the fewest tokens to the most, for matching costs."""
+        """Option settings from the fewest tokens to the most, for matching costs."""
         grid = grids.resolve(self.grid, num_tokens)
         return [{"budget": budget} for budget in reversed(self.reachable(grid))]
 
@@ -169,7 +171,7 @@ class Compressor(nn.Module):
     def flops(self, num_tokens: int, width: int, text_width: int = 0) -> int:
         """Matmul FLOPs for one image: 2 per multiply-add, projections and dot products.
 
-        Norms, softmax, sorting, gathers and the adds of pooling count as 0.
+        Norms, softmax, sorting, gathers and the additions of pooling count as 0.
 
         Args:
           num_tokens: tokens that enter the compressor.
@@ -184,10 +186,10 @@ class Compressor(nn.Module):
         """Checks budget and signals against the input, at trace time.
 
         Returns:
-          The grid of the input; (1, T) for a method that has no use for one.
+          The grid of the input; (1, T) if `needs_grid` is False.
 
         Raises:
-          UserError: the budget cannot be reached from this input, or a signal is missing.
+          UserError: the budget is impossible for this input, or a signal is missing.
         """
         num_tokens = tokens.embed.shape[1]
         grid = grids.resolve(self.grid, num_tokens) if needs_grid else (1, num_tokens)
@@ -203,12 +205,16 @@ class Compressor(nn.Module):
                 raise UserError(
                     f"signals.{name}: None, but {self.label} needs it",
                     allowed="an array; the module's `needs` names what the model has to compute",
-                    fix="give the signal, or a compressor without needs, such as average_pool",
+                    fix="pass the signal, or use a compressor without needs, such as average_pool",
                 )
         return grid
 
     def __call__(
-        self, tokens: VisualTokens, signals: Signals = NO_SIGNALS, *, rng: jax.Array | None = None
+        self,
+        tokens: VisualTokens,
+        signals: Signals = NO_SIGNALS,
+        *,
+        rng: PRNGKeyArray | None = None,
     ) -> VisualTokens:
-        """Compresses [B, T, D] tokens to [B, budget, D]; `rng` is used by random methods only."""
+        """Compresses [B, T, D] tokens to [B, budget, D]; only methods that draw use `rng`."""
         raise NotImplementedError(f"{type(self).__name__}.__call__")

@@ -1,35 +1,37 @@
-"""Folds: what becomes of the tokens, given a selection or a grid. Pure functions.
+"""Folds: turn tokens and a selection or a grid into fewer tokens. Pure functions.
 
-`drop` forgets the rest of a selection; `pool` merges the cells of a regular grid, `area_pool` any
-static areas. Merging by an assignment that depends on the data is `tokens.merge`.
+`drop` discards what was not selected; `pool` merges the cells of a regular grid, `area_pool` any
+static areas. `tokens.merge` merges by an assignment that depends on the data.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from efficient_vlm.compressors import grids
+from efficient_vlm.compressors.select import Selection
 from efficient_vlm.compressors.tokens import VisualTokens, remap, take, weighted_means
 
 
-def drop(tokens: VisualTokens, selection: tuple[jax.Array, jax.Array]) -> VisualTokens:
+def drop(tokens: VisualTokens, selection: Selection) -> VisualTokens:
     """Keeps the selection, in source order, and drops the rest."""
     indices, valid = selection
     return take(tokens, indices, valid)
 
 
 def pool(tokens: VisualTokens, grid: grids.Grid, cells: grids.Grid) -> VisualTokens:
-    """Size-weighted means over the cells of a coarser grid; padding has no part in them.
+    """Size-weighted means over the cells of a coarser grid; padding is excluded.
 
     Where the cells do not divide the grid, a token belongs to several cells in proportion to the
     area (area resampling), sizes are areas, and `source` names the cell that covers most of the
     token (ties: the lowest).
 
     Args:
-      tokens: h*w tokens a row, in raster order of `grid`.
+      tokens: h*w tokens per row, in raster order of `grid`.
       grid: (h, w).
       cells: (h', w') with h' <= h and w' <= w; the result has h'*w' tokens in raster order. A cell
-        without real tokens is padding, and stays in its place.
+        without real tokens becomes padding at its own index.
     """
     (rows, columns), (cell_rows, cell_columns) = grid, cells
 
@@ -53,13 +55,13 @@ def pool(tokens: VisualTokens, grid: grids.Grid, cells: grids.Grid) -> VisualTok
     return VisualTokens(**weighted_means(tokens, sums), source=remap(tokens.source, holder))
 
 
-def area_pool(tokens: VisualTokens, shares: np.ndarray) -> VisualTokens:
-    """Size-weighted means over any areas; padding has no part in them.
+def area_pool(tokens: VisualTokens, shares: Float[np.ndarray, "K T"]) -> VisualTokens:
+    """Size-weighted means over arbitrary areas; padding is excluded.
 
     Args:
-      tokens: T tokens a row.
-      shares: static [K, T], how much of each token belongs to each area; columns sum to 1. Sizes
-        are these areas, and `source` names the area with the largest share (ties: the lowest).
+      tokens: T tokens per row.
+      shares: static, the part of each token that lies in each area; columns sum to 1. Sizes are
+        these areas, and `source` names the area with the largest share (ties: the lowest).
     """
     matrix = jnp.asarray(shares, jnp.float32)
 

@@ -1,12 +1,13 @@
-"""Arithmetic of patch grids: which budgets a grid can be pooled to, and what covers what.
+"""Arithmetic of patch grids: the budgets a grid can be pooled to, and the overlap of cells.
 
-Everything here is NumPy on static Python integers: it runs at trace time and is never traced.
+All of it is NumPy on static Python integers, which runs at trace time and is never traced.
 """
 
 import functools
 import math
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from efficient_vlm.errors import UserError
 
@@ -29,10 +30,10 @@ def as_grid(field: str, value) -> Grid:
 
 
 def resolve(grid: Grid | None, num_tokens: int) -> Grid:
-    """The static grid of `num_tokens` tokens: `grid`, or the square if it is None.
+    """The static grid of `num_tokens` tokens: `grid`, or a square if it is None.
 
     Raises:
-      UserError: the count is not a square and no grid is given, or the grid has another count.
+      UserError: no grid is given and the count is not a square, or the grid has another count.
     """
     if grid is None:
         side = math.isqrt(num_tokens)
@@ -66,8 +67,8 @@ def shuffled_grids(grid: Grid) -> dict[int, Grid]:
 def pooled_grids(grid: Grid) -> dict[int, Grid]:
     """Budget -> pooled grid for equal rectangular cells, largest budget first.
 
-    A square grid has square cells only (8 x 8: 64, 16, 4, 1). Another grid takes square cells where
-    they give the budget, and otherwise the dividing cell that is nearest to a square.
+    A square grid has square cells only (8 x 8: 64, 16, 4, 1). On other grids a budget uses square
+    cells if they give it, and otherwise the dividing cell closest to a square.
     """
     square = shuffled_grids(grid)
     rows, columns = grid
@@ -99,24 +100,24 @@ def nested_grids(grid: Grid) -> dict[int, Grid]:
 
 
 def covering_grids(grid: Grid) -> dict[int, tuple[int, Grid]]:
-    """Budget -> (side k, grid of cells) for k x k cells that may stick out, largest budget first.
+    """Budget -> (side k, grid of cells) for k x k cells that may cross the border, largest first.
 
-    Every k gives ceil(rows / k) x ceil(columns / k) cells; of the sides with one budget the
-    smallest is taken, whose cells are the most even.
+    Every k gives ceil(rows / k) x ceil(columns / k) cells. Of several sides with the same budget
+    the smallest is taken, whose cells are the most even.
     """
-    found: dict[int, tuple[int, Grid]] = {}
+    sizes: dict[int, tuple[int, Grid]] = {}
     for side in range(1, max(grid) + 1):
         cells = (-(-grid[0] // side), -(-grid[1] // side))
-        found.setdefault(cells[0] * cells[1], (side, cells))
-    return found
+        sizes.setdefault(cells[0] * cells[1], (side, cells))
+    return sizes
 
 
 def fitted_grid(grid: Grid, budget: int) -> Grid:
     """The largest grid of at most `budget` cells with the shape of `grid`, up to rounding.
 
-    Candidates are every number of rows with the numbers of columns just below and above those that
-    keep the aspect ratio, and every number of columns with such numbers of rows. Of the largest
-    the nearest in aspect ratio is taken; of those the one with fewer rows. A square grid gives
+    Candidates are each number of rows with the two numbers of columns that bracket the aspect
+    ratio, and each number of columns with two such numbers of rows. Among the largest candidates
+    the one closest in aspect ratio is taken, then the one with fewer rows. A square grid gives
     squares.
     """
     rows, columns = grid
@@ -136,18 +137,18 @@ def fitted_grid(grid: Grid, budget: int) -> Grid:
 
 @functools.lru_cache(maxsize=256)
 def bands(grid: Grid, budget: int) -> tuple[int, ...]:
-    """How to cut a grid into `budget` cells of equal area: the columns of each band of rows.
+    """Cuts a grid into `budget` cells of equal area: the columns of each band of rows.
 
-    Where `pooled_grids` has the budget the answer is its grid. Otherwise the number of bands is the
-    one that brings the cells nearest to squares (ties: the smallest), the cells are dealt to them
-    as evenly as integers allow, and a band is as high as its share of the cells.
+    If `pooled_grids` has the budget, its grid is used. Otherwise the number of bands is the one
+    whose cells are closest to squares (ties: the smallest), the cells are distributed over them as
+    evenly as integers allow, and the height of a band is its share of the cells.
 
     Args:
       grid: (rows, columns).
       budget: from 1 to rows x columns.
 
     Returns:
-      One number of columns per band; they sum to the budget and differ by at most 1.
+      The number of columns of each band; they sum to the budget and differ by at most 1.
     """
     if budget in (pooled := pooled_grids(grid)):
         return (pooled[budget][1],) * pooled[budget][0]
@@ -159,8 +160,8 @@ def bands(grid: Grid, budget: int) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=64)
-def cover(grid: Grid, columns: tuple[int, ...]) -> np.ndarray:
-    """How much of each patch of `grid` lies in each cell of the bands of `bands`.
+def cover(grid: Grid, columns: tuple[int, ...]) -> Float[np.ndarray, "cells patches"]:
+    """The part of each patch of `grid` that lies in each cell of `bands`.
 
     Returns:
       float64 [cells, patches]; columns sum to 1, rows to patches / cells.
@@ -174,8 +175,8 @@ def cover(grid: Grid, columns: tuple[int, ...]) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=256)
-def overlap(fine: int, coarse: int) -> np.ndarray:
-    """How much of each of `fine` unit intervals lies in each of `coarse` equal parts.
+def overlap(fine: int, coarse: int) -> Float[np.ndarray, "{coarse} {fine}"]:
+    """The part of each of `fine` unit intervals that lies in each of `coarse` equal intervals.
 
     Returns:
       float64 [coarse, fine]; columns sum to 1, rows to fine / coarse; 0 or 1 if coarse divides.
@@ -183,21 +184,21 @@ def overlap(fine: int, coarse: int) -> np.ndarray:
     return _shares(np.arange(coarse + 1) * fine / coarse, fine)
 
 
-def _shares(edges: np.ndarray, count: int) -> np.ndarray:
-    """Length of each of `count` unit intervals between each two edges, [len(edges) - 1, count]."""
+def _shares(edges: Float[np.ndarray, " edges"], count: int) -> Float[np.ndarray, "parts {count}"]:
+    """Overlap of each of `count` unit intervals with the interval between neighbouring edges."""
     start, stop = edges[:-1, None], edges[1:, None]
     cell = np.arange(count)[None, :]
     return np.clip(np.minimum(stop, cell + 1) - np.maximum(start, cell), 0.0, 1.0)
 
 
-def most(shares: np.ndarray) -> np.ndarray:
+def most(shares: Float[np.ndarray, "cells patches"]) -> Int[np.ndarray, " patches"]:
     """For each column of [cells, patches] the row with the largest share (ties: the lowest)."""
     # Rounding: in thirds and sevenths two equal overlaps can differ in the last bit.
     return np.argmax(np.round(shares, 9), axis=0).astype(np.int32)
 
 
 @functools.lru_cache(maxsize=256)
-def holders(fine: Grid, coarse: Grid) -> np.ndarray:
+def holders(fine: Grid, coarse: Grid) -> Int[np.ndarray, " patches"]:
     """For each cell of `fine` the cell of `coarse` that covers most of it (ties: the lowest).
 
     Returns:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from efficient_vlm.checks import known_fields
 from efficient_vlm.compressors.base import Compressor
 from efficient_vlm.compressors.between import pooling, selectors
 from efficient_vlm.compressors.between.cdpruner import CDPruner
@@ -31,7 +32,7 @@ from efficient_vlm.compressors.projectors.gather_pool import MolmoPool, Position
 from efficient_vlm.compressors.projectors.mlp import Deco, Mlp
 from efficient_vlm.compressors.projectors.query import Perceiver, QFormer
 from efficient_vlm.compressors.projectors.resampler import Resampler
-from efficient_vlm.errors import check_fields, unknown
+from efficient_vlm.errors import unknown
 
 METHODS: dict[str, type[Compressor]] = {
     method.label: method
@@ -80,15 +81,18 @@ METHODS: dict[str, type[Compressor]] = {
 }
 
 
+OWN_HINT = "a method of your own: --import=FILE.py"
+
+
 def names() -> tuple[str, ...]:
-    """The names that `build` knows."""
+    """The names that `build` accepts."""
     return tuple(METHODS)
 
 
 def find(name: str) -> type[Compressor]:
-    """The module class of a method; UserError with the nearest name if there is none."""
+    """The module class of a method; UserError with the closest name if it is unknown."""
     if not isinstance(name, str) or name not in METHODS:
-        raise unknown("compressor.name", str(name), METHODS)
+        raise unknown("compressor.name", str(name), METHODS, hint=OWN_HINT)
     return METHODS[name]
 
 
@@ -109,27 +113,27 @@ def build(name: str, *, budget: int | None = None, **settings: Any) -> Compresso
 
     Args:
       name: one of `names()`.
-      budget: tokens to give back, T. None for methods with `optional_budget`, which have another
-        knob (`keep`, `rate`, `r`, ...) or none.
-      **settings: any of `options(name)`; `grid=(rows, columns)` is one of all methods. `parent` is
-        passed on to Linen (None for an unbound module inside another module's method).
+      budget: T, the number of tokens to return. None for methods with `optional_budget`, whose
+        count other options set (`keep`, `rate`, `r`, ...), or nothing does.
+      **settings: any of `options(name)`; every method has `grid=(rows, columns)`. `parent` goes to
+        Linen (None for an unbound module inside another module's method).
 
     Raises:
-      UserError: unknown name or option, or a value that is wrong whatever the image.
+      UserError: an unknown name or option, or a value that is wrong for every image.
     """
-    check_fields(
+    known_fields(
         f"compressor {name}", {k: v for k, v in settings.items() if k != "parent"}, options(name)
     )
     return find(name)(budget=budget, **settings)
 
 
 def reachable(name: str, grid: Grid, **settings: Any) -> tuple[int, ...]:
-    """The budgets that a method can give on a grid of patches, largest first.
+    """The budgets that a method supports on a grid of patches, largest first.
 
     Args:
       name: one of `names()`.
       grid: (rows, columns) of the image's patches.
-      **settings: options that bear on it (`num_queries` of resampler); a `budget` is passed over.
+      **settings: options that change them (`num_queries` of resampler); a `budget` is ignored.
     """
     settings = {k: v for k, v in settings.items() if k not in ("budget", "budgets")}
     module = build(name, budget=1, **{"parent": None, **settings})

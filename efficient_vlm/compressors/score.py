@@ -1,29 +1,26 @@
-"""Scores: one float32 number per token, higher is kept. Pure functions, [B, T].
+"""Scores: one float32 number per token; tokens with higher scores are kept. Pure functions.
 
-Scores ignore the mask; `select` does not.
+Scores ignore the mask, which `select` applies.
 """
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Float32, PRNGKeyArray
+
+from efficient_vlm.shapes import Array
 
 
-def rms_normalise(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
-    """x / rms(x) over the last axis, in float32 and without parameters (a matrix follows it)."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
-
-
-def unit(x: jax.Array) -> jax.Array:
+def unit(x: Float[Array, "*batch D"]) -> Float32[Array, "*batch D"]:
     """x / |x| over the last axis, in float32; zeros stay zeros."""
     x = x.astype(jnp.float32)
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     return jnp.where(square > 0, x * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0)), 0.0)
 
 
-def min_max(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """float32 [B, T] moved and scaled to 0..1 over the real tokens of each row.
+def min_max(x: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
+    """Scores shifted and scaled to 0..1 over the real tokens of each row.
 
-    A row of equal scores (to 1e-6) becomes ones; padding becomes 0.
+    A row of equal scores (within 1e-6) becomes ones; padding becomes 0.
     """
     low = jnp.min(jnp.where(mask, x, jnp.inf), axis=1, keepdims=True)
     high = jnp.max(jnp.where(mask, x, -jnp.inf), axis=1, keepdims=True)
@@ -32,16 +29,18 @@ def min_max(x: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(mask, scaled, 0.0)
 
 
-def random(rng: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def random(rng: PRNGKeyArray, shape: tuple[int, int]) -> Float32[Array, "B T"]:
     """Uniform scores: their top K are a uniform draw without replacement."""
     return jax.random.uniform(rng, shape, jnp.float32)
 
 
-def text_relevance(query: jax.Array, keys: jax.Array) -> jax.Array:
+def text_relevance(
+    query: Float[Array, "B heads d"], keys: Float[Array, "B T heads d"]
+) -> Float[Array, "B T"]:
     """Relevance of each token to the instruction, by scaled dot products.
 
-    With one head this is <q, k> / sqrt(d). With several it is their soft maximum, log mean exp,
-    because a plain mean of dot products would again be one dot product.
+    One head gives <q, k> / sqrt(d). Several heads give their soft maximum, log mean exp, because
+    the mean of their dot products would be a single dot product again.
 
     Args:
       query: float32 [B, heads, d].

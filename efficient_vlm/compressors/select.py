@@ -1,12 +1,11 @@
 """Selections: which K of T tokens to keep, with K static. Pure functions.
 
-Each returns (indices int32 [B, K], valid bool [B, K]): distinct real tokens first, then slots that
-are not valid where a row has fewer than K real tokens. The order is the method's own; `fold` brings
-the kept tokens into source order.
+Each returns a `Selection`: distinct real tokens first, then invalid slots if a row has fewer than K
+real tokens. The order depends on the method; `fold` restores source order.
 
-`max_min`, `map_dpp` and `coverage` are greedy: K steps over T-vectors, all rows of a batch at once,
-without gradient. Their scores are float32 sums, so equal tokens may differ by rounding; scores
-within `TIE` of the best are ties, and a tie goes to the lowest index.
+`max_min`, `map_dpp` and `coverage` are greedy: K steps over vectors of length T, for all rows of a
+batch at once, without gradients. Their scores are float32 sums, so the scores of equal tokens may
+differ by rounding: scores within `TIE` of the best are ties, which the lowest index wins.
 """
 
 from collections.abc import Callable
@@ -14,13 +13,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from efficient_vlm.shapes import Array
+
+# Indices of the kept tokens, int32, and which of these slots are valid.
+Selection = tuple[Int[Array, "B K"], Bool[Array, "B K"]]
 
 TIE = 1e-5
-NEAREST_BLOCK = 512  # rows of the similarity matrix that `max_min` holds at once
+NEAREST_BLOCK = 512  # Rows of the similarity matrix that `max_min` holds at a time.
 
 
-def top_k(scores: jax.Array, mask: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k best real tokens; equal scores go to the lowest index, NaN counts as the worst score.
+def top_k(scores: Float[Array, "B T"], mask: Bool[Array, "B T"], k: int) -> Selection:
+    """The k best real tokens; ties go to the lowest index, NaN counts as the worst score.
 
     Args:
       scores: float32 [B, T].
@@ -28,19 +33,19 @@ def top_k(scores: jax.Array, mask: jax.Array, k: int) -> tuple[jax.Array, jax.Ar
       k: static, at most T.
     """
     worst = jnp.finfo(jnp.float32).min
-    # Padding alone is -inf, so a real token comes first whatever its score. -0.0 is made 0.0, for
-    # a sort may tell them apart.
+    # Only padding is -inf: a real token comes before it even with the worst score. -0.0 becomes
+    # 0.0 because a sort may distinguish them.
     scores = jnp.where(jnp.isnan(scores), worst, jnp.maximum(scores, worst))
     scores = jnp.where(scores == 0, 0.0, scores)
     values, indices = jax.lax.top_k(jnp.where(mask, scores, -jnp.inf), k)
     return indices.astype(jnp.int32), values > -jnp.inf
 
 
-def stride(mask: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """k tokens evenly spaced, in raster order, over the real tokens of each row.
+def stride(mask: Bool[Array, "B T"], k: int) -> Selection:
+    """k tokens, evenly spaced in raster order over the real tokens of each row.
 
-    With r real tokens the j-th kept one has rank floor((j + 1/2) r / k) among them: the middles of
-    k equal parts. All are kept if r <= k.
+    Of r real tokens the j-th kept one has rank floor((j + 1/2) r / k), the middle of the j-th of k
+    equal parts. All are kept if r <= k.
 
     Args:
       mask: bool [B, T].
@@ -53,11 +58,11 @@ def stride(mask: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     return jnp.take_along_axis(real_first, rank, axis=1), slot < real
 
 
-def max_min(unit: jax.Array, mask: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+def max_min(unit: Float[Array, "B T D"], mask: Bool[Array, "B T"], k: int) -> Selection:
     """Greedy max-min diversity with the distance 1 - cos.
 
-    The first token is the one whose nearest other token is farthest away; each further one is the
-    farthest from its nearest chosen token (DivPrune, arXiv 2503.02175, Algorithm 1).
+    The first token is the one with the most distant nearest neighbour; each further token is the
+    one farthest from its nearest chosen token (DivPrune, arXiv 2503.02175, Algorithm 1).
 
     Args:
       unit: float32 [B, T, D], tokens of length 1; zeros for padding.
@@ -83,16 +88,16 @@ def max_min_flops(num_tokens: int, width: int, k: int) -> int:
 
 
 def map_dpp(
-    unit: jax.Array, quality: jax.Array, mask: jax.Array, k: int
-) -> tuple[jax.Array, jax.Array]:
+    unit: Float[Array, "B T D"], quality: Float[Array, "B T"], mask: Bool[Array, "B T"], k: int
+) -> Selection:
     """Greedy MAP inference of the determinantal point process L = diag(q) S diag(q), S = cosines.
 
-    Each step takes the token that multiplies det L of the chosen set the most, by q_i^2 rho_i. Here
-    rho_i is the squared length of what is left of token i outside the span of the chosen ones, kept
-    up to date with one row of a Cholesky factor of S a step (Chen et al., arXiv 1709.05135,
-    Algorithm 1; there the factor is that of L, the same one with its columns times q, which divides
-    by 0 where q is 0). A rho below `TIE` counts as 0, and a token of rho 0 adds no row; scores that
-    differ by less than TIE^2, those of q below `TIE`, are ties.
+    Each step takes the token that increases det L of the chosen set by the largest factor,
+    q_i^2 rho_i, where rho_i is the squared length of token i's component orthogonal to the span of
+    the chosen tokens. One new row of a Cholesky factor of S per step updates it (Chen et al., arXiv
+    1709.05135, Algorithm 1; they factor L, whose factor is the same with columns scaled by q, and
+    divide by 0 where q is 0). A rho below `TIE` counts as 0, and a token with rho 0 adds no row.
+    Scores that differ by less than TIE^2, which includes all with q below `TIE`, are ties.
 
     Args:
       unit: float32 [B, T, D], tokens of length 1; zeros for padding.
@@ -130,13 +135,13 @@ def map_dpp_flops(num_tokens: int, width: int, k: int) -> int:
 
 
 def coverage(
-    unit: jax.Array, weight: jax.Array, mask: jax.Array, k: int
-) -> tuple[jax.Array, jax.Array]:
+    unit: Float[Array, "B T D"], weight: Float[Array, "B T"], mask: Bool[Array, "B T"], k: int
+) -> Selection:
     """Greedy weighted coverage.
 
     Token i is covered to c_i = max(0, max over chosen s of cos(i, s)); each step takes the token j
-    with the largest weight_j * sum_i max(0, cos(i, j) - c_i) (SCOPE, arXiv 2510.24214). A rise of
-    c_i by less than `TIE` counts as none.
+    with the largest weight_j * sum_i max(0, cos(i, j) - c_i) (SCOPE, arXiv 2510.24214). An increase
+    of c_i by less than `TIE` is ignored.
 
     Args:
       unit: float32 [B, T, D], tokens of length 1; zeros for padding.
@@ -148,7 +153,7 @@ def coverage(
       (indices, valid) in the order of the choice.
     """
     unit, weight = jax.lax.stop_gradient((unit, weight))
-    # Each step needs every pair, so the matrix is held: T^2 floats an image.
+    # Every step needs all pairs, so the matrix is kept: T^2 floats per image.
     cosine = jnp.einsum("btd,bsd->bts", unit, unit, precision=jax.lax.Precision.HIGHEST)
 
     def scores(covered):
@@ -171,13 +176,13 @@ def _greedy(
     update: Callable[[jax.Array, Any, jax.Array], Any],
     absolute: float,
     relative: float,
-) -> tuple[jax.Array, jax.Array]:
-    """k times: the best real token not yet chosen, then `update(step, state, its index [B])`.
+) -> Selection:
+    """k times: takes the best unchosen real token, then calls `update(step, state, its index)`.
 
-    Scores at least best - absolute - relative * |best| are ties, the lowest index wins. NaN counts
-    as the worst score.
+    Scores of at least best - absolute - relative * |best| are ties, which the lowest index wins.
+    NaN counts as the worst score.
     """
-    places = jnp.arange(mask.shape[1], dtype=jnp.int32)[None, :]
+    columns = jnp.arange(mask.shape[1], dtype=jnp.int32)[None, :]
 
     def step(t, carry):
         state, free, indices, valid = carry
@@ -189,7 +194,7 @@ def _greedy(
         index = jnp.argmax(tied, axis=1).astype(jnp.int32)
         indices = indices.at[:, t].set(index)
         valid = valid.at[:, t].set(jnp.any(free, axis=1))
-        return update(t, state, index), free & (places != index[:, None]), indices, valid
+        return update(t, state, index), free & (columns != index[:, None]), indices, valid
 
     shape = (mask.shape[0], k)
     empty = (state, mask, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))
@@ -197,7 +202,7 @@ def _greedy(
 
 
 def _cosines(unit: jax.Array, index: jax.Array) -> jax.Array:
-    """float32 [B, T], cosines of all tokens with token `index` [B]."""
+    """Cosines of all tokens with token `index` [B]: float32 [B, T]."""
     one = jnp.take_along_axis(unit, index[:, None, None], axis=1)[:, 0]
     return jnp.einsum("btd,bd->bt", unit, one, precision=jax.lax.Precision.HIGHEST)
 
@@ -208,20 +213,20 @@ def _blocks(num_tokens: int) -> tuple[int, int]:
 
 
 def _nearest_other(unit: jax.Array, mask: jax.Array) -> jax.Array:
-    """float32 [B, T], distance of each token to the nearest other real one; 3 if there is none.
+    """Distance of each token to the nearest other real one, 3 if it is alone: float32 [B, T].
 
-    In blocks of rows, so that a large grid does not need the whole T x T matrix.
+    Computed in blocks of rows, so that a large grid does not need the whole T x T matrix.
     """
     batch, num_tokens, width = unit.shape
     blocks, block = _blocks(num_tokens)
     rows = jnp.pad(unit, ((0, 0), (0, blocks * block - num_tokens), (0, 0)))
     rows = rows.reshape(batch, blocks, block, width).transpose(1, 0, 2, 3)
-    places = jnp.arange(num_tokens)
+    columns = jnp.arange(num_tokens)
 
     def nearest(numbered):
         number, part = numbered
         cosine = jnp.einsum("brd,btd->brt", part, unit, precision=jax.lax.Precision.HIGHEST)
-        itself = (number * block + jnp.arange(block))[:, None] == places
+        itself = (number * block + jnp.arange(block))[:, None] == columns
         other = mask[:, None, :] & ~itself[None]
         return 1.0 - jnp.max(jnp.where(other, cosine, -2.0), axis=-1)
 

@@ -1,16 +1,20 @@
-"""The types every compressor speaks: VisualTokens and Signals, and their two book-keepers.
+"""The inputs and outputs of all compressors, VisualTokens and Signals, and how they are updated.
 
-Notation: B images, T tokens now, N patches of the source grid, D width. One invariant runs through
-all methods: `source` says where each patch went, `size` how many patches a token stands for.
+Notation: B images, T current tokens, N patches of the source grid, D channels. All methods keep one
+invariant: `source` names the token that holds each patch, `size` the number of patches per token.
 """
+
+from collections.abc import Callable
 
 import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
 
 from efficient_vlm.compressors import grids
 from efficient_vlm.kernels.attention import Mask
+from efficient_vlm.shapes import Array
 
 
 @flax.struct.dataclass
@@ -21,27 +25,27 @@ class VisualTokens:
       embed: [B, T, D], any float dtype.
       position: float32 [B, T, 2], (row, column) in patch units of the source grid; the
         size-weighted mean for merged tokens.
-      size: float32 [B, T], how many patches the token stands for; 0 for padding.
+      size: float32 [B, T], number of patches that the token represents; 0 for padding.
       mask: bool [B, T], True for real tokens.
-      source: int32 [B, N], for each patch the index of the token that holds it, -1 if no token does
-        (dropped, or the patch itself was padding).
-      bias: float32 [B, T] to add to the attention logits of these tokens as keys, or None.
+      source: int32 [B, N], for each patch the index of the token that holds it; -1 for a patch that
+        was dropped or is padding.
+      bias: float32 [B, T], added to the attention logits of these tokens as keys, or None.
     """
 
-    embed: jax.Array
-    position: jax.Array
-    size: jax.Array
-    mask: jax.Array
-    source: jax.Array
-    bias: jax.Array | None = None
+    embed: Float[Array, "B T D"]
+    position: Float[Array, "B T 2"]
+    size: Float[Array, "B T"]
+    mask: Bool[Array, "B T"]
+    source: Int[Array, "B N"]
+    bias: Float[Array, "B T"] | None = None
 
     @classmethod
     def from_grid(
         cls,
-        embed: jax.Array,
+        embed: Float[Array, "B T D"],
         grid: grids.Grid,
         source_grid: grids.Grid | None = None,
-        mask: jax.Array | None = None,
+        mask: Bool[Array, "B T"] | None = None,
     ) -> "VisualTokens":
         """Tokens of an encoder that ran on `grid`.
 
@@ -49,13 +53,13 @@ class VisualTokens:
           embed: [B, h*w, D] in raster order.
           grid: (h, w).
           source_grid: (H, W) of the image before it was resized, at least `grid`; None if it was
-            not. A token then covers H*W / (h*w) patches, its position is the mean of the patches
-            it covers, weighted by the covered area, and each patch belongs to the token that covers
-            most of it.
-          mask: bool [B, h*w], None for all real.
+            not resized. A token then covers H*W / (h*w) patches, its position is the mean of these
+            weighted by the covered area, and each patch belongs to the token that covers most of
+            it.
+          mask: bool [B, h*w]; None if all tokens are real.
 
         Raises:
-          ValueError: the shapes do not fit.
+          ValueError: shapes that do not match.
         """
         fine, coarse = tuple(source_grid or grid), tuple(grid)
         batch, num_tokens, _ = embed.shape
@@ -84,45 +88,44 @@ class VisualTokens:
 
 @flax.struct.dataclass
 class DecoderState:
-    """What a method inside the decoder sees: the layer before the cut (or the one behind it).
+    """The input of a method inside the decoder: the layer before the cut, or the one after it.
 
-    S = T + L places: T visual tokens (padding included), then L text tokens. What a method does not
-    read is never computed.
+    S = T + L positions: T visual tokens (padding included), then L text tokens. Fields that a
+    method does not read are never computed.
 
     Attributes:
       query, key: [B, S, H, Dh] and [B, S, Hkv, Dh] of that layer, with rotary positions.
       plain_query, plain_key: the same before rotary positions.
-      live: bool [B, S], places that hold a token.
-      prompt: bool [B, L], text tokens before the answer: the only ones that may judge.
-      last: int [B], place in 0..S-1 of the last prompt token.
+      live: bool [B, S], positions that hold a token.
+      prompt: bool [B, L], text tokens before the answer, the only ones that may score.
+      last: int [B], index 0..S-1 of the last prompt token.
       bias: float32 [B, S], added to the logits of each key.
-      before: [B, S, D], hidden states that entered the layer.
-      after: [B, S, D], those that left it; the visual part is the `embed` of the tokens.
-      first_visual, first_text: [B, N, D] and [B, L, D], what entered the decoder's first layer.
+      before: [B, S, D], inputs of the layer.
+      after: [B, S, D], its outputs; the visual part is the `embed` of the tokens.
+      first_visual, first_text: [B, N, D] and [B, L, D], inputs of the decoder's first layer.
       first_live: bool [B, N], which of the first visual tokens are real.
-      mask: which keys each place sees in that layer; None for all places up to its own.
-      lse: float32 [B, H, S], logarithm of the sum of exponentials of the logits of that layer; None
-        where it was not computed.
+      mask: keys that each position attends to in that layer; None for all up to itself.
+      lse: float32 [B, H, S], log-sum-exp of that layer's logits; None if it was not computed.
       scale: static, multiplies the logits.
       softcap: static, of the logits, see `kernels.attention`.
-      bidirectional: static, whether visual tokens see all visual tokens or only earlier ones.
+      bidirectional: static, whether visual tokens attend to all visual tokens or earlier ones only.
     """
 
-    query: jax.Array
-    key: jax.Array
-    plain_query: jax.Array
-    plain_key: jax.Array
-    live: jax.Array
-    prompt: jax.Array
-    last: jax.Array
-    bias: jax.Array
-    before: jax.Array
-    after: jax.Array
-    first_visual: jax.Array
-    first_text: jax.Array
-    first_live: jax.Array
+    query: Float[Array, "B S H Dh"]
+    key: Float[Array, "B S Hkv Dh"]
+    plain_query: Float[Array, "B S H Dh"]
+    plain_key: Float[Array, "B S Hkv Dh"]
+    live: Bool[Array, "B S"]
+    prompt: Bool[Array, "B L"]
+    last: Int[Array, " B"]
+    bias: Float[Array, "B S"]
+    before: Float[Array, "B S D"]
+    after: Float[Array, "B S D"]
+    first_visual: Float[Array, "B N D"]
+    first_text: Float[Array, "B L D"]
+    first_live: Bool[Array, "B N"]
     mask: Mask | None = None
-    lse: jax.Array | None = None
+    lse: Float[Array, "B H S"] | None = None
     scale: float = flax.struct.field(pytree_node=False, default=1.0)
     softcap: float | None = flax.struct.field(pytree_node=False, default=None)
     bidirectional: bool = flax.struct.field(pytree_node=False, default=False)
@@ -130,23 +133,23 @@ class DecoderState:
 
 @flax.struct.dataclass
 class Signals:
-    """What a compressor may look at beside the tokens; only what it declares in `needs` is set.
+    """Further inputs of a compressor; only those that it declares in `needs` are set.
 
     Attributes:
-      attention_row: float32 [B, N], attention that each patch receives in the encoder; whose, and
-        in which layer, is said by the compressor's `intermediates`.
-      middle_row: the same of a second layer.
-      keys: [B, N, H, Dh], attention keys of an encoder layer, heads apart.
+      attention_row: float32 [B, N], attention that each patch receives in the encoder; the
+        compressor's `intermediates` name the query and the layer.
+      middle_row: the same from a second layer.
+      keys: [B, N, H, Dh], attention keys of an encoder layer, one vector per head.
       text: [B, Dt], one embedding of the instruction per row.
       hidden: [B, N, D], features of a second encoder layer.
-      decoder: what methods inside the decoder see.
+      decoder: input of methods inside the decoder.
     """
 
-    attention_row: jax.Array | None = None
-    middle_row: jax.Array | None = None
-    keys: jax.Array | None = None
-    text: jax.Array | None = None
-    hidden: jax.Array | None = None
+    attention_row: Float[Array, "B N"] | None = None
+    middle_row: Float[Array, "B N"] | None = None
+    keys: Float[Array, "B N H Dh"] | None = None
+    text: Float[Array, "B Dt"] | None = None
+    hidden: Float[Array, "B N D"] | None = None
     decoder: DecoderState | None = None
 
 
@@ -154,7 +157,7 @@ NO_SIGNALS = Signals()
 
 
 def zero_padding(tokens: VisualTokens) -> VisualTokens:
-    """Zeroes all that padding carries: not even a NaN there can reach a value or a gradient."""
+    """Zeroes what padding holds, so that not even a NaN reaches a value or a gradient."""
     mask = tokens.mask
     return tokens.replace(
         embed=jnp.where(mask[..., None], tokens.embed, 0),
@@ -164,8 +167,8 @@ def zero_padding(tokens: VisualTokens) -> VisualTokens:
     )
 
 
-def remap(source: jax.Array, holder: jax.Array) -> jax.Array:
-    """Follows patches through one more step.
+def remap(source: Int[Array, "B N"], holder: Int[Array, "B T"]) -> Int[Array, "B N"]:
+    """Updates `source` after one more step.
 
     Args:
       source: int32 [B, N], patch -> token before the step, -1 for none.
@@ -178,20 +181,22 @@ def remap(source: jax.Array, holder: jax.Array) -> jax.Array:
     return jnp.where(source >= 0, after, -1)
 
 
-def take(tokens: VisualTokens, indices: jax.Array, valid: jax.Array) -> VisualTokens:
+def take(
+    tokens: VisualTokens, indices: Int[Array, "B K"], valid: Bool[Array, "B K"]
+) -> VisualTokens:
     """Keeps the tokens at `indices` and drops the others.
 
     Args:
-      tokens: T tokens a row.
+      tokens: T tokens per row.
       indices: int32 [B, K] in any order, distinct where valid.
-      valid: bool [B, K]; the other slots become padding (zeros, size 0), after the valid ones.
+      valid: bool [B, K]; the other slots become padding (zeros, size 0) at the end.
 
     Returns:
-      K tokens a row in source order, whatever the order of `indices`.
+      K tokens per row in source order, for any order of `indices`.
     """
     num_tokens, kept = tokens.mask.shape[1], indices.shape[1]
     valid = valid & jnp.take_along_axis(tokens.mask, indices, axis=1)
-    # T is past every real index, so one sort gives source order with the padding last.
+    # T is larger than every real index: one sort gives source order with padding last.
     slots = jnp.sort(jnp.where(valid, indices, num_tokens), axis=1)
     rows = jnp.arange(slots.shape[0])[:, None]
     holder = jnp.full((slots.shape[0], num_tokens), -1, jnp.int32)
@@ -213,15 +218,17 @@ def take(tokens: VisualTokens, indices: jax.Array, valid: jax.Array) -> VisualTo
     )
 
 
-def weighted_means(tokens: VisualTokens, sums) -> dict[str, jax.Array | None]:
-    """The fields of tokens merged by a linear map: size-weighted means, summed sizes, mask.
+def weighted_means(
+    tokens: VisualTokens, sums: Callable[[jax.Array], jax.Array]
+) -> dict[str, Shaped[Array, "B K *C"] | None]:
+    """The fields of linearly merged tokens: size-weighted means, summed sizes, mask.
 
     Args:
-      tokens: T tokens a row.
-      sums: function from float32 [B, T, C] to [B, K, C], adding up the members of each new token.
+      tokens: T tokens per row.
+      sums: maps float32 [B, T, C] to [B, K, C], the sums over the members of each new token.
 
     Returns:
-      embed (in the dtype of the input), position, size, mask and bias of the K tokens; a token
+      embed (in the dtype of the input), position, size, mask and bias of the K tokens. A token
       without real members is padding (zeros).
     """
     tokens = zero_padding(tokens)
@@ -243,16 +250,16 @@ def weighted_means(tokens: VisualTokens, sums) -> dict[str, jax.Array | None]:
     }
 
 
-def merge(tokens: VisualTokens, assignment: jax.Array, num_out: int) -> VisualTokens:
+def merge(tokens: VisualTokens, assignment: Int[Array, "B T"], num_out: int) -> VisualTokens:
     """Merges tokens by assignment: size-weighted means of embed and position, sizes summed.
 
-    The sums are a one-hot matrix product in float32: differentiable, without a scatter, and exact
-    for the sizes.
+    The sums are one float32 product with a one-hot matrix: differentiable, free of scatters, and
+    exact for the sizes.
 
     Args:
-      tokens: T tokens a row.
+      tokens: T tokens per row.
       assignment: int32 [B, T], the new token of each token, -1 to drop it.
-      num_out: K, static. New tokens without real members are padding, and stay in their place.
+      num_out: K, static. A new token without real members is padding at its own index.
     """
     assignment = jnp.where(tokens.mask, assignment, -1)
     member = jax.nn.one_hot(assignment, num_out, dtype=jnp.float32, axis=1)  # -1 is all zeros.

@@ -1,9 +1,10 @@
 """Whether the model would run: its forward pass on shapes alone."""
 
-import jax
-import jax.numpy as jnp
+import functools
 
-from efficient_vlm.models.image_inputs import ImageExtras
+import jax
+
+from efficient_vlm.models.init import init_params
 from efficient_vlm.models.vlm import VisionLanguageModel
 
 
@@ -15,29 +16,11 @@ def dry_run(model: VisionLanguageModel, images: int = 1, pooled: int | None = No
     Args:
       model: any configuration.
       images: of the row, as methods inside the decoder see them all.
-      pooled: tokens of the row that read patches of any image, see
-        `image_inputs.ImageExtras`; None where each image has its own.
+      pooled: tokens of the row that read patches of any image, see `inputs.Pictures`; None where
+        each image has its own.
 
     Raises:
       UserError: what the model itself refuses.
     """
-    encoder = model.make_encoder()
-    rows, columns = (side * encoder.patch_size for side in encoder.grid)
-    inputs = {
-        "images": jax.ShapeDtypeStruct((1, images, rows, columns, 3), jnp.uint8),
-        "image_mask": jax.ShapeDtypeStruct((1, images), bool),
-    }
-    options = {}
-    if pooled is None:
-        inputs["tokens"] = jax.ShapeDtypeStruct((1, 1, 2), jnp.int32)
-        inputs["lengths"] = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-        inputs["prompt_lengths"] = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    else:
-        inputs["tokens"] = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-        inputs["lengths"] = jax.ShapeDtypeStruct((1,), jnp.int32)
-        each = model.make_projector().side ** 2
-        index = jax.ShapeDtypeStruct((1, pooled, each), jnp.int32)
-        inputs["extras"] = ImageExtras(pool_index=index)
-        options["method"] = "text_logits"
-    key = jax.random.key(0)
-    jax.eval_shape(lambda key, inputs: model.init(key, **inputs, rng=key, **options), key, inputs)
+    fresh = functools.partial(init_params, model, pictures=images, pooled=pooled)
+    jax.eval_shape(fresh, jax.random.key(0))

@@ -33,11 +33,11 @@ from efficient_vlm.costs.encoder_flops import (
     with_keys,
 )
 from efficient_vlm.costs.products import attention, dense, mixture
+from efficient_vlm.costs.stages import STAGES
 from efficient_vlm.errors import UserError
 from efficient_vlm.models.decoder import Decoder
 from efficient_vlm.models.encoder import ViT
 from efficient_vlm.models.vlm import VisionLanguageModel
-from efficient_vlm.report.records import STAGES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +148,7 @@ def model_cost(
         vit = vit.clone(image_size=image_size)
     entrance = _entrance(model, method, vit, pooled)
     patches = math.prod(entrance.patches)
-    inside = method.where == "encoder"
+    inside = method.in_encoder
     stages = method.stages(vit.layers_run, patches, class_token=vit.class_token) if inside else ()
     encoder = encoder_cost(vit, patches, stages)
     between = images * (encoder.stage_flops + signal_flops(vit, method, patches))
@@ -243,7 +243,7 @@ def _join(
     """
     joined = entrance.width
     connected = width * (1 + (model.decoder.get("deepstack") or 0))
-    if method.where != "between":
+    if not method.between:
         return tokens, _connector(model.connector, joined, connected, tokens)
     _check_budget(method, entrance.source)
     # `tokens` of a smaller image, and padding behind them.
@@ -270,7 +270,7 @@ def _check_budget(method: Compressor, grid: Grid) -> None:
 
 def _cut_flops(decoder: Decoder, module: Compressor, visual: int, text: int) -> int:
     """FLOPs of one cut in front of a decoder layer, and of the look at the layer behind it."""
-    if module.where != "decoder":
+    if not module.in_decoder:
         return module.flops(visual, decoder.width, decoder.width)
     heads = decoder.num_heads * decoder.dim
     total = module.flops(visual, heads, decoder.width, num_text=text)

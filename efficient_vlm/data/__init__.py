@@ -13,11 +13,8 @@ _WHERE = {
     "make_train": "pipeline",
     "EvalSet": "evalset",
     "make_eval": "evalset",
-    "BadImage": "images",
-    "BadRecord": "records",
     "Conversation": "records",
     "Record": "records",
-    "Tokenizer": "tokenizer",
 }
 __all__ = sorted(_WHERE)
 

@@ -1,7 +1,7 @@
-"""Builds generated data in a process of its own, beside one that compiles.
+"""Builds generated data in a separate process, beside one that compiles.
 
-A thread would not do: while data are built, imports and standard output are changed for the whole
-process, and a program that is being traced at that moment can break.
+A thread would not do: building redirects standard output and patches imports for the whole process,
+which can break a program that is being traced at that moment.
 """
 
 import dataclasses
@@ -10,16 +10,17 @@ import subprocess
 import sys
 
 from efficient_vlm.data.config import DataConfig
+from efficient_vlm.data.sources import build_token_bench
 
-# A smaller build takes less time than a process takes to start.
+# A build of fewer images takes less time than starting a process.
 WORTH_A_PROCESS = 4_000
 
 
 def start(config: DataConfig) -> subprocess.Popen | None:
-    """Starts the build, unless there is nothing to build or it is quickly done.
+    """Starts the build, unless there is nothing to build or the build is small.
 
-    Whoever opens the data afterwards finds them there; if the process failed, opening them builds
-    them, and says what is wrong.
+    Opening the data afterwards uses the build; if the process failed, it builds them itself and
+    reports what is wrong.
     """
     if config.source != "token_bench" or config.train_images < WORTH_A_PROCESS:
         return None
@@ -30,8 +31,6 @@ def start(config: DataConfig) -> subprocess.Popen | None:
 
 def main() -> None:
     """The process: the fields of a DataConfig as JSON are its only argument."""
-    from efficient_vlm.data.sources import build_token_bench
-
     build_token_bench(DataConfig.from_mapping(json.loads(sys.argv[1])))
 
 

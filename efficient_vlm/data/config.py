@@ -4,14 +4,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from efficient_vlm.errors import UserError, check_fields, unknown
+from efficient_vlm import checks
+from efficient_vlm.errors import UserError
 
 SOURCES = ("token_bench", "llava_json")
+RESIZES = ("stretch", "letterbox")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What data there is and in which order and form it comes. Zero means "automatic" where said.
+    """The data, their order and their form. Zero means "automatic" where stated.
 
     Attributes:
       source: "token_bench" (generated) or "llava_json" (your own images).
@@ -20,10 +22,10 @@ class DataConfig:
       test_fraction: llava_json: share of the images held out (at least one).
       tokenizer: a tokenizer.json; empty: words for token_bench, a BPE trained on the texts for
         llava_json.
-      vocab_size: of that BPE.
+      vocab_size: of this BPE.
       dir: folder of generated data; empty: $EFFICIENT_VLM_DATA or ~/.cache/efficient_vlm/data.
-      seed: of the order and of the draw of questions.
-      image_size: (height, width) or one number, pixels that the model sees.
+      seed: of the order and of the questions drawn.
+      image_size: (height, width) or one number, in pixels, as the model sees it.
       resize: "stretch" or "letterbox".
       batch_size: images per step, over all processes.
       questions_per_image: Q; 0: 8 for token_bench, 1 for llava_json.
@@ -37,10 +39,20 @@ class DataConfig:
       num_threads: threads that prepare batches; 0 prepares them in the calling thread.
       prefetch: batches prepared ahead.
       cache_mb: memory for decoded samples, in MiB; later epochs then cost almost nothing.
-      tasks, canvas, grid, glyph, jitter, clutter, max_count, dense_length, dense_px, noise, tint,
-        question_pool: token_bench, see `scenes.SceneConfig`; canvas 0 means image_size.
+      tasks: token_bench: names of `scenes.TASKS` (needle, count, point, global, ...).
       dataset_seed: of the generated images, apart from `seed`: several runs share one build.
       train_images, test_images: size of the generated splits.
+      canvas: token_bench: side of a scene in pixels; 0: image_size.
+      grid: token_bench: cells per side; 0: as many as fit glyphs with their jitter.
+      glyph: token_bench: side of a digit in pixels.
+      jitter: token_bench: pixels by which a digit is moved inside its cell, at most.
+      clutter: token_bench: white digits that no question asks about.
+      max_count: token_bench: colours that occur several times do so at most this often.
+      dense_length: token_bench: characters of the text to read.
+      dense_px: token_bench: smallest and largest font size in pixels.
+      noise: token_bench: standard deviation of the pixel noise (1 is the full range).
+      tint: token_bench: strength of the background colour.
+      question_pool: token_bench: questions stored per image.
     """
 
     source: str = "token_bench"
@@ -93,7 +105,7 @@ class DataConfig:
     @classmethod
     def from_mapping(cls, fields: Mapping[str, Any]) -> "DataConfig":
         """Checks names and values; see `validate`."""
-        check_fields("data", fields, (f.name for f in dataclasses.fields(cls)))
+        checks.known_fields("data", fields, (f.name for f in dataclasses.fields(cls)))
         config = cls(**fields)
         validate(config)
         return config
@@ -106,15 +118,21 @@ class DataConfig:
         return (self.image_size, self.image_size)
 
 
+# Limits of number fields; a field that is in neither table takes any number of its type.
+_LOWEST = {
+    **dict.fromkeys(("batch_size", "max_images", "max_pixels", "max_image_bytes", "prefetch"), 1),
+    **dict.fromkeys(("seed", "dataset_seed", "num_threads", "cache_mb"), 0),
+    **dict.fromkeys(("questions_per_image", "max_length", "canvas"), 0),
+}
+_FRACTIONS = ("max_skip_fraction", "test_fraction")
+
+
 def validate(config: DataConfig) -> None:
     """Raises UserError for the first field with a wrong type or a value out of range."""
     for field in dataclasses.fields(DataConfig):
-        value = getattr(config, field.name)
-        _check_type(field.name, value, field.default)
-    if config.source not in SOURCES:
-        raise unknown("data.source", config.source, SOURCES)
-    if config.resize not in ("stretch", "letterbox"):
-        raise unknown("data.resize", config.resize, ("stretch", "letterbox"))
+        _check_field(field.name, getattr(config, field.name), field.default)
+    checks.one_of("data.source", config.source, SOURCES)
+    checks.one_of("data.resize", config.resize, RESIZES)
     if len(config.size) != 2 or not all(
         isinstance(side, int) and 1 <= side <= 4096 for side in config.size
     ):
@@ -123,49 +141,32 @@ def validate(config: DataConfig) -> None:
             allowed="a number or (height, width), 1 to 4096",
             fix="data.image_size=64",
         )
-    lowest = {"batch_size": 1, "max_images": 1, "max_pixels": 1, "max_image_bytes": 1}
-    lowest |= {"prefetch": 1, "seed": 0, "dataset_seed": 0, "num_threads": 0}
-    lowest |= {"questions_per_image": 0, "max_length": 0, "canvas": 0, "cache_mb": 0}
-    for name, low in lowest.items():
-        if getattr(config, name) < low:
-            raise UserError(
-                f"data.{name}: {getattr(config, name)}",
-                allowed=f"{low} or more",
-                fix=f"data.{name}={getattr(DataConfig, name)}",
-            )
-    for name in ("max_skip_fraction", "test_fraction"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise UserError(
-                f"data.{name}: {getattr(config, name)}",
-                allowed="0 to 1",
-                fix=f"data.{name}={getattr(DataConfig, name)}",
-            )
     if config.source == "llava_json" and not config.path:
         raise UserError(
             "data.path: empty", allowed="a JSON or JSONL file", fix="--config.data.path=my.json"
         )
 
 
-def _check_type(name: str, value: Any, default: Any) -> None:
-    """The default shows the type; a whole number serves where a fraction is asked for."""
+def _check_field(name: str, value: Any, default: Any) -> None:
+    """The default shows the type; a whole number is accepted where the default is a fraction."""
+    field, fix = f"data.{name}", f"data.{name}={default!r}"
     if name == "image_size":
         good, wanted = isinstance(value, int | tuple) and not isinstance(value, bool), "int or pair"
     elif isinstance(default, bool):
         good, wanted = isinstance(value, bool), "True or False"
     elif isinstance(default, int):
-        good, wanted = isinstance(value, int) and not isinstance(value, bool), "a whole number"
+        checks.whole(field, value, _LOWEST.get(name), fix=fix)
+        return
     elif isinstance(default, float):
-        good, wanted = isinstance(value, int | float) and not isinstance(value, bool), "a number"
+        limits = (0, 1) if name in _FRACTIONS else ()
+        checks.number(field, value, *limits, fix=fix)
+        return
     elif isinstance(default, tuple):
         item = type(default[0])
-        good = isinstance(value, tuple) and all(isinstance(v, item) for v in value)
+        good = isinstance(value, tuple) and all(isinstance(each, item) for each in value)
         good &= name != "dense_px" or len(value) == 2
         wanted = f"a list of {'names' if item is str else 'two whole numbers'}"
     else:
         good, wanted = isinstance(value, str), "text"
     if not good:
-        raise UserError(
-            f"data.{name}: {value!r} has the wrong type",
-            allowed=wanted,
-            fix=f"data.{name}={default!r}",
-        )
+        raise UserError(f"{field}: {value!r} has the wrong type", allowed=wanted, fix=fix)

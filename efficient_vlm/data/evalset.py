@@ -8,10 +8,11 @@ import numpy as np
 from efficient_vlm.data import transforms
 from efficient_vlm.data.config import DataConfig, validate
 from efficient_vlm.data.pipeline import make_spec, make_tokenizer
-from efficient_vlm.data.records import BadRecord, Record
+from efficient_vlm.data.records import Record
 from efficient_vlm.data.skips import SkipCounter
 from efficient_vlm.data.sources import Source, open_source
 from efficient_vlm.errors import UserError
+from efficient_vlm.processing.decode_image import BadRecord
 from efficient_vlm.processing.tokenizer import Tokenizer
 
 
@@ -19,8 +20,8 @@ class EvalSet:
     """Batches in the order of the source; see `make_eval`.
 
     Attributes:
-      batches: list of batches as the model takes them; the last is filled up with empty rows
-        (index -1, lengths 0).
+      batches: list of batches for the model; the last is filled up with empty rows (index -1,
+        lengths 0).
       answers: `answers[k][q]`, the answer of slot q of row k, counted over all batches (row b of
         batch n is k = n * batch_size + b); [] for the empty rows at the end.
       prompts: the same for the questions.
@@ -107,7 +108,7 @@ def make_eval(
       split: "test" or "train".
       limit: number of records; 0 takes all.
       workdir: where `make_train` keeps a trained tokenizer.
-      tokenizer: that of the training data, when at hand.
+      tokenizer: of the training data; None makes it.
 
     Raises:
       UserError: as `make_train`.

@@ -1,4 +1,4 @@
-"""What scenes are drawn with: the handwritten digits of scikit-learn and fonts of matplotlib.
+"""The digits and fonts of scenes: handwritten digits of scikit-learn, fonts of matplotlib.
 
 Both are read from the installed packages without importing them.
 """
@@ -59,5 +59,5 @@ def _package_file(module: str, package: str, path: str) -> Path:
 def font(name: str, px: int) -> ImageFont.FreeTypeFont:
     """A font of the matplotlib package; `px` is its nominal height in pixels."""
     path = _package_file("matplotlib", "matplotlib", f"mpl-data/fonts/ttf/{name}")
-    # The basic layout engine is in every Pillow; Raqm is not, and would give other pixels.
+    # Every Pillow has the basic layout engine; Raqm is optional and renders other pixels.
     return ImageFont.truetype(str(path), px, layout_engine=ImageFont.Layout.BASIC)

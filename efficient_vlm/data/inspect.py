@@ -1,4 +1,4 @@
-"""A picture of the data: images with their questions and answers."""
+"""A contact sheet of the data: images with their questions and answers."""
 
 import textwrap
 from pathlib import Path
@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from efficient_vlm.data import transforms
-from efficient_vlm.data.records import BadRecord, Conversation
+from efficient_vlm.data.records import Conversation
 from efficient_vlm.data.sources import Source
+from efficient_vlm.processing.decode_image import BadRecord
 
 _COLUMNS = 3
 _LINES = 9  # Lines of text beside one image.
@@ -24,7 +25,7 @@ def contact_sheet(
     images: int = 12,
     seed: int = 0,
 ) -> list[int]:
-    """Writes a PNG of randomly drawn samples; what the model sees is what is shown.
+    """Writes a PNG of randomly drawn samples, as the model sees them.
 
     Args:
       source: records.
@@ -37,7 +38,7 @@ def contact_sheet(
     Returns:
       Numbers of the records shown. Unusable records are left out.
     """
-    # The object interface: pyplot would need, or change, the backend of a notebook.
+    # The object interface, because pyplot would change the backend of a notebook.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -59,17 +60,17 @@ def contact_sheet(
         rows, _COLUMNS * 2, left=0.012, right=0.995, top=top, bottom=0.01, wspace=0.06, hspace=0.1,
         width_ratios=[1, 1.22] * _COLUMNS,
     )  # fmt: skip
-    for place, (index, record, arrays) in enumerate(shown):
-        row, column = divmod(place, _COLUMNS)
+    for number, (index, record, arrays) in enumerate(shown):
+        row, column = divmod(number, _COLUMNS)
         picture = figure.add_subplot(grid[row, 2 * column])
         text = figure.add_subplot(grid[row, 2 * column + 1])
         for axes in (picture, text):
             axes.set_xticks([])
             axes.set_yticks([])
             axes.spines[:].set_visible(False)
-        number = len(record.images)
-        if number:
-            picture.imshow(np.concatenate(arrays["images"][:number], 1), interpolation="nearest")
+        count = len(record.images)
+        if count:
+            picture.imshow(np.concatenate(arrays["images"][:count], 1), interpolation="nearest")
         else:
             picture.text(0.5, 0.5, "text only", ha="center", va="center", color=_PALE)
         _write(text, f"{record.id}  (number {index})", record.conversations)
@@ -79,7 +80,7 @@ def contact_sheet(
 
 
 def _write(axes, name: str, conversations: tuple[Conversation, ...]) -> None:
-    """Questions in dark, answers in colour, each pair once, as many as there is room for."""
+    """Questions in dark ink, answers in colour, each pair once, as many as fit."""
     turns = list(dict.fromkeys(turn for c in conversations for turn in c.turns))
     lines, done = [[(name, _PALE)]], 0
     for turn in turns:
@@ -93,11 +94,11 @@ def _write(axes, name: str, conversations: tuple[Conversation, ...]) -> None:
     for number, parts in enumerate(lines):
         size = 9.0 if number else 8.0
         at = 0.95 - number * 0.95 / (_LINES + 1)
-        place = {"xy": (0.02, at), "xycoords": "axes fraction"}
+        anchor = {"xy": (0.02, at), "xycoords": "axes fraction"}
         for text, colour in parts:
             text = text.replace("$", r"\$")  # Not a formula.
-            drawn = axes.annotate(text, color=colour, size=size, va="center", **place)
-            place = {"xy": (1, 0.5), "xycoords": drawn}
+            drawn = axes.annotate(text, color=colour, size=size, va="center", **anchor)
+            anchor = {"xy": (1, 0.5), "xycoords": drawn}  # The next part follows this one.
 
 
 def _block(prompt: str, answer: str) -> list[list[tuple[str, str]]]:

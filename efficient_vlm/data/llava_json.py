@@ -1,9 +1,9 @@
 """LLaVA-style files: rows {"id", "image", "conversations": [{"from": "human", "value": ...}, ...]}.
 
 A file is a JSON list or JSON lines. "image" is a path, a list of paths, or absent; paths are
-relative to the folder of the file. "<image>" markers are removed from the text: images always
-come before the text, whatever the text says. The fingerprint is of the file: pictures are not read
-before they are needed, so one replaced under its name is not noticed.
+relative to the folder of the file. "<image>" markers are removed from the text: images always come
+before the text. The fingerprint covers the file only: pictures are read when they are needed, so a
+picture that is replaced under its old name is not noticed.
 """
 
 import hashlib
@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from efficient_vlm.data.records import BadRecord, Conversation, Record
+from efficient_vlm.data.records import Conversation, Record
 from efficient_vlm.errors import UserError
 from efficient_vlm.processing import decode_image as images
+from efficient_vlm.processing.decode_image import BadRecord
 
 MARKER = "<image>"
 DEFAULT_TASK = "conversation"
@@ -28,7 +29,7 @@ class LlavaSource:
     """Random access to the rows of one file, kept as compact JSON in memory.
 
     Without an `eval_path`, rows are split by image: those whose images have the smallest hashes
-    (at least one image, if there are two) are for testing, so no image is in both.
+    (at least one image, if there are two) are for testing, so the splits share no image.
 
     Args:
       path: the JSON or JSONL file.
@@ -88,7 +89,7 @@ class LlavaSource:
 
 
 def _read(path: Path) -> tuple[list[bytes], str]:
-    """(rows, SHA-256 of the file). What is no JSON object stays in, to be skipped and counted."""
+    """(rows, SHA-256 of the file). Rows that are not JSON objects are skipped and counted later."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -105,7 +106,7 @@ def _read(path: Path) -> tuple[list[bytes], str]:
             raise UserError(
                 f"data.path: {path} is not valid JSON ({error})",
                 allowed="a JSON list of rows, or one JSON object a line",
-                fix="mend the file at that place",
+                fix="correct the file there",
             ) from error
         rows = [json.dumps(item).encode() for item in items]
     else:
@@ -173,16 +174,16 @@ def _turns(row: dict[str, Any] | None) -> tuple[tuple[str, str], ...]:
 
 
 def without_markers(text: str) -> str:
-    """Text without "<image>" (also where removing one leaves another) and blanks around it."""
+    """Text without "<image>" (even if removing one forms another) and surrounding white space."""
     while MARKER in text:
         text = text.replace(MARKER, "")
     return text.strip()
 
 
 def _groups(rows: Iterable[bytes]) -> list[bytes]:
-    """For every row a hash that all rows joined by shared images have in common.
+    """A hash per row, equal for rows that are connected by shared images.
 
-    A row without images is a group of its own.
+    A row without images is its own group.
     """
     parent: dict[str, str] = {}
 

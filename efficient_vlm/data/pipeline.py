@@ -4,7 +4,7 @@
 
 The state of the iterator is the number of the next batch. Everything random is a function of
 (seed, position in the global order), so a resumed run continues exactly. A record that cannot be
-used is replaced by the next usable one of the source, which depends on nothing but the data.
+used is replaced by the next usable one of the source, which depends on the data alone.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from efficient_vlm.data import transforms
+from efficient_vlm.data import questions, transforms
 from efficient_vlm.data.config import DataConfig, validate
-from efficient_vlm.data.records import BadRecord
 from efficient_vlm.data.skips import SkipCounter
 from efficient_vlm.data.sources import Source, longest_words, open_source
 from efficient_vlm.errors import UserError
 from efficient_vlm.processing import decode_image as images
+from efficient_vlm.processing import tokenizer as tokenizing
+from efficient_vlm.processing.decode_image import BadRecord
 from efficient_vlm.processing.tokenizer import Tokenizer
 
 # Part of the fingerprint: raise it when the same config gives other batches.
@@ -66,7 +67,7 @@ class Pipeline:
         import grain
 
         order = grain.MapDataset.range(len(self.source)).shuffle(seed=self.config.seed % 2**32)
-        # Endless for all purposes, yet a number that Grain can divide without rounding.
+        # Practically endless, yet small enough for Grain to divide without rounding.
         order = order.repeat(2**52 // len(self.source))
         batches = order.batch(self.config.batch_size).map_with_index(self._load)
         options = grain.ReadOptions(
@@ -103,7 +104,7 @@ class Pipeline:
         )
 
     def _prepare(self, index: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Arrays of all conversations and of the images of a record, kept while memory allows."""
+        """Arrays of all conversations and images of a record, cached within `cache_mb`."""
         if index in self._cache:
             return self._cache[index]
         record = self.source[index]
@@ -111,7 +112,7 @@ class Pipeline:
         pictures = transforms.image_arrays(record, self.spec)
         self._skips.add(index, None)
         arrays = (texts, pictures)
-        # Nothing is ever thrown out: under a random order no rule would keep better samples.
+        # Nothing is evicted: in random order no rule would choose better samples to keep.
         size = sum(a.nbytes + _ARRAY_OVERHEAD for part in arrays for a in part.values())
         if size <= self._cache_left:
             self._cache_left -= size
@@ -131,7 +132,7 @@ def make_train(
       config: see `DataConfig`.
       rows: those of every global batch of `batch_size` that this process reads, see
         `sharding.own_rows`; None for all.
-      workdir: a trained tokenizer is kept here as tokenizer.json, and reused when it exists.
+      workdir: a trained tokenizer is stored here as tokenizer.json, and reused if it exists.
 
     Raises:
       UserError: bad config, no data, damaged data.
@@ -150,25 +151,22 @@ def make_train(
 def make_tokenizer(
     config: DataConfig, source: Source | None, workdir: str | Path | None = None
 ) -> Tokenizer:
-    """The tokenizer of `config`; what is trained on the data is kept in `workdir`."""
-    from efficient_vlm.data import questions
-    from efficient_vlm.processing import tokenizer
-
+    """The tokenizer of `config`; one that is trained on the data is stored in `workdir`."""
     if config.tokenizer:
-        return tokenizer.load(config.tokenizer)
+        return tokenizing.load(config.tokenizer)
     if config.source == "token_bench":
-        return tokenizer.word_level(questions.vocabulary())
+        return tokenizing.word_level(questions.vocabulary())
     path = Path(workdir) / "tokenizer.json" if workdir else None
     if path and path.is_file():
-        return tokenizer.load(path)
-    trained = tokenizer.train(source.texts(), config.vocab_size)
+        return tokenizing.load(path)
+    trained = tokenizing.train(source.texts(), config.vocab_size)
     if path:
         trained.save(path)
     return trained
 
 
 def preview(config: DataConfig) -> tuple[transforms.Spec, Tokenizer] | None:
-    """Shapes and tokenizer of `make_train`'s batches where they are known without the data.
+    """Shapes and tokenizer of `make_train`'s batches, or None if they depend on the data.
 
     A program can then be compiled while the data are being built.
     """
@@ -185,7 +183,7 @@ def make_spec(config: DataConfig, tasks: tuple[str, ...]) -> transforms.Spec:
     if bench and questions > config.question_pool:
         raise UserError(
             f"data.questions_per_image: {questions} of a pool of {config.question_pool}",
-            allowed="at most data.question_pool",
+            allowed=f"up to data.question_pool={config.question_pool}",
             fix=f"data.question_pool={questions}",
         )
     return transforms.Spec(
@@ -204,7 +202,7 @@ def make_fingerprint(
     config: DataConfig, source: Source, tokenizer: Tokenizer, spec: transforms.Spec
 ) -> dict[str, Any]:
     """What defines the content and the order of the batches, as plain JSON values."""
-    # Lists, not tuples: a fingerprint that was stored as JSON must compare equal.
+    # Lists, not tuples, so that it equals a fingerprint that was stored as JSON.
     shapes = {k: list(v) if isinstance(v, tuple) else v for k, v in spec._asdict().items()}
     return {
         "format": FORMAT,

@@ -16,9 +16,9 @@ class Question(NamedTuple):
 
 
 def vocabulary() -> list[str]:
-    """Every word that a question or an answer can hold, in a fixed order.
+    """Every word that can occur in a question or an answer, in a fixed order.
 
-    It does not depend on the knobs, so a model trained with some tasks can be tried on others.
+    It does not depend on the settings, so a model trained on some tasks can be tested on others.
     """
     wording = (
         "which digit is how many what row column background colour "
@@ -30,21 +30,21 @@ def vocabulary() -> list[str]:
 
 
 def longest(config: SceneConfig) -> int:
-    """Most words in a question with its answer."""
+    """The largest number of words of a question with its answer."""
     words = {"needle": 5, "needle_hr": 5, "count": 4, "point": 5, "global": 4}
     words |= {"relation": 6, "absent": 6, "dense": 3 + config.dense_length}
     return max(words[task] for task in config.tasks)
 
 
 def draw(scene: Scene, config: SceneConfig, rng: np.random.Generator) -> list[Question]:
-    """Draws `config.question_pool` questions, the tasks as evenly and mixed as possible.
+    """Draws `config.question_pool` questions in random order, with tasks as evenly as possible.
 
-    Colours are dealt like cards, so an image repeats a question only after every colour had its
-    turn. "relation" and "absent" choose the answer first, so yes and no are equally likely
-    whatever colour is named.
+    Colours are dealt like cards: an image repeats a question only after every colour had its turn.
+    "relation" and "absent" draw the answer first, so yes and no are equally likely for every colour
+    that is named.
     """
     pool = config.question_pool
-    # Which task gets the one question more when the pool is no multiple: random as well.
+    # A random order, so that the tasks that get one question more are random, too.
     order = rng.permutation(len(config.tasks))
     tasks = [config.tasks[order[i % len(order)]] for i in range(pool)]
     colours = scene.glyphs[:, 4]
@@ -59,7 +59,7 @@ def draw(scene: Scene, config: SceneConfig, rng: np.random.Generator) -> list[Qu
             which = needles[turn % NEEDLES]
             question = f"which digit is {COLOURS[colours[which]]}", str(scene.glyphs[which, 5])
         elif task == "point":
-            # Another start than "needle", so that the two ask about different colours.
+            # From the other end than "needle", so that the two ask about different colours.
             which = needles[-1 - turn % NEEDLES]
             axis = int(rng.integers(2))
             name = ("row", "column")[axis]
@@ -80,7 +80,7 @@ def draw(scene: Scene, config: SceneConfig, rng: np.random.Generator) -> list[Qu
 
 
 def _absent(colours: np.ndarray, rng: np.random.Generator) -> tuple[str, str]:
-    """Is a colour there? The answer is drawn first; one colour is always absent (`compose`)."""
+    """Asks whether a colour occurs; the answer is drawn first, and one colour never occurs."""
     yes = bool(rng.integers(2))
     present = np.isin(np.arange(len(COLOURS)), colours)
     options = np.flatnonzero(present == yes)
@@ -88,12 +88,12 @@ def _absent(colours: np.ndarray, rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _relation(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """Is one needle left of, or above, another? The answer is drawn first."""
+    """Asks whether one needle is left of, or above, another; the answer is drawn first."""
     preferred, yes = int(rng.integers(2)), bool(rng.integers(2))
-    place = scene.glyphs[:NEEDLES, :2]
-    # Five different cells cannot agree in both coordinates: one of the two axes has a pair.
+    cells = scene.glyphs[:NEEDLES, :2]
+    # Five different cells cannot agree in both coordinates, so one of the axes has a pair.
     for axis in (preferred, 1 - preferred):
-        first, second = np.nonzero(place[:, axis][:, None] < place[:, axis][None])
+        first, second = np.nonzero(cells[:, axis][:, None] < cells[:, axis][None])
         if len(first):
             break
     pick = int(rng.integers(len(first)))

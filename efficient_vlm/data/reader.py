@@ -1,4 +1,4 @@
-"""Batches for training, from workers that are started again when one of them fails."""
+"""Batches for training, from workers that are restarted when one of them fails."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -15,9 +15,9 @@ __all__ = ["Reader"]
 class Reader:
     """An iterator over the batches of a pipeline, with `get_state` and `set_state`.
 
-    An unexpected failure while a batch is read (a file system that goes away, no memory, a thread
-    that dies) starts the workers again at that batch, once; the batches are those that they would
-    have been. A second failure at the same batch ends the run.
+    After an unexpected failure while a batch is read (a lost file system, no memory, a dead thread)
+    the workers are restarted once at that batch; the batches stay the same. A second failure at the
+    same batch ends the run.
 
     Args:
       pipeline: what to read.
@@ -35,17 +35,17 @@ class Reader:
         """The next batch.
 
         Raises:
-          UserError: what the data say, or two failures at one batch.
+          UserError: an error in the data, or two failures at one batch.
         """
-        place = copy.deepcopy(self._batches.get_state())
+        position = copy.deepcopy(self._batches.get_state())
         try:
             return next(self._batches)
         except (UserError, StopIteration):
             raise
         except Exception as error:
-            self._warn(f"reading a batch failed ({_name(error)}); starting again there")
+            self._warn(f"reading a batch failed ({_name(error)}); restarting at that batch")
         self._batches = iter(self._pipeline)
-        self._batches.set_state(place)
+        self._batches.set_state(position)
         try:
             return next(self._batches)
         except (UserError, StopIteration):
@@ -53,15 +53,15 @@ class Reader:
         except Exception as error:
             raise UserError(
                 f"data: a batch could not be read twice: {_name(error)}",
-                fix="mend that and run again; everything up to the newest checkpoint is safe",
+                fix="solve that and run again; everything up to the newest checkpoint is safe",
             ) from error
 
     def get_state(self) -> Any:
-        """The place of the next batch."""
+        """The position of the next batch."""
         return self._batches.get_state()
 
     def set_state(self, state: Any) -> None:
-        """Goes to a place that `get_state` gave."""
+        """Goes to a position that `get_state` returned."""
         self._batches.set_state(state)
 
 

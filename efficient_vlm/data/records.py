@@ -4,21 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-
-class BadRecord(Exception):
-    """A sample that cannot be used; it is skipped and counted under `reason`.
-
-    Args:
-      reason: one of `REASONS`.
-      detail: what a person needs to find the sample (file name, length, ...).
-    """
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
-        self.detail = detail
-
-
 REASONS = {
     "malformed": "row without usable conversations",
     "missing": "image file not found or not readable",

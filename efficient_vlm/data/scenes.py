@@ -16,8 +16,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
+from efficient_vlm import checks
 from efficient_vlm.data.glyphs import FONTS, SOURCE_PIXELS, TRAIN_GLYPHS, font, glyph_table
-from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.errors import UserError
 
 COLOURS = ("red", "green", "blue", "yellow", "magenta", "cyan", "orange", "grey")
 WHITE = len(COLOURS)  # Colour number of clutter; no question names it.
@@ -55,7 +56,7 @@ ALPHABET = "ABCDEFGHJKLMNPQRSTUVWXYZ0123456789"
 
 @dataclasses.dataclass(frozen=True)
 class SceneConfig:
-    """What defines every image and question of a build.
+    """The settings that define every image and question of a build.
 
     Attributes:
       tasks: names from `TASKS`. "needle_hr" is needle with a grid as fine as the glyphs, so
@@ -108,7 +109,7 @@ class SceneConfig:
 
 
 class Scene(NamedTuple):
-    """One image and what is in it.
+    """One image and its content.
 
     Attributes:
       image: uint8 [canvas, canvas, 3].
@@ -130,12 +131,11 @@ class Scene(NamedTuple):
 
 
 def check(config: SceneConfig) -> None:
-    """Raises UserError, naming the field, when no such scene can exist."""
+    """Raises UserError for settings that no scene can have."""
     if not config.tasks:
         raise UserError("data.tasks: empty", allowed=", ".join(TASKS), fix="name one task or more")
     for task in config.tasks:
-        if task not in TASKS:
-            raise unknown("data.tasks", task, TASKS)
+        checks.one_of("data.tasks", task, TASKS)
     limits = {
         "canvas": (16, MAX_CANVAS),
         "grid": (0, MAX_GRID),
@@ -149,19 +149,14 @@ def check(config: SceneConfig) -> None:
         "question_pool": (1, 256),
     }
     for name, (low, high) in limits.items():
-        if not low <= getattr(config, name) <= high:
-            raise UserError(
-                f"data.{name}: {getattr(config, name)}",
-                allowed=f"{low} to {high}",
-                fix=f"choose data.{name} in this range",
-            )
-    need = config.glyph + 2 * config.jitter
-    if config.cells < 1 or config.canvas // config.cells < need:
+        checks.number(f"data.{name}", getattr(config, name), low, high)
+    pitch = config.glyph + 2 * config.jitter  # smallest cell
+    if config.cells < 1 or config.canvas // config.cells < pitch:
         raise UserError(
-            f"data.grid: {config.cells} cells of {need} px (glyph + 2 x jitter) need more than"
+            f"data.grid: {config.cells} cells of {pitch} px (glyph + 2 x jitter) need more than"
             f" data.canvas={config.canvas} px",
-            allowed=f"data.grid up to {config.canvas // need}",
-            fix=f"data.grid={config.canvas // need}, or a larger canvas",
+            allowed=f"data.grid up to {config.canvas // pitch}",
+            fix=f"data.grid={config.canvas // pitch}, or a larger canvas",
         )
     low, high = config.dense_px
     if not 6 <= low <= high <= 12:
@@ -173,7 +168,7 @@ def check(config: SceneConfig) -> None:
     free = config.cells**2 - (_most_text_cells(config) if "dense" in config.tasks else 0)
     if config.most_glyphs > free:
         raise UserError(
-            f"data.max_count, data.clutter: {config.most_glyphs} digits do not fit {free} cells",
+            f"data.max_count, data.clutter: {config.most_glyphs} digits in {free} free cells",
             fix="lower data.max_count or data.clutter, or raise data.grid",
         )
 
@@ -182,7 +177,7 @@ def compose(config: SceneConfig, split: str, index: int) -> tuple[Scene, np.rand
     """Draws scene number `index` of `split`.
 
     Returns:
-      The scene, and the generator, to draw its questions from.
+      The scene, and the generator from which its questions are drawn next.
     """
     rng = np.random.default_rng((config.seed, SPLITS.index(split), index))
     pixels, labels = glyph_table(config.glyph)
@@ -190,7 +185,7 @@ def compose(config: SceneConfig, split: str, index: int) -> tuple[Scene, np.rand
     side, px = config.canvas, config.glyph
 
     background = int(rng.integers(len(COLOURS)))
-    # Normal noise by quantile: a table look-up is four times as fast as drawing normal numbers.
+    # Normal noise from a table of quantiles, four times as fast as drawing normal numbers.
     image = _quantiles()[rng.integers(0, 2**16, (side, side, 3), dtype=np.uint16)]
     image *= np.float32(config.noise)
     image += np.float32(config.tint) * RGB[background]
@@ -204,8 +199,8 @@ def compose(config: SceneConfig, split: str, index: int) -> tuple[Scene, np.rand
         cells = cells[~_covered(config, text_box)]
 
     colours = rng.permutation(len(COLOURS))
-    # With "absent" one colour never occurs, so that a "no" is always possible; it is left out of
-    # the counting questions, whose answers stay uniform over 0..max_count.
+    # With "absent" one colour never occurs, so that "no" is always possible. Counting questions
+    # leave it out, so their answers stay uniform over 0..max_count.
     several = colours[NEEDLES : -1 if "absent" in config.tasks else None]
     counts = rng.integers(0, config.max_count + 1, len(several))
     colour = np.concatenate(
@@ -261,7 +256,7 @@ def _draw_text(
     height, width = y1 - y0, x1 - x0
     if height > config.canvas or width > config.canvas:
         raise UserError(
-            f"data.dense_length: {config.dense_length} characters do not fit {config.canvas} px",
+            f"data.dense_length: {config.dense_length} characters exceed {config.canvas} px",
             fix="lower data.dense_length or data.dense_px, or raise data.canvas",
         )
     mask = Image.new("L", (width, height))
@@ -284,7 +279,7 @@ def _covered(config: SceneConfig, box: tuple[int, int, int, int]) -> np.ndarray:
 
 @functools.lru_cache(maxsize=16)
 def _most_text_cells(config: SceneConfig) -> int:
-    """Upper bound of the cells that a text can touch."""
+    """Upper bound of the number of cells that a text can touch."""
     px = config.dense_px[1]
     boxes = [font(name, px).getbbox("W" * config.dense_length) for name in FONTS]
     pitch = config.canvas // config.cells

@@ -1,4 +1,4 @@
-"""Where records come from: random access, and a fingerprint of the content."""
+"""Sources of records: random access, and a fingerprint of the content."""
 
 import dataclasses
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from efficient_vlm.data import questions
 from efficient_vlm.data.config import DataConfig
+from efficient_vlm.data.llava_json import LlavaSource
 from efficient_vlm.data.records import Conversation, Record
 from efficient_vlm.data.scenes import SceneConfig
 from efficient_vlm.data.token_bench import store
@@ -16,7 +17,7 @@ class Source(Protocol):
 
     Attributes:
       tasks: names of the tasks.
-      fingerprint: what defines the content; goes into the fingerprint of the pipeline.
+      fingerprint: identifies the content; part of the pipeline's fingerprint.
     """
 
     tasks: tuple[str, ...]
@@ -69,7 +70,7 @@ class TokenBenchSource:
 
 
 def scene_config(config: DataConfig) -> SceneConfig:
-    """The knobs of token_bench in a `DataConfig`."""
+    """The settings of token_bench in a `DataConfig`."""
     names = {f.name for f in dataclasses.fields(SceneConfig)}
     shared = {name: getattr(config, name) for name in names - {"seed", "canvas"}}
     canvas = config.canvas or min(config.size)
@@ -77,7 +78,7 @@ def scene_config(config: DataConfig) -> SceneConfig:
 
 
 def build_token_bench(config: DataConfig, *, full: bool = False) -> Path:
-    """Folder of the (built when needed, verified) data of `config`; see `store.ensure`."""
+    """Folder of the verified data of `config`, built if needed; see `store.ensure`."""
     root = Path(config.dir) if config.dir else store.default_root()
     sizes = {"train": config.train_images, "test": config.test_images}
     return store.ensure(root.expanduser(), scene_config(config), sizes, full=full)
@@ -87,8 +88,6 @@ def open_source(config: DataConfig, split: str) -> Source:
     """The records of `split`, "train" or "test"."""
     if config.source == "token_bench":
         return TokenBenchSource(build_token_bench(config), split, config.tasks)
-    from efficient_vlm.data.llava_json import LlavaSource
-
     if split == "test" and config.eval_path:
         return LlavaSource(config.eval_path, max_bytes=config.max_image_bytes)
     fraction = 0.0 if config.eval_path else config.test_fraction
@@ -98,5 +97,5 @@ def open_source(config: DataConfig, split: str) -> Source:
 
 
 def longest_words(config: DataConfig) -> int:
-    """Words of the longest question with its answer in token_bench."""
+    """Number of words of the longest question with its answer in token_bench."""
     return questions.longest(scene_config(config))

@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from efficient_vlm.data.records import BadRecord, Conversation, Record
+from efficient_vlm.data.records import Conversation, Record
 from efficient_vlm.processing import decode_image as image_ops
+from efficient_vlm.processing.decode_image import BadRecord
 from efficient_vlm.processing.tokenizer import Tokenizer
 
 

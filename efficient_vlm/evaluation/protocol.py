@@ -16,6 +16,8 @@ from efficient_vlm import sharding
 from efficient_vlm.costs.flops import model_cost
 from efficient_vlm.data.evalset import EvalSet
 from efficient_vlm.errors import unknown
+from efficient_vlm.evaluation import heat
+from efficient_vlm.evaluation.answers import is_right, normalise
 from efficient_vlm.evaluation.settings import (
     EvalConfig,
     check_trained,
@@ -24,10 +26,11 @@ from efficient_vlm.evaluation.settings import (
     settings_of,
 )
 from efficient_vlm.evaluation.stats import accuracy_interval
+from efficient_vlm.evaluation.token_maps import Cell, Example, write_maps
 from efficient_vlm.inference.generate import generate
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.nn.stack import unstack
-from efficient_vlm.report import heat, maps
+from efficient_vlm.processing.batch import question_inputs
 from efficient_vlm.train.processes import agreed, whole
 
 CONTROLS = ("blank", "shuffled")
@@ -74,7 +77,7 @@ def evaluate(
         references = _shuffled(references, data)
     chosen = _map_questions(data, config.map_questions) if workdir else []
     results: dict[str, Any] = {"eval": [], "cost": []}
-    cells: dict[tuple[int, int], list[maps.Cell]] = {place: [] for place in chosen}
+    cells: dict[tuple[int, int], list[Cell]] = {place: [] for place in chosen}
     variants = settings_of(config, model)
     labels = labels_of(variants)
     check_trained(variants, parameter_shapes(params))
@@ -102,27 +105,25 @@ def evaluate(
     )
     if workdir is not None and control is None:
         examples = [_example(data, place, cells[place]) for place in chosen]
-        agreed(functools.partial(maps.write_maps, workdir, examples))
+        agreed(functools.partial(write_maps, workdir, examples))
     return results
 
 
 def _run_method(variant, label, params, data, references, config, control, cells, check_stop):
     name, budget = label
-    seeds = config.seeds if variant.compressor["name"] == "random" else 1
+    seeds = config.seeds if variant.make_compressor().draws else 1
     predictions, times, kv_bytes = [], [], 0
     for seed in range(seeds):
         for number, batch in enumerate(data.batches):
             check_stop()
             images = np.full_like(batch["images"], 128) if control == "blank" else batch["images"]
-            prompts, lengths = prompts_of(batch, data.tokenizer.pad_id)
+            inputs = question_inputs({**batch, "images": images})
+            lengths = inputs.lengths.reshape(batch["lengths"].shape)
             answer = functools.partial(
                 generate,
                 variant,
                 params,
-                images,
-                batch["image_mask"],
-                prompts,
-                lengths,
+                inputs,
                 new_tokens=config.new_tokens,
                 eos_id=data.tokenizer.eos_id,
                 rng=jax.random.fold_in(jax.random.key(seed), number),
@@ -144,13 +145,13 @@ def _run_method(variant, label, params, data, references, config, control, cells
                         "question": data.prompts[first + b][q],
                         "answer": reference,
                         "prediction": text,
-                        "correct": normalise(text) == reference,
+                        "correct": is_right(text, reference),
                         **({"seed": seed} if seeds > 1 else {}),
                     }
                 )
                 if (first + b, q) in cells and seed == 0:
-                    asked = images[b], batch["image_mask"][b], prompts[b, q], int(lengths[b, q])
-                    sources = [whole(s[b * lengths.shape[1] + q]) for s in out.sources]
+                    row = b * lengths.shape[1] + q
+                    asked, sources = inputs.row(row), [whole(s[row]) for s in out.sources]
                     cells[first + b, q].append(
                         _cell(variant, params, asked, sources, label=label, text=text)
                     )
@@ -158,7 +159,7 @@ def _run_method(variant, label, params, data, references, config, control, cells
         times.append(answer().seconds)  # The only batch has compiled: once more, for the clock.
     counted = model_cost(
         variant,
-        text_tokens=prompts.shape[-1],
+        text_tokens=inputs.text.shape[-1],
         new_tokens=config.new_tokens,
         images=images.shape[1],
         image_size=images.shape[2:4],
@@ -187,19 +188,6 @@ def score(predictions: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> lis
                 {"task": task, "n": len(of_task), "accuracy": round(accuracy, 4), "ci95": interval}
             )
     return rows
-
-
-def normalise(text: str) -> str:
-    """What exact match compares: stripped, single spaces, lower case."""
-    return " ".join(text.lower().split())
-
-
-def prompts_of(batch: Mapping[str, np.ndarray], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Questions without their answers: int32 [B, Q, P] and lengths [B, Q], 0 for empty slots."""
-    lengths = np.where(batch["lengths"] > 0, batch["prompt_lengths"], 0)
-    tokens = batch["tokens"]
-    inside = np.arange(tokens.shape[-1]) < lengths[..., None]
-    return np.where(inside, tokens, pad_id), lengths
 
 
 def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -259,21 +247,21 @@ def _map_questions(data: EvalSet, count: int) -> list[tuple[int, int]]:
     return chosen
 
 
-def _cell(variant, params, asked, sources, *, label, text) -> maps.Cell:
+def _cell(variant, params, asked, sources, *, label, text) -> Cell:
     """The token map of one question, and the heat map where the method has one."""
-    ended, found = heat.where_ended(sources), heat.heat(variant, params, *asked, sources)
+    ended, found = heat.where_ended(sources), heat.heat(variant, params, asked, sources)
     scores, meaning = found if found is not None else (None, "")
     columns = variant.slot_grid[1]
     grid = (ended.size // columns, columns)
-    return maps.Cell(*label, ended, text, grid=grid, scores=scores, meaning=meaning)
+    return Cell(*label, ended, text, grid=grid, scores=scores, meaning=meaning)
 
 
-def _example(data: EvalSet, place: tuple[int, int], cells: list[maps.Cell]) -> maps.Example:
+def _example(data: EvalSet, place: tuple[int, int], cells: list[Cell]) -> Example:
     row, slot = place
     size = len(data.batches[0]["images"])
     batch = data.batches[row // size]
     images = batch["images"][row % size]
-    return maps.Example(
+    return Example(
         image=images.reshape(-1, *images.shape[2:]),  # Below each other, as their patches are.
         question=data.prompts[row][slot],
         answer=data.answers[row][slot],

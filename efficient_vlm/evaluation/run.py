@@ -11,14 +11,14 @@ import jax
 from jax.sharding import Mesh
 
 from efficient_vlm import sharding
-from efficient_vlm.cli import config_file as configs
 from efficient_vlm.data.config import DataConfig
 from efficient_vlm.data.evalset import EvalSet, make_eval
 from efficient_vlm.data.pipeline import make_train
 from efficient_vlm.errors import UserError
 from efficient_vlm.evaluation.protocol import CONTROLS, evaluate
 from efficient_vlm.evaluation.settings import EvalConfig, settings_of
-from efficient_vlm.fields import construct
+from efficient_vlm.fields import construct, section
+from efficient_vlm.runtime import enable_compilation_cache
 from efficient_vlm.train.processes import first_then_all
 from efficient_vlm.train.trained import Trained, restore
 from efficient_vlm.train.workdir_config import read_run_config
@@ -56,18 +56,16 @@ def evaluate_run(
     Raises:
       UserError: no run, no checkpoint, or a mesh of another number of devices.
     """
-    from efficient_vlm.cli.run import enable_compilation_cache
-
     enable_compilation_cache()
     workdir = Path(workdir)
     config = read_run_config(workdir)
-    evaluation = construct(EvalConfig, configs.section(config, "eval"), "eval")
+    evaluation = construct(EvalConfig, section(config, "eval"), "eval")
     if methods is not None:
         evaluation = dataclasses.replace(evaluation, methods=methods)
     if images is not None:
         evaluation = dataclasses.replace(evaluation, images=images)
     placed = _mesh(config, mesh)
-    data_config = DataConfig.from_mapping(configs.section(config, "data"))
+    data_config = DataConfig.from_mapping(section(config, "data"))
     pipeline = first_then_all(lambda: make_train(data_config, workdir=workdir))
     trained = restore(config, workdir, pipeline, placed)
     return evaluate_trained(
@@ -96,7 +94,7 @@ def evaluate_trained(
     start = time.monotonic()
     parts = 1 if trained.mesh is None else sharding.row_parts(trained.mesh)
     size = evaluation.batch_size + -evaluation.batch_size % parts
-    data_config = DataConfig.from_mapping(configs.section(config, "data"))
+    data_config = DataConfig.from_mapping(section(config, "data"))
     test = make_eval(
         dataclasses.replace(data_config, batch_size=size),
         limit=evaluation.images,
@@ -124,7 +122,7 @@ def evaluate_trained(
 
 def _mesh(config: Mapping[str, Any], given: Mapping[str, int] | None) -> Mesh | None:
     devices = jax.device_count()
-    own = configs.section(config, "train").get("mesh", {})
+    own = section(config, "train").get("mesh", {})
     sizes = construct(sharding.MeshConfig, own if given is None else given, "train.mesh")
     try:
         sizes.sizes(devices)

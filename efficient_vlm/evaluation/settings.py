@@ -1,18 +1,16 @@
 """What is evaluated: methods at their budgets, what each is called, whether it has been trained."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
-from efficient_vlm.compressors.methods import METHODS
+from efficient_vlm.compressors.methods import METHODS, OWN_HINT
 from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.models.init import abstract_parameters
+from efficient_vlm.models.variants import Setting, setting_of
 from efficient_vlm.models.vlm import VisionLanguageModel
-
-Setting = tuple[str, int]  # (label, visual tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +56,7 @@ def settings_of(config: EvalConfig, model: VisionLanguageModel) -> list[VisionLa
         options = dict(method)
         name = options.pop("name", None)
         if name not in METHODS:
-            raise unknown(f"eval.methods[{i}].name", str(name), METHODS)
+            raise unknown(f"eval.methods[{i}].name", str(name), METHODS, hint=OWN_HINT)
         budgets = options.pop("budgets", None) or [options.get("budget")]
         budgets = budgets if isinstance(budgets, list | tuple) else [budgets]
         options.pop("budget", None)
@@ -66,44 +64,6 @@ def settings_of(config: EvalConfig, model: VisionLanguageModel) -> list[VisionLa
             found.append(model.with_compressor(name, budget, **options))
             found[-1].make_compressor()  # Wrong options and budgets are told before any work.
     return found
-
-
-def setting_of(variant: VisionLanguageModel, num_visual: int | None = None) -> Setting:
-    """What a model's compressor is called: its name and its number of visual tokens.
-
-    The number is the given budget. A method without one (fastv by its `keep`, pyramiddrop, tome by
-    its `r`, ...) has the mean number of visual tokens that the decoder's layers process, rounded.
-
-    Args:
-      variant: a model at one setting.
-      num_visual: tokens that the method gets of the input; None for one image of the encoder's own
-        size.
-
-    Raises:
-      UserError: cuts that do not fit this encoder or decoder.
-    """
-    name, budget = variant.compressor["name"], variant.compressor.get("budget")
-    if budget is not None:
-        return name, budget
-    left, processed, layers = tokens_of_image(variant, num_visual), 0, 0
-    for start, stop, reducer in variant.make_decoder().runs(left):
-        if reducer is not None and reducer.budget is not None:
-            left = reducer.budget
-        layers += stop - start
-        processed += (stop - start) * left
-    return name, round(processed / layers)
-
-
-def tokens_of_image(variant: VisionLanguageModel, num_visual: int | None = None) -> int:
-    """Visual tokens of one image that enter the decoder; `num_visual` as in `setting_of`."""
-    vit, method = variant.make_encoder(), variant.make_compressor()
-    tokens = num_visual or math.prod(variant.slot_grid)
-    if method.where == "between":
-        return tokens if method.budget is None else method.budget
-    if method.where == "encoder":
-        for stage in method.stages(vit.layers_run, tokens, class_token=vit.class_token):
-            tokens = stage.module.budget
-    return tokens
 
 
 def labels_of(variants: Sequence[VisionLanguageModel]) -> list[Setting]:
@@ -153,7 +113,7 @@ def check_trained(
       given: paths and shapes of what is (or will be) trained, from `parameter_shapes`.
     """
     for variant in variants:
-        needed = parameter_shapes(init_shapes(variant))
+        needed = parameter_shapes(abstract_parameters(variant))
         name, budget = setting_of(variant)
         missing = [path for path in needed if path not in given]
         if missing:
@@ -169,23 +129,6 @@ def check_trained(
                 f"trained was {given[other[0]]}",
                 fix="give the options and budgets that it was trained with",
             )
-
-
-def init_shapes(model: VisionLanguageModel) -> Any:
-    """The shapes of a model's parameters, without computing anything."""
-    from flax import linen as nn
-
-    encoder = model.make_encoder()
-    rows, columns = (side * encoder.patch_size for side in encoder.grid)
-    inputs = {
-        "images": np.zeros((1, 1, rows, columns, 3), np.uint8),
-        "image_mask": np.ones((1, 1), bool),
-        "tokens": np.zeros((1, 1, 2), np.int32),
-        "lengths": np.full((1, 1), 2, np.int32),
-        "prompt_lengths": np.ones((1, 1), np.int32),
-    }
-    made = jax.eval_shape(lambda key: model.init(key, **inputs)["params"], jax.random.key(0))
-    return nn.unbox(made)
 
 
 def parameter_shapes(params: Any) -> dict[str, tuple[int, ...]]:

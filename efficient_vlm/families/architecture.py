@@ -1,6 +1,5 @@
 """The model of a config.json and the shapes of its parameters, without weights."""
 
-import functools
 import json
 import os
 from collections.abc import Mapping
@@ -9,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from efficient_vlm.checkpoints.names import NameMap
@@ -17,16 +15,17 @@ from efficient_vlm.errors import UserError, first_line
 from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.defaults import complete
 from efficient_vlm.families.table import FAMILIES, family_of
+from efficient_vlm.models.init import abstract_parameters
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.nn.stack import unstack
 from efficient_vlm.processing.hub_tokenizer import special_id
 
 
 def read_config(directory: str | os.PathLike) -> dict[str, Any]:
-    """config.json of a directory, with what it leaves out (`families.defaults`).
+    """config.json of a directory, completed with the defaults of its classes.
 
     Raises:
-      UserError: there is none, it is no JSON object, or it has a size that no model has.
+      UserError: no config.json, not a JSON object, or a size that no model has.
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
@@ -42,8 +41,8 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
     config = complete(config)
     family = FAMILIES.get(config.get("model_type"))
     for name, token in family.special_ids.items() if family else ():
-        if name not in config and (found := special_id(directory, token)) is not None:
-            config[name] = found
+        if name not in config and (token_id := special_id(directory, token)) is not None:
+            config[name] = token_id
     return config
 
 
@@ -58,17 +57,17 @@ def build_model(
       compressor: name, budget and options, see `compressors.build`; None for all tokens.
 
     Raises:
-      UserError: an unknown family, or a config that it cannot have.
+      UserError: an unknown family, or a config that is not one of its family.
     """
     family, config = family_of(config), complete(config)
     fix = "use the config.json that came with the weights"
     try:
         fields = family.model(config)
-        # Values of a wrong kind are found where they are used: when shapes are made.
+        # Values of a wrong type raise where they are used, which is when shapes are made.
         abstract_parameters(VisionLanguageModel(**fields))
     except KeyError as error:
         raise UserError(
-            f"config.json: no {error.args[0]!r}, which a model of type {config['model_type']} has",
+            f"config.json: no {error.args[0]!r}, which every {config['model_type']} model has",
             fix=fix,
         ) from None
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
@@ -81,28 +80,6 @@ def build_model(
 def parameter_shapes(model: VisionLanguageModel) -> dict[str, jax.ShapeDtypeStruct]:
     """Path -> shape and dtype of each parameter in split form, without computing anything."""
     return flatten_dict(jax.eval_shape(unstack, abstract_parameters(model)), sep="/")
-
-
-def abstract_parameters(model: VisionLanguageModel) -> Any:
-    """Shapes and dtypes of the parameters as `init` gives them."""
-    return nn.unbox(boxed_parameters(model))
-
-
-def boxed_parameters(model: VisionLanguageModel) -> Any:
-    """The same with their logical axes."""
-    return _boxed_parameters(model.clone(dtype=jnp.float32))  # Of activations; one trace.
-
-
-@functools.lru_cache(maxsize=8)
-def _boxed_parameters(model: VisionLanguageModel) -> Any:
-    tokens, lengths = jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
-    images = mask = None
-    if model.encoder is not None:
-        vit = model.make_encoder()
-        sides = [side * vit.patch_size for side in vit.grid]
-        images, mask = jnp.zeros((1, 1, *sides, 3)), jnp.ones((1, 1), bool)
-    init = functools.partial(model.init, method="text_logits")
-    return jax.eval_shape(init, jax.random.key(0), images, mask, tokens, lengths)["params"]
 
 
 def name_map(

@@ -1,10 +1,12 @@
-"""What a family is."""
+"""The type of a family of published models."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from efficient_vlm.checkpoints.names import NameMap
+from efficient_vlm.processing.conversation import PromptStyle
 
 Config = Mapping[str, Any]
 
@@ -20,26 +22,26 @@ class Family:
       tensors: fills a name map, given config.json and the spelling of the names in the file.
       spellings: the spellings that are accepted: name -> (pattern, replacement) pairs from the
         names in a file to those that `tensors` uses; the first is that of the hub.
-      ignored: patterns of tensors (hub spelling) that the model does not use. They are carried
-        along, and exported again.
+      ignored: patterns of tensors (hub spelling) that the model does not use; they are kept and
+        exported again.
       processor: (preprocessor config, config.json) -> a picture processor; None without images.
-      image_token: config.json -> id of the token that stands for each visual token in a prompt.
-      special_ids: settings that config.json may lack -> the special token whose id they are, looked
-        up in the files of the tokenizer.
+      image_token: config.json -> id of the token that marks each visual token in a prompt.
+      special_ids: setting that config.json may lack -> the special token whose id it is, looked up
+        in the files of the tokenizer.
       picture_options: options of the processor that a user may set.
       prompt: name of a function of `prompts` for checkpoints without a chat template.
       prompt_options: options of that function.
       own_prompt: whether that function is used although the checkpoint has a chat template.
-      begin: where the beginning token comes from: "tokenizer" (what it puts around a text, unless
-        the template has written the token), "prompt" (the function above writes it), "template"
-        (nothing is added to what the template writes; so it is for all language models) or
-        "bos_or_eos" (in front of everything the tokenizer's beginning or else end token).
-      placeholder: what stands for one image in a rendered prompt.
-      blocks: which tokens of a prompt see each other whichever comes first: None, "prefix" (all of
-        a prompt), "image" (those of one image) or "images" (all that belong to images).
-      block_ids: config.json -> ids of the other tokens that belong to images ("images").
-      variable: whether pictures of other sizes become other numbers of tokens of one image, so
-        that a budget can only be checked when they come.
+      begin: where the beginning token comes from: "tokenizer" (added by the tokenizer unless the
+        template has written it), "prompt" (written by the function above), "template" (nothing is
+        added to the template's text; this holds for all language models) or "bos_or_eos" (the
+        tokenizer's beginning token, or else its end token, before everything).
+      placeholder: marks one image in a rendered prompt.
+      blocks: which tokens of a prompt see each other in both directions: None, "prefix" (the whole
+        prompt), "image" (the tokens of one image) or "images" (all tokens that belong to images).
+      block_ids: config.json -> ids of the other tokens that belong to images (for "images").
+      variable: whether the number of tokens of an image depends on the picture's size, so that a
+        budget can only be checked once the pictures are known.
       positions: "sequence", or "mrope" (one position for time, row and column).
     """
 
@@ -64,3 +66,24 @@ class Family:
     variable: bool = False
     block_ids: Callable[[Config], tuple[int, ...]] | None = None
     positions: str = "sequence"
+
+    def prompt_style(self, config: Config) -> PromptStyle:
+        """How prompts of a model with this config.json are written."""
+        token = self.image_token
+        return PromptStyle(
+            family=self.name,
+            pictures=self.processor is not None,
+            options=self.prompt_options,
+            placeholder=self.placeholder,
+            begin=self.begin,
+            image_token=functools.partial(token, config) if token else None,
+        )
+
+    def rules(self, config: Config) -> dict[str, Any]:
+        """How prompts are placed: keyword arguments of `processing.placing.place`."""
+        return dict(
+            image_token=self.image_token(config) if self.image_token else None,
+            blocks=self.blocks,
+            block_ids=self.block_ids(config) if self.block_ids else (),
+            positions=self.positions,
+        )

@@ -1,4 +1,4 @@
-"""What a published model is given, checked before anything runs."""
+"""Checks of the parameters and compressor of a published model, before anything runs."""
 
 import math
 from typing import Any
@@ -18,15 +18,15 @@ def check_parameters(model: VisionLanguageModel, params: Any) -> None:
     wanted = {path: leaf.shape for path, leaf in parameter_shapes(model).items()}
     try:
         leaves = flatten_dict(jax.eval_shape(unstack, params), sep="/")
-        found = {path: leaf.shape for path, leaf in leaves.items()}
-    except (AssertionError, AttributeError, IndexError, TypeError, ValueError):  # No such tree.
-        found = {}
-    wrong = [path for path in wanted if path not in found]
-    wrong += [path for path, shape in found.items() if wanted.get(path) != shape]
+        shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    except (AssertionError, AttributeError, IndexError, TypeError, ValueError):  # Not such a tree.
+        shapes = {}
+    wrong = [path for path in wanted if path not in shapes]
+    wrong += [path for path, shape in shapes.items() if wanted.get(path) != shape]
     if wrong:
         path = wrong[0]
         raise UserError(
-            f"params: {len(wrong)} do not fit; {path} has shape {found.get(path, 'none')}",
+            f"params: {len(wrong)} do not fit; {path} has shape {shapes.get(path, 'none')}",
             allowed=f"{wanted.get(path, 'no such parameter')}",
             fix="a tree like vlm.params",
         )
@@ -36,9 +36,9 @@ def check_compressor(model: VisionLanguageModel, variable: bool = False) -> None
     """Raises UserError for a compressor that this model cannot have, before anything runs.
 
     Args:
-      model: at its nominal size of image.
-      variable: see `request.capped`; where a prompt decides how many tokens there are, a larger
-        budget is no error yet.
+      model: at its nominal image size.
+      variable: see `request.capped`; where the prompt decides the number of tokens, a larger budget
+        is not an error yet.
     """
     if model.encoder is None:
         if model.compressor["name"] != "none":
@@ -52,6 +52,6 @@ def check_compressor(model: VisionLanguageModel, variable: bool = False) -> None
     if more:
         raise UserError(
             f"compressor.name: {model.compressor['name']} has weights of its own ({min(more)}), "
-            "which a published checkpoint does not hold",
+            "which no published checkpoint holds",
             allowed="training-free methods, see docs/compressors.md",
         )

@@ -1,7 +1,8 @@
-"""What released config.json files leave out, and values that no model has.
+"""Defaults that released config.json files omit, and limits that no model exceeds.
 
-transformers writes of a nested config only what differs from the default of its class: LLaVA-1.5's
-"text_config" has no sizes at all. These are those defaults (transformers 4 and 5 agree on them).
+transformers writes only those values of a nested config that differ from the defaults of its class:
+LLaVA-1.5's "text_config" has no sizes at all. These are those defaults, the same in transformers 4
+and 5.
 """
 
 from typing import Any
@@ -143,7 +144,7 @@ VISIONS: dict[str, Config] = {
     ),
 }
 
-# Of models with pictures: kind of decoder, kind of encoder (None: as its config says), and values.
+# Models with pictures: kind of decoder, kind of encoder (None: named by its config), and values.
 MODELS: dict[str, tuple[str, str | None, Config]] = {
     "llava": ("llama", None, dict(image_token_index=32_000)),
     "paligemma": ("gemma", "siglip_vision_model", dict(image_token_index=256_000)),
@@ -160,7 +161,7 @@ MODELS: dict[str, tuple[str, str | None, Config]] = {
     "qwen3_vl": ("qwen3_vl", "qwen3_vl", dict(image_token_id=151_655)),
 }
 
-# The most that a size can be: ten times the largest of released models, or more.
+# Upper limits of sizes, at least ten times the largest of released models.
 _MOST = {
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers", "depth"), 2000),
     **dict.fromkeys(("num_attention_heads", "num_heads", "n_heads", "num_key_value_heads"), 2000),
@@ -175,10 +176,10 @@ _NUMBERS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta"
 
 
 def complete(config: Config) -> dict[str, Any]:
-    """A config with the defaults of its class and of its parts; what it says itself stays.
+    """A config with the defaults of its class and its parts added; its own values win.
 
     Raises:
-      UserError: a size that is no positive number, or that no model has.
+      UserError: a size that is not a positive number, or larger than that of any model.
     """
     kind = config.get("model_type")
     _check(config, "")
@@ -186,15 +187,17 @@ def complete(config: Config) -> dict[str, Any]:
         return _with_text_defaults(kind, config)
     if kind not in MODELS:
         return dict(config)
-    text_kind, vision_kind, own = MODELS[kind]
+    text_kind, vision_kind, values = MODELS[kind]
     if "vision_config" not in config:
-        raise UserError("config.json: no 'vision_config'", fix="use that of the weights")
+        raise UserError(
+            "config.json: no 'vision_config'", fix="use the file that came with the weights"
+        )
     vision = config["vision_config"]
     _check(vision, "vision_config.")
     vision_kind = vision_kind or vision.get("model_type", "clip_vision_model")
     named = {"image_token_id", "image_token_index"} & set(config)
-    own = {name: value for name, value in own.items() if not (named and "token" in name)}
-    full = {**own, **config, "vision_config": {**VISIONS.get(vision_kind, {}), **vision}}
+    values = {name: value for name, value in values.items() if not (named and "token" in name)}
+    full = {**values, **config, "vision_config": {**VISIONS.get(vision_kind, {}), **vision}}
     if "text_config" not in config and "hidden_size" in config:  # Qwen2-VL of transformers 4.
         return _with_text_defaults(text_kind, full)
     text = config.get("text_config") or {}
@@ -221,7 +224,7 @@ def _check(config: Any, prefix: str) -> None:
         sizes = value if isinstance(value, list | tuple) else [value]
         if (most := _MOST.get(name)) is not None:
             if value is None and name in ("intermediate_size", "num_key_value_heads", "head_dim"):
-                continue  # Derived from another one.
+                continue  # Derived from other sizes.
             if not all(type(n) is int and 0 < n <= most for n in sizes):
                 raise UserError(
                     f"config.json: {prefix}{name}={value!r:.60}",

@@ -1,4 +1,4 @@
-"""Gemma 3 with pictures (arXiv 2503.19786): SigLIP, patches averaged, a norm, one product."""
+"""Gemma 3 with pictures (arXiv 2503.19786): SigLIP, averaged patches, a norm, one product."""
 
 import math
 from typing import Any
@@ -9,6 +9,7 @@ from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.llava import LLAVA
 from efficient_vlm.families.texts import decoder_fields, text_of
 from efficient_vlm.families.vision import siglip, siglip_tensors
+from efficient_vlm.processing.pictures.resized import Gemma3Pictures
 
 
 def _model(config: Config) -> dict[str, Any]:
@@ -25,14 +26,14 @@ def _model(config: Config) -> dict[str, Any]:
 
 
 def _side(config: Config) -> int:
-    """Patches along a side of what one token averages."""
+    """Edge, in patches, of the square that one visual token averages."""
     patches = config["vision_config"]["image_size"] // config["vision_config"]["patch_size"]
     tokens = config.get("mm_tokens_per_image", 256)
     along = math.isqrt(tokens)
     if along < 1 or along**2 != tokens or patches % along:
         raise UserError(
             f"config.json: mm_tokens_per_image={tokens} for {patches} x {patches} patches",
-            allowed="the square of a divisor of the patches along a side",
+            allowed="the square of a divisor of the patches along an edge",
         )
     return patches // along
 
@@ -41,14 +42,12 @@ def _tensors(m: NameMap, config: Config, spelling: str) -> None:
     text = config["text_config"]
     siglip_tensors(m, config["vision_config"], "vision_tower.vision_model.")
     m.norm("connect/norm", "multi_modal_projector.mm_soft_emb_norm")
-    # Not a torch Linear: [in, out], as ours.
+    # Not a torch Linear: stored as [in, out], like ours.
     m.plain("connect/out/kernel", "multi_modal_projector.mm_input_projection_weight")
     text_of(text).tensors(m, text, "language_model.model.", "language_model.lm_head", spelling)
 
 
 def _processor(preprocessor: Config, config: Config, **options: Any) -> Any:
-    from efficient_vlm.processing.pictures.resized import Gemma3Pictures
-
     return Gemma3Pictures.from_hf(preprocessor, config, **options)
 
 

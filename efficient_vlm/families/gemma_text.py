@@ -1,4 +1,4 @@
-"""Gemma 1, 2 and 3: norms that multiply by one plus their scale, scaled embeddings, tied heads."""
+"""Gemma 1, 2 and 3: norms that multiply by 1 + scale, scaled embeddings, tied heads."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from efficient_vlm.families.text import (
 
 def gemma(text: Config) -> dict[str, Any]:
     """Gemma (arXiv 2403.08295)."""
-    # Early files say "gelu" and mean its approximation, with which all were trained.
+    # Early files say "gelu" but mean the tanh approximation, which all were trained with.
     named = text.get("hidden_activation") or text.get("hidden_act")
     act = "gelu_pytorch_tanh" if named in (None, "gelu") else named
     text = {**text, "hidden_act": act}
@@ -30,25 +30,25 @@ def gemma(text: Config) -> dict[str, Any]:
 
 
 def gemma2(text: Config) -> dict[str, Any]:
-    """Gemma 2 (arXiv 2408.00118): norms on both sides, soft caps, a window in every other layer."""
+    """Gemma 2 (arXiv 2408.00118): norms on both sides of a sublayer, soft caps, windows."""
     return _sandwiched(text, every=2)
 
 
 def gemma3_text(text: Config) -> dict[str, Any]:
-    """Gemma 3 (arXiv 2503.19786): normed queries and keys, five local layers for a global one.
+    """Gemma 3 (arXiv 2503.19786): queries and keys normalised, five local layers per global one.
 
-    Local layers turn with a base of their own, and are not stretched.
+    Local layers have their own rotary base, and no rotary scaling.
 
     Raises:
-      UserError: `use_bidirectional_attention`, an encoder of text.
+      UserError: `use_bidirectional_attention`, which only text encoders have.
     """
     if text.get("use_bidirectional_attention"):
         raise UserError(
             "config.json: use_bidirectional_attention=True, a model that embeds text",
             allowed="language models, where it is false",
         )
-    both = text.get("rope_parameters") or {}
-    local = both.get("sliding_attention") or {
+    parameters = text.get("rope_parameters") or {}
+    local = parameters.get("sliding_attention") or {
         "rope_theta": text.get("rope_local_base_freq", 10_000.0)
     }
     local = rope({"rope_parameters": local})
@@ -62,7 +62,7 @@ def gemma3_text(text: Config) -> dict[str, Any]:
 
 
 def _sandwiched(text: Config, every: int) -> dict[str, Any]:
-    """What Gemma 2 and 3 share; of `every` layers the last is global."""
+    """What Gemma 2 and 3 share; the last of every `every` layers is global."""
     kinds = text.get("layer_types") or [
         "full_attention" if (i + 1) % every == 0 else "sliding_attention"
         for i in range(text["num_hidden_layers"])

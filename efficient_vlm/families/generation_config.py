@@ -1,4 +1,4 @@
-"""What generation_config.json says of answers: greedy ones, and drawn ones where it is asked."""
+"""Settings of generation_config.json that change greedy answers, and those of sampling."""
 
 import numbers
 import warnings
@@ -12,7 +12,7 @@ from efficient_vlm.processing.hub_tokenizer import read_json
 
 __all__ = ["repetition_penalty", "sampling"]
 
-# Fields that change greedy answers and are not applied -> the values with which they do not.
+# Fields that would change greedy answers but are not applied -> values that change nothing.
 _NOT_APPLIED: dict[str, tuple[Any, ...]] = {
     "bad_words_ids": (None, []),
     "begin_suppress_tokens": (None, []),
@@ -32,33 +32,33 @@ _NOT_APPLIED: dict[str, tuple[Any, ...]] = {
 
 
 def repetition_penalty(directory: Path) -> float:
-    """The penalty of a model's directory, 1.0 where it names none.
+    """The repetition penalty of a model's directory, 1.0 by default.
 
-    Warns of what else is there that would change greedy answers.
+    Warns of other settings that would change greedy answers.
 
     Raises:
       UserError: not a positive number.
     """
-    found = read_json(directory / "generation_config.json")
-    others = [name for name, plain in _NOT_APPLIED.items() if found.get(name) not in plain]
+    settings = read_json(directory / "generation_config.json")
+    others = [name for name, plain in _NOT_APPLIED.items() if settings.get(name) not in plain]
     if others:
         warnings.warn(
             f"{directory / 'generation_config.json'}: {', '.join(others)}: not applied",
             stacklevel=2,
         )
-    value = found.get("repetition_penalty")
+    value = settings.get("repetition_penalty")
     where = f"{directory / 'generation_config.json'}: repetition_penalty"
     return 1.0 if value is None else _penalty(value, where)
 
 
-def sampling(directory: Path) -> dict[str, float]:
-    """How the model of a directory is meant to be sampled from, as transformers does it.
+def sampling(directory: Path) -> dict[str, Any]:
+    """How the model of a directory is meant to be sampled, as in transformers.
 
     Fields that the file does not name have the defaults of transformers' `GenerationConfig`:
     temperature 1, the 50 most likely tokens. Values are checked where they are used.
     """
-    found = read_json(directory / "generation_config.json")
-    named = {name: found.get(name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    settings = read_json(directory / "generation_config.json")
+    named = {name: settings.get(name) for name in ("temperature", "top_k", "top_p", "min_p")}
     given = {name: value for name, value in named.items() if value is not None}
     return {"temperature": 1.0, "top_k": 50} | given
 

@@ -18,7 +18,7 @@ from efficient_vlm.families.vision import activation
 
 
 def gpt_neo(text: Config) -> dict[str, Any]:
-    """GPT-Neo (doi 10.5281/zenodo.5297715): learned positions, logits that are not scaled."""
+    """GPT-Neo (doi 10.5281/zenodo.5297715): learned positions, unscaled attention logits."""
     kinds = text.get("attention_layers")
     if kinds is None:
         kinds = [kind for block, times in text["attention_types"] for kind in list(block) * times]
@@ -74,7 +74,7 @@ def phi(text: Config) -> dict[str, Any]:
 
 
 def phi3(text: Config) -> dict[str, Any]:
-    """Phi-3 (arXiv 2404.14219): Llama with fused products; a window, if any, is in all layers."""
+    """Phi-3 (arXiv 2404.14219): Llama with fused products; a window, if any, in all layers."""
     return {**llama(text), **all_local(text, text.get("sliding_window"))}
 
 

@@ -1,8 +1,8 @@
-"""Imported models: a published checkpoint as one of ours, with what it takes to give it back.
+"""Imported models: a published checkpoint as one of ours, complete enough to be exported again.
 
 A folder with config.json and the other settings as published, the parameters under checkpoints/
-(step 0, layers stacked, as training wants them), dtypes.json (parameters keep theirs), and
-carried/: tensors that our model does not use, kept for the way back.
+(step 0, layers stacked, as training needs them), dtypes.json (parameters keep their dtypes), and
+carried/: tensors that our model does not use, kept for the export.
 """
 
 import json
@@ -17,15 +17,17 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from efficient_vlm.checkpoints import safetensors_write
+from efficient_vlm.checkpoints.run import Checkpoints, SaveFailed
 from efficient_vlm.checkpoints.safetensors_read import Checkpoint
 from efficient_vlm.checkpoints.safetensors_write import writing
-from efficient_vlm.checkpoints.staging import Stage, identity
+from efficient_vlm.checkpoints.staging import StagingArea, identity
 from efficient_vlm.errors import UserError
-from efficient_vlm.families.architecture import abstract_parameters, build_model, read_config
+from efficient_vlm.families.architecture import build_model, read_config
 from efficient_vlm.families.base import Config, Family
-from efficient_vlm.families.load import Source, check_range, load_parameters, stacked
+from efficient_vlm.families.load import FamilyCheckpoint, check_overflow, load_parameters, stacked
 from efficient_vlm.families.save import copy_settings
 from efficient_vlm.families.table import family_of
+from efficient_vlm.models.init import abstract_parameters
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.nn.stack import unstack
 from efficient_vlm.processing.hub_tokenizer import read_json
@@ -51,34 +53,32 @@ def open_weights(
 
     Args:
       directory: a published or an imported one.
-      family, config, model: what it is of; the compressor of the model does not matter.
+      family, config, model: of that directory; the compressor of the model does not matter.
       dtype: of the parameters; None for those stored.
       sharding, check, sha256: see `pretrained.from_pretrained`.
     """
     model = model.clone(compressor={"name": "none"})
     if not (directory / CHECKPOINTS).is_dir():
-        source = Source(Checkpoint.open(directory, sha256=sha256), family, config, model)
+        source = FamilyCheckpoint(Checkpoint.open(directory, sha256=sha256), family, config, model)
         if check:
             source.check_finite()
         params = load_parameters(source, dtype=dtype, sharding=sharding)
         return params, {name: source.tensor(name) for name in source.carried}
     stacks, params = flatten_dict(_restore(directory, model), sep="/"), {}
     for path in list(stacks):
-        # Stack after stack, each converted and let go: there are never two copies of the model.
+        # One stack at a time is converted and freed: there are never two copies of the model.
         for name, value in flatten_dict(
             unstack(unflatten_dict({path: stacks.pop(path)}, sep="/")), sep="/"
         ).items():
             before = value.dtype
             value = value if dtype is None else value.astype(dtype)
-            check_range(name, value, before)
-            where = None if sharding is None else sharding(name, value.shape)
-            params[name] = value if where is None else jax.device_put(value, where)
+            check_overflow(name, value, before)
+            target = None if sharding is None else sharding(name, value.shape)
+            params[name] = value if target is None else jax.device_put(value, target)
     return unflatten_dict(params, sep="/"), read_carried(directory)
 
 
 def _restore(directory: Path, model: VisionLanguageModel) -> Any:
-    from efficient_vlm.checkpoints.run import Checkpoints
-
     kinds = read_json(directory / DTYPES)
     try:
         abstract = {
@@ -90,14 +90,14 @@ def _restore(directory: Path, model: VisionLanguageModel) -> Any:
         raise UserError(f"{directory / DTYPES}: {error}", fix=again) from None
     with Checkpoints(directory / CHECKPOINTS, read_only=True) as checkpoints:
         wanted = {"params": unflatten_dict(abstract, sep="/")}
-        found = checkpoints.restore_latest(wanted, subset=True)
-    if found is None:
+        restored = checkpoints.restore_latest(wanted, subset=True)
+    if restored is None:
         raise UserError(f"{directory}: no checkpoint", fix="run efficient-vlm import again")
-    return found[1]["params"]
+    return restored[1]["params"]
 
 
 def read_carried(directory: Path) -> dict[str, np.ndarray]:
-    """Tensors that are only carried, by name."""
+    """Tensors that the model does not use, by hub name."""
     if not (directory / CARRIED).is_dir():
         return {}
     checkpoint = Checkpoint.open(directory / CARRIED)
@@ -112,9 +112,9 @@ def import_model(
 ) -> tuple[VisionLanguageModel, Any]:
     """Writes a published checkpoint as one of ours; parameters keep their dtype.
 
-    Called again after a kill it goes on with the tensors that were not converted yet; nothing
-    counts as imported until the checkpoint is committed. It needs room on the disk for the
-    parameters three times: converted, written, and the same again to spare, as every save does.
+    Called again after a kill, it resumes with the tensors that were not converted yet; nothing
+    counts as imported until the checkpoint is committed. It needs disk space for three times the
+    parameters: the converted ones, the checkpoint, and the spare room that every save requires.
 
     Args:
       source: directory with config.json and safetensors.
@@ -127,12 +127,10 @@ def import_model(
     Raises:
       UserError: see `from_pretrained`; or the target holds something else.
     """
-    from efficient_vlm.checkpoints.run import SaveFailed
-
     source, target = Path(source), Path(target)
     config = read_config(source)
     if (target / DTYPES).is_file() and _committed(target):
-        # An import that was killed behind its very last step.
+        # An import that was killed after its very last step.
         shutil.rmtree(target / STAGE, ignore_errors=True)
     if target.exists() and not (target.is_dir() and _is_free(target)):
         raise UserError(
@@ -143,21 +141,19 @@ def import_model(
         raise UserError(f"{target}: inside {source}", fix="name a folder outside of it")
     family, model = family_of(config), build_model(config)
     checkpoint = Checkpoint.open(source, sha256=sha256)
-    reader = Source(checkpoint, family, config, model)
+    reader = FamilyCheckpoint(checkpoint, family, config, model)
     reader.check_finite()
     try:
         with writing(target):
             params = _write(source, target, reader)
     except SaveFailed as error:
-        raise UserError(f"{target}: {error}", fix="mend that and call it again") from None
+        raise UserError(f"{target}: {error}", fix="solve that and import again") from None
     return model, params
 
 
-def _write(source: Path, target: Path, reader: Source) -> Any:
-    from efficient_vlm.checkpoints.run import Checkpoints
-
+def _write(source: Path, target: Path, reader: FamilyCheckpoint) -> Any:
     files = reader.checkpoint.files
-    stage = Stage(target / STAGE, identity((source / "config.json", *files)))
+    stage = StagingArea(target / STAGE, identity((source / "config.json", *files)))
     for leftover in target.iterdir():  # Of an import that was killed, perhaps of another model.
         if leftover.is_dir() and not leftover.is_symlink() and leftover.name != STAGE:
             shutil.rmtree(leftover)
@@ -179,14 +175,12 @@ def _write(source: Path, target: Path, reader: Source) -> Any:
 
 
 def _is_free(target: Path) -> bool:
-    """Whether a folder is empty, or what an import that did not end has left."""
+    """Whether a folder is empty, or holds only the leftovers of an unfinished import."""
     names = {path.name for path in target.iterdir()}
     return not names or (STAGE in names and not _committed(target))
 
 
 def _committed(target: Path) -> bool:
-    from efficient_vlm.checkpoints.run import Checkpoints
-
     if not (target / CHECKPOINTS).is_dir():
         return False
     with Checkpoints(target / CHECKPOINTS, read_only=True) as checkpoints:

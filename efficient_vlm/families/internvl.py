@@ -7,6 +7,7 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.texts import decoder_fields, text_of
 from efficient_vlm.families.vision import activation, embedding_refused
+from efficient_vlm.processing.pictures.tiles import InternVLPictures
 
 NORMS = {"layer_norm": "layernorm", "rms_norm": "rms"}
 
@@ -16,8 +17,8 @@ def internvit(vision: Config, feature_layer: int = -1) -> dict[str, Any]:
 
     Args:
       vision: "vision_config" of config.json.
-      feature_layer: -1 for what the encoder gives; others count its hidden states, 1 being what
-        comes out of the first layer.
+      feature_layer: -1 for the output of the encoder; other numbers count its hidden states, 1
+        being the output of the first layer.
     """
     kind = vision.get("norm_type", "layer_norm")
     if kind not in NORMS:
@@ -29,7 +30,7 @@ def internvit(vision: Config, feature_layer: int = -1) -> dict[str, Any]:
     if final_norm and kind != "layer_norm":
         raise UserError(
             f"config.json: use_mean_pooling=False with norm_type={kind!r}",
-            allowed="norm_type=layer_norm, the kind that its last norm has",
+            allowed="norm_type=layer_norm, the type of the last norm",
         )
     placed = vision.get("use_absolute_position_embeddings", True)
     return dict(
@@ -56,10 +57,10 @@ def internvit(vision: Config, feature_layer: int = -1) -> dict[str, Any]:
 
 
 def _side(vision: Config, name: str) -> int:
-    given = vision[name]
-    sides = [given] if isinstance(given, int) else list(given)
+    value = vision[name]
+    sides = [value] if isinstance(value, int) else list(value)
     if len(set(sides)) != 1:
-        raise UserError(f"config.json: {name}={given}", allowed="squares")
+        raise UserError(f"config.json: {name}={value}", allowed="a square")
     return sides[0]
 
 
@@ -130,8 +131,6 @@ def _tensors(m: NameMap, config: Config, spelling: str) -> None:
 
 
 def _processor(preprocessor: Config, config: Config, **options: Any) -> Any:
-    from efficient_vlm.processing.pictures.tiles import InternVLPictures
-
     return InternVLPictures.from_hf(preprocessor, config, **options)
 
 

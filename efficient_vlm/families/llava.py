@@ -14,6 +14,8 @@ from efficient_vlm.families.vision import (
     siglip,
     siglip_tensors,
 )
+from efficient_vlm.processing.pictures.resized import LlavaPictures
+from efficient_vlm.processing.pictures.siglip import SiglipPictures
 
 
 def _model(config: Config) -> dict[str, Any]:
@@ -22,7 +24,7 @@ def _model(config: Config) -> dict[str, Any]:
     layers = (layers,) if isinstance(layers, int) else tuple(layers)
     if 0 in layers:
         raise embedding_refused("vision_feature_layer")
-    # Their layer -1 is behind the last block, as ours; 0 is the embedding.
+    # Layer -1 is the output of the last block, as in ours; 0 is the embedding.
     layers = tuple(layer if layer < 0 else layer - 1 for layer in layers)
     select = config.get("vision_feature_select_strategy", "default")
     is_clip = vision.get("model_type", "clip_vision_model").startswith("clip")
@@ -45,7 +47,7 @@ def _model(config: Config) -> dict[str, Any]:
             bias=bias,
             activation=activation(config.get("projector_hidden_act", "gelu")),
         ),
-        # The head is LLaVA's own, without the bias of Phi's and the soft cap of Gemma 2's.
+        # The head is LLaVA's own: it has neither the bias of Phi's nor the soft cap of Gemma 2's.
         decoder={
             **decoder_fields(text, config.get("tie_word_embeddings")),
             "head_bias": False,
@@ -64,9 +66,6 @@ def _tensors(m: NameMap, config: Config, spelling: str) -> None:
 
 
 def _processor(preprocessor: Config, config: Config, **options: Any) -> Any:
-    from efficient_vlm.processing.pictures.resized import LlavaPictures
-    from efficient_vlm.processing.pictures.siglip import SiglipPictures
-
     is_clip = config["vision_config"].get("model_type", "clip_vision_model").startswith("clip")
     cls = LlavaPictures if is_clip else SiglipPictures
     return cls.from_hf(preprocessor, config, **options)
@@ -78,8 +77,8 @@ LLAVA = Family(
     model=_model,
     tensors=_tensors,
     spellings={
-        # Version 5 of transformers leaves this level out of what it saves, but not of what it was
-        # loaded from.
+        # transformers 5 omits this level in models that it saves itself, but keeps it in models
+        # that it loaded with it.
         "hub": ((r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),),
         "memory": (
             (r"^model\.language_model\.", "language_model.model."),

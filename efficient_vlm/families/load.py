@@ -14,7 +14,7 @@ from efficient_vlm.byte_bar import progress
 from efficient_vlm.checkpoints.names import NameMap
 from efficient_vlm.checkpoints.safetensors_format import CheckpointError, show
 from efficient_vlm.checkpoints.safetensors_read import Checkpoint
-from efficient_vlm.checkpoints.staging import Stage
+from efficient_vlm.checkpoints.staging import StagingArea
 from efficient_vlm.errors import UserError
 from efficient_vlm.families.architecture import name_map
 from efficient_vlm.families.base import Config, Family
@@ -23,87 +23,91 @@ from efficient_vlm.nn.stack import STACKS
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-class Source:
-    """A checkpoint read under the names of its family.
+class FamilyCheckpoint:
+    """A published checkpoint whose tensors are read by the hub names of its family.
 
     Attributes:
-      names: the map that fits the spelling of the file.
-      carried: names (hub spelling) of tensors that the model does not use.
+      names: the name map for the spelling that the file uses.
+      stored: hub name -> name in the file.
+      carried: hub names of tensors that the model does not use.
+
+    Raises:
+      CheckpointError: tensors are missing, unknown, stored twice, quantised or of another shape.
     """
 
     def __init__(self, checkpoint: Checkpoint, family: Family, config: Config, model: Any):
         self.checkpoint, self.family = checkpoint, family
-        place, tries = checkpoint.files[0].parent, []
+        folder, tries = checkpoint.files[0].parent, []
         for spelling, renames in family.spellings.items():
             names = name_map(family, config, model, spelling)
-            there: dict[str, str] = {}
+            stored: dict[str, str] = {}
             twice = []
             for name in checkpoint.names:
-                same = there.setdefault(renamed(name, renames), name)
+                same = stored.setdefault(renamed(name, renames), name)
                 twice += [] if same == name else [(same, name)]
             wanted = names.tensors()
             ignored = tuple(re.compile(pattern) for pattern in family.ignored)
             carried = {
                 name
-                for name in set(there) - set(wanted)
+                for name in set(stored) - set(wanted)
                 if any(pattern.fullmatch(name) for pattern in ignored)
             }
-            carried |= self._repeated_heads(names, there, model)
-            lost = sorted(set(wanted) - set(there))
-            unknown = sorted(set(there) - set(wanted) - carried)
-            shapes = ((checkpoint.shape(there[n]), wanted[n]) for n in set(wanted) & set(there))
-            other = sum(tuple(found) != tuple(shape) for found, shape in shapes)
+            carried |= self._repeated_heads(names, stored, model)
+            lost = sorted(set(wanted) - set(stored))
+            unknown = sorted(set(stored) - set(wanted) - carried)
+            shapes = ((checkpoint.shape(stored[n]), wanted[n]) for n in set(wanted) & set(stored))
+            other = sum(tuple(actual) != tuple(shape) for actual, shape in shapes)
             score = (len(lost) + len(unknown), other)
-            tries.append((score, lost, unknown, names, there, carried, twice))
-        _, lost, unknown, self.names, self.there, carried, twice = min(tries, key=lambda t: t[0])
+            tries.append((score, lost, unknown, names, stored, carried, twice))
+        _, lost, unknown, self.names, self.stored, carried, twice = min(tries, key=lambda t: t[0])
         self.carried = tuple(sorted(carried))
         if twice:
             raise CheckpointError(
-                f"{place}: {show(twice[0][0])} and {show(twice[0][1])} are one tensor, twice",
+                f"{folder}: {show(twice[0][0])} and {show(twice[0][1])} are one tensor, twice",
                 fix="leave out one of them",
             )
         if lost or unknown:
             raise CheckpointError(
-                f"{place}: {len(lost)} tensors are missing"
+                f"{folder}: {len(lost)} tensors are missing"
                 f"{_listed(lost)} and {len(unknown)} are unknown{_listed(unknown)}",
                 allowed=f"the {len(self.names.tensors())} tensors of this {family.name} config",
                 fix="use the config.json that came with these weights",
             )
         for name, shape in self.names.tensors().items():
-            found = checkpoint.shape(self.there[name])
-            kind = checkpoint.dtype(self.there[name])
+            actual = checkpoint.shape(self.stored[name])
+            kind = checkpoint.dtype(self.stored[name])
             if not jnp.issubdtype(kind, jnp.floating):
                 raise CheckpointError(
-                    f"{place}: tensor {show(name)} holds {kind}, a quantised model",
-                    allowed="floating point weights",
-                    fix="use the checkpoint that was quantised, or dequantise this one",
+                    f"{folder}: tensor {show(name)} holds {kind}, a quantised model",
+                    allowed="floating-point weights",
+                    fix="use the checkpoint it was quantised from, or dequantise this one",
                 )
-            if tuple(found) != tuple(shape):
+            if tuple(actual) != tuple(shape):
                 raise CheckpointError(
-                    f"{place}: tensor {show(name)} has the shape {list(found)}",
+                    f"{folder}: tensor {show(name)} has the shape {list(actual)}",
                     allowed=f"{list(shape)}, from config.json",
                     fix="use the config.json that came with these weights",
                 )
 
-    def _repeated_heads(self, names: NameMap, there: dict[str, str], model: Any) -> set[str]:
-        """Heads that a tied model's file holds all the same, if they are equal to the table."""
+    def _repeated_heads(self, names: NameMap, stored: dict[str, str], model: Any) -> set[str]:
+        """Heads that the file of a tied model holds although they equal the embedding table."""
         table = names.leaves.get("language/embedding")
         if table is None or not model.decoder.get("tie_embeddings"):
             return set()
-        tied = there.get(table.pieces[0].name)
-        heads = {name for name in there if name.endswith("lm_head.weight")}
+        tied = stored.get(table.pieces[0].name)
+        heads = {name for name in stored if name.endswith("lm_head.weight")}
         read = self.checkpoint.read
-        return {h for h in heads if tied and np.array_equal(read(there[h]), read(tied))}
+        return {h for h in heads if tied and np.array_equal(read(stored[h]), read(tied))}
 
     def tensor(self, name: str) -> np.ndarray:
         """A tensor by its hub name, memory-mapped."""
-        return self.checkpoint.read(self.there[name])
+        return self.checkpoint.read(self.stored[name])
 
     def check_finite(self) -> None:
-        """Raises CheckpointError if any value of any tensor that is used is NaN or infinite."""
+        """Raises CheckpointError if a tensor that the model uses holds NaN or infinity."""
         for name in self.names.tensors():
-            self.checkpoint.read(self.there[name], finite=True)
-            self.checkpoint.release(self.there[name])
+            self.checkpoint.read(self.stored[name], finite=True)
+            self.checkpoint.release(self.stored[name])
 
     def paths(self) -> Iterator[str]:
         """Path of each parameter in split form, in the order of the file, with a progress bar."""
@@ -116,51 +120,52 @@ class Source:
 
     def dtype(self, path: str) -> np.dtype:
         """The dtype of a parameter in the file."""
-        return self.checkpoint.dtype(self.there[self.names.leaves[path].pieces[0].name])
+        return self.checkpoint.dtype(self.stored[self.names.leaves[path].pieces[0].name])
 
     def read(self, path: str, dtype: Any = None, out: np.ndarray | None = None) -> np.ndarray:
-        """A parameter in split form, written straight into one array.
+        """A parameter in split form, written into one array without copies in between.
 
         Args:
           path: of the parameter.
           dtype: to convert to; None for that of the file.
-          out: to write into; None for a new one.
+          out: to write into; None for a new array.
 
         Raises:
-          CheckpointError: a value is finite in the file and not in `dtype`.
+          CheckpointError: a value that is finite in the file is not finite in `dtype`.
         """
         kind, leaf = self.dtype(path), self.names.leaves[path]
         out = aligned(self.names.shapes[path], np.dtype(dtype or kind)) if out is None else out
         with np.errstate(over="ignore"):
             leaf.read(self.tensor, out)
-        check_range(path, out, kind)
+        check_overflow(path, out, kind)
         for piece in leaf.pieces:
-            self.checkpoint.release(self.there[piece.name])
+            self.checkpoint.release(self.stored[piece.name])
         return out
 
 
-def known_dtype(name: str, given: Any) -> np.dtype:
-    """The dtype of parameters called `given`; UserError naming the argument if it is none."""
+def known_dtype(name: str, value: Any) -> np.dtype:
+    """The dtype of DTYPES that `value` names; UserError naming the argument for any other value."""
     try:
-        found = jnp.dtype(given)
+        dtype = jnp.dtype(value)
     except TypeError:
-        found = None
-    if str(found) not in DTYPES:
-        raise UserError(f"{name}: {given!r}", allowed=", ".join(DTYPES))
-    return found
+        dtype = None
+    if str(dtype) not in DTYPES:
+        raise UserError(f"{name}: {value!r}", allowed=", ".join(DTYPES))
+    return dtype
 
 
-def check_range(path: str, value: Any, before: Any, fix: str | None = None) -> None:
-    """Raises CheckpointError if a value was finite in the dtype `before` and is not any more."""
+def check_overflow(path: str, value: Any, before: Any, fix: str | None = None) -> None:
+    """Raises CheckpointError if values overflowed when they were converted from dtype `before`."""
     finite = np.isfinite if isinstance(value, np.ndarray) else jnp.isfinite
     if jnp.finfo(value.dtype).max < jnp.finfo(before).max and not finite(value).all():
         raise CheckpointError(
-            f"{path}: has values beyond {value.dtype}", fix=fix or f"load the model as {before}"
+            f"{path}: has values beyond the range of {value.dtype}",
+            fix=fix or f"load the model as {before}",
         )
 
 
 def renamed(name: str, renames: tuple[tuple[str, str], ...]) -> str:
-    """A name after the first pattern that fits it."""
+    """The name after the first replacement whose pattern matches."""
     for pattern, replacement in renames:
         changed, count = re.subn(pattern, replacement, name)
         if count:
@@ -176,15 +181,15 @@ def _listed(names: list[str]) -> str:
 
 
 def load_parameters(
-    source: Source,
+    source: FamilyCheckpoint,
     *,
     dtype: Any = jnp.float32,
     sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
 ) -> dict[str, Any]:
-    """Parameters in split form (`nn.stack.unstack`), each put where it belongs at once.
+    """Parameters in split form (`nn.stack.unstack`), each placed on its device at once.
 
-    One at a time is converted from the mapped file into one array, and placed: on a CPU that array
-    is the parameter, on another device the host holds one array at a time.
+    Parameters are converted one at a time from the mapped file into one array. On a CPU that array
+    is the parameter; for other devices the host holds one array at a time.
 
     Args:
       source: the checkpoint.
@@ -203,7 +208,9 @@ def load_parameters(
     return unflatten_dict(placed, sep="/")
 
 
-def stacked(source: Source, dtype: Any = None, stage: Stage | None = None) -> dict[str, Any]:
+def stacked(
+    source: FamilyCheckpoint, dtype: Any = None, stage: StagingArea | None = None
+) -> dict[str, Any]:
     """Parameters on the host with the layers of each stack on a leading axis, for training.
 
     Each stack is allocated once and filled layer by layer.
@@ -211,7 +218,7 @@ def stacked(source: Source, dtype: Any = None, stage: Stage | None = None) -> di
     Args:
       source: the checkpoint.
       dtype: to convert to; None for that of the file.
-      stage: where to keep them on disk and to go on after a kill; None for memory.
+      stage: keeps them on the disk, so that a killed import resumes; None for memory.
     """
     groups: dict[str, Any] = {}
     for path in source.paths():
@@ -237,7 +244,7 @@ def stacked(source: Source, dtype: Any = None, stage: Stage | None = None) -> di
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array that JAX takes on a CPU without a copy."""
+    """An uninitialised array, aligned to 64 bytes: JAX takes it on a CPU without a copy."""
     count = math.prod(shape) * dtype.itemsize
     room = np.empty(count + 64, np.uint8)
     start = -room.ctypes.data % 64
@@ -245,7 +252,7 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def in_stack(path: str) -> tuple[str, int | None, str]:
-    """Prefix of a stack, layer and the rest of a path in split form; no layer outside of stacks."""
+    """Prefix of the stack, layer and rest of a path in split form; layer None outside of stacks."""
     parts = path.split("/")
     for i, name in enumerate(parts):
         if name in STACKS:

@@ -8,8 +8,9 @@ from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.texts import decoder_fields, text_of
 from efficient_vlm.families.vision import clip, clip_tensors, embedding_refused
 from efficient_vlm.processing.chat_template import VICUNA_SYSTEM
+from efficient_vlm.processing.pictures.resized import MobileVLMPictures
 
-# The released files name this tower and do not describe it.
+# The released files name this tower but do not describe it.
 _TOWER = "clip-vit-large-patch14-336"
 _CLIP_L_336 = dict(
     model_type="clip_vision_model",
@@ -30,14 +31,14 @@ def _text(config: Config) -> Config:
 
 
 def _vision(config: Config) -> Config:
-    given, tower = config.get("vision_config"), str(config.get("mm_vision_tower", _TOWER))
-    if given is None and not tower.rstrip("/").endswith(_TOWER):
+    vision, tower = config.get("vision_config"), str(config.get("mm_vision_tower", _TOWER))
+    if vision is None and not tower.rstrip("/").endswith(_TOWER):
         raise UserError(
             f"config.json: mm_vision_tower={tower!r}",
             allowed=_TOWER,
             fix="add the tower's config as vision_config",
         )
-    return given or _CLIP_L_336
+    return vision or _CLIP_L_336
 
 
 def _method(config: Config) -> str:
@@ -59,7 +60,7 @@ def _model(config: Config) -> dict[str, Any]:
         )
     return dict(
         vocab_size=text["vocab_size"],
-        # Their layer -1 is behind the last block, as ours; 0 is the embedding.
+        # Layer -1 is the output of the last block, as in ours; 0 is the embedding.
         encoder=clip(_vision(config), (layer if layer < 0 else layer - 1,)),
         projector=dict(name="method", method=_method(config), side=2),
         compressor=dict(name="none"),
@@ -113,8 +114,6 @@ def _norm(m: NameMap, path: str, name: str) -> None:
 
 
 def _processor(preprocessor: Config, config: Config, **options: Any) -> Any:
-    from efficient_vlm.processing.pictures.resized import MobileVLMPictures
-
     return MobileVLMPictures.from_hf(preprocessor, config, **options)
 
 

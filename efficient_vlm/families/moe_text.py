@@ -9,15 +9,15 @@ from efficient_vlm.families.base import Config
 from efficient_vlm.families.text import PATH, all_local, attention, embeddings, glu, llama, qwen3
 from efficient_vlm.families.vision import activation
 
-# Ours to theirs, of the products of one expert.
+# Our name -> the hub's, for the products of one expert.
 MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2"}
 OTHERS = {name: f"{name}_proj" for name in ("gate", "up", "down")}
 
 
 def mixture(text: Config, width: int, normalize: bool) -> dict[str, Any]:
-    """Field moe of a decoder; released models normalise one chosen expert, too."""
+    """Field `moe` of a decoder; released models normalise even when one expert is chosen."""
     return dict(
-        # Under either of the names that transformers takes.
+        # transformers accepts either name.
         num_experts=text.get("num_local_experts") or text["num_experts"],
         top_k=text["num_experts_per_tok"],
         expert_dim=width,
@@ -36,7 +36,7 @@ def mixtral(text: Config) -> dict[str, Any]:
 
 
 def olmoe(text: Config) -> dict[str, Any]:
-    """OLMoE (arXiv 2409.02060): queries and keys normed as a whole, weights as they come."""
+    """OLMoE (arXiv 2409.02060): queries and keys normalised over all heads, raw router weights."""
     if text.get("clip_qkv") is not None:
         raise UserError(
             f"config.json: clip_qkv={text['clip_qkv']}",
@@ -109,10 +109,10 @@ def experts(m: NameMap, ours: str, theirs: str, names: Mapping[str, str]) -> Non
 
 
 def fused_experts(m: NameMap, ours: str, theirs: str) -> None:
-    """All experts in two tensors: gate and up one behind the other, and down (transformers v5)."""
+    """All experts in two tensors: gate and up joined, and down (transformers 5)."""
     count, width, hidden = m.shapes[f"{ours}gate"]
-    turn, both = (0, 2, 1), (count, 2 * hidden, width)
+    turn, joined = (0, 2, 1), (count, 2 * hidden, width)
     name = f"{theirs}gate_up_proj"
-    m.add(f"{ours}gate", Piece(name, both, (1, 0, hidden), turn=turn))
-    m.add(f"{ours}up", Piece(name, both, (1, hidden, 2 * hidden), turn=turn))
+    m.add(f"{ours}gate", Piece(name, joined, (1, 0, hidden), turn=turn))
+    m.add(f"{ours}up", Piece(name, joined, (1, hidden, 2 * hidden), turn=turn))
     m.add(f"{ours}down", Piece(f"{theirs}down_proj", (count, width, hidden), turn=turn))

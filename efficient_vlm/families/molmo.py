@@ -9,10 +9,12 @@ from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.moe_text import OTHERS, experts, mixture
 from efficient_vlm.families.text import PATH, fused_rows
 from efficient_vlm.families.vision import activation
+from efficient_vlm.processing.pictures.base import CLIP_MEAN, CLIP_STD
+from efficient_vlm.processing.pictures.molmo import Molmo
 
 TRANSFORMER, BACKBONE = "model.transformer.", "model.vision_backbone."
 
-# Names in the config.json of the hub, and what that file leaves to its code.
+# Names in the config.json of the hub, and values that the file leaves to the code beside it.
 _HUB = {
     "hidden_size": "d_model",
     "num_hidden_layers": "n_layers",
@@ -34,7 +36,7 @@ _HUB_DEFAULTS = dict(
         image_mlp_dim=4096,
     ),
 )
-# What the released models have in common, and the values that mean it.
+# Settings that all released models share, with the values that mean the same.
 _FIXED = dict(
     activation_type=("swiglu",),
     layer_norm_type=("rms",),
@@ -53,7 +55,7 @@ _FIXED = dict(
 
 
 def fixed(config: Config, allowed: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raises UserError for a setting, if it is there, that is none of those allowed."""
+    """Raises UserError for a setting whose value is not one of those allowed; absent ones pass."""
     for name, values in allowed.items():
         if config.get(name, values[0]) not in values:
             raise UserError(
@@ -72,13 +74,13 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _rows(config: Config) -> int:
-    """Rows of the table that the head scores; the special tokens' own come behind them."""
+    """Rows of the embedding table that the head scores; rows of special tokens follow."""
     return config.get("embedding_size") or config["vocab_size"]
 
 
 def _image_token(config: Config) -> int:
-    """<im_patch>: the third of the additional rows, unless the tokenizer says otherwise (MolmoE:
-    50282, a row of the language model's own)."""
+    """Id of <im_patch>: the third additional row, unless the tokenizer has another id (MolmoE:
+    50282, a row of the language model)."""
     return config.get("image_patch_id", _rows(config) + 2)
 
 
@@ -90,7 +92,7 @@ def _model(config: Config) -> dict[str, Any]:
         raise UserError(
             f"image_patch_id: {_image_token(config)}",
             allowed=f"below {tokens}, the tokens of this model",
-            fix="take tokenizer and weights from the same release",
+            fix="use tokenizer and weights of the same release",
         )
     return dict(
         vocab_size=tokens,
@@ -111,7 +113,7 @@ def _model(config: Config) -> dict[str, Any]:
 
 
 def _hidden(config: Config) -> int:
-    """Width of the feed-forward layers, or of one expert: settings count gates and ups."""
+    """Width of the feed-forward layers or of one expert; settings count gate and up together."""
     return (config.get("mlp_hidden_size") or config["mlp_ratio"] * config["d_model"]) // 2
 
 
@@ -144,8 +146,6 @@ def _decoder(config: Config, width: int) -> dict[str, Any]:
 
 def _encoder(vision: Config, layers: Any) -> dict[str, Any]:
     """CLIP, stored with 23 of its 24 layers; `layers` count from the end of those stored."""
-    from efficient_vlm.processing.pictures.base import CLIP_MEAN, CLIP_STD
-
     fixed(vision, dict(image_model_type=("openai",)))
     return dict(
         image_size=tuple(vision["image_default_input_size"]),
@@ -195,10 +195,10 @@ def _tensors(m: NameMap, config: Config, spelling: str) -> None:
 
 
 def table(m: NameMap, rows: int) -> None:
-    """The table of embeddings: `rows` of the language model, and those of special tokens."""
-    both, width = m.shapes[f"{PATH}embedding"]
+    """Names of the embedding table: `rows` of the language model, then those of special tokens."""
+    total, width = m.shapes[f"{PATH}embedding"]
     name = f"{TRANSFORMER}wte"
-    old, new = (rows, width), (both - rows, width)
+    old, new = (rows, width), (total - rows, width)
     m.add(f"{PATH}embedding", Piece(f"{name}.embedding", old), Piece(f"{name}.new_embedding", new))
 
 
@@ -206,7 +206,7 @@ def _experts(m: NameMap, ours: str, theirs: str, spelling: str) -> None:
     if spelling == "experts":
         experts(m, ours, f"{theirs}mlp.experts.", OTHERS)
         return
-    # megablocks: all experts below each other, down as it is multiplied from the right.
+    # megablocks: the matrices of all experts stacked along rows; "down" is not transposed.
     count, width, hidden = m.shapes[f"{ours}gate"]
     all_rows, each = (count * hidden, width), (count, hidden, width)
     for part, name in (("gate", "w1"), ("up", "v1")):
@@ -250,8 +250,6 @@ def connector_tensors(m: NameMap) -> None:
 
 
 def _processor(preprocessor: Config, config: Config, **options: Any) -> Any:
-    from efficient_vlm.processing.pictures.molmo import Molmo
-
     return Molmo.from_hf({**preprocessor, **options}, config)
 
 
@@ -265,7 +263,7 @@ MOLMO = Family(
     tensors=_tensors,
     spellings={
         "hub": (),
-        # MolmoE with a tensor for each product of each expert.
+        # MolmoE with one tensor per product and expert.
         "experts": (
             (rf"{_BLOCK}attn\.(att_proj|attn_out|attn_norm|q_norm|k_norm)\.", rf"{_OURS}\2."),
             (rf"{_BLOCK}mlp\.gate\.", f"{_OURS}ffn.router.layer."),

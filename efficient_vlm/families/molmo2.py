@@ -14,10 +14,11 @@ from efficient_vlm.families.molmo import (
 )
 from efficient_vlm.families.text import PATH, attention, fused_rows, glu, llama
 from efficient_vlm.families.vision import activation
+from efficient_vlm.processing.pictures.molmo import Molmo2
 
 
 def _vision(config: Config) -> Config:
-    """Settings of the encoder, with the names of transformers or of the files of the hub."""
+    """Settings of the encoder under the names of transformers, from either kind of file."""
     vision = config.get("vision_config") or config["vit_config"]
     fixed(vision, dict(attention_bias=(True,), float32_attention=(True, False)))
     names = {"image_default_input_size": "image_size", "image_patch_size": "patch_size"}
@@ -35,7 +36,7 @@ def _model(config: Config) -> dict[str, Any]:
             image_size=tuple(vision["image_size"]),
             patch_size=vision["patch_size"],
             width=vision["hidden_size"],
-            # Files of the hub declare the 27 layers of SigLIP2 and hold those that are read.
+            # Files of the hub declare all 27 layers of SigLIP2 but hold only those that are used.
             depth=max(layers) + 1 if "vit_config" in config else vision["num_hidden_layers"],
             num_heads=vision["num_attention_heads"],
             mlp_dim=vision["intermediate_size"],
@@ -68,7 +69,7 @@ def _decoder(text: Config) -> dict[str, Any]:
     count, scaled = text["num_hidden_layers"], text.get("rope_scaling_layers")
     rope = {}
     if scaled is not None and len(set(scaled)) < count:
-        # Layers that stretch positions, and, as "local" layers without a window, those that do not.
+        # Only some layers scale their positions; the others become "local" layers without a window.
         types = ("global" if layer in scaled else "local" for layer in range(count))
         rope = dict(layer_types=tuple(types), local_rope=dict(scaling=None))
     return {
@@ -89,7 +90,7 @@ def _tensors(m: NameMap, config: Config, spelling: str) -> None:
     if is_memory:
         m.plain(f"{PATH}embedding", "model.language_model.embed_tokens.weight")
     elif spelling == "saved":
-        # save_pretrained of transformers 5.24 cuts the table in the middle.
+        # save_pretrained of transformers 5.24 splits the table in the middle.
         table(m, -(-m.shapes[f"{PATH}embedding"][0] // 2))
     else:
         table(m, text["vocab_size"])
@@ -116,7 +117,7 @@ def _tensors(m: NameMap, config: Config, spelling: str) -> None:
 
 
 def _block_ids(config: Config) -> tuple[int, ...]:
-    """Start, end, column and frame tokens, which see each other and the pictures' own."""
+    """Ids of start, end, column and frame tokens, which attend to each other and to patches."""
     patch = config["image_patch_id"]
     marks = ("image_start", "image_end", "low_res_image_start", "frame_start", "frame_end")
     column = config.get("image_col_id", patch + 1)
@@ -124,8 +125,6 @@ def _block_ids(config: Config) -> tuple[int, ...]:
 
 
 def _processor(preprocessor: Config, config: Config, **options: Any) -> Any:
-    from efficient_vlm.processing.pictures.molmo import Molmo2
-
     return Molmo2.from_hf({**preprocessor, **options}, config)
 
 

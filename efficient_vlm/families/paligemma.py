@@ -7,6 +7,7 @@ from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.llava import LLAVA
 from efficient_vlm.families.texts import decoder_fields, text_of
 from efficient_vlm.families.vision import siglip, siglip_tensors
+from efficient_vlm.processing.pictures.resized import PaliGemmaPictures
 
 
 def _model(config: Config) -> dict[str, Any]:
@@ -30,8 +31,6 @@ def _tensors(m: NameMap, config: Config, spelling: str) -> None:
 
 
 def _processor(preprocessor: Config, config: Config, **options: Any) -> Any:
-    from efficient_vlm.processing.pictures.resized import PaliGemmaPictures
-
     return PaliGemmaPictures.from_hf(preprocessor, config, **options)
 
 

@@ -5,16 +5,18 @@ into, how the default picture becomes images, and the published sizes.
 `tests/families/test_presets.py` counts every model's parameters against them, to the unit.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from efficient_vlm.errors import unknown
 from efficient_vlm.families import published
+from efficient_vlm.families.base import Family
 from efficient_vlm.families.table import family_of
 
-# Prompt with its template, about; papers count 30 (M3) to 64 tokens. The same for every preset.
+# A typical prompt with its template; papers count 30 (M3) to 64 tokens.
 TEXT_TOKENS = 64
+# Height and width of the picture that presets see unless another is given.
+PICTURE = (768, 1024)
 # Sizes of a published model that a preset repeats.
 _SIZES = ("params", "params_active", "params_vision")
 
@@ -25,64 +27,87 @@ def names() -> tuple[str, ...]:
 
 
 def visual_names() -> tuple[str, ...]:
-    """The presets that see pictures."""
+    """The presets with a vision encoder."""
     return tuple(name for name in names() if published.get(name)["visual_tokens"] is not None)
 
 
-def get(name: str) -> dict[str, Any]:
-    """One preset, a copy to change at will.
+def get(
+    name: str,
+    *,
+    picture: tuple[int, int] = PICTURE,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """One preset, as a new copy.
 
     Args:
       name: one of `names()`.
+      picture: height and width in pixels of the picture that it sees.
+      options: of its picture processor, those of `Family.picture_options`.
 
     Returns:
-      model: fields of `VisionLanguageModel`, half precision, with the compressor "none"; an encoder
-        for pictures near their own size is set to what the default picture is resized to.
-      family: of `families`.
+      model: fields of `VisionLanguageModel`, half precision, with the compressor "none". An encoder
+        that takes pictures near their own size has the size of the resized picture.
+      family: name of the family.
       text_tokens: of a prompt.
-      images: tiles, crops and thumbnails that one picture becomes; 0 for a language model.
+      images: tiles, crops and thumbnails of one picture; 0 for a language model.
       pooled: visual tokens of the picture where they read patches across crops, else None.
-      picture: the picture that this is for, in words; None for a language model.
-      notes: what the numbers do not say.
+      picture: the picture, in words; None for a language model.
+      notes: remarks on the numbers.
       source: the paper, and the weights' name on the hub.
       params, params_active, params_vision: see `published.get`.
-      visual_tokens: that the default picture becomes; None for a language model.
+      visual_tokens: of the picture; None for a language model.
 
     Raises:
-      UserError: no such preset, with the nearest name.
+      UserError: no such preset or option, with the nearest name, or a picture that the model cannot
+        see.
     """
     if name not in names():
         raise unknown("--preset", str(name), names())
     entry = published.get(name)
-    config, visual = entry["config"], entry["visual_tokens"] or {}
-    family = family_of(config)
-    fields = family.model(config)
-    size = _native_size(entry)
-    if size is not None:
-        fields["encoder"] = {**fields["encoder"], "image_size": size}
-    notes = list(entry["notes"])
-    images, tokens = visual.get("images", 0), visual.get("tokens")
-    # Molmo2 pools patches across its crops.
-    pooled = tokens if family.name == "molmo2" else None
+    family = family_of(entry["config"])
+    fields, notes = family.model(entry["config"]), list(entry["notes"])
+    seen: dict[str, Any] = dict(images=0, pooled=None, picture=None, visual_tokens=None)
+    if entry["image_processor"] is not None:
+        processor = _processor(family, entry, options or {})
+        images, *size = processor.views(*picture)
+        tokens = processor.count(*picture)
+        if _has_own_size(processor):
+            fields["encoder"] = {**fields["encoder"], "image_size": tuple(size)}
+        seen = dict(images=images, visual_tokens=tokens, picture=_words(entry, picture, processor))
+        # Molmo2 pools patches across its crops.
+        seen["pooled"] = tokens if family.name == "molmo2" else None
+        notes += _notes(family, processor, picture)
+    return {
+        "model": {**fields, "dtype": "bfloat16"},
+        "family": family.name,
+        "text_tokens": TEXT_TOKENS,
+        **seen,
+        "notes": tuple(notes),
+        "source": entry["source"],
+        **{size: entry[size] for size in _SIZES},
+    }
+
+
+def _processor(family: Family, entry: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    for option in options:
+        if option not in family.picture_options:
+            known = family.picture_options or (f"none for {family.name}",)
+            raise unknown("--pictures", option, known)
+    return family.processor(entry["image_processor"], entry["config"], **options)
+
+
+def _notes(family: Family, processor: Any, picture: tuple[int, int]) -> list[str]:
+    """What the number of visual tokens does not say."""
+    notes, tokens = [], processor.count(*picture)
     if family.name == "molmo":
         notes.append(
             f"crops overlap: {tokens:,} of their tokens have a place in the prompt; all of each of "
             "--images are computed, and counted here"
         )
-    if marks := visual.get("sequence", tokens or 0) - (tokens or 0):
+    sequence = getattr(processor, "sequence", None)
+    if marks := sequence(*picture) - tokens if sequence else 0:
         notes.append(f"{marks} tokens that mark rows and crops are text: add them with --text")
-    return {
-        "model": {**fields, "dtype": "bfloat16"},
-        "family": family.name,
-        "text_tokens": TEXT_TOKENS,
-        "images": images,
-        "pooled": pooled,
-        "picture": _picture(entry, size),
-        "notes": tuple(notes),
-        "source": entry["source"],
-        "visual_tokens": tokens,
-        **{size: entry[size] for size in _SIZES},
-    }
+    return notes
 
 
 def table() -> list[dict[str, Any]]:
@@ -113,61 +138,19 @@ def table() -> list[dict[str, Any]]:
     return rows
 
 
-def count(name: str) -> dict[str, int]:
-    """Parameters of a published checkpoint, counted on our model without allocating any.
-
-    Tensors that the checkpoint holds and no parameter of ours is made of are added from the table
-    (`unused`).
-
-    Args:
-      name: one of `names()`.
-
-    Returns:
-      params: all, tied tables once.
-      params_active: of them those that one token uses: `top_k` of the experts of each mixture.
-    """
-    from efficient_vlm.families.architecture import build_model, name_map, parameter_shapes
-
-    entry = published.get(name)
-    config = entry["config"]
-    model = build_model(config)
-    sizes = {path: math.prod(leaf.shape) for path, leaf in parameter_shapes(model).items()}
-    used = name_map(family_of(config), config, model).tensors()
-    unread = sum(
-        size for part, size in entry["unused"].items() if not any(part in tensor for tensor in used)
-    )
-    total = sum(sizes.values()) + unread
-    moe, idle = model.decoder.get("moe"), 0
-    if moe:
-        parts = ("moe/gate", "moe/up", "moe/down")
-        experts = sum(size for path, size in sizes.items() if path.endswith(parts))
-        idle = experts * (moe["num_experts"] - moe["top_k"]) // moe["num_experts"]
-    return {"params": total, "params_active": total - idle}
+def _words(entry: Mapping[str, Any], picture: tuple[int, int], processor: Any) -> str:
+    """The picture, in words."""
+    if entry["visual_tokens"]["picture"] == "any":
+        return "any"
+    images, height, width = processor.views(*picture)
+    parts = [f"{picture[0]} x {picture[1]}"]
+    if _has_own_size(processor):
+        parts.append(f"resized to {height} x {width}")
+    if images > 1:
+        parts.append(f"{images} tiles or crops")
+    return ", ".join(parts)
 
 
-def _native_size(entry: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Pixels that the default picture is resized to, for encoders without a size of their own."""
-    settings = entry["image_processor"]
-    if settings is None or "merge_size" not in settings:
-        return None
-    from efficient_vlm.processing.pictures.native import smart_resize
-
-    height, width = map(int, entry["visual_tokens"]["picture"].split(" x "))
-    size = settings["size"]
-    return smart_resize(
-        height,
-        width,
-        factor=settings["patch_size"] * settings["merge_size"],
-        min_pixels=size["shortest_edge"],
-        max_pixels=size["longest_edge"],
-    )
-
-
-def _picture(entry: Mapping[str, Any], size: tuple[int, int] | None) -> str | None:
-    """What the visual tokens are of."""
-    visual = entry["visual_tokens"]
-    if visual is None:
-        return None
-    resized = f", resized to {size[0]} x {size[1]}" if size else ""
-    crops = f", {visual['images']} tiles or crops" if visual["images"] > 1 else ""
-    return f"{visual['picture']}{resized}{crops}"
+def _has_own_size(processor: Any) -> bool:
+    """Whether the encoder takes pictures near their own size, without a fixed one."""
+    return hasattr(processor, "min_pixels")

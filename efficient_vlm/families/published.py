@@ -1,8 +1,8 @@
 """Published models: what their `config.json` says, their sizes and their visual tokens.
 
 One JSON file per model. `config` holds every key that decides an array's shape or a value of the
-forward pass, so that no default of another library is needed; rotary settings are spelt as
-`rope_parameters`, layers as `layer_types` (transformers 5). Files on the hub may use older
+forward pass, so that no default of another library is needed. It uses `rope_parameters` and
+`layer_types` as transformers 5 does. Files on the hub may use older
 spellings (`rope_theta` with `rope_scaling`, a flat text configuration).
 `tests/parity/test_published_counts.py` counts every model's parameters from its `config`.
 """
@@ -23,7 +23,7 @@ def names() -> tuple[str, ...]:
 
 
 def get(name: str) -> dict[str, Any]:
-    """One published model, a copy to change at will.
+    """One published model, as a new copy.
 
     Args:
       name: one of `names()`.
@@ -41,7 +41,7 @@ def get(name: str) -> dict[str, Any]:
       visual_tokens: `tokens` that a `picture` (height x width in pixels, or "any") becomes, over
         `images` tiles or crops; `sequence`, where given, also counts the tokens that mark rows and
         crops. None for a language model.
-      notes: what the numbers do not say.
+      notes: remarks on the numbers.
 
     Raises:
       UserError: no such model, with the nearest name.

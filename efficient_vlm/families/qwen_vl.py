@@ -8,8 +8,9 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.text import fused_rows, llama_tensors, qwen2, qwen3
 from efficient_vlm.families.vision import activation
+from efficient_vlm.processing.pictures.native import Qwen2VLPictures, Qwen3VLPictures
 
-# Visual tokens along a side of the picture that shapes are stated for; any other size works.
+# Visual tokens along a side of the picture that stated shapes refer to; any other size works.
 _SIDE = 24
 _SECTIONS = {"qwen2_vl": (16, 24, 24), "qwen2_5_vl": (16, 24, 24), "qwen3_vl": (24, 20, 20)}
 
@@ -23,7 +24,7 @@ def _model(config: Config) -> dict[str, Any]:
     kind, text, vision = config["model_type"], _text(config), config["vision_config"]
     is_third = kind == "qwen3_vl"
     decoder = (qwen3 if is_third else qwen2)(text)
-    given = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+    rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     deep = tuple(vision.get("deepstack_visual_indexes", ())) if is_third else ()
     if list(deep) != sorted(set(deep)):
@@ -44,7 +45,7 @@ def _model(config: Config) -> dict[str, Any]:
         connector=dict(identity=True),
         decoder=dict(
             **{**decoder, "tie_embeddings": bool(tied)},
-            rope_sections=tuple(given.get("mrope_section") or _SECTIONS[kind]),
+            rope_sections=tuple(rope.get("mrope_section") or _SECTIONS[kind]),
             rope_interleaved=is_third,
             deepstack=len(deep),
         ),
@@ -52,7 +53,7 @@ def _model(config: Config) -> dict[str, Any]:
 
 
 def _encoder(kind: str, vision: Config, deep: tuple[int, ...]) -> dict[str, Any]:
-    """Fields of `encoder.ViT`; biases throughout, epsilons are in none of the files."""
+    """Fields of `encoder.ViT`; biases everywhere, and no file states the epsilons of the norms."""
     patch, side = vision.get("patch_size", 14), vision.get("spatial_merge_size", 2)
     rope = {**vision, **(vision.get("rope_parameters") or {})}
     shared = dict(
@@ -83,7 +84,7 @@ def _encoder(kind: str, vision: Config, deep: tuple[int, ...]) -> dict[str, Any]
             norm="rms",
             mlp_gated=True,
             activation=activation(vision.get("hidden_act", "silu")),
-            # In whole visual tokens: 112 pixels are 4 of 28, 8 patches.
+            # In patches, rounded to whole visual tokens: 112 pixels are 4 tokens of 28, 8 patches.
             window=vision["window_size"] // side // patch * side,
             full_layers=tuple(vision["fullatt_block_indexes"]),
         )
@@ -138,8 +139,6 @@ def _merger(m: NameMap, ours: str, theirs: str, names: tuple[str, str, str]) -> 
 
 
 def _processor(preprocessor: Config, config: Config, **options: Any) -> Any:
-    from efficient_vlm.processing.pictures.native import Qwen2VLPictures, Qwen3VLPictures
-
     cls = Qwen3VLPictures if config["model_type"] == "qwen3_vl" else Qwen2VLPictures
     return cls.from_hf(preprocessor, config, **options)
 

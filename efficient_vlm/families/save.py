@@ -14,7 +14,7 @@ from efficient_vlm.checkpoints import safetensors_write
 from efficient_vlm.errors import UserError
 from efficient_vlm.families.architecture import name_map
 from efficient_vlm.families.base import Config, Family
-from efficient_vlm.families.load import check_range, in_stack, known_dtype
+from efficient_vlm.families.load import check_overflow, in_stack, known_dtype
 from efficient_vlm.files import write_atomic
 from efficient_vlm.models.vlm import VisionLanguageModel
 
@@ -36,16 +36,16 @@ def export(
       directory: to write to.
       family, config, model: what the parameters are of.
       params: stacked or split.
-      dtype: to write; None for those of the parameters. `config.json` says which most have.
-      carried: tensors by hub name that the model does not use, written as they are.
+      dtype: to write; None for those of the parameters. `config.json` names the most frequent one.
+      carried: tensors by hub name that the model does not use, written unchanged.
       max_shard_bytes: see `safetensors_write.write`.
 
     Returns:
       The weight files.
 
     Raises:
-      UserError: not a dtype of parameters, or one that cannot hold a value; NaN or infinity; a
-        directory that holds another checkpoint.
+      UserError: an unknown dtype, or values beyond its range; NaN or infinity; a directory that
+        holds another checkpoint.
     """
     dtype = None if dtype is None else known_dtype("dtype", dtype)
     names = name_map(family, config, model)
@@ -53,7 +53,9 @@ def export(
 
     for path, leaf in flat.items():  # Before the first file: it may replace an earlier export.
         if not np.isfinite(np.asarray(leaf)).all():
-            raise UserError(f"{path}: has values that are NaN or infinite", fix="an earlier step")
+            raise UserError(
+                f"{path}: has values that are NaN or infinite", fix="export an earlier step"
+            )
 
     def parameter(path: str) -> np.ndarray:
         if path in flat:
@@ -67,7 +69,7 @@ def export(
             return value
         with np.errstate(over="ignore"):
             stored = value.astype(dtype, copy=False)
-        check_range(name, stored, value.dtype, fix=f"dtype={value.dtype}")
+        check_overflow(name, stored, value.dtype, fix=f"dtype={value.dtype}")
         return stored
 
     kinds = {
@@ -83,7 +85,7 @@ def export(
     tied = table is not None and model.decoder.get("tie_embeddings")
     for name, value in (carried or {}).items():
         if tied and name.endswith("lm_head.weight"):
-            # It repeated the table when it was read, and must do so still.
+            # It equalled the embedding table when it was read; write the table of now.
             piece = table.pieces[0]
             again = functools.partial(written, piece.name)
             tensors.append((name, piece.shape, kinds[piece.name], again))
@@ -102,8 +104,10 @@ def export(
 
 
 def _refuse_others(config: Path, text: bytes) -> None:
-    """Raises UserError where weights lie that no export of this model wrote: files of all models
-    have the same names, and config.json comes last."""
+    """Raises UserError if the directory holds weights that no export of this model wrote.
+
+    Weight files of all models have the same names, so config.json, written last, tells them apart.
+    """
     weights = sorted(path.name for path in config.parent.glob("*.safetensors"))
     if weights and config.is_file() and config.read_bytes() != text:
         raise UserError(
@@ -117,7 +121,7 @@ def _refuse_others(config: Path, text: bytes) -> None:
 def copy_settings(source: Path, target: Path) -> None:
     """Copies tokenizer, chat template and processor settings; config.json and weights stay."""
     for path in sorted(source.iterdir()):
-        # Code goes along, unread: config.json of models outside transformers names it.
+        # Code is copied, never run: config.json of models outside transformers refers to it.
         is_text = path.suffix in (".json", ".jinja", ".txt", ".model", ".py")
         ours = path.name in ("config.json", "dtypes.json") or path.name.endswith(".index.json")
         if path.is_file() and is_text and not ours:

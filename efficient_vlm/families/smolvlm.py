@@ -1,4 +1,4 @@
-"""SmolVLM (arXiv 2504.05299), SmolVLM2 and Idefics3 (arXiv 2408.12637): one arithmetic."""
+"""SmolVLM (arXiv 2504.05299), SmolVLM2 and Idefics3 (arXiv 2408.12637): the same forward pass."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ from efficient_vlm.checkpoints.names import NameMap
 from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.texts import decoder_fields, text_of
 from efficient_vlm.families.vision import siglip, siglip_tensors
+from efficient_vlm.processing.pictures.tiles import SmolVLMPictures
 
 
 def _model(config: Config) -> dict[str, Any]:
@@ -28,8 +29,6 @@ def _tensors(m: NameMap, config: Config, spelling: str) -> None:
 
 
 def _processor(preprocessor: Config, config: Config, **options: Any) -> Any:
-    from efficient_vlm.processing.pictures.tiles import SmolVLMPictures
-
     return SmolVLMPictures.from_hf(preprocessor, config, **options)
 
 

@@ -1,4 +1,4 @@
-"""Llama and its kin, and what all decoders share: rotary positions, layer types, names."""
+"""Llama and its relatives, and what all decoders share: rotary positions, layer types, names."""
 
 import math
 from collections.abc import Sequence
@@ -16,25 +16,25 @@ def rope(config: Config, key: str | None = None) -> dict[str, Any]:
     """Fields rope_theta, rope_fraction and rope_scaling, from either spelling of transformers.
 
     Args:
-      config: with "rope_parameters", or with "rope_theta" and "rope_scaling" beside it.
-      key: layer type, where there is one entry for each.
+      config: with "rope_parameters", or with "rope_theta" and perhaps "rope_scaling".
+      key: layer type, where "rope_parameters" has one entry per type.
     """
-    given = dict(config.get("rope_parameters") or {})
-    if key is not None and key in given:
-        given = dict(given[key])
+    parameters = dict(config.get("rope_parameters") or {})
+    if key is not None and key in parameters:
+        parameters = dict(parameters[key])
     scaling = dict(config.get("rope_scaling") or {})
-    both = {**scaling, **given}
-    theta = both.get("rope_theta", config.get("rope_theta", 10_000.0))
-    fraction = both.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    kind = both.get("rope_type", both.get("type", "default"))
+    settings = {**scaling, **parameters}
+    theta = settings.get("rope_theta", config.get("rope_theta", 10_000.0))
+    fraction = settings.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    kind = settings.get("rope_type", settings.get("type", "default"))
     result = dict(rope_theta=float(theta), rope_fraction=float(fraction), rope_scaling=None)
     # "mrope" of older Qwen2-VL files: plain frequencies on several axes.
     if kind in ("default", "mrope", None):
         return result
     longest = config.get("max_position_embeddings")
-    original = both.get("original_max_position_embeddings")
+    original = settings.get("original_max_position_embeddings")
     original = original or config.get("original_max_position_embeddings")
-    spec: dict[str, Any] = {"type": kind, "factor": both.get("factor", 1.0)}
+    spec: dict[str, Any] = {"type": kind, "factor": settings.get("factor", 1.0)}
     if kind == "linear":
         pass
     elif kind in ("dynamic", "llama3", "yarn"):
@@ -51,15 +51,17 @@ def rope(config: Config, key: str | None = None) -> dict[str, Any]:
                 "mscale_all_dim",
             ),
         }[kind]
-        spec.update({name: both[name] for name in names if both.get(name) is not None})
+        spec.update({name: settings[name] for name in names if settings.get(name) is not None})
         if kind == "dynamic":
             spec["original_length"] = longest
     elif kind in ("longrope", "su"):
         spec["type"] = "longrope"
         spec["original_length"] = original or longest
-        spec.update({f"{name}_factor": tuple(both[f"{name}_factor"]) for name in ("short", "long")})
-        spec["attention_factor"] = both.get("attention_factor") or _longrope_attention(
-            both.get("factor") or longest / spec["original_length"], spec["original_length"]
+        spec.update(
+            {f"{name}_factor": tuple(settings[f"{name}_factor"]) for name in ("short", "long")}
+        )
+        spec["attention_factor"] = settings.get("attention_factor") or _longrope_attention(
+            settings.get("factor") or longest / spec["original_length"], spec["original_length"]
         )
     else:
         kinds = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
@@ -81,7 +83,7 @@ def layer_types(text: Config, window: Any) -> dict[str, Any]:
 
 
 def llama(text: Config) -> dict[str, Any]:
-    """Llama and what differs from it in numbers only (arXiv 2302.13971)."""
+    """Llama (arXiv 2302.13971), and models that differ from it only in sizes and flags."""
     heads = text["num_attention_heads"]
     bias = bool(text.get("attention_bias", False))
     rotary = rope(text)
@@ -89,7 +91,7 @@ def llama(text: Config) -> dict[str, Any]:
         raise UserError(
             f"config.json: partial_rotary_factor={rotary['rope_fraction']} of a "
             f"{text.get('model_type')}",
-            allowed="1, as in all released models but Phi's",
+            allowed="1, as in all released models except Phi's",
         )
     return dict(
         width=text["hidden_size"],
@@ -122,17 +124,17 @@ def all_local(text: Config, window: Any) -> dict[str, Any]:
 
 
 def qwen2(text: Config) -> dict[str, Any]:
-    """Qwen2 (arXiv 2407.10671): biases of queries, keys and values only."""
+    """Qwen2 (arXiv 2407.10671): biases for queries, keys and values only."""
     return {**llama(text), "qkv_bias": True, "out_bias": False, **_upper_local(text)}
 
 
 def qwen3(text: Config) -> dict[str, Any]:
-    """Qwen3 (arXiv 2505.09388): each head of queries and keys normed, no biases."""
+    """Qwen3 (arXiv 2505.09388): queries and keys normalised per head, no biases."""
     return {**llama(text), "qk_norm": "head", **_upper_local(text)}
 
 
 def _upper_local(text: Config) -> dict[str, Any]:
-    """Fields layer_types and window of Qwen: local from one layer on, where windows are used."""
+    """Fields layer_types and window of Qwen: with a window, layers from some index on are local."""
     window = text.get("sliding_window") if text.get("use_sliding_window") else None
     if window is None or text.get("layer_types"):
         return layer_types(text, window)
@@ -142,12 +144,12 @@ def _upper_local(text: Config) -> dict[str, Any]:
 
 
 def olmo2(text: Config) -> dict[str, Any]:
-    """OLMo2 (arXiv 2501.00656): norms behind the sublayers, queries and keys normed as a whole."""
+    """OLMo2 (arXiv 2501.00656): norms after sublayers, queries and keys normed over all heads."""
     return {**llama(text), "norm_layout": "post", "qk_norm": "full"}
 
 
 def llama_tensors(m: NameMap, text: Config, prefix: str, head: str, spelling: str = "hub") -> None:
-    """Names of Llama and its kin below `prefix` ("model."); `head` is "lm_head"."""
+    """Names of Llama and its relatives below `prefix` ("model."); `head` is "lm_head"."""
     embeddings(m, prefix, head)
     for i in range(text["num_hidden_layers"]):
         ours, theirs = layer_paths(i, prefix)
@@ -162,7 +164,7 @@ def llama_tensors(m: NameMap, text: Config, prefix: str, head: str, spelling: st
 
 
 def embeddings(m: NameMap, prefix: str, head: str) -> None:
-    """The table, the last norm, and the head if it is not tied."""
+    """Names of the embedding table, the last norm, and the head if it is not tied."""
     m.plain(f"{PATH}embedding", f"{prefix}embed_tokens.weight")
     m.norm(f"{PATH}norm", f"{prefix}norm")
     if f"{PATH}head/kernel" in m:
@@ -170,12 +172,12 @@ def embeddings(m: NameMap, prefix: str, head: str) -> None:
 
 
 def layer_paths(index: int, prefix: str) -> tuple[str, str]:
-    """Our path and their prefix of a layer."""
+    """Our path and the hub's prefix of a layer."""
     return f"{PATH}segment_0/{index}/", f"{prefix}layers.{index}."
 
 
 def attention(m: NameMap, ours: str, theirs: str) -> None:
-    """Four products, and the norms of queries and keys if there are any."""
+    """Names of the four projections, and of the norms of queries and keys if there are any."""
     for name in ("query", "key", "value"):
         m.linear(f"{ours}attention/{name}", f"{theirs}self_attn.{name[0]}_proj")
     m.linear(f"{ours}attention/out", f"{theirs}self_attn.o_proj", inputs=2)
@@ -185,13 +187,13 @@ def attention(m: NameMap, ours: str, theirs: str) -> None:
 
 
 def glu(m: NameMap, ours: str, theirs: str) -> None:
-    """A gated feed-forward layer."""
+    """Names of a gated feed-forward layer."""
     for name in ("gate", "up", "down"):
         m.linear(f"{ours}mlp/{name}", f"{theirs}mlp.{name}_proj")
 
 
 def fused_rows(m: NameMap, path: str, parts: Sequence[str], name: str) -> None:
-    """Products below `path` that are rows of one torch Linear, one behind the other."""
+    """Maps several of our products below `path` to consecutive rows of one torch Linear."""
     sizes = [math.prod(m.shapes[f"{path}{part}/kernel"][1:]) for part in parts]
     for i, part in enumerate(parts):
         m.linear(f"{path}{part}", name, rows=(sum(sizes[:i]), sum(sizes)))

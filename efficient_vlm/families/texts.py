@@ -24,7 +24,7 @@ class Text(NamedTuple):
 
     Attributes:
       fields: text config -> fields of `decoder.Decoder`.
-      tensors: (map, text config, prefix of names, name of the head, spelling).
+      tensors: fills a name map: (map, text config, prefix of names, name of the head, spelling).
     """
 
     fields: Callable[[Config], dict[str, Any]]
@@ -58,7 +58,7 @@ def text_of(config: Config) -> Text:
 
 
 def decoder_fields(text: Config, tied: Any = None) -> dict[str, Any]:
-    """Fields of the decoder; `tied` is what the outer config says about the head, or None."""
+    """Fields of the decoder; `tied`: whether the outer config ties the head, or None."""
     fields = text_of(text).fields(text)
     return fields if tied is None else {**fields, "tie_embeddings": bool(tied)}
 

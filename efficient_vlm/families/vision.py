@@ -27,10 +27,10 @@ def activation(name: str) -> str:
 
 
 def embedding_refused(name: str) -> UserError:
-    """For features that are what enters the first layer."""
+    """The error for features that are the input of the first layer."""
     return UserError(
         f"config.json: {name}=0, the embedding of the patches",
-        allowed="1 to the number of layers, or -1, -2, ... from behind",
+        allowed="1 to the number of layers, or -1, -2, ... counted from the last",
     )
 
 
@@ -80,7 +80,7 @@ def clip_tensors(m: NameMap, vision: Config, prefix: str, path: str = "vit/") ->
     """Names of a CLIP tower below `prefix` ("vision_tower.vision_model.")."""
     m.plain(f"{path}class_token", f"{prefix}embeddings.class_embedding", (vision["hidden_size"],))
     _tower(m, vision, prefix, path, first_position=1)
-    # The class token's position is the first row of their table.
+    # The class token's position is the first row of the hub's table.
     m.norm(f"{path}pre_norm", f"{prefix}pre_layrnorm")
 
 

@@ -22,8 +22,7 @@ from efficient_vlm.inference.stages import (
     prefill_stage,
     programs_of,
 )
-from efficient_vlm.models.image_inputs import NO_EXTRAS, ImageExtras, Layout
-from efficient_vlm.models.prompt_layout import Placement
+from efficient_vlm.models.inputs import ModelInputs
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.nn.kv_cache import CacheOptions
 
@@ -35,16 +34,16 @@ class Generated:
     """Answers to a batch of questions.
 
     Attributes:
-      tokens: int32 [B, Q, new_tokens] (NumPy); behind the end of an answer all are the end token.
+      tokens: int32 [B, Q, new_tokens] (NumPy); after the end of an answer all are the end token.
       visual: the visual tokens that enter the decoder for each question, leading axis B*Q.
       sources: for each run of decoder layers at one length, where every patch is: int32 [B*Q, N],
         the index of the token that holds it, -1 for none. The last is where it ended.
       kv_bytes: of the whole batch's cache.
       seconds: per stage; "decode" is a list, one entry per step.
       lengths: int32 [B, Q] (NumPy), tokens of each answer without the end token.
-      logprobs: of each token, [B, Q, new_tokens] (NumPy), the end token's own as well; NaN and -1
-        behind it. None if not asked for.
-      stopped: what `Pretrained.run` found to end each row: a stop string, a stop token, or None.
+      logprobs: of each token, [B, Q, new_tokens] (NumPy), including the end token; NaN and -1 after
+        it. None if not requested.
+      stopped: what ended each row in `Pretrained.run`: a stop string, a stop token, or None.
     """
 
     tokens: np.ndarray
@@ -60,85 +59,75 @@ class Generated:
 def generate(
     model: VisionLanguageModel,
     params: Any,
-    images: Any,
-    image_mask: Any,
-    prompts: Any,
-    lengths: Any,
+    inputs: ModelInputs,
     *,
     new_tokens: int,
     eos_id: int,
     rng: jax.Array | None = None,
-    placement: Placement | None = None,
-    extras: ImageExtras = NO_EXTRAS,
     on_token: Callable[[np.ndarray], np.ndarray | None] | None = None,
     sampling: Sampling | None = None,
     seen: Any = None,
     logprobs: int | None = None,
     cache: CacheOptions | Mapping[str, Any] | None = None,
 ) -> Generated:
-    """An answer to each question, token by token: the most likely one, unless it is to be drawn.
+    """An answer to each question, token by token: by default the most likely one.
 
     Args:
       model: the model at one budget.
       params: its parameters; faster on a CPU when split by `nn.stack.unstack`. They may lie on
         a mesh that is active (`sharding.active`), also of several processes, which then call this
         alike and each get all answers, and parts of `visual` and `sources`.
-      images: uint8 [B, M, H, W, 3]; None for none.
-      image_mask: bool [B, M].
-      prompts: int32 [B, Q, P], padded on the right.
-      lengths: int32 [B, Q]; 0 for an empty slot.
+      inputs: R = B*Q prompts, one a row, padded on the right, about B rows of pictures (each about
+        its own without any); NumPy. Empty rows are not answered.
       new_tokens: the most tokens to generate, at least 1.
       eos_id: the token, or the tokens, that end an answer.
       rng: key for random compressors.
-      placement: of B*Q rows, where in the text visual tokens belong; None for in front of it.
-      extras: see `models.image_inputs.ImageExtras`.
-      on_token: called with the tokens of each step, int32 [B*Q]; may give bool [B*Q], the answers
-        that end with them.
-      sampling: settings of B*Q rows, see `Sampling.of`; None for the most likely token.
-      seen: int32 [B*Q, S], tokens of the prompts that penalties count, -1 for none; None for all.
-      logprobs: how many alternatives to list for each token, with log-probabilities; None for none.
-      cache: how keys and values are kept, see `kv_cache.CacheOptions`.
+      on_token: called with the tokens of each step, int32 [R]; may return bool [R], the answers
+        that end with these tokens.
+      sampling: settings of R rows, see `Sampling.of`; None for the most likely token.
+      seen: int32 [R, N], tokens of the prompts that penalties count, -1 for none; None for all.
+      logprobs: the number of alternatives to list for each token, with log-probabilities; None for
+        no log-probabilities.
+      cache: how keys and values are stored, see `kv_cache.CacheOptions`.
 
     Raises:
-      UserError: a prompt that ends with an image, an answer that would cross the position at which
-        longrope changes all frequencies or a table of positions ends, or another kind of cache.
+      UserError: inputs that do not belong together, several prompts in a row, a prompt that ends
+        with an image, an answer that would cross the position at which longrope changes all
+        frequencies or a table of positions ends, or an unknown kind of cache.
     """
     cache_options = CacheOptions.of(cache)
-    _check_ends(model, lengths, placement, new_tokens)
+    _check_prompts(model, inputs, new_tokens)
     seconds: dict[str, Any] = {"decode": []}
-    if images is None:
-        static, layout = Programs((model, None, None), model, model, model), Layout(0, 1, 1)
-        visual = model.no_images(len(prompts) * np.shape(prompts)[1])
+    pictures, layout = inputs.pictures, model.layout(inputs.pictures)
+    text = inputs.replace(pictures=None, labels=None)
+    if pictures is None:
+        static = Programs((model, None, None), model, model, model)
+        visual = model.no_pictures(len(text.text))
         seconds["encode"] = seconds["compress"] = 0.0
     else:
-        layout = model.layout(images, extras)
         static = programs_of(model, layout)
-        images = (images, image_mask, extras)
-        visual, signals = _timed(seconds, "encode", encode_stage, *static.encode, params, *images)
-        question = (prompts, lengths, rng)
-        visual = _timed(
-            seconds, "compress", compress_stage, model, layout, params, visual, signals, *question
-        )
+        visual, signals = _timed(seconds, "encode", encode_stage, *static.encode, params, pictures)
+        given = (visual, signals, text.replace(placement=None), rng)
+        visual = _timed(seconds, "compress", compress_stage, model, layout, params, *given)
     if sampling is None or not sampling.needs_history:
         seen = None
     elif seen is None:
-        rows = np.reshape(prompts, (-1, np.shape(prompts)[-1]))
-        seen = np.where(np.arange(rows.shape[1]) < np.reshape(lengths, (-1, 1)), rows, -1)
-    read = (params, visual, prompts, lengths, rng, placement, sampling, seen)
+        seen = np.where(text.live, text.text, -1)
     chosen, cache, sources = _timed(
         seconds,
         "prefill",
         functools.partial(prefill_stage, logprobs=logprobs, cache_options=cache_options),
-        *(static.prefill, layout, new_tokens, *read),
+        *(static.prefill, layout, new_tokens, params, visual, text, rng, sampling, seen),
     )
     kv_bytes = cache.nbytes
-    answers = _Answers(np.atleast_1d(np.asarray(eos_id)), lengths, new_tokens, on_token)
+    answers = _Answers(np.atleast_1d(np.asarray(eos_id)), text.lengths, new_tokens, on_token)
     decode = functools.partial(decode_stage, logprobs=logprobs)
     while not answers.add(chosen):
         given = (static.decode, params, answers.last, cache, chosen.draws)
         chosen, cache = _timed(seconds, "decode", decode, *given)
     rest = dict(visual=visual, sources=sources, kv_bytes=kv_bytes, seconds=seconds)
-    return answers.generated(np.shape(prompts)[:2], **rest)
+    rows = inputs.picture_rows
+    return answers.generated((rows, len(text.text) // rows), **rest)
 
 
 class _Answers:
@@ -150,7 +139,7 @@ class _Answers:
 
     def __init__(self, ends: np.ndarray, lengths: Any, new_tokens: int, on_token: Callable | None):
         self._ends, self._on_token = ends, on_token
-        self._done = np.asarray(lengths).reshape(-1) == 0
+        self._done = np.asarray(lengths) == 0
         self._tokens = np.full((len(self._done), new_tokens), ends[0], np.int32)
         self._lengths = np.zeros(len(self._done), np.int32)
         self._step, self._logprobs = 0, []
@@ -177,7 +166,7 @@ class _Answers:
         return np.where(gone, np.nan if x.dtype.kind == "f" else -1, x).astype(x.dtype)
 
     def generated(self, shape: tuple[int, int], **more: Any) -> Generated:
-        """What is left to be told beside the answers is in `more`."""
+        """All answers with axes `shape` for the rows; `more` are the other fields."""
         logprobs = None
         if self._logprobs:
             rest = self._tokens.shape[1] - self._step
@@ -190,14 +179,20 @@ class _Answers:
                 return x.reshape(*shape, *x.shape[1:])
 
             logprobs = jax.tree.map(together, *self._logprobs, *behind)
-        tokens = self._tokens.reshape(*shape, -1)
+        tokens = self._tokens.reshape(*shape, self._tokens.shape[1])
         return Generated(tokens, lengths=self._lengths.reshape(shape), logprobs=logprobs, **more)
 
 
-def _check_ends(model, lengths: Any, placement: Placement | None, new_tokens: int) -> None:
+def _check_prompts(model, inputs: ModelInputs, new_tokens: int) -> None:
+    inputs.check(model.layout(inputs.pictures))
+    if inputs.questions > 1:
+        raise UserError(
+            f"inputs: {inputs.questions} questions packed in a row, but each answer needs its own",
+            fix="inputs.unpacked()",
+        )
+    placement, lengths = inputs.placement, np.asarray(inputs.lengths)
     if placement is None:
         return
-    lengths = np.asarray(lengths).reshape(-1)
     rows = np.flatnonzero(lengths)
     last = np.asarray(placement.text_index)[rows, lengths[rows] - 1]
     ends = np.asarray(placement.next_index)[rows]

@@ -9,28 +9,28 @@ from typing import Any
 
 import numpy as np
 
-from efficient_vlm.errors import UserError, check_fields
+from efficient_vlm import checks
+from efficient_vlm.errors import UserError
 from efficient_vlm.inference.stopping import stop_strings, stop_tokens
 
 __all__ = ["SamplingOptions", "columns", "one_each"]
 
 MAX_BIASES = 1024
 MAX_LOGPROBS = 20  # As OpenAI's and vLLM's.
-_TINY = 5e-324  # The least float above 0.
-_FREQUENCY = (-2.0, 2.0, "from -2 to 2", "0.0 changes nothing; above 0 repeats less")
-# Field -> least and most value, what is allowed in words, what to do.
+_FREQUENCY = dict(low=-2, high=2, fix="0 changes nothing; above 0 repeats less")
+# Field -> limits and fix, see `checks.number` and `checks.whole`.
 _NUMBERS = {
-    "temperature": (0.0, 100.0, "from 0 to 100", "0 takes the likeliest token, 1 draws as trained"),
-    "top_p": (_TINY, 1.0, "above 0, up to 1", "1.0 turns it off; top_k=1 keeps one token"),
-    "min_p": (0.0, 1.0, "from 0 to 1", "0.0 turns it off; 0.05 is usual"),
-    "repetition_penalty": (1e-30, 1e30, "above 0", "1.0 changes nothing; above 1 repeats less"),
+    "temperature": dict(low=0, high=100, fix="0 takes the likeliest token, 1 draws as trained"),
+    "top_p": dict(above=0, high=1, fix="1 turns it off; top_k=1 keeps one token"),
+    "min_p": dict(low=0, high=1, fix="0 turns it off; 0.05 is usual"),
+    "repetition_penalty": dict(above=0, below=1e30, fix="1 changes nothing; above 1 repeats less"),
     "frequency_penalty": _FREQUENCY,
     "presence_penalty": _FREQUENCY,
 }
 _WHOLE = {
-    "top_k": (0, 2**31 - 1, "from 0", "0 turns it off"),
-    "seed": (0, 2**32 - 1, "from 0 to 4294967295", "leave it out for another answer each time"),
-    "logprobs": (0, MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}", "leave it out for none"),
+    "top_k": dict(low=0, high=2**31 - 1, fix="0 turns it off"),
+    "seed": dict(low=0, high=2**32 - 1, fix="leave it out for another answer each time"),
+    "logprobs": dict(low=0, high=MAX_LOGPROBS, fix="leave it out for none"),
 }
 
 
@@ -80,9 +80,8 @@ class SamplingOptions:
             "stop_token_ids": stop_tokens(self.stop_token_ids),
         }
         for name, limits in (_NUMBERS | _WHOLE).items():
-            value = getattr(self, name)
-            if value is not None:
-                value = _number(name, value, *limits, whole=name in _WHOLE)
+            check = checks.whole if name in _WHOLE else checks.number
+            value = check(name, getattr(self, name), none=True, **limits)
             checked[name] = neutral[name] if value is None else value
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -130,7 +129,7 @@ def one_each(count: int, given: Mapping[str, Any]) -> list[SamplingOptions]:
       UserError: an unknown field, another number of values, or a value that is not allowed.
     """
     names = [field.name for field in dataclasses.fields(SamplingOptions)]
-    check_fields("sampling", given, names)
+    checks.known_fields("sampling", given, names)
     rows = [{} for _ in range(count)]
     for name, value in given.items():
         for row, own in zip(rows, _spread(name, value, count), strict=True):
@@ -165,16 +164,6 @@ def _biases(options: Sequence[SamplingOptions]) -> dict[str, np.ndarray]:
         ids[row, :count] = list(option.logit_bias)
         values[row, :count] = list(option.logit_bias.values())
     return {"bias_ids": ids, "bias_values": values}
-
-
-def _number(
-    name: str, value: Any, least: float, most: float, words: str, fix: str, *, whole: bool
-) -> float | int:
-    kind = numbers.Integral if whole else numbers.Real
-    if not isinstance(value, kind) or isinstance(value, bool) or not least <= value <= most:
-        what = "a whole number" if whole else "a number"
-        raise UserError(f"{name}: {value!r:.40}", allowed=f"{what} {words}", fix=fix)
-    return int(value) if whole else float(value)
 
 
 def _logit_bias(given: Any) -> dict[int, float]:

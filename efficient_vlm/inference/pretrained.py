@@ -32,8 +32,7 @@ from efficient_vlm.processing.chat_template import Template
 from efficient_vlm.processing.conversation import Conversation, is_one, prompt_ids
 from efficient_vlm.processing.hub_tokenizer import Tokenizer, read_json
 from efficient_vlm.processing.pictures.base import Pictured
-from efficient_vlm.processing.placing import Prompt, place
-from efficient_vlm.processing.request import Request, check_tables, gather, visual_tokens
+from efficient_vlm.processing.request import Example, Request, make_request
 
 # Text is padded to a multiple of this: prompts of about one length share a program.
 BUCKET = 32
@@ -231,15 +230,10 @@ class Pretrained:
         out = generate(
             request.model,
             self.fused,
-            request.images,
-            request.image_mask,
-            request.tokens[:, None],
-            request.lengths[:, None],
+            request.inputs,
             new_tokens=int(max_new_tokens),
             eos_id=self.tokenizer.eos_ids or (-1,),
             rng=rng,
-            placement=request.placement,
-            extras=request.extras,
             on_token=watch,
             # Where nothing changes the likeliest token, nothing of it is in the program.
             sampling=sampling if jax.tree.leaves(sampling) else None,
@@ -251,17 +245,7 @@ class Pretrained:
 
     def logits(self, request: Request, rng: jax.Array | None = None) -> jax.Array:
         """Next-token logits behind each text token of a request: float32 [R, S, vocab]."""
-        return _logits(
-            request.model,
-            self.params,
-            request.images,
-            request.image_mask,
-            request.tokens,
-            request.lengths,
-            request.placement,
-            request.extras,
-            rng,
-        )
+        return _logits(request.model, self.params, request.inputs, rng)
 
     def save(self, directory: str | os.PathLike, **options: Any) -> tuple[Path, ...]:
         """Writes the model in Hugging Face's layout, with tokenizer and settings beside it.
@@ -308,7 +292,7 @@ class Pretrained:
                     f"images: a {type(row).__name__}, not a list", fix="images=[picture]"
                 )
             pictured.append(tuple(self.pictures(picture) for picture in row))
-        how = (self.family, self.config, self.template, self.tokenizer)
+        how = (self.family.prompt_style(self.config), self.template, self.tokenizer)
         ids = [prompt_ids(*how, *row) for row in zip(questions, pictured, strict=True)]
         return self.place(ids, pictured)
 
@@ -316,45 +300,33 @@ class Pretrained:
         self, ids: Sequence[Sequence[int]], pictured: Sequence[Sequence[Pictured]]
     ) -> Request:
         """Token ids with visual slots among them, and the pictures that go there, as arrays."""
-        model = self.model
-        if any(pictured):
+        rows = zip(ids, pictured, strict=True)
+        return self.batch([Example([row], pictures) for row, pictures in rows])
+
+    def batch(self, examples: Sequence[Example]) -> Request:
+        """Conversations as token ids, several about the same pictures or one, as arrays.
+
+        With targets they have labels, for `train.step`.
+        """
+        model, family = self.model, self.family
+        if any(example.pictured for example in examples):
             seen = dict(pixel_mean=self.pictures.mean, pixel_std=self.pictures.std)
             model = model.clone(encoder={**model.encoder, **seen})
-        model, images, mask, extras, slots, grids = gather(model, pictured, self.family.variable)
-        prompts = [
-            Prompt(np.asarray(row), s, g) for row, s, g in zip(ids, slots, grids, strict=True)
-        ]
-        family, config = self.family, self.config
-        longest = max(len(row) - len(s) for row, s in zip(ids, slots, strict=True))
-        tokens, lengths, placement = place(
-            prompts,
-            family.image_token(config) if images is not None else None,
-            0 if images is None else visual_tokens(model, mask, extras),
-            length=-(-longest // BUCKET) * BUCKET,
-            blocks=family.blocks,
-            block_ids=family.block_ids(config) if family.block_ids else (),
-            positions=family.positions,
-        )
-        if lengths.min() == 0:
-            raise UserError("prompt: no text", fix="ask something about the picture")
-        check_tables(model, tokens, placement)
-        both = (tokens, lengths, placement, images, mask, extras)
-        return Request(model, *both, tuple(map(tuple, pictured)))
+        options = dict(variable=family.variable, multiple=BUCKET)
+        return make_request(model, examples, family.rules(self.config), **options)
 
     def _seen(self, request: Request) -> np.ndarray:
         """Ids of each prompt, as published code counts them: with one for its pictures."""
-        tokens, lengths = np.asarray(request.tokens), np.asarray(request.lengths)
-        seen = np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, -1)
-        if request.images is None:
+        seen = np.where(request.inputs.live, request.inputs.text, -1)
+        if request.inputs.pictures is None:
             return seen
         slot = [self.family.image_token(self.config) if row else -1 for row in request.pictured]
         return np.concatenate([seen, np.array(slot, seen.dtype)[:, None]], axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(model, params, *args):
-    *args, rng = args
-    return model.apply({"params": params}, *args, rng=rng, method="text_logits")
+def _logits(model, params, inputs, rng):
+    return model.apply({"params": params}, inputs, rng=rng).logits
 
 
 def from_pretrained(

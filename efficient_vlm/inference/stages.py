@@ -20,7 +20,7 @@ from efficient_vlm.inference.sampling import (
     log_probabilities,
 )
 from efficient_vlm.models.cache import KVCache, constrained
-from efficient_vlm.models.image_inputs import Layout, repeat_rows
+from efficient_vlm.models.inputs import Layout, ModelInputs
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.nn.kv_cache import CONTIGUOUS, CacheOptions
 
@@ -106,38 +106,27 @@ def programs_of(model: VisionLanguageModel, layout: Layout) -> Programs:
     count = patches[0] * patches[1]
     method, plain = model.make_compressor(), model.with_compressor("none", count)
     encode, prefill = (model, None, None), model
-    if method.where != "encoder":
+    if not method.in_encoder:
         asked = tuple(sorted(method.intermediates().items()))
         encode = (plain, method.image_grid(patches), asked)
-    if method.where != "decoder":
+    if not method.in_decoder:
         options = {"position_policy": method.position_policy}
         prefill = plain.with_compressor("none", count, **options)
     return Programs(encode, model, prefill, plain)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def encode_stage(model: VisionLanguageModel, grid, asked, params, images, image_mask, extras):
-    options = {"grid": grid, "asked": None if asked is None else dict(asked), "extras": extras}
-    return model.apply({"params": params}, images, image_mask, method="encode", **options)
+def encode_stage(model: VisionLanguageModel, grid, asked, params, pictures):
+    options = {"grid": grid, "asked": None if asked is None else dict(asked)}
+    return model.apply({"params": params}, pictures, method="encode", **options)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def compress_stage(
-    model: VisionLanguageModel, layout: Layout, params, visual, signals, prompts, lengths, rng
+    model: VisionLanguageModel, layout: Layout, params, visual, signals, text: ModelInputs, rng
 ):
-    apply = functools.partial(model.apply, {"params": params})
-    questions = prompts.shape[1]
-    # Where the question does not matter, images are compressed once; each question has a random
-    # draw of its own.
-    each = model.selects_by_text or model.compressor["name"] == "random"
-    instruction = apply(prompts, lengths, method="instruction")
-    if each:
-        visual, signals = repeat_rows((visual, signals), layout.images, questions)
-        instruction = instruction.reshape(-1, instruction.shape[-1])
-    else:
-        instruction = instruction[:, 0]
-    visual = apply(visual, signals, instruction, layout, rng, method="compress")
-    return visual if each else repeat_rows(visual, 1, questions)
+    given = (visual, signals, text, layout, rng)
+    return model.apply({"params": params}, *given, method="compress")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), static_argnames=("logprobs", "cache_options"))
@@ -147,30 +136,18 @@ def prefill_stage(
     new_tokens: int,
     params,
     visual,
-    prompts,
-    lengths,
+    text: ModelInputs,
     rng,
-    placement,
     sampling: Sampling | None = None,
     seen=None,
     *,
     logprobs: int | None = None,
     cache_options: CacheOptions = CONTIGUOUS,
 ) -> tuple[Chosen, KVCache, tuple[jax.Array, ...]]:
-    """The first token of each row; `seen` int32 [B, L] are the tokens that its history begins with,
-    -1 for none."""
-    rows, row_lengths = prompts.reshape(-1, prompts.shape[-1]), lengths.reshape(-1)
+    """The first token of each row; its history begins with `seen`, int32 [B, L], -1 for none."""
+    options = dict(new_tokens=new_tokens, cache_options=cache_options, rng=rng)
     logits, cache, sources = model.apply(
-        {"params": params},
-        visual,
-        rows,
-        row_lengths,
-        layout,
-        new_tokens=new_tokens,
-        rng=rng,
-        placement=placement,
-        cache_options=cache_options,
-        method="prefill",
+        {"params": params}, visual, text, layout, **options, method="prefill"
     )
     draws = None
     if sampling is not None:

@@ -1,12 +1,11 @@
-"""Compiling for accelerators that are not there: the real TPU compiler on a CPU host.
+"""Compiling for accelerators without having one: the real TPU compiler on a CPU host.
 
-It proves lowering, layouts and that fast memory suffices, not numbers, races or speed. Needs
-libtpu, which is a package of the registry (`pip install 'efficient_vlm[test]'` on Linux).
+It proves lowering, layouts and that fast memory suffices, but not results, the absence of races, or
+speed. Needs libtpu (`pip install 'efficient_vlm[test]'` on Linux).
 """
 
 import functools
 import importlib.util
-import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -16,61 +15,55 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.kernels.topologies import TOPOLOGIES, check_size, topology_of
 
-__all__ = ["TOPOLOGIES", "compile_for", "compile_for_tpu", "options_for", "tpu_devices"]
-
-# Generation -> the accelerator type that libtpu is told, any size of it.
-TOPOLOGIES = {"v5e": "v5litepod-4", "v6e": "v6e-4", "v5p": "v5p-8", "v4": "v4-8"}
-
-# Chips of a whole pod, as published, and its longest side. For more libtpu ends the process, or
-# compiles without end.
-_PODS = {"v5e": (256, 16), "v6e": (256, 16), "v5p": (8960, 28), "v4": (4096, 64)}
+__all__ = ["compile_for", "compile_for_tpu", "options_for", "tpu_devices"]
 
 
 @functools.cache
 def tpu_devices(topology: str) -> tuple[Any, ...]:
-    """The devices of a topology such as "v5e:2x2", described, not there.
+    """Descriptions of the devices of a topology such as "v5e:2x2" or "v5litepod-4".
 
     Raises:
       UserError: no libtpu, or no such topology.
     """
-    generation = topology.partition(":")[0]
+    topology = topology_of(topology)
+    generation, _, shape = topology.partition(":")
     if generation not in TOPOLOGIES or ":" not in topology:
         raise unknown("topology", topology, [f"{name}:2x2" for name in TOPOLOGIES])
-    sides = [int(side) for side in topology.partition(":")[2].split("x") if side.isdecimal()]
-    chips, longest = _PODS[generation]
-    if math.prod(sides) > chips or max(sides, default=0) > longest:
-        raise UserError(
-            f"topology: {topology!r} is larger than a pod",
-            allowed=f"{chips} chips of {generation}, no side longer than {longest}",
-        )
+    check_size(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             "compiling for a TPU needs libtpu, which is not installed",
             fix="pip install 'efficient_vlm[test]' (Linux on x86-64), or pip install 'jax[tpu]'",
         )
-    # Read when libtpu is loaded: no metadata server is asked, and several processes may compile.
+    # Read when libtpu is loaded: no query to a metadata server, and several processes may compile.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", TOPOLOGIES[generation])
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     from jax.experimental import topologies
 
+    options: dict[str, Any] = {}
+    if generation == "v4":  # Else every TensorCore is a device of its own, unlike on Cloud's VMs.
+        options["chip_config_name"] = "megacore"
+    if shape == "1x1":  # Hosts have 2 x 2 chips unless said.
+        options["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        found = topologies.get_topology_desc(topology_name=topology, platform="tpu")
+        described = topologies.get_topology_desc(topology_name=topology, platform="tpu", **options)
     except Exception as error:
         raise UserError(
-            f"topology: {topology!r} is none of libtpu's: {str(error).splitlines()[0][:120]}",
+            f"topology: {topology!r}, unknown to libtpu: {str(error).splitlines()[0][:120]}",
             allowed="v5e:2x2, v5e:16x16, v6e:2x2, v5p:2x2x1, ...",
         ) from error
-    return tuple(found.devices)
+    return tuple(described.devices)
 
 
 def options_for(device: Any) -> dict[str, Any] | None:
-    """What the compiler is told of a device that is not there.
+    """Compiler options for a described device.
 
-    Without a GPU XLA cannot try which of its own tiles a product takes, and its first guess may
-    not compile: products are cuBLAS', as large ones are on a GPU.
+    Without a GPU, XLA cannot tune the tiles of its own products, and its first guess may not
+    compile: products use cuBLAS, as large ones do on a GPU.
     """
     return {"xla_gpu_enable_triton_gemm": False} if device.platform == "gpu" else None
 

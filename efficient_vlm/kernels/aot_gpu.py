@@ -1,7 +1,7 @@
 """Compiling for GPUs on a CPU host, down to machine code, without a driver.
 
-`jax-cuda12-pjrt` and `ptxas` (extra `aot-gpu`) do not need a GPU to compile for some that are
-described here. It proves lowering, memory, registers and spills, not numbers or speed.
+`jax-cuda12-pjrt` and `ptxas` (extra `aot-gpu`) compile for described GPUs without having one. This
+proves lowering, memory, registers and spills, not results or speed.
 """
 
 import functools
@@ -18,7 +18,7 @@ from efficient_vlm.kernels.aot import compile_for
 
 __all__ = ["GPUS", "compile_for_hopper", "environment", "gpu_devices", "installed"]
 
-# What XLA asks of a GPU of one generation, from the CUDA programming guide (table 21).
+# Properties of a GPU generation that XLA needs, from the CUDA programming guide (table 21).
 _DESCRIPTION = """gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
   shared_memory_per_block: 49152 shared_memory_per_block_optin: {optin}
@@ -45,7 +45,7 @@ GPUS = {
 
 
 def environment() -> dict[str, str]:
-    """Variables that a process must start with to compile for a GPU and to print what ptxas says.
+    """Environment variables of a process that compiles for a GPU and prints the output of ptxas.
 
     Raises:
       UserError: the wheels are not installed.
@@ -54,14 +54,14 @@ def environment() -> dict[str, str]:
     folders = [
         Path(at) / "cuda_nvcc" for at in (nvidia and nvidia.submodule_search_locations) or ()
     ]
-    found = [folder for folder in folders if (folder / "bin" / "ptxas").is_file()]
-    if not found or importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
+    toolkits = [folder for folder in folders if (folder / "bin" / "ptxas").is_file()]
+    if not toolkits or importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
         raise UserError(
             "compiling for a GPU needs jax-cuda12-pjrt, jax-cuda12-plugin, nvidia-cuda-nvcc-cu12",
             fix="pip install 'efficient_vlm[aot-gpu]'",
         )
     flags, path = os.environ.get("XLA_FLAGS", "").split(), os.environ.get("PATH", "")
-    folder, tools = f"--xla_gpu_cuda_data_dir={found[0]}", str(found[0] / "bin")
+    folder, tools = f"--xla_gpu_cuda_data_dir={toolkits[0]}", str(toolkits[0] / "bin")
     return {
         "JAX_PLATFORMS": "cpu",
         "PATH": path if tools in path.split(os.pathsep) else f"{tools}{os.pathsep}{path}",
@@ -71,7 +71,7 @@ def environment() -> dict[str, str]:
 
 
 def installed() -> bool:
-    """Whether the wheels are there that `environment` needs."""
+    """Whether the wheels that `environment` needs are installed."""
     try:
         environment()
     except UserError:
@@ -81,19 +81,19 @@ def installed() -> bool:
 
 @functools.cache
 def gpu_devices(name: str, count: int) -> tuple[Any, ...]:
-    """The devices of one host with `count` GPUs `name` of `GPUS`, described, not there.
+    """Descriptions of the devices of one host with `count` GPUs of the type `name` of `GPUS`.
 
-    What `environment` says holds for this process from here on, but for what ptxas prints.
+    Sets the variables of `environment` for this process, except the one for the output of ptxas.
 
     Raises:
-      UserError: the wheels are not installed, or JAX asked for a GPU before.
+      UserError: the wheels are not installed, or JAX has looked for a GPU before.
     """
     from jax.experimental import topologies
 
     needed = environment()
     del needed["MOSAIC_GPU_DUMP_PTXAS"]
     os.environ.update(needed)
-    # Else JAX looks for a driver.
+    # Otherwise JAX looks for a driver.
     jax.config.update("jax_platforms", "cpu")
     try:
         described = topologies.get_topology_desc(
@@ -102,7 +102,7 @@ def gpu_devices(name: str, count: int) -> tuple[Any, ...]:
     except Exception as error:
         raise UserError(
             f"compiling for {name}:{count}: {first_line(error)}",
-            fix="a process of its own, with JAX_PLATFORMS=cpu",
+            fix="use a new process with JAX_PLATFORMS=cpu",
         ) from error
     return tuple(described.devices)
 

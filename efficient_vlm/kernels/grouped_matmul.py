@@ -1,7 +1,7 @@
-"""Grouped matrix multiplication: the one entry behind every mixture-of-experts layer.
+"""Grouped matrix multiplication: the one entry point of every mixture-of-experts layer.
 
-`grouped_matmul(lhs, rhs, group_sizes)` multiplies consecutive groups of rows, each by a matrix of
-its own. The implementation is chosen when the program is lowered, not when it is traced, so that a
+`grouped_matmul(lhs, rhs, group_sizes)` multiplies consecutive groups of rows, each by its own
+matrix. The implementation is chosen when the program is lowered, not when it is traced, so that a
 program compiled for a TPU on a CPU host gets the TPU form:
 
   TPU        `jax.lax.ragged_dot`, and for the gradient of the matrices `tgmm` of JAX's MegaBlox
@@ -10,7 +10,7 @@ program compiled for a TPU on a CPU host gets the TPU form:
              the largest group needs. No matrix is copied, and every sum has one order.
   CPU        a loop over blocks of rows of one group each, sliced in place.
 
-On GPUs and CPUs `ragged_dot` is expanded to one masked product per group, as many times the work as
+On GPUs and CPUs XLA expands `ragged_dot` to one masked product per group: as many times the work as
 there are groups.
 """
 
@@ -20,38 +20,43 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float, Int
 
 from efficient_vlm.errors import UserError
 from efficient_vlm.kernels import hints
 from efficient_vlm.kernels.attention.platforms import interpretation
 from efficient_vlm.kernels.manual import alike, varies, zeros
+from efficient_vlm.shapes import Array
 
 __all__ = ["grouped_matmul", "grouped_matmul_reference"]
 
-# Of the gradient on a TPU: rows of a tile, the most tiles (the kernel's lists are made with float32
-# bins, of which some are wrong from 3,000 on), and the most columns of a matrix's tile.
+# Gradient on a TPU: rows of a tile; largest number of tiles (the kernel builds its lists with
+# float32 bins, some of which are wrong from 3,000 on); largest number of columns of a tile.
 _TILE_ROWS, _MOST_TILES, _TILE, _LANES = 128, 1024, 512, 128
 
 
 def grouped_matmul(
-    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, room: int = 1
-) -> jax.Array:
+    lhs: Float[Array, "M K"],
+    rhs: Float[Array, "E K N"],
+    group_sizes: Int[Array, " E"],
+    room: int = 1,
+) -> Float[Array, "M N"]:
     """Multiplies each group of rows of `lhs` by its own matrix of `rhs`.
 
     Args:
       lhs: [M, K], rows sorted by group.
       rhs: [E, K, N], one matrix per group.
       group_sizes: int32 [E] with sum M or less; a group may be empty.
-      room: how many times as many rows as there usually are `lhs` has, for estimates of the work.
+      room: M over the usual number of rows in use, for estimates of the work.
 
     Returns:
-      [M, N] in the dtype of `lhs`, anything in rows behind the last group; products are accumulated
+      [M, N] in the dtype of `lhs`, undefined in rows after the last group; products are accumulated
       in float32. Differentiable in `lhs` and `rhs`.
 
     Raises:
       UserError: shapes that do not fit.
     """
-    # NumPy arrays, too: inside a loop they could not be indexed by a traced block number.
+    # NumPy arrays could not be indexed by a traced block number inside a loop.
     lhs, rhs, sizes = map(jnp.asarray, (lhs, rhs, group_sizes))
     if lhs.ndim != 2 or rhs.ndim != 3 or lhs.shape[1] != rhs.shape[1]:
         raise UserError(
@@ -68,7 +73,9 @@ def grouped_matmul(
     return _grouped_matmul(room, *alike(lhs, rhs, sizes.astype(jnp.int32)))
 
 
-def grouped_matmul_reference(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def grouped_matmul_reference(
+    lhs: Float[Array, "M K"], rhs: Float[Array, "E K N"], group_sizes: Int[Array, " E"]
+) -> Float[Array, "M N"]:
     """The same by definition: every row times the matrix of its group; for tests."""
     group = jnp.repeat(jnp.arange(rhs.shape[0]), group_sizes, total_repeat_length=lhs.shape[0])
     return jnp.einsum("mk,mkn->mn", lhs, rhs[group])
@@ -89,7 +96,7 @@ def _forward(room, lhs, rhs, group_sizes):
 def _backward(room, residuals, cotangent):
     lhs, rhs, group_sizes = residuals
     d_lhs = _grouped_matmul(room, cotangent, rhs.swapaxes(1, 2), group_sizes)
-    # JAX's kernel cannot say over which axes of a caller's mesh its result varies.
+    # JAX's kernel cannot state over which axes of a caller's mesh its result varies.
     tpu = _side_by_side_outer if varies(lhs) else _tiled_outer
     forms = (("cpu", _blocked_outer), ("tpu", tpu), ("default", _side_by_side_outer))
     return d_lhs, _by_platform(forms, room, rhs.dtype)(lhs, cotangent, group_sizes), None
@@ -100,12 +107,12 @@ _grouped_matmul.defvjp(_forward, _backward)
 
 @functools.lru_cache(maxsize=64)
 def _by_platform(forms: tuple, room: int, dtype=None):
-    """One function of arrays, which is the form of the platform that is lowered for."""
+    """A function of arrays that lowers to the form of the platform."""
     options = dict(room=room) if dtype is None else dict(room=room, dtype=dtype)
     forms = {name: functools.partial(form, **options) for name, form in forms}
 
-    # Under `vmap` one after the other: `ragged_dot` has no rule for it, whatever the platform.
-    # `jit`, and the cache, for calls that are in no program: else each is compiled anew.
+    # Sequential under `vmap`, because `ragged_dot` has no batching rule on any platform. `jit` and
+    # the cache are for calls outside of a program, each of which would otherwise compile again.
     @jax.jit
     @jax.custom_batching.sequential_vmap
     def run(*args):
@@ -135,15 +142,14 @@ def _ragged(lhs, rhs, group_sizes, room=1):
 
 
 def _tiled_outer(lhs, cotangent, group_sizes, dtype=jnp.float32, room=1):
-    """[E, K, N]: per group, lhs^T @ cotangent, added up in float32, in tiles of rows of which each
-    group's are masked."""
+    """[E, K, N]: lhs^T @ cotangent per group, summed in float32, in row tiles masked by group."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
     del room
     sums, rows = dtype, _TILE_ROWS
     while len(lhs) > rows * _MOST_TILES:
         rows *= 2
-    if {lhs.dtype.name, jnp.dtype(dtype).name} & {"float16", "float64"}:  # No matrix unit has them.
+    if {lhs.dtype.name, jnp.dtype(dtype).name} & {"float16", "float64"}:  # Not supported.
         lhs, cotangent, sums = lhs.astype(jnp.float32), cotangent.astype(jnp.float32), jnp.float32
     more = -len(lhs) % rows
     lhs, cotangent = (jnp.pad(x, ((0, more), (0, 0))) for x in (lhs, cotangent))
@@ -164,10 +170,10 @@ def _side_by_side(lhs, rhs, group_sizes, room=1):
     if not rows:
         return zeros((0, outer), lhs.dtype, lhs)
 
-    def step(at, own, y):
+    def step(at, valid, y):
         part = _dot(jnp.take(lhs, at, axis=0, mode="clip"), rhs).astype(y.dtype)
-        # Places behind the end, all different, take what is nobody's.
-        at = jnp.where(own, at, rows + jnp.arange(at.size).reshape(at.shape))
+        # Invalid rows go to distinct indices after the end, where the scatter drops them.
+        at = jnp.where(valid, at, rows + jnp.arange(at.size).reshape(at.shape))
         return y.at[at].set(part, mode="drop", unique_indices=True)
 
     return _over_blocks(group_sizes, rows, room, step, zeros((rows, outer), lhs.dtype, lhs))
@@ -176,8 +182,8 @@ def _side_by_side(lhs, rhs, group_sizes, room=1):
 def _side_by_side_outer(lhs, cotangent, group_sizes, dtype=jnp.float32, room=1):
     (rows, inner), outer = lhs.shape, cotangent.shape[1]
 
-    def step(at, own, total):
-        at = jnp.where(own, at, rows)
+    def step(at, valid, total):
+        at = jnp.where(valid, at, rows)
         x, g = (jnp.take(a, at, axis=0, mode="fill", fill_value=0) for a in (lhs, cotangent))
         return total + _dot(x.swapaxes(1, 2), g)
 
@@ -187,8 +193,10 @@ def _side_by_side_outer(lhs, cotangent, group_sizes, dtype=jnp.float32, room=1):
 
 
 def _over_blocks(group_sizes, rows: int, room: int, step, carry):
-    """The carry behind step(at, own, carry) for the first block of rows of every group, the second
-    of every group, and so on; at, own [E, block]: rows, and which are the group's."""
+    """Runs step(at, valid, carry) for the first block of rows of every group, then the second, ...
+
+    at int32 and valid bool [E, block]: numbers of rows, and which of them belong to the group.
+    """
     block = _block_rows(rows, len(group_sizes) * room, 512)
     ends = jnp.cumsum(group_sizes)[:, None]
     first = ends - group_sizes[:, None] + jnp.arange(block)
@@ -206,21 +214,21 @@ def _over_blocks(group_sizes, rows: int, room: int, step, carry):
 
 
 def _blocks(group_sizes, rows: int, block: int):
-    """Where blocks start that cover each group; the last one of a group may reach into the next.
+    """Blocks of rows that cover each group; the last one of a group may reach into the next.
 
     Returns:
       group, first [P]: the group and the first row of each block; P is the worst case.
-      end [E]: behind the last row of each group.
-      used: the number of blocks that there are.
+      end [E]: one after the last row of each group.
+      used: the number of blocks in use.
     """
     groups = group_sizes.shape[0]
     end = jnp.cumsum(group_sizes)
     blocks = (group_sizes + block - 1) // block
-    behind = jnp.cumsum(blocks)
+    block_ends = jnp.cumsum(blocks)
     index = jnp.arange(rows // block + groups, dtype=jnp.int32)
-    group = jnp.minimum(jnp.searchsorted(behind, index, side="right"), groups - 1)
-    first = (end - group_sizes)[group] + (index - (behind - blocks)[group]) * block
-    return group, first, end, behind[-1]
+    group = jnp.minimum(jnp.searchsorted(block_ends, index, side="right"), groups - 1)
+    first = (end - group_sizes)[group] + (index - (block_ends - blocks)[group]) * block
+    return group, first, end, block_ends[-1]
 
 
 def _blocked(lhs, rhs, group_sizes, room=1):
@@ -230,8 +238,7 @@ def _blocked(lhs, rhs, group_sizes, room=1):
     block = min(rows, _block_rows(rows, rhs.shape[0]))
     _, first, _, _ = _blocks(group_sizes, rows, block)
     counts = (group_sizes + block - 1) // block
-    # Only the groups that have rows: slicing a matrix copies it, so each is sliced once, and none
-    # that nothing is multiplied by.
+    # Only groups with rows, each once: slicing a matrix copies it.
     some = jnp.argsort(group_sizes == 0, stable=True)
     until = jnp.cumsum(counts)[some]
     usual = -(-rows // (block * room))
@@ -241,8 +248,8 @@ def _blocked(lhs, rhs, group_sizes, room=1):
         matrix = rhs[some[i]]
 
         def of_block(j, y):
-            # Rows of the next group get a wrong product here, and then their own: blocks are in
-            # order. The last blocks start early enough to end in time, at rows that are done.
+            # Rows of the next group first get a wrong product, then their own: blocks are in order.
+            # The last blocks start earlier, to stay inside the array; `done` keeps finished rows.
             start = jnp.minimum(first[j], rows - block)
             part = _dot(lax.dynamic_slice_in_dim(lhs, start, block), matrix)
             done = (start + jnp.arange(block) < first[j])[:, None]
@@ -264,23 +271,23 @@ def _blocked_outer(lhs, cotangent, group_sizes, dtype=jnp.float32, room=1):
     block = min(128, 2 * _block_rows(rows, groups))
     group, first, end, used = _blocks(group_sizes, rows, block)
 
-    def own(i):
-        """bool [..., block], which rows of block i belong to its group."""
+    def in_group(i):
+        """bool [..., block]: which rows of block i belong to its group."""
         at = first[i][..., None] + jnp.arange(block)
         return (at < end[group[i]][..., None]) & (i < used)[..., None]
 
     if len(group) * inner * outer <= rows * (inner + outer):
-        # The products of all blocks are no more data than the rows: one batched product, and one
-        # with a one-hot matrix that adds up the blocks of a group. A scatter is far slower.
+        # The products of all blocks are no larger than the operands: one batched product, then one
+        # with a one-hot matrix that sums the blocks of a group. A scatter is far slower.
         index = jnp.arange(len(group))
-        at = jnp.where(own(index), first[:, None] + jnp.arange(block), rows)
+        at = jnp.where(in_group(index), first[:, None] + jnp.arange(block), rows)
         x, g = (jnp.take(a, at, axis=0, mode="fill", fill_value=0) for a in (lhs, cotangent))
         member = jax.nn.one_hot(group, groups, axis=0, dtype=jnp.float32)
         return jnp.einsum("ep,pkn->ekn", member, _dot(x.swapaxes(1, 2), g)).astype(dtype)
     x, g = (jnp.pad(a, ((0, block), (0, 0))) for a in (lhs, cotangent))
 
     def body(i, total):
-        mine = own(i)[:, None]
+        mine = in_group(i)[:, None]
         rows = (jnp.where(mine, lax.dynamic_slice_in_dim(a, first[i], block), 0) for a in (x, g))
         return total.at[group[i]].add(_dot(next(rows).T, next(rows)))
 

@@ -1,9 +1,9 @@
-"""What the text of a compiled program cannot say of itself, said in names of scopes.
+"""Estimates of work that the text of a compiled program does not show, as names of scopes.
 
-How often a loop over blocks turns, and how many rows of an array with room for the worst case are
-there, is in the data; how much work a kernel is, in its code. `audit aot` counts the work of a
-program from its text: it reads these names (`costs/compiled/hlo.py`), which every compiler hands
-through to the instructions.
+How often a loop over blocks turns, and how much of an array sized for the worst case is used,
+depends on the data; the work of a kernel is hidden in its code. `audit aot` counts the work of a
+program from its text and reads these names there (`costs/compiled/hlo.py`): every compiler passes
+them on to the instructions.
 """
 
 import re
@@ -18,34 +18,34 @@ _ROOM = re.compile(r"room_for_(\d+)_times")
 
 
 def about_turns(turns: float):
-    """A scope around one loop of unknown length: how often it turns with usual data, or less."""
+    """A scope around one loop of dynamic length: its number of turns with typical data."""
     return jax.named_scope(f"about_{turns:.9g}_turns")
 
 
 def about_flops(flops: int):
-    """A scope around one kernel that cannot say of itself how much work it is."""
+    """A scope around one kernel whose work is not visible: its FLOPs."""
     return jax.named_scope(f"about_{flops}_flops")
 
 
 def room_for(times: int):
-    """A scope around a grouped product, or what sends its rows: there is room for `times` as many
-    rows as there usually are."""
+    """A scope around a grouped product, or the exchange of its rows: arrays have room for `times`
+    the usual number of rows."""
     return jax.named_scope(f"room_for_{times}_times")
 
 
 def turns_of(attributes: str) -> float | None:
-    """What `about_turns` said of a `while`, from the text behind its operands."""
-    found = _TURNS.search(attributes)
-    return found and float(found[1])
+    """The turns that `about_turns` gave a `while`, from the text after its operands, or None."""
+    match = _TURNS.search(attributes)
+    return match and float(match[1])
 
 
 def flops_of(attributes: str) -> int:
-    """What `about_flops` said of a kernel; 0 where nothing did."""
-    found = _FLOPS.search(attributes)
-    return int(found[1]) if found else 0
+    """The FLOPs that `about_flops` gave a kernel; 0 without it."""
+    match = _FLOPS.search(attributes)
+    return int(match[1]) if match else 0
 
 
 def room_of(attributes: str) -> int:
-    """What `room_for` said of an instruction; 1 where nothing did."""
-    found = _ROOM.search(attributes)
-    return int(found[1]) if found else 1
+    """The room that `room_for` gave an instruction; 1 without it."""
+    match = _ROOM.search(attributes)
+    return int(match[1]) if match else 1

@@ -1,6 +1,7 @@
-"""Inside a caller's `jax.shard_map`: arrays say over which axes of the mesh they vary.
+"""Varying axes inside a caller's `jax.shard_map`: each array states the mesh axes it varies over.
 
-What a loop carries, and what a kernel gives, must vary as its operands do; JAX makes neither so.
+The carry of a loop and the result of a kernel must vary over the axes of their operands; JAX does
+neither by itself.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ __all__ = ["alike", "out_shape", "varies", "zeros"]
 
 
 def alike(*trees: Any) -> tuple[Any, ...]:
-    """The same arrays, each varying over all axes over which any of them does."""
+    """The same arrays, each varying over all axes that any of them varies over."""
     leaves = [x for x in jax.tree.leaves(trees) if isinstance(x, jax.Array)]
     every = frozenset().union(*map(_varying, leaves))
     if not every:
@@ -27,17 +28,17 @@ def alike(*trees: Any) -> tuple[Any, ...]:
 
 
 def varies(x: jax.Array) -> bool:
-    """Whether an array is said to vary over axes of a caller's mesh."""
+    """Whether an array varies over axes of a caller's mesh."""
     return bool(_varying(x))
 
 
 def zeros(shape: tuple[int, ...], dtype: Any, like: jax.Array, fill: float = 0.0) -> jax.Array:
-    """Zeros, or another number, that vary as `like` does."""
+    """Zeros, or another number, varying like `like`."""
     return alike(jnp.full(shape, fill, dtype), like)[0]
 
 
 def out_shape(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:
-    """The shape of what a kernel gives, varying as `like` does."""
+    """The shape of a kernel's result, varying like `like`."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from efficient_vlm.errors import UserError
-from efficient_vlm.nn.layers import Dtype, Linear, activate, make_norm
+from efficient_vlm.nn.linear import Dtype, Linear
+from efficient_vlm.nn.mlp import activate
+from efficient_vlm.nn.norms import make_norm
 
 
 class Connector(nn.Module):
@@ -17,9 +19,12 @@ class Connector(nn.Module):
     Attributes:
       features: channels of the result.
       hidden_dim: channels between two products; None for one product.
+      identity: whether there is no product at all, see above.
       activation: between them.
       bias: whether products have biases.
-      norm, norm_epsilon: in front of the first product, see `layers.make_norm`; None for none.
+      norm, norm_epsilon: in front of the first product: "rms", "rms_plus1", "layernorm" or None for
+        none, and what is added to the variance.
+      dtype: of activations, that of the model.
     """
 
     features: int

@@ -20,8 +20,9 @@ from efficient_vlm.nn import kv_cache
 from efficient_vlm.nn.attention import PADDING_SEGMENT, SHARED_SEGMENT
 from efficient_vlm.nn.decoder_block import DecoderBlock, LayerInputs
 from efficient_vlm.nn.kv_cache import CONTIGUOUS, CacheOptions
-from efficient_vlm.nn.layers import Linear, logical, make_norm, product
-from efficient_vlm.nn.stack import stack_layers
+from efficient_vlm.nn.linear import Linear, head_product, logical, take, weight_of
+from efficient_vlm.nn.norms import make_norm
+from efficient_vlm.nn.stack import make_layers
 
 
 class Decoder(DecoderFields):
@@ -34,11 +35,8 @@ class Decoder(DecoderFields):
 
     def setup(self):
         self.check()
-        self.table = self.param(
-            "embedding",
-            logical(nn.initializers.normal(self.embed_scale), "vocab", "embed"),
-            (self.vocab_size, self.width),
-        )
+        init, shape = nn.initializers.normal(self.embed_scale), (self.vocab_size, self.width)
+        self.table = weight_of(self, "embedding", init, shape, ("vocab", "embed"), jnp.float32)
         if self.position == "learned":
             self.position_table = self.param(
                 "position",
@@ -48,10 +46,11 @@ class Decoder(DecoderFields):
         blocks = self.blocks()
         dense = sum(self.dense_at)
         if dense < self.num_layers:
-            main = stack_layers(DecoderBlock, self.num_layers - dense, 2)
-            self.layers = main(**blocks[MAIN], name=MAIN)
+            count = self.num_layers - dense
+            self.layers = make_layers(DecoderBlock, count, 2, blocks[MAIN], MAIN, self.stacked)
         if dense:
-            self.more_layers = stack_layers(DecoderBlock, dense, 2)(**blocks[DENSE], name=DENSE)
+            fields = (dense, 2, blocks[DENSE], DENSE, self.stacked)
+            self.more_layers = make_layers(DecoderBlock, *fields)
         self.reducers = [
             compressors.build(**segment["compressor"]) if segment.get("compressor") else None
             for segment in self.segments
@@ -67,6 +66,7 @@ class Decoder(DecoderFields):
         return DecoderStack(
             {name: blocks[name] for name in names},
             {name: nn.unbox(params[name]) for name in names},
+            self.path,
             self.dense_at,
             self.local_at,
             remat=self.remat,
@@ -76,7 +76,7 @@ class Decoder(DecoderFields):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int [...] -> [..., width]."""
-        x = jnp.take(self.table, tokens, axis=0).astype(self.dtype)
+        x = take(self.table, tokens, self.dtype)
         return (
             x if self.embed_multiplier == 1.0 else x * jnp.asarray(self.embed_multiplier, x.dtype)
         )
@@ -84,8 +84,10 @@ class Decoder(DecoderFields):
     def logits(self, x: jax.Array) -> jax.Array:
         """[..., width] -> float32 [..., vocab]."""
         x = self.final_norm(x)
-        table = self.table[: self.head_size]
-        x = product(x, table.T, self.dtype) if self.tie_embeddings else self.head(x)
+        if self.tie_embeddings:
+            x = head_product(x, self.table, self.dtype, self.head_size)
+        else:
+            x = self.head(x)
         x = x.astype(jnp.float32)
         return (
             x
@@ -125,7 +127,7 @@ class Decoder(DecoderFields):
           position_policy: of the visual tokens; None for the decoder's own.
           rng: key for random compressors.
           cache_slots: room for tokens behind the prompts; None for no cache.
-          cache_options: how the cache keeps them.
+          cache_options: how the cache stores them.
           longest: static, places of the longest packed conversation; None for all of S.
           probe: int [B, R], text places whose attention to the visual tokens is wanted; only for a
             decoder that keeps all of them.
@@ -204,14 +206,12 @@ class Decoder(DecoderFields):
             return place_tokens(placement, visual, segments != PADDING_SEGMENT, policy)
         offset, visual_position = self._visual_positions(visual, columns, policy)
         rows, count = visual.mask.shape
-        index = jnp.broadcast_to(
-            jnp.arange(count + positions.shape[1]), (rows, count + positions.shape[1])
-        )
         length = jnp.max(jnp.where(prompt, 1 + jnp.arange(prompt.shape[1]), 0), axis=1)
         block = 1 if self.bidirectional_visual else 0
         return Placement(
-            visual_index=index[:, :count],
-            text_index=index[:, count:],
+            visual_index=jnp.broadcast_to(jnp.arange(count), (rows, count)),
+            # The first token of every conversation that is packed here stands behind the pictures.
+            text_index=count + positions,
             visual_position=visual_position,
             text_position=offset + positions,
             visual_block=jnp.full((rows, count), block),
@@ -284,8 +284,8 @@ class Decoder(DecoderFields):
         return x, joined(parts), state
 
     def _empty(self, x, room, stack=None, layers=None) -> tuple | None:
-        """Room for keys and values of x [B, S, D] and of more tokens, `room` being (how many, how
-        they are kept) or None; of several layers one array, or for split ones a tuple."""
+        """An empty cache for x [B, S, D] and more tokens, `room` being (how many, options) or None;
+        of several layers one array, or for split ones a tuple."""
         if room is None:
             return None
         slots, options = x.shape[1] + room[0], room[1]

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import linen as nn
 
-from efficient_vlm import compressors
+from efficient_vlm import checks, compressors
 from efficient_vlm.compressors import POLICIES, Compressor
-from efficient_vlm.errors import UserError, check_fields, unknown
+from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.fields import frozen
 from efficient_vlm.models.decoder_stack import DENSE, MAIN
 from efficient_vlm.nn.decoder_block import NORM_LAYOUTS
-from efficient_vlm.nn.layers import Dtype
+from efficient_vlm.nn.linear import Dtype
 from efficient_vlm.nn.moe import check_moe
 from efficient_vlm.nn.rotary import check_rope
 
@@ -32,6 +32,10 @@ class DecoderFields(nn.Module):
     """What a `decoder.Decoder` is made of: its fields, checked, and the plan of its layers.
 
     Attributes:
+      vocab_size: rows of the embedding table.
+      width: channels of a token.
+      num_heads, num_kv_heads: heads of queries, and of keys and values; None for as many.
+      head_dim: channels of a head; None for width / num_heads.
       segments: dicts with "layers" and, optionally, "compressor" (name, budget, options): what
         happens to the visual tokens before these layers.
       compressor: name and options of a method that acts inside the decoder (fastv, ...) and places
@@ -41,18 +45,31 @@ class DecoderFields(nn.Module):
       position: "rope", or "learned": a table of `max_positions`, added to what enters the first
         layer (fractional positions of merged tokens are interpolated). Learned positions are then
         part of the tokens: a cut further up cannot renumber them, whatever its policy.
-      rope_theta, rope_fraction, rope_scaling, rope_sections, rope_interleaved: see
-        `rotary.rotate`.
+      max_positions: rows of the table of learned positions.
+      rope_theta: base of rotary positions (arXiv 2104.09864).
+      rope_fraction: share of a head's channels that is rotated.
+      rope_scaling: {"type", ...} of longer contexts, see `rotary.frequencies`; None for none.
+      rope_sections: frequencies for time, row and column (M-RoPE, arXiv 2409.12191, section 2.1);
+        None for one position.
+      rope_interleaved: whether these three take turns, or stand in chunks.
       layer_types: "global" or "local" for each layer; None for all global.
-      window, window_spares_blocks: keys that a query of a local layer sees, see
-        `kernels.attention.make_mask`; window None for all.
+      window: keys that a query of a local layer sees, itself the last; None for all.
+      window_spares_blocks: whether tokens of a block that see each other do so outside the window.
       local_rope: theta and scaling of local layers, None for those of the others.
-      qk_norm, qk_scale, qkv_bias, out_bias: see `attention.Attention`; `attention_scale` is its
-        logit_scale, `attention_softcap` its softcap.
-      norm, norm_epsilon, norm_layout: see `decoder_block.DecoderBlock`.
-      mlp_gated, activation, mlp_bias: of the dense feed-forward layer, see `moe.FeedForward`.
+      qk_norm: norm of queries and keys: False, True (each head by itself) or "full".
+      qk_scale: factor of the usual 1 / sqrt(head_dim) of attention logits.
+      qkv_bias, out_bias: whether the products of attention have biases.
+      attention_scale: factor of the logits in place of qk_scale / sqrt(head_dim).
+      attention_softcap: attention logits l become c * tanh(l / c).
+      norm, norm_epsilon: "rms", "rms_plus1" or "layernorm", and what is added to the variance.
+      norm_layout: where norms stand in a layer: "pre", "post", "sandwich" or "parallel".
+      mlp_gated: whether the dense feed-forward layer has a gate.
+      activation: of the feed-forward layers: "silu", "gelu_tanh" and others of
+        `mlp.ACTIVATIONS`.
+      mlp_bias: whether the products of the dense feed-forward layer have biases.
       dense_layers: layers that are dense where the others are mixtures of experts.
       out_scale: scale of the initial output projections.
+      embed_scale: standard deviation of the initial embedding tables.
       embed_multiplier: text embeddings are multiplied by this (Gemma); visual tokens are not.
       final_softcap: logits l become c * tanh(l / c).
       head_size: entries that the head scores, the first ones of the table; None for all. Molmo's
@@ -67,7 +84,11 @@ class DecoderFields(nn.Module):
       position_policy: positions of visual tokens where the compressor does not state its own:
         "retain" (index in the source grid, text behind the whole grid) or "reindex" (0, 1, 2, ...
         of the slots that are left, padding included, text behind them).
-      remat, scan_unroll: see `stack.run_layers`.
+      stacked: whether the parameters of all layers are created as stacks, or layer by layer
+        (`stack.SplitLayers`); either kind can be given.
+      remat: what the backward pass computes again: "none", "dots" (all but products) or "full".
+      scan_unroll: layers that are written out in each turn of the loop over layers.
+      dtype: of activations, that of the model.
     """
 
     vocab_size: int
@@ -114,13 +135,14 @@ class DecoderFields(nn.Module):
     bidirectional_visual: bool = True
     proportional_attention: bool = False
     position_policy: str = "retain"
+    stacked: bool = True
     remat: str = "none"
     scan_unroll: int = 1
     dtype: Dtype = jnp.float32
 
     def check(self) -> None:
         for i, segment in enumerate(self.segments):
-            check_fields(f"model.decoder.segments[{i}]", segment, ("layers", "compressor"))
+            checks.known_fields(f"model.decoder.segments[{i}]", segment, ("layers", "compressor"))
             if self.compressor is not None and segment.get("compressor"):
                 raise UserError(
                     f"model.decoder.segments[{i}].compressor: set beside "

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_vlm.nn.decoder_block import DecoderBlock, LayerInputs
-from efficient_vlm.nn.stack import is_split, layer_of, rematerialised, run_layers
+from efficient_vlm.nn.stack import LayerStack
 
 # The stack of all layers; it has the name that the first segment had when each had a stack, so
 # that older checkpoints stay readable. And that of dense layers among mixtures of experts.
@@ -21,9 +21,10 @@ class DecoderStack:
     Args:
       blocks: stack name -> fields of `DecoderBlock`.
       params: stack name -> parameters of its layers, stacked or split (`stack.unstack`).
+      path: of the decoder in the tree of modules.
       dense: for each layer whether it belongs to the stack DENSE.
       local: for each layer whether it is local; None if none is.
-      remat, unroll: see `stack.run_layers`.
+      remat, unroll: see `stack.LayerStack`.
       deepstack: [B, T, n, D], what is added to the visual tokens behind each of the first n layers
         (arXiv 2406.04334), or None.
     """
@@ -32,6 +33,7 @@ class DecoderStack:
         self,
         blocks: Mapping[str, Mapping[str, Any]],
         params: Mapping[str, Any],
+        path: Sequence[str],
         dense: Sequence[bool],
         local: Sequence[bool] | None,
         *,
@@ -39,11 +41,19 @@ class DecoderStack:
         unroll: int = 1,
         deepstack: jax.Array | None = None,
     ):
-        self.blocks = {name: DecoderBlock(**fields, parent=None) for name, fields in blocks.items()}
-        self.params, self.dense = params, dense
+        self.stacks = {
+            name: LayerStack(
+                DecoderBlock(**fields, parent=None),
+                params[name],
+                (*path, name),
+                remat=remat,
+                unroll=unroll,
+            )
+            for name, fields in blocks.items()
+        }
+        self.dense, self.deepstack = dense, deepstack
         self.local = None if local is None else np.asarray(local)
-        self.remat, self.unroll, self.deepstack = remat, unroll, deepstack
-        self.split = all(is_split(stack) for stack in params.values())
+        self.split = all(stack.split for stack in self.stacks.values())
 
     def run(
         self, x: jax.Array, start: int, stop: int, inputs: LayerInputs, cache: Any
@@ -56,12 +66,11 @@ class DecoderStack:
         """
         parts = []
         for first, last in self._stretches(start, stop):
-            name, begin = self._find(first)
-            block = self.blocks[name]
+            stack, begin = self._find(first)
 
-            def layer(params, x, item, block=block):
+            def layer(block, x, item):
                 cache, local = (item, False) if self.local is None else item
-                x, (outputs, _) = block.apply({"params": params}, x, inputs, cache, local)
+                x, (outputs, _) = block(x, inputs, cache, local)
                 return x, outputs
 
             own = cache
@@ -69,29 +78,26 @@ class DecoderStack:
                 own = tuple(part[first - start : last - start] for part in cache)
             local = None if self.local is None else self.local[first:last]
             each = own if local is None else (own, local)
-            split = is_split(self.params[name])
-            if split:
+            if stack.split:
                 each = [_item(own, local, i) for i in range(last - first)]
             end = begin + last - first
             # With a cache it is inference.
-            options = dict(remat=self.remat, unroll=self.unroll, differentiated=cache is None)
-            x, outputs = run_layers(layer, self.params[name], x, begin, end, each, **options)
-            outputs = _together(outputs) if split else outputs
+            x, outputs = stack.run(layer, x, begin, end, each, differentiated=cache is None)
+            outputs = _together(outputs) if stack.split else outputs
             x = self._deepened(last - 1, x)
             parts.append(outputs)
         return x, joined(parts)
 
     def one(self, index: int, x: jax.Array, inputs: LayerInputs, cache: Any):
         """One layer apart: x, its outputs with a leading axis of 1, what its attention saw."""
-        name, at = self._find(index)
-        block, local = self.blocks[name], self._is_local(index)
+        stack, at = self._find(index)
+        local = self._is_local(index)
 
-        def layer(params, x, cache):
-            return block.apply({"params": params}, x, inputs, cache, local)
+        def layer(block, x):
+            return block(x, inputs, cache, local)
 
-        params = layer_of(self.params[name], at)
-        x, (outputs, seen) = rematerialised(layer, self.remat)(params, x, cache)
-        if is_split(self.params[name]):
+        x, (outputs, seen) = stack.one(at, layer, x)
+        if stack.split:
             outputs = _together([outputs])
         else:
             outputs = jax.tree.map(lambda value: value[None], outputs)
@@ -99,19 +105,23 @@ class DecoderStack:
 
     def look(self, index: int, x: jax.Array, inputs: LayerInputs, last: jax.Array):
         """Queries, keys and mask that a layer would have; see `DecoderBlock.look`."""
-        name, at = self._find(index)
-        params = {"params": layer_of(self.params[name], at)}
+        stack, at = self._find(index)
         local = self._is_local(index)
-        seen = self.blocks[name].apply(params, x, inputs.positions, last, local, method="look")
+
+        def layer(block, x):
+            return block.look(x, inputs.positions, last, local)
+
+        seen = stack.one(at, layer, x, remat=False)
         return {**seen, "mask": inputs.mask_of(local)}
 
     def _is_local(self, index: int) -> bool:
         return False if self.local is None else bool(self.local[index])
 
-    def _find(self, index: int) -> tuple[str, int]:
+    def _find(self, index: int) -> tuple[LayerStack, int]:
         """Stack and place in it of a layer."""
         dense = self.dense[index]
-        return (DENSE if dense else MAIN), sum(d == dense for d in self.dense[:index])
+        place = sum(d == dense for d in self.dense[:index])
+        return self.stacks[DENSE if dense else MAIN], place
 
     def _stretches(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Layers that one loop can run: of one stack, with nothing to do between them."""

@@ -8,16 +8,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from efficient_vlm.compressors import Signals, Stage, VisualTokens
+from efficient_vlm.compressors import Stage, VisualTokens
 from efficient_vlm.errors import UserError
-from efficient_vlm.kernels.attention import Mask, key_mask
+from efficient_vlm.models.encoder_stack import EncoderStack
 from efficient_vlm.nn.encoder_block import EncoderBlock
-from efficient_vlm.nn.intermediates import INTERMEDIATES, parse_intermediate
-from efficient_vlm.nn.layers import Dtype, Linear, logical, make_norm
+from efficient_vlm.nn.intermediates import parse_intermediate
+from efficient_vlm.nn.linear import Dtype, Linear, logical
+from efficient_vlm.nn.norms import make_norm
 from efficient_vlm.nn.patch_positions import patch_mask, patch_positions
-from efficient_vlm.nn.stack import layer_of, rematerialised, run_layers, stack_layers
-
-_MOST_CELLS = 1 << 12  # Windows along a side: what makes one number of a row and a column of them.
+from efficient_vlm.nn.stack import LayerStack, make_layers
 
 
 class ViT(nn.Module):
@@ -26,7 +25,11 @@ class ViT(nn.Module):
     Attributes:
       image_size: pixels, one side or (height, width), multiples of `patch_size`. The position
         tables have this size; another size at call time interpolates them.
-      patch_size: pixels.
+      patch_size: pixels along a side of a patch.
+      width: channels of a patch.
+      depth: layers.
+      num_heads: attention heads of a layer.
+      mlp_dim: hidden width of the MLP.
       crop_remainder: whether an image that is no multiple of the patch size loses its last rows and
         columns (SigLIP at 384 pixels has 27 patches of 14), or is an error.
       stem_dim: hidden width of a two-layer patch embedding (GELU between); None for one product.
@@ -34,18 +37,21 @@ class ViT(nn.Module):
         per channel), so that content is not small beside the position embedding.
       patch_bias: whether the (last product of the) patch embedding has a bias.
       temporal_patch: frames that one patch spans; a still picture stands for all of them.
-      position: one of `patch_positions.POSITIONS`.
+      position: how patches know where they are: "factorised" (a table of rows and one of columns),
+        "learned", "bicubic", "bicubic_antialias", "corners", "bucketed" (one table, resized each in
+        its own way for other images, see `patch_positions`) or "none".
       position_grid: rows and columns of the position table; None for those of `image_size`.
       position_scale: standard deviation of the initial position tables.
       rope_theta: base of rotary positions over rows and columns (`rotary.axial`); None for none.
       window: patches along a side of the windows inside which layers attend, except `full_layers`;
         None for no windows (arXiv 2502.13923, section 2.1.1).
+      full_layers: layers that attend to the whole image although there are windows.
       class_token: whether a learned CLS token stands before the patches.
       class_feature: whether the features include that token, in front; they are then no grid but
         one row.
       class_position: whether that token has a position embedding.
-      norm, norm_epsilon: see `layers.make_norm`.
-      activation, mlp_gated: of the MLP: "gelu_tanh" and others of `layers.ACTIVATIONS`.
+      norm, norm_epsilon: "rms", "rms_plus1" or "layernorm", and what is added to the variance.
+      activation, mlp_gated: of the MLP: "gelu_tanh" and others of `mlp.ACTIVATIONS`.
       bias: whether the products of the layers have biases.
       qkv_bias: whether those of queries, keys and values have; None for what `bias` says.
       layer_scale: a learned factor per channel behind attention and MLP (arXiv 2103.17239).
@@ -53,8 +59,13 @@ class ViT(nn.Module):
       final_norm: a norm behind the last; not with feature_layers.
       feature_layers: the features are the outputs of these layers, side by side (-1 is the last);
         None for the output of the last, normed. Layers behind all of them do not run.
-      qk_norm, qk_scale: see `attention.Attention`.
-      remat, scan_unroll: see `stack.run_layers`.
+      qk_norm, qk_scale: norm of queries and keys (False, True or "full"), and a factor of the
+        attention logits, see `attention.Attention`.
+      stacked: whether the parameters of all layers are created as stacks, or layer by layer
+        (`stack.SplitLayers`); either kind can be given.
+      remat: what the backward pass computes again: "none", "dots" (all but products) or "full".
+      scan_unroll: layers that are written out in each turn of the loop over layers.
+      dtype: of activations, that of the model.
     """
 
     image_size: int | Sequence[int]
@@ -90,6 +101,7 @@ class ViT(nn.Module):
     feature_layers: Sequence[int] | None = None
     qk_norm: bool | str = False
     qk_scale: float = 1.0
+    stacked: bool = True
     remat: str = "none"
     scan_unroll: int = 1
     dtype: Dtype = jnp.float32
@@ -168,38 +180,61 @@ class ViT(nn.Module):
         """
         if self.class_token and self.window is not None:
             raise UserError("model.encoder.window: not with class_token, which is in no window")
-        depth = self.layers_run
-        wanted = {a: parse_intermediate(a, depth, self.class_token) for a in intermediates}
-        if self.feature_layers is None:
-            kept = []
-        else:
-            kept = [self._layer(layer) for layer in self.feature_layers]
+        wanted = {
+            name: parse_intermediate(name, self.layers_run, self.class_token)
+            for name in intermediates
+        }
+        kept = [self._layer(layer) for layer in self.feature_layers or ()]
         if stages and len(kept) > 1:
             raise UserError(
                 f"compressor.name: {stages[0].module.label} merges patches inside the encoder, "
                 f"whose features are those of {len(kept)} layers side by side",
                 allowed="methods between encoder and decoder, or inside the decoder",
             )
-        x = self._patches(images)
-        pixels = images.shape[-3:-1]
-        grid = tuple(side // self.patch_size for side in pixels)
-        x = x + patch_positions(self, grid, valid).astype(self.dtype)
+        grid = tuple(side // self.patch_size for side in images.shape[-3:-1])
+        x = self._patches(images) + patch_positions(self, grid, valid).astype(self.dtype)
         mask = None if valid is None else patch_mask(grid, valid)
         tracked = bool(stages) or self._placed or valid is not None
         tokens = VisualTokens.from_grid(x, grid, mask=mask) if tracked else None
-        extra = 0
         if self.class_token:
-            init = logical(nn.initializers.normal(self.position_scale), "rows", "embed")
-            cls = self.param("class_token", init, (1, self.width)).astype(self.dtype)
-            if self.class_position:
-                cls = cls + self.param("class_position", init, (1, self.width)).astype(self.dtype)
-            x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), *cls.shape)), x], axis=1)
-            extra = 1
-        skipped = 0 if self.class_feature else extra
+            x = self._behind_class_token(x)
         norm = functools.partial(make_norm, self.norm, self.norm_epsilon, dtype=self.dtype)
         if self.pre_norm:
             x = norm(name="pre_norm")(x)
+        stack = EncoderStack(
+            self._layers(x),
+            tokens,
+            stages,
+            self._compressors(stages),
+            extra=int(self.class_token),
+            rotary=self.rope_theta is not None,
+            window=self.window,
+            full_layers=self.full_layers,
+            padded=valid is not None,
+        )
+        scale = self.qk_scale * (self.width // self.num_heads) ** -0.5
+        x, outputs, results = stack.encode(x, self.layers_run, wanted, kept, scale)
+        skipped = int(self.class_token and not self.class_feature)
+        results = {name: value[:, skipped:] for name, value in results.items()}
+        if kept:
+            features = jnp.concatenate([outputs[layer][:, skipped:] for layer in kept], axis=-1)
+        else:
+            features = x[:, skipped:]
+            features = norm(name="norm")(features) if self.final_norm else features
+        if stages:
+            results["tokens"] = stack.tokens.replace(embed=features)
+        return features, results
 
+    def _behind_class_token(self, x: jax.Array) -> jax.Array:
+        """[B, N, D] -> [B, 1 + N, D]."""
+        init = logical(nn.initializers.normal(self.position_scale), "rows", "embed")
+        cls = self.param("class_token", init, (1, self.width)).astype(self.dtype)
+        if self.class_position:
+            cls = cls + self.param("class_position", init, (1, self.width)).astype(self.dtype)
+        return jnp.concatenate([jnp.broadcast_to(cls, (len(x), *cls.shape)), x], axis=1)
+
+    def _layers(self, x: jax.Array) -> LayerStack:
+        """The layers with their parameters, which an input x [B, S, D] creates."""
         fields = dict(
             width=self.width,
             num_heads=self.num_heads,
@@ -216,96 +251,24 @@ class ViT(nn.Module):
             layer_scale=self.layer_scale,
             rope_theta=self.rope_theta,
         )
-        stack = stack_layers(EncoderBlock, self.depth, 0)(**fields, name="layers")
+        layers = make_layers(EncoderBlock, self.depth, 0, fields, "layers", self.stacked)
         if self.is_initializing():
-            stack(x)
-        stacked = nn.unbox(self.variables["params"]["layers"])
-        block = EncoderBlock(**fields, parent=None)
+            layers(x)
+        return LayerStack(
+            EncoderBlock(**fields, parent=None),
+            nn.unbox(self.variables["params"]["layers"]),
+            (*self.path, "layers"),
+            remat=self.remat,
+            unroll=self.scan_unroll,
+        )
+
+    def _compressors(self, stages: Sequence[Stage]) -> list[nn.Module]:
+        """The modules of stages as children of this one, named by their methods."""
         labels = [stage.module.label for stage in stages]
-        modules = [
+        return [
             stage.module.copy(name=label if labels.count(label) == 1 else f"{label}_{i}")
             for i, (stage, label) in enumerate(zip(stages, labels, strict=True))
         ]
-        bias = None
-
-        def reduce(index: int, x: jax.Array, keys: jax.Array | None) -> jax.Array:
-            nonlocal tokens, bias
-            given = tokens.replace(embed=x[:, extra:])
-            tokens = modules[index](given, Signals(keys=keys))
-            if getattr(modules[index], "proportional", False):
-                bias = jnp.log(jnp.maximum(tokens.size, 1.0))
-                bias = jnp.pad(bias, ((0, 0), (extra, 0)))
-            return jnp.concatenate([x[:, :extra], tokens.embed], axis=1)
-
-        def places(layer: int) -> dict[str, jax.Array | None]:
-            """Positions and mask of what is left, in this layer."""
-            if not self._placed and valid is None:
-                return {}
-            window = None if layer in tuple(self.full_layers) else self.window
-            seen = _seen(tokens, extra, window, valid is not None)
-            rotary = self.rope_theta is not None
-            return dict(positions=tokens.position if rotary else None, mask=seen)
-
-        def plain(x, start, stop):
-            while start < stop:
-                end = stop if self.window is None else _stretch(self.full_layers, start, stop)
-                where = places(start)
-
-                def layer(params, x, _, where=where):
-                    return block.apply({"params": params}, x, bias, **where)[0], None
-
-                options = dict(remat=self.remat, unroll=self.scan_unroll)
-                x = run_layers(layer, stacked, x, start, end, **options)[0]
-                start = end
-            return x
-
-        found: dict[str, Any] = {}
-        outputs: dict[int, jax.Array] = {}
-        inside = {stage.layer: i for i, stage in enumerate(stages) if stage.inside}
-        before = [(stage.layer, i) for i, stage in enumerate(stages) if not stage.inside]
-        looked_at = {layer for _, layer in wanted.values()} | set(inside)
-        done = 0
-        for layer in sorted(looked_at | {at for at, _ in before} | {at + 1 for at in kept}):
-            x = plain(x, done, layer)
-            done = layer
-            if layer - 1 in kept:
-                outputs[layer - 1] = x[:, skipped:]
-            for index in (i for at, i in before if at == layer):
-                x = reduce(index, x, None)
-            if layer in looked_at:
-                merge = None
-                if layer in inside:
-                    index = inside[layer]
-
-                    def merge(x, inner, index=index):
-                        return reduce(index, x, inner["key"][:, extra:])
-
-                where = places(layer)
-
-                def one(params, x, merge=merge, where=where):
-                    return block.apply({"params": params}, x, bias, merge, **where)
-
-                # Without a merge nothing escapes the layer, so it can be computed again.
-                one = one if merge else rematerialised(one, self.remat)
-                x, inner = one(layer_of(stacked, layer), x)
-                done = layer + 1
-                inner["live"] = None if valid is None else _real(tokens, extra)
-                for asked, (name, at) in wanted.items():
-                    if at == layer:
-                        scale = self.qk_scale * (self.width // self.num_heads) ** -0.5
-                        value = INTERMEDIATES[name](x, inner, scale)
-                        found[asked] = value[:, skipped:]
-        x = plain(x, done, depth)
-        if kept:
-            outputs[done if done == depth else depth - 1] = x[:, skipped:]
-            features = jnp.concatenate([outputs[layer] for layer in kept], axis=-1)
-        else:
-            features = x[:, skipped:]
-        if self.final_norm and not kept:
-            features = norm(name="norm")(features)
-        if stages:
-            found["tokens"] = tokens.replace(embed=features)
-        return features, found
 
     @property
     def _placed(self) -> bool:
@@ -335,29 +298,3 @@ class ViT(nn.Module):
         axis = "patch" if self.stem_dim is None else "mlp"
         fields = dict(dtype=self.dtype, bias=self.patch_bias, name="embed")
         return Linear((axis,), (self.width,), ("embed",), **fields)(x)
-
-
-def _stretch(full_layers: Sequence[int], start: int, stop: int) -> int:
-    """Where the layers end that attend in windows, or that do not, as layer `start`."""
-    for layer in range(start + 1, stop):
-        if (layer in tuple(full_layers)) != (start in tuple(full_layers)):
-            return layer
-    return stop
-
-
-def _real(tokens: VisualTokens, extra: int) -> jax.Array:
-    """bool [B, extra + N], which tokens are no padding."""
-    return jnp.pad(tokens.mask, ((0, 0), (extra, 0)), constant_values=True)
-
-
-def _seen(tokens: VisualTokens, extra: int, window: int | None, padded: bool) -> Mask | None:
-    """Which tokens see which; None if all see all. Windows are cells of the plane."""
-    if window is None and not padded:
-        return None
-    real = _real(tokens, extra)
-    mask = key_mask(real, real.shape[1])
-    if window is None:
-        return mask
-    cell = jnp.floor(tokens.position / window).astype(jnp.int32)
-    cell = cell[..., 0] * _MOST_CELLS + cell[..., 1]
-    return mask.replace(q_segment=cell, kv_segment=cell)

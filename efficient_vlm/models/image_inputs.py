@@ -1,44 +1,9 @@
-"""Images of a batch: what comes with them, their layout, and arrays that follow their tokens."""
+"""Arrays that follow the pictures of a batch and their tokens."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
-
-
-@struct.dataclass
-class ImageExtras:
-    """What some models must know about images beside their pixels; B rows of M images.
-
-    Attributes:
-      valid: int32 [B, M, 2], rows and columns of patches that are real; None for all.
-      slot_mask: bool [B, M, tokens], which tokens the prompt has a slot for; None for those that
-        read a real patch.
-      padding_share: float32 [B, M, patches], share of real pixels of each patch (Molmo).
-      pool_index: int32 [B, P, k], patches over all images of a row that each token reads, -1 for
-        none (Molmo2).
-    """
-
-    valid: jax.Array | None = None
-    slot_mask: jax.Array | None = None
-    padding_share: jax.Array | None = None
-    pool_index: jax.Array | None = None
-
-
-NO_EXTRAS = ImageExtras()
-
-
-class Layout(NamedTuple):
-    """The static shape of a row's images: how many, and the grid of each.
-
-    The grid is that of the tokens which compressors get: patches, or what a projector makes of
-    them.
-    """
-
-    images: int
-    rows: int
-    columns: int
 
 
 def repeat_rows(tree: Any, images: int, questions: int) -> Any:

@@ -20,7 +20,10 @@ from efficient_vlm.compressors.between.pooling import ORDERS, space_to_depth
 from efficient_vlm.compressors.projectors.gather_pool import windows
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.fields import construct
-from efficient_vlm.nn.layers import Dtype, Linear, activate, make_norm
+from efficient_vlm.nn.cross_attention import window_attention
+from efficient_vlm.nn.linear import Dtype, Linear
+from efficient_vlm.nn.mlp import activate
+from efficient_vlm.nn.norms import make_norm
 
 Grid = tuple[int, int]
 
@@ -35,7 +38,7 @@ class PatchMerger(nn.Module):
       features: channels of the result.
       side: patches along a side of a block.
       hidden_dim: channels between two products; None for one product.
-      norm, norm_epsilon: "rms" or "layernorm", see `layers.make_norm`; None for none.
+      norm, norm_epsilon: "rms" or "layernorm", see `norms.make_norm`; None for none.
       norm_after: whether the norm acts on the concatenation, or on each patch.
       order: of the channels, see `compressors.pooling.ORDERS`.
       deepstack: how many of the feature layers, the first ones, get a merger of their own, with the
@@ -182,11 +185,7 @@ class AttentionPool(nn.Module):
         count = jnp.maximum(there.sum(axis=2), 1)
         q = heads("query", patches.sum(axis=2) / count.astype(x.dtype))
         k, v = gather(heads("key", x)), gather(heads("value", x))
-        logits = jnp.einsum("bthd,btkhd->bthk", q, k, preferred_element_type=jnp.float32)
-        logits = logits * self.head_dim**-0.5
-        logits = jnp.where(there[..., 0][:, :, None], logits, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-        y = jnp.einsum("bthk,btkhd->bthd", weights, v)
+        y = window_attention(q, k, v, there[..., 0])
         inner = self.num_heads * self.head_dim
         out = Linear(
             ("heads", "head_dim"), (inner,), ("vision",), dtype=self.dtype, bias=True, name="pooled"

@@ -16,30 +16,21 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.fields import construct
 from efficient_vlm.models.cache import KVCache
 from efficient_vlm.models.connector import Connector
-from efficient_vlm.models.image_inputs import (
-    NO_EXTRAS,
-    ImageExtras,
-    Layout,
-    gathered,
-    pooled,
-    repeat_rows,
-    resized,
-)
-from efficient_vlm.models.prompt_layout import Placement
+from efficient_vlm.models.image_inputs import gathered, pooled, repeat_rows, resized
+from efficient_vlm.models.inputs import Layout, ModelInputs, Pictures
 from efficient_vlm.models.vlm_fields import VisionLanguageFields
-from efficient_vlm.nn.attention import PADDING_SEGMENT, SHARED_SEGMENT
 from efficient_vlm.nn.kv_cache import CONTIGUOUS, CacheOptions
-from efficient_vlm.nn.layers import logical
+from efficient_vlm.nn.linear import logical
 from efficient_vlm.nn.patch_positions import patch_mask
 from efficient_vlm.sharding import constrain
 
 
 @struct.dataclass
 class Output:
-    """What a training forward pass gives back.
+    """What a forward pass gives back.
 
     Attributes:
-      logits: float32 [B, Q, L, vocab].
+      logits: float32 [R, S, vocab], of the token behind each text token.
       stats: (sum, denominator) pairs: router statistics with a leading axis over the layers (none
         for a dense decoder), and "selector", see `TextTopK.imitation_loss`.
     """
@@ -51,7 +42,8 @@ class Output:
 class VisionLanguageModel(VisionLanguageFields):
     """A vision-language model with one fixed token budget; other budgets share its parameters.
 
-    Its fields: `vlm_fields.VisionLanguageFields`.
+    Its fields: `vlm_fields.VisionLanguageFields`. The forward pass is `encode`, `compress` and
+    `read`, one behind the other; generation runs the same three as programs of their own.
     """
 
     def setup(self):
@@ -60,14 +52,14 @@ class VisionLanguageModel(VisionLanguageFields):
             return
         self.vit = self.make_encoder()
         method = self.make_compressor()
-        if self.vit.class_feature and method.where == "encoder":
+        if self.vit.class_feature and method.in_encoder:
             raise UserError(
                 f"compressor.name: {method.label} merges patches inside the encoder, but the "
                 "features of this model include the CLS token (model.encoder.class_feature)",
                 allowed="methods between encoder and decoder, or inside the decoder",
             )
         # A method inside the encoder or decoder leaves nothing to do between them.
-        self.reduce = method if method.where == "between" else selectors.Identity(None)
+        self.reduce = method if method.between else selectors.Identity(None)
         width = self.language.width * (1 + self.language.deepstack)
         fields = dict(features=width, dtype=self.dtype)
         self.connect = construct(Connector, self.connector, "model.connector", **fields)
@@ -81,92 +73,125 @@ class VisionLanguageModel(VisionLanguageFields):
 
     @nn.nowrap
     def _check_projector(self, method: nn.Module) -> None:
-        if method.where == "encoder":
+        if method.in_encoder:
             raise UserError(
                 f"compressor.name: {method.label} merges patches inside the encoder, but this "
                 f"model's projector ({self.projector['name']}) reads blocks of the whole grid",
                 allowed="methods between encoder and decoder, or inside the decoder",
             )
 
+    def __call__(self, inputs: ModelInputs, *, rng: jax.Array | None = None) -> Output:
+        """Next-token logits of a batch of conversations.
+
+        A compressor that looks at the text chooses tokens for each conversation: those that are
+        packed in one row then get a row each, and come back to their places. With labels, a
+        selector that sees everything learns where the decoder looks (`stats["selector"]`).
+
+        Args:
+          inputs: R rows of S text tokens; see `ModelInputs`.
+          rng: key for random compressors.
+
+        Raises:
+          UserError: inputs whose arrays do not belong together.
+        """
+        layout = self.layout(inputs.pictures)
+        inputs.check(layout)
+        packed = inputs
+        if self.selects_by_text:
+            inputs = inputs.unpacked()
+        patches, probe = None, None
+        if inputs.pictures is None:
+            visual = self.no_pictures(len(inputs.text))
+        else:
+            patches, signals = self.encode(inputs.pictures)
+            visual = self.compress(patches, signals, inputs, layout, rng)
+        if self.teaches_selector and inputs.labels is not None and patches is not None:
+            probe = _last(inputs.prompts())
+        hidden, stats, *_ = self.read(visual, inputs, layout, rng=rng, probe=probe)
+        if probe is not None:
+            attention = stats.pop("visual_attention")
+            repeats = len(inputs.text) // inputs.picture_rows
+            patches = repeat_rows(patches, layout.images, repeats)
+            teach = (patches, self.instruction(inputs), attention, inputs.asked(), layout.images)
+            stats["selector"] = self.reduce.imitation_loss(*teach)
+        return Output(self.language.logits(packed.packed_again(hidden)), stats)
+
     # --- stages ------------------------------------------------------------------------------
 
     def encode(
         self,
-        images: jax.Array,
-        image_mask: jax.Array,
+        pictures: Pictures,
         *,
         asked: Mapping[str, str] | None = None,
         grid: tuple[int, int] | None = None,
-        extras: ImageExtras = NO_EXTRAS,
     ) -> tuple[VisualTokens, Signals]:
-        """Images to tokens (patches, or what the projector makes of them), each on its own.
+        """Pictures to tokens (patches, or what the projector makes of them), each on its own.
 
         Args:
-          images: uint8 [B, M, H, W, 3], or float in [0, 1]; [B, M, frames, H, W, 3] for an encoder
-            whose patches span several frames.
-          image_mask: bool [B, M]; a missing image gives padding tokens.
+          pictures: B rows of M; a missing one gives padding tokens.
           asked: signal -> encoder intermediate, in place of what the compressor asks for.
-          grid: tokens of the resized image, in place of what the compressor asks for.
-          extras: see `ImageExtras`.
+          grid: tokens of the resized picture, in place of what the compressor asks for.
 
         Returns:
           Tokens with a leading axis B*M (B with a pool index), and the signals that the compressor
           needs.
         """
-        _, *source_grid = self.layout(images, extras)
-        batch = images.shape[0]
-        images = images.reshape(-1, *images.shape[2:])
+        _, *source_grid = self.layout(pictures)
+        images = pictures.pixels.reshape(-1, *pictures.pixels.shape[2:])
         grid = grid or self.reduce.image_grid(tuple(source_grid))
         patches = tuple(side // self.vit.patch_size for side in images.shape[-3:-1])
         if grid != tuple(source_grid):
-            patches = self._resized_patches(grid, extras)
+            patches = self._resized_patches(grid, pictures)
             images = resized(images, [side * self.vit.patch_size for side in patches])
         method, stages = self.make_compressor(), ()
-        if method.where == "encoder":
+        if method.in_encoder:
             place = dict(class_token=self.vit.class_token)
             stages = method.stages(self.vit.layers_run, grid[0] * grid[1], **place)
         asked = method.intermediates() if asked is None else asked
-        valid = None if extras.valid is None else extras.valid.reshape(-1, 2)
-        features, found = self.vit(
+        valid = None if pictures.valid is None else pictures.valid.reshape(-1, 2)
+        features, seen = self.vit(
             images, intermediates=tuple(asked.values()), stages=stages, valid=valid
         )
-        there = image_mask.reshape(-1, 1)
+        given = pictures.mask.reshape(-1, 1)
         if stages:
-            tokens = found["tokens"]
-            tokens = tokens.replace(
-                mask=tokens.mask & there, source=jnp.where(there, tokens.source, -1)
-            )
-            return zero_padding(tokens), Signals()
-        if self.padding_embedding and extras.padding_share is not None:
-            features = features + self._padding_features(extras.padding_share)
+            tokens = seen["tokens"]
+            source = jnp.where(given, tokens.source, -1)
+            return zero_padding(tokens.replace(mask=tokens.mask & given, source=source)), Signals()
+        if self.padding_embedding and pictures.padding_share is not None:
+            features = features + self._padding_features(pictures.padding_share)
         real = jnp.ones(features.shape[:2], bool)
         if valid is not None:
             real = patch_mask(patches, valid)
-        signals = {name: found[value] for name, value in asked.items()}
+        signals = {name: seen[value] for name, value in asked.items()}
         if self.projector is not None:
-            index = extras.pool_index
-            if index is not None:
-                features, real, *values = (
-                    x.reshape(batch, -1, *x.shape[2:]) for x in (features, real, *signals.values())
-                )
-                signals = dict(zip(signals, values, strict=True))
-            features = self.project(features, patches, index)
-            if index is None:
-                index = jnp.asarray(windows(patches, self.project.side))[None]
-            real = gathered(real, index).any(axis=2)
-            signals = {name: pooled(name, x, index) for name, x in signals.items()}
-            if extras.pool_index is not None:
-                there = jnp.ones((batch, 1), bool)
-        mask = real if extras.slot_mask is None else extras.slot_mask.reshape(real.shape)
-        mask &= there
-        tokens = VisualTokens.from_grid(features, grid, tuple(source_grid), mask)
+            features, real, signals = self._projected(features, real, signals, patches, pictures)
+        if pictures.slot_mask is not None:
+            real = pictures.slot_mask.reshape(real.shape)
+        if pictures.pool_index is None:
+            real &= given
+        tokens = VisualTokens.from_grid(features, grid, tuple(source_grid), real)
         return tokens, Signals(**signals)
 
-    def _resized_patches(self, grid: tuple[int, int], extras: ImageExtras) -> tuple[int, int]:
-        """Patches of an image that is made smaller, so that it becomes a `grid` of tokens."""
-        crops = (extras.pool_index, extras.slot_mask, extras.padding_share)
+    def _projected(self, features, real, signals, patches, pictures: Pictures):
+        """Features, which of them are real, and signals, of tokens that each read some patches."""
+        index = pictures.pool_index
+        if index is not None:
+            rows = len(pictures.mask)
+            features, real, *values = (
+                x.reshape(rows, -1, *x.shape[2:]) for x in (features, real, *signals.values())
+            )
+            signals = dict(zip(signals, values, strict=True))
+        features = self.project(features, patches, index)
+        if index is None:
+            index = jnp.asarray(windows(patches, self.project.side))[None]
+        real = gathered(real, index).any(axis=2)
+        return features, real, {name: pooled(name, x, index) for name, x in signals.items()}
+
+    def _resized_patches(self, grid: tuple[int, int], pictures: Pictures) -> tuple[int, int]:
+        """Patches of a picture that is made smaller, so that it becomes a `grid` of tokens."""
+        crops = (pictures.pool_index, pictures.slot_mask, pictures.padding_share)
         no_grid = self.vit.class_feature
-        if no_grid or extras.valid is not None or any(part is not None for part in crops):
+        if no_grid or pictures.valid is not None or any(part is not None for part in crops):
             raise UserError(
                 "compressor.name: downsample makes images smaller, but tokens of this model read "
                 "patches across crops, or images of several sizes, or are no grid",
@@ -187,22 +212,40 @@ class VisionLanguageModel(VisionLanguageFields):
         self,
         tokens: VisualTokens,
         signals: Signals,
-        instruction: jax.Array,
+        inputs: ModelInputs,
         layout: Layout,
         rng: jax.Array | None = None,
     ) -> VisualTokens:
-        """N tokens of each image to `budget` tokens, projected to the decoder's width.
+        """N tokens of each picture to `budget` tokens, projected to the decoder's width.
+
+        Pictures that several rows of text are about are compressed once, but where the text says
+        which tokens stay, or a draw does.
 
         Args:
-          tokens: from `encode`, leading axis R*M.
+          tokens: from `encode`, leading axis B*M.
           signals: from `encode`.
-          instruction: [R, width], from `instruction`.
+          inputs: R rows of text, see `ModelInputs`; its pictures are not read.
           layout: from `layout`.
           rng: key for random compressors.
 
         Returns:
-          Tokens [R, M*budget, ...]; the images of a row lie below each other in one tall grid.
+          Tokens [R, M*budget, ...]; the pictures of a row lie below each other in one tall grid.
         """
+        rows = len(tokens.mask) // layout.images
+        repeats = len(inputs.text) // rows
+        instruction = self.instruction(inputs)
+        each = self.selects_by_text or self.make_compressor().draws
+        if each:
+            tokens, signals = repeat_rows((tokens, signals), layout.images, repeats)
+        else:
+            # No choice depends on it: it only lets parameters be created.
+            instruction = instruction.reshape(rows, -1, instruction.shape[-1])
+        visual = self._reduced(tokens, signals, instruction[:, 0], layout, rng)
+        if not self.selects_by_text:
+            visual = visual.replace(bias=None)
+        return visual if each else repeat_rows(visual, 1, repeats)
+
+    def _reduced(self, tokens, signals, instruction, layout: Layout, rng) -> VisualTokens:
         images, rows, _ = layout
         # Nothing else says where rows lie between the encoder and the decoder.
         tokens = tokens.replace(embed=constrain(tokens.embed, "batch", None, None))
@@ -227,85 +270,16 @@ class VisionLanguageModel(VisionLanguageFields):
         )
         return jax.tree.map(lambda x: x.reshape(-1, images * x.shape[1], *x.shape[2:]), tokens)
 
-    def instruction(self, tokens: jax.Array, prompt_lengths: jax.Array) -> jax.Array:
-        """[..., L] prompts -> [..., width], the mean embedding of each prompt."""
-        inside = jnp.arange(tokens.shape[-1]) < prompt_lengths[..., None]
-        embedded = self.language.embed(tokens) * inside[..., None].astype(self.dtype)
-        return embedded.sum(axis=-2) / jnp.maximum(prompt_lengths, 1)[..., None].astype(self.dtype)
-
-    def prefill(
-        self,
-        visual: VisualTokens,
-        prompts: jax.Array,
-        lengths: jax.Array,
-        layout: Layout,
-        *,
-        new_tokens: int,
-        rng: jax.Array | None = None,
-        placement: Placement | None = None,
-        cache_options: CacheOptions = CONTIGUOUS,
-    ) -> tuple[jax.Array, KVCache, tuple[jax.Array, ...]]:
-        """Reads prompts with visual tokens in front of the text, or where `placement` puts them.
-
-        Args:
-          visual: from `compress`, one row per prompt.
-          prompts: int32 [R, P], text tokens, padded on the right.
-          lengths: int32 [R].
-          layout: from `layout`.
-          new_tokens: room to leave in the cache.
-          rng: key for random compressors between segments.
-          placement: see `prompt_layout.Placement`.
-          cache_options: see `kv_cache.CacheOptions`.
-
-        Returns:
-          float32 logits [R, vocab] behind the last prompt token; the cache; for each run of decoder
-          layers at one length, where every slot is: int32 [R, N], -1 if no token holds it.
-        """
-        hidden, _, segments, sources = self._read(
-            *(visual, prompts, lengths, layout, rng, placement),
-            cache_slots=new_tokens,
-            cache_options=cache_options,
-        )
-        last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
-        cache = KVCache(segments, lengths.astype(jnp.int32))
-        return self.language.logits(last[:, 0]), cache, sources
-
-    def text_logits(
-        self,
-        images: jax.Array | None,
-        image_mask: jax.Array | None,
-        tokens: jax.Array,
-        lengths: jax.Array,
-        placement: Placement | None = None,
-        extras: ImageExtras = NO_EXTRAS,
-        *,
-        rng: jax.Array | None = None,
-    ) -> jax.Array:
-        """Next-token logits of prompts with images anywhere in them, all stages in one pass.
-
-        Args:
-          images, image_mask, extras: see `encode`; images None for none.
-          tokens: int32 [R, S], text tokens without visual slots, padded on the right.
-          lengths: int32 [R].
-          placement: see `prompt_layout.Placement`; None for images in front of the text.
-          rng: key for random compressors.
-
-        Returns:
-          float32 [R, S, vocab].
-        """
-        if images is None:
-            visual, layout = self.no_images(len(tokens)), Layout(0, 1, 1)
-        else:
-            layout = self.layout(images, extras)
-            patches, signals = self.encode(images, image_mask, extras=extras)
-            instruction = self.instruction(tokens, lengths)
-            visual = self.compress(patches, signals, instruction, layout, rng)
-        hidden, *_ = self._read(visual, tokens, lengths, layout, rng, placement)
-        return self.language.logits(hidden)
+    def instruction(self, inputs: ModelInputs) -> jax.Array:
+        """[R, Q, width], the mean embedding of the prompt of each conversation."""
+        prompts = inputs.prompts()
+        embedded = self.language.embed(inputs.text)[:, None] * prompts[..., None].astype(self.dtype)
+        count = jnp.maximum(prompts.sum(axis=-1), 1)
+        return embedded.sum(axis=-2) / count[..., None].astype(self.dtype)
 
     @nn.nowrap
-    def no_images(self, rows: int) -> VisualTokens:
-        """The visual tokens of prompts without images."""
+    def no_pictures(self, rows: int) -> VisualTokens:
+        """The visual tokens of prompts without pictures."""
         none = jnp.zeros((rows, 0))
         return VisualTokens(
             embed=jnp.zeros((rows, 0, self.make_decoder().width), self.dtype),
@@ -315,30 +289,72 @@ class VisionLanguageModel(VisionLanguageFields):
             source=none.astype(jnp.int32),
         )
 
-    def _read(self, visual, tokens, lengths, layout, rng, placement, **cache):
-        place = jnp.arange(tokens.shape[1])
-        prompt = place < lengths[:, None]
-        judges = prompt
-        # Placed images may stand behind text, and see it; in front of all text they see none.
-        segment = 1 if placement is None else SHARED_SEGMENT
-        if placement is not None and placement.visual_index.shape[1]:
-            # Text in front of an image has not seen it: only what is behind all of them may judge.
-            behind = placement.text_index > placement.visual_index.max(axis=1, keepdims=True)
-            some = (prompt & behind).any(axis=1, keepdims=True)
-            judges = jnp.where(some, prompt & behind, prompt)
+    def read(
+        self,
+        visual: VisualTokens,
+        inputs: ModelInputs,
+        layout: Layout,
+        *,
+        rng: jax.Array | None = None,
+        cache_slots: int | None = None,
+        cache_options: CacheOptions = CONTIGUOUS,
+        probe: jax.Array | None = None,
+    ) -> tuple:
+        """Visual tokens and text through the decoder.
+
+        Args:
+          visual: from `compress`, R rows.
+          inputs: R rows of text; its pictures are not read.
+          layout: from `layout`.
+          rng: key for random compressors between segments.
+          cache_slots, cache_options, probe: see `Decoder.__call__`.
+
+        Returns:
+          Hidden states of the text [R, S, width], and the rest of what `Decoder.__call__` returns.
+        """
         return self.language(
             visual,
-            self.language.embed(tokens),
-            jnp.broadcast_to(place, tokens.shape),
-            jnp.where(prompt, segment, PADDING_SEGMENT),
+            self.language.embed(inputs.text),
+            inputs.places(),
+            inputs.segments,
             columns=layout.columns,
-            signals=Signals(text=self.instruction(tokens, lengths)),
-            prompt=judges,
+            signals=Signals(text=self.instruction(inputs)[:, 0]),
+            prompt=inputs.judges(),
             position_policy=self._position_policy(),
             rng=rng,
-            placement=placement,
-            **cache,
+            cache_slots=cache_slots,
+            cache_options=cache_options,
+            longest=inputs.longest,
+            probe=probe,
+            placement=inputs.placement,
         )
+
+    def prefill(
+        self,
+        visual: VisualTokens,
+        inputs: ModelInputs,
+        layout: Layout,
+        *,
+        new_tokens: int,
+        cache_options: CacheOptions = CONTIGUOUS,
+        rng: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache, tuple[jax.Array, ...]]:
+        """Reads prompts, one a row, and keeps what further tokens need.
+
+        Args:
+          visual, inputs, layout, rng: see `read`; text padded on the right.
+          new_tokens: room to leave in the cache.
+          cache_options: how the cache stores keys and values.
+
+        Returns:
+          float32 logits [R, vocab] behind the last prompt token; the cache; for each run of decoder
+          layers at one length, where every slot is: int32 [R, N], -1 if no token holds it.
+        """
+        kept = dict(cache_slots=new_tokens, cache_options=cache_options)
+        hidden, _, segments, sources = self.read(visual, inputs, layout, rng=rng, **kept)
+        last = jnp.take_along_axis(hidden, _last(inputs.live)[:, None, None], axis=1)
+        cache = KVCache(segments, inputs.lengths.astype(jnp.int32))
+        return self.language.logits(last[:, 0]), cache, sources
 
     def decode(self, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """One token for every row: int32 [R] -> (float32 logits [R, vocab], the longer cache)."""
@@ -350,76 +366,13 @@ class VisionLanguageModel(VisionLanguageFields):
         """Several tokens for every row, see `Decoder.extend`."""
         return self.language.extend(tokens, cache, counts)
 
-    # --- training ----------------------------------------------------------------------------
-
-    def __call__(
-        self,
-        images: jax.Array,
-        image_mask: jax.Array,
-        tokens: jax.Array,
-        lengths: jax.Array,
-        prompt_lengths: jax.Array,
-        *,
-        rng: jax.Array | None = None,
-    ) -> Output:
-        """Next-token logits of Q conversations about the same images.
-
-        The conversations of a row are packed behind one copy of its visual tokens; each sees the
-        images and itself only. A compressor that looks at the text chooses tokens for each
-        conversation: then each gets a row of its own.
-
-        Args:
-          images: uint8 [B, M, H, W, 3].
-          image_mask: bool [B, M].
-          tokens: int32 [B, Q, L].
-          lengths: int32 [B, Q], tokens that are not padding; 0 for an empty slot.
-          prompt_lengths: int32 [B, Q], tokens before the first answer.
-          rng: key for random compressors.
-        """
-        batch, questions, length = tokens.shape
-        layout = self.layout(images)
-        patches, signals = self.encode(images, image_mask)
-        instruction = self.instruction(tokens, prompt_lengths)
-        if self.selects_by_text:
-            patches, signals = repeat_rows((patches, signals), layout.images, questions)
-            rows_instruction = instruction.reshape(batch * questions, -1)
-            tokens, lengths = tokens.reshape(-1, 1, length), lengths.reshape(-1, 1)
-            prompt_lengths = prompt_lengths.reshape(-1, 1)
-        else:
-            # No choice depends on it here: it only lets parameters be created.
-            rows_instruction = instruction.mean(axis=1)
-        visual = self.compress(patches, signals, rows_instruction, layout, rng)
-        if not self.selects_by_text:
-            visual = visual.replace(bias=None)
-        rows, packed = tokens.shape[:2]
-        place = jnp.arange(length)
-        valid = place < lengths[..., None]
-        segments = jnp.where(valid, 1 + jnp.arange(packed)[:, None], PADDING_SEGMENT)
-        asks = jnp.arange(packed) * length + jnp.maximum(prompt_lengths - 1, 0)
-        hidden, stats, *_ = self.language(
-            visual,
-            self.language.embed(tokens.reshape(rows, -1)),
-            jnp.broadcast_to(place, tokens.shape).reshape(rows, -1),
-            segments.reshape(rows, -1),
-            columns=layout.columns,
-            signals=Signals(text=rows_instruction),
-            prompt=(valid & (place < prompt_lengths[..., None])).reshape(rows, -1),
-            position_policy=self._position_policy(),
-            rng=rng,
-            longest=length,
-            probe=asks if self.teaches_selector else None,
-        )
-        if self.teaches_selector:
-            attention = stats.pop("visual_attention")
-            asked = (lengths > 0) & (prompt_lengths > 0)
-            teach = (patches, instruction, attention, asked, layout.images)
-            stats["selector"] = self.reduce.imitation_loss(*teach)
-        logits = self.language.logits(hidden)
-        return Output(logits.reshape(batch, questions, length, -1), stats)
-
     @property
     def teaches_selector(self) -> bool:
         """Whether the compressor can learn where the decoder looks: it sees everything here."""
         inner = any(segment.get("compressor") for segment in self.decoder["segments"])
-        selector = isinstance(self.make_compressor(), selectors.TextTopK)
-        return selector and not self.selects_by_text and not inner
+        return self.make_compressor().text_scores and not self.selects_by_text and not inner
+
+
+def _last(marks: jax.Array) -> jax.Array:
+    """bool [..., S] -> int [...], the last place that is marked; 0 where none is."""
+    return jnp.max(jnp.where(marks, jnp.arange(marks.shape[-1]), 0), axis=-1)

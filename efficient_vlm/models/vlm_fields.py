@@ -4,19 +4,19 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Self
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from efficient_vlm import compressors
+from efficient_vlm.checks import number_fields, whole
 from efficient_vlm.compressors.methods import METHODS, find
 from efficient_vlm.errors import UserError
-from efficient_vlm.fields import check_positive, construct, frozen
+from efficient_vlm.fields import construct, frozen
 from efficient_vlm.models.decoder import Decoder
 from efficient_vlm.models.encoder import ViT
-from efficient_vlm.models.image_inputs import NO_EXTRAS, ImageExtras, Layout
+from efficient_vlm.models.inputs import NO_PICTURES, Layout, Pictures
 from efficient_vlm.models.projectors import make_projector
-from efficient_vlm.nn.layers import Dtype
+from efficient_vlm.nn.linear import Dtype
 
 
 class VisionLanguageFields(nn.Module):
@@ -28,7 +28,7 @@ class VisionLanguageFields(nn.Module):
       projector: name and fields of one of `projectors.PROJECTORS`: the model's own way from patches
         to tokens, before any compressor; None for models whose patches are the tokens.
       padding_embedding: whether features of patches that show padding get a learned vector added,
-        see `ImageExtras.padding_share` (Molmo).
+        see `Pictures.padding_share` (Molmo).
       slot_token: id of the text token whose embedding is added to visual tokens (Molmo); None where
         they stand in its place.
       compressor: name, budget (visual tokens per image) and options of `compressors.build`.
@@ -79,24 +79,19 @@ class VisionLanguageFields(nn.Module):
             raise UserError("model.encoder: None, this is a language model without images")
         vit = construct(ViT, self.encoder, "model.encoder", dtype=self.dtype, parent=None)
         names = ("patch_size", "width", "depth", "num_heads", "mlp_dim", "stem_dim")
-        check_positive("model.encoder", vit, names)
+        number_fields(vit, "model.encoder", *names)
         return vit
 
     def make_decoder(self) -> Decoder:
         """The decoder of this configuration, unbound."""
         fields = {"vocab_size": self.vocab_size, "dtype": self.dtype, "parent": None}
-        if self.make_compressor().where == "decoder":
+        if self.make_compressor().in_decoder:
             fields["compressor"] = {"grid": self.slot_grid, **self.compressor}
         decoder = construct(Decoder, self.decoder, "model.decoder", **fields)
         names = ("width", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
-        check_positive("model.decoder", decoder, names)
+        number_fields(decoder, "model.decoder", *names)
         for i, segment in enumerate(decoder.segments):
-            layers = segment.get("layers")
-            if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
-                raise UserError(
-                    f"model.decoder.segments[{i}].layers: {layers!r}",
-                    allowed="a whole number above 0",
-                )
+            whole(f"model.decoder.segments[{i}].layers", segment.get("layers"))
         return decoder
 
     def make_compressor(self) -> nn.Module:
@@ -132,7 +127,7 @@ class VisionLanguageFields(nn.Module):
         """Whether different questions about one image get different visual tokens."""
         method = self.make_compressor()
         rows, columns = (0, 0) if self.encoder is None else method.grid
-        if method.text_guided and (method.where != "between" or method.budget < rows * columns):
+        if method.text_guided and (not method.between or method.budget < rows * columns):
             return True
         inner = [s["compressor"]["name"] for s in self.decoder["segments"] if s.get("compressor")]
         return any(METHODS[name].text_guided for name in inner if name in METHODS)
@@ -140,13 +135,16 @@ class VisionLanguageFields(nn.Module):
     def _position_policy(self) -> str | None:
         """The policy that the compressor states, if it has chosen the tokens that enter."""
         method = self.make_compressor()
-        return None if method.where == "decoder" else method.position_policy
+        return None if method.in_decoder else method.position_policy
 
-    def layout(self, images: jax.Array, extras: ImageExtras = NO_EXTRAS) -> Layout:
-        """The layout of images [B, M, H, W, 3]."""
-        if extras.pool_index is not None:
-            return Layout(1, 1, extras.pool_index.shape[1])
+    def layout(self, pictures: Pictures | None) -> Layout:
+        """The layout of pictures, arrays or shapes of them; None for text alone."""
+        if pictures is None:
+            return NO_PICTURES
+        if pictures.pool_index is not None:
+            return Layout(1, 1, pictures.pool_index.shape[1])
         vit = self.make_encoder()
-        grid = vit.feature_grid(tuple(side // vit.patch_size for side in images.shape[-3:-1]))
+        sides = pictures.pixels.shape[-3:-1]
+        grid = vit.feature_grid(tuple(side // vit.patch_size for side in sides))
         cells = grid if self.projector is None else self.make_projector().cells(grid)
-        return Layout(images.shape[1], *cells)
+        return Layout(pictures.pixels.shape[1], *cells)

@@ -1,4 +1,4 @@
-"""Attention, its masks and rotary positions, and the rows of it that compressors look at."""
+"""Attention layers, and the attention rows that compressors read."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,39 +6,43 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Bool, Float, Float32, Int, Real
 
 from efficient_vlm.errors import unknown
 from efficient_vlm.kernels.attention import Mask, mask_rows, visible
 from efficient_vlm.kernels.attention import attention as dot_product_attention
 from efficient_vlm.nn import kv_cache
-from efficient_vlm.nn.layers import Dtype, Linear, fused_product, make_norm
+from efficient_vlm.nn.linear import Dtype, Linear, together
+from efficient_vlm.nn.norms import make_norm
 from efficient_vlm.nn.rotary import axial, rotate
+from efficient_vlm.shapes import Array
 
-# Keys of this segment are seen by the queries of every segment of the row: the visual tokens.
+# Queries of every segment of the row attend to keys of this one: the visual tokens.
 SHARED_SEGMENT = 0
 PADDING_SEGMENT = -1
 
-_NEGATIVE = -1e30  # finite, so that a row with no live key gives a mean and never NaN
+_NEGATIVE = -1e30  # Finite: a row without live keys gives a mean instead of NaN.
 
 
 def attention_rows(
-    q: jax.Array,
-    k: jax.Array,
-    index: jax.Array,
-    key_mask: jax.Array,
+    q: Float[Array, "B S H Dh"],
+    k: Float[Array, "B Skv Hkv Dh"],
+    index: Int[Array, "B R"],
+    key_mask: Bool[Array, "B T"],
     scale: float,
     softcap: float | None = None,
-    key_bias: jax.Array | None = None,
+    key_bias: Float[Array, "B Skv"] | None = None,
     mask: Mask | None = None,
-) -> jax.Array:
-    """Attention of a few queries to the first keys, recomputed beside the fused attention.
+) -> Float32[Array, "B R T"]:
+    """Attention of a few queries to the first keys, recomputed next to the fused attention.
 
     Args:
       q: [B, S, H, Dh]; k: [B, Skv, Hkv, Dh].
-      index: int [B, R], which queries.
-      key_mask: bool [B, T], which of the first T keys count; the others are left out.
-      scale, softcap, key_bias [B, Skv]: of the layer's own attention.
-      mask: likewise; a query that sees none of the keys, as in a layer with a window, looks at all.
+      index: int [B, R], indices of the queries.
+      key_mask: bool [B, T], which of the first T keys the softmax runs over.
+      scale, softcap, key_bias: those of the layer's own attention.
+      mask: likewise; a query that attends to none of the keys (in a layer with a window) gets a
+        row over all of them.
 
     Returns:
       float32 [B, R, T], softmax over those keys, mean over heads.
@@ -51,11 +55,11 @@ def attention_rows(
         logits = softcap * jnp.tanh(logits / softcap)
     if key_bias is not None:
         logits = logits + key_bias[:, None, None, :count]
-    seen = key_mask[:, None]
+    live = key_mask[:, None]
     if mask is not None:
-        near = seen & visible(mask_rows(mask, index))[..., :count]
-        seen = jnp.where(near.any(axis=-1, keepdims=True), near, seen)
-    logits = jnp.where(seen[:, None], logits, _NEGATIVE)
+        masked = live & visible(mask_rows(mask, index))[..., :count]
+        live = jnp.where(masked.any(axis=-1, keepdims=True), masked, live)
+    logits = jnp.where(live[:, None], logits, _NEGATIVE)
     return jax.nn.softmax(logits, axis=-1).mean(axis=1)
 
 
@@ -66,17 +70,16 @@ class Attention(nn.Module):
     """Multi-head attention with grouped keys, optional QK-norm and rotary positions.
 
     Attributes:
-      width: of the result.
-      qk_norm: normalise queries and keys: False or "none"; True or "head", each head by itself
-        with one scale for all heads; "full", all heads as one vector (OLMo2).
-      qk_scale: multiplies the usual 1/sqrt(Dh). With QK-norm the logits are bounded by
-        qk_scale * sqrt(Dh), and a value above 1 is what lets small heads look up one token among
-        many.
-      logit_scale: multiplies the logits in place of qk_scale / sqrt(Dh).
+      width: output width.
+      qk_norm: norm of queries and keys: False or "none"; True or "head", each head separately with
+        one scale for all heads; "full", all heads as one vector (OLMo2).
+      qk_scale: multiplies the usual 1/sqrt(Dh). QK-norm bounds the logits by qk_scale * sqrt(Dh),
+        and small heads need a value above 1 to attend to one token among many.
+      logit_scale: multiplies the logits instead of qk_scale / sqrt(Dh).
       softcap: see `dot_product_attention`.
-      rope, local_rope: see `rotary.rotate`; the second for layers that are called with `local`.
+      rope, local_rope: see `rotary.rotate`; the second is for layers called with `local`.
       axial_theta: base of rotary positions over rows and columns, see `rotary.axial`.
-      norm, norm_epsilon: of the QK-norm, see `layers.make_norm`.
+      norm, norm_epsilon: of the QK-norm, see `norms.make_norm`.
     """
 
     width: int
@@ -129,37 +132,45 @@ class Attention(nn.Module):
 
     @property
     def scale(self) -> float:
-        """What the logits are multiplied by."""
+        """The factor of the logits."""
         if self.logit_scale is not None:
             return self.logit_scale
         return self.qk_scale * self.head_dim**-0.5
 
     def queries(
-        self, x: jax.Array, positions: jax.Array | None, local: Any = False
-    ) -> tuple[jax.Array, jax.Array]:
-        """[B, S, D] -> queries [B, S, H, Dh] with and without rotary positions."""
-        q = self._project(x, "query")
+        self,
+        x: Float[Array, "B S D"],
+        positions: Real[Array, "B S *axes"] | None,
+        local: Any = False,
+    ) -> tuple[Float[Array, "B S H Dh"], Float[Array, "B S H Dh"]]:
+        """Queries with and without rotary positions."""
+        return self._as_queries(self._project(x, "query")[0], positions, local)
+
+    def _as_queries(self, q, positions, local):
         q = q if self.normalises == "none" else self._normalised(self.query_norm, q)
         return self._rotate(q, positions, local), q
 
     def keys(
-        self, x: jax.Array, positions: jax.Array | None, local: Any = False
-    ) -> tuple[jax.Array, jax.Array]:
-        """[B, S, D] -> keys [B, S, Hkv, Dh] with and without rotary positions."""
-        k = self._project(x, "key")
+        self,
+        x: Float[Array, "B S D"],
+        positions: Real[Array, "B S *axes"] | None,
+        local: Any = False,
+    ) -> tuple[Float[Array, "B S Hkv Dh"], Float[Array, "B S Hkv Dh"]]:
+        """Keys with and without rotary positions."""
+        return self._as_keys(self._project(x, "key")[0], positions, local)
+
+    def _as_keys(self, k, positions, local):
         k = k if self.normalises == "none" else self._normalised(self.key_norm, k)
         return self._rotate(k, positions, local), k
 
-    def _project(self, x: jax.Array, name: str) -> jax.Array:
-        """Queries, keys or values; all three are one product where `stack.fuse` joined them."""
-        if "query_key_value" not in self.variables.get("params", {}):
-            return getattr(self, name)(x)
-        counts = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        order = ("query", "key", "value").index(name)
-        start = sum(counts[:order]) * self.head_dim
-        all_three = fused_product(self, "query_key_value", x)
-        part = all_three[..., start : start + counts[order] * self.head_dim]
-        return part.reshape(*x.shape[:-1], counts[order], self.head_dim)
+    def _project(self, x: jax.Array, *names: str) -> list[jax.Array]:
+        """The named projections of x [B, S, D], each [B, S, heads, Dh]."""
+        linears = dict(query=self.query, key=self.key, value=self.value)
+        if self.query.joined is not None:
+            names_of_all = tuple(linears)
+            parts = together(x, *linears.values())
+            return [parts[names_of_all.index(name)] for name in names]
+        return [linears[name](x) for name in names]
 
     def _normalised(self, norm: nn.Module, x: jax.Array) -> jax.Array:
         if self.normalises == "head":
@@ -177,16 +188,16 @@ class Attention(nn.Module):
 
     def __call__(
         self,
-        x: jax.Array,
-        positions: jax.Array | None = None,
+        x: Float[Array, "B S D"],
+        positions: Real[Array, "B S *axes"] | None = None,
         *,
         mask: Mask | None = None,
-        key_bias: jax.Array | None = None,
+        key_bias: Float[Array, "B Skv"] | None = None,
         cache: kv_cache.LayerCache | None = None,
         slots: kv_cache.Slots | None = None,
         local: Any = False,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Attends from x [B, S, D] to itself, or to a cache that x is first written into.
+    ) -> tuple[Float[Array, "B S width"], dict[str, Any]]:
+        """Self-attention of x, or attention of x to a cache into which it is written first.
 
         Args:
           x: [B, S, D].
@@ -203,9 +214,9 @@ class Attention(nn.Module):
           without rotary positions; "lse" float32 [B, H, S], "mask" and "key_bias" of the attention}
           with "cache": what came in, with the S tokens written, or None.
         """
-        q, plain_q = self.queries(x, positions, local)
-        k, plain_k = self.keys(x, positions, local)
-        v = self._project(x, "value")
+        q, k, v = self._project(x, "query", "key", "value")
+        q, plain_q = self._as_queries(q, positions, local)
+        k, plain_k = self._as_keys(k, positions, local)
         inner = {"query": q, "key": k, "plain_query": plain_q, "plain_key": plain_k}
         inner |= {"mask": mask, "key_bias": key_bias, "cache": cache}
         options = dict(mask=mask, key_bias=key_bias, scale=self.scale, softcap=self.softcap)

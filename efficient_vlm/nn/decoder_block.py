@@ -7,43 +7,47 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
+from jaxtyping import Bool, Float, Int, Real
 
 from efficient_vlm.kernels.attention import Mask, choose
 from efficient_vlm.nn.attention import Attention, attention_rows
 from efficient_vlm.nn.kv_cache import Slots
-from efficient_vlm.nn.layers import Dtype, make_norm
-from efficient_vlm.nn.moe import FeedForward, MoE
+from efficient_vlm.nn.linear import Dtype
+from efficient_vlm.nn.mlp import FeedForward
+from efficient_vlm.nn.moe import MoE
+from efficient_vlm.nn.norms import make_norm
+from efficient_vlm.shapes import Array
 from efficient_vlm.sharding import constrain
 
-# Where a layer normalises: what goes into a sublayer; what comes out of it (OLMo2); both (Gemma2);
-# or once, what goes into attention and feed-forward side by side (Phi).
+# Where a layer normalises: the inputs of its sublayers; their outputs (OLMo2); both (Gemma2); or
+# once, the common input of attention and feed-forward (Phi).
 NORM_LAYOUTS = ("pre", "post", "sandwich", "parallel")
 
 
 @struct.dataclass
 class LayerInputs:
-    """What every layer of a run gets beside the hidden states [B, S, D].
+    """Inputs that all layers of a run share, besides the hidden states.
 
     Attributes:
       positions: [B, S] or [B, S, axes], rotary positions.
-      mask: which keys are seen, see `kernels.attention.make_mask`.
+      mask: keys that each query attends to, see `kernels.attention.make_mask`.
       key_bias: float32 [B, Skv], added to the logits of each key.
-      live: bool [B, S], places that hold a token (the router counts no others).
+      live: bool [B, S], positions that hold a token (the router counts only these).
       slots: see `attention.Attention`.
-      probe: (int [B, R], bool [B, T]), rows whose attention to T visual keys is wanted, or None.
-      local_mask: in place of `mask` for local layers; None if there are none.
+      probe: (int [B, R], bool [B, T]), rows whose attention to T visual keys is returned, or None.
+      local_mask: replaces `mask` in local layers; None without them.
     """
 
-    positions: jax.Array
+    positions: Real[Array, "B S *axes"]
     mask: Mask
-    key_bias: jax.Array
-    live: jax.Array
+    key_bias: Float[Array, "B Skv"]
+    live: Bool[Array, "B S"]
     slots: Slots | None = None
-    probe: tuple[jax.Array, jax.Array] | None = None
+    probe: tuple[Int[Array, "B R"], Bool[Array, "B T"]] | None = None
     local_mask: Mask | None = None
 
     def mask_of(self, local: Any) -> Mask:
-        """The mask of a layer that is local, or is not: bool, static or traced."""
+        """The mask of a local or global layer; `local` is a bool, static or traced."""
         return self.mask if self.local_mask is None else choose(local, self.local_mask, self.mask)
 
 
@@ -52,9 +56,9 @@ class DecoderBlock(nn.Module):
 
     Attributes:
       attention: fields of `attention.Attention`.
-      mlp: fields of `moe.FeedForward`; not used with `moe`.
+      mlp: fields of `mlp.FeedForward`; not used with `moe`.
       moe: fields of `moe.MoE`, or None.
-      norm, norm_epsilon: see `layers.make_norm`.
+      norm, norm_epsilon: see `norms.make_norm`.
       norm_layout: one of NORM_LAYOUTS.
     """
 
@@ -84,18 +88,24 @@ class DecoderBlock(nn.Module):
             out_scale = self.attention["out_scale"]
             self.feed_forward = MoE(**self.moe, out_scale=out_scale, dtype=self.dtype, name="moe")
 
-    def __call__(self, x: jax.Array, inputs: LayerInputs, cache: tuple | None, local: Any = False):
-        """One layer over x [B, S, D].
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        inputs: LayerInputs,
+        cache: tuple | None,
+        local: Any = False,
+    ) -> tuple[Float[Array, "B S D"], tuple[tuple, dict[str, Any]]]:
+        """Applies the layer.
 
         Args:
           x: hidden states.
-          inputs: what is the same for all layers.
+          inputs: those that all layers share.
           cache: keys and values of this layer, see `attention.Attention`, or None.
           local: bool, static or traced, whether this is a local layer.
 
         Returns:
-          x behind the layer, and a pair: (cache, router statistics, attention of the probed rows),
-          and what its attention saw: query, key, plain_query, plain_key, mask, lse.
+          The new hidden states, and a pair: (cache, router statistics, attention of the probed
+          rows), and the inputs of attention: query, key, plain_query, plain_key, mask, lse.
         """
         mask = inputs.mask_of(local)
         entered = self._entering(x)
@@ -138,17 +148,22 @@ class DecoderBlock(nn.Module):
         return x if self.norm_layout == "post" else self.attention_norm(x)
 
     def look(
-        self, x: jax.Array, positions: jax.Array, last: jax.Array, local: Any = False
-    ) -> dict[str, jax.Array]:
-        """Keys of all places and the query of one place a row, as this layer would make them.
+        self,
+        x: Float[Array, "B S D"],
+        positions: Real[Array, "B S *axes"],
+        last: Int[Array, " B"],
+        local: Any = False,
+    ) -> dict[str, Float[Array, "B S _ Dh"]]:
+        """Keys of all positions and one query per row, as this layer would compute them.
 
-        The queries have the shape of all places, zero but for `last`: only that row is computed.
+        Queries have the shape of all positions and are zero except at `last`, the only row that is
+        computed.
         """
         y = self._entering(x)
         key, plain_key = self.attend.keys(y, positions, local)
         rows = jnp.arange(x.shape[0])
-        row, place = y[rows, last][:, None], positions[rows, last][:, None]
-        queries = self.attend.queries(row, place, local)
+        row, position = y[rows, last][:, None], positions[rows, last][:, None]
+        queries = self.attend.queries(row, position, local)
         query, plain_query = (
             jnp.zeros((*x.shape[:2], *q.shape[2:]), q.dtype).at[rows, last].set(q[:, 0])
             for q in queries

@@ -2,13 +2,19 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Float, Real
 
+from efficient_vlm.kernels.attention import Mask
 from efficient_vlm.nn.attention import Attention
-from efficient_vlm.nn.layers import Dtype, Linear, activate, fused_product, logical, make_norm
+from efficient_vlm.nn.linear import Dtype, logical
+from efficient_vlm.nn.mlp import activate, feed_forward, mlp_products
+from efficient_vlm.nn.norms import make_norm
+from efficient_vlm.shapes import Array
 from efficient_vlm.sharding import constrain
 
 
@@ -36,13 +42,13 @@ class EncoderBlock(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
-        key_bias: jax.Array | None = None,
+        x: Float[Array, "B S D"],
+        key_bias: Float[Array, "B S"] | None = None,
         merge: Callable[[jax.Array, dict], jax.Array] | None = None,
-        positions: jax.Array | None = None,
-        mask: jax.Array | None = None,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """[B, S, D] -> [B, S', D] and what attention saw; `merge` acts between the two halves."""
+        positions: Real[Array, "B S *axes"] | None = None,
+        mask: Mask | None = None,
+    ) -> tuple[Float[Array, "B merged D"], dict[str, Any]]:
+        """The new states and the inputs of attention; `merge` acts between attention and MLP."""
         norm = functools.partial(make_norm, self.norm, self.norm_epsilon, dtype=self.dtype)
         y, inner = Attention(
             width=self.width,
@@ -62,20 +68,10 @@ class EncoderBlock(nn.Module):
         x = x + self._scaled("attention_scale", y)
         if merge is not None:
             x = merge(x, inner)
-        fields = dict(dtype=self.dtype, bias=self.bias)
-        normed, act = norm(name="mlp_norm")(x), activate(self.activation)
-
-        def wide(name: str):
-            return Linear(("embed",), (self.mlp_dim,), ("mlp",), name=name, **fields)(normed)
-
-        if "gate_up" in self.variables.get("params", {}):
-            gate, up = jnp.split(fused_product(self, "gate_up", normed), 2, axis=-1)
-            y = act(gate) * up
-        else:
-            y = act(wide("gate")) * wide("up") if self.mlp_gated else act(wide("up"))
-        y = constrain(y, "batch", "tokens", "activation_mlp")
-        down = Linear(("mlp",), (self.width,), ("embed",), 0.5, name="down", **fields)
-        x = constrain(x + self._scaled("mlp_scale", down(y)), "batch", "tokens", None)
+        normed, shape = norm(name="mlp_norm")(x), (self.width, self.mlp_dim, self.mlp_gated, 0.5)
+        products = mlp_products(*shape, dtype=self.dtype, bias=self.bias)
+        y = feed_forward(normed, activate(self.activation), **products)
+        x = constrain(x + self._scaled("mlp_scale", y), "batch", "tokens", None)
         return x, inner
 
     def _scaled(self, name: str, y: jax.Array) -> jax.Array:

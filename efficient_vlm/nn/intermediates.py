@@ -1,4 +1,4 @@
-"""What compressors may ask of the encoder's layers: features, keys, rows of attention."""
+"""Intermediates of encoder layers that compressors request: features, keys, attention rows."""
 
 from collections.abc import Callable
 
@@ -9,10 +9,10 @@ from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.kernels.attention import attention_importance
 
 
-def _row(query: jax.Array, keys: jax.Array, seen: dict, scale: float) -> jax.Array:
+def _row(query: jax.Array, keys: jax.Array, inner: dict, scale: float) -> jax.Array:
     """Attention of one query [B, H, Dh] to keys [B, S, H, Dh], mean over heads: float32 [B, S]."""
     logits = jnp.einsum("bhd,bkhd->bhk", query.astype(jnp.float32), keys.astype(jnp.float32))
-    live = None if seen["live"] is None else seen["live"][:, None]
+    live = None if inner["live"] is None else inner["live"][:, None]
     return jax.nn.softmax(scale * logits, axis=-1, where=live).mean(axis=1)
 
 
@@ -20,37 +20,37 @@ def _all_heads(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:-2], 1, -1)
 
 
-def _column_mean(seen: dict, scale: float) -> jax.Array:
+def _column_mean(inner: dict, scale: float) -> jax.Array:
     """Attention that each key receives, mean over queries and heads: float32 [B, S], sums to 1."""
-    q, k = (seen[name].swapaxes(1, 2) for name in ("query", "key"))
+    q, k = (inner[name].swapaxes(1, 2) for name in ("query", "key"))
     weights = jnp.full((q.shape[0], q.shape[2]), 1 / q.shape[2], jnp.float32)
-    if seen["live"] is not None:
-        weights = seen["live"] / seen["live"].sum(axis=1, keepdims=True, dtype=jnp.float32)
-    told = dict(key_bias=seen["key_bias"], mask=seen["mask"])
-    return attention_importance(q, k, seen["lse"], weights, scale=scale, **told)
+    if inner["live"] is not None:
+        weights = inner["live"] / inner["live"].sum(axis=1, keepdims=True, dtype=jnp.float32)
+    options = dict(key_bias=inner["key_bias"], mask=inner["mask"])
+    return attention_importance(q, k, inner["lse"], weights, scale=scale, **options)
 
 
-def _mean_query(seen: dict) -> jax.Array:
+def _mean_query(inner: dict) -> jax.Array:
     """Mean over the real patches: float32 [B, H, Dh]."""
-    where = None if seen["live"] is None else seen["live"][:, :, None, None]
-    return seen["query"].astype(jnp.float32).mean(axis=1, where=where)
+    where = None if inner["live"] is None else inner["live"][:, :, None, None]
+    return inner["query"].astype(jnp.float32).mean(axis=1, where=where)
 
 
-# What can be asked of a layer: (states behind it, what its attention saw and "live" [B, S], which
-# places are no padding, or None; scale of the logits) -> array. One-row signals are computed beside
-# the attention from one query, never from a whole matrix.
+# Name -> function of (output of the layer, inputs of its attention, scale of the logits). Inputs
+# include "live" [B, S], positions that are not padding, or None. Signals of one row are computed
+# from one query, never from a whole matrix.
 INTERMEDIATES: dict[str, Callable[[jax.Array, dict, float], jax.Array]] = {
-    "features": lambda x, seen, scale: x,
-    "keys": lambda x, seen, scale: seen["key"],
-    "cls_row": lambda x, seen, scale: _row(seen["query"][:, 0], seen["key"], seen, scale),
-    "cls_row_full": lambda x, seen, scale: _row(
-        _all_heads(seen["query"][:, 0]),
-        _all_heads(seen["key"]),
-        seen,
-        scale * seen["query"].shape[-2] ** -0.5,
+    "features": lambda x, inner, scale: x,
+    "keys": lambda x, inner, scale: inner["key"],
+    "cls_row": lambda x, inner, scale: _row(inner["query"][:, 0], inner["key"], inner, scale),
+    "cls_row_full": lambda x, inner, scale: _row(
+        _all_heads(inner["query"][:, 0]),
+        _all_heads(inner["key"]),
+        inner,
+        scale * inner["query"].shape[-2] ** -0.5,
     ),
-    "mean_query_row": lambda x, seen, scale: _row(_mean_query(seen), seen["key"], seen, scale),
-    "column_mean": lambda x, seen, scale: _column_mean(seen, scale),
+    "mean_query_row": lambda x, inner, scale: _row(_mean_query(inner), inner["key"], inner, scale),
+    "column_mean": lambda x, inner, scale: _column_mean(inner, scale),
 }
 
 
@@ -59,11 +59,11 @@ def parse_intermediate(asked: str, layers: int, class_token: bool) -> tuple[str,
 
     Args:
       asked: see `ViT.__call__`.
-      layers: that run.
-      class_token: whether the encoder has one.
+      layers: number of layers that run.
+      class_token: whether the encoder has a CLS token.
 
     Raises:
-      UserError: unknown name or layer, or a CLS row of an encoder without CLS.
+      UserError: unknown name or layer, or a CLS row of an encoder without CLS token.
     """
     name, _, layer = asked.partition("/")
     if name not in INTERMEDIATES:

@@ -1,7 +1,7 @@
-"""The keys and values of one layer between steps of generation: how they are kept and attended to.
+"""Keys and values of one layer between steps of generation: how they are stored and attended to.
 
-In one stretch of slots for each row, or in pages that a table strings together (arXiv 2309.06180);
-in the model's dtype, or in int8 with a scale for each token and head.
+Each row has one contiguous stretch of slots, or pages listed in a table (arXiv 2309.06180). Numbers
+are in the model's dtype, or int8 with one scale per token and head.
 """
 
 import dataclasses
@@ -11,10 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Float, Int, Shaped
 
-from efficient_vlm.errors import UserError, check_fields, unknown
+from efficient_vlm import checks
+from efficient_vlm.errors import UserError
 from efficient_vlm.kernels.attention import Mask, attention
 from efficient_vlm.kernels.paged_attention import attention_decode, quantise
+from efficient_vlm.nn.linear import Dtype
+from efficient_vlm.shapes import Array
 from efficient_vlm.sharding import CACHE_AXES, constrain
 
 __all__ = [
@@ -29,26 +33,25 @@ __all__ = [
     "write",
 ]
 
-KINDS, DTYPES = ("contiguous", "paged"), (None, "int8")
-# What kernels on TPUs read from where it lies.
-PAGE = 128
+KINDS, DTYPES = ("contiguous", "paged"), ("int8",)
+PAGE = 128  # The smallest page that kernels on TPUs read in place.
 _LARGEST_PAGE = 2**16
 
-# Keys and values, each [B, Hkv, M, Dh] of M slots a row or a pool of pages [P, Hkv, page, Dh]; with
-# int8 also the scales of the keys and of the values, float32 of these shapes without Dh.
-LayerCache = tuple[jax.Array, ...]
+# Keys and values, each [B, Hkv, M, Dh] with M slots per row, or a pool of pages [P, Hkv, page, Dh];
+# int8 ones are followed by the scales of the keys and of the values, float32 without the axis Dh.
+LayerCache = tuple[Shaped[Array, "..."], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheOptions:
-    """How keys and values are kept.
+    """How keys and values are stored.
 
     Attributes:
-      kind: "contiguous", or "paged".
-      page: slots of a page, for "paged": 128 unless given. TPUs read pages of 128, 256, ... from
-        where they lie; others are gathered first.
-      dtype: None for the model's; "int8" has half the bytes of bfloat16, and 4 more a token and
-        head. What is read from it is rounded to 1/127 of the largest number of a token and head.
+      kind: "contiguous" or "paged".
+      page: slots per page, 128 by default. TPUs read pages of 128, 256, ... slots in place; pages
+        of other sizes are gathered first.
+      dtype: None for the model's dtype. "int8" takes half the bytes of bfloat16, plus 4 per token
+        and head, and rounds to 1/127 of the largest number of a token and head.
 
     Raises:
       UserError: another kind, page or dtype.
@@ -59,31 +62,26 @@ class CacheOptions:
     dtype: str | None = None
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise unknown("cache.kind", str(self.kind), KINDS)
-        if self.dtype not in DTYPES:
-            raise UserError(
-                f"cache.dtype: {self.dtype!r:.40}", allowed="int8, or None for the model's"
-            )
+        checks.one_of("cache.kind", self.kind, KINDS)
+        if self.dtype is not None:
+            checks.one_of("cache.dtype", self.dtype, DTYPES)
         if self.page is not None and self.kind != "paged":
-            raise UserError(f"cache.page: {self.page!r:.40}, but kind={self.kind!r}", fix="paged")
-        whole = isinstance(self.page, int) and not isinstance(self.page, bool)
-        if self.page is not None and not (whole and 1 <= self.page <= _LARGEST_PAGE):
             raise UserError(
-                f"cache.page: {self.page!r:.40}",
-                allowed=f"a whole number from 1 to {_LARGEST_PAGE}; multiples of {PAGE} on TPUs",
+                f"cache.page: {self.page!r}, but kind={self.kind!r}", fix="kind='paged'"
             )
-        if self.page is None and self.kind == "paged":
-            object.__setattr__(self, "page", PAGE)
+        page = checks.whole("cache.page", self.page, high=_LARGEST_PAGE, none=True)
+        if self.kind == "paged":
+            object.__setattr__(self, "page", page or PAGE)
 
     @classmethod
     def of(cls, given: "CacheOptions | Mapping[str, Any] | None") -> "CacheOptions":
-        """From what a user gave: a mapping of fields, or None for all defaults."""
+        """Options from a mapping of fields, or from None for all defaults."""
         if isinstance(given, cls):
             return given
         if given is not None and not isinstance(given, Mapping):
             raise UserError(f"cache: {given!r:.40}", allowed="a mapping of kind, page and dtype")
-        check_fields("cache", given or {}, [field.name for field in dataclasses.fields(cls)])
+        names = [field.name for field in dataclasses.fields(cls)]
+        checks.known_fields("cache", given or {}, names)
         return cls(**(given or {}))
 
 
@@ -92,21 +90,21 @@ CONTIGUOUS = CacheOptions()
 
 @struct.dataclass
 class Slots:
-    """Where in the cache the new tokens of each row go; the same in all layers of a segment.
+    """Slots of the cache for the new tokens of each row; the same in all layers of a segment.
 
     Attributes:
-      at: int32 [B, S], no slot twice in a row; a slot behind the last one writes nothing.
+      at: int32 [B, S], distinct within a row; tokens with slots past the end are not written.
       pages: int32 [B, T], the pages of each row in order; None for a contiguous cache.
     """
 
-    at: jax.Array
-    pages: jax.Array | None = None
+    at: Int[Array, "B S"]
+    pages: Int[Array, "B T"] | None = None
 
 
 def empty(
-    options: CacheOptions, rows: int, slots: int, heads: int, dim: int, dtype: Any
+    options: CacheOptions, rows: int, slots: int, heads: int, dim: int, dtype: Dtype
 ) -> LayerCache:
-    """A layer's cache without a token, of `slots` a row or of whole pages for that many."""
+    """An empty cache of one layer with `slots` per row, rounded up to whole pages."""
     shape = (rows, heads, slots, dim)
     if options.kind == "paged":
         shape = (rows * -(-slots // options.page), heads, options.page, dim)
@@ -116,66 +114,73 @@ def empty(
 
 
 def cache_axes(order: int, paged: bool) -> tuple[str | None, ...]:
-    """Logical axes of a part of a layer's cache. Any row may have any page of a pool."""
+    """Logical axes of one array of a `LayerCache`; any row may use any page of a pool."""
     axes = (None if paged else CACHE_AXES[0], *CACHE_AXES[1:])
     return axes if order < 2 else axes[:-1]
 
 
-def fill(cache: LayerCache, k: jax.Array, v: jax.Array) -> LayerCache:
-    """An empty cache with k, v [B, S, Hkv, Dh] in the first S slots; pages in the order of rows."""
+def fill(
+    cache: LayerCache, k: Float[Array, "B S Hkv Dh"], v: Float[Array, "B S Hkv Dh"]
+) -> LayerCache:
+    """An empty cache with k and v in the first S slots of each row; pages are in row order."""
     rows, pages = len(k), len(cache[0]) // len(k)
 
-    def put(kept: jax.Array, new: jax.Array) -> jax.Array:
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
         if pages == 1:
-            return jax.lax.dynamic_update_slice(kept, new, (0,) * kept.ndim)
-        more = pages * kept.shape[2] - new.shape[2]
-        new = jnp.pad(new, [(0, more if axis == 2 else 0) for axis in range(new.ndim)])
-        new = new.reshape(rows, new.shape[1], pages, kept.shape[2], *new.shape[3:])
-        return new.swapaxes(1, 2).reshape(kept.shape)
+            return jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim)
+        room = pages * old.shape[2] - new.shape[2]
+        new = jnp.pad(new, [(0, room if axis == 2 else 0) for axis in range(new.ndim)])
+        new = new.reshape(rows, new.shape[1], pages, old.shape[2], *new.shape[3:])
+        return new.swapaxes(1, 2).reshape(old.shape)
 
-    parts = map(put, cache, _kept(cache, k, v))
+    parts = map(put, cache, _stored(cache, k, v))
     return _constrained(parts, paged=pages > 1)
 
 
-def write(cache: LayerCache, k: jax.Array, v: jax.Array, slots: Slots) -> LayerCache:
-    """A cache with k, v [B, S, Hkv, Dh] in slots of their own in each row.
+def write(
+    cache: LayerCache,
+    k: Float[Array, "B S Hkv Dh"],
+    v: Float[Array, "B S Hkv Dh"],
+    slots: Slots,
+) -> LayerCache:
+    """A cache with k and v written to the given slots of each row.
 
-    A scatter of S tokens: where the cache is donated nothing else of it is touched or copied. (A
-    `dynamic_update_slice` of each row would move tokens that reach over the end to its front.)
+    A scatter of S tokens, which leaves the rest of a donated cache in place. (A
+    `dynamic_update_slice` of each row would shift tokens that reach past the end.)
     """
 
-    def row(kept: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
-        return kept.at[:, at].set(new, mode="drop", unique_indices=True)
+    def row(old: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
+        return old.at[:, at].set(new, mode="drop", unique_indices=True)
 
-    def put(kept: jax.Array, new: jax.Array) -> jax.Array:
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
         if slots.pages is None:
-            return jax.vmap(row)(kept, new, slots.at)
-        size, count = kept.shape[2], slots.pages.shape[1]
+            return jax.vmap(row)(old, new, slots.at)
+        size, count = old.shape[2], slots.pages.shape[1]
         page = jnp.take_along_axis(slots.pages, jnp.minimum(slots.at // size, count - 1), axis=1)
-        page = jnp.where(slots.at < size * count, page, len(kept))
-        return kept.at[page, :, slots.at % size].set(new.swapaxes(1, 2), mode="drop")
+        page = jnp.where(slots.at < size * count, page, len(old))
+        return old.at[page, :, slots.at % size].set(new.swapaxes(1, 2), mode="drop")
 
-    parts = map(put, cache, _kept(cache, k, v))
+    parts = map(put, cache, _stored(cache, k, v))
     return _constrained(parts, paged=slots.pages is not None)
 
 
 def attend(
     cache: LayerCache,
-    q: jax.Array,
+    q: Float[Array, "B H S Dh"],
     slots: Slots,
     *,
     mask: Mask,
-    key_bias: jax.Array,
+    key_bias: Float[Array, "B M"],
     scale: float,
     softcap: float | None,
-) -> tuple[jax.Array, jax.Array]:
-    """New tokens, which are in the cache already, attend to it.
+) -> tuple[Float[Array, "B H S Dh"], Float[Array, "B H S"]]:
+    """Attention of new tokens to a cache that holds them already.
 
     Args:
-      cache: of M slots a row.
-      q: [B, H, S, Dh].
-      slots: where the S tokens are.
-      mask: causal, by places that grow with the slots of text; +inf for a slot that holds nothing.
+      cache: with M slots per row.
+      q: [B, H, S, Dh], queries of the new tokens.
+      slots: those of the new tokens.
+      mask: causal by places that grow with the slots of text, +inf for slots without a token.
       key_bias: float32 [B, M].
       scale, softcap: see `kernels.attention.attention`.
 
@@ -190,7 +195,7 @@ def attend(
     k_scale, v_scale = scales or (None, None)
     if not scales:
         k, v = (part.astype(q.dtype) for part in (k, v))
-    # A token that is not there sees nothing.
+    # Absent tokens attend to nothing.
     lengths = jnp.where(slots.at < mask.position.shape[1], slots.at + 1, 0)
     found = attention_decode(
         *(q, k, v, lengths),
@@ -205,8 +210,8 @@ def attend(
     return found.out, found.lse
 
 
-def _kept(cache: LayerCache, k: jax.Array, v: jax.Array) -> LayerCache:
-    """New keys and values [B, S, Hkv, Dh] as [B, Hkv, S, Dh] in the form of a cache."""
+def _stored(cache: LayerCache, k: jax.Array, v: jax.Array) -> LayerCache:
+    """k and v [B, S, Hkv, Dh] as the arrays of a cache hold them, [B, Hkv, S, Dh]."""
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     if len(cache) == 2:
         return k.astype(cache[0].dtype), v.astype(cache[1].dtype)

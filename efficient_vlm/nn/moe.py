@@ -1,68 +1,43 @@
-"""Feed-forward layers: dense, gated or not, and a mixture of experts."""
+"""A mixture of experts."""
 
-import math
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Bool, Float
 
-from efficient_vlm.errors import UserError, check_fields
+from efficient_vlm import checks
+from efficient_vlm.errors import UserError
 from efficient_vlm.nn.experts import Kernels, dispatch
-from efficient_vlm.nn.layers import Dtype, Linear, activate, fused_product, logical
-from efficient_vlm.sharding import constrain
+from efficient_vlm.nn.linear import Dtype, Linear, weight_of
+from efficient_vlm.nn.mlp import FeedForward, activate
+from efficient_vlm.shapes import Array
 
 # A loss is a sum with its denominator, so that micro-batches and devices add up exactly.
-Ratio = tuple[jax.Array, jax.Array]
-
-
-class FeedForward(nn.Module):
-    """down(act(gate(x)) * up(x)) (arXiv 2002.05202), or down(act(up(x))) where it is not gated."""
-
-    mlp_dim: int
-    out_scale: float = 1.0
-    dtype: Dtype = jnp.float32
-    gated: bool = True
-    activation: str = "silu"
-    bias: bool = False
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        fields = dict(dtype=self.dtype, bias=self.bias)
-
-        def wide(name: str):
-            return Linear(("embed",), (self.mlp_dim,), ("mlp",), name=name, **fields)(x)
-
-        act = activate(self.activation)
-        if "gate_up" in self.variables.get("params", {}):
-            gate, up = jnp.split(fused_product(self, "gate_up", x), 2, axis=-1)
-            hidden = act(gate) * up
-        else:
-            hidden = act(wide("gate")) * wide("up") if self.gated else act(wide("up"))
-        hidden = constrain(hidden, "batch", "tokens", "activation_mlp")
-        down = Linear(
-            ("mlp",), (x.shape[-1],), ("embed",), scale=self.out_scale, name="down", **fields
-        )
-        return down(hidden)
+Ratio = tuple[Float[Array, "*experts"], Float[Array, ""]]
 
 
 class MoE(nn.Module):
-    """Top-k mixture of gated experts (arXiv 2002.05202), each token to all it chose by default.
+    """Top-k mixture of gated experts (arXiv 2002.05202), dropless by default.
 
-    The router is a softmax over all experts in float32, of which the `top_k` largest are kept
+    The router is a float32 softmax over all experts, of which the `top_k` largest weights are kept
     (and, with `normalize`, rescaled to sum to one). Losses follow Switch (arXiv 2101.03961, eq. 4)
     and ST-MoE (arXiv 2202.08906, eq. 5).
 
     Attributes:
-      num_experts, top_k: experts, and experts per token.
+      num_experts, top_k: number of experts, in total and per token.
       expert_dim: hidden width of one expert.
-      shared_dim: hidden width of a dense gated layer that every token also takes; 0 for none.
-      normalize: whether the weights of the chosen experts sum to one. Not done for `top_k` 1, where
-        the weight would be the constant 1 and the router would learn nothing from the loss; with
-        "always" it is done even so, as in published models.
-      activation: of the experts, see `layers.ACTIVATIONS`.
-      capacity: None for dropless; else how many times an equal share of a row's tokens an expert
-        takes, such as 1.25 (Switch, arXiv 2101.03961); what is over gets nothing from it.
+      shared_dim: hidden width of a dense gated layer applied to every token; 0 for none.
+      normalize: whether the weights of the chosen experts sum to one. Ignored for `top_k` 1, where
+        the weight would be the constant 1 and the router would get no gradient from the loss;
+        "always" applies even then, as in published models.
+      activation: of the experts, see `mlp.ACTIVATIONS`.
+      capacity: None for dropless; otherwise the capacity factor (Switch, arXiv 2101.03961), such as
+        1.25: an expert accepts that multiple of an equal share of a row's tokens, and contributes
+        nothing to the others.
+      out_scale: scale of the initial output projections.
+      dtype: of activations, that of the model.
     """
 
     num_experts: int
@@ -76,22 +51,24 @@ class MoE(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, valid: jax.Array) -> tuple[jax.Array, dict[str, Ratio]]:
+    def __call__(
+        self, x: Float[Array, "B S D"], valid: Bool[Array, "B S"]
+    ) -> tuple[Float[Array, "B S D"], dict[str, Ratio]]:
         """Applies the layer.
 
         Args:
           x: [B, S, D].
-          valid: bool [B, S]; padding is computed (shapes are static) but counted nowhere.
+          valid: bool [B, S]; padding is computed (shapes are static) but excluded from statistics.
 
         Returns:
-          [B, S, D], and {"load_balance", "router_z"} as (sum, denominator) scalars with
-          "expert_load": ([E] tokens sent to each expert, their total), with a capacity also
-          "dropped": (choices that were not served, all choices).
+          [B, S, D], and ratios (sum, denominator): scalars "load_balance" and "router_z",
+          "expert_load" (tokens of each expert [E], their total), and with a capacity "dropped"
+          (choices that were not served, all choices).
         """
         experts, k = self.num_experts, self.top_k
         shape, width = x.shape, x.shape[-1]
         x = x.reshape(-1, width)
-        counted = valid.reshape(-1).astype(jnp.float32)
+        counted = jnp.asarray(valid, jnp.float32).reshape(-1)
 
         router = Linear(("embed",), (experts,), ("experts_router",), name="router")
         logits = router(x.astype(jnp.float32))
@@ -136,10 +113,8 @@ class MoE(nn.Module):
             init = nn.initializers.variance_scaling(
                 scale**2, "fan_in", "normal", in_axis=1, out_axis=2, batch_axis=0
             )
-            value = self.param(
-                name, logical(init, "experts", *axes), (self.num_experts, inner, outer)
-            )
-            return value.astype(self.dtype)
+            shape = (self.num_experts, inner, outer)
+            return weight_of(self, name, init, shape, ("experts", *axes), self.dtype)
 
         wide = ("embed", "expert_mlp")
         gate = weight("gate", width, self.expert_dim, wide, 1.0)
@@ -151,31 +126,22 @@ def check_moe(moe: Mapping | None) -> None:
     """Raises UserError for a mixture that cannot be built."""
     if moe is None:
         return
-    check_fields("model.decoder.moe", moe, moe_fields())
+    where = "model.decoder.moe"
+    checks.known_fields(where, moe, moe_fields())
     for name in ("num_experts", "top_k", "expert_dim"):
         if name not in moe:
-            raise UserError(f"model.decoder.moe.{name}: missing", fix="set it, or moe=None")
+            raise UserError(f"{where}.{name}: missing", fix="set it, or moe=None")
     for name, least in (("num_experts", 1), ("top_k", 1), ("expert_dim", 1), ("shared_dim", 0)):
-        value = moe.get(name, least)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise UserError(
-                f"model.decoder.moe.{name}: {value!r}", allowed=f"a whole number from {least}"
-            )
+        checks.whole(f"{where}.{name}", moe.get(name, least), least)
     if not moe["top_k"] <= moe["num_experts"]:
         raise UserError(
-            f"model.decoder.moe.top_k: {moe['top_k']}",
-            allowed=f"1 to num_experts={moe['num_experts']}",
+            f"{where}.top_k: {moe['top_k']}", allowed=f"1 to num_experts={moe['num_experts']}"
         )
-    capacity = moe.get("capacity")
-    number = isinstance(capacity, int | float) and not isinstance(capacity, bool)
-    if capacity is not None and not (number and 0 < capacity < math.inf):
-        raise UserError(
-            f"model.decoder.moe.capacity: {capacity!r}", allowed="above 0, or None for dropless"
-        )
+    checks.number(
+        f"{where}.capacity", moe.get("capacity"), above=0, none=True, fix="None for dropless"
+    )
     if moe.get("normalize", True) not in (True, False, "always"):
-        raise UserError(
-            f"model.decoder.moe.normalize: {moe['normalize']!r}", allowed="True, False, 'always'"
-        )
+        raise UserError(f"{where}.normalize: {moe['normalize']!r}", allowed="True, False, 'always'")
 
 
 def moe_fields() -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Position embeddings of patches: tables, and how they follow the size of an image."""
+"""Position embeddings of patches: tables, and their resampling to the size of an image."""
 
 import math
 from typing import Any
@@ -7,15 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jaxtyping import Bool, Float, Int
 
 from efficient_vlm.errors import unknown
-from efficient_vlm.nn.layers import logical
+from efficient_vlm.nn.linear import logical
+from efficient_vlm.shapes import Array
 
-# factorised: a row table plus a column table. The others have a table of the whole grid, which
-# another size of image resamples: area or linear ("learned"), cubic as torch does it without
-# ("bicubic": CLIP, SigLIP) or with antialiasing ("bicubic_antialias": Molmo), linear between the
-# corners ("corners": Qwen3-VL), or by the row whose share of the image it is in ("bucketed":
-# Idefics3, SmolVLM). none: nothing is added.
+# factorised: a row table plus a column table. The others have a table of the whole grid, resampled
+# for other image sizes: by area or linearly ("learned"), cubically as in torch without ("bicubic":
+# CLIP, SigLIP) or with antialiasing ("bicubic_antialias": Molmo), linearly with aligned corners
+# ("corners": Qwen3-VL), or by buckets of the fractional coordinate ("bucketed": Idefics3, SmolVLM).
+# none: no embedding.
 POSITIONS = (
     "factorised",
     "learned",
@@ -27,17 +29,19 @@ POSITIONS = (
 )
 
 
-def patch_mask(grid: tuple[int, int], valid: jax.Array) -> jax.Array:
-    """bool [B, h*w], patches inside the upper left `valid` [B, 2] rows and columns."""
+def patch_mask(grid: tuple[int, int], valid: Int[Array, "B 2"]) -> Bool[Array, "B N"]:
+    """Patches within the upper left `valid` rows and columns, in raster order."""
     rows = jnp.arange(grid[0]) < valid[:, :1]
     columns = jnp.arange(grid[1]) < valid[:, 1:]
     return (rows[:, :, None] & columns[:, None]).reshape(len(valid), -1)
 
 
-def patch_positions(vit: Any, grid: tuple[int, int], valid: jax.Array | None) -> jax.Array:
-    """[h*w, width] or [B, h*w, width] for images of `grid` patches, of which `valid` are real.
+def patch_positions(
+    vit: Any, grid: tuple[int, int], valid: Int[Array, "B 2"] | None
+) -> Float[Array, "*B N width"]:
+    """Embeddings for images of `grid` patches, of which `valid` rows and columns are real.
 
-    Called inside the `encoder.ViT`, whose parameters the tables are.
+    Called by `encoder.ViT`, which owns the tables.
     """
     (h, w), (rows, columns) = grid, vit.position_grid or vit.grid
     init = nn.initializers.normal(vit.position_scale)
@@ -75,7 +79,7 @@ def patch_positions(vit: Any, grid: tuple[int, int], valid: jax.Array | None) ->
     out = jnp.einsum("bhr,bwc,rcd->bhwd", by_row, by_column, whole, precision=exact)
     out = out.reshape(len(valid), h * w, vit.width)
     if vit.position == "bucketed":
-        # Padding has the first position: nothing attends to it, but a token may read it.
+        # Padding gets the first position: nothing attends to it, but a projector may read it.
         out = jnp.where(patch_mask(grid, valid)[..., None], out, whole[0, 0])
     return out
 
@@ -84,13 +88,13 @@ def _bucket(old: int, new: int, real: jax.Array) -> jax.Array:
     """float32 [B, new, old], 1 at the row of the table that each of `real` rows falls into.
 
     Row i of n real ones has the coordinate i / n, and takes row k of the table if that lies in
-    [k / old, (k + 1) / old) (arXiv 2307.06304, fractional coordinates; Idefics2). In float32, and
-    with the boundaries as they come from adding: a coordinate on a boundary is the common case.
+    [k / old, (k + 1) / old) (arXiv 2307.06304, fractional coordinates; Idefics2). Computed in
+    float32 with boundaries from `arange`, because coordinates often lie exactly on a boundary.
     """
     boundaries = jnp.asarray(np.arange(1 / old, 1.0, 1 / old, dtype=np.float64), jnp.float32)
-    place = jnp.arange(new, dtype=jnp.float32)
+    rows = jnp.arange(new, dtype=jnp.float32)
     share = 1 / real.astype(jnp.float32)
-    at = jnp.clip(place * share[:, None], 0.0, 1.0 - 1e-6)
+    at = jnp.clip(rows * share[:, None], 0.0, 1.0 - 1e-6)
     index = (boundaries[None, None] <= at[..., None]).sum(axis=-1)
     return jax.nn.one_hot(index, old, dtype=jnp.float32)
 
@@ -103,11 +107,11 @@ def _between_corners(old: int, new: int, real: jax.Array) -> jax.Array:
     return jnp.maximum(1 - distance, 0.0)
 
 
-def cubic_weights(old: int, new: int, antialias: bool) -> np.ndarray:
+def cubic_weights(old: int, new: int, antialias: bool) -> Float[np.ndarray, "{new} {old}"]:
     """float32 [new, old], cubic convolution with half-pixel centres, as torch resamples.
 
-    Without antialiasing a = -0.75, and places beyond the border repeat the border; with it
-    a = -0.5, the kernel is as wide as what a new cell covers, and weights are normalised.
+    Without antialiasing a = -0.75, and the border is repeated outside; with antialiasing a = -0.5,
+    the kernel is stretched to the extent of a new cell, and weights are normalised.
     """
     scale = old / new
     weights = np.zeros((new, old))
@@ -136,8 +140,8 @@ def cubic_weights(old: int, new: int, antialias: bool) -> np.ndarray:
 
 
 def _resample(table: jax.Array, axis: int, size: int) -> jax.Array:
-    """A table over `axis` at `size` evenly spaced cells: the mean of what each cell covers, or,
-    where cells are smaller than the table's, linear interpolation between their centres."""
+    """Resamples `axis` of a table to `size` cells: the mean over each cell, or linear interpolation
+    between centres if the new cells are smaller than the old ones."""
     if table.shape[axis] == size:
         return table
     shape = list(table.shape)

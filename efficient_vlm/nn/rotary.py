@@ -7,8 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Real
 
-from efficient_vlm.errors import UserError, check_fields, unknown
+from efficient_vlm import checks
+from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.shapes import Array
 
 _NEEDED = {
     "linear": ("factor",),
@@ -21,25 +24,25 @@ _FIELDS = ("theta", "fraction", "scaling", "sections", "interleaved")
 
 
 def rotate(
-    x: jax.Array,
-    positions: jax.Array,
+    x: Float[Array, "B S H Dh"],
+    positions: Real[Array, "B S *axes"],
     spec: Mapping[str, Any],
     other: Mapping[str, Any] | None = None,
     use_other: Any = False,
-) -> jax.Array:
-    """Rotary position embedding (arXiv 2104.09864), in halves, as Llama does it.
+) -> Float[Array, "B S H Dh"]:
+    """Rotary position embedding (arXiv 2104.09864) of the two halves of Dh, as in Llama.
 
     Args:
       x: [B, S, H, Dh].
-      positions: int or float [B, S] (fractions, of merged tokens, are fine), or [B, S, A] with one
-        position per axis (`sections`); with sections, [B, S] are positions that are the same on all
-        axes, those of text.
-      spec: theta; fraction (1.0), the share of Dh that is rotated; scaling (None), see
-        `frequencies`; sections (None), how many frequencies belong to each axis, of which each
-        axis takes its own (M-RoPE, arXiv 2409.12191, section 2.1): in chunks, or `interleaved`
-        (time, height, width, time, ... with time at the end).
-      other: another spec, for layers of another type.
-      use_other: bool, static or traced, which of the two.
+      positions: int or float [B, S] (merged tokens have fractional positions), or [B, S, A] with
+        one position per axis (`sections`); with sections, [B, S] gives all axes the same position,
+        as text has it.
+      spec: theta; fraction (1.0), the fraction of Dh that is rotated; scaling (None), see
+        `frequencies`; sections (None), the number of frequencies of each axis (M-RoPE, arXiv
+        2409.12191, section 2.1): in chunks, or `interleaved` (time, height, width, time, ... with
+        time at the end).
+      other: a second spec, for layers of another type.
+      use_other: bool, static or traced; whether to use `other`.
     """
     rotated = int(x.shape[-1] * spec.get("fraction", 1.0)) // 2 * 2
     if rotated == 0:
@@ -65,7 +68,7 @@ def rotate(
 
 
 def _axis_of_frequency(sections: tuple[int, ...], interleaved: bool) -> np.ndarray:
-    """Which axis each frequency belongs to."""
+    """The axis of each frequency."""
     if not interleaved:
         return np.repeat(np.arange(len(sections)), sections)
     axes = np.zeros(sum(sections), np.int64)
@@ -75,13 +78,13 @@ def _axis_of_frequency(sections: tuple[int, ...], interleaved: bool) -> np.ndarr
 
 
 def frequencies(
-    dim: int, positions: jax.Array, spec: Mapping[str, Any]
-) -> tuple[jax.Array, float | jax.Array]:
-    """Frequencies [dim / 2] and what sine and cosine are multiplied by.
+    dim: int, positions: Real[Array, "B S *axes"], spec: Mapping[str, Any]
+) -> tuple[Float[Array, " F"], float | Float[Array, ""]]:
+    """Frequencies [dim / 2] and the factor of sine and cosine.
 
     `spec["scaling"]` is None or {"type": ...} with
       linear: factor (arXiv 2306.15595);
-      dynamic: factor, original_length; theta grows once positions pass the original length;
+      dynamic: factor, original_length; theta grows once positions exceed the original length;
       llama3: factor, low_freq_factor, high_freq_factor, original_length (arXiv 2407.21783);
       yarn: factor, original_length, beta_fast (32), beta_slow (1), truncate (True),
         attention_factor or mscale and mscale_all_dim (arXiv 2309.00071);
@@ -119,7 +122,7 @@ def _yarn(dim: int, theta: float, scaling: Mapping[str, Any], plain: jax.Array):
     factor, original = scaling["factor"], scaling["original_length"]
 
     def frequency_with(turns: float) -> float:
-        """The index of the frequency that turns so often within the original length."""
+        """The index of the frequency with `turns` rotations within the original length."""
         return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low = frequency_with(scaling.get("beta_fast") or 32)
@@ -141,10 +144,10 @@ def _yarn(dim: int, theta: float, scaling: Mapping[str, Any], plain: jax.Array):
 
 
 def check_rope(where: str, spec: Mapping[str, Any] | None, dim: int) -> None:
-    """Raises UserError for a spec that cannot be used with heads of width `dim`."""
+    """Raises UserError for a spec that does not fit heads of width `dim`."""
     if spec is None:
         return
-    check_fields(where, spec, _FIELDS)
+    checks.known_fields(where, spec, _FIELDS)
     scaling = spec.get("scaling")
     if scaling is not None and scaling.get("type") not in _NEEDED:
         raise unknown(f"{where}.scaling.type", str(scaling.get("type")), _NEEDED)
@@ -162,10 +165,12 @@ def check_rope(where: str, spec: Mapping[str, Any] | None, dim: int) -> None:
         )
 
 
-def axial(x: jax.Array, position: jax.Array, theta: float) -> jax.Array:
+def axial(
+    x: Float[Array, "B N H Dh"], position: Real[Array, "B N 2"], theta: float
+) -> Float[Array, "B N H Dh"]:
     """Rotary positions in two axes, as in the encoders of Qwen2-VL (arXiv 2409.12191).
 
-    The first half of the frequencies turns with the row, the second with the column.
+    The first half of the frequencies rotates by the row, the second by the column.
 
     Args:
       x: [B, N, H, Dh], Dh a multiple of 4.

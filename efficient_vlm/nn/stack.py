@@ -1,15 +1,20 @@
-"""Equal layers: parameters stacked for training, split for inference, run over any stretch."""
+"""Stacks of identical layers: parameters stacked for training or split for inference."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.core import Scope
+from jax import lax
+from jaxtyping import Float
 
 from efficient_vlm.errors import unknown
+from efficient_vlm.nn.linear import Joined, intercepted
+from efficient_vlm.shapes import Array
 
 # Names of stacks among parameters: the encoder's, the decoder's, and those of its layers that are
 # dense where the others are mixtures of experts.
@@ -19,12 +24,12 @@ STACKS = {"layers", "segment_0", "dense_layers"}
 def stack_layers(block: type[nn.Module], length: int, inputs: int) -> type[nn.Module]:
     """`block` with the parameters of `length` layers, stacked on axis 0 (logical axis "layers").
 
-    It is called once, to create them; `run_layers` runs any stretch of the layers.
+    It is called once to create them; `LayerStack` runs any range of the layers.
 
     Args:
       block: a module whose call is (x, *inputs) -> (x, anything).
       length: number of layers.
-      inputs: how many inputs beside x, the same for every layer.
+      inputs: number of inputs besides x, which all layers share.
     """
     return nn.scan(
         block,
@@ -36,15 +41,53 @@ def stack_layers(block: type[nn.Module], length: int, inputs: int) -> type[nn.Mo
     )
 
 
+class SplitLayers(nn.Module):
+    """Layers whose parameters are created split, in the form of `unstack`.
+
+    For libraries that must visit each layer at initialisation: qwix quantises these, not stacks.
+
+    Attributes:
+      block: the class of a layer, called (x, *inputs) -> (x, anything).
+      length: number of layers.
+      fields: of the block.
+    """
+
+    block: type[nn.Module]
+    length: int
+    fields: Mapping[str, Any]
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*tokens D"], *inputs: Any
+    ) -> tuple[Float[Array, "*tokens D"], None]:
+        for index in range(self.length):
+            x, _ = self.block(**self.fields, name=str(index))(x, *inputs)
+        return x, None
+
+
+def make_layers(
+    block: type[nn.Module],
+    length: int,
+    inputs: int,
+    fields: Mapping[str, Any],
+    name: str,
+    stacked: bool = True,
+) -> nn.Module:
+    """The module that creates the parameters of identical layers."""
+    if stacked:
+        return stack_layers(block, length, inputs)(**fields, name=name)
+    return SplitLayers(block, length, fields, name=name)
+
+
 def unstack(params: Any) -> Any:
     """Parameters with every stack of layers split into one tree per layer, for inference.
 
-    A loop over a stack copies each layer's weights out of it, on a CPU as slow as multiplying a few
-    tokens with them. Split once, prefill of 128 tokens is a fifth faster and decoding twice. The
-    programs get longer (the loop is written out), so training keeps its stacks.
+    A loop over a stack copies each layer's weights out of it, which takes a CPU as long as the
+    products of a few tokens. With split weights, prefill of 128 tokens is a fifth faster and
+    decoding twice as fast. Programs grow (the loop is unrolled), so training keeps the stacks.
 
     Args:
-      params: as `init` gives them, without logical axes; already split ones come back unchanged.
+      params: as from `init`, without logical axes; split parameters are returned unchanged.
     """
     if not isinstance(params, Mapping):
         return params
@@ -56,18 +99,18 @@ def unstack(params: Any) -> Any:
     return split
 
 
-# Products of one input that `fuse` joins: new name -> the old ones.
-_FUSED = {"query_key_value": ("query", "key", "value"), "gate_up": ("gate", "up")}
+# Products of one input, which `fuse` joins under the name of the first.
+_JOINED = (("query", "key", "value"), ("gate", "up"))
 
 
 def fuse(params: Any) -> Any:
-    """`unstack`, and kernels that multiply the same input put side by side, for inference.
+    """`unstack`, with the kernels of products of the same input concatenated, for inference.
 
-    One product with a few tokens is then fewer and larger reads of weights: a fifth faster on a
-    CPU. Not undone: keep the original for export.
+    Products of a few tokens then read weights in fewer and larger pieces: a fifth faster on a CPU.
+    Not reversible: keep the original for export.
 
     Args:
-      params: as `init` or `unstack` give them, without logical axes.
+      params: as from `init` or `unstack`, without logical axes.
     """
     params = unstack(params)
     if not isinstance(params, Mapping):
@@ -79,15 +122,16 @@ def _fused(tree: Any) -> Any:
     if not isinstance(tree, Mapping):
         return tree
     tree = {name: _fused(value) for name, value in tree.items()}
-    for new, old in _FUSED.items():
-        parts = [tree.get(name) for name in old]
+    for names in _JOINED:
+        parts = [tree.get(name) for name in names]
         if all(isinstance(part, Mapping) and "kernel" in part for part in parts):
-            width = parts[0]["kernel"].shape[0]
-            joined = {"kernel": [p["kernel"].reshape(width, -1) for p in parts]}
+            kernels = [part["kernel"] for part in parts]
+            matrix = jnp.concatenate([k.reshape(k.shape[0], -1) for k in kernels], axis=-1)
+            whole = {"kernel": Joined(matrix, tuple(k.shape[1:] for k in kernels))}
             if "bias" in parts[0]:
-                joined["bias"] = [p["bias"].reshape(-1) for p in parts]
-            tree = {name: value for name, value in tree.items() if name not in old}
-            tree[new] = {key: jnp.concatenate(value, axis=-1) for key, value in joined.items()}
+                whole["bias"] = jnp.concatenate([p["bias"].reshape(-1) for p in parts])
+            tree = {name: value for name, value in tree.items() if name not in names}
+            tree[names[0]] = whole
     return tree
 
 
@@ -97,13 +141,13 @@ def is_split(layers: Any) -> bool:
 
 
 def layer_of(layers: Any, index: int) -> Any:
-    """The parameters of one layer, from a stack or from what `unstack` made of it."""
+    """The parameters of one layer of stacked or split parameters."""
     return layers[str(index)] if is_split(layers) else jax.tree.map(lambda p: p[index], layers)
 
 
 def rematerialised(function: Callable, remat: str) -> Callable:
-    """`function`, of which the backward pass computes "none", "full" (everything) or "dots" (all
-    but matrix products) again."""
+    """`function`, whose backward pass recomputes "none", "full" (everything) or "dots" (everything
+    but matrix products)."""
     policies = {
         "full": jax.checkpoint_policies.nothing_saveable,
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -115,11 +159,113 @@ def rematerialised(function: Callable, remat: str) -> Callable:
     return jax.checkpoint(function, prevent_cse=False, policy=policies[remat])
 
 
-def _traced_once(body: Callable) -> Callable:
-    """`body` of (x, item), traced and lowered once for all layers alike.
+class LayerStack:
+    """Identical layers with their parameters, bound at their paths in the module tree.
 
-    That is most of what a program that is in the compilation cache costs. What is no array in the
-    item stays static, as it would be without.
+    A layer is a module bound to a scope with the path of its parameters. Interceptors of module
+    calls (`flax.linen.intercept_methods`, qwix) therefore see `language/layers/query` for stacked
+    layers and `language/layers/3/query` for split ones.
+
+    Args:
+      block: a module without a parent.
+      params: of all layers, stacked on a leading axis (run by a scan) or split by `unstack` (run by
+        an unrolled loop).
+      path: of `params` in the tree.
+      remat: see `rematerialised`.
+      unroll: layers per loop iteration; the number of layers removes the loop, best on CPUs.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        params: Any,
+        path: Sequence[str],
+        *,
+        remat: str = "none",
+        unroll: int = 1,
+    ):
+        self.block, self.params, self.path = block, params, tuple(path)
+        self.remat, self.unroll, self.split = remat, unroll, is_split(params)
+
+    def one(
+        self, index: int, layer: Callable, x: Float[Array, "*tokens D"], *, remat: bool = True
+    ) -> Any:
+        """`layer(block, x)` of one layer; `remat` requires that only its result leaves it."""
+
+        def run(params, x):
+            return layer(self._bound(params, index), x)
+
+        run = rematerialised(run, self.remat) if remat else run
+        return run(layer_of(self.params, index), x)
+
+    def run(
+        self,
+        layer: Callable,
+        x: Float[Array, "*tokens D"],
+        start: int,
+        stop: int,
+        inputs: Any = None,
+        *,
+        differentiated: bool = True,
+    ) -> tuple[Float[Array, "*tokens D"], Any]:
+        """Runs layers `start` to `stop` (excluded).
+
+        Args:
+          layer: (block, x, its input) -> (x, outputs).
+          x: the hidden states.
+          start, stop: static.
+          inputs: a tree with a leading axis over these layers, or None; for split layers a list
+            with one tree per layer.
+          differentiated: False slices the layers out of the whole stack one by one; True copies the
+            range first, so that the gradient is no larger than the range.
+
+        Returns:
+          x after the last layer, and the outputs with a leading axis over these layers; a list of
+          outputs for split layers.
+        """
+
+        def at(index: int) -> Callable:
+            def body(x, item):
+                return layer(self._bound(item[0], index), x, item[1])
+
+            return rematerialised(body, self.remat)
+
+        if self.split:
+            return self._run_split(at, x, start, stop, inputs)
+        body, unroll = at(start), max(1, min(self.unroll, stop - start))
+        whole = (start, stop) == (0, jax.tree.leaves(self.params)[0].shape[0])
+        if not whole and not differentiated:
+
+            def of_number(x, item):
+                params = jax.tree.map(
+                    lambda p: lax.dynamic_index_in_dim(p, item[0], keepdims=False), self.params
+                )
+                return body(x, (params, item[1]))
+
+            return lax.scan(of_number, x, (jnp.arange(start, stop), inputs), unroll=unroll)
+        part = self.params if whole else jax.tree.map(lambda p: p[start:stop], self.params)
+        return lax.scan(body, x, (part, inputs), unroll=unroll)
+
+    def _run_split(self, at, x, start, stop, inputs):
+        # With interceptors each layer is traced at its own path; otherwise once for all.
+        once = None if intercepted() else _traced_once(at(start))
+        outputs = []
+        for index in range(start, stop):
+            own = None if inputs is None else inputs[index - start]
+            x, output = (once or at(index))(x, (layer_of(self.params, index), own))
+            outputs.append(output)
+        return x, outputs
+
+    def _bound(self, params: Any, index: int) -> nn.Module:
+        path = (*self.path, str(index)) if self.split else self.path
+        return self.block.clone(parent=Scope({"params": params}, name=path[-1], path=path))
+
+
+def _traced_once(body: Callable) -> Callable:
+    """`body` of (x, item), traced and lowered once for all layers.
+
+    Tracing and lowering dominate the start-up of cached programs. Leaves of the item that are not
+    arrays stay static, as they would be in `body`.
     """
 
     @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -135,63 +281,3 @@ def _traced_once(body: Callable) -> Callable:
         return run(x, arrays, static, tree)
 
     return call
-
-
-def run_layers(
-    layer: Callable,
-    layers: Any,
-    x: jax.Array,
-    start: int,
-    stop: int,
-    inputs: Any = None,
-    *,
-    remat: str = "none",
-    unroll: int = 1,
-    differentiated: bool = True,
-) -> tuple[jax.Array, Any]:
-    """Runs layers `start` to `stop` (excluded).
-
-    Args:
-      layer: (parameters of one layer, x, its input) -> (x, outputs).
-      layers: parameters of all layers, stacked on a leading axis (a scan) or split by `unstack` (a
-        loop that is written out).
-      x: what goes from layer to layer.
-      start, stop: static.
-      inputs: a tree with a leading axis over these layers, a slice for each, or None; for split
-        layers a list with one tree for each.
-      remat: see `rematerialised`.
-      unroll: layers per loop iteration; the number of layers removes the loop, which a CPU prefers.
-      differentiated: False takes the layers of a stretch out of the whole stack one by one; else
-        the stretch is copied first, for a gradient that is no larger than it.
-
-    Returns:
-      x behind the last of them, and the outputs with a leading axis over these layers; a list of
-      outputs for split layers.
-    """
-
-    def body(x, item):
-        return layer(item[0], x, item[1])
-
-    body = rematerialised(body, remat)
-    if is_split(layers):
-        outputs, body = [], _traced_once(body)
-        for i in range(start, stop):
-            given = None if inputs is None else inputs[i - start]
-            x, output = body(x, (layer_of(layers, i), given))
-            outputs.append(output)
-        return x, outputs
-    whole = (start, stop) == (0, jax.tree.leaves(layers)[0].shape[0])
-    if not whole and not differentiated:
-
-        def of_number(x, item):
-            params = jax.tree.map(
-                lambda p: jax.lax.dynamic_index_in_dim(p, item[0], keepdims=False), layers
-            )
-            return body(x, (params, item[1]))
-
-        numbers = jnp.arange(start, stop)
-        return jax.lax.scan(
-            of_number, x, (numbers, inputs), unroll=max(1, min(unroll, stop - start))
-        )
-    part = layers if whole else jax.tree.map(lambda p: p[start:stop], layers)
-    return jax.lax.scan(body, x, (part, inputs), unroll=max(1, min(unroll, stop - start)))

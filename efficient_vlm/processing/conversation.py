@@ -1,15 +1,35 @@
 """What a user asks -> token ids of a prompt, by the template and the tokenizer of a model."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from efficient_vlm.errors import UserError
-from efficient_vlm.families.base import Config, Family
 from efficient_vlm.processing import chat_template as prompts
 from efficient_vlm.processing.hub_tokenizer import Tokenizer
 from efficient_vlm.processing.pictures.base import Pictured
 
 Conversation = str | Sequence[prompts.Message]
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptStyle:
+    """How the prompts of one model are written; `families.base.Family` says what the fields mean.
+
+    Attributes:
+      family: its name, for messages.
+      pictures: whether it takes pictures; without them a template gets plain texts.
+      options: of the prompt function that stands in for a chat template.
+      placeholder, begin: see `Family`.
+      image_token: gives the id of a visual token; asked only where `placeholder` is no token.
+    """
+
+    family: str
+    pictures: bool
+    options: Mapping[str, Any]
+    placeholder: str
+    begin: str
+    image_token: Callable[[], int] | None = None
 
 
 def is_one(prompt: Any) -> bool:
@@ -33,8 +53,7 @@ def is_one(prompt: Any) -> bool:
 
 
 def prompt_ids(
-    family: Family,
-    config: Config,
+    style: PromptStyle,
     template: prompts.Template | str,
     tokenizer: Tokenizer,
     asked: Conversation,
@@ -43,7 +62,7 @@ def prompt_ids(
     """Ids of a prompt, with one id for each visual token.
 
     Args:
-      family, config: of the model.
+      style: of the model.
       template: of the checkpoint, or the name of a function of `prompts`.
       tokenizer: of the checkpoint.
       asked: a question, which comes behind all pictures; or messages, see `Template.render`, which
@@ -55,20 +74,20 @@ def prompt_ids(
     """
     if isinstance(asked, str):
         content: Any = asked  # What templates of language models expect.
-        if family.processor is not None:
+        if style.pictures:
             content = [{"type": "image"}] * len(pictured) + [{"type": "text", "text": asked}]
         asked = [{"role": "user", "content": content}]
     options: dict[str, Any] = {}
     if isinstance(template, str):
-        options = dict(family.prompt_options)
+        options = dict(style.options)
         if template == "plain":
-            options["placeholder"] = family.placeholder
-    text = _rendered(asked, template, family, options)
-    text = prompts.expand(text, [p.text for p in pictured], family.placeholder)
-    return _encode(family, config, template, tokenizer, text)
+            options["placeholder"] = style.placeholder
+    text = _rendered(asked, template, style, options)
+    text = prompts.expand(text, [p.text for p in pictured], style.placeholder)
+    return _encode(style, template, tokenizer, text)
 
 
-def _rendered(asked, template, family, options) -> str:
+def _rendered(asked, template, style, options) -> str:
     """The prompt of messages that a template might leave out without a word: what is no text and no
     picture, and the form of text that it does not expect."""
     if isinstance(template, str):
@@ -78,12 +97,12 @@ def _rendered(asked, template, family, options) -> str:
         if message.get("content") is None:  # Calls of tools.
             continue
         parts = prompts.parts_of(message, number)
-        if family.processor is None and None in parts:
-            raise UserError(f"messages: a picture, but {family.name} is a language model")
-        if family.processor is None:
+        if not style.pictures and None in parts:
+            raise UserError(f"messages: a picture, but {style.family} is a language model")
+        if not style.pictures:
             asked[number] = {**message, "content": "".join(filter(None, parts))}
     texts = [i for i, m in enumerate(asked) if isinstance(m.get("content"), str)]
-    if family.processor is None or not texts:
+    if not style.pictures or not texts:
         return prompts.render(asked, template, **options)
     return prompts.render(_as_expected(asked, texts, template, options), template, **options)
 
@@ -128,23 +147,23 @@ def _as_expected(asked, texts, template, options) -> list[Any]:
     return formed({i: asked[i]["content"] for i in texts}, in_parts)
 
 
-def _encode(family, config, template, tokenizer, text: str) -> list[int]:
+def _encode(style, template, tokenizer, text: str) -> list[int]:
     first = tokenizer.special.get("bos_token", "")
-    if family.begin == "bos_or_eos":
+    if style.begin == "bos_or_eos":
         first = first or tokenizer.special.get("eos_token", "")
         text = text if text.startswith(first) else first + text
     written = {
         "tokenizer": bool(first) and text.startswith(first),
         "template": isinstance(template, prompts.Template),
     }
-    bos = False if written.get(family.begin, True) else None
-    if tokenizer.knows(family.placeholder) or family.placeholder not in text:
+    bos = False if written.get(style.begin, True) else None
+    if tokenizer.knows(style.placeholder) or style.placeholder not in text:
         return tokenizer.encode(text, bos=bos)
     # A placeholder that is no token (LLaVA's and MobileVLM's own code): the parts between are
     # tokenised one by one.
-    start, *parts = text.split(family.placeholder)
+    start, *parts = text.split(style.placeholder)
     ids = tokenizer.encode(start, bos=bos)
     for part in parts:
-        ids.append(family.image_token(config))
+        ids.append(style.image_token())
         ids += tokenizer.encode(part, bos=False) if part else []
     return ids

@@ -15,8 +15,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from efficient_vlm.data.records import BadRecord
-
 STANDARD = "exif,white,rgb8,bicubic-1"
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 50_000_000
@@ -26,6 +24,20 @@ RESIZE_MODES = ("stretch", "letterbox")
 # First bytes of the allowed formats: a file that starts right but does not parse is damaged, any
 # other file is of a format that we do not read.
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM")
+
+
+class BadRecord(Exception):
+    """A sample that cannot be used; it is skipped and counted under `reason`.
+
+    Args:
+      reason: one of `data.records.REASONS`.
+      detail: what a person needs to find the sample (file name, length, ...).
+    """
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
 
 
 class BadImage(BadRecord):

@@ -1,37 +1,85 @@
-"""Pictures and prompts of a batch as arrays of one shape."""
+"""Pictures and prompts of a published family as arrays of one shape."""
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from efficient_vlm.errors import UserError
-from efficient_vlm.models.image_inputs import NO_EXTRAS, ImageExtras
-from efficient_vlm.models.prompt_layout import Placement
+from efficient_vlm.models.inputs import ModelInputs, Pictures
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.processing.pictures.base import Pictured
+from efficient_vlm.processing.placing import Prompt, place
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """Conversations about the same pictures.
+
+    Attributes:
+      ids: token ids of Q conversations, each with a placeholder for every visual token.
+      pictured: the pictures, in their order in every conversation.
+      targets: bool, which of those ids are to be predicted; None outside of training.
+    """
+
+    ids: Sequence[Sequence[int]]
+    pictured: Sequence[Pictured] = ()
+    targets: Sequence[Sequence[bool]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A batch of prompts as arrays; see `VisionLanguageModel.text_logits`.
+    """A batch of conversations as arrays.
 
     Attributes:
       model: at the size of these pictures.
-      tokens, lengths, placement: of R rows.
-      images, image_mask, extras: of R rows; images None for none.
-      pictured: for each row what each of its pictures became.
+      inputs: NumPy.
+      pictured: for each row of pictures what each of them became.
     """
 
     model: VisionLanguageModel
-    tokens: np.ndarray
-    lengths: np.ndarray
-    placement: Placement
-    images: np.ndarray | None
-    image_mask: np.ndarray | None
-    extras: ImageExtras
+    inputs: ModelInputs
     pictured: tuple[tuple[Pictured, ...], ...]
+
+
+def make_request(
+    model: VisionLanguageModel,
+    examples: Sequence[Example],
+    rules: Mapping[str, Any],
+    *,
+    variable: bool = False,
+    multiple: int = 1,
+) -> Request:
+    """Arrays of examples of a published family.
+
+    Args:
+      model: of any picture size.
+      examples: a row of pictures each; see `placing.place` for the rows of text.
+      rules: of the family, see `Family.rules`.
+      variable: see `capped`.
+      multiple: of which the number of text tokens of a row is to be a multiple.
+
+    Raises:
+      UserError: a conversation without text, slots that are not those of the pictures, or token
+        ids or positions that the model does not have.
+    """
+    pictured = tuple(tuple(example.pictured) for example in examples)
+    model, pictures, slots, grids = gather(model, pictured, variable)
+    rows = []
+    for example, own, grid in zip(examples, slots, grids, strict=True):
+        targets = [None] * len(example.ids) if example.targets is None else example.targets
+        pairs = zip(example.ids, targets, strict=True)
+        rows.append([Prompt(np.asarray(ids), own, grid, targets=t) for ids, t in pairs])
+        if any(len(prompt.ids) == len(own) for prompt in rows[-1]):
+            raise UserError("prompt: no text", fix="ask something about the picture")
+    if pictures is None:
+        rules = {**rules, "image_token": None}
+    visual = math.prod(model.layout(pictures))
+    inputs = place(rows, visual=visual, multiple=multiple, **rules)
+    check_tables(model, inputs)
+    return Request(model, inputs.replace(pictures=pictures), pictured)
 
 
 def gather(
@@ -44,21 +92,17 @@ def gather(
       variable: see `capped`.
 
     Returns:
-      The model at that size; images [R, M, H, W, 3], mask [R, M] and extras; for each row its
-      slots and the grids of its images (`placing.Prompt`).
+      The model at that size; the pictures, None for none; for each row its slots and the grids of
+      its images (`placing.Prompt`).
     """
     rows = len(pictured)
     nothing = [np.zeros(0, np.int64)] * rows
     most = max(sum(len(p.images) for p in row) for row in pictured)
-    if most == 0:  # There is nothing to compress, which methods inside the decoder refuse.
-        plain = model.clone(compressor={"name": "none"})
-        return plain, None, None, NO_EXTRAS, nothing, [None] * rows
+    if most == 0:
+        return fitted(model, None), None, nothing, [None] * rows
     patch = model.encoder["patch_size"]
     every = [p for row in pictured for p in row]
     size = [max(p.images.shape[axis] for p in every) for axis in (1, 2)]
-    model = model.sized(*size)
-    if every[0].pool_index is None:
-        model = capped(model, math.prod(model.slot_grid), most, variable)
     images = np.zeros((rows, most, *size, 3), np.float32)
     mask = np.zeros((rows, most), bool)
     valid = np.tile(np.array(size) // patch, (rows, most, 1)).astype(np.int32)
@@ -71,16 +115,18 @@ def gather(
             valid[row, at : at + count] = p.valid
             at += count
     padded = (valid[mask] != np.array(size) // patch).any()
-    extras = ImageExtras(valid=valid if padded else None)
+    pictures = Pictures(images, mask, valid=valid if padded else None)
     if every[0].pool_index is not None:
-        return _gather_pooled(model, pictured, images, mask, extras)
+        pictures, slots = _gather_pooled(patch, pictured, pictures)
+        return fitted(model, pictures, variable), pictures, slots, [None] * rows
+    model = fitted(model, pictures, variable)
     if every[0].padding_share is not None:
         share = np.zeros((rows, most, every[0].padding_share.shape[1]), np.float32)
         for row, each in enumerate(pictured):
             if each:
                 whole = np.concatenate([p.padding_share for p in each])
                 share[row, : len(whole)] = whole
-        extras = extras.replace(padding_share=share)
+        pictures = pictures.replace(padding_share=share)
     grid = np.array(model.slot_grid)
     index = np.arange(grid.prod()).reshape(grid)
     slots, grids = [], []
@@ -103,8 +149,29 @@ def gather(
         has_slot = np.zeros((rows, most * grid.prod()), bool)
         for row, at in enumerate(slots):
             has_slot[row, at] = True
-        extras = extras.replace(slot_mask=has_slot.reshape(rows, most, -1))
-    return model, images, mask, extras, slots, grids
+        pictures = pictures.replace(slot_mask=has_slot.reshape(rows, most, -1))
+    return model, pictures, slots, grids
+
+
+def fitted(
+    model: VisionLanguageModel, pictures: Pictures | None, variable: bool = False
+) -> VisionLanguageModel:
+    """A model at the size of some pictures.
+
+    Args:
+      model: of any picture size.
+      pictures: None for none: there is nothing to compress, which methods inside the decoder
+        refuse.
+      variable: see `capped`.
+    """
+    if pictures is None:
+        return model.clone(compressor={"name": "none"})
+    model = model.sized(*pictures.pixels.shape[-3:-1])
+    if pictures.pool_index is None:
+        return capped(model, math.prod(model.slot_grid), pictures.mask.shape[1], variable)
+    count = pictures.pool_index.shape[1]
+    model = model.clone(compressor={**model.compressor, "grid": (1, count)})
+    return capped(model, count, 1, True)
 
 
 def capped(
@@ -118,7 +185,7 @@ def capped(
       variable: whether pictures have sizes of their own (`families.base.Family`). Else only methods
         inside the decoder meet different numbers of tokens, those of all images of a prompt.
     """
-    inside = model.make_compressor().where == "decoder"
+    inside = model.make_compressor().in_decoder
     if not (variable or inside):
         return model
     most = tokens * images if inside else tokens
@@ -134,9 +201,9 @@ def capped(
     )
 
 
-def _gather_pooled(model, pictured, images, mask, extras):
-    """Pictures whose tokens read patches across crops (Molmo2)."""
-    patches = math.prod(side // model.encoder["patch_size"] for side in images.shape[2:4])
+def _gather_pooled(patch: int, pictured, pictures: Pictures):
+    """Pictures whose tokens read patches across crops (Molmo2), and the slots of each row."""
+    patches = math.prod(side // patch for side in pictures.pixels.shape[2:4])
     counts = [sum(len(p.pool_index) for p in each) for each in pictured]
     width = max(p.pool_index.shape[1] for each in pictured for p in each)
     index = np.full((len(pictured), max(counts), width), -1, np.int32)
@@ -146,30 +213,19 @@ def _gather_pooled(model, pictured, images, mask, extras):
             moved = np.where(p.pool_index >= 0, p.pool_index + start * patches, -1)
             index[row, at : at + len(moved), : moved.shape[1]] = moved
             at, start = at + len(moved), start + len(p.images)
-    model = model.clone(compressor={**model.compressor, "grid": (1, max(counts))})
-    model = capped(model, max(counts), 1, True)
-    slots = [np.arange(count) for count in counts]
-    extras = extras.replace(pool_index=index)
-    return model, images, mask, extras, slots, [None] * len(pictured)
+    return pictures.replace(pool_index=index), [np.arange(count) for count in counts]
 
 
-def visual_tokens(model: VisionLanguageModel, mask: np.ndarray, extras: ImageExtras) -> int:
-    """Slots of a row, real or not."""
-    if extras.pool_index is not None:
-        return extras.pool_index.shape[1]
-    return mask.shape[1] * math.prod(model.slot_grid)
-
-
-def check_tables(model: VisionLanguageModel, tokens: np.ndarray, placement: Placement) -> None:
+def check_tables(model: VisionLanguageModel, inputs: ModelInputs) -> None:
     """JAX reads tables beyond their end without an error."""
-    if tokens.max() >= model.vocab_size:
+    if inputs.text.max() >= model.vocab_size:
         raise UserError(
-            f"prompt: token {tokens.max()}, but the model has {model.vocab_size} tokens",
+            f"prompt: token {inputs.text.max()}, but the model has {model.vocab_size} tokens",
             fix="take tokenizer and weights from the same release",
         )
     if model.decoder.get("position") != "learned":
         return
-    positions, longest = model.decoder["max_positions"], int(placement.next_position.max())
+    positions, longest = model.decoder["max_positions"], int(inputs.placement.next_position.max())
     if longest > positions:
         raise UserError(
             f"prompt: {longest} tokens", allowed=f"up to {positions}, the positions of this model"

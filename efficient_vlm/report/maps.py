@@ -1,59 +1,53 @@
-"""Token maps of example questions: which patches each method kept, merged or dropped.
+"""Pictures of token maps: which patches each method kept, merged or dropped.
 
-`write_maps` leaves PNG files and `maps.json` in a workdir for the HTML report; `question_figure`
-is one picture of one question, for notebooks.
+`evaluation.token_maps` has the arrays in a workdir. `tiles` draws those of one question, for the
+HTML report; `question_figure` puts them into one picture, for notebooks.
 """
 
-import dataclasses
-import json
-import os
-import shutil
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from efficient_vlm.evaluation.answers import is_right
+from efficient_vlm.evaluation.token_maps import Cell, Example
 from efficient_vlm.report.drawing import MIN_SIDE, enlarged, png, score_map, token_map
 
-__all__ = ["Cell", "Example", "png", "question_figure", "score_map", "token_map", "write_maps"]
+__all__ = ["Cell", "Example", "Tile", "png", "question_figure", "score_map", "tiles", "token_map"]
 
 RIGHT, WRONG = (0, 130, 95), (200, 75, 0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """What one method made of one question.
+class Tile(NamedTuple):
+    """A picture of a question.
 
     Attributes:
-      compressor: name of the method.
-      budget: its number of visual tokens.
-      source: int [N], for every patch of the grid (row-major) the token holding it, -1 dropped.
-      prediction: the generated answer.
-      grid: (rows, columns) with rows * columns = N; None for a square grid.
-      scores: float [N] or None, one number per patch, see `report.heat`.
-      meaning: what the scores are.
+      png: PNG bytes.
+      name: the method, or what the picture shows.
+      prediction, right: what the method answered, and whether that is right; None without answer.
     """
 
-    compressor: str
-    budget: int
-    source: np.ndarray
-    prediction: str
-    grid: tuple[int, int] | None = None
-    scores: np.ndarray | None = None
-    meaning: str = ""
+    png: bytes
+    name: str
+    prediction: str = ""
+    right: bool | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """One question about one image [H, W, 3] uint8, and what each method made of it."""
+def tiles(example: Example) -> Iterator[Tile]:
+    """The image, then for each method its token map and, where it has scores, a heat map.
 
-    image: np.ndarray
-    question: str
-    answer: str
-    cells: Sequence[Cell]
-    task: str = ""
-    record: int = -1
+    Raises:
+      UserError: arrays that do not fit each other.
+    """
+    yield Tile(png(enlarged(example.image, MIN_SIDE)), "the image")
+    for cell in example.cells:
+        name = f"{cell.compressor} at {cell.budget}"
+        drawn = token_map(example.image, cell.source, grid=cell.grid)
+        yield Tile(png(drawn), name, cell.prediction, is_right(cell.prediction, example.answer))
+        if cell.scores is not None:
+            drawn = score_map(example.image, cell.scores, grid=cell.grid)
+            yield Tile(png(drawn), f"{name}: {cell.meaning or 'scores'}")
 
 
 def question_figure(example: Example, *, columns: int | None = None) -> bytes:
@@ -67,21 +61,21 @@ def question_figure(example: Example, *, columns: int | None = None) -> bytes:
       PNG bytes; each caption is marked with a tick (green) or a cross (vermilion).
     """
     title, small = ImageFont.load_default(18), ImageFont.load_default(14)
-    tiles = [("image", "", enlarged(example.image, MIN_SIDE).astype(np.uint8), None)]
+    shown = [("image", "", enlarged(example.image, MIN_SIDE).astype(np.uint8), None)]
     for cell in example.cells:
         drawn = token_map(example.image, cell.source, grid=cell.grid)
-        right = _same(cell.prediction, example.answer)
-        tiles.append((f"{cell.compressor} at {cell.budget}", cell.prediction, drawn, right))
+        right = is_right(cell.prediction, example.answer)
+        shown.append((f"{cell.compressor} at {cell.budget}", cell.prediction, drawn, right))
     if columns is None:
         columns = min(5, max(2, len({cell.budget for cell in example.cells})))
-    height, width = tiles[0][2].shape[:2]
+    height, width = shown[0][2].shape[:2]
     gap, caption, header = 16, 46, 48
-    rows = -(-len(tiles) // columns)
+    rows = -(-len(shown) // columns)
     size = (columns * (width + gap) + gap, header + rows * (height + caption + gap))
     sheet = Image.new("RGB", size, (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
     draw.text((gap, 14), f"{example.question}   answer: {example.answer}", (20, 24, 32), title)
-    for k, (name, prediction, drawn, right) in enumerate(tiles):
+    for k, (name, prediction, drawn, right) in enumerate(shown):
         x = gap + k % columns * (width + gap)
         y = header + k // columns * (height + caption + gap)
         sheet.paste(Image.fromarray(drawn), (x, y))
@@ -93,11 +87,6 @@ def question_figure(example: Example, *, columns: int | None = None) -> bytes:
     return png(np.asarray(sheet))
 
 
-def _same(prediction: str, answer: str) -> bool:
-    """Exact match as evaluation scores it: spaces and case aside."""
-    return prediction.lower().split() == answer.lower().split()
-
-
 def _mark(draw: ImageDraw.ImageDraw, x: int, y: int, right: bool, colour: tuple) -> None:
     """A tick or a cross of 12 px, so that the colour is not the only sign."""
     if right:
@@ -105,57 +94,3 @@ def _mark(draw: ImageDraw.ImageDraw, x: int, y: int, right: bool, colour: tuple)
     else:
         draw.line([(x, y), (x + 10, y + 10)], colour, 2)
         draw.line([(x, y + 10), (x + 10, y)], colour, 2)
-
-
-def write_maps(workdir: str | os.PathLike, examples: Sequence[Example]) -> Path:
-    """Writes `maps/*.png` and `maps/maps.json`, replacing those of an earlier evaluation.
-
-    Args:
-      workdir: of the run; made if missing.
-      examples: a handful of questions; the report shows them all.
-
-    Returns:
-      The path of `maps.json`: a list of {"question", "answer", "task", "record", "image",
-      "maps": [{"compressor", "budget", "prediction", "correct", "tokens", "file", "scores",
-      "meaning"}]}, files relative to `maps/`, "scores" null or a file, "meaning" what they are.
-    """
-    folder = Path(workdir) / "maps"
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    listing = []
-    for q, example in enumerate(examples):
-        original = f"{q:02d}_image.png"
-        (folder / original).write_bytes(png(enlarged(example.image, MIN_SIDE)))
-        entry = {
-            "question": example.question,
-            "answer": example.answer,
-            "task": example.task,
-            "record": int(example.record),
-            "image": original,
-            "maps": [],
-        }
-        for c, cell in enumerate(example.cells):
-            source = np.asarray(cell.source).reshape(-1)
-            name, scores = f"{q:02d}_{c:02d}.png", None
-            (folder / name).write_bytes(png(token_map(example.image, source, grid=cell.grid)))
-            if cell.scores is not None:
-                scores = f"{q:02d}_{c:02d}_scores.png"
-                heat = score_map(example.image, cell.scores, grid=cell.grid)
-                (folder / scores).write_bytes(png(heat))
-            entry["maps"].append(
-                {
-                    "compressor": cell.compressor,
-                    "budget": int(cell.budget),
-                    "prediction": cell.prediction,
-                    "correct": _same(cell.prediction, example.answer),
-                    "tokens": int(np.unique(source[source >= 0]).size),
-                    "file": name,
-                    "scores": scores,
-                    "meaning": cell.meaning,
-                }
-            )
-        listing.append(entry)
-    path = folder / "maps.json"
-    path.write_text(json.dumps(listing, indent=1), encoding="utf-8")
-    return path

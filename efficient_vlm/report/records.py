@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, first_line
+from efficient_vlm.evaluation.token_maps import Example, read_maps
 
 KNOWN = ("config.json", "results.json", "metrics.jsonl", "predictions", "maps", "checkpoints")
 # More predictions than this are sampled from the front: a report has seconds, not minutes.
@@ -20,7 +21,6 @@ _MAX_PREDICTION_BYTES = 64 << 20
 # Files of answers without the evidence end so; they are no answers of the method.
 _CONTROLS = ("-blank", "-shuffled")
 
-STAGES = ("encoder", "compressor", "decoder", "head")  # Of FLOPs, in the order they run.
 
 Setting = tuple[str, int]  # (compressor, budget)
 
@@ -34,7 +34,9 @@ class Run:
       config, results: parsed files, {} if missing.
       metrics: lines of metrics.jsonl, last writer wins per (split, step), in order of steps.
       predictions: lines of predictions/*.jsonl, without those of controls.
-      maps: content of maps/maps.json with "file" and "image" made absolute paths.
+      maps: example questions with the arrays of their token maps.
+      drawn_maps: those of a workdir whose evaluation drew them: entries of maps/maps.json, "image",
+        "file" and "scores" made absolute paths.
       problems: what was unreadable, one sentence each.
     """
 
@@ -43,7 +45,8 @@ class Run:
     results: dict[str, Any] = dataclasses.field(default_factory=dict)
     metrics: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     predictions: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    maps: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    maps: list[Example] = dataclasses.field(default_factory=list)
+    drawn_maps: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     problems: list[str] = dataclasses.field(default_factory=list)
 
     def split(self, name: str) -> list[dict[str, Any]]:
@@ -72,10 +75,18 @@ def read_run(workdir: str | os.PathLike) -> Run:
     answers = sorted((folder / "predictions").glob("*.jsonl"))
     answers = [path for path in answers if not path.stem.endswith(_CONTROLS)]
     run.predictions = _lines(answers, run.problems)
-    for entry in _json(folder / "maps" / "maps.json", list, run.problems):
-        if isinstance(entry, dict):
-            run.maps.append(_inside(folder / "maps", entry))
+    _read_maps(folder, run)
     return run
+
+
+def _read_maps(folder: Path, run: Run) -> None:
+    path = folder / "maps" / "maps.json"
+    listing = _json(path, list, []) if path.exists() else []
+    drawn = [entry for entry in listing if isinstance(entry, dict) and "arrays" not in entry]
+    if drawn:
+        run.drawn_maps = [_inside(folder / "maps", entry) for entry in drawn]
+        return
+    run.maps = read_maps(folder, damaged=lambda error: run.problems.append(f"{first_line(error)}."))
 
 
 def _json(path: Path, kind: type, problems: list[str]):

@@ -1,6 +1,5 @@
 """One self-contained HTML page about a run: no network, no scripts needed, every part optional."""
 
-import base64
 import importlib.metadata
 import math
 import os
@@ -9,11 +8,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from efficient_vlm.report import accuracy, cost, page, records, training
+from efficient_vlm.report import page, records
 from efficient_vlm.report.records import Run
+from efficient_vlm.report.sections import accuracy, cost, maps, training
 
-# Of base64 text, so that the page stays below 3 MB whatever the maps.
-_MAP_BYTES = 2_000_000
 _PACKAGES = (
     "efficient_vlm",
     "jax",
@@ -29,8 +27,8 @@ _PACKAGES = (
 def write_report(workdir: str | os.PathLike, *, command: str | None = None) -> Path:
     """Writes `report.html` into a workdir from what the run left there.
 
-    Reads config.json, results.json, metrics.jsonl, predictions/*.jsonl and maps/maps.json (see
-    `maps.write_maps`). Missing or damaged parts are named on the page.
+    Reads config.json, results.json, metrics.jsonl, predictions/*.jsonl and maps/ (see
+    `evaluation.token_maps`). Missing or damaged parts are named on the page.
 
     Args:
       workdir: of the run, finished or not.
@@ -65,7 +63,7 @@ def render(run: Run, *, command: str | None = None) -> str:
         parts.append(("pareto", "Accuracy and cost", cost.pareto(run)))
     parts += [
         ("cost", "Cost", cost.cost_table(run)),
-        ("maps", "Token maps", token_maps(run)),
+        ("maps", "Token maps", maps.token_maps(run)),
         ("training", "Training", training.curves(run)),
         ("input", "Input pipeline", training.pipeline(run)),
         ("goodput", "Goodput", training.goodput(run)),
@@ -172,55 +170,6 @@ def _evaluated(run: Run) -> tuple[int, int]:
         return len(images), 0
     counts = [t["n"] for t in records.by_task(evals[base]).values() if math.isfinite(t["n"])]
     return len(images), int(sum(counts))
-
-
-def token_maps(run: Run) -> str:
-    """Example questions: which patches each method kept, and what it answered."""
-    if not run.maps:
-        return page.missing("No token maps were drawn: evaluation writes them to maps/.")
-    out, left, omitted = [], _MAP_BYTES, 0
-    for entry in run.maps:
-        tiles = []
-        shown = [(entry.get("image"), "the image", "", None)]
-        for cell in entry["maps"]:
-            name = f"{cell.get('compressor')} at {cell.get('budget')}"
-            mark = bool(cell.get("correct"))
-            shown.append((cell["file"], name, str(cell.get("prediction") or "(nothing)"), mark))
-            if cell["scores"]:
-                shown.append(
-                    (cell["scores"], f"{name}: {cell.get('meaning') or 'scores'}", "", None)
-                )
-        for path, name, prediction, right in shown:
-            data = path.read_bytes() if path else b""
-            if not data.startswith(b"\x89PNG"):
-                continue
-            coded = base64.b64encode(data).decode("ascii")
-            if len(coded) > left:
-                omitted += 1
-                continue
-            left -= len(coded)
-            verdict, sign = "", ""
-            if right is not None:
-                verdict, sign = ("right", "✓") if right else ("wrong", "✗")
-            answer = f'<span class="{verdict}">{sign} {page.esc(prediction)}</span>'
-            alt = f"{name}, {entry.get('question')}" + (f": {verdict}" if verdict else "")
-            tiles.append(
-                f'<figure><img alt="{page.esc(alt)}" src="data:image/png;base64,{coded}">'
-                f"<figcaption><b>{page.esc(name)}</b>{answer if verdict else ''}</figcaption>"
-                "</figure>"
-            )
-        task = f"{entry['task']}, " if entry.get("task") else ""
-        out.append(
-            f'<article class="question"><h3>{page.esc(entry.get("question", ""))} '
-            f"<small>{page.esc(task)}answer: {page.esc(entry.get('answer', ''))}</small></h3>"
-            f'<div class="tiles">{"".join(tiles)}</div></article>'
-        )
-    note = f"<p class=note>{omitted} more picture(s) are in maps/.</p>" if omitted else ""
-    return (
-        "<p>Clear patches under a white outline were kept as tokens of their own. Patches with a "
-        "common outline and tint were merged into one token (for learned queries: the token that "
-        "looks at the patch most). Grey patches were dropped.</p>" + "".join(out) + note
-    )
 
 
 def method(run: Run, command: str | None) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from efficient_vlm.costs.stages import STAGES
 from efficient_vlm.report import records
 
 
@@ -42,7 +44,7 @@ def summary_table(results: Mapping[str, Any]) -> Table:
     settings = list(evals) + [s for s in costs if s not in evals]
     settings.sort(key=lambda s: -s[1])
     rows = [(costs.get(s) or [{}])[0] for s in settings]
-    work = _column([records.stage(row, "flops", *records.STAGES) / 1e6 for row in rows])
+    work = _column([records.stage(row, "flops", *STAGES) / 1e6 for row in rows])
     time = _column([records.stage(row, "ms", "prefill") for row in rows])
     for k, (name, budget) in enumerate(settings):
         if k and settings[k - 1][1] != budget:
@@ -80,3 +82,11 @@ def _column(values: list[float]) -> list[str]:
     digits = 2 - math.floor(math.log10(min(positive))) if positive else 0
     digits = min(max(digits, 0), 2)
     return [f"{v:,.{digits}f}" if math.isfinite(v) else "-" for v in values]
+
+
+def print_summary(results: Mapping[str, Any]) -> None:
+    """Prints the table: as wide as a terminal, or as text where there is none."""
+    if sys.stdout.isatty():
+        Console().print(summary_table(results))
+    else:
+        print(summary_text(results))

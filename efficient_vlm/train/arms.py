@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from efficient_vlm.cli import config_file as configs
 from efficient_vlm.compressors.methods import find
 from efficient_vlm.errors import UserError
-from efficient_vlm.evaluation.settings import setting_of
-from efficient_vlm.fields import construct
+from efficient_vlm.fields import construct, section
+from efficient_vlm.models.variants import setting_of
 from efficient_vlm.models.vlm import VisionLanguageModel
 
 
@@ -35,7 +34,7 @@ class Arm:
 
 def make_model(config: Mapping[str, Any], vocab_size: int) -> VisionLanguageModel:
     """The model of a config's "model" section."""
-    fields = configs.section(config, "model")
+    fields = section(config, "model")
     return construct(VisionLanguageModel, fields, "model", vocab_size=vocab_size)
 
 

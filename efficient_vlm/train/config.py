@@ -8,10 +8,10 @@ import jax
 from jax.sharding import Mesh
 
 from efficient_vlm import sharding
-from efficient_vlm.cli import config_file as configs
+from efficient_vlm.checks import number_fields, whole
 from efficient_vlm.data.config import DataConfig
 from efficient_vlm.errors import UserError, unknown
-from efficient_vlm.fields import check_range, construct
+from efficient_vlm.fields import construct, section
 from efficient_vlm.train.arms import make_arms, make_model
 from efficient_vlm.train.metrics import summary_writer
 from efficient_vlm.train.optimizer import OPTIMIZERS, OptimizerConfig, schedule
@@ -67,28 +67,26 @@ class TrainConfig:
 
     def __post_init__(self):
         counts = ("steps", "accumulate", "checkpoint_every", "log_every", "keep")
-        check_range(self, "train", "1 or more", *counts, "save_failures", "nonfinite_limit")
-        check_range(
-            self, "train", "0 or more", "load_balance", "router_z", "selector", "seed", "keep_every"
-        )
-        check_range(self, "train", "0 or more, below 1", "ema")
-        if self.seed >= 2**63:
-            raise UserError(f"train.seed: {self.seed}", allowed=f"0 to {2**63 - 1}")
+        number_fields(self, "train", *counts, "save_failures", "nonfinite_limit", low=1)
+        weights = ("load_balance", "router_z", "selector")
+        number_fields(self, "train", *weights, "keep_every", low=0)
+        number_fields(self, "train", "ema", low=0, below=1)
+        whole("train.seed", self.seed, 0, 2**63 - 1)
 
 
 def read_config(config: Mapping[str, Any]) -> tuple[TrainConfig, DataConfig, OptimizerConfig]:
     """What training reads of a config, with everything checked that can be without data."""
-    settings = construct(TrainConfig, configs.section(config, "train"), "train")
+    settings = construct(TrainConfig, section(config, "train"), "train")
     if settings.tensorboard:
         summary_writer()
-    data_config = DataConfig.from_mapping(configs.section(config, "data"))
+    data_config = DataConfig.from_mapping(section(config, "data"))
     optimizer = construct(OptimizerConfig, settings.optimizer, "train.optimizer")
     if data_config.batch_size % settings.accumulate:
         raise UserError(
             f"train.accumulate: {settings.accumulate}",
             allowed=f"divisors of data.batch_size={data_config.batch_size}",
         )
-    # Wrong names and budgets are told before data are built.
+    # Wrong names and budgets are reported before data are built.
     model = make_model(config, vocab_size=2)
     for each in (model, *(arm.model for arm in make_arms(model, settings.elastic))):
         each.make_compressor()

@@ -15,15 +15,8 @@ from efficient_vlm.files import write_atomic
 __all__ = ["BUCKETS", "Goodput"]
 
 FILE = "goodput.json"
-BUCKETS = {
-    "productive": "steps that are part of the result",
-    "lost": "steps done again, because a process ended before they were saved",
-    "start": "from the start of a process to its first step, without compiling",
-    "compile": "compiling",
-    "data": "waiting for batches",
-    "checkpoint": "saving, as far as the loop waits for it",
-    "eval": "evaluation",
-}
+# What they are stands in the report, `report.sections.training.TIMES`.
+BUCKETS = ("productive", "lost", "start", "compile", "data", "checkpoint", "eval")
 
 
 class Goodput:
@@ -39,8 +32,8 @@ class Goodput:
         self._path, self._warn, self._keep = workdir / FILE, warn, keep
         self.seconds = dict.fromkeys(BUCKETS, 0.0)
         with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-            found = json.loads(self._path.read_text())
-            self.seconds |= {name: float(found.get(name, 0.0)) for name in BUCKETS}
+            stored = json.loads(self._path.read_text())
+            self.seconds |= {name: float(stored.get(name, 0.0)) for name in BUCKETS}
 
     def add(self, bucket: str, seconds: float) -> None:
         """Adds time."""
@@ -69,10 +62,10 @@ class Goodput:
         return {"productive": self.seconds["productive"]}
 
     def resume(self, state: Mapping[str, Any] | None) -> None:
-        """Counts what was done after the checkpoint that is gone on from as lost.
+        """Counts steps that were done after the checkpoint resumed from as lost.
 
         Args:
-          state: of that checkpoint; None where there is none.
+          state: of that checkpoint; None for a run without one.
         """
         kept = float((state or {}).get("productive", 0.0))
         kept = min(kept, self.seconds["productive"])
@@ -80,7 +73,7 @@ class Goodput:
         self.seconds["productive"] = kept
 
     def write(self) -> None:
-        """Stores what is known so far."""
+        """Writes the file."""
         if not self._keep:
             return
         try:

@@ -1,7 +1,7 @@
 """Guards of a run: stop signals and steps that are not finite.
 
-The guards of a workdir (its lock and its config) have files of their own and can be imported from
-here as well.
+The guards of a workdir (its lock and its config) are in `lock` and `workdir_config`, and can be
+imported from here as well.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efficient_vlm import checks
 from efficient_vlm.errors import UserError
 from efficient_vlm.terminal import print_warning
 from efficient_vlm.train.lock import WorkdirLock
@@ -109,8 +110,8 @@ class StopSignal:
             self._sockets = None
 
     def _handle(self, number: int, frame: Any) -> None:
-        # With a listening thread this runs second, and only makes sure that the flag is set before
-        # the main thread's next line.
+        # With a listening thread this runs second; it only ensures that the flag is set before the
+        # main thread's next line.
         self._count(number, again=self._sockets is None)
 
     def _listen(self, reader: socket.socket) -> None:
@@ -139,7 +140,7 @@ class StopSignal:
 
 
 def _write_stderr(text: str) -> None:
-    # Not print: a handler may interrupt a print, and buffered files do not allow re-entry.
+    # Not print: a handler may interrupt a print, and buffered files are not re-entrant.
     with contextlib.suppress(OSError):
         os.write(2, text.encode())
 
@@ -172,7 +173,7 @@ class TrainingDiverged(UserError):
 class NonFiniteGuard:
     """Counts skipped steps on the host, dumps their batches, and ends a run that only skips.
 
-    The update itself is kept away from the weights on the device, by `select_finite`.
+    On the device `select_finite` keeps the bad update away from the weights.
 
     Args:
       workdir: batches go to `<workdir>/bad_batches/step_<n>.npz`.
@@ -193,8 +194,7 @@ class NonFiniteGuard:
         max_dumps: int = 10,
         warn: Callable[[str], None] | None = None,
     ):
-        if limit < 1:
-            raise UserError(f"train.nonfinite_limit={limit}", allowed="an integer >= 1")
+        checks.whole("train.nonfinite_limit", limit)
         self.directory = Path(workdir) / "bad_batches"
         self.limit, self.consecutive, self.total = limit, 0, 0
         self._dumps_left, self._warn = max_dumps, warn or print_warning
@@ -242,7 +242,7 @@ class NonFiniteGuard:
         return {"consecutive": self.consecutive, "total": self.total}
 
     def load(self, state: Mapping[str, int]) -> None:
-        """Continues from what `state` gave."""
+        """Continues from counters that `state` returned."""
         self.consecutive, self.total = int(state["consecutive"]), int(state["total"])
 
     def _dump(self, step: int, batch: Mapping[str, Any]) -> Path | None:
@@ -252,7 +252,7 @@ class NonFiniteGuard:
         path = self.directory / f"step_{step}.npz"
         try:
             arrays = {name: np.asarray(value) for name, value in batch.items()}
-            # bfloat16 and friends have no name in the npz format; objects would need pickle.
+            # The npz format has no bfloat16 or float8; objects would need pickle.
             arrays = {
                 name: value.astype(np.float32) if value.dtype.kind == "V" else value
                 for name, value in arrays.items()

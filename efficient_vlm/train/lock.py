@@ -1,9 +1,9 @@
 """One writer per workdir.
 
-The lock is `flock` on `<workdir>/.lock`: the kernel frees it the moment its owner dies, SIGKILL
-included, and there is no moment between looking and taking. Some network file systems keep `flock`
-to one machine; therefore the file also holds who owns it, and its modification time is a heartbeat
-that a process on another machine respects. Where `flock` does not work at all, the owner's process
+The lock is `flock` on `<workdir>/.lock`: the kernel frees it the moment its owner dies, even by
+SIGKILL, and testing and taking it is one atomic step. Some network file systems apply `flock` to
+one machine only; therefore the file also names its owner, and its modification time is a heartbeat
+that processes on other machines respect. Where `flock` does not work at all, the owner's process
 (pid and start time) is looked up instead.
 """
 
@@ -40,7 +40,7 @@ os.register_at_fork(after_in_child=_close_in_child)
 def process_start(pid: int) -> str | None:
     """A token that differs between two processes that had the same pid; None if unknown."""
     try:
-        # Field 22 of /proc/<pid>/stat; the command in field 2 may itself hold brackets.
+        # Field 22 of /proc/<pid>/stat; the command in field 2 may itself contain brackets.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return None
@@ -54,7 +54,7 @@ def _boot() -> str | None:
 
 
 def _alive(info: dict[str, Any]) -> bool:
-    """Whether the owner's process still runs on this machine (not another with its number)."""
+    """Whether the owner's process still runs on this machine, and not a new one with its pid."""
     try:
         os.kill(info["pid"], 0)
     except ProcessLookupError:
@@ -65,7 +65,7 @@ def _alive(info: dict[str, Any]) -> bool:
 
 
 class WorkdirLock:
-    """Context manager that holds the lock of a workdir, or refuses.
+    """Context manager that holds the lock of a workdir.
 
     Args:
       workdir: created if needed.
@@ -75,7 +75,7 @@ class WorkdirLock:
       warn: receives one line when a stale lock is taken over; default stderr.
 
     Raises (on entry):
-      UserError: another live process holds the lock: which one, since when, what to do.
+      UserError: another live process holds the lock; it says which one, since when, what to do.
     """
 
     def __init__(
@@ -129,8 +129,8 @@ class WorkdirLock:
             self._thread.join()
             self._thread = None
         if self._descriptor is not None:
-            # Emptied, not removed: another process may have it open already, and would lock a
-            # file that nobody else finds.
+            # Emptied, not removed: another process may have opened it already, and would then
+            # lock a file that no third process can see.
             with contextlib.suppress(OSError):
                 os.ftruncate(self._descriptor, 0)
             self._close()
@@ -156,7 +156,7 @@ class WorkdirLock:
                     return True
             except FileNotFoundError:
                 pass
-            self._close()  # removed by hand in between: lock the file that is there now
+            self._close()  # removed by hand in between: lock the new file
 
     def _close(self) -> None:
         if self._descriptor is not None:
@@ -179,11 +179,11 @@ class WorkdirLock:
             self._warn(f"{self.path}: owner not written ({error.strerror or error})")
 
     def _take_over(self, info: dict[str, Any]) -> None:
-        """Decides about an owner that left its name though the lock could be had."""
+        """Takes over from the owner that the file names, or refuses if that may still be alive."""
         here, boot = socket.gethostname(), _boot()
         same_host = info.get("host") == here and here not in ("", "localhost")
         if same_host or (boot is not None and info.get("boot") == boot):
-            # One kernel (or this machine before a restart): its flock is the whole truth.
+            # Same kernel (or this machine before a restart): `flock` alone decides.
             alive, age = not self._flock and _alive(info), None
         else:
             age = time.time() - os.fstat(self._descriptor).st_mtime

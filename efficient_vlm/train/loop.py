@@ -1,31 +1,32 @@
 """The one training loop. Order of every step: save, next batch, update, log."""
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
 
-from efficient_vlm.checkpoints.run import Checkpoints, NonFiniteState, SaveFailed
-from efficient_vlm.data import build, transforms
-from efficient_vlm.data.pipeline import check_fingerprint, make_train, preview
+from efficient_vlm.checkpoints.run import Checkpoints
+from efficient_vlm.data.pipeline import check_fingerprint
 from efficient_vlm.data.reader import Reader
-from efficient_vlm.errors import UserError
-from efficient_vlm.sharding import own_rows
+from efficient_vlm.processing.batch import training_inputs
 from efficient_vlm.terminal import Progress
-from efficient_vlm.train import step as steps
 from efficient_vlm.train.arms import Arm, draw_arm, make_arms, make_model
-from efficient_vlm.train.config import make_mesh, read_config
 from efficient_vlm.train.goodput import Goodput
 from efficient_vlm.train.guards import NonFiniteGuard, StopSignal
 from efficient_vlm.train.metrics import MetricsWriter
 from efficient_vlm.train.optimizer import schedule
-from efficient_vlm.train.parameters import initialise, start_from
-from efficient_vlm.train.processes import first_then_all, is_first, largest
+from efficient_vlm.train.parameters import start_from
+from efficient_vlm.train.processes import is_first, largest
+from efficient_vlm.train.saving import save_state
+from efficient_vlm.train.setup import Setup, prepare
 from efficient_vlm.train.trained import Trained, digests
+
+__all__ = ["Arm", "Stopped", "draw_arm", "make_arms", "make_model", "train"]
 
 
 class Stopped(Exception):
@@ -56,226 +57,245 @@ def train(
       Stopped: a signal came; the state is saved.
     """
     start_time = time.monotonic()
-    settings, data_config, optimizer = read_config(config)
-    mesh = make_mesh(settings, data_config.batch_size)
-    rows = None if mesh is None else own_rows(mesh, data_config.batch_size)
-    several = jax.process_count() > 1
-    options = dict(workdir=workdir, rows=rows)
-    say("Data: opening (the first run builds it) ...")
-    fresh = not any((workdir / "checkpoints").glob("*"))
-    known = preview(data_config) if fresh and not several else None
-    # While data are built, the model is made and its first program compiled.
-    building = build.start(data_config) if known else None
-    # The first process may train a tokenizer.
-    pipeline = None if building else first_then_all(lambda: make_train(data_config, **options))
-    spec, tokenizer = known or (pipeline.spec, pipeline.tokenizer)
-    model = make_model(config, tokenizer.vocab_size)
-    arms = make_arms(model, settings.elastic)
-    example = transforms.empty(spec, tokenizer.pad_id)
-    shapes = transforms.stack([example] * (data_config.batch_size if rows is None else len(rows)))
-    start = initialise(arms, shapes, settings, optimizer, mesh)
-    aux = {name: getattr(settings, name) for name in ("load_balance", "router_z", "selector")}
-    functions = [
-        steps.make_train_step(
-            arm.model,
-            start.tx,
-            seed=settings.seed,
-            accumulate=settings.accumulate,
-            aux=aux,
-            ema=settings.ema,
-            placement=start.placement,
-        )
-        for arm in arms
-    ]
-    compiled = 0.0
-    if building:
-        before = time.monotonic()
-        first_arm = draw_arm(arms, settings.seed, 1, settings.steps)
-        # A state for this alone: two of them may not fit.
-        jax.block_until_ready(functions[first_arm](start.state(), shapes))
-        compiled = time.monotonic() - before
-        building.wait()
-        pipeline = make_train(data_config, **options)
-    if (pipeline.spec, pipeline.tokenizer.fingerprint) != (spec, tokenizer.fingerprint):
-        raise RuntimeError("the model was made for other batches than the data give")
+    # 1. Settings, data, models, step programs.
+    setup = prepare(config, workdir, say)
+    settings, pipeline, labels = setup.settings, setup.pipeline, [a.label for a in setup.arms]
     say(f"Data: {len(pipeline.source)} training images, tasks {', '.join(pipeline.tasks)}")
-    count = sum(x.size for x in jax.tree.leaves(start.shapes["params"]))
-    say(f"Model: {count:,} parameters, trained at {', '.join(arm.label for arm in arms)}")
+    say(f"Model: {setup.num_params:,} parameters, trained at {', '.join(labels)}")
 
+    # 2. The files of the run.
     progress = Progress(settings.steps, quiet=not is_first())
     speaker = "" if is_first() else f"process {jax.process_index()}: "
 
     def warn(line: str) -> None:
         progress.message(f"warning: {speaker}{line}")
 
-    iterator = Reader(pipeline, warn)
+    batches = Reader(pipeline, warn)
+    keep = dict(keep=settings.keep, keep_every=settings.keep_every)
     with (
-        Checkpoints(
-            workdir / "checkpoints",
-            keep=settings.keep,
-            keep_every=settings.keep_every,
-            warn=warn,
-        ) as checkpoints,
+        Checkpoints(workdir / "checkpoints", **keep, warn=warn) as checkpoints,
         MetricsWriter(workdir, settings.tensorboard, warn=warn)
         if is_first()
         else contextlib.nullcontext() as writer,
     ):
-        own = workdir if not several else workdir / f"process_{jax.process_index()}"
-        guard = NonFiniteGuard(own, settings.nonfinite_limit, warn=warn)
-        goodput = Goodput(workdir, warn=warn, keep=is_first())
-        first, seconds = 0, 0.0
-        restored = checkpoints.restore_latest(start.shapes, iterator)
+        run = _Run(setup, workdir, batches, checkpoints, writer, progress, warn, start_time)
+        # 3. The newest checkpoint, or a fresh state.
+        first = run.restore(say)
+        # 4. All steps that are left, then the last checkpoint.
+        run.train_steps(first, stop)
+        total = run.finish(first)
+
+    # 5. What results.json says of it.
+    summary = {
+        "steps": settings.steps,
+        "seconds": round(total, 1),
+        "params": setup.num_params,
+        "skipped_steps": run.guard.total,
+        "skipped_samples": pipeline.skipped,
+        "compilations": setup.compilations,
+    }
+    summary |= digests(run.state, settings.steps, workdir, warn)
+    params = run.state.get("ema", run.state["params"])
+    return Trained(setup.model, params, setup.mesh, pipeline, summary)
+
+
+@dataclasses.dataclass
+class _Run:
+    """The state of a run in this process, and everything that is written about it.
+
+    Attributes:
+      setup: what stays the same.
+      workdir: of the run.
+      batches: the training batches.
+      checkpoints, writer, progress: where states, metrics and lines go; no writer in processes
+        other than the first.
+      warn: receives lines for the user.
+      start_time: of `train`, on the monotonic clock.
+      earlier_seconds: of the processes before this one.
+      state: the training state after the last step.
+      pending: arguments of `_log` for the step before.
+    """
+
+    setup: Setup
+    workdir: Path
+    batches: Reader
+    checkpoints: Checkpoints
+    writer: MetricsWriter | None
+    progress: Progress
+    warn: Callable[[str], None]
+    start_time: float
+    earlier_seconds: float = 0.0
+    state: Any = None
+    pending: tuple | None = None
+
+    def __post_init__(self):
+        self.settings, optimizer = self.setup.settings, self.setup.optimizer
+        # Several processes see different rows, so each dumps bad batches into a folder of its own.
+        single = jax.process_count() == 1
+        own_dir = self.workdir if single else self.workdir / f"process_{jax.process_index()}"
+        self.guard = NonFiniteGuard(own_dir, self.settings.nonfinite_limit, warn=self.warn)
+        self.goodput = Goodput(self.workdir, warn=self.warn, keep=is_first())
+        self.rate = schedule(optimizer, self.settings.steps, optimizer.learning_rate)
+
+    def restore(self, say: Callable[[str], None]) -> int:
+        """Reads the newest checkpoint, or makes a fresh state; returns the last step done (or 0).
+
+        Raises:
+          UserError: a checkpoint of another model or of other data, or none that is usable.
+        """
+        setup, settings, first = self.setup, self.settings, 0
+        restored = self.checkpoints.restore_latest(setup.start.shapes, self.batches)
         if restored is not None:
-            first, state, metadata = restored
+            first, self.state, metadata = restored
             check_fingerprint(
-                metadata["data"], pipeline.fingerprint, allow=data_config.allow_data_change
+                metadata["data"], setup.pipeline.fingerprint, allow=setup.data.allow_data_change
             )
-            guard.load(metadata["guard"])
-            seconds = metadata["seconds"]
-            goodput.resume(metadata.get("goodput"))
+            self.guard.load(metadata["guard"])
+            self.earlier_seconds = metadata["seconds"]
+            self.goodput.resume(metadata.get("goodput"))
             say(
                 f"Resuming from step {first} of {settings.steps}"
                 if first < settings.steps
                 else f"Training was already finished at step {first}: nothing is trained again"
             )
         else:
-            state = start.state()
-            goodput.resume(None)
+            self.state = setup.start.state()
+            self.goodput.resume(None)
             if settings.init_from is not None:
-                state = start_from(state, Path(settings.init_from))
+                self.state = start_from(self.state, Path(settings.init_from))
                 say(f"Starting from the parameters of {settings.init_from}")
-        if writer is not None:
-            writer.truncate_after(first)
+        if self.writer is not None:
+            self.writer.truncate_after(first)
+        return first
 
-        rate = schedule(optimizer, settings.steps, optimizer.learning_rate)
+    def train_steps(self, first: int, stop: StopSignal) -> None:
+        """All steps after `first`.
 
-        def save(step: int, *, wait: bool = False) -> None:
-            elapsed = seconds + time.monotonic() - start_time
-            metadata = {
-                "data": pipeline.fingerprint,
-                "guard": guard.state(),
-                "goodput": goodput.state(),
-                "seconds": elapsed,
-                "params": count,
-            }
-
-            def give_up(error: SaveFailed) -> NoReturn:
-                last = max(checkpoints.committed(), default=None)
-                safe = "" if last is None else f"; step {last} is safe"
-                raise UserError(
-                    f"checkpoints cannot be written: {error}",
-                    fix=f"free some space and run again{safe}",
-                ) from None
-
-            try:
-                checkpoints.wait()
-            except SaveFailed as error:  # In the background, and told by then.
-                if checkpoints.failures >= settings.save_failures and not wait:
-                    give_up(error)
-            try:
-                checkpoints.save(step, state, iterator, metadata, wait=wait)
-            except SaveFailed as error:
-                if wait or checkpoints.failures >= settings.save_failures:
-                    give_up(error)
-                warn(f"{error}; training goes on, the next checkpoint tries again")
-            except NonFiniteState as error:
-                raise UserError(
-                    f"step {step}: {error.path} is not finite, so no checkpoint was written",
-                    fix="a new --workdir with train.init_from and a lower learning rate",
-                ) from None
-
-        def log(step: int, arm: Arm, metrics: Mapping[str, Any], batch, timing) -> None:
-            ok = guard.update(
-                step,
-                metrics["ok"],
-                batch,
-                last_checkpoint=max(checkpoints.committed(), default=None),
-            )
-            values = {k: np.asarray(v) for k, v in metrics.items() if k != "ok"}
-            wall, wait = timing
-            values |= {
-                "lr": float(rate(step - 1)),
-                "budget": arm.budget,
-                "images_per_second": data_config.batch_size / max(wall, 1e-9),
-                "step_seconds": wall,
-                "data_wait_fraction": wait / max(wall, 1e-9),
-                "skipped": guard.total,
-                "goodput": goodput.share,
-            }
-            due = step % settings.log_every == 0 or step in (1, settings.steps) or not ok
-            if due and writer is not None:
-                writer.write(step, {**values, "compressor": arm.model.compressor["name"]})
-                goodput.write()
-            progress.update(step, values)
-
-        pending = None
-        progress.start = first
-        goodput.add("compile", compiled)
-        goodput.add("start", time.monotonic() - start_time - compiled)
-        with progress:
+        Raises:
+          UserError: training diverged, or checkpoints cannot be written.
+          Stopped: a signal came; the state is saved.
+        """
+        setup, settings, goodput = self.setup, self.settings, self.goodput
+        self.progress.start = first
+        goodput.add("compile", setup.compile_seconds)
+        goodput.add("start", time.monotonic() - self.start_time - setup.compile_seconds)
+        with self.progress:
             mark = time.monotonic()
             for step in range(first + 1, settings.steps + 1):
-                done = step - 1
-                code = stop.exit_code if stop.requested else 0
-                if several:
-                    # All must stop at the same step, and to ask each other costs a moment.
-                    asked = done % settings.log_every == 0
-                    if asked and jax.default_backend() == "cpu":
-                        # Its programs are not in order: the question would be asked beside a step
-                        # that has failed in one process, and wait for the others for ever.
-                        jax.block_until_ready(state)
-                    code = largest(code) if asked else 0
-                saved = 0.0
-                if code or (done > first and done % settings.checkpoint_every == 0):
-                    if pending is not None:
-                        log(*pending)
-                        pending = None
-                    before = time.monotonic()
-                    if done > first:
-                        save(done, wait=bool(code))
-                    saved = time.monotonic() - before
-                    goodput.add("checkpoint", saved)
-                    if code:
-                        goodput.write()
-                        raise Stopped(code, done)
+                # 1. Save, at a multiple of `checkpoint_every` or before stopping.
+                saved = self._save_if_due(step - 1, first, self._stop_code(stop, step - 1))
+                # 2. The next batch.
                 before = time.monotonic()
-                batch = next(iterator)
+                batch = next(self.batches)
                 waited = time.monotonic() - before
-                index = draw_arm(arms, settings.seed, step, settings.steps)
-                programs, before = functions[index]._cache_size(), time.monotonic()
-                state, metrics = functions[index](state, batch)
-                compiled = 0.0
-                if functions[index]._cache_size() > programs:
-                    compiled = time.monotonic() - before
-                # The metrics of the step before are read while this one runs.
-                if pending is not None:
-                    log(*pending)
+                # 3. The update. The step runs on the device while the host goes on.
+                index = draw_arm(setup.arms, settings.seed, step, settings.steps)
+                program = setup.programs[index]
+                programs, before = program._cache_size(), time.monotonic()
+                self.state, metrics = program(self.state, training_inputs(batch))
+                compiled = time.monotonic() - before if program._cache_size() > programs else 0.0
+                # 4. Log the step before: its metrics are ready, so the host does not wait for this
+                # one.
+                self._log_pending()
                 now = time.monotonic()
                 goodput.add("data", waited)
                 goodput.add("compile", compiled)
                 goodput.add("productive", now - mark - saved - waited - compiled)
-                pending = (step, arms[index], metrics, batch, (now - mark, waited))
+                self.pending = (step, setup.arms[index], metrics, batch, now - mark, waited)
                 mark = now
-            if pending is not None:
-                log(*pending)
+            if self.pending is not None:
+                self._log_pending()
                 goodput.add("productive", time.monotonic() - mark)
-        if settings.steps > first:
-            with goodput.timed("checkpoint"):
-                save(settings.steps, wait=True)
-        goodput.write()
-        total = seconds + (time.monotonic() - start_time if settings.steps > first else 0.0)
-    compilations = {
-        arm.label: f._cache_size()
-        for arm, f in zip(arms, functions, strict=True)
-        if f._cache_size()
-    }
-    summary = {
-        "steps": settings.steps,
-        "seconds": round(total, 1),
-        "params": count,
-        "skipped_steps": guard.total,
-        "skipped_samples": pipeline.skipped,
-        "compilations": compilations,
-    }
-    summary |= digests(state, settings.steps, workdir, warn)
-    return Trained(model, state.get("ema", state["params"]), mesh, pipeline, summary)
+
+    def finish(self, first: int) -> float:
+        """Saves the last step, if any was trained; returns the seconds of the whole run."""
+        trained = self.settings.steps > first
+        if trained:
+            with self.goodput.timed("checkpoint"):
+                self._save(self.settings.steps, wait=True)
+        self.goodput.write()
+        return self._seconds() if trained else self.earlier_seconds
+
+    def _seconds(self) -> float:
+        return self.earlier_seconds + time.monotonic() - self.start_time
+
+    def _stop_code(self, stop: StopSignal, done: int) -> int:
+        """The exit code of a signal that came to any process; 0 without one."""
+        code = stop.exit_code if stop.requested else 0
+        if jax.process_count() == 1:
+            return code
+        # All must stop at the same step, and asking each other takes a moment.
+        if done % self.settings.log_every:
+            return 0
+        if jax.default_backend() == "cpu":
+            # Programs of a CPU do not run in order: a process whose step has failed would leave the
+            # others waiting for its answer for ever.
+            jax.block_until_ready(self.state)
+        return largest(code)
+
+    def _save_if_due(self, done: int, first: int, code: int) -> float:
+        """Saves after step `done` if it is time to, or if the run stops; returns the seconds."""
+        if not code and (done == first or done % self.settings.checkpoint_every):
+            return 0.0
+        self._log_pending()
+        before = time.monotonic()
+        if done > first:
+            self._save(done, wait=bool(code))
+        seconds = time.monotonic() - before
+        self.goodput.add("checkpoint", seconds)
+        if code:
+            self.goodput.write()
+            raise Stopped(code, done)
+        return seconds
+
+    def _save(self, step: int, *, wait: bool = False) -> None:
+        metadata = {
+            "data": self.setup.pipeline.fingerprint,
+            "guard": self.guard.state(),
+            "goodput": self.goodput.state(),
+            "seconds": self._seconds(),
+            "params": self.setup.num_params,
+        }
+        save_state(
+            self.checkpoints,
+            step,
+            self.state,
+            self.batches,
+            metadata,
+            limit=self.settings.save_failures,
+            wait=wait,
+            warn=self.warn,
+        )
+
+    def _log_pending(self) -> None:
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            self._log(*pending)
+
+    def _log(
+        self,
+        step: int,
+        arm: Arm,
+        metrics: Mapping[str, Any],
+        batch: Mapping[str, np.ndarray],
+        wall: float,
+        waited: float,
+    ) -> None:
+        """Waits for a step's metrics; writes and shows them; ends a run that has diverged."""
+        last = max(self.checkpoints.committed(), default=None)
+        ok = self.guard.update(step, metrics["ok"], batch, last_checkpoint=last)
+        values = {name: np.asarray(value) for name, value in metrics.items() if name != "ok"}
+        values |= {
+            "lr": float(self.rate(step - 1)),
+            "budget": arm.budget,
+            "images_per_second": self.setup.data.batch_size / max(wall, 1e-9),
+            "step_seconds": wall,
+            "data_wait_fraction": waited / max(wall, 1e-9),
+            "skipped": self.guard.total,
+            "goodput": self.goodput.share,
+        }
+        due = step % self.settings.log_every == 0 or step in (1, self.settings.steps) or not ok
+        if due and self.writer is not None:
+            self.writer.write(step, {**values, "compressor": arm.model.compressor["name"]})
+            self.goodput.write()
+        self.progress.update(step, values)

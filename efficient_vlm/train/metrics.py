@@ -1,6 +1,6 @@
 """Metrics of a run: one JSON object a line in metrics.jsonl, and TensorBoard on request.
 
-A logger may never stop training: whatever fails here is reported once and then left out.
+A logger must never stop training: whatever fails here is reported once, then ignored.
 """
 
 import json
@@ -23,7 +23,7 @@ METRICS = "metrics.jsonl"
 
 
 def plain(value: Any) -> Any:
-    """What JSON can hold: arrays become nested lists, NaN and Inf become null.
+    """Converts to JSON types: arrays become nested lists, NaN and Inf become null.
 
     Args:
       value: Python, NumPy or device scalar or array, string, or nested lists and dicts of them.
@@ -75,9 +75,9 @@ def summary_writer() -> Any:
 
 
 class MetricsWriter:
-    """Appends to `<workdir>/metrics.jsonl`; each line is complete on disk or not there.
+    """Appends to `<workdir>/metrics.jsonl`; a line is on the disk as a whole or not at all.
 
-    A line that a killed process left half-written is removed on opening.
+    An incomplete line of a killed process is removed on opening.
 
     Args:
       workdir: created if needed.
@@ -85,7 +85,7 @@ class MetricsWriter:
       warn: receives one line when a writer fails for the first time.
 
     Raises:
-      UserError: `tensorboard` is asked for but tensorboardX is not installed.
+      UserError: `tensorboard` is True but tensorboardX is not installed.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class MetricsWriter:
             if written != len(line):
                 raise OSError("disk full: line written in part")
         except OSError:
-            # A full disk still lets a file shrink, so the next line will start on its own.
+            # A file can shrink even on a full disk, so the next line will start at its beginning.
             os.ftruncate(self._descriptor, size)
             raise
 
@@ -189,7 +189,7 @@ class MetricsWriter:
 
 
 class _Board:
-    """A thread around tensorboardX, which blocks for ever once its own thread died (full disk).
+    """A thread around tensorboardX, which blocks for ever after its own thread died (full disk).
 
     Args:
       make: builds the SummaryWriter, in the thread.
@@ -201,7 +201,7 @@ class _Board:
         self._thread: threading.Thread | None = None
 
     def put(self, step: int, metrics: dict[str, Any], split: str) -> None:
-        """Hands a row over; raises if it is not taken, and never waits."""
+        """Queues a row without waiting; raises if the queue is full or the writer has failed."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, daemon=True, name="tensorboard")
             self._thread.start()
@@ -210,7 +210,7 @@ class _Board:
         self._rows.put_nowait((int(step), metrics, split))
 
     def close(self) -> None:
-        """Waits for the last rows, but not for a writer that hangs."""
+        """Waits up to five seconds for the last rows."""
         if self._thread is None:
             return
         self._rows.put_nowait(None)

@@ -8,15 +8,16 @@ from typing import Any
 import jax
 import optax
 
+from efficient_vlm.checks import number_fields
 from efficient_vlm.errors import UserError, unknown
-from efficient_vlm.fields import check_range, construct
+from efficient_vlm.fields import construct
 from efficient_vlm.sharding import is_box, logical_axes, path_of
 
 OPTIMIZERS = ("adamw", "muon")
 
 # Axes along which a parameter is a stack of independent matrices.
 _STACKED = ("layers", "experts")
-# Tables are looked up row by row: they have no input and output side to orthogonalise.
+# Axes of tables, which are looked up row by row: they are not matrices to orthogonalise.
 _TABLES = ("vocab", "rows", "columns", "queries", "position")
 
 
@@ -27,11 +28,11 @@ class OptimizerConfig:
     Attributes:
       name: "muon" (matrices by Muon, all else by Adam; Nesterov momentum in both) or "adamw".
       learning_rate: peak, of the matrices with Muon.
-      adam_learning_rate: peak of what AdamW updates beside Muon; None for `learning_rate`.
+      adam_learning_rate: peak for parameters that Adam updates beside Muon; None: `learning_rate`.
       schedule: "cosine" (to 0), "linear" (to 0), "wsd" (constant, then linear to 0; arXiv
         2404.06395) or "constant", after a linear warm-up.
-      decay_steps: steps that "cosine" and "linear" take to reach 0; None for the whole run. More
-        than the run has leaves a rate above 0 at its end.
+      decay_steps: steps that "cosine" and "linear" take to reach 0; None for the whole run. With
+        more steps than the run has, its last rate is above 0.
       decay_fraction: share of the run that the decay of "wsd" takes.
       warmup_steps: length of the warm-up.
       weight_decay: decoupled, times the learning rate; only for matrices (and stacks of them).
@@ -56,9 +57,11 @@ class OptimizerConfig:
 
     def __post_init__(self):
         where, rates = "train.optimizer", ("learning_rate", "adam_learning_rate")
-        check_range(self, where, "0 or more", *rates, "warmup_steps", "weight_decay")
-        check_range(self, where, "above 0", "clip_norm")
-        check_range(self, where, "0 or more, below 1", "b1", "b2")
+        number_fields(self, where, *rates, "warmup_steps", "weight_decay", low=0)
+        number_fields(self, where, "decay_steps", low=1)
+        number_fields(self, where, "decay_fraction", above=0, high=1)
+        number_fields(self, where, "clip_norm", above=0)
+        number_fields(self, where, "b1", "b2", low=0, below=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,19 +73,13 @@ class Group:
     freeze: bool = False
 
     def __post_init__(self):
-        check_range(self, "train.optimizer.groups", "0 or more", "scale")
+        number_fields(self, "train.optimizer.groups", "scale", low=0)
 
 
 def schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
     """The learning rate at each step of a run of `steps`."""
     warmup = min(config.warmup_steps, max(steps - 1, 0))
     rest = max(steps - warmup, 1)
-    if not 0 < config.decay_fraction <= 1:
-        raise UserError(
-            f"train.optimizer.decay_fraction: {config.decay_fraction}", allowed="above 0, up to 1"
-        )
-    if config.decay_steps is not None and config.decay_steps < 1:
-        raise UserError(f"train.optimizer.decay_steps: {config.decay_steps}", allowed="1 or more")
     span = max((config.decay_steps or steps) - warmup, 1)
     decay = min(rest, max(1, round(steps * config.decay_fraction)))
     shapes = {
@@ -124,7 +121,7 @@ def make_optimizer(
     tx = optax.partition(transforms, lambda params: _by_path(params, labels))
     before = []
     if any(group.freeze for group in groups):
-        # First of all: what is not trained must not count in the norm.
+        # Before clipping: gradients of frozen parameters must not count in the norm.
         zero = {"freeze": optax.set_to_zero(), "train": optax.identity()}
         kinds = {path: "freeze" if name == "freeze" else "train" for path, name in labels.items()}
         before.append(optax.partition(zero, lambda params: _by_path(params, kinds)))
@@ -160,7 +157,7 @@ def _update(config, steps, scale, axes) -> optax.GradientTransformation:
 
 
 def _matrix(names: tuple[str | None, ...]) -> Any:
-    """Which axes of a parameter are the input and the output of a matrix; None if it is none."""
+    """The input and output axes of a parameter that is a matrix; None for other parameters."""
     inner = [i for i, name in enumerate(names) if name not in _STACKED]
     if len(inner) < 2 or any(name in _TABLES for name in names):
         return None
@@ -192,7 +189,8 @@ def _pattern(text: str, number: int) -> re.Pattern[str]:
         return re.compile(text)
     except re.error as error:
         raise UserError(
-            f"train.optimizer.groups[{number}].pattern: {text!r} is no regular expression: {error}",
+            f"train.optimizer.groups[{number}].pattern: {text!r}: {error}",
+            allowed="a regular expression",
             fix="write special characters as \\(, \\* and so on",
         ) from None
 

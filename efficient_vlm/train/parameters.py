@@ -1,7 +1,7 @@
 """Parameters of a run: fresh, from another run, or from its newest checkpoint."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,29 +16,28 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.train import step as steps
 from efficient_vlm.train.arms import Arm
 from efficient_vlm.train.optimizer import OptimizerConfig, make_optimizer
-from efficient_vlm.train.placement import Placement, state_shardings
+from efficient_vlm.train.state_layout import StateLayout, state_shardings
 
 
 class Start(NamedTuple):
     """What a run starts with.
 
     Attributes:
-      state: makes a fresh state, the same every time, on none of whose devices it ever is as a
-        whole if there is a mesh.
-      shapes: of the state, and where it lies.
+      state: makes a fresh state, the same one at every call; on a mesh each device makes only its
+        part.
+      shapes: of the state, with its shardings on a mesh.
       tx: the optimizer.
-      placement: None for one device.
+      layout: None for one device.
     """
 
     state: Callable[[], steps.State]
     shapes: steps.State
     tx: optax.GradientTransformation
-    placement: Placement | None
+    layout: StateLayout | None
 
 
 def initialise(
     arms: Sequence[Arm],
-    batch: Mapping[str, Any],
     settings: Any,
     optimizer: OptimizerConfig,
     mesh: Mesh | None = None,
@@ -47,7 +46,6 @@ def initialise(
 
     Args:
       arms: the models; their parameters are created once per compressor, not per budget.
-      batch: anything with the shapes of a batch.
       settings, optimizer: of the run.
       mesh: of the devices; None for one device.
     """
@@ -58,7 +56,7 @@ def initialise(
         for arm in arms
     }
 
-    init, key = steps.make_init(list(distinct.values()), batch), jax.random.key(settings.seed)
+    init, key = steps.make_init(list(distinct.values())), jax.random.key(settings.seed)
     boxed = jax.eval_shape(init, key)
     tx = make_optimizer(optimizer, settings.steps, boxed)
     rest = functools.partial(steps.init_state, tx=tx, ema=settings.ema is not None)
@@ -69,7 +67,7 @@ def initialise(
     shapes = jax.eval_shape(rest, boxed)
     if mesh is None:
         return Start(state, shapes, tx, None)
-    lies = state_shardings(
+    shardings = state_shardings(
         shapes,
         sharding.param_shardings(boxed, mesh),
         tx,
@@ -77,9 +75,10 @@ def initialise(
         zero=bool(settings.mesh.get("zero")),
     )
     placed = jax.tree.map(
-        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, lies
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, shardings
     )
-    return Start(jax.jit(state, out_shardings=lies), placed, tx, Placement(mesh, lies))
+    layout = StateLayout(mesh, shardings)
+    return Start(jax.jit(state, out_shardings=shardings), placed, tx, layout)
 
 
 def start_from(state: steps.State, workdir: Path) -> steps.State:
@@ -94,8 +93,8 @@ def load_params(workdir: Path, like: Any, name: str = "params") -> Any:
 
     Args:
       workdir: of that run.
-      like: parameters, or their shapes, of the same structure; where they have places on a mesh
-        they are read there. All processes call this alike.
+      like: parameters, or their shapes, of the same structure; with shardings, they are read
+        straight to their devices. All processes must make the same call.
       name: "params", or "ema" for their average.
 
     Raises:

@@ -1,6 +1,7 @@
 """Several processes that train one model: how they find each other, and what they agree on.
 
-Each has devices and rows of its own; the first one talks, and writes what is no checkpoint.
+Each has its own devices and rows. The first one prints, and writes all files but checkpoints, which
+all of them write.
 """
 
 from collections.abc import Callable
@@ -17,15 +18,15 @@ _ALLOWED = "auto (Slurm, TPU pods, MPI), or ADDRESS:PORT,PROCESSES,NUMBER"
 
 
 def start(text: str | None) -> None:
-    """Joins the other processes of a job; before anything else asks JAX for devices.
+    """Joins the other processes of a job. Must run before anything asks JAX for devices.
 
     Args:
-      text: None for one process; "auto" where the cluster says who is who (Slurm, Cloud TPU, Open
-        MPI, GKE); else "ADDRESS:PORT,PROCESSES,NUMBER" of the first process, such as
-        "10.0.0.2:8476,4,0".
+      text: None for one process; "auto" where the cluster tells JAX about the job (Slurm, Cloud
+        TPU, Open MPI, GKE); else "ADDRESS:PORT,PROCESSES,NUMBER": address of the first process,
+        number of processes, number of this one, such as "10.0.0.2:8476,4,0".
 
     Raises:
-      UserError: another text, or they cannot be reached.
+      UserError: another text, or the other processes cannot be reached.
     """
     if text is None:
         return
@@ -52,12 +53,12 @@ def start(text: str | None) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process writes files and talks."""
+    """Whether this process prints and writes the files that only one process writes."""
     return jax.process_index() == 0
 
 
 def largest(value: int) -> int:
-    """The largest that any process says; all must ask at the same place."""
+    """The largest value of all processes; a collective call, which all must make."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
@@ -66,13 +67,13 @@ def largest(value: int) -> int:
 
 
 def first_then_all(action: Callable[[], Any]) -> Any:
-    """What each process gets of `action`; the first goes ahead, and the others find its files."""
-    found = agreed(action)
-    return found if is_first() else action()
+    """The result of `action` in each process; the first goes ahead, the others use its files."""
+    result = agreed(action)
+    return result if is_first() else action()
 
 
 def whole(x: jax.Array) -> np.ndarray:
-    """All of an array, of which each process may have a part; all must ask at the same place."""
+    """A whole array whose parts may be in several processes; a collective call."""
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     from jax.experimental import multihost_utils
@@ -81,19 +82,20 @@ def whole(x: jax.Array) -> np.ndarray:
 
 
 def agreed(action: Callable[[], Any]) -> Any:
-    """What the first process gets of `action`, and None in the others, which do not call it.
+    """The result of `action` in the first process; None in the others, which do not call it.
 
     Raises:
-      UserError: it failed in the first, of which it is the own error.
+      Exception: in the first process, what `action` raised.
+      UserError: in the others, if the first has failed.
     """
     if jax.process_count() == 1:
         return action()
-    found, problem = None, None
+    result, problem = None, None
     if is_first():
         try:
-            found = action()
+            result = action()
         except Exception as error:
             problem = error
     if largest(int(problem is not None)):
         raise problem or UserError("the first process has ended with an error; see its output")
-    return found
+    return result

@@ -1,7 +1,7 @@
 """The training state, and one jitted step around a readable loss."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,40 +11,34 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from efficient_vlm import sharding
+from efficient_vlm.errors import UserError
+from efficient_vlm.models import init as initial
+from efficient_vlm.models.inputs import ModelInputs
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.train.guards import select_finite
 from efficient_vlm.train.losses import ratio, token_cross_entropy
-from efficient_vlm.train.placement import Placement
+from efficient_vlm.train.state_layout import StateLayout
 
 State = dict[str, Any]  # params, opt, step, skipped, and ema if it is on
 
-MODEL_INPUTS = ("images", "image_mask", "tokens", "lengths", "prompt_lengths")
 
-
-def init_params(models: list[VisionLanguageModel], batch: Mapping[str, Any], seed: int) -> Any:
+def init_params(models: Sequence[VisionLanguageModel], seed: int) -> Any:
     """Parameters, with logical axes, that serve every one of `models`; see `make_init`."""
-    return make_init(models, batch)(jax.random.key(seed))
+    return make_init(models)(jax.random.key(seed))
 
 
-def make_init(
-    models: list[VisionLanguageModel], batch: Mapping[str, Any]
-) -> Callable[[jax.Array], Any]:
+def make_init(models: Sequence[VisionLanguageModel]) -> Callable[[jax.Array], Any]:
     """From a key to parameters, with logical axes, that serve every one of `models`; jitted.
 
     Args:
       models: one model at several budgets or compressors.
-      batch: a batch, or its shapes.
     """
-    shapes = {
-        name: jax.ShapeDtypeStruct(batch[name].shape, batch[name].dtype) for name in MODEL_INPUTS
-    }
 
     @jax.jit
     def init(key):
-        zeros = {name: jnp.zeros(s.shape, s.dtype) for name, s in shapes.items()}
         params = {}
         for model in models:
-            params = _union(params, model.init(key, **zeros)["params"])
+            params = _union(params, initial.init_params(model, key))
         return params
 
     return init
@@ -78,7 +72,7 @@ def init_state(params: Any, tx: optax.GradientTransformation, *, ema: bool = Fal
 def loss_fn(
     model: VisionLanguageModel,
     params: Any,
-    batch: Mapping[str, jax.Array],
+    inputs: ModelInputs,
     rng: jax.Array,
     aux: Mapping[str, float],
 ) -> tuple[jax.Array, dict[str, Any]]:
@@ -87,19 +81,20 @@ def loss_fn(
     Args:
       model: the model at one budget.
       params: its parameters.
-      batch: arrays of the data pipeline.
+      inputs: with labels.
       rng: key for random compressors.
       aux: weights of "load_balance", "router_z" and "selector".
 
     Returns:
       A scalar to divide by the number of targets, and metrics as (sum, denominator).
+
+    Raises:
+      UserError: inputs without labels.
     """
-    inputs = {name: batch[name] for name in MODEL_INPUTS}
-    # The last token is only ever a target.
-    inputs["tokens"] = batch["tokens"][..., :-1]
-    inputs["lengths"] = jnp.minimum(batch["lengths"], inputs["tokens"].shape[-1])
-    out = model.apply({"params": params}, **inputs, rng=rng)
-    metrics = token_cross_entropy(out.logits, batch["tokens"], batch["loss_mask"])
+    if inputs.labels is None:
+        raise UserError("inputs.labels: None", fix="give the token that each place is to predict")
+    out = model.apply({"params": params}, inputs, rng=rng)
+    metrics = token_cross_entropy(out.logits, inputs.labels)
     total, targets = metrics["loss"]
     for name, weight in aux.items():
         if name in out.stats:
@@ -116,9 +111,9 @@ def make_train_step(
     accumulate: int = 1,
     aux: Mapping[str, float] | None = None,
     ema: float | None = None,
-    placement: Placement | None = None,
-) -> Callable[[State, Mapping[str, Any]], tuple[State, dict[str, jax.Array]]]:
-    """A jitted step(state, batch) -> (state, metrics) for one budget; the state is donated.
+    layout: StateLayout | None = None,
+) -> Callable[[State, ModelInputs], tuple[State, dict[str, jax.Array]]]:
+    """A jitted step(state, inputs) -> (state, metrics) for one budget; the state is donated.
 
     A step whose loss or gradient norm is not finite leaves parameters, optimizer and average as
     they were, and counts in `skipped`.
@@ -127,22 +122,24 @@ def make_train_step(
       model: the model at one budget.
       tx: the optimizer.
       seed: of random compressors.
-      accumulate: micro-batches per step; they divide the batch. The gradient is that of the mean
-        over all targets of the step, however they are spread over the micro-batches.
+      accumulate: micro-batches per step; they divide the rows of text and of pictures. The gradient
+        is that of the mean over all targets of the step, however they are spread over the
+        micro-batches.
       aux: weights of router losses.
       ema: decay of an average of the parameters kept in state["ema"]; None for none.
-      placement: where the state lies; batches are then those of all devices. None for one device.
+      layout: where the state lies; batches are then those of all devices. None for one device.
 
     Returns:
-      The step. Like a jitted function it has `lower(state, batch)`, of shapes with their shardings.
+      The step. Like a jitted function it has `lower(state, inputs)`, of shapes with their
+      shardings.
     """
     aux = dict(aux or {})
     gradient = jax.value_and_grad(functools.partial(loss_fn, model, aux=aux), has_aux=True)
 
-    def accumulated(params, batch, rng):
+    def accumulated(params, inputs, rng):
         if accumulate == 1:
-            return gradient(params, batch, rng)
-        parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), dict(batch))
+            return gradient(params, inputs, rng)
+        parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), inputs)
         keys = jax.random.split(rng, accumulate)
 
         def add(total, part):
@@ -155,9 +152,9 @@ def make_train_step(
         )
         return jax.lax.scan(add, zeros, (parts, keys))[0]
 
-    def step(state, batch):
+    def step(state, inputs):
         rng = jax.random.fold_in(jax.random.key(seed), state["step"])
-        (_, metrics), grads = accumulated(state["params"], batch, rng)
+        (_, metrics), grads = accumulated(state["params"], inputs, rng)
         targets = jnp.maximum(metrics["loss"][1], 1)
         grads = jax.tree.map(lambda g: g / targets, grads)
         norm = optax.tree.norm(grads)
@@ -176,20 +173,20 @@ def make_train_step(
             scalars["expert_load"] = load[0] / jnp.maximum(load[1], 1)[:, None]
         return new, {**scalars, "grad_norm": norm, "ok": ok}
 
-    if placement is None:
+    if layout is None:
         return jax.jit(step, donate_argnums=0)
-    everywhere = NamedSharding(placement.mesh, PartitionSpec())
+    everywhere = NamedSharding(layout.mesh, PartitionSpec())
     # Without them the state of the second step would lie elsewhere, and be compiled for again.
-    shardings = (placement.state, everywhere)
+    shardings = (layout.state, everywhere)
     compiled = jax.jit(step, donate_argnums=0, out_shardings=shardings)
 
-    def placed(state, batch):
-        with sharding.active(placement.mesh):
-            return compiled(state, sharding.global_batch(batch, placement.mesh))
+    def placed(state, inputs):
+        with sharding.active(layout.mesh):
+            return compiled(state, sharding.global_batch(inputs, layout.mesh))
 
-    def lower(state, batch):
-        with sharding.active(placement.mesh):
-            return compiled.lower(state, batch)
+    def lower(state, inputs):
+        with sharding.active(layout.mesh):
+            return compiled.lower(state, inputs)
 
     placed._cache_size, placed.lower = compiled._cache_size, lower
     return placed

@@ -11,10 +11,8 @@ from jax.sharding import Mesh
 
 from efficient_vlm.checkpoints.leaves import state_sha256
 from efficient_vlm.checkpoints.run import Checkpoints
-from efficient_vlm.cli import config_file as configs
-from efficient_vlm.data import transforms
 from efficient_vlm.data.pipeline import Pipeline
-from efficient_vlm.fields import construct
+from efficient_vlm.fields import construct, section
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.sharding import param_shardings
 from efficient_vlm.train import step as steps
@@ -73,16 +71,10 @@ def restore(
     config: Mapping[str, Any], workdir: Path, pipeline: Pipeline, mesh: Mesh | None = None
 ) -> Trained:
     """The model of a run and its newest parameters, for evaluation, where they lie on a mesh."""
-    settings = construct(TrainConfig, configs.section(config, "train"), "train")
+    settings = construct(TrainConfig, section(config, "train"), "train")
     model = make_model(config, pipeline.tokenizer.vocab_size)
-    example = transforms.empty(pipeline.spec, pipeline.tokenizer.pad_id)
-    boxed = jax.eval_shape(
-        lambda: steps.init_params(
-            [arm.model for arm in make_arms(model, settings.elastic)],
-            transforms.stack([example]),
-            0,
-        )
-    )
+    arms = make_arms(model, settings.elastic)
+    boxed = jax.eval_shape(lambda: steps.init_params([arm.model for arm in arms], 0))
     like = nn.unbox(boxed)
     if mesh is not None:
         places = param_shardings(boxed, mesh)

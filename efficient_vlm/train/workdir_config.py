@@ -1,4 +1,4 @@
-"""The config that a workdir belongs to."""
+"""The config of a workdir: written once, and compared by every later run."""
 
 import json
 import os
@@ -6,14 +6,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 import numpy as np
 
+from efficient_vlm.compressors.imports import import_of_run
 from efficient_vlm.errors import UserError, first_line
 from efficient_vlm.files import Damaged, read_index, write_atomic
 
 
 def _plain(value: Any) -> Any:
-    """What comes back after JSON: tuples are lists, keys are strings."""
+    """The value as it comes back from JSON: tuples are lists, keys are strings."""
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -40,7 +42,7 @@ def compare_config(
 
     Args:
       stored: the config of the workdir.
-      current: the config asked for.
+      current: the requested config.
       ignore: dotted fields, or dotted prefixes, that may differ.
 
     Returns:
@@ -71,8 +73,8 @@ def check_workdir_config(
 ) -> bool:
     """Writes `<workdir>/config.json` on first use; later, refuses a config that differs from it.
 
-    Until something was saved there is nothing that a mended config could spoil: it takes the place
-    of the one before, and the tokenizer is made anew.
+    As long as nothing was saved, a corrected config replaces the stored one, and the tokenizer is
+    made again.
 
     Args:
       workdir: created if needed.
@@ -113,7 +115,7 @@ def check_workdir_config(
 
 
 def has_steps(workdir: Path) -> bool:
-    """Whether a run has saved anything, also where its steps were moved away."""
+    """Whether a run has saved anything, even if its steps were moved away since."""
     folder = workdir / "checkpoints"
     if (workdir / "results.json").exists() or any(folder.glob("[0-9]*")):
         return True
@@ -136,20 +138,20 @@ def _write(path: Path, config: Mapping[str, Any]) -> None:
         ) from None
 
 
-def read_run_config(workdir: Path) -> Any:
-    """The config that a run was made with, a ConfigDict."""
-    import ml_collections
-
+def read_run_config(workdir: Path) -> ml_collections.ConfigDict:
+    """The config that a run was made with; its own methods are imported (`import_of_run`)."""
     path = workdir / "config.json"
     if not path.is_file():
         raise UserError(
             f"--workdir={workdir}: no run there", fix="train first: efficient-vlm train"
         )
     try:
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict):
+        stored = json.loads(path.read_text())
+        if not isinstance(stored, dict):
             raise ValueError("no sections")
-        return ml_collections.ConfigDict(found)
+        config = ml_collections.ConfigDict(stored)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         problem = f"{path}: not a readable config ({first_line(error)})"
         raise UserError(problem, fix="restore it") from None
+    import_of_run(stored, workdir)
+    return config

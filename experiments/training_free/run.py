@@ -17,6 +17,7 @@ from typing import Any
 
 import training_free_table as table
 
+from efficient_vlm.compressors.imports import import_methods
 from efficient_vlm.compressors.in_decoder import sparsevlm_plan
 from efficient_vlm.compressors.methods import METHODS
 from efficient_vlm.errors import UserError, unknown
@@ -125,6 +126,7 @@ def run(
     *,
     images: int | None = None,
     methods: Sequence[str] | None = None,
+    own: Sequence[str] = (),
     budgets: Sequence[int] = BUDGETS,
     seeds: int = SEEDS,
     say: Callable[[str], None] = print,
@@ -135,6 +137,7 @@ def run(
       workdir: of the run; nothing in it is changed.
       images: test images in place of the config's number.
       methods: names to restrict it to; None for all.
+      own: registered methods of one's own, evaluated at each budget with their default options.
       budgets: see `settings`.
       seeds: draws of `random`.
       say: receives lines for the user.
@@ -143,15 +146,15 @@ def run(
       What results.json holds: rows in order of falling cost, what was left out, protocol,
       environment.
     """
-    from efficient_vlm.cli import run as commands
     from efficient_vlm.costs.flops import model_cost
     from efficient_vlm.evaluation.protocol import evaluate
     from efficient_vlm.evaluation.settings import check_trained, parameter_shapes, settings_of
+    from efficient_vlm.runtime import enable_compilation_cache, environment
 
     for name in methods or ():
-        if name not in SELECTABLE:
-            raise unknown("--methods", name, SELECTABLE)
-    commands.enable_compilation_cache()
+        if name not in (*SELECTABLE, *own):
+            raise unknown("--methods", name, (*SELECTABLE, *own))
+    enable_compilation_cache()
     start = time.monotonic()
     trained, test, evaluation = _restore(Path(workdir), images)
     model, shapes = trained.model, parameter_shapes(trained.params)
@@ -160,6 +163,7 @@ def run(
     layers = sum(segment["layers"] for segment in decoder.segments)
     learned = model.compressor["name"] == "text_topk"
     chosen, left_out = settings(rows * columns, encoder.depth, layers, budgets, learned)
+    chosen += [Setting(name, {"budget": budget}) for name in own for budget in budgets]
     if methods:
         chosen = [setting for setting in chosen if setting.name in methods]
         left_out = {name: why for name, why in left_out.items() if name in methods}
@@ -210,32 +214,24 @@ def run(
         "tasks": list(test.tasks),
         "protocol": protocol,
         "params_sha256": _trained_as(Path(workdir)),
-        "environment": commands.environment(),
+        "environment": environment(),
         "seconds": round(time.monotonic() - start, 1),
     }
 
 
 def _restore(workdir: Path, images: int | None):
     """(trained model, test data, EvalConfig) of a run."""
-    import ml_collections
-
-    from efficient_vlm.cli import config_file as configs
     from efficient_vlm.data.config import DataConfig
     from efficient_vlm.data.evalset import make_eval
     from efficient_vlm.data.pipeline import make_train
     from efficient_vlm.evaluation.settings import EvalConfig
-    from efficient_vlm.fields import construct
+    from efficient_vlm.fields import construct, section
     from efficient_vlm.train.trained import restore
+    from efficient_vlm.train.workdir_config import read_run_config
 
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise UserError(
-            f"--workdir={workdir}: no run there",
-            fix=f"efficient-vlm train --config=configs/quickstart.py --workdir={workdir}",
-        )
-    config = ml_collections.ConfigDict(json.loads(path.read_text()))
-    evaluation = construct(EvalConfig, configs.section(config, "eval"), "eval")
-    data = DataConfig.from_mapping(configs.section(config, "data"))
+    config = read_run_config(workdir)
+    evaluation = construct(EvalConfig, section(config, "eval"), "eval")
+    data = DataConfig.from_mapping(section(config, "data"))
     trained = restore(config, workdir, make_train(data, workdir=workdir))
     test = make_eval(
         dataclasses.replace(data, batch_size=evaluation.batch_size),
@@ -258,6 +254,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workdir", required=True, help="finished run, such as runs/quickstart")
     parser.add_argument("--images", type=int, help="test images; default: the run's eval.images")
     parser.add_argument("--methods", help="only these, separated by commas")
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="FILE.py",
+        help="file that registers methods of your own, which are evaluated at each budget, too",
+    )
     parser.add_argument("--out", type=Path, help="results; default: beside the script")
     parser.add_argument("--table", type=Path, help="Markdown; default: docs/training_free.md")
     args = parser.parse_args(arguments)
@@ -265,14 +269,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--images: {args.images}, but at least 1 is needed")
     names = [name for name in (args.methods or "").split(",") if name]
     try:
-        results = run(args.workdir, images=args.images, methods=names or None)
+        known = set(METHODS)
+        import_methods(args.imports)
+        own = [name for name in METHODS if name not in known]
+        results = run(args.workdir, images=args.images, methods=names or None, own=own)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     typed = sys.argv[1:] if arguments is None else list(arguments)
     results["command"] = shlex.join(["python", "experiments/training_free/run.py", *typed])
     # A part of it replaces the whole only where it is told to.
-    whole = not names and args.images is None
+    whole = not names and not own and args.images is None
     out = args.out or (RESULTS if whole else None)
     page = args.table or (TABLE if whole else None)
     if out:

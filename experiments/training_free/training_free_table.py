@@ -27,14 +27,14 @@ def markdown(results: Mapping[str, Any]) -> str:
         "",
         f"Exact match in % on {results['images']} unseen test images, 95 % intervals clustered by "
         f"image; `random` pools {draws} draws. Nothing was trained "
-        "for any method; `text_topk`, the selector that the model was trained with, is there for "
-        "reference. A block holds methods that *process* the same number of visual tokens, mean "
-        "over decoder layers: a method inside this two-layer decoder can only cut behind layer 1, "
-        "so with T tokens left it processes (64 + T) / 2, and is compared with baselines that have "
-        "as many in front of the decoder. The encoder has no CLS token: methods guided by encoder "
-        "attention take the mean over queries (`attention=column_mean`). `positions` is the "
-        "method's default. ▲ and ▼: the interval lies wholly above or below that of `random` "
-        "(retain) in the same block.",
+        "for any method; `text_topk`, the selector that the model was trained with, is included "
+        "for reference. A block contains methods that *process* the same number of visual tokens, "
+        "mean over decoder layers: a method inside this two-layer decoder can only cut after "
+        "layer 1, so with T tokens left it processes (64 + T) / 2, and is compared with baselines "
+        "that have as many before the decoder. The encoder has no CLS token: methods guided by "
+        "encoder attention take the mean over queries (`attention=column_mean`). `positions` is "
+        "the method's default. ▲ and ▼: the interval lies entirely above or below that of "
+        "`random` (retain) in the same block.",
     ]
     for tokens in dict.fromkeys(row["mean_processed"] for row in results["rows"]):
         block = [row for row in results["rows"] if row["mean_processed"] == tokens]

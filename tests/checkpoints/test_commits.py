@@ -120,7 +120,7 @@ def test_full_disk(small_disk, tmp_path, monkeypatch):
     checkpoints.save(1, state, wait=True)
     filler = small_disk / "filler"
     filler.write_bytes(b"\1" * (shutil.disk_usage(small_disk).free - (3 << 19)))
-    with pytest.raises(SaveFailed, match="disk full.*MB wanted"):
+    with pytest.raises(SaveFailed, match="disk full.*MB needed"):
         checkpoints.save(2, state)  # refused before anything is written
     # Past the preflight (someone else fills the disk meanwhile), the write itself fails.
     filler.write_bytes(b"\1" * (filler.stat().st_size + (1 << 20)))

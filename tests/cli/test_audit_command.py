@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from efficient_vlm.cli import audit as command
 from efficient_vlm.cli import main as cli
+from efficient_vlm.cli import methods as command
 from efficient_vlm.compressors import methods
 from efficient_vlm.families import presets
 

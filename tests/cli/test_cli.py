@@ -364,12 +364,12 @@ def test_importing_and_helping_load_nothing_heavy():
     # The program itself, then a look at what it has loaded.
     code = (
         "import sys\nfrom efficient_vlm.cli import main as cli\n"
-        "sys.argv = ['efficient-vlm', {!r}]\n"
+        "sys.argv = ['efficient-vlm', *{!r}]\n"
         "try:\n    cli.main()\nexcept SystemExit as end:\n    assert not end.code\n"
         "print([m for m in {} if m in sys.modules])"
     )
-    for word in ("--help", "--version"):
-        result = python("-c", code.format(word, HEAVY))
+    for words in (["--help"], ["--version"], ["audit", "aot", "--help"], ["methods", "--help"]):
+        result = python("-c", code.format(words, HEAVY))
         assert result.stdout.strip().endswith("[]"), result.stdout + result.stderr
         assert "efficient-vlm" in result.stdout or "efficient_vlm" in result.stdout
     # The check can fail.

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from efficient_vlm.cli import compress
 from efficient_vlm.cli import main as cli
+from efficient_vlm.cli import pixel_signals
+from efficient_vlm.cli.methods import method_fields
 from efficient_vlm.compressors.methods import METHODS
 from efficient_vlm.errors import UserError
+from efficient_vlm.evaluation import heat
 from efficient_vlm.inference.generate import generate
-from efficient_vlm.report import heat, pixel_signals
+from efficient_vlm.processing.batch import question_inputs
 
 
 @pytest.fixture(scope="module")
@@ -64,20 +66,14 @@ def marked(make_model, make_batch, init):
     """marked(name, budget, **options) -> (sources of one question, its heat map)."""
     batch = make_batch(1, 1, seed=3)
     trained = make_model("text_topk", 5)
-    params = init(trained, batch)
-    prompt, length = batch["tokens"][0, 0], int(batch["lengths"][0, 0])
+    params = init(trained)
+    inputs = question_inputs({**batch, "prompt_lengths": batch["lengths"]})
 
     def run(name, budget=None, **options):
         model = trained.with_compressor(name, budget, **options)
-        out = generate(
-            *(model, params, batch["images"], batch["image_mask"]),
-            *(batch["tokens"], batch["lengths"]),
-            new_tokens=1,
-            eos_id=1,
-        )
+        out = generate(model, params, inputs, new_tokens=1, eos_id=1)
         sources = [np.asarray(source[0]) for source in out.sources]
-        asked = batch["images"][0], batch["image_mask"][0], prompt, length
-        return sources, heat.heat(model, params, *asked, sources)
+        return sources, heat.heat(model, params, inputs, sources)
 
     return run
 
@@ -294,7 +290,7 @@ def test_files_that_are_no_image(photo, tmp_path):
 
 
 def test_methods_of_a_command_line():
-    read = compress.read_methods(["fastv,stride"], ["fastv.layer=3", "keep=0.5", "budget=4"])
+    read = method_fields(["fastv,stride"], ["fastv.layer=3", "keep=0.5", "budget=4"])
     assert read == [
         {"name": "fastv", "layer": 3, "keep": 0.5, "budget": 4},
         {"name": "stride", "budget": 4},

@@ -6,6 +6,7 @@ import pytest
 
 from efficient_vlm.cli import config_file as configs
 from efficient_vlm.errors import UserError
+from efficient_vlm.fields import to_dict
 
 FILE = """
 import ml_collections
@@ -73,7 +74,7 @@ def test_overrides_have_the_type_of_their_field(path, override, value):
         found = found[name]
     found = list(found) if isinstance(found, tuple) else found
     assert found == value and type(found) is type(value)
-    assert configs.to_dict(config)  # Everything can be stored.
+    assert to_dict(config)  # Everything can be stored.
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,7 @@ def test_files_stay_short():
 
 
 def test_import_is_light():
-    """Compressors pull in JAX, Flax and the kernels, no other room of the house and no plotting."""
+    """Compressors pull in JAX, Flax and the rooms below them, no other one and no plotting."""
     code = (
         "import sys, efficient_vlm.compressors; "
         "print(*(m for m in sys.modules if m.startswith('efficient_vlm.')), "
@@ -208,6 +208,6 @@ def test_import_is_light():
         "& set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    rooms = ("compressors", "kernels", "errors", "sharding")
+    rooms = ("compressors", "nn", "kernels", "checks", "errors", "sharding")
     allowed = tuple(f"efficient_vlm.{room}" for room in rooms)
     assert [m for m in done.stdout.split() if not m.startswith(allowed)] == []

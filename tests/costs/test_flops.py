@@ -1,7 +1,5 @@
 """FLOPs from fields against the traced program, XLA's own count, and published numbers."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +10,8 @@ from efficient_vlm.costs.encoder_flops import INTERMEDIATE_FLOPS, encoder_cost
 from efficient_vlm.costs.products import published_layer_flops
 from efficient_vlm.costs.traced import traced_flops
 from efficient_vlm.errors import UserError
-from efficient_vlm.models.image_inputs import ImageExtras
+from efficient_vlm.models.init import boxed_parameters
+from efficient_vlm.models.inputs import example_shapes
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.nn.intermediates import INTERMEDIATES
 
@@ -54,31 +53,26 @@ def shapes(tree):
 
 def stages(model, images=1):
     """The real stages with abstract parameters and inputs: {name: (function, arguments)}."""
-    size = model.encoder["image_size"]
-    pixels = jnp.zeros((1, images, size, size, 3), jnp.uint8)
-    present = jnp.ones((1, images), bool)
-    prompt, lengths = jnp.zeros((1, PROMPT), jnp.int32), jnp.full((1,), PROMPT)
-    key = jax.random.key(0)
-    question = prompt[:, None], lengths[:, None], lengths[:, None]
-    params = jax.eval_shape(lambda: model.init(key, pixels, present, *question, rng=key))
-    layout = model.layout(pixels)
+    inputs = example_shapes(model, pictures=images, text=PROMPT)
+    params = {"params": boxed_parameters(model)}
+    layout = model.layout(inputs.pictures)
 
     def call(method):
         return lambda params, *args: model.apply(params, *args, method=method)
 
-    def compress(module, tokens, signals, prompt, lengths):
-        instruction = module.instruction(prompt, lengths)
-        return module.compress(tokens, signals, instruction, layout, jax.random.key(0))
+    def compress(module, tokens, signals, text):
+        return module.compress(tokens, signals, text, layout, jax.random.key(0))
 
-    def prefill(module, visual, prompt, lengths):
+    def prefill(module, visual, text):
         keywords = {"new_tokens": NEW, "rng": jax.random.key(0)}
-        return module.prefill(visual, prompt, lengths, layout, **keywords)
+        return module.prefill(visual, text, layout, **keywords)
 
-    encode = (call("encode"), (params, pixels, present))
+    text = inputs.replace(pictures=None)
+    encode = (call("encode"), (params, inputs.pictures))
     tokens, signals = jax.eval_shape(encode[0], *encode[1])
-    join = (call(compress), (params, tokens, signals, prompt, lengths))
+    join = (call(compress), (params, tokens, signals, text))
     visual = jax.eval_shape(join[0], *join[1])
-    fill = (call(prefill), (params, visual, prompt, lengths))
+    fill = (call(prefill), (params, visual, text))
     _, cache, *_ = jax.eval_shape(fill[0], *fill[1])
     step = (call("decode"), (params, jnp.zeros((1,), jnp.int32), cache))
     return {"encode": encode, "compress": join, "prefill": fill, "decode": step}, cache
@@ -220,22 +214,16 @@ def test_tokens_pooled_across_images():
     images, pooled = 3, 21
     for method in ({"name": "none"}, {"name": "divprune", "budget": 5}):
         model = build({"grid": (1, pooled), **method}, projector=POOL, connector=IDENTITY)
-        pixels = jax.ShapeDtypeStruct((1, images, 64, 64, 3), jnp.uint8)
-        present = jax.ShapeDtypeStruct((1, images), bool)
-        text = jax.ShapeDtypeStruct((1, PROMPT), jnp.int32)
-        lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
-        extras = ImageExtras(pool_index=jax.ShapeDtypeStruct((1, pooled, 4), jnp.int32))
-        inputs = (pixels, present, text, lengths, None, extras)
+        inputs = example_shapes(model, pictures=images, text=PROMPT, pooled=pooled)
 
-        def run(params, *inputs, model=model):
-            return model.apply(params, *inputs, method="text_logits")
+        def run(params, inputs, model=model):
+            return model.apply({"params": params}, inputs).logits
 
-        init = functools.partial(model.init, method="text_logits")
-        params = jax.eval_shape(init, jax.random.key(0), *inputs)
+        params = boxed_parameters(model)
         cost = flops.model_cost(model, text_tokens=PROMPT, images=images, pooled=pooled)
         assert cost.visual_tokens == method.get("budget", pooled)
         logits = PROMPT * cost.flops["head"]  # Of all of the prompt, not of its end alone.
-        traced = traced_flops(run, params, *inputs)
+        traced = traced_flops(run, params, inputs)
         assert cost.total - cost.flops["head"] + logits == traced
 
 

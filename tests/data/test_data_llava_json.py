@@ -9,9 +9,9 @@ from data_samples import image_bytes, row
 from PIL import Image
 
 from efficient_vlm.data import DataConfig, llava_json, make_eval, make_train
-from efficient_vlm.data.records import BadRecord
 from efficient_vlm.errors import UserError
 from efficient_vlm.processing import decode_image as images
+from efficient_vlm.processing.decode_image import BadRecord
 
 
 def config(path, **changes):

@@ -33,7 +33,7 @@ def test_restarts_once_from_its_state(small, monkeypatch, threads, error):
     for batch in expected:
         found = next(reader)
         assert all(np.array_equal(found[name], batch[name]) for name in batch)
-    assert len(lines) == 1 and str(error) in lines[0] and "starting again" in lines[0]
+    assert len(lines) == 1 and str(error) in lines[0] and "restarting" in lines[0]
     assert reader.get_state() is not None
 
 

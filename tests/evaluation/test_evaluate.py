@@ -13,7 +13,10 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.evaluation import protocol as evaluation
 from efficient_vlm.evaluation import settings
 from efficient_vlm.evaluation.run import evaluate_run
+from efficient_vlm.evaluation.token_maps import read_maps
 from efficient_vlm.inference.generate import Generated
+from efficient_vlm.models import variants
+from efficient_vlm.models.init import abstract_parameters
 
 
 def read_jsonl(path):
@@ -104,9 +107,11 @@ def test_answers_are_compared_with_their_own_questions(finished_run, monkeypatch
     config = ConfigDict(json.loads((finished_run[0] / "config.json").read_text()))
     seen = []
 
-    def oracle(model, params, images, image_mask, prompts, lengths, *, new_tokens, eos_id, rng):
-        tokens = np.full((*lengths.shape, new_tokens), eos_id, np.int32)
+    def oracle(model, params, inputs, *, new_tokens, eos_id, rng):
         batch = data.batches[len(seen)]
+        lengths = inputs.lengths.reshape(batch["lengths"].shape)
+        prompts = inputs.text.reshape(*lengths.shape, -1)
+        tokens = np.full((*lengths.shape, new_tokens), eos_id, np.int32)
         seen.append(lengths)
         for b, q in zip(*np.nonzero(lengths), strict=True):
             start, end = batch["prompt_lengths"][b, q], batch["lengths"][b, q]
@@ -126,7 +131,7 @@ def test_answers_are_compared_with_their_own_questions(finished_run, monkeypatch
 
     data = make_eval(DataConfig.from_mapping({**config.data.to_dict(), "batch_size": 16}), limit=24)
     model = loop.make_model(config, data.tokenizer.vocab_size)
-    shapes = settings.init_shapes(model)
+    shapes = abstract_parameters(model)
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     monkeypatch.setattr(evaluation, "generate", oracle)
     fields = settings.EvalConfig(batch_size=16, new_tokens=2)
@@ -201,7 +206,7 @@ def test_methods_that_cannot_be_evaluated(finished_run, methods, words):
 def test_parameters_of_another_shape_are_named(make_model):
     """Trained with 8 queries, asked with 4."""
     trained = make_model("resampler", 4, options=dict(num_queries=8))
-    given = settings.parameter_shapes(settings.init_shapes(trained))
+    given = settings.parameter_shapes(abstract_parameters(trained))
     assert given["reduce/queries"] == (8, 24)
     settings.check_trained([trained, trained.with_compressor("resampler", 2)], given)
     other = trained.with_compressor("resampler", 4, num_queries=4)
@@ -227,7 +232,7 @@ def test_a_method_without_a_budget_is_called_by_what_its_layers_process(make_mod
     deep = dict(segments=[dict(layers=4)])
 
     def label(name, budget=None, **options):
-        return settings.setting_of(
+        return variants.setting_of(
             make_model("none", 16, decoder=deep).with_compressor(name, budget, **options)
         )
 
@@ -239,7 +244,7 @@ def test_a_method_without_a_budget_is_called_by_what_its_layers_process(make_mod
     assert label("vtw", layer=2) == ("vtw", 8)  # 16, 16, 0, 0
     assert label("tome", r=4) == ("tome", 8)  # Two encoder layers: 12, then 8 in all of them.
     assert label("sparsevlm", 7) == ("sparsevlm", 7)  # A given budget is the name.
-    two = settings.setting_of(
+    two = variants.setting_of(
         make_model("none", 16, decoder=deep).with_compressor("fastv", layer=1, keep=0.25), 32
     )
     assert two == ("fastv", 14)  # Two images: 32, 8, 8, 8.
@@ -295,7 +300,12 @@ def test_settings_with_one_budget_keep_their_own_files(finished_run, tmp_path):
             "attention from the mean query, layer -1",
             "attention from all patches, layer -1",
         ]
-        assert all((workdir / "maps" / cell["scores"]).is_file() for cell in question["maps"])
+    for example in read_maps(workdir):
+        # One image of 16 patches, of each of which every method has a number.
+        assert [cell.grid for cell in example.cells] == [(4, 4)] * 3
+        assert all(
+            np.isfinite(cell.scores).all() and cell.scores.size == 16 for cell in example.cells
+        )
 
 
 def _trained_and_data(config, workdir):
@@ -335,7 +345,7 @@ def test_a_stop_between_batches_ends_the_evaluation(finished_run):
     fields = {**config.data.to_dict(), "batch_size": 16}
     data = make_eval(DataConfig.from_mapping(fields), limit=48)
     model = loop.make_model(config, data.tokenizer.vocab_size)
-    params = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), settings.init_shapes(model))
+    params = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), abstract_parameters(model))
     with pytest.raises(Stopped):
         evaluation.evaluate(
             *(model, params, data, settings.EvalConfig(batch_size=16, new_tokens=2)),

@@ -19,7 +19,7 @@ from efficient_vlm.compressors.methods import METHODS
 from efficient_vlm.families import architecture, load
 from efficient_vlm.families.table import FAMILIES, family_of
 from efficient_vlm.inference import generate
-from efficient_vlm.models.prompt_layout import Placement
+from efficient_vlm.models.inputs import ModelInputs
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.nn.attention import PADDING_SEGMENT, SHARED_SEGMENT
 
@@ -91,7 +91,7 @@ class Subject:
         self.name, self.config = name, architecture.read_config(directory)
         self.family = family_of(self.config)
         plain = architecture.build_model(self.config)
-        source = load.Source(Checkpoint.open(directory), self.family, self.config, plain)
+        source = load.FamilyCheckpoint(Checkpoint.open(directory), self.family, self.config, plain)
         self.model, self.params = deepened(plain, load.stacked(source))
         with np.load(directory / "io.npz") as io:
             self.io = dict(io)
@@ -114,12 +114,8 @@ class Subject:
         if len(inputs.prompts) == 1:
             return without_last_crop(inputs)
         rows = slice(0, 2)
-        return inputs._replace(
-            images=inputs.images[rows],
-            image_mask=inputs.image_mask[rows],
-            extras=jax.tree.map(lambda x: x[rows], inputs.extras),
-            prompts=inputs.prompts[rows],
-        )
+        pictures = jax.tree.map(lambda x: x[rows], inputs.pictures)
+        return inputs._replace(pictures=pictures, prompts=inputs.prompts[rows])
 
     @functools.cached_property
     def slots(self) -> list[np.ndarray]:
@@ -157,18 +153,15 @@ class Subject:
     def at(self, model: VisionLanguageModel) -> "Reading":
         """Visual tokens of a model in front of its decoder; UserError if it cannot be."""
         inputs = self.inputs(model)
-        model = inputs.model
-        tokens, lengths, placement = inputs.placed()
-        layout = model.layout(inputs.images, inputs.extras)
+        model, given = inputs.model, inputs.placed()
+        layout = model.layout(given.pictures)
         programs = generate.programs_of(model, layout)
-        pictures = (inputs.images, inputs.image_mask, inputs.extras)
-        found = generate.encode_stage(*programs.encode, self.params, *pictures)
-        text = (tokens[:, None], lengths[:, None])
+        found = generate.encode_stage(*programs.encode, self.params, given.pictures)
+        text = given.replace(pictures=None)
         visual = generate.compress_stage(
-            model, layout, self.params, *found, *text, jax.random.key(0)
+            model, layout, self.params, *found, text, jax.random.key(0)
         )
-        given = (visual, tokens, lengths, placement)
-        return Reading(programs.prefill, layout, self.params, given)
+        return Reading(programs.prefill, layout, self.params, visual, text)
 
 
 class Reading(NamedTuple):
@@ -176,18 +169,21 @@ class Reading(NamedTuple):
 
     Attributes:
       model, layout: static.
-      given: visual tokens, text tokens [R, S], lengths [R], placement.
+      visual: visual tokens.
+      text: the prompts, without pictures.
     """
 
     model: VisionLanguageModel
     layout: Any
     params: Any
-    given: tuple
+    visual: VisualTokens
+    text: ModelInputs
 
     @property
     def rows(self) -> tuple[np.ndarray, np.ndarray]:
         """Indices of the last prompt token of each row."""
-        return np.arange(len(self.given[2])), self.given[2] - 1
+        lengths = self.text.lengths
+        return np.arange(len(lengths)), lengths - 1
 
     def whole(self, follow: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Logits behind each token of the prompts and of one token [R] more, in one pass.
@@ -196,7 +192,7 @@ class Reading(NamedTuple):
           float32 [R, S + 1, vocab]; int32 [R, slots], which token of the last layer holds each
           slot, -1 for none.
         """
-        found = _whole(self.model, self.layout, self.params, *self.given, follow)
+        found = _whole(self.model, self.layout, self.params, self.visual, self.text, follow)
         return tuple(map(np.asarray, found))
 
     def cached(self, follow: np.ndarray) -> tuple[np.ndarray, int]:
@@ -205,8 +201,9 @@ class Reading(NamedTuple):
         Returns:
           float32 [R, 2, vocab]; keys of the last layer's cache that are visual tokens.
         """
-        logits, keys = _cached(self.model, self.layout, self.params, *self.given, follow)
-        return np.asarray(logits), keys.shape[1] - self.given[1].shape[1] - 1
+        given = (self.params, self.visual, self.text, follow)
+        logits, keys = _cached(self.model, self.layout, *given)
+        return np.asarray(logits), keys.shape[1] - self.text.text.shape[1] - 1
 
 
 def deepened(model: VisionLanguageModel, params: Any) -> tuple[VisionLanguageModel, Any]:
@@ -247,51 +244,47 @@ def of_one_size(io: dict[str, np.ndarray], token: int) -> dict[str, np.ndarray]:
 
 def without_last_crop(inputs: verify.Inputs) -> verify.Inputs:
     """One row, and behind it the same without the last crop of its picture."""
-    crops = inputs.image_mask.shape[1]
+    pictures = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), inputs.pictures)
+    mask = pictures.mask
+    crops = mask.shape[1]
     each = inputs.visual // crops
-    mask = np.repeat(inputs.image_mask, 2, axis=0)
     mask[1, -1] = False
-    extras = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), inputs.extras)
     (prompt,) = inputs.prompts
     there = prompt.slots < each * (crops - 1)
     keep = np.ones(len(prompt.ids), bool)
     keep[np.flatnonzero(prompt.ids == inputs.place["image_token"])[~there]] = False
     shorter = prompt._replace(ids=prompt.ids[keep], slots=prompt.slots[there])
     return inputs._replace(
-        images=np.repeat(inputs.images, 2, axis=0),
-        image_mask=mask,
-        extras=extras.replace(slot_mask=extras.slot_mask & mask[..., None]),
+        pictures=pictures.replace(slot_mask=pictures.slot_mask & mask[..., None]),
         prompts=[prompt, shorter],
     )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _cached(model, layout, params, visual, tokens, lengths, placement, follow):
+def _cached(model, layout, params, visual, text, follow):
     apply = functools.partial(model.apply, {"params": params})
-    options = dict(new_tokens=1, placement=placement)
-    first, cache, _ = apply(visual, tokens, lengths, layout, **options, method="prefill")
+    first, cache, _ = apply(visual, text, layout, new_tokens=1, method="prefill")
     live = cache.segments[-1].index
     second, _ = apply(follow, cache, method="decode")
     return jnp.stack([first, second], axis=1), live
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _whole(model, layout, params, visual, tokens, lengths, placement, follow):
-    longer = appended(tokens, lengths, placement, follow)
-    given = (visual, *longer, lengths, layout)
+def _whole(model, layout, params, visual, text, follow):
+    given = (visual, *appended(text, follow), text.lengths, layout)
     return model.apply({"params": params}, *given, method=without_cache)
 
 
-def appended(tokens, lengths, placement: Placement, token):
+def appended(text: ModelInputs, token):
     """Texts with one token more behind each, and their placement."""
-    rows = jnp.arange(len(tokens))
+    rows, lengths, placement = jnp.arange(len(text.text)), text.lengths, text.placement
 
     def put(x, value):
         x = jnp.pad(x, [(0, 0), (0, 1)] + [(0, 0)] * (x.ndim - 2))
         value = jnp.asarray(value).reshape(-1, *(1,) * (x.ndim - 2))
         return x.at[rows, lengths].set(jnp.broadcast_to(value, (len(rows), *x.shape[2:])))
 
-    return put(tokens, token), placement.replace(
+    return put(text.text, token), placement.replace(
         text_index=put(placement.text_index, placement.next_index),
         text_position=put(placement.text_position, placement.next_position),
         text_block=put(placement.text_block, jnp.zeros_like(lengths)),
@@ -305,13 +298,15 @@ def without_cache(model, visual: VisualTokens, tokens, placement, prompt_lengths
     prompt = place < prompt_lengths[:, None]
     live = place <= prompt_lengths[:, None]
     behind = placement.text_index > placement.visual_index.max(axis=1, keepdims=True)
+    embedded = model.language.embed(tokens)
+    total = (embedded * prompt[..., None]).sum(axis=1)
     hidden, _, _, sources = model.language(
         visual,
-        model.language.embed(tokens),
+        embedded,
         jnp.broadcast_to(place, tokens.shape),
         jnp.where(live, SHARED_SEGMENT, PADDING_SEGMENT),
         columns=layout.columns,
-        signals=Signals(text=model.instruction(tokens, prompt_lengths)),
+        signals=Signals(text=total / prompt_lengths[:, None]),
         prompt=prompt & behind,
         position_policy=model._position_policy(),
         placement=placement,

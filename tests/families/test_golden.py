@@ -23,7 +23,7 @@ CASES = sorted(p.name for p in GOLDEN.iterdir() if p.is_dir() and p.name not in 
 def opened(name):
     config = architecture.read_config(GOLDEN / name)
     family, model = family_of(config), architecture.build_model(config)
-    source = load.Source(Checkpoint.open(GOLDEN / name), family, config, model)
+    source = load.FamilyCheckpoint(Checkpoint.open(GOLDEN / name), family, config, model)
     return config, family, model, source
 
 
@@ -75,10 +75,10 @@ def test_a_tied_head_that_is_stored_too(tmp_path):
         held = {**arrays, "lm_head.weight": head}
         tensors = [(n, a.shape, a.dtype, lambda a=a: a) for n, a in held.items()]
         safetensors_write.write(tmp_path / folder, tensors)
-    again = load.Source(Checkpoint.open(tmp_path / "same"), family, config, model)
+    again = load.FamilyCheckpoint(Checkpoint.open(tmp_path / "same"), family, config, model)
     assert again.carried == ("lm_head.weight",)
     with pytest.raises(load.CheckpointError, match=r"lm_head\.weight"):
-        load.Source(Checkpoint.open(tmp_path / "other"), family, config, model)
+        load.FamilyCheckpoint(Checkpoint.open(tmp_path / "other"), family, config, model)
 
 
 @pytest.mark.parametrize("name", ENCODERS)

@@ -151,7 +151,7 @@ NORM = "model.norm.weight"
     ("change", "options", "message"),
     [
         (lambda a: {n: v.astype(np.int8) for n, v in a.items()}, {}, "int8, a quantised model"),
-        (lambda a: a | {NORM: a[NORM] * 1e6}, dict(dtype="float16"), "beyond float16"),
+        (lambda a: a | {NORM: a[NORM] * 1e6}, dict(dtype="float16"), "beyond the range of float16"),
         (lambda a: a | {"x\x1b[31m" + "y" * 3000: a[NORM]}, {}, "1 are unknown"),
     ],
 )
@@ -172,7 +172,7 @@ def test_one_tensor_in_both_spellings(tmp_path):
     config = architecture.read_config(GOLDEN / "llava")
     safetensors_write.write(tmp_path, tensors)
     with pytest.raises(UserError, match="are one tensor, twice"):
-        load.Source(
+        load.FamilyCheckpoint(
             Checkpoint.open(tmp_path), family_of(config), config, architecture.build_model(config)
         )
 
@@ -239,7 +239,7 @@ def test_another_import_leaves_nothing_of_the_first(tmp_path):
 
 def test_a_parameter_that_was_lost_is_converted_again(tmp_path):
     """The journal says it is done, the disk says otherwise; and a journal that is damaged."""
-    from efficient_vlm.checkpoints.staging import Stage
+    from efficient_vlm.checkpoints.staging import StagingArea
 
     def fill(stage):
         array = stage.array("a/b", (2, 3), np.dtype(np.float32))
@@ -250,15 +250,15 @@ def test_a_parameter_that_was_lost_is_converted_again(tmp_path):
         stage._journal.close()
         return was
 
-    assert fill(Stage(tmp_path, "one")) == [False, False]
-    assert fill(Stage(tmp_path, "one")) == [True, True]
+    assert fill(StagingArea(tmp_path, "one")) == [False, False]
+    assert fill(StagingArea(tmp_path, "one")) == [True, True]
     (tmp_path / "a.b").write_bytes(b"short")
-    assert fill(Stage(tmp_path, "one")) == [False, False]
+    assert fill(StagingArea(tmp_path, "one")) == [False, False]
     with (tmp_path / "journal.jsonl").open("r+b") as file:
         file.seek(-30, 2)
         file.write(b"\0" * 30)
-    assert fill(Stage(tmp_path, "one"))[0]
-    assert fill(Stage(tmp_path, "two")) == [False, False]
+    assert fill(StagingArea(tmp_path, "one"))[0]
+    assert fill(StagingArea(tmp_path, "two")) == [False, False]
 
 
 def test_an_imported_model_says_what_float16_cannot_hold(tmp_path):
@@ -266,7 +266,7 @@ def test_an_imported_model_says_what_float16_cannot_hold(tmp_path):
 
     folder = changed(tmp_path, lambda a: a | {NORM: a[NORM] * 1e6})
     import_model(folder, tmp_path / "out")
-    with pytest.raises(UserError, match="beyond float16"):
+    with pytest.raises(UserError, match="beyond the range of float16"):
         evlm.from_pretrained(tmp_path / "out", dtype="float16")
 
 

@@ -12,6 +12,7 @@ from efficient_vlm.inference import generate as module
 from efficient_vlm.inference.generate import generate
 from efficient_vlm.inference.options import SamplingOptions
 from efficient_vlm.inference.sampling import Sampling
+from efficient_vlm.processing.batch import question_inputs
 from efficient_vlm.train.step import init_params
 
 SMALL = dict(encoder=dict(depth=1), decoder=dict(segments=[dict(layers=1)]))
@@ -29,20 +30,18 @@ def batch(make_batch):
 
 
 @pytest.fixture(scope="module")
-def trained(make_model, init, make_batch):
+def trained(make_model, init):
     """(model, parameters) of which some answers end early: the end token is a likely one."""
     model = make_model("none", 16, **SMALL)
-    params = init(model, make_batch())
+    params = init(model)
     kernel = params["language"]["head"]["kernel"]
     params["language"]["head"]["kernel"] = kernel.at[:, EOS].multiply(4.0)
     return model, params
 
 
 def answers(model, params, batch, new_tokens=4, **options):
-    names = ("images", "image_mask", "tokens", "lengths")
-    return generate(
-        model, params, *(batch[n] for n in names), new_tokens=new_tokens, eos_id=EOS, **options
-    )
+    inputs = question_inputs({**batch, "prompt_lengths": batch["lengths"]})
+    return generate(model, params, inputs, new_tokens=new_tokens, eos_id=EOS, **options)
 
 
 def test_behind_the_end_there_is_only_the_end(trained, batch):
@@ -79,9 +78,10 @@ def test_decoding_ends_when_every_answer_has(trained, batch):
 def test_padding_of_the_prompt_does_not_matter(trained, batch):
     """Neither what stands behind the end of a prompt nor a question in another slot."""
     expected = answers(*trained, batch).tokens
-    inside = np.arange(6) < batch["lengths"][..., None]
-    dirty = batch | {"tokens": np.where(inside, batch["tokens"], 7)}
-    np.testing.assert_array_equal(answers(*trained, dirty).tokens, expected)
+    inputs = question_inputs({**batch, "prompt_lengths": batch["lengths"]})
+    dirty = inputs.replace(text=np.where(inputs.live, inputs.text, 7))
+    found = generate(*trained, dirty, new_tokens=4, eos_id=EOS)
+    np.testing.assert_array_equal(found.tokens, expected)
     swapped = batch | {k: batch[k][:, ::-1] for k in ("tokens", "lengths")}
     np.testing.assert_array_equal(answers(*trained, swapped).tokens, expected[:, ::-1])
 
@@ -91,8 +91,7 @@ def test_the_cache_holds_what_the_formula_says(trained, batch, name, budget):
     model, params = trained
     variant = model.with_compressor(name, budget)
     if name == "text_topk":
-        full = batch | {"prompt_lengths": batch["lengths"]}
-        params = nn.unbox(init_params([variant], full, 0))
+        params = nn.unbox(init_params([variant], 0))
     out = answers(variant, params, batch, rng=jax.random.key(0))
     layers, heads, size, slots = 1, 2, 32 // 4, budget + 6 + 4
     assert out.kv_bytes == 6 * layers * slots * heads * size * 2 * np.dtype(np.float32).itemsize
@@ -157,13 +156,13 @@ def drawn(model, params, batch, new_tokens=5, fields=(), **options):
 
 
 @pytest.mark.parametrize("name", ["none", "stride", "fastv"])
-def test_a_seed_draws_the_same_alone_and_again(trained, batch, make_model, init, make_batch, name):
+def test_a_seed_draws_the_same_alone_and_again(trained, batch, make_model, init, name):
     model, params = trained
     if name == "fastv":
         model = make_model(
             "none", 16, encoder=dict(depth=1), decoder=dict(segments=[dict(layers=2)])
         )
-        params = init(model, make_batch())
+        params = init(model)
         model = model.with_compressor("fastv", layer=1, keep=4)
     elif name == "stride":
         model = model.with_compressor("stride", 4)

@@ -54,11 +54,12 @@ def test_a_seed_alone_in_a_batch_and_again(vlm, method):
 def whole_passes(vlm, prompt, photos):
     """Ids of a prompt with those of the picture, and its next-token logits by one pass each."""
     pictured = vlm.request([prompt], [photos]).pictured[0]
-    ids = prompt_ids(vlm.family, vlm.config, vlm.template, vlm.tokenizer, prompt, pictured)
+    style = vlm.family.prompt_style(vlm.config)
+    ids = prompt_ids(style, vlm.template, vlm.tokenizer, prompt, pictured)
 
     def logits(more):
         request = vlm.place([[*ids, *more]], [pictured])
-        return vlm.logits(request)[:, int(request.lengths[0]) - 1]
+        return vlm.logits(request)[:, int(request.inputs.lengths[0]) - 1]
 
     return ids, logits
 

@@ -16,9 +16,9 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.families import architecture, load
 from efficient_vlm.families.table import family_of
 from efficient_vlm.models.cache import KVCache
-from efficient_vlm.models.image_inputs import Layout
 from efficient_vlm.nn.kv_cache import CONTIGUOUS, CacheOptions
 from efficient_vlm.nn.stack import unstack
+from efficient_vlm.processing.batch import question_inputs
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LAYERS = 4
@@ -65,13 +65,13 @@ def batch(make_batch):
     }
 
 
-def made(case, make_model, init, batch):
+def made(case, make_model, init):
     """The model of a case and its parameters, of which methods have none."""
     fields = dict(CASES[case])
     name, options = fields.pop("method", ("none", dict(budget=16)))
     fields["decoder"] = dict(segments=[dict(layers=LAYERS)], **fields.get("decoder", {}))
     model = make_model("none", 16, **fields)
-    return model.with_compressor(name, **options), init(model, batch)
+    return model.with_compressor(name, **options), init(model)
 
 
 def following(batch):
@@ -80,18 +80,23 @@ def following(batch):
     return np.take_along_axis(batch["tokens"][:, 0], at, axis=1)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
 def prefilled(model, params, batch, kept=CONTIGUOUS):
-    """Logits behind the prompts [B, vocab], and the cache."""
+    """Logits after the prompts [B, vocab], and the cache."""
+    prompts = question_inputs({**batch, "tokens": batch["tokens"][..., :6]})
+    return read_prompts(model, params, prompts, FOLLOW, kept)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def read_prompts(model, params, prompts, room, kept=CONTIGUOUS):
     apply = functools.partial(model.apply, {"params": params})
-    tokens, lengths = batch["tokens"][:, 0, :6], batch["prompt_lengths"][:, 0]
-    layout = model.layout(batch["images"])
-    patches, signals = apply(batch["images"], batch["image_mask"], method="encode")
-    instruction = apply(tokens, lengths, method="instruction")
-    visual = apply(patches, signals, instruction, layout, method="compress")
-    options = dict(new_tokens=FOLLOW, cache_options=kept, method="prefill")
-    logits, cache, _ = apply(visual, tokens, lengths, layout, **options)
-    return logits, cache
+    layout = model.layout(prompts.pictures)
+    if prompts.pictures is None:
+        visual = model.no_pictures(len(prompts.text))
+    else:
+        patches, signals = apply(prompts.pictures, method="encode")
+        visual = apply(patches, signals, prompts, layout, method="compress")
+    options = dict(new_tokens=room, cache_options=kept, method="prefill")
+    return apply(visual, prompts, layout, **options)[:2]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -117,9 +122,9 @@ def near(found, expected, there):
 @pytest.mark.parametrize("case", CASES)
 def test_all_ways_to_the_same_logits(make_model, init, inputs, batch, case):
     """At once, one by one, and behind what was rolled back, against one whole pass."""
-    model, params = made(case, make_model, init, batch)
-    whole = jax.jit(lambda p, b: model.apply({"params": p}, **b).logits)(params, inputs(batch))
-    whole = np.asarray(whole)[:, 0]
+    model, params = made(case, make_model, init)
+    whole = jax.jit(lambda p, b: model.apply({"params": p}, b).logits)(params, inputs(batch))
+    whole = np.asarray(whole)
     at = PROMPTS[:, None] + np.arange(FOLLOW)
     expected = np.take_along_axis(whole, np.minimum(at, whole.shape[1] - 1)[..., None], axis=1)
     there = np.arange(FOLLOW) < COUNTS[:, None]
@@ -150,7 +155,7 @@ def leaves(cache: KVCache):
 
 @pytest.mark.parametrize("case", ["moe", "windows", "pyramiddrop"])
 def test_a_row_alone_is_the_row_in_a_batch(make_model, init, batch, case):
-    (model, params), follow = made(case, make_model, init, batch), following(batch)
+    (model, params), follow = made(case, make_model, init), following(batch)
 
     def asked(rows):
         own = {key: value[rows] for key, value in batch.items()}
@@ -165,7 +170,7 @@ def test_a_row_alone_is_the_row_in_a_batch(make_model, init, batch, case):
 def test_stacked_layers_and_one_step(make_model, init, batch):
     """A cache with an axis over the layers, as training's parameters give it; `decode`."""
     model = make_model("fastv", options=dict(layer=1, keep=4), budget=None)
-    params = init(make_model(), batch)
+    params = init(make_model())
     follow, found = following(batch), []
     for given in (params, unstack(params)):
         _, cache = prefilled(model, given, batch)
@@ -185,7 +190,7 @@ def test_published_layouts(name):
     """Images between the text of rows of different lengths, by the layout of each family."""
     config = architecture.read_config(GOLDEN / name)
     family, model = family_of(config), architecture.build_model(config)
-    source = load.Source(Checkpoint.open(GOLDEN / name), family, config, model)
+    source = load.FamilyCheckpoint(Checkpoint.open(GOLDEN / name), family, config, model)
     params = load.load_parameters(source)
     with np.load(GOLDEN / name / "io.npz") as io:
         inputs = verify.read_inputs(family, config, model, dict(io))
@@ -206,24 +211,9 @@ def test_published_layouts(name):
 
 
 def cached(inputs, params, follow, counts):
-    """Logits behind the prompts, and behind what follows, through the cache."""
-    model, (tokens, lengths, placement) = inputs.model, inputs.placed()
-
-    def run(params, tokens, lengths, placement, images, mask, extras, follow, counts):
-        apply = functools.partial(model.apply, {"params": params})
-        if images is None:
-            visual, layout = model.no_images(len(tokens)), Layout(0, 1, 1)
-        else:
-            layout = model.layout(images, extras)
-            patches, signals = apply(images, mask, extras=extras, method="encode")
-            instruction = apply(tokens, lengths, method="instruction")
-            visual = apply(patches, signals, instruction, layout, method="compress")
-        options = dict(new_tokens=3, placement=placement, method="prefill")
-        first, cache, _ = apply(visual, tokens, lengths, layout, **options)
-        return first, apply(follow, cache, counts, method="extend")[0]
-
-    given = (tokens, lengths, placement, inputs.images, inputs.image_mask, inputs.extras)
-    return map(np.asarray, jax.jit(run)(params, *given, follow, counts))
+    """Logits after the prompts, and after what follows, through the cache."""
+    first, cache = read_prompts(inputs.model, params, inputs.placed(), follow.shape[1])
+    return np.asarray(first), np.asarray(extended(inputs.model, params, follow, cache, counts)[0])
 
 
 PAGED, INT8 = CacheOptions("paged", page=8), CacheOptions(dtype="int8")
@@ -233,7 +223,7 @@ BOTH = CacheOptions("paged", page=8, dtype="int8")
 @pytest.mark.parametrize("case", ["moe", "windows", "merged tokens", "pyramiddrop"])
 def test_pages_and_int8(make_model, init, batch, case):
     """Pages change nothing, wherever they lie; int8 as much as its rounding does."""
-    model, params = made(case, make_model, init, batch)
+    model, params = made(case, make_model, init)
     params, follow = unstack(params), following(batch)
     there = np.arange(FOLLOW) < COUNTS[:, None]
     logits, caches = {}, {}
@@ -275,7 +265,7 @@ def shuffled(cache):
 def test_bytes_of_keys_and_values(make_model, init, batch):
     """Of all layers, whole pages, and with int8 one number of 4 bytes for each token and head."""
     model = make_model(dtype="bfloat16", decoder=dict(segments=[dict(layers=2)]))
-    params, vectors = unstack(init(model, batch)), 2 * 2 * 3 * 2  # K and V, layers, rows, heads.
+    params, vectors = unstack(init(model)), 2 * 2 * 3 * 2  # K and V, layers, rows, heads.
     found = {
         kept: jax.eval_shape(lambda p, b, k=kept: prefilled(model, p, b, k)[1], params, batch)
         for kept in (CONTIGUOUS, PAGED, INT8, BOTH)
@@ -316,7 +306,7 @@ IN_PLACE = WRITES | {"parameter", "get-tuple-element", "bitcast", "fusion"}
 def test_a_step_copies_no_cache(make_model, init, batch):
     """Rows at different places are written where they are, in a cache that is donated."""
     model = make_model(decoder=dict(segments=[dict(layers=2)]))
-    params = unstack(init(model, batch))
+    params = unstack(init(model))
     rows, slots = 8, 400
     segment = prefilled(model, params, batch)[1].segments[0]
     parts = jax.tree.map(lambda p: jnp.zeros((rows, p.shape[1], slots, p.shape[3])), segment.parts)

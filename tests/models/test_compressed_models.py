@@ -19,8 +19,10 @@ from efficient_vlm.inference.generate import generate
 from efficient_vlm.kernels.attention import make_mask
 from efficient_vlm.models.decoder_stack import MAIN
 from efficient_vlm.models.encoder import ViT
+from efficient_vlm.models.init import abstract_parameters
 from efficient_vlm.nn.decoder_block import DecoderBlock, LayerInputs
 from efficient_vlm.nn.stack import unstack
+from efficient_vlm.processing.batch import question_inputs
 
 DEEP = dict(segments=[dict(layers=4)])
 IN_DECODER = {
@@ -37,26 +39,17 @@ IN_DECODER = {
 
 
 def answer(model, params, batch, new_tokens=3):
-    return generate(
-        model,
-        params,
-        batch["images"],
-        batch["image_mask"],
-        batch["tokens"],
-        batch["prompt_lengths"],
-        new_tokens=new_tokens,
-        eos_id=-1,
-    )
+    asked = {**batch, "lengths": batch["prompt_lengths"]}
+    return generate(model, params, question_inputs(asked), new_tokens=new_tokens, eos_id=-1)
 
 
-def check_generation(model, params, batch, inputs, steps=2):
+def check_generation(model, params, batch, logits_of, steps=2):
     """Tokens generated through the caches are the best ones of the full forward pass."""
     out = answer(model, params, batch, new_tokens=steps)
     tokens = np.pad(batch["tokens"], ((0, 0), (0, 0), (0, steps)))
-    full = {**inputs(batch), "tokens": tokens, "lengths": batch["prompt_lengths"].copy()}
-    forward = jax.jit(lambda p, **b: model.apply({"params": p}, **b).logits)
+    full = {**batch, "tokens": tokens, "lengths": batch["prompt_lengths"].copy()}
     for step in range(steps):
-        logits = np.asarray(forward(params, **full))
+        logits = np.asarray(logits_of(model, params, full))
         for b, q in np.ndindex(batch["lengths"].shape):
             place = batch["prompt_lengths"][b, q] + step
             tokens[b, q, place] = logits[b, q, place - 1].argmax()
@@ -69,7 +62,7 @@ def plain(make_model, make_batch, init):
     """(model with four layers, batch, parameters): what every method here runs on."""
     model, batch = make_model(decoder=DEEP), make_batch()
     batch["image_mask"][1] = False
-    return model, batch, init(model, batch)
+    return model, batch, init(model)
 
 
 @pytest.mark.parametrize(
@@ -79,12 +72,12 @@ def plain(make_model, make_batch, init):
         *((case, "retain") for case in ("fastv", "pyramiddrop", "sparsevlm")),
     ],
 )
-def test_cache_equals_no_cache(plain, inputs, case, policy):
+def test_cache_equals_no_cache(plain, logits_of, case, policy):
     """Tokens generated through the shortened caches are those of the full forward pass."""
     model, batch, params = plain
     options = {**IN_DECODER[case], "position_policy": policy}
     model = model.with_compressor(case.partition("-")[0], **options)
-    check_generation(model, params, batch, inputs)
+    check_generation(model, params, batch, logits_of)
 
 
 @pytest.mark.parametrize("name", ["none", "pyramiddrop", "tome"])
@@ -116,16 +109,12 @@ def test_caches_are_as_long_as_the_tokens_left(plain):
         assert short.kv_bytes == sum(n + slots for n in left) * rows * per_slot, name
 
 
-def test_vtw_leaves_the_images_no_word_after_the_cut(plain, inputs):
+def test_vtw_leaves_the_images_no_word_after_the_cut(plain, logits_of):
     """With every layer behind the cut blind, the last layers' input alone carries the image."""
     model, batch, params = plain
     early = model.with_compressor("vtw", layer=1)
     late = model.with_compressor("vtw", layer=3)
-    logits = [
-        np.asarray(jax.jit(lambda p, m=m, **b: m.apply({"params": p}, **b).logits)(params, **b))
-        for m in (early, late)
-        for b in [inputs(batch)]
-    ]
+    logits = [np.asarray(logits_of(m, params, batch)) for m in (early, late)]
     missing = batch["image_mask"][:, 0] == 0
     valid = np.arange(6) < batch["lengths"][..., None]
     # Without an image there is nothing to withdraw.
@@ -140,15 +129,15 @@ def test_training_through_pyramiddrop(make_model, make_batch, init, inputs):
     model = make_model(decoder=DEEP, moe=MOE).with_compressor(
         "pyramiddrop", **IN_DECODER["pyramiddrop"]
     )
-    params = init(model, batch)
-    loss = lambda p: (model.apply({"params": p}, **inputs(batch)).logits ** 2).mean()  # noqa: E731
+    params = init(model)
+    loss = lambda p: (model.apply({"params": p}, inputs(batch)).logits ** 2).mean()  # noqa: E731
     grads = jax.jit(jax.grad(loss))(params)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
     assert np.abs(grads["vit"]["layers"]["up"]["kernel"]).max() > 0
 
 
 @pytest.mark.parametrize("position", ["rope", "learned"])
-def test_position_policies(make_model, make_batch, init, inputs, position):
+def test_position_policies(make_model, make_batch, init, logits_of, position):
     """In both kinds of positions: they differ for kept tokens, agree when all are kept."""
     batch = make_batch()
     decoder = dict(position=position, max_positions=40)
@@ -158,17 +147,16 @@ def test_position_policies(make_model, make_batch, init, inputs, position):
             model = make_model(
                 "stride", budget, decoder=decoder, options=dict(position_policy=policy)
             )
-            params = init(model, batch)
-            run = jax.jit(lambda p, m=model, **b: m.apply({"params": p}, **b).logits)
-            out.append(run(params, **inputs(batch)))
+            params = init(model)
+            out.append(logits_of(model, params, batch))
         assert np.allclose(*out, atol=1e-5) == same
 
 
-def test_learned_positions_through_the_cache(make_model, make_batch, init, inputs):
+def test_learned_positions_through_the_cache(make_model, make_batch, init, logits_of):
     batch = make_batch()
     model = make_model("stride", 4, decoder=dict(position="learned", max_positions=40), options={})
-    params = init(model, batch)
-    check_generation(model, params, batch, inputs)
+    params = init(model)
+    check_generation(model, params, batch, logits_of)
 
 
 @pytest.mark.parametrize("class_token", [False, True])
@@ -177,10 +165,10 @@ def test_tome_in_the_encoder(make_model, make_batch, init, inputs, class_token):
     batch = make_batch()
     encoder = dict(class_token=class_token)
     model = make_model(encoder=encoder)
-    params = init(model, batch)
+    params = init(model)
     model = model.with_compressor("tome", 6)
     tokens, _ = jax.jit(
-        lambda p: model.apply({"params": p}, batch["images"], batch["image_mask"], method="encode")
+        lambda p: model.apply({"params": p}, inputs(batch).pictures, method="encode")
     )(params)
     assert tokens.embed.shape == (3, 6, 24)
     np.testing.assert_allclose(tokens.size.sum(1), 16)
@@ -192,8 +180,8 @@ def test_tome_in_the_encoder(make_model, make_batch, init, inputs, class_token):
 def test_merger_in_the_encoder_is_trained(make_model, make_batch, init, inputs):
     batch = make_batch()
     model = make_model("minicpm_merger", 4, options=dict(layer=1, num_heads=2))
-    params = init(model, batch)
-    loss = lambda p: (model.apply({"params": p}, **inputs(batch)).logits ** 2).mean()  # noqa: E731
+    params = init(model)
+    loss = lambda p: (model.apply({"params": p}, inputs(batch)).logits ** 2).mean()  # noqa: E731
     grads = jax.jit(jax.grad(loss))(params)
     merger = [k for k in grads["vit"] if k.startswith("minicpm")]
     assert merger, list(grads["vit"])
@@ -203,8 +191,7 @@ def test_merger_in_the_encoder_is_trained(make_model, make_batch, init, inputs):
     assert answer(model, params, batch).visual.embed.shape[1] == 4
 
 
-def test_wrong_places_are_told(make_model, make_batch, init):
-    batch = make_batch()
+def test_wrong_places_are_told(make_model, init):
     model = make_model(decoder=DEEP)
     for name, options, words in (
         ("fastv", dict(layer=4, keep=3), "layer"),
@@ -215,16 +202,16 @@ def test_wrong_places_are_told(make_model, make_batch, init):
         ("tome", dict(budget=1), "tome"),
     ):
         with pytest.raises(UserError, match=words) as caught:
-            init(model.with_compressor(name, **options), batch)
+            init(model.with_compressor(name, **options))
         assert len(str(caught.value).splitlines()) <= 3
     stride = dict(name="stride", budget=4)
     both = make_model(decoder=dict(segments=[dict(layers=1), dict(layers=1, compressor=stride)]))
     both = both.with_compressor("fastv", layer=1)
     with pytest.raises(UserError, match="leave one of the two out"):
-        init(both, batch)
+        init(both)
     blind = [dict(layers=2, compressor=dict(name="fastv", budget=4))]
     with pytest.raises(UserError, match="in front of it"):
-        init(make_model(decoder=dict(segments=blind)), batch)
+        init(make_model(decoder=dict(segments=blind)))
 
 
 # Options with which a method fits the tiny model: 16 patches of width 24, three encoder layers with
@@ -244,7 +231,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", names())
-def test_every_method_is_one_config_line(make_model, make_batch, inputs, name):
+def test_every_method_is_one_config_line(make_model, make_batch, inputs, prompts, name):
     """Training pass and generation stages of every method are traced, with two images a row."""
     batch = make_batch(batch=2, images=2)
     model = make_model(decoder=DEEP, encoder=dict(class_token=True, depth=3))
@@ -252,37 +239,35 @@ def test_every_method_is_one_config_line(make_model, make_batch, inputs, name):
     if name not in IN_DECODER:
         options = {"budget": 4, **options}
     model = model.with_compressor(name, **options)
-    params = jax.eval_shape(lambda: model.init(jax.random.key(0), **inputs(batch))["params"])
-    out = jax.eval_shape(lambda p: model.apply({"params": p}, **inputs(batch)), params)
-    assert out.logits.shape == (2, 2, 6, 20)
+    params = abstract_parameters(model)
+    out = jax.eval_shape(lambda p: model.apply({"params": p}, inputs(batch)), params)
+    assert out.logits.shape == (2, 2 * 6, 20)
 
     def stages(params):
         apply = functools.partial(model.apply, {"params": params})
-        layout = model.layout(batch["images"])
-        tokens, signals = apply(batch["images"], batch["image_mask"], method="encode")
-        instruction = jnp.zeros((2, 32))
-        visual = apply(tokens, signals, instruction, layout, method="compress")
-        prompts, lengths = batch["tokens"][:, 0], batch["prompt_lengths"][:, 0]
-        return visual, apply(visual, prompts, lengths, layout, new_tokens=2, method="prefill")
+        given = prompts(batch)
+        layout = model.layout(given.pictures)
+        tokens, signals = apply(given.pictures, method="encode")
+        visual = apply(tokens, signals, given, layout, method="compress")
+        return visual, apply(visual, given, layout, new_tokens=2, method="prefill")
 
     visual, (_, _, sources) = jax.eval_shape(stages, params)
     entering = 16 if name in IN_DECODER else options["budget"]
-    assert visual.embed.shape == (2, 2 * entering, 32)
-    assert visual.source.shape == (2, 32)
+    assert visual.embed.shape == (4, 2 * entering, 32)
+    assert visual.source.shape == (4, 32)
     assert len(sources) == len(model.make_decoder().runs(2 * entering))
     assert (len(sources) > 1) == (name in IN_DECODER)
 
 
 @pytest.mark.parametrize("name", ["divprune", "cdpruner", "scope", "hiprune", "visionzip"])
-def test_training_free_methods_in_a_model(make_model, make_batch, init, inputs, name):
+def test_training_free_methods_in_a_model(make_model, make_batch, init, logits_of, name):
     """At the full budget the logits are the uncompressed ones; at 4 only 4 tokens are left."""
     batch = make_batch()
     model = make_model(encoder=dict(class_token=True, depth=3))
-    params = init(model, batch)
+    params = init(model)
     options = dict(middle_layer=1) if name == "hiprune" else {}
-    run = lambda m: jax.jit(lambda p, **b: m.apply({"params": p}, **b).logits)  # noqa: E731
-    whole = run(model.with_compressor(name, 16, **options))(params, **inputs(batch))
-    np.testing.assert_allclose(whole, run(model)(params, **inputs(batch)), rtol=1e-4, atol=1e-4)
+    whole = logits_of(model.with_compressor(name, 16, **options), params, batch)
+    np.testing.assert_allclose(whole, logits_of(model, params, batch), rtol=1e-4, atol=1e-4)
     fewer = answer(model.with_compressor(name, 4, **options), params, batch)
     assert fewer.visual.embed.shape[1] == 4
     assert jnp.isfinite(fewer.visual.embed).all()
@@ -314,7 +299,7 @@ def test_what_methods_in_the_decoder_see(plain, inputs, monkeypatch, looks):
     monkeypatch.setitem(METHODS, "watcher", Watcher)
     model, batch, params = plain
     model = model.with_compressor("watcher", 4, looks=looks)
-    model.apply({"params": params}, **inputs(batch))  # Not compiled: the state has values.
+    model.apply({"params": params}, inputs(batch))  # Not compiled: the state has values.
     state = Watcher.seen[looks]
     decoder = model.make_decoder()
     block = DecoderBlock(**decoder.blocks()[MAIN])
@@ -384,10 +369,9 @@ def test_a_merged_token_is_its_copies_in_the_encoder(monkeypatch):
             assert (apart < 1e-3) == proportional, (class_token, proportional, apart)
 
 
-def test_a_merged_token_is_its_copies_in_the_decoder(make_model, make_batch, init):
-    batch = make_batch()
+def test_a_merged_token_is_its_copies_in_the_decoder(make_model, init):
     model = make_model(decoder=dict(rope_fraction=0.0, bidirectional_visual=True))
-    params = init(model, batch)["language"]
+    params = init(model)["language"]
     embed = jax.random.normal(jax.random.key(0), (1, 4, 32))
     copied = VisualTokens.from_grid(embed[:, jnp.array([0, 0, 0, 1, 2, 2, 3, 3])], (2, 4))
     members = jnp.array([[0, 0, 0, 1, 2, 2, 3, 3]])
@@ -408,70 +392,68 @@ def test_a_merged_token_is_its_copies_in_the_decoder(make_model, make_batch, ini
 
 @pytest.mark.parametrize("case", ["sparsevlm", "fastv-mean", "feather", "tome"])
 def test_cache_equals_no_cache_for_two_images_and_a_causal_decoder(
-    make_model, make_batch, init, inputs, case
+    make_model, make_batch, init, logits_of, case
 ):
     batch = make_batch(batch=2, images=2)
     batch["image_mask"][0, 1] = False
     decoder = dict(**DEEP, bidirectional_visual=False, proportional_attention=True)
     model = make_model(decoder=decoder)
-    params = init(model, batch)
+    params = init(model)
     options = {**dict(tome=dict(budget=6)), **IN_DECODER}[case]
     model = model.with_compressor(
         case.partition("-")[0], **{**options, "position_policy": "reindex"}
     )
-    check_generation(model, params, batch, inputs)
+    check_generation(model, params, batch, logits_of)
 
 
 @pytest.mark.parametrize("name", ["fastv", "pyramiddrop", "sparsevlm", "cdpruner", "dart"])
-def test_answers_do_not_choose_tokens(plain, inputs, name):
+def test_answers_do_not_choose_tokens(plain, logits_of, name):
     """In training, neither the answer nor another question changes what a prompt sees."""
     model, batch, params = plain
     options = IN_DECODER.get(name, dict(budget=4))
     model = model.with_compressor(name, **options)
     assert model.selects_by_text
-    run = jax.jit(lambda p, **b: model.apply({"params": p}, **b).logits)
     place = np.arange(6)
-    before = np.asarray(run(params, **inputs(batch)))
+    before = np.asarray(logits_of(model, params, batch))
     changed = {**batch, "tokens": batch["tokens"].copy()}
     answers = (place >= batch["prompt_lengths"][..., None]) & (place < batch["lengths"][..., None])
     changed["tokens"][answers] = 19 - changed["tokens"][answers]
     changed["tokens"][:, 1] = 19 - changed["tokens"][:, 1]  # the whole second question
-    after = np.asarray(run(params, **inputs(changed)))
+    after = np.asarray(logits_of(model, params, changed))
     prompts = place < batch["prompt_lengths"][..., None]
     np.testing.assert_array_equal(before[:, 0][prompts[:, 0]], after[:, 0][prompts[:, 0]])
     assert not np.array_equal(before[:, 1], after[:, 1])
 
 
-def test_a_missing_second_image_is_no_image(make_model, make_batch, init, inputs):
+def test_a_missing_second_image_is_no_image(make_model, make_batch, init, logits_of):
     """Methods in the decoder see two images in a row; one that is missing has no say."""
     batch = make_batch(batch=2, images=2)
     batch["image_mask"][:, 1] = False
     single = {**batch, "images": batch["images"][:, :1], "image_mask": batch["image_mask"][:, :1]}
     model = make_model(decoder=dict(**DEEP, position_policy="reindex", rope_fraction=0.0))
-    params = init(model, batch)
+    params = init(model)
     model = model.with_compressor("fastv", layer=1, keep=4)
-    run = jax.jit(lambda p, **b: model.apply({"params": p}, **b).logits)
-    two, one = run(params, **inputs(batch)), run(params, **inputs(single))
+    two, one = (logits_of(model, params, given) for given in (batch, single))
     valid = np.arange(6) < batch["lengths"][..., None]
     np.testing.assert_allclose(np.asarray(two)[valid], np.asarray(one)[valid], atol=1e-4)
 
 
-def test_learned_positions_must_fit_the_table(make_model, make_batch, init):
+def test_learned_positions_must_fit_the_table(make_model, make_batch, init, inputs):
     model = make_model(decoder=dict(position="learned", max_positions=21))
+    params = init(model)
     with pytest.raises(UserError, match="max_positions: 21") as caught:
-        init(model, make_batch())
+        model.apply({"params": params}, inputs(make_batch()))
     assert "22" in str(caught.value)
 
 
 def test_learned_positions_are_fixed_in_front_of_the_first_layer(
-    make_model, make_batch, init, inputs
+    make_model, make_batch, init, logits_of
 ):
     batch = make_batch()
     model = make_model(decoder=dict(**DEEP, position="learned", max_positions=40))
-    params = init(model, batch)
+    params = init(model)
     out = []
     for policy in ("retain", "reindex"):
         cut = model.with_compressor("fastv", layer=1, keep=4, position_policy=policy)
-        run = jax.jit(lambda p, m=cut, **b: m.apply({"params": p}, **b).logits)
-        out.append(run(params, **inputs(batch)))
+        out.append(logits_of(cut, params, batch))
     np.testing.assert_array_equal(*out)

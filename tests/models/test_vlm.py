@@ -17,11 +17,6 @@ from efficient_vlm.train.losses import ratio, token_cross_entropy
 SHORTER = [dict(layers=1), dict(layers=1, compressor=dict(name="stride", budget=4))]
 
 
-def logits_of(model, params, batch, inputs, rng=None):
-    apply = jax.jit(lambda p, b, r: model.apply({"params": p}, **b, rng=r).logits)
-    return apply(params, inputs(batch), rng)
-
-
 def split_questions(batch):
     """One row per question, in the same order."""
     questions = batch["tokens"].shape[1]
@@ -30,31 +25,36 @@ def split_questions(batch):
     return rows | {k: batch[k].reshape(-1, 1, *batch[k].shape[2:]) for k in flat}
 
 
+def labels_of(batch):
+    """[B, Q, L - 1], the token to predict, -1 for none."""
+    return np.where(batch["loss_mask"], batch["tokens"], -1)[..., 1:]
+
+
 @pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
 @pytest.mark.parametrize("name", ["none", "average_pool"])
-def test_packed_equals_unpacked(make_model, make_batch, init, inputs, name, moe):
+def test_packed_equals_unpacked(make_model, make_batch, init, logits_of, name, moe):
     """Questions behind one copy of the visual tokens see what they would see alone."""
     model = make_model(name, 16 if name == "none" else 4, moe=moe)
     batch = make_batch()
-    params = init(model, batch)
-    packed = logits_of(model, params, batch, inputs)
-    alone = logits_of(model, params, split_questions(batch), inputs)
+    params = init(model)
+    packed = logits_of(model, params, batch)
+    alone = logits_of(model, params, split_questions(batch))
     valid = np.arange(6) < batch["lengths"][..., None]
     np.testing.assert_allclose(packed[valid], alone.reshape(packed.shape)[valid], atol=2e-5)
     losses = [
-        ratio(token_cross_entropy(out[..., :-1, :], b["tokens"], b["loss_mask"])["loss"])
+        ratio(token_cross_entropy(out[..., :-1, :], labels_of(b))["loss"])
         for out, b in ((packed, batch), (alone, split_questions(batch)))
     ]
     assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-5)
 
 
-def test_questions_do_not_see_each_other(make_model, make_batch, init, inputs):
+def test_questions_do_not_see_each_other(make_model, make_batch, init, logits_of):
     model, batch = make_model(), make_batch()
-    params = init(model, batch)
-    before = logits_of(model, params, batch, inputs)
+    params = init(model)
+    before = logits_of(model, params, batch)
     batch["tokens"] = batch["tokens"].copy()
     batch["tokens"][:, 1] = (batch["tokens"][:, 1] + 3) % 20
-    after = logits_of(model, params, batch, inputs)
+    after = logits_of(model, params, batch)
     np.testing.assert_array_equal(before[:, 0], after[:, 0])
     assert not np.allclose(before[:, 1], after[:, 1])
 
@@ -71,52 +71,36 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_generation_with_cache_equals_without(make_model, make_batch, init, inputs, variant):
+def test_generation_with_cache_equals_without(
+    make_model, make_batch, init, logits_of, prompts, variant
+):
     """Greedy decoding through the cache against running the whole text again for each token."""
     fields = dict(VARIANTS[variant])
     model = make_model(fields.pop("name", "none"), fields.pop("budget", 16), **fields)
     batch = make_batch(images=2 if variant == "two images" else 1)
     batch["image_mask"][0, -1] = False
-    params = init(model, batch)
+    params = init(model)
     new = 4
     lengths = batch["prompt_lengths"]
-    out = generate(
-        model,
-        params,
-        batch["images"],
-        batch["image_mask"],
-        np.where(np.arange(6) < lengths[..., None], batch["tokens"], 0),
-        lengths,
-        new_tokens=new,
-        eos_id=-1,
-    )
+    out = generate(model, params, prompts(batch), new_tokens=new, eos_id=-1)
     tokens = np.zeros((3, 2, 6 + new), np.int32)
     tokens[..., :6] = np.where(np.arange(6) < lengths[..., None], batch["tokens"], 0)
     for step in range(new):
         whole = {**batch, "tokens": tokens, "lengths": lengths + step}
-        logits = np.asarray(logits_of(model, params, whole, inputs))
+        logits = np.asarray(logits_of(model, params, whole))
         for b, q in np.ndindex(3, 2):
             place = lengths[b, q] + step
             tokens[b, q, place] = logits[b, q, place - 1].argmax()
             assert tokens[b, q, place] == out.tokens[b, q, step], (b, q, step)
 
 
-def test_segments_shorten_the_cache(make_model, make_batch, init):
+def test_segments_shorten_the_cache(make_model, make_batch, init, prompts):
     """Dropping tokens between segments saves cache for real: 16 + 4 visual slots, not 32."""
     batch = make_batch()
     sizes = []
     for segments in ([dict(layers=2)], SHORTER):
         model = make_model(decoder=dict(segments=segments))
-        out = generate(
-            model,
-            init(model, batch),
-            batch["images"],
-            batch["image_mask"],
-            batch["tokens"],
-            batch["prompt_lengths"],
-            new_tokens=2,
-            eos_id=-1,
-        )
+        out = generate(model, init(model), prompts(batch), new_tokens=2, eos_id=-1)
         sizes.append(out.kv_bytes)
     per_slot = 2 * 6 * 2 * 8 * 4  # keys and values, rows, kv heads, head dim, float32
     assert sizes == [2 * (16 + 6 + 2) * per_slot, (16 + 4 + 2 * (6 + 2)) * per_slot]
@@ -127,26 +111,26 @@ def test_empty_questions_and_missing_images_stay_finite(make_model, make_batch, 
     batch["lengths"][0, 1] = batch["prompt_lengths"][0, 1] = 0
     batch["loss_mask"][0, 1] = False
     batch["image_mask"][1] = False
-    params = init(model, batch)
+    params = init(model)
 
     def loss(p):
-        out = model.apply({"params": p}, **inputs(batch))
-        logits = out.logits[..., :-1, :]
-        return ratio(token_cross_entropy(logits, batch["tokens"], batch["loss_mask"])["loss"])
+        given = inputs(batch)
+        logits = model.apply({"params": p}, given).logits
+        return ratio(token_cross_entropy(logits, given.labels)["loss"])
 
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
     assert np.isfinite(value)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
-def test_missing_image_is_no_image(make_model, make_batch, init, inputs):
+def test_missing_image_is_no_image(make_model, make_batch, init, logits_of):
     """What is in a masked image changes nothing."""
     model, batch = make_model(), make_batch()
     batch["image_mask"][:] = False
-    params = init(model, batch)
-    before = logits_of(model, params, batch, inputs)
+    params = init(model)
+    before = logits_of(model, params, batch)
     batch["images"] = 255 - batch["images"]
-    after = logits_of(model, params, batch, inputs)
+    after = logits_of(model, params, batch)
     valid = np.arange(6) < batch["lengths"][..., None]
     np.testing.assert_array_equal(before[valid], after[valid])
 
@@ -155,11 +139,11 @@ def test_missing_image_is_no_image(make_model, make_batch, init, inputs):
 def test_scan_equals_unrolled_and_rematerialised(make_model, make_batch, init, inputs, where):
     batch = make_batch()
     model = make_model(moe=MOE, **{where: dict(scan_unroll=1)})
-    params = init(model, batch)
+    params = init(model)
 
     def gradient(m):
         def loss(p):
-            return (m.apply({"params": p}, **inputs(batch)).logits ** 2).mean()
+            return (m.apply({"params": p}, inputs(batch)).logits ** 2).mean()
 
         return jax.jit(jax.value_and_grad(loss))(params)
 
@@ -171,14 +155,14 @@ def test_scan_equals_unrolled_and_rematerialised(make_model, make_batch, init, i
         )
 
 
-def test_bfloat16_is_close_and_parameters_stay_float32(make_model, make_batch, init, inputs):
+def test_bfloat16_is_close_and_parameters_stay_float32(make_model, make_batch, init, logits_of):
     batch = make_batch()
     model = make_model()
-    params = init(model, batch)
+    params = init(model)
     half = make_model(dtype="bfloat16")
-    assert {x.dtype for x in jax.tree.leaves(init(half, batch))} == {jnp.dtype("float32")}
-    exact = logits_of(model, params, batch, inputs)
-    low = logits_of(half, params, batch, inputs)
+    assert {x.dtype for x in jax.tree.leaves(init(half))} == {jnp.dtype("float32")}
+    exact = logits_of(model, params, batch)
+    low = logits_of(half, params, batch)
     assert low.dtype == jnp.float32
     assert np.abs(low - exact).max() < 0.05 * np.abs(exact).max()
 
@@ -192,30 +176,28 @@ def test_every_parameter_has_logical_axes(make_model, make_batch, inputs):
         dict(name="pixel_shuffle", budget=4),
     ):
         model = make_model(**fields)
-        shapes = jax.eval_shape(lambda m=model: m.init(jax.random.key(0), **inputs(make_batch())))
+        shapes = jax.eval_shape(lambda m=model: m.init(jax.random.key(0), inputs(make_batch())))
         boxes = jax.tree.leaves(shapes["params"], is_leaf=lambda x: isinstance(x, nn.Partitioned))
         for box in boxes:
             assert isinstance(box, nn.Partitioned), box
             assert len(box.names) == box.value.ndim
 
 
-def test_budgets_share_parameters(make_model, make_batch, init):
-    batch = make_batch()
+def test_budgets_share_parameters(make_model, init):
     shapes = [
-        jax.tree.map(jnp.shape, init(make_model("text_topk", budget), batch))
-        for budget in (16, 4, 1)
+        jax.tree.map(jnp.shape, init(make_model("text_topk", budget))) for budget in (16, 4, 1)
     ]
     assert shapes[0] == shapes[1] == shapes[2]
 
 
-def test_reindex_differs_from_retain(make_model, make_batch, init, inputs):
+def test_reindex_differs_from_retain(make_model, make_batch, init, logits_of):
     """The policies place kept tokens differently, and agree when all tokens are kept."""
     batch = make_batch()
     for budget, same in ((16, True), (4, False)):
         out = []
         for policy in ("retain", "reindex"):
             model = make_model("stride", budget, decoder=dict(position_policy=policy))
-            out.append(logits_of(model, init(model, batch), batch, inputs))
+            out.append(logits_of(model, init(model), batch))
         assert np.allclose(*out, atol=1e-5) == same
 
 
@@ -344,10 +326,10 @@ def test_selector_learns_from_the_decoder_and_teaches_it_nothing(
     model, batch = make_model("text_topk", 16, moe=MOE), make_batch(images=2)
     batch["image_mask"][0, 1] = False
     batch["lengths"][1, 1] = batch["prompt_lengths"][1, 1] = 0
-    params = init(model, batch)
+    params = init(model)
 
     def selector(p):
-        total, count = model.apply({"params": p}, **inputs(batch)).stats["selector"]
+        total, count = model.apply({"params": p}, inputs(batch)).stats["selector"]
         return total / count, count
 
     (value, count), grads = jax.value_and_grad(selector, has_aux=True)(params)
@@ -360,8 +342,9 @@ def test_selector_learns_from_the_decoder_and_teaches_it_nothing(
     assert 0 < selector(nearer)[0] < value
 
     def parts(m):
-        patches, _ = m.encode(batch["images"], batch["image_mask"])
-        text = m.instruction(batch["tokens"], batch["prompt_lengths"])
+        given = inputs(batch)
+        patches, _ = m.encode(given.pictures)
+        text = m.instruction(given)
         uniform = jnp.ones((2, 3, 2, 32)) / 32
         asked = jnp.ones((3, 2), bool)
         loss = m.reduce.imitation_loss(patches, text, uniform, asked, 2)

@@ -13,7 +13,7 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.kernels.attention import attention as dot_product_attention
 from efficient_vlm.kernels.attention import make_mask, visible
 from efficient_vlm.nn import attention, rotary
-from efficient_vlm.nn.layers import product
+from efficient_vlm.nn.linear import product
 from efficient_vlm.nn.moe import MoE, check_moe
 
 

@@ -3,15 +3,26 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen as nn
 
-from efficient_vlm.nn.stack import run_layers, unstack
+from efficient_vlm.nn.stack import LayerStack, unstack
 
 LAYERS, WIDTH = 8, 64
 
 
-def layer(params, x, item):
-    y = jnp.tanh(x @ params["kernel"])
-    return y, y.sum() + (0 if item is None else item)
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, item=None):
+        y = jnp.tanh(x @ self.param("kernel", nn.initializers.normal(), (WIDTH, WIDTH)))
+        return y, y.sum() + (0 if item is None else item)
+
+
+def layer(block, x, item):
+    return block(x, item)
+
+
+def run(params, x, start, stop, items=None, **options):
+    return LayerStack(Block(), params, ("layers",)).run(layer, x, start, stop, items, **options)
 
 
 @pytest.fixture
@@ -26,15 +37,16 @@ def test_any_stretch_any_way(stack, start, stop):
     items = jnp.arange(float(stop - start))
     expected, outputs = x, []
     for i in range(start, stop):
-        expected, output = layer({"kernel": params["kernel"][i]}, expected, items[i - start])
+        own = {"params": {"kernel": params["kernel"][i]}}
+        expected, output = Block().apply(own, expected, items[i - start])
         outputs.append(output)
     for differentiated in (True, False):
         options = dict(differentiated=differentiated)
-        y, found = run_layers(layer, params, x, start, stop, items, **options)
+        y, found = run(params, x, start, stop, items, **options)
         assert jnp.allclose(y, expected, atol=1e-6)
         assert jnp.allclose(found, jnp.stack(outputs), atol=1e-4)
     split = unstack({"layers": params})["layers"]
-    y, found = run_layers(layer, split, x, start, stop, list(items))
+    y, found = run(split, x, start, stop, list(items))
     assert jnp.allclose(y, expected, atol=1e-6)
 
 
@@ -44,9 +56,9 @@ def test_a_stretch_is_not_copied_for_inference(stack):
     size = params["kernel"].nbytes
 
     def temporaries(differentiated):
-        def run(params, x):
-            return run_layers(layer, params, x, 1, 7, differentiated=differentiated)[0]
+        def stretch(params, x):
+            return run(params, x, 1, 7, differentiated=differentiated)[0]
 
-        return jax.jit(run).lower(params, x).compile().memory_analysis().temp_size_in_bytes
+        return jax.jit(stretch).lower(params, x).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(False) < size / 4 < size / 2 < temporaries(True)

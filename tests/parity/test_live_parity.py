@@ -35,7 +35,7 @@ BACK = [name for name in NAMES if "__" not in name]
 def opened(folder):
     config = architecture.read_config(folder)
     family, model = family_of(config), architecture.build_model(config)
-    source = load.Source(Checkpoint.open(folder), family, config, model)
+    source = load.FamilyCheckpoint(Checkpoint.open(folder), family, config, model)
     with np.load(folder / "io.npz") as file:
         io = dict(file)
     return config, family, model, source, io

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.parity
 
 def opened(config, folder):
     family, model = family_of(config), architecture.build_model(config)
-    return family, model, load.Source(Checkpoint.open(folder), family, config, model)
+    return family, model, load.FamilyCheckpoint(Checkpoint.open(folder), family, config, model)
 
 
 @pytest.mark.parametrize(

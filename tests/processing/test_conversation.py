@@ -114,7 +114,7 @@ def ask(kind, tok, asked, pictures, config=None):
     family, (template, *_) = FAMILIES[kind], CASES[kind]
     use_own = template is None or family.own_prompt
     template = family.prompt if use_own else Template(template, tok.special)
-    return prompt_ids(family, config or {}, template, tok, asked, pictures)
+    return prompt_ids(family.prompt_style(config or {}), template, tok, asked, pictures)
 
 
 def test_texts_are_not_lost_in_templates_of_parts():
@@ -124,9 +124,8 @@ def test_texts_are_not_lost_in_templates_of_parts():
     tokenizer.encode = lambda text, bos=None: ids.append(text) or [0]
 
     def asked(family, template, *messages):
-        prompt_ids(
-            FAMILIES[family], {"image_token_id": 1}, Template(template), tokenizer, messages, ()
-        )
+        style = FAMILIES[family].prompt_style({"image_token_id": 1})
+        prompt_ids(style, Template(template), tokenizer, messages, ())
         return ids[-1]
 
     # Short texts that are in the template's own words, too.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from efficient_vlm.evaluation import stats
-from efficient_vlm.report import maps
+from efficient_vlm.evaluation.token_maps import Cell, Example, write_maps
 
 TASKS = {"needle": 10, "count": 10, "point": 8, "global": 8}  # Task -> number of answers.
 BUDGETS = (64, 16, 4, 1)
@@ -159,22 +159,20 @@ def example_maps(rng, count=4):
         keep = np.sort(rng.permutation(64)[:16])
         chosen = np.full(64, -1)
         chosen[keep] = np.arange(16)
-        cells = [maps.Cell("none", 64, np.arange(64), "7")]
-        cells.append(maps.Cell("text_topk", 16, chosen, "7", scores=rng.random(64)))
+        cells = [Cell("none", 64, np.arange(64), "7")]
+        cells.append(Cell("text_topk", 16, chosen, "7", scores=rng.random(64)))
         for factor, budget in ((2, 16), (4, 4), (8, 1)):
             place = np.arange(8) // factor
             source = (place[:, None] * (8 // factor) + place).reshape(-1)
-            cells.append(maps.Cell("average_pool", budget, source, str(budget)))
-        cells.append(maps.Cell("random", 16, chosen[rng.permutation(64)], ""))
+            cells.append(Cell("average_pool", budget, source, str(budget)))
+        cells.append(Cell("random", 16, chosen[rng.permutation(64)], ""))
         examples.append(
-            maps.Example(
-                image.astype(np.uint8), f"which digit is <b>{k}</b>?", "7", cells, "needle", k
-            )
+            Example(image.astype(np.uint8), f"which digit is <b>{k}</b>?", "7", cells, "needle", k)
         )
     return examples
 
 
-def write(folder, *, steps=2000, evaluated=True, trained=True, maps_drawn=True, seed=0):
+def write(folder, *, steps=2000, evaluated=True, trained=True, with_maps=True, seed=0):
     """A complete workdir, or one with parts left out."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -202,8 +200,8 @@ def write(folder, *, steps=2000, evaluated=True, trained=True, maps_drawn=True, 
             (folder / "predictions" / f"{name}_{budget}.jsonl").write_text(text)
     if results:
         (folder / "results.json").write_text(json.dumps(results))
-    if maps_drawn:
-        maps.write_maps(folder, example_maps(rng))
+    if with_maps:
+        write_maps(folder, example_maps(rng))
     return results
 
 

@@ -1,7 +1,6 @@
 """Token maps: which pixels are touched, colours, files."""
 
 import io
-import json
 
 import numpy as np
 import pytest
@@ -139,25 +138,22 @@ def test_figure_marks_right_and_wrong():
     assert maps.WRONG not in {tuple(c) for c in only_right[300:].reshape(-1, 3)}
 
 
-def test_written_files_are_listed(tmp_path):
-    (tmp_path / "maps").mkdir()
-    (tmp_path / "maps" / "stale.png").write_bytes(b"")
-    path = maps.write_maps(tmp_path, [example(), example(1)])
-    listing = json.loads(path.read_text())
-    assert [len(e["maps"]) for e in listing] == [3, 1]
-    first = listing[0]
-    assert (first["question"], first["answer"], first["task"]) == (
-        "which digit is red",
-        "7",
-        "needle",
-    )
-    assert [m["correct"] for m in first["maps"]] == [True, False, False]
-    assert [m["tokens"] for m in first["maps"]] == [64, 4, 0]
-    named = {e["image"] for e in listing}
-    named |= {m[k] for e in listing for m in e["maps"] for k in ("file", "scores") if m[k]}
-    assert {p.name for p in path.parent.iterdir()} == named | {"maps.json"}
-    for name in named:
-        assert decoded((path.parent / name).read_bytes()).shape == (256, 256, 3)
+def test_tiles_are_the_drawn_arrays():
+    """The image, every map with its answer, and a heat map behind the map of its method."""
+    given = example()
+    shown = list(maps.tiles(given))
+    assert [(tile.name, tile.prediction, tile.right) for tile in shown] == [
+        ("the image", "", None),
+        ("none at 64", "7", True),
+        ("stride at 4", "1", False),
+        ("random at 4", "", False),
+        ("random at 4: scores", "", None),
+    ]
+    pixels = [given.image.repeat(4, 0).repeat(4, 1)]
+    pixels += [maps.token_map(given.image, cell.source) for cell in given.cells]
+    pixels.append(maps.score_map(given.image, np.arange(64.0)))
+    for tile, drawn in zip(shown, pixels, strict=True):
+        np.testing.assert_array_equal(decoded(tile.png), drawn)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """The report page: complete, self-contained, escaped, and whole when parts are missing."""
 
+import dataclasses
 import html.parser
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -12,8 +14,11 @@ import numpy as np
 import pytest
 
 from efficient_vlm.errors import UserError
-from efficient_vlm.report import accuracy, cost, page, plots, records
+from efficient_vlm.evaluation.token_maps import write_maps
+from efficient_vlm.report import drawing, page, plots, records
 from efficient_vlm.report.report import write_report
+from efficient_vlm.report.sections import accuracy, cost, maps, training
+from efficient_vlm.train.goodput import BUCKETS
 
 VOID = {"meta", "br", "img", "link", "hr", "input", "image", "line", "circle", "polyline"}
 VOID |= {"polygon", "path", "rect"}
@@ -178,7 +183,7 @@ def test_everything_foreign_is_escaped(write_workdir):
     for entry in listing:
         entry.update(question=attack, answer=attack, task=attack)
         for shown in entry["maps"]:
-            shown.update(compressor=attack, prediction=attack, budget=attack)
+            shown.update(compressor=attack, prediction=attack, meaning=attack)
     (folder / "maps" / "maps.json").write_text(json.dumps(listing))
     text, parsed = read(write_report(folder))
     assert parsed.problems == []
@@ -189,29 +194,27 @@ def test_everything_foreign_is_escaped(write_workdir):
 
 def test_map_files_outside_the_folder_are_not_read(write_workdir, tmp_path):
     folder, _ = write_workdir()
-    secret = tmp_path / "secret.png"
-    secret.write_bytes(b"\x89PNG secret")
+    shutil.copy(folder / "maps" / "00.npz", tmp_path / "secret.npz")
     listing = json.loads((folder / "maps" / "maps.json").read_text())
-    listing[0]["image"] = "../../secret.png"
-    listing[0]["maps"][0]["file"] = str(secret)
-    listing[0]["maps"][1]["file"] = "not_there.png"
+    listing[0]["arrays"], listing[1]["arrays"] = "../../secret.npz", "not_there.npz"
+    listing[2]["arrays"] = str(tmp_path / "secret.npz")
     (folder / "maps" / "maps.json").write_text(json.dumps(listing))
     run = records.read_run(folder)
-    assert run.maps[0]["image"] is None
-    assert [m["file"] is None for m in run.maps[0]["maps"][:3]] == [True, True, False]
+    assert [example.question for example in run.maps] == [listing[3]["question"]]
     _, parsed = read(write_report(folder))
     assert parsed.problems == []
+    assert "not_there.npz cannot be read" in parsed.text and "secret.npz" in parsed.text
 
 
 @pytest.mark.parametrize(
     ("parts", "said"),
     [
         (
-            {"trained": False, "evaluated": False, "maps_drawn": False, "steps": 430},
+            {"trained": False, "evaluated": False, "with_maps": False, "steps": 430},
             "unfinished: the last logged step is step 430 of 2,000",
         ),
         ({"evaluated": False}, "There are no evaluation results yet"),
-        ({"maps_drawn": False}, "No token maps were drawn"),
+        ({"with_maps": False}, "There are no token maps"),
         ({"steps": 0, "trained": False, "evaluated": False}, "has not trained yet"),
     ],
 )
@@ -241,13 +244,15 @@ def test_damaged_files_are_reported_not_fatal(write_workdir):
     (folder / "config.json").write_text("[1, 2]")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2001, "split": "tr')
-    (folder / "maps" / "00_image.png").write_bytes(b"not a picture")
+    (folder / "maps" / "00.npz").write_bytes(b"no arrays")
     (folder / "predictions" / "x.jsonl").write_text("null\n7\n\n")
     _, parsed = read(write_report(folder))
     assert parsed.problems == []
     assert "results.json cannot be read" in parsed.text
     assert "config.json does not hold a JSON dict" in parsed.text
     assert "metrics.jsonl: 1 line(s)" in parsed.text
+    assert "00.npz cannot be read" in parsed.text
+    assert parsed.text.count("which digit is") == 3  # The other questions are shown.
 
 
 @pytest.mark.parametrize(
@@ -304,20 +309,13 @@ def test_controls_are_shown(write_workdir):
 
 def test_large_runs_stay_small_and_quick(write_workdir):
     folder, _ = write_workdir(steps=60_000)
-    listing = json.loads((folder / "maps" / "maps.json").read_text())
     noise = np.random.default_rng(0).integers(0, 255, (256, 256, 3), np.uint8)
-    from efficient_vlm.report import maps
-
-    (folder / "maps" / "noise.png").write_bytes(maps.png(noise))
-    for entry in listing:
-        for shown in entry["maps"]:
-            shown["file"] = "noise.png"
-    (folder / "maps" / "maps.json").write_text(json.dumps(listing))
+    write_maps(folder, [dataclasses.replace(e, image=noise) for e in records.read_run(folder).maps])
     start = time.process_time()
     path = write_report(folder)
     assert time.process_time() - start < 6
     assert path.stat().st_size < 3_000_000
-    assert "more picture(s) are in maps/" in path.read_text()
+    assert "more picture(s) are left out" in path.read_text()
 
 
 def test_rewriting_replaces_in_one_step_and_leaves_nothing_behind(write_workdir):
@@ -337,13 +335,85 @@ def test_no_run_is_a_clear_error(tmp_path):
 
 
 def test_report_needs_neither_jax_nor_matplotlib(write_workdir):
+    """Every module of it, and drawing a whole workdir."""
     folder, _ = write_workdir()
     code = (
-        "import sys; from efficient_vlm.report.report import write_report;"
-        f"write_report({str(folder)!r});"
-        "assert not {'jax', 'matplotlib', 'flax'} & set(sys.modules), 'heavy import'"
+        "import importlib, pkgutil, sys, efficient_vlm.report as room\n"
+        "for each in pkgutil.walk_packages(room.__path__, room.__name__ + '.'):\n"
+        "    importlib.import_module(each.name)\n"
+        "from efficient_vlm.report.report import write_report\n"
+        f"write_report({str(folder)!r})\n"
+        "ours = {'.'.join(name.split('.')[:2]) for name in sys.modules}\n"
+        "heavy = {'jax', 'matplotlib', 'flax', *(f'efficient_vlm.{m}' for m in "
+        "('models', 'train', 'compressors', 'nn'))} & {*sys.modules, *ours}\n"
+        "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+# --- token maps ----------------------------------------------------------------------------------
+
+
+def draw_as_before(folder):
+    """Turns the arrays of a workdir into the pictures that evaluation used to leave there."""
+    listing = []
+    for q, example in enumerate(records.read_run(folder).maps):
+
+        def save(name, pixels):
+            (folder / "maps" / name).write_bytes(drawing.png(pixels))
+            return name
+
+        image, shown = example.image, []
+        for c, cell in enumerate(example.cells):
+            drawn = drawing.token_map(image, cell.source, grid=cell.grid)
+            row = {"compressor": cell.compressor, "budget": cell.budget, "meaning": cell.meaning}
+            row |= {"prediction": cell.prediction, "correct": cell.prediction == example.answer}
+            row |= {"file": save(f"{q:02d}_{c:02d}.png", drawn), "scores": None}
+            if cell.scores is not None:
+                heat = drawing.score_map(image, cell.scores, grid=cell.grid)
+                row["scores"] = save(f"{q:02d}_{c:02d}_scores.png", heat)
+            shown.append(row)
+        entry = {"question": example.question, "answer": example.answer, "task": example.task}
+        original = save(f"{q:02d}_image.png", drawing.enlarged(image, drawing.MIN_SIDE))
+        listing.append(entry | {"image": original, "maps": shown})
+    for path in (folder / "maps").glob("*.npz"):
+        path.unlink()
+    (folder / "maps" / "maps.json").write_text(json.dumps(listing))
+
+
+def test_maps_are_drawn_as_evaluation_drew_them(write_workdir):
+    """The section of a workdir of before, with pictures, and that of its arrays are the same."""
+    folder, _ = write_workdir()
+    drawn_now = maps.token_maps(records.read_run(folder))
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', drawn_now)
+    assert len(pictures) == 4 * (1 + 6 + 1)  # Of each question: it, six maps and one of scores.
+    draw_as_before(folder)
+    run = records.read_run(folder)
+    assert not run.maps and len(run.drawn_maps) == 4 and not run.problems
+    assert maps.token_maps(run) == drawn_now
+    secret = folder.parent / "secret.png"
+    secret.write_bytes(b"\x89PNG secret")
+    listing = json.loads((folder / "maps" / "maps.json").read_text())
+    listing[0]["image"], listing[0]["maps"][0]["file"] = "../../secret.png", str(secret)
+    listing[0]["maps"][1]["file"] = "not_there.png"
+    (folder / "maps" / "00_02.png").write_bytes(b"not a picture")
+    (folder / "maps" / "maps.json").write_text(json.dumps(listing))
+    section = maps.token_maps(records.read_run(folder))
+    assert section.count("<img") == len(pictures) - 4 and section.count("<article") == 4
+
+
+def test_arrays_that_do_not_fit_are_noted(write_workdir):
+    folder, _ = write_workdir()
+    first, *others = records.read_run(folder).maps
+    cells = [dataclasses.replace(first.cells[0], grid=(4, 4)), *first.cells[1:]]
+    write_maps(folder, [dataclasses.replace(first, cells=cells), *others])
+    text, parsed = read(write_report(folder))
+    assert "maps.json, 00.npz: grid: 4 x 4 for 64 patches." in parsed.text
+    assert text.count("<article") == 3
+
+
+def test_every_kind_of_time_is_explained():
+    assert tuple(training.TIMES) == BUCKETS
 
 
 def test_frontier_is_what_nothing_dominates():

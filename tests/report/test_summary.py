@@ -6,7 +6,7 @@ from efficient_vlm.report.summary import summary_table, summary_text
 
 
 def test_every_setting_has_a_line_with_its_numbers(write_workdir):
-    _, results = write_workdir(maps_drawn=False)
+    _, results = write_workdir(with_maps=False)
     text = summary_text(results)
     lines = [line.split() for line in text.splitlines()]
     for row in results["cost"]:

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from efficient_vlm.families import architecture
 from efficient_vlm.families import save as export
 from efficient_vlm.families.table import family_of
+from efficient_vlm.models.init import abstract_parameters
 
 OUT = Path(__file__).parent / "smolvlm"
 SPECIAL = [
@@ -84,7 +85,7 @@ def main() -> int:
     )
     model = architecture.build_model(config)
     rng = np.random.default_rng(0)
-    shapes = architecture.abstract_parameters(model)
+    shapes = abstract_parameters(model)
     params = jax.tree.map(
         lambda p: (rng.standard_normal(p.shape) * 0.2 + (p.ndim == 1)).astype(ml_dtypes.bfloat16),
         shapes,

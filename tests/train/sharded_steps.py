@@ -16,17 +16,15 @@ from tiny_models import DECODER, ENCODER, MOE, VOCAB
 from efficient_vlm import sharding
 from efficient_vlm.checkpoints.run import Checkpoints
 from efficient_vlm.inference.generate import generate
-from efficient_vlm.kernels.attention import (
-    attention,
-    attention_decode,
-    attention_importance,
-    make_mask,
-)
+from efficient_vlm.kernels.attention import attention, attention_importance, make_mask
 from efficient_vlm.kernels.grouped_matmul import grouped_matmul
+from efficient_vlm.kernels.paged_attention import attention_decode
+from efficient_vlm.models.inputs import ModelInputs, Pictures
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.nn.moe import MoE as MoELayer
+from efficient_vlm.processing.batch import training_inputs
 from efficient_vlm.train import step as steps
-from efficient_vlm.train.placement import Placement, state_shardings
+from efficient_vlm.train.state_layout import StateLayout, state_shardings
 
 
 def make(kind):
@@ -44,7 +42,7 @@ def batches(count, rows=8):
     rng = np.random.default_rng(0)
     for _ in range(count):
         tokens = rng.integers(2, VOCAB, (rows, 1, 6)).astype(np.int32)
-        yield {
+        batch = {
             "images": rng.integers(0, 256, (rows, 1, 32, 32, 3)).astype(np.uint8),
             "image_mask": np.ones((rows, 1), bool),
             "tokens": tokens,
@@ -52,6 +50,7 @@ def batches(count, rows=8):
             "prompt_lengths": np.full((rows, 1), 3, np.int32),
             "loss_mask": np.arange(6) >= np.full((rows, 1, 6), 3),
         }
+        yield training_inputs(batch)
 
 
 class Place:
@@ -77,15 +76,14 @@ def run(kind, job):
         which a later job of the same folder goes on, up to its own number of steps.
     """
     model, tx = make(kind), optax.adamw(1e-2)
-    first = next(batches(1))
 
     def params():
-        return steps.init_params([model], first, 0)
+        return steps.init_params([model], 0)
 
     def state():
         return steps.init_state(params(), tx)
 
-    placement, init = None, state
+    layout, init = None, state
     if job["mesh"] is not None:
         devices = jax.devices()
         if job.get("mixed"):
@@ -93,9 +91,9 @@ def run(kind, job):
         mesh = sharding.make_mesh(sharding.MeshConfig(**job["mesh"]), devices)
         cut = sharding.param_shardings(jax.eval_shape(params), mesh)
         lies = state_shardings(jax.eval_shape(state), cut, tx, mesh, zero=job.get("zero", False))
-        placement, init = Placement(mesh, lies), jax.jit(state, out_shardings=lies)
+        layout, init = StateLayout(mesh, lies), jax.jit(state, out_shardings=lies)
     step, now, found, place = (
-        steps.make_train_step(model, tx, placement=placement),
+        steps.make_train_step(model, tx, layout=layout),
         init(),
         [],
         Place(),
@@ -105,9 +103,9 @@ def run(kind, job):
         saved = Checkpoints(job["folder"], background=False)
         if (restored := saved.restore_latest(now, place)) is not None:
             now = restored[1]
-    part = slice(None) if placement is None else sharding.own_rows(placement.mesh, 8)
+    part = slice(None) if layout is None else sharding.own_rows(layout.mesh, 8)
     for batch in list(batches(job["steps"]))[place.batches :]:
-        now, metrics = step(now, {name: x[part] for name, x in batch.items()})
+        now, metrics = step(now, jax.tree.map(lambda x: x[part], batch))
         place.batches += 1
         found.append([float(metrics["loss"]), float(metrics["grad_norm"])])
     if saved is not None:
@@ -124,21 +122,18 @@ def answers(kind, mesh):
       mesh: None for one device.
     """
     model, first = make(kind), next(batches(1))
-    boxed = steps.init_params([model], first, 0)
+    boxed = steps.init_params([model], 0)
     params, placed = nn.unbox(boxed), None
     if mesh is not None:
         placed = sharding.make_mesh(sharding.MeshConfig(**mesh))
         params = jax.device_put(params, sharding.param_shardings(boxed, placed))
-    images = np.repeat(first["images"], 2, axis=0)[:12]
+    pixels = np.repeat(first.pictures.pixels, 2, axis=0)[:12]
     rng = np.random.default_rng(1)
-    prompts = rng.integers(2, VOCAB, (12, 1, 6)).astype(np.int32)
-    lengths = rng.integers(0, 7, (12, 1)).astype(np.int32)
+    prompts = rng.integers(2, VOCAB, (12, 6)).astype(np.int32)
+    pictures = Pictures(pixels, np.ones((12, 1), bool))
+    inputs = ModelInputs.of_rows(prompts, rng.integers(0, 7, 12), pictures=pictures)
     with sharding.active(placed):
-        found = generate(
-            *(model, params, images, np.ones((12, 1), bool), prompts, lengths),
-            new_tokens=5,
-            eos_id=1,
-        )
+        found = generate(model, params, inputs, new_tokens=5, eos_id=1)
     return found.tokens.tolist(), [np.asarray(source).tolist() for source in found.sources]
 
 

@@ -13,9 +13,9 @@ from tiny_models import make_tiny_config
 
 from efficient_vlm.checkpoints.leaves import state_sha256
 from efficient_vlm.checkpoints.run import Checkpoints
-from efficient_vlm.cli import config_file as configs
 from efficient_vlm.cli import run as commands
 from efficient_vlm.errors import UserError
+from efficient_vlm.fields import to_dict
 from efficient_vlm.files import write_index
 from efficient_vlm.train import loop
 from efficient_vlm.train.config import TrainConfig
@@ -230,7 +230,7 @@ def test_a_mistake_does_not_claim_the_workdir(tiny_config, tmp_path):
     with pytest.raises(UserError, match="data.max_count"):
         commands.fit(tiny_config, tmp_path / "run", say=lambda line: None)
     (tmp_path / "run" / "tokenizer.json").write_text("of the data of before")
-    assert check_workdir_config(tmp_path / "run", configs.to_dict(mended))
+    assert check_workdir_config(tmp_path / "run", to_dict(mended))
     assert not (tmp_path / "run" / "tokenizer.json").exists()
     # A workdir that has saved a step keeps its config, whatever is asked of it later.
     ended = tmp_path / "ended"

@@ -274,11 +274,10 @@ def test_clipping_bounds_the_gradient(tree):
 
 
 @pytest.mark.parametrize("position", ["factorised", "learned"])
-def test_the_parameters_of_the_model_go_where_they_belong(make_model, make_batch, position):
+def test_the_parameters_of_the_model_go_where_they_belong(make_model, position):
     """Muon has every matrix of the real model, Adam the tables, head and norms and nothing else."""
     model = make_model("none", 16, moe=MOE, encoder=dict(position=position))
-    batch = make_batch()
-    boxed = jax.eval_shape(lambda: init_params([model], batch, 0))
+    boxed = jax.eval_shape(lambda: init_params([model], 0))
     shapes = nn.unbox(boxed)
     tx = make_optimizer(config(name="muon"), 10, boxed)
     state = jax.eval_shape(tx.init, shapes)

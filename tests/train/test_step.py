@@ -7,6 +7,7 @@ import optax
 import pytest
 from tiny_models import MOE
 
+from efficient_vlm.processing.batch import training_inputs
 from efficient_vlm.train import step as steps
 from efficient_vlm.train.losses import ratio, token_cross_entropy
 
@@ -44,10 +45,10 @@ def batch(make_batch):
 
 
 @pytest.fixture(scope="module")
-def guarded(make_model, init, batch):
+def guarded(make_model, init):
     """(step with an average, new_state()), for a model with a random compressor."""
     model, tx = make_model("random", 4, **SMALL), optax.adamw(1e-2)
-    params = init(model, batch)
+    params = init(model)
     step = steps.make_train_step(model, tx, ema=0.75)
     return step, lambda: fresh(params, tx, ema=True)
 
@@ -58,7 +59,8 @@ def test_losses_are_a_sum_and_a_denominator():
     tokens = rng.integers(0, 7, (3, 5))
     mask = rng.random((3, 5)) < 0.5
     mask[:, 0] = False
-    found = token_cross_entropy(jnp.asarray(logits), jnp.asarray(tokens), jnp.asarray(mask))
+    labels = np.where(mask, tokens, -1)[:, 1:]
+    found = token_cross_entropy(jnp.asarray(logits), jnp.asarray(labels))
     loss = hits = count = 0.0
     for row, place in zip(*np.nonzero(mask), strict=True):
         before = logits[row, place - 1].astype(np.float64)
@@ -68,21 +70,21 @@ def test_losses_are_a_sum_and_a_denominator():
     np.testing.assert_allclose(found["loss"], (loss, count), rtol=1e-5)
     np.testing.assert_allclose(found["accuracy"], (hits, count))
     assert float(ratio(found["accuracy"])) == pytest.approx(hits / count)
-    nothing = token_cross_entropy(jnp.asarray(logits), jnp.asarray(tokens), jnp.zeros((3, 5), bool))
+    nothing = token_cross_entropy(jnp.asarray(logits), jnp.full((3, 4), -1))
     assert float(ratio(nothing["loss"])) == 0.0
 
 
-def test_accumulated_gradient_is_that_of_the_whole_batch(make_model, init, batch):
+def test_accumulated_gradient_is_that_of_the_whole_batch(make_model, init, inputs, batch):
     """One step of plain SGD with rate 1: the change of the parameters is the gradient."""
     model = make_model("none", 16, **SMALL)
-    params = init(model, batch)
+    params = init(model)
 
     def mean_loss(p, mask):
-        inputs = {name: batch[name] for name in steps.MODEL_INPUTS}
-        out = model.apply({"params": p}, **inputs)
+        out = model.apply({"params": p}, inputs(batch))
         # Of the whole sequence; the step leaves out the last token, which predicts nothing.
-        found = token_cross_entropy(out.logits[..., :-1, :], batch["tokens"], mask)
-        return ratio(found["loss"])
+        logits = out.logits.reshape(*batch["tokens"].shape, -1)[..., :-1, :]
+        labels = jnp.where(mask, batch["tokens"], -1)[..., 1:]
+        return ratio(token_cross_entropy(logits, labels)["loss"])
 
     gradient = jax.jit(jax.value_and_grad(mean_loss))
     loss, expected = gradient(params, batch["loss_mask"])
@@ -95,7 +97,7 @@ def test_accumulated_gradient_is_that_of_the_whole_batch(make_model, init, batch
     norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(expected)))
     for accumulate in (1, 2):
         step = steps.make_train_step(model, SGD, accumulate=accumulate)
-        new, metrics = step(fresh(params), batch)
+        new, metrics = step(fresh(params), training_inputs(batch))
         found = jax.tree.map(jnp.subtract, params, new["params"])
         assert largest_difference(found, expected) < 2e-6, accumulate
         assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
@@ -105,19 +107,17 @@ def test_accumulated_gradient_is_that_of_the_whole_batch(make_model, init, batch
 def test_router_losses_are_means_whatever_the_number_of_targets(make_model, make_batch, init):
     """The weight of a router loss does not depend on how many targets a batch has."""
     model, batch = make_model("none", 16, moe=MOE, **SMALL), make_batch()
-    params = init(model, batch)
+    params = init(model)
     found = {}
     for weight in (0.0, 0.5):
         step = steps.make_train_step(model, SGD, aux={"load_balance": weight})
-        new, metrics = step(fresh(params), batch)
+        new, metrics = step(fresh(params), training_inputs(batch))
         found[weight] = jax.tree.map(jnp.subtract, params, new["params"])
-    inputs = {name: batch[name] for name in steps.MODEL_INPUTS}
     # The last token is only ever a target: it is not routed.
-    inputs["tokens"] = inputs["tokens"][..., :-1]
-    inputs["lengths"] = np.minimum(inputs["lengths"], inputs["tokens"].shape[-1])
+    inputs = training_inputs(batch)
 
     def balance(p):
-        return ratio(model.apply({"params": p}, **inputs).stats["load_balance"]).mean()
+        return ratio(model.apply({"params": p}, inputs).stats["load_balance"]).mean()
 
     expected = jax.jit(jax.grad(balance))(params)
     change = jax.tree.map(lambda a, b: (a - b) / 0.5, found[0.5], found[0.0])
@@ -131,7 +131,7 @@ def test_router_losses_are_means_whatever_the_number_of_targets(make_model, make
 
 def test_a_step_that_is_not_finite_changes_nothing(guarded, batch):
     step, new_state = guarded
-    good, metrics = step(new_state(), batch)
+    good, metrics = step(new_state(), training_inputs(batch))
     assert bool(metrics["ok"]) and int(good["skipped"]) == 0
     params = jax.tree.map(jnp.copy, good["params"])
     state = good
@@ -140,14 +140,14 @@ def test_a_step_that_is_not_finite_changes_nothing(guarded, batch):
         leaves[0] = leaves[0].at[(0,) * leaves[0].ndim].set(value)
         state["params"] = jax.tree.unflatten(structure, leaves)
         before = {name: bits(state[name]) for name in ("params", "opt", "ema")}
-        state, metrics = step(state, batch)
+        state, metrics = step(state, training_inputs(batch))
         assert not bool(metrics["ok"])
         for name, expected in before.items():
             assert bits(state[name]) == expected, (name, value)
         assert (int(state["step"]), int(state["skipped"])) == (1 + count, count)
     # The same executable applies a good step afterwards, from the state that it has kept.
     state["params"] = jax.tree.map(jnp.copy, params)
-    after, metrics = step(state, batch)
+    after, metrics = step(state, training_inputs(batch))
     assert bool(metrics["ok"]) and int(after["skipped"]) == 3
     assert largest_difference(after["params"], params) > 1e-4
 
@@ -159,7 +159,7 @@ def test_a_gradient_that_overflows_is_skipped_although_the_loss_is_finite(guarde
     scale = state["params"]["language"]["norm"]["scale"]
     state["params"]["language"]["norm"]["scale"] = scale * 1e25
     before = bits(state["params"])
-    state, metrics = step(state, batch)
+    state, metrics = step(state, training_inputs(batch))
     assert np.isfinite(float(metrics["loss"])) and not np.isfinite(float(metrics["grad_norm"]))
     assert not bool(metrics["ok"]) and int(state["skipped"]) == 1
     assert bits(state["params"]) == before
@@ -170,7 +170,7 @@ def test_average_follows_its_formula(guarded, batch):
     state = new_state()
     average = [np.asarray(x, np.float64) for x in jax.tree.leaves(state["params"])]
     for _ in range(3):
-        state, _ = step(state, batch)
+        state, _ = step(state, training_inputs(batch))
         now = [np.asarray(x, np.float64) for x in jax.tree.leaves(state["params"])]
         average = [0.75 * a + 0.25 * x for a, x in zip(average, now, strict=True)]
     for found, expected in zip(jax.tree.leaves(state["ema"]), average, strict=True):
@@ -187,7 +187,7 @@ def test_random_choices_differ_between_steps_and_repeat_on_a_second_run(guarded,
             # The same parameters every time, so only the draw can differ.
             state = new_state()
             state["step"] = jnp.asarray(number, jnp.int32)
-            found.append(float(step(state, batch)[1]["loss"]))
+            found.append(float(step(state, training_inputs(batch))[1]["loss"]))
         return found
 
     first = losses(0)
@@ -204,8 +204,8 @@ def test_arms_share_parameters_and_compile_once_each(make_model, make_batch):
         for name, budget in (("none", 16), ("average_pool", 4), ("resampler", 4))
     ]
     batches = [make_batch(seed=s) for s in range(3)]
-    alone = steps.nn.unbox(steps.init_params(arms[:1], batches[0], 0))
-    params = steps.nn.unbox(steps.init_params(arms, batches[0], 0))
+    alone = steps.nn.unbox(steps.init_params(arms[:1], 0))
+    params = steps.nn.unbox(steps.init_params(arms, 0))
     extra = {
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, _ in jax.tree_util.tree_leaves_with_path(params)
@@ -214,7 +214,7 @@ def test_arms_share_parameters_and_compile_once_each(make_model, make_batch):
         for path, _ in jax.tree_util.tree_leaves_with_path(alone)
     }
     assert extra and all(path.startswith("reduce/") for path in extra)
-    pair = steps.init_params([arms[0], arms[1]], batches[0], 0)
+    pair = steps.init_params([arms[0], arms[1]], 0)
     assert jax.tree.structure(steps.nn.unbox(pair)) == jax.tree.structure(alone)
 
     tx = optax.sgd(0.1)
@@ -222,7 +222,7 @@ def test_arms_share_parameters_and_compile_once_each(make_model, make_batch):
     state = fresh(params, tx)
     for number in (0, 1, 2, 1, 0, 2, 0):
         before = bits(state["params"])
-        state, metrics = functions[number](state, batches[number])
+        state, metrics = functions[number](state, training_inputs(batches[number]))
         assert bits(state["params"]) != before and bool(metrics["ok"])
     assert [f._cache_size() for f in functions] == [1, 1, 1]
     assert int(state["step"]) == 7

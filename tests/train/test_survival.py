@@ -175,7 +175,7 @@ def test_a_reader_that_fails_once_changes_nothing(
 
     monkeypatch.setattr(Pipeline, "_load", broken)
     trained = run(config, tmp_path / "run")
-    assert failures == [3] and "starting again there" in capsys.readouterr().out
+    assert failures == [3] and "restarting at that batch" in capsys.readouterr().out
     assert trained.summary["state_sha256"] == undisturbed.summary["state_sha256"]
 
 

@@ -15,23 +15,23 @@ RELEVANCES = ("negative", "positive", "none")
 class CDPruner(Compressor):
     """`cdpruner` (arXiv 2506.10967): greedy MAP of a determinantal point process on the tokens.
 
-    L = diag(r) S diag(r), S_ij = cos(x_i, x_j) of the projected tokens, r the relevance of each
-    token to the instruction, moved and scaled to 0..1 over the image. The kept set is built by fast
-    greedy MAP inference (`select.map_dpp`, arXiv 1709.05135): each step takes the token that
-    multiplies det L of the kept set the most.
+    L = diag(r) S diag(r) with S_ij = cos(x_i, x_j) of the projected tokens and r the relevance of
+    each token to the instruction, shifted and scaled to 0..1 over the image. Fast greedy MAP
+    inference (`select.map_dpp`, arXiv 1709.05135) builds the kept set: each step takes the token
+    that increases det L of the set by the largest factor.
 
-    Deviations from the paper and its code: relevance there is between CLIP's image and text
-    embeddings, averaged over segments of the text; without CLIP's text tower the instruction
-    embedding of the decoder (`Signals.text`, one for the whole text) stands in, compared with the
-    projected tokens (without their deepstack features), so both must have the decoder's width.
-    Tokens that lie in the span of the kept ones (to 1e-5) add nothing, and come last by lowest
-    index, where the code meets rounding noise or a division by zero; equal relevances mean r = 1,
-    not 0 / 0.
+    Deviations from the paper and its code: their relevance compares CLIP's image and text
+    embeddings, averaged over segments of the text. Without CLIP's text tower we compare the
+    decoder's instruction embedding (`Signals.text`, one for the whole text) with the projected
+    tokens (without their deepstack features), so both must have the decoder's width. Tokens in the
+    span of the kept ones (within 1e-5) add nothing and come last, lowest index first, where the
+    official code depends on rounding noise or divides by zero. Equal relevances give r = 1, not
+    0 / 0.
 
     Attributes:
-      relevance: "negative", r from -cos(token, text) as in the official code (features of CLIP
-        patches are known to be opposed to the text they depict); "positive", r from +cos, which is
-        what one expects of embeddings in one space; "none", r = 1, a plain DPP that needs no text.
+      relevance: "negative", r from -cos(token, text) as in the official code (CLIP's patch features
+        are known to be anti-correlated with the text they depict); "positive", r from +cos, as
+        expected of embeddings in one space; "none", r = 1, a plain DPP that needs no text.
       position_policy: "reindex", as in the official code.
     """
 
@@ -75,9 +75,9 @@ class CDPruner(Compressor):
                 raise UserError(
                     f"signals.text: width {width}, but the tokens have {unit.shape[-1]}",
                     allowed="one width: cdpruner compares projected tokens with the instruction",
-                    fix="compress behind the connector, or compressor.relevance=none",
+                    fix="compress after the connector, or set compressor.relevance=none",
                 )
-            # Features for deeper layers stand behind the embedding (deepstack).
+            # Deepstack features for deeper layers follow the embedding.
             embed = unit if unit.shape[-1] == width else score.unit(unit[..., :width])
             cosine = jnp.einsum("btd,bd->bt", embed, text, precision=jax.lax.Precision.HIGHEST)
             sign = -1.0 if self.relevance == "negative" else 1.0

@@ -1,17 +1,19 @@
-"""Methods guided by one row of encoder attention: their base, and the plainest of them, fastervlm.
+"""Methods that rank patches by one row of encoder attention: their base class, and fastervlm.
 
-An encoder with a CLS token says in one row of an attention map which patches it reads from. The
-encoder gives that row as `Signals.attention_row`, recomputed beside its fused attention.
+The CLS row of an attention map shows which patches an encoder reads. The encoder provides that row
+as `Signals.attention_row`, recomputed next to its fused attention.
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float
 
 from efficient_vlm.compressors import fold, select
 from efficient_vlm.compressors.base import Compressor
 from efficient_vlm.compressors.tokens import NO_SIGNALS, Signals, VisualTokens
 from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.shapes import Array
 
 ATTENTION = {"cls": "cls_row", "mean_query": "mean_query_row", "column_mean": "column_mean"}
 
@@ -25,31 +27,16 @@ def check_layer(field: str, value) -> None:
         )
 
 
-def check_fraction(field: str, value) -> None:
-    """UserError unless `value` is a number from 0 to 1."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and 0 <= value <= 1):
-        raise UserError(
-            f"compressor.{field}: {value!r} is not a fraction", allowed="a number from 0 to 1"
-        )
-
-
-def check_flag(field: str, value) -> None:
-    """UserError unless `value` is True or False."""
-    if not isinstance(value, bool):
-        raise UserError(f"compressor.{field}: {value!r}", allowed="True, False")
-
-
 class AttentionGuided(Compressor):
     """Base of the methods that rank patches by the attention they receive in the encoder.
 
     Attributes:
       position_policy: "reindex", as all their official codes do (for LLaVA).
-      attention: whose attention: "cls" (the CLS token, mean over heads: all the papers but
-        HiPrune's), "mean_query" (the mean of all queries) or "column_mean" (the mean over all
-        queries); the last two for encoders without CLS, not published.
-      layer: executed encoder layer; negative counts from the last. The papers take the layer whose
-        output LLaVA uses, the last but one of CLIP: -1 here if the encoder stops there.
+      attention: "cls", attention of the CLS token, mean over heads (all papers but HiPrune's);
+        "mean_query", that of the mean query; "column_mean", the mean over all queries. The last two
+        serve encoders without CLS and are not published.
+      layer: executed encoder layer; negative values count from the last. The papers use the layer
+        whose output LLaVA reads, CLIP's second to last: -1 if the encoder ends with it.
     """
 
     position_policy: str | None = "reindex"
@@ -69,33 +56,33 @@ class AttentionGuided(Compressor):
         return {"attention_row": f"{ATTENTION[self.attention]}/{self.layer}"}
 
     @nn.nowrap
-    def row(self, tokens: VisualTokens, signals: Signals) -> jax.Array:
-        """The attention each token receives: float32 [B, T], 0 for padding."""
+    def row(self, tokens: VisualTokens, signals: Signals) -> Float[Array, "B T"]:
+        """The attention that each token receives, float32; 0 for padding."""
         return jnp.where(tokens.mask, signals.attention_row, 0).astype(jnp.float32)
 
 
-def as_selection(keep: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The True places of `keep` [B, T], at most k of them, as a selection in ascending order."""
+def as_selection(keep: Bool[Array, "B T"], k: int) -> select.Selection:
+    """The first k True indices of `keep` as a selection, in ascending order."""
     return select.top_k(jnp.zeros(keep.shape, jnp.float32), keep, k)
 
 
-def as_mask(selection: tuple[jax.Array, jax.Array], num_tokens: int) -> jax.Array:
-    """The inverse of `as_selection`: bool [B, num_tokens], True at the valid indices."""
+def as_mask(selection: select.Selection, num_tokens: int) -> Bool[Array, "B {num_tokens}"]:
+    """The inverse of `as_selection`: True at the valid indices."""
     indices, valid = selection
-    places = jnp.where(valid, indices, num_tokens)
+    kept = jnp.where(valid, indices, num_tokens)
     rows = jnp.arange(indices.shape[0])[:, None]
-    return jnp.zeros((indices.shape[0], num_tokens), bool).at[rows, places].set(True, mode="drop")
+    return jnp.zeros((indices.shape[0], num_tokens), bool).at[rows, kept].set(True, mode="drop")
 
 
-def cosine_to(queries: jax.Array, keys: jax.Array) -> jax.Array:
-    """How near each key is to each query: cosine times the length of the query.
+def cosine_to(queries: Float[Array, "B K D"], keys: Float[Array, "B T D"]) -> Float[Array, "B K T"]:
+    """Similarity of each key to each query: their cosine times the length of the query.
 
-    The factor is the same for all keys of a query, so their order is that of the cosines. Dividing
-    after the product keeps exact ties exact, where the entries are small integers.
+    The factor is the same for all keys of a query, so the keys are ordered by their cosines.
+    Dividing after the product preserves exact ties between vectors of small integers.
 
     Args:
       queries: float32 [B, K, D].
-      keys: float32 [B, T, D]; a zero key is at 0 from everything.
+      keys: float32 [B, T, D]; a zero key has similarity 0 to every query.
 
     Returns:
       float32 [B, K, T].
@@ -111,7 +98,7 @@ class FasterVLM(AttentionGuided):
     Zhang et al., "[CLS] Attention is All You Need for Training-Free Visual Token Pruning",
     arXiv 2412.01818v1, section 3. Kept in raster order, positions re-indexed. Ties: lowest index.
 
-    Deviations: the paper's reduction ratio R is given as budget T = N (1 - R).
+    Deviations: the paper's reduction ratio R is set as the budget T = N (1 - R).
     """
 
     label = "fastervlm"

@@ -1,13 +1,15 @@
-"""divprune: the subset whose members are as far apart as possible (arXiv 2503.02175)."""
+"""divprune: the subset whose tokens are as far apart as possible (arXiv 2503.02175)."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Int
 
 from efficient_vlm.compressors import fold, score, select
 from efficient_vlm.compressors.base import Compressor
 from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, remap, zero_padding
 from efficient_vlm.errors import unknown
+from efficient_vlm.shapes import Array
 
 ORDERS = ("sorted", "selection")
 
@@ -16,17 +18,18 @@ class DivPrune(Compressor):
     """`divprune` (arXiv 2503.02175, Algorithm 1): greedy max-min diversity of projected tokens.
 
     Distance D_ij = 1 - cos(x_i, x_j). The first kept token is the argmax of the second smallest
-    entry of its row of D, the distance to its nearest other token; then, until `budget` are kept,
-    argmax_j min_{i kept} D_ij. No text, no attention. The published ratio is 0.098 (56 of 576).
+    entry of its row of D, the distance to its nearest other token. Then argmax_j min_{i kept} D_ij
+    is added until `budget` tokens are kept. Neither text nor attention is needed. The published
+    ratio is 0.098 (56 of 576).
 
-    Distances within 1e-5 are ties, and go to the lowest index. The second smallest entry is taken
-    as the smallest one off the diagonal: in exact arithmetic the same, but rounding may put the
-    diagonal above a duplicate.
+    Distances within 1e-5 are ties, which the lowest index wins. The second smallest entry is
+    computed as the smallest off the diagonal: the same in exact arithmetic, but rounding may make
+    the diagonal larger than the distance to a duplicate.
 
     Attributes:
-      order: "sorted" keeps source order; "selection" gives the tokens in the order in which they
-        were chosen, as the code did that made the published numbers (vbdi/divprune issue 8). This
-        one option breaks the contract of source order, on purpose.
+      order: "sorted" keeps source order; "selection" returns the tokens in the order of selection,
+        as the code behind the published numbers did (vbdi/divprune issue 8). This option breaks
+        the contract of source order on purpose.
       position_policy: "reindex", as in the official code.
     """
 
@@ -57,20 +60,22 @@ class DivPrune(Compressor):
         return kept if self.order == "sorted" else in_selection_order(kept, *selection)
 
 
-def in_selection_order(kept: VisualTokens, indices: jax.Array, valid: jax.Array) -> VisualTokens:
-    """Turns kept tokens from source order into that of `indices` [B, K]; padding stays last."""
-    # holder[o]: the choice that stands at o in source order. place[s]: where choice s stands there.
+def in_selection_order(
+    kept: VisualTokens, indices: Int[Array, "B K"], valid: Bool[Array, "B K"]
+) -> VisualTokens:
+    """Permutes kept tokens from source order to the order of `indices`; padding stays last."""
+    # holder[o]: the choice at index o of the source order. slot[s]: source-order index of choice s.
     holder = jnp.argsort(jnp.where(valid, indices, jnp.iinfo(jnp.int32).max), axis=1)
-    place = jnp.argsort(holder, axis=1)
+    slot = jnp.argsort(holder, axis=1)
 
-    def turn(x):
-        return jnp.take_along_axis(x, place.reshape(place.shape + (1,) * (x.ndim - 2)), axis=1)
+    def permuted(x):
+        return jnp.take_along_axis(x, slot.reshape(slot.shape + (1,) * (x.ndim - 2)), axis=1)
 
     return VisualTokens(
-        embed=turn(kept.embed),
-        position=turn(kept.position),
-        size=turn(kept.size),
-        mask=turn(kept.mask),
+        embed=permuted(kept.embed),
+        position=permuted(kept.position),
+        size=permuted(kept.size),
+        mask=permuted(kept.mask),
         source=remap(kept.source, holder.astype(jnp.int32)),
-        bias=None if kept.bias is None else turn(kept.bias),
+        bias=None if kept.bias is None else permuted(kept.bias),
     )

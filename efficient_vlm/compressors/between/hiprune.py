@@ -1,19 +1,22 @@
-"""HiPrune: anchors of a middle layer, their neighbours, and the summary of the last layer."""
+"""HiPrune: anchors of a middle layer, their neighbours, and register tokens of the last layer."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import fold, select
 from efficient_vlm.compressors.between.cls_attention import (
     ATTENTION,
     AttentionGuided,
     as_mask,
-    check_fraction,
     check_layer,
 )
+from efficient_vlm.compressors.grids import Grid
 from efficient_vlm.compressors.tokens import NO_SIGNALS
 from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.shapes import Array
 
 BORDERS = ("wrap", "stop")
 
@@ -34,16 +37,16 @@ class HiPrune(AttentionGuided):
 
     Attributes:
       attention: "column_mean" (published); see `AttentionGuided`.
-      layer: of the registers.
-      middle_layer: of the anchors; 9 of the 24 of CLIP-L/14 (16 for the encoder of Qwen2.5-VL). A
-        float in (0, 1) is a part of the depth, for encoders that understand it.
-      alpha: part of the budget that anchors and buffers get (0.1 published).
-      border: what the neighbour of an anchor at the edge is. "wrap" as in the official code: the
-        patch before or after in raster order (of the next row at the ends of a row), and an index
-        outside the image is the first or last patch; "stop" as the paper says: none.
+      layer: layer of the registers.
+      middle_layer: layer of the anchors; 9 of CLIP-L/14's 24 layers (16 for Qwen2.5-VL's encoder).
+        A float in (0, 1) is a fraction of the depth.
+      alpha: fraction of the budget for anchors and buffers (0.1 published).
+      border: neighbours of an anchor at the edge. "wrap", as in the official code: the previous or
+        next patch in raster order (of another row at the ends of a row), with indices clipped to
+        the image; "stop", as in the paper: no neighbour.
 
-    Deviations: a buffer that is padding is left out. Should anchors and buffers be more than T
-    (rounding at alpha near 1), buffers of low score in the middle layer are left out; the official
+    Deviations: buffers that are padding are skipped. If anchors and buffers exceed T (rounding at
+    alpha near 1), the buffers with the lowest scores in the middle layer are skipped; the official
     code would exceed T.
     """
 
@@ -62,11 +65,11 @@ class HiPrune(AttentionGuided):
             if not 0 < self.middle_layer < 1:
                 raise UserError(
                     f"compressor.middle_layer: {self.middle_layer!r} is not a layer",
-                    allowed="a layer of the encoder, or a part of its depth between 0 and 1",
+                    allowed="a layer of the encoder, or a fraction of its depth between 0 and 1",
                 )
         else:
             check_layer("middle_layer", self.middle_layer)
-        check_fraction("alpha", self.alpha)
+        checks.number("compressor.alpha", self.alpha, 0, 1)
         if self.border not in BORDERS:
             raise unknown("compressor.border", str(self.border), BORDERS)
 
@@ -98,16 +101,14 @@ class HiPrune(AttentionGuided):
         return fold.drop(tokens, (index[:, : self.budget], group[:, : self.budget] < 3))
 
 
-def neighbours(
-    selection: tuple[jax.Array, jax.Array], grid: tuple[int, int], border: str
-) -> jax.Array:
-    """The four neighbours of each selected patch: bool [B, h*w], selected ones included if so."""
+def neighbours(selection: select.Selection, grid: Grid, border: str) -> Bool[Array, "B N"]:
+    """The four neighbours of each selected patch, which may be selected patches themselves."""
     indices, valid = selection
     rows, columns = grid
-    places, inside = [], []
+    patches, inside = [], []
     for down, right in ((-1, 0), (1, 0), (0, -1), (0, 1)):
         row, column = indices // columns + down, indices % columns + right
         inside.append((row >= 0) & (row < rows) & (column >= 0) & (column < columns))
-        places.append(jnp.clip(indices + down * columns + right, 0, rows * columns - 1))
+        patches.append(jnp.clip(indices + down * columns + right, 0, rows * columns - 1))
     valid = jnp.concatenate([valid & (i | (border == "wrap")) for i in inside], axis=1)
-    return as_mask((jnp.concatenate(places, axis=1), valid), rows * columns)
+    return as_mask((jnp.concatenate(patches, axis=1), valid), rows * columns)

@@ -1,13 +1,16 @@
 """Methods that merge the cells of a grid: average_pool, pool, pixel_shuffle, downsample."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jaxtyping import Shaped
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import fold, grids
-from efficient_vlm.compressors.base import Compressor, as_tuple, describe, positive_int
+from efficient_vlm.compressors.base import Compressor, as_tuple, describe
 from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, zero_padding
 from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.nn.linear import product, weight_of
+from efficient_vlm.shapes import Array
 
 
 class AveragePool(Compressor):
@@ -32,14 +35,14 @@ class AveragePool(Compressor):
 class Pool(Compressor):
     """`pool`: means over cells of equal area, the baseline that exists at every budget.
 
-    The image is cut into bands of rows, each band into columns of equal width (`grids.bands`): a
-    band with c of the T cells is c / T of the image high, so every cell has N / T patches whatever
-    T. A patch that is cut belongs to several cells in proportion to its area; sizes are areas (and
-    sum to the number of real patches), `source` names the cell with the largest share. Where
-    `average_pool` has the budget, this is `average_pool`; where the bands are equal, it is area
-    resampling to a grid; else (T prime, say) neighbouring bands differ by one column.
+    The image is cut into bands of rows, and each band into columns of equal width (`grids.bands`).
+    A band with c of the T cells has c / T of the image's height, so that every cell covers N / T
+    patches for any T. A patch that is cut belongs to several cells in proportion to its area; sizes
+    are areas (and sum to the number of real patches), `source` names the cell with the largest
+    share. At the budgets of `average_pool` the result is that of `average_pool`; with equal bands
+    it is area resampling to a grid; otherwise (T prime, say) the bands differ by one column.
 
-    A cell without real patches is padding, and stays in its place.
+    A cell without real patches is padding at its own index.
     """
 
     label = "pool"
@@ -67,16 +70,16 @@ class Pool(Compressor):
 
 
 class Downsample(Compressor):
-    """`downsample`: the image itself is made smaller, the baseline that is easy to forget.
+    """`downsample`: a smaller image, the baseline that is easily forgotten.
 
-    The model asks `image_grid` and runs its encoder on an image of that many patches, which saves
-    in the encoder too. The image keeps its shape (up to rounding, see `grids.fitted_grid`), so only
-    some numbers of patches exist (squares, for a square image): the largest that fits the budget is
-    taken and the remaining slots are padding behind the tokens, which the decoder masks.
+    The model calls `image_grid` and runs its encoder on an image of that many patches, which also
+    saves compute in the encoder. The image keeps its aspect ratio (up to rounding, see
+    `grids.fitted_grid`), so only some numbers of patches are possible (squares for a square image).
+    The largest one within the budget is used; padding, which the decoder masks, fills the remaining
+    slots.
 
-    Called on more tokens than the budget, it applies area resampling to the features instead: not
-    the same method (the encoder has then seen the full image), but the same shapes and
-    book-keeping.
+    Called on more tokens than the budget, it applies area resampling to the features instead: a
+    different method (the encoder has processed the full image) with the same shapes and `source`.
 
     Attributes:
       grid: (rows, columns) of the patches of the *full* image; None for a square.
@@ -98,7 +101,7 @@ class Downsample(Compressor):
 
     @nn.nowrap
     def flops(self, num_tokens, width, text_width=0):
-        """0 behind a resized image; the area matrices if features are resampled by a fraction."""
+        """0 for a resized image; the area matrices if features are resampled by a fraction."""
         if self.budget >= num_tokens:
             return 0
         grid = grids.resolve(self.grid, num_tokens)
@@ -115,7 +118,7 @@ class Downsample(Compressor):
 
 
 def _area_flops(grid: grids.Grid, cells: grids.Grid, width: int) -> int:
-    """Of `fold.pool`: both matrices act on the embedding, the two coordinates and the size."""
+    """FLOPs of `fold.pool`: both matrices act on embedding, two coordinates and size."""
     (rows, columns), (new_rows, new_columns) = grid, cells
     if rows % new_rows == 0 and columns % new_columns == 0:
         return 0
@@ -123,7 +126,7 @@ def _area_flops(grid: grids.Grid, cells: grids.Grid, width: int) -> int:
 
 
 def _pad(tokens: VisualTokens, budget: int) -> VisualTokens:
-    """Padding behind the tokens up to `budget` slots."""
+    """Appends padding up to `budget` slots."""
     tokens = zero_padding(tokens)
     more = budget - tokens.mask.shape[1]
 
@@ -139,8 +142,8 @@ def _pad(tokens: VisualTokens, budget: int) -> VisualTokens:
     )
 
 
-# Order of the channels of a cell (the last named varies fastest) -> order of the axes
-# (rows of cells, row, columns of cells, column, feature) that puts them so.
+# Order of a cell's channels (the last named varies fastest) -> the permutation of the axes (rows of
+# cells, row, columns of cells, column, feature) that produces it.
 ORDERS = {
     "row_column_feature": (0, 2, 1, 3, 4),
     "column_row_feature": (0, 2, 3, 1, 4),
@@ -151,25 +154,25 @@ ORDERS = {
 class PixelShuffle(Compressor):
     """`pixel_shuffle`: s x s neighbours side by side in the channels, then one matrix.
 
-    Three orders of the channels before the matrix are in use; weights can only be carried over with
-    the order they were trained with (the last named varies fastest):
+    Three channel orders before the matrix are in use, and weights only transfer with the order they
+    were trained with (the last named varies fastest):
 
     * "row_column_feature" (default): Idefics3, SmolVLM, Llama 4, LFM2-VL, Qwen-VL, and
-      InternVL with ps_version "v2". InternVL calls the axes w, h and swaps them twice, which comes
-      to the same. Its old "v1" leaves out the second swap: same channels, but the *tokens* are in
-      column-major order; that is not offered, as tokens here are in raster order.
+      InternVL with ps_version "v2". InternVL calls the axes w, h and swaps them twice, which gives
+      the same order. Its old "v1" omits the second swap: same channels, but the *tokens* are in
+      column-major order; it is not supported, because our tokens are in raster order.
     * "column_row_feature": (0,0), (1,0), (0,1), (1,1) as (row, column), the patch merging of Swin.
     * "feature_row_column": torch `unfold` and `pixel_unshuffle`, DeepSeek-VL2.
 
     Padded neighbours are zeros. Budgets: square cells whose side divides both rows and columns.
-    There is one matrix for each s, as their inputs differ in width.
+    Each s has a matrix of its own, because the input widths differ.
 
     Attributes:
-      order: of the channels, see above.
-      features: width of the result; None for the width of the input. If it is another width, the
-        full budget is not the identity but the matrix with s = 1.
-      budgets: all the budgets that one checkpoint must serve (elastic training), each with its
-        matrix; None for `budget` alone.
+      order: channel order, see above.
+      features: output width; None for the input width. If it differs from the input width, the full
+        budget is not the identity but the matrix with s = 1.
+      budgets: all budgets that one checkpoint must serve (elastic training), each with its matrix;
+        None for `budget` alone.
     """
 
     features: int | None = None
@@ -181,7 +184,7 @@ class PixelShuffle(Compressor):
     def __post_init__(self):
         if self.budgets is not None:
             values = as_tuple("compressor.budgets", self.budgets)
-            budgets = tuple(positive_int("compressor.budgets", b) for b in values)
+            budgets = tuple(checks.whole("compressor.budgets", b) for b in values)
             object.__setattr__(self, "budgets", budgets)
         super().__post_init__()
 
@@ -190,7 +193,7 @@ class PixelShuffle(Compressor):
         if self.order not in tuple(ORDERS):
             raise unknown("compressor.order", str(self.order), ORDERS)
         if self.features is not None:
-            positive_int("compressor.features", self.features)
+            checks.whole("compressor.features", self.features)
         if self.budgets is not None and self.budget not in self.budgets:
             raise UserError(
                 f"compressor.budget: {self.budget} has no matrix, it is not in compressor.budgets",
@@ -224,31 +227,33 @@ class PixelShuffle(Compressor):
             if budget == num_tokens and features == width:
                 continue
             side = grid[0] // sizes[budget][0]
-            init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("mlp", "embed"))
             shape = (side * side * width, features)
-            kernels[budget] = self._kernel(f"kernel_{side}x{side}", init, shape)
+            kernels[budget] = self._kernel(f"kernel_{side}x{side}", shape, tokens.embed.dtype)
         if self.budget == num_tokens and features == width:
             return tokens
         folded = fold.pool(tokens, grid, sizes[self.budget])
         x = jnp.where(tokens.mask[..., None], tokens.embed, 0)
         x = space_to_depth(x, grid, sizes[self.budget], self.order)
-        return folded.replace(embed=x @ kernels[self.budget].astype(x.dtype))
+        return folded.replace(embed=product(x, kernels[self.budget], x.dtype))
 
     @nn.nowrap
-    def _kernel(self, name, init, shape):
+    def _kernel(self, name, shape, dtype):
         if not self.is_initializing() and not self.has_variable("params", name):
             raise UserError(
                 f"compressor.budget: this checkpoint holds no pixel_shuffle matrix {name!r}",
                 allowed="the budgets it was trained at",
                 fix="train with compressor.budgets=(...) naming all the budgets to be used",
             )
-        return self.param(name, init, shape, jnp.float32)
+        return weight_of(self, name, nn.initializers.lecun_normal(), shape, ("mlp", "embed"), dtype)
 
 
 def space_to_depth(
-    x: jax.Array, grid: grids.Grid, cells: grids.Grid, order: str = "row_column_feature"
-) -> jax.Array:
-    """[B, h*w, D] to [B, h'*w', r*c*D] with r = h / h', c = w / w', channels in that order."""
+    x: Shaped[Array, "B N D"],
+    grid: grids.Grid,
+    cells: grids.Grid,
+    order: str = "row_column_feature",
+) -> Shaped[Array, "B cells channels"]:
+    """[B, h*w, D] to [B, h'*w', r*c*D] with r = h / h', c = w / w' and channels in `order`."""
     (rows, columns), (cell_rows, cell_columns) = grid, cells
     r, c = rows // cell_rows, columns // cell_columns
     x = x.reshape(x.shape[0], cell_rows, r, cell_columns, c, x.shape[-1])

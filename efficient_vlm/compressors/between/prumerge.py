@@ -1,55 +1,56 @@
-"""PruMerge and PruMerge+ with static shapes: kept tokens take up what is like them."""
+"""PruMerge and PruMerge+ with static shapes: kept tokens absorb the tokens most similar to them."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import select
 from efficient_vlm.compressors.between.cls_attention import (
     AttentionGuided,
     as_mask,
     as_selection,
-    check_flag,
-    check_fraction,
     cosine_to,
 )
 from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, merge, take
-from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.errors import unknown
+from efficient_vlm.shapes import Array
 
 WEIGHTS = ("published", "normalised")
 
 
 class PruMerge(AttentionGuided):
-    """`prumerge`: the tokens CLS attends to most, each with a weighted sum of its neighbours.
+    """`prumerge`: the tokens CLS attends to most, each plus a weighted sum of its neighbours.
 
     Shang et al., "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models",
-    arXiv 2403.15388, section 3 and Algorithm 1. With a_j the attention of CLS to patch j, all heads
-    as one (softmax of q.k / sqrt(D), not normalised over patches):
+    arXiv 2403.15388, section 3 and Algorithm 1. Let a_j be the attention of CLS to patch j with all
+    heads as one (softmax of q.k / sqrt(D), not normalised over patches):
 
     1. Keep the best tokens by a: exactly the budget here; as published (`adaptive`) the outliers,
        a_j > Q3 + 1.5 (Q3 - Q1), quartiles over the patches by linear interpolation.
     2. Each kept token i becomes x_i + sum a_j x_j over the `neighbours` tokens j != i, kept or not,
-       whose keys (all heads as one) have the highest cosine with its own (ties: lowest index), with
-       the x before any such sum.
+       whose keys (all heads as one) have the highest cosine with its own (ties: lowest index). The
+       sums use the original x.
     3. The official code appends one more token, sum a_j x_j over all that are not kept (`extra`).
 
-    Kept tokens are in raster order, the extra one is behind them; positions re-indexed.
+    Kept tokens are in raster order, followed by the extra one; positions are re-indexed.
 
     Attributes:
-      attention: as in `AttentionGuided`, but "cls" takes all heads as one.
-      adaptive: keep the outliers only, at most the budget; the slots left over are padding. The
-        published number of tokens, within a static bucket. Then no budget is the identity.
-      extra: whether one token of the budget is the sum of what is not kept (from a budget of 2).
-      weights: "published", as above; or "normalised", the sums of 2 and 3 divided by the sum of
-        their a_j (weighted means, which keeps the scale whatever the attention).
-      neighbours: at most so many in step 2 (32 published); 0 to prune only.
+      attention: as in `AttentionGuided`, but "cls" treats all heads as one.
+      adaptive: keep only the outliers, at most the budget, and pad the remaining slots: the
+        published number of tokens within a static bucket. No budget is the identity then.
+      extra: whether one token of the budget is the sum of the others (for budgets from 2).
+      weights: "published", as above; or "normalised", the sums of steps 2 and 3 divided by the sum
+        of their a_j (weighted means, whose scale does not depend on the attention).
+      neighbours: the number of neighbours in step 2 (32 published); 0 to prune only.
 
-    Deviations: the number of tokens is static, see `adaptive`; by default none of it is `extra`.
-    An image without outliers keeps its best token (the official code none). Neighbours are fewer
-    where there are fewer than 33 real tokens. The official code leaves kept tokens in the order of
-    their attention, and reads keys and attention of CLIP's last layer, one behind the features:
-    `layer` is the last executed one. Kept tokens keep their own size and position, for the sums
-    overlap; the patches that are not kept are held by the extra token, or by none.
+    Deviations: the number of tokens is static, see `adaptive`; by default none is `extra`. An image
+    without outliers keeps its best token (in the official code, none). With fewer than 33 real
+    tokens there are fewer neighbours. The official code orders kept tokens by attention and reads
+    keys and attention of CLIP's last layer, one layer after the features; our `layer` is the last
+    executed one. Kept tokens keep their own size and position, because the sums overlap; patches
+    that are not kept are held by the extra token, or by none.
     """
 
     adaptive: bool = False
@@ -63,16 +64,11 @@ class PruMerge(AttentionGuided):
     @nn.nowrap
     def check_options(self):
         super().check_options()
-        check_flag("adaptive", self.adaptive)
-        check_flag("extra", self.extra)
+        checks.flag("compressor.adaptive", self.adaptive)
+        checks.flag("compressor.extra", self.extra)
         if self.weights not in WEIGHTS:
             raise unknown("compressor.weights", str(self.weights), WEIGHTS)
-        whole = isinstance(self.neighbours, int) and not isinstance(self.neighbours, bool)
-        if not whole or self.neighbours < 0:
-            raise UserError(
-                f"compressor.neighbours: {self.neighbours!r} is not a number of tokens",
-                allowed="0, 1, 2, ...",
-            )
+        checks.whole("compressor.neighbours", self.neighbours, 0)
 
     @nn.nowrap
     def intermediates(self):
@@ -83,7 +79,7 @@ class PruMerge(AttentionGuided):
 
     @nn.nowrap
     def num_extra(self) -> int:
-        """Slots of the budget for what is not kept: 1 or 0."""
+        """Slots of the budget for the sum of what is not kept: 1 or 0."""
         return int(self.extra and self.budget > 1)
 
     @nn.nowrap
@@ -95,8 +91,10 @@ class PruMerge(AttentionGuided):
         return sums + self.num_extra() * 2 * num_tokens * (2 * width + 3)
 
     @nn.nowrap
-    def keep(self, row: jax.Array, mask: jax.Array, count: int) -> jax.Array:
-        """Which tokens are kept, at most `count` of each row: bool [B, T]."""
+    def keep(
+        self, row: Float[Array, "B T"], mask: Bool[Array, "B T"], count: int
+    ) -> Bool[Array, "B T"]:
+        """The kept tokens, at most `count` per row."""
         if self.adaptive:
             mask = outliers(row, mask)
         return as_mask(select.top_k(row, mask, count), mask.shape[1])
@@ -128,8 +126,9 @@ class PruMerge(AttentionGuided):
         return append(out, last.replace(embed=value.astype(out.embed.dtype)), rest, tokens.source)
 
     @nn.nowrap
-    def _weighted_sums(self, weight: jax.Array, embed: jax.Array) -> jax.Array:
-        """float32 [B, K, T] and [B, T, D] to [B, K, D]."""
+    def _weighted_sums(
+        self, weight: Float[Array, "B K T"], embed: Float[Array, "B T D"]
+    ) -> Float[Array, "B K D"]:
         if self.weights == "normalised":
             total = weight.sum(axis=2, keepdims=True)
             weight = weight / jnp.where(total == 0, 1, total)
@@ -137,21 +136,21 @@ class PruMerge(AttentionGuided):
 
 
 class PruMergePlus(PruMerge):
-    """`prumerge_plus`: as `prumerge`, and tokens spread evenly over the image are kept too.
+    """`prumerge_plus`: `prumerge` that also keeps tokens spread evenly over the image.
 
-    arXiv 2403.15388, section 3.4. What is kept is the union of the best tokens by attention and of
+    arXiv 2403.15388, section 3.4. The kept set is the union of the best tokens by attention and of
     samples at regular steps in raster order. Published (`adaptive`): with k outliers of N, the
     samples are 0, s, 2s, ... below N - 1 with s = floor(floor(N / k) / 3), about 3 k of them.
     Static: `share` of the budget by attention, the rest evenly spaced over the tokens that
     attention did not choose (`select.stride`).
 
     Attributes:
-      share: part of the kept tokens that attention chooses where not `adaptive`, rounded half up
-        and at least one token; 0.25 is what the published steps come to.
+      share: fraction of the kept tokens that attention chooses if not `adaptive`, rounded half up
+        and at least one token; 0.25 corresponds to the published steps.
 
-    Deviations: those of `prumerge`. If outliers and samples are more than the budget, the last
-    samples are left out (give a larger budget, the bucket). s is at least 1; the official code
-    fails where more than a third are outliers. N and the ranks of the samples count real tokens.
+    Deviations: those of `prumerge`. If outliers and samples exceed the budget, the last samples are
+    dropped (a larger budget is a larger bucket). s is at least 1; the official code fails if more
+    than a third are outliers. N and the ranks of the samples count real tokens.
     """
 
     share: float = 0.25
@@ -161,7 +160,7 @@ class PruMergePlus(PruMerge):
     @nn.nowrap
     def check_options(self):
         super().check_options()
-        check_fraction("share", self.share)
+        checks.number("compressor.share", self.share, 0, 1)
 
     @nn.nowrap
     def keep(self, row, mask, count):
@@ -182,8 +181,8 @@ class PruMergePlus(PruMerge):
         return best | (sample & (jnp.cumsum(sample, axis=1) <= room))
 
 
-def outliers(row: jax.Array, mask: jax.Array) -> jax.Array:
-    """Real tokens with a score above Q3 + 1.5 (Q3 - Q1) of their row; the best one if none is.
+def outliers(row: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
+    """Real tokens with a score above Q3 + 1.5 (Q3 - Q1) of their row, or else the best one.
 
     Args:
       row: float32 [B, T].
@@ -196,9 +195,9 @@ def outliers(row: jax.Array, mask: jax.Array) -> jax.Array:
     last = jnp.maximum(mask.sum(axis=1, keepdims=True) - 1, 0)
 
     def quantile(quarters):
-        place, part = last * quarters // 4, (last * quarters % 4) / 4
-        low = jnp.take_along_axis(rising, place, axis=1)
-        high = jnp.take_along_axis(rising, jnp.minimum(place + 1, last), axis=1)
+        below, part = last * quarters // 4, (last * quarters % 4) / 4
+        low = jnp.take_along_axis(rising, below, axis=1)
+        high = jnp.take_along_axis(rising, jnp.minimum(below + 1, last), axis=1)
         return jnp.where(part == 0, low, low + part * (high - low))
 
     first, third = quantile(1), quantile(3)
@@ -207,15 +206,21 @@ def outliers(row: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(out.any(axis=1, keepdims=True), out, best)
 
 
-def cluster_weights(keys, row, mask, selection, near: int) -> jax.Array:
-    """The attention a_j of the tokens nearest to each kept one, 0 for all others.
+def cluster_weights(
+    keys: Float[Array, "B T D"],
+    row: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    selection: select.Selection,
+    near: int,
+) -> Float[Array, "B K T"]:
+    """The attention a_j of the nearest neighbours of each kept token, 0 for all others.
 
     Args:
       keys: float32 [B, T, D], zero for padding.
       row: float32 [B, T], a.
       mask: bool [B, T].
       selection: the K kept tokens.
-      near: static, how many neighbours, below T; fewer if there are fewer real ones.
+      near: static number of neighbours, below T; rows with few real tokens have fewer.
 
     Returns:
       float32 [B, K, T].
@@ -231,22 +236,26 @@ def cluster_weights(keys, row, mask, selection, near: int) -> jax.Array:
 
 
 def append(
-    kept: VisualTokens, last: VisualTokens, rest: jax.Array, source: jax.Array
+    kept: VisualTokens,
+    last: VisualTokens,
+    rest: Bool[Array, "B T"],
+    source: Int[Array, "B N"],
 ) -> VisualTokens:
-    """`kept` with one more slot, and the token `last` behind its real tokens.
+    """`kept` with one more slot, and the token `last` right after its real tokens.
 
     Args:
       kept: K slots.
-      last: one slot, padding where `rest` is empty.
-      rest: bool [B, T], the tokens before the step that `last` holds.
+      last: one slot, padding in rows where `rest` is empty.
+      rest: bool [B, T], tokens before the step that `last` holds.
       source: int32 [B, N], patch -> token before the step.
     """
     count = kept.mask.sum(axis=1, dtype=jnp.int32)[:, None]
-    here = jnp.arange(kept.mask.shape[1] + 1) == count
+    new_slot = jnp.arange(kept.mask.shape[1] + 1) == count
 
     def put(kept, last):
         padded = jnp.pad(kept, ((0, 0), (0, 1)) + ((0, 0),) * (kept.ndim - 2))
-        return jnp.where(here.reshape(here.shape + (1,) * (kept.ndim - 2)), last, padded)
+        chosen = new_slot.reshape(new_slot.shape + (1,) * (kept.ndim - 2))
+        return jnp.where(chosen, last, padded)
 
     held = (source >= 0) & jnp.take_along_axis(rest, jnp.maximum(source, 0), axis=1)
     return VisualTokens(

@@ -1,15 +1,13 @@
-"""scope: salient tokens that cover the others (arXiv 2510.24214)."""
-
-import math
+"""scope: salient tokens that cover the other ones (arXiv 2510.24214)."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import fold, score, select
 from efficient_vlm.compressors.between.cls_attention import AttentionGuided
 from efficient_vlm.compressors.tokens import NO_SIGNALS, zero_padding
-from efficient_vlm.errors import UserError
 
 
 class Scope(AttentionGuided):
@@ -19,21 +17,21 @@ class Scope(AttentionGuided):
 
         argmax_{j not in K}  a_j^alpha * sum_i max(0, cos(x_i, x_j) - c_i),
 
-    a_j the attention that patch j receives from CLS (the official code sums it over heads, here it
-    is the mean: the same argmax), x the encoder features in front of the projector, as in the
-    official code for LLaVA. Scores within a relative 1e-5 are ties and go to the lowest index; a
-    rise in coverage below 1e-5 counts as none.
+    where a_j is the attention that patch j receives from CLS (the official code sums it over heads,
+    we take the mean: the same argmax) and x are the encoder features before the projector, as in
+    the official code for LLaVA. Scores within a relative 1e-5 are ties, which the lowest index
+    wins; an increase in coverage below 1e-5 is ignored.
 
-    Memory: every step needs all cosines, so the matrix of N x N float32 is held for each image
-    (1.3 MB for 576 patches, 64 MB for 4096).
+    Memory: every step needs all cosines, so the N x N float32 matrix of each image is kept (1.3 MB
+    for 576 patches, 64 MB for 4096).
 
-    Deviations: the sum instead of the product, a switch of the official code, is left out. Padding
-    is not covered and does not cover.
+    Deviations: the official code's switch to a sum instead of the product is not supported. Padding
+    is neither covered nor covers.
 
     Attributes:
       alpha: exponent of the saliency, 1.0 in the official scripts; 0 is pure coverage.
-      attention, layer, position_policy: as in `AttentionGuided`. Layer -1 is the official one:
-        LLaVA executes all but the last layer of CLIP.
+      attention, layer, position_policy: as in `AttentionGuided`. Layer -1 is the official one,
+        because LLaVA runs all but the last layer of CLIP.
     """
 
     alpha: float = 1.0
@@ -43,11 +41,7 @@ class Scope(AttentionGuided):
     @nn.nowrap
     def check_options(self):
         super().check_options()
-        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
-        if not (number and math.isfinite(self.alpha) and self.alpha >= 0):
-            raise UserError(
-                f"compressor.alpha: {self.alpha!r} is not an exponent", allowed="0 or above"
-            )
+        checks.number("compressor.alpha", self.alpha, 0)
 
     @nn.nowrap
     def flops(self, num_tokens, width, text_width=0):

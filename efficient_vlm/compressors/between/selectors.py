@@ -1,19 +1,24 @@
-"""Methods that keep some tokens as they are and drop the rest: none, random, stride, text_topk."""
+"""Methods that keep some tokens unchanged and drop the rest: none, random, stride, text_topk."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import fold, score, select
-from efficient_vlm.compressors.base import Compressor, positive_int
+from efficient_vlm.compressors.base import Compressor
 from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens
 from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.nn.linear import product, weight_of
+from efficient_vlm.nn.norms import rms_normalised
+from efficient_vlm.shapes import Array
 
 BIASES = ("add", "straight_through", "none")
 
 
 class Identity(Compressor):
-    """`none`: every patch becomes a token. The budget is None, or the number of patches."""
+    """`none`: every patch becomes a token. The budget is None or the number of patches."""
 
     budget: int | None = None
 
@@ -33,20 +38,20 @@ class Identity(Compressor):
 class Random(Compressor):
     """`random`: a uniform draw without replacement from the real tokens of each row.
 
-    The baseline that many published methods do not beat. Draws are independent between rows.
+    The baseline that many published methods fail to beat. Rows are drawn independently.
 
     Attributes:
-      seed: of the key used when the call gives no `rng`; the same tokens are then kept each time.
+      seed: seeds the key if the call has no `rng`; every call then keeps the same tokens.
     """
 
     seed: int = 0
 
     label = "random"
+    draws = True
 
     @nn.nowrap
     def check_options(self):
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise UserError(f"compressor.seed: {self.seed!r} is not an integer")
+        checks.whole("compressor.seed", self.seed, None)
 
     def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
         self.check_call(tokens, signals, needs_grid=False)
@@ -72,24 +77,24 @@ class Stride(Compressor):
 class TextTopK(Compressor):
     """`text_topk`: the tokens most relevant to the instruction.
 
-    score_t = <W_q n(text), W_k n(token_t)> / sqrt(d), n = division by the root mean square; the
-    `budget` best are kept. A selection has no gradient, so the score is trained in other ways. At
-    the full budget the model can teach it where the decoder looks (`selector` loss of training,
-    see `imitation_loss`); at smaller ones the attention bias of the kept tokens
-    carries a gradient:
+    score_t = <W_q n(text), W_k n(token_t)> / sqrt(d), with n the division by the root mean square;
+    the `budget` best tokens are kept. A selection has no gradient, so the score is trained
+    differently. At the full budget it can imitate the decoder's attention (training's `selector`
+    loss, see `imitation_loss`); at smaller budgets the attention bias of the kept tokens carries a
+    gradient:
 
-    * "add": `tokens.bias` is the score, in value and gradient: a token that is more relevant is
-      also attended to more.
+    * "add": `tokens.bias` is the score, in value and gradient: more relevant tokens also receive
+      more attention.
     * "straight_through": the bias is exactly 0 and has the gradient of the score.
-    * "none": no bias and no gradient (for a scorer that is taught, or frozen).
+    * "none": neither bias nor gradient (for a scorer that imitates, or is frozen).
 
-    At the full budget "add" acts as "straight_through": the tokens are unchanged in value. (Where
-    several questions are packed behind one copy of the tokens the model leaves this bias out.)
+    At the full budget "add" acts as "straight_through": the values of the tokens are unchanged. (If
+    several questions share one copy of the tokens, the model omits this bias.)
 
     Attributes:
       bias: see above.
-      dim: inner width of the two projections over all heads; None for the width of the tokens.
-      num_heads: several heads are joined by their soft maximum (`score.text_relevance`).
+      dim: inner width of both projections over all heads; None for the width of the tokens.
+      num_heads: several heads are combined by their soft maximum (`score.text_relevance`).
     """
 
     bias: str = "add"
@@ -99,13 +104,14 @@ class TextTopK(Compressor):
     label = "text_topk"
     needs = frozenset({"text"})
     text_guided = True
+    text_scores = True
 
     @nn.nowrap
     def check_options(self):
         if self.bias not in BIASES:
             raise unknown("compressor.bias", str(self.bias), BIASES)
-        heads = positive_int("compressor.num_heads", self.num_heads)
-        if self.dim is not None and positive_int("compressor.dim", self.dim) % heads:
+        heads = checks.whole("compressor.num_heads", self.num_heads)
+        if self.dim is not None and checks.whole("compressor.dim", self.dim) % heads:
             raise UserError(
                 f"compressor.dim: {self.dim} does not split into {heads} heads",
                 allowed=f"a multiple of {heads}",
@@ -131,7 +137,7 @@ class TextTopK(Compressor):
         return 2 * text_width * dim + 2 * num_tokens * width * dim + 2 * num_tokens * dim
 
     @nn.compact
-    def scores(self, tokens, text):
+    def scores(self, tokens: VisualTokens, text: Float[Array, "B Q Dt"]) -> Float[Array, "B Q T"]:
         """Relevance of each token to each of several instructions.
 
         Args:
@@ -143,14 +149,14 @@ class TextTopK(Compressor):
         """
         embed = tokens.embed
         dim = self._dim(embed.shape[-1])
-        init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "heads"))
-        query_kernel = self.param("query", init, (text.shape[-1], dim), jnp.float32)
-        key_kernel = self.param("key", init, (embed.shape[-1], dim), jnp.float32)
+        init, axes, dtype = nn.initializers.lecun_normal(), ("embed", "heads"), jnp.float32
+        query_kernel = weight_of(self, "query", init, (text.shape[-1], dim), axes, dtype)
+        key_kernel = weight_of(self, "key", init, (embed.shape[-1], dim), axes, dtype)
 
         heads = (self.num_heads, dim // self.num_heads)
-        query = score.rms_normalise(text) @ query_kernel
+        query = product(rms_normalised(text), query_kernel, dtype)
         real = jnp.where(tokens.mask[..., None], embed, 0)
-        keys = score.rms_normalise(real) @ key_kernel
+        keys = product(rms_normalised(real), key_kernel, dtype)
         relevance = jax.vmap(score.text_relevance, in_axes=(1, None), out_axes=1)(
             query.reshape(*query.shape[:-1], *heads), keys.reshape(*keys.shape[:-1], *heads)
         )
@@ -159,21 +165,21 @@ class TextTopK(Compressor):
     def imitation_loss(
         self,
         patches: VisualTokens,
-        instruction: jax.Array,
-        attention: jax.Array,
-        asked: jax.Array,
+        instruction: Float[Array, "B Q Dt"],
+        attention: Float[Array, "layers B Q MN"],
+        asked: Bool[Array, "B Q"],
         images: int,
-    ) -> tuple[jax.Array, jax.Array]:
-        """How far the scores are from where the decoder looks, in nats.
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Divergence of the scores from the decoder's attention, in nats.
 
         The teacher is the attention of the last prompt token to the visual tokens, mean over heads
-        and layers; the student is a softmax over the scores. Only the selector learns from it.
+        and layers; the student is a softmax over the scores. Only the selector gets a gradient.
 
         Args:
           patches: leading axis B*M.
           instruction: [B, Q, width].
           attention: [layers, B, Q, M*N].
-          asked: bool [B, Q], questions that exist.
+          asked: bool [B, Q], slots that hold a question.
           images: M.
 
         Returns:
@@ -207,6 +213,6 @@ class TextTopK(Compressor):
         return fold.drop(tokens, select.top_k(scores, tokens.mask, self.budget))
 
 
-def straight_through(x: jax.Array) -> jax.Array:
-    """Exactly 0 in value, with the gradient of x."""
+def straight_through(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """Exactly 0, with the gradient of x."""
     return x - jax.lax.stop_gradient(x)

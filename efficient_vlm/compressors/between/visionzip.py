@@ -1,11 +1,12 @@
-"""VisionZip: patches that CLS attends to, and merged tokens that stand for all the others."""
+"""VisionZip: patches that CLS attends to, and merged tokens that represent all others."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import fold, select
-from efficient_vlm.compressors.base import positive_int
 from efficient_vlm.compressors.between.cls_attention import (
     AttentionGuided,
     as_mask,
@@ -14,37 +15,38 @@ from efficient_vlm.compressors.between.cls_attention import (
 )
 from efficient_vlm.compressors.tokens import NO_SIGNALS, merge
 from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.shapes import Array
 
 MERGES = ("published", "mean")
 
 
 class VisionZip(AttentionGuided):
-    """`visionzip`: T - C dominant patches as they are and C contextual tokens, merged.
+    """`visionzip`: T - C dominant patches, unchanged, and C merged contextual tokens.
 
     Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models", arXiv
     2412.04467, section 3.2 and Algorithm 1.
 
-    1. Dominant: the T - C patches with most attention from CLS (ties: lowest index).
-    2. Of the R patches left, in raster order, those of rank 0, s, 2s, ... (C of them) are targets,
-       s = max(1, floor(R / C)).
-    3. Each of the others joins the target of highest cosine between keys (mean over heads; ties:
-       lowest target).
-    4. A contextual token is its target + the mean of those that joined it (0 if none did).
+    1. Dominant: the T - C patches with the most attention from CLS (ties: lowest index).
+    2. Of the R remaining patches, in raster order, those of rank 0, s, 2s, ... (C of them) are
+       targets, s = max(1, floor(R / C)).
+    3. Each other patch joins the target with the highest cosine between keys (mean over heads;
+       ties: lowest target).
+    4. A contextual token is its target + the mean of the patches that joined it (0 without any).
 
     Attributes:
-      contextual: C, a count; a fraction of the budget if a float below 1; None for the published
-        share 10 of 64 (64 = 54 + 10, 128 = 108 + 20, 192 = 162 + 30; rounded half up, and at least
-        1 from a budget of 2). 0 is fastervlm.
-      merge: "published", step 4; or "mean", the size-weighted mean of the target and those that
-        joined it, which keeps the scale of the features.
-      head_dim: width of one head of the encoder's keys; read by `flops` only (64 in CLIP).
+      contextual: C, a count; a fraction of the budget if it is a float below 1; None for the
+        published share of 10 in 64 (64 = 54 + 10, 128 = 108 + 20, 192 = 162 + 30; rounded half up,
+        and at least 1 for budgets from 2). 0 is fastervlm.
+      merge: "published", step 4; or "mean", the size-weighted mean of the target and the patches
+        that joined it, which preserves the scale of the features.
+      head_dim: width of one head of the encoder's keys; used by `flops` only (64 in CLIP).
 
-    Deviations: the official code keeps the CLS token as one of the dominant ones (64 = CLS + 53
-    patches + 10 merged). Our encoder keeps CLS apart, and all T are patches or merged; the
-    published patches of "64" are `budget=63 contextual=10`. The official code puts the contextual
-    tokens behind the dominant ones; here all are in raster order (a contextual token at the place
-    of its target), and the position of a contextual token is the mean of its members'. Ranks, R
-    and s count real tokens only. The paper's layer is -2 of CLIP, see `AttentionGuided.layer`.
+    Deviations: the official code counts the CLS token as one of the dominant ones (64 = CLS + 53
+    patches + 10 merged). Our encoder keeps CLS separate, and all T tokens are patches or merged;
+    the published patches of "64" are `budget=63 contextual=10`. The official code appends the
+    contextual tokens to the dominant ones; ours are all in raster order (a contextual token at the
+    index of its target), and the position of a contextual token is the mean of its members'. Ranks,
+    R and s count real tokens only. The paper's layer is -2 of CLIP, see `AttentionGuided.layer`.
     """
 
     contextual: int | float | None = None
@@ -59,7 +61,7 @@ class VisionZip(AttentionGuided):
         super().check_options()
         if self.merge not in MERGES:
             raise unknown("compressor.merge", str(self.merge), MERGES)
-        positive_int("compressor.head_dim", self.head_dim)
+        checks.whole("compressor.head_dim", self.head_dim)
         value = self.contextual
         count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
         fraction = isinstance(value, float) and 0 <= value < 1
@@ -67,7 +69,7 @@ class VisionZip(AttentionGuided):
             raise UserError(
                 f"compressor.contextual: {value!r} is not a number of merged tokens",
                 allowed="a count 0, 1, 2, ..., a fraction of the budget in [0, 1), or None",
-                fix="leave it out for the published 10 of 64",
+                fix="omit it for the published 10 of 64",
             )
 
     @nn.nowrap
@@ -77,7 +79,7 @@ class VisionZip(AttentionGuided):
 
     @nn.nowrap
     def num_contextual(self) -> int:
-        """C, of the budget's tokens."""
+        """C, the number of merged tokens in the budget."""
         if self.contextual is None:
             share = (10 * self.budget + 32) // 64
             return max(share, 1) if self.budget > 1 else 0
@@ -115,7 +117,7 @@ class VisionZip(AttentionGuided):
         keys = jax.lax.stop_gradient(keys.mean(axis=2))
         near = cosine_to(keys, jnp.take_along_axis(keys, target[..., None], axis=1))
         near = jnp.where(valid[:, None], near, -jnp.inf)
-        joined = jnp.argmax(near, axis=2)  # [B, T], which of the targets
+        joined = jnp.argmax(near, axis=2)  # [B, T], index among the targets.
 
         slot = jnp.cumsum(dominant | targets, axis=1, dtype=jnp.int32) - 1
         target_slot = jnp.take_along_axis(slot, target, axis=1)
@@ -130,13 +132,13 @@ class VisionZip(AttentionGuided):
         mean = total / jnp.maximum(member.sum(axis=2), 1)[..., None]
         value = jnp.take_along_axis(embed, target[..., None], axis=1) + mean
         rows = jnp.arange(len(slot))[:, None]
-        place = jnp.where(valid, target_slot, self.budget)
+        slots = jnp.where(valid, target_slot, self.budget)
         return merged.replace(
-            embed=merged.embed.at[rows, place].set(value.astype(merged.embed.dtype), mode="drop")
+            embed=merged.embed.at[rows, slots].set(value.astype(merged.embed.dtype), mode="drop")
         )
 
 
-def strided(mask: jax.Array, k: int) -> jax.Array:
+def strided(mask: Bool[Array, "B T"], k: int) -> Bool[Array, "B T"]:
     """The real tokens of rank 0, s, 2s, ..., at most k of them, s = max(1, floor(real / k)).
 
     Args:

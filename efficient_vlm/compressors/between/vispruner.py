@@ -1,19 +1,20 @@
-"""VisPruner: half of the tokens by CLS attention, the other half the least duplicated ones."""
+"""VisPruner: half of the tokens by CLS attention, the other half by removal of duplicates."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import fold, select
-from efficient_vlm.compressors.base import positive_int
 from efficient_vlm.compressors.between.cls_attention import (
     AttentionGuided,
     as_mask,
     as_selection,
-    check_fraction,
     cosine_to,
 )
 from efficient_vlm.compressors.tokens import NO_SIGNALS
+from efficient_vlm.shapes import Array
 
 
 class VisPruner(AttentionGuided):
@@ -22,27 +23,27 @@ class VisPruner(AttentionGuided):
     Zhang et al., "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning
     in VLMs", arXiv 2412.01818v2, section 3.3.
 
-    1. Important: the floor(important T) tokens with most attention from CLS.
-    2. The rest is a list, most attention first. Until only T_div = T - T_imp of it are left, each
-       round matches the tokens at even places (0, 2, ...) with those at odd places: the score of an
-       even one is its highest cosine with an odd one, and the r even ones of highest score, the
-       duplicates, are removed, r = min(round_size, surplus). The next list is the even ones left,
-       highest score first, then the odd ones.
+    1. Important: the floor(important T) tokens with the most attention from CLS.
+    2. The rest form a list, most attention first. Until only T_div = T - T_imp of them are left,
+       each round matches the tokens at even indices (0, 2, ...) with those at odd indices: the
+       score of an even one is its highest cosine with an odd one, and the r even ones with the
+       highest scores, the duplicates, are removed, r = min(round_size, surplus). The next list has
+       the remaining even ones, highest score first, then the odd ones.
 
-    All that is kept is in raster order, positions re-indexed. Ties: of equal attention the lowest
-    index first; of equal scores the first in the list is removed.
+    Kept tokens are in raster order, positions re-indexed. Ties: the lowest index comes first for
+    equal attention; the first in the list is removed for equal scores.
 
     Attributes:
-      important: share of the budget that attention selects (0.5 published).
+      important: fraction of the budget that attention selects (0.5 published).
       round_size: tokens removed in a round (8 published).
 
-    Deviations: the number of rounds is fixed by N and T, and a row with fewer real tokens is done
-    earlier. r is also at most the number of even places, and the list may have an odd length; the
-    official code fails in both cases, which its own N = 576 and even T do not meet. The cosines
-    are computed once, for all pairs of the N - T_imp listed tokens.
+    Deviations: N and T fix the number of rounds; rows with fewer real tokens finish earlier. r is
+    also at most the number of even indices, and the list may have an odd length; the official code
+    fails in both cases, which its N = 576 and even T never reach. The cosines are computed once,
+    for all pairs of the N - T_imp listed tokens.
 
-    Memory: that matrix of (N - T_imp)^2 float32 is held for each image (1.2 MB for 576 patches
-    and T = 64, 64 MB for 4096).
+    Memory: that matrix of (N - T_imp)^2 float32 is kept for each image (1.2 MB for 576 patches and
+    T = 64, 64 MB for 4096).
     """
 
     important: float = 0.5
@@ -53,8 +54,8 @@ class VisPruner(AttentionGuided):
     @nn.nowrap
     def check_options(self):
         super().check_options()
-        check_fraction("important", self.important)
-        positive_int("compressor.round_size", self.round_size)
+        checks.number("compressor.important", self.important, 0, 1)
+        checks.whole("compressor.round_size", self.round_size)
 
     @nn.nowrap
     def flops(self, num_tokens, width, text_width=0):
@@ -85,46 +86,48 @@ class VisPruner(AttentionGuided):
         return fold.drop(tokens, as_selection(keep, self.budget))
 
 
-def drop_duplicates(similarity: jax.Array, count: jax.Array, keep: int, size: int) -> jax.Array:
-    """Removes the most duplicated tokens at even places of a list, a few in each round.
+def drop_duplicates(
+    similarity: Float[Array, "B M M"], count: Int[Array, " B"], keep: int, size: int
+) -> Bool[Array, "B M"]:
+    """Removes the most duplicated tokens at even indices of a list, a few per round.
 
     Args:
       similarity: float32 [B, M, M], symmetric, of the tokens in the order of the first list.
-      count: int [B], the first `count` of them are in the list.
-      keep: static, at least 1: stops when so many are left (or there were no more).
+      count: int [B]; the first `count` of them are in the list.
+      keep: static, at least 1, the number of tokens to leave (shorter lists stay as they are).
       size: static, tokens removed in a round.
 
     Returns:
-      bool [B, M], which tokens are left; min(count, keep) of each row.
+      bool [B, M], the remaining tokens; min(count, keep) per row.
     """
     num_listed = similarity.shape[1]
     rows = jnp.arange(similarity.shape[0])[:, None]
     slots = jnp.broadcast_to(jnp.arange(num_listed, dtype=jnp.int32), similarity.shape[:2])
     count = count.astype(jnp.int32)[:, None]
 
-    def play(_, state):
-        place, left = state  # place of each token in the present list, num_listed for none
-        in_list = place < left
-        even, odd = in_list & (place % 2 == 0), in_list & (place % 2 == 1)
+    def one_round(_, state):
+        rank, left = state  # Index of each token in the current list; num_listed once removed.
+        in_list = rank < left
+        even, odd = in_list & (rank % 2 == 0), in_list & (rank % 2 == 1)
         duplicate = jnp.max(jnp.where(odd[:, None], similarity, -jnp.inf), axis=2)
         removed = jnp.minimum(jnp.minimum(size, left - keep), (left + 1) // 2)
         removed = jnp.maximum(removed, 0)
-        # One sort makes the next list: even ones by score, odd ones as they stand, removed ones.
+        # One sort makes the next list: even ones by score, odd ones in order, removed ones.
         group = jnp.where(even, 0, jnp.where(odd, 1, 2))
         falling = jnp.where(even & (duplicate != 0), -duplicate, 0.0)
-        *_, token = jax.lax.sort((group, falling, place, slots), num_keys=3)
+        *_, token = jax.lax.sort((group, falling, rank, slots), num_keys=3)
         following = slots - removed
         following = jnp.where((following >= 0) & (slots < left), following, num_listed)
-        place = jnp.full_like(place, num_listed).at[rows, token].set(following)
-        return place, left - removed
+        rank = jnp.full_like(rank, num_listed).at[rows, token].set(following)
+        return rank, left - removed
 
     start = jnp.where(slots < count, slots, num_listed)
-    place, left = jax.lax.fori_loop(0, num_rounds(num_listed, keep, size), play, (start, count))
-    return place < left
+    rank, left = jax.lax.fori_loop(0, num_rounds(num_listed, keep, size), one_round, (start, count))
+    return rank < left
 
 
 def num_rounds(count: int, keep: int, size: int) -> int:
-    """Rounds of `drop_duplicates` until a list of `count` is down to `keep`."""
+    """Rounds of `drop_duplicates` that shorten a list from `count` to `keep`."""
     rounds = 0
     while count > keep:
         count -= min(size, count - keep, (count + 1) // 2)

@@ -1,8 +1,8 @@
-"""What the methods inside the decoder share: where they cut, how many tokens they keep.
+"""The base class of methods inside the decoder: where they cut and how many tokens they keep.
 
-A method has two forms. As configured, it says by `stages` after which layers how many visual tokens
-are left. Each stage holds its one-cut form, the same module with only `budget` set, which cuts the
-tokens of one place.
+A method has two forms. The configured form lists, by `stages`, the layers after which it cuts and
+how many visual tokens remain. Each stage holds the one-cut form, the same module with only `budget`
+set, which performs a single cut.
 """
 
 import math
@@ -11,13 +11,15 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from efficient_vlm.compressors import fold, select
 from efficient_vlm.compressors.base import Compressor, Stage
-from efficient_vlm.compressors.tokens import NO_SIGNALS
+from efficient_vlm.compressors.tokens import NO_SIGNALS, DecoderState, Signals, VisualTokens
 from efficient_vlm.errors import UserError
+from efficient_vlm.shapes import Array
 
-Keep = int | float  # a count, or a fraction up to 1.0, which keeps all
+Keep = int | float  # A count, or a fraction up to 1.0, which keeps all tokens.
 
 
 def check_keep(field: str, keep: Keep, *, zero: bool = False) -> Keep:
@@ -35,22 +37,22 @@ def check_keep(field: str, keep: Keep, *, zero: bool = False) -> Keep:
 
 
 def check_falling(field: str, keeps: Sequence[Keep]) -> None:
-    """UserError if shares of the same whole, or counts, grow from one stage to the next."""
+    """UserError if fractions of the same whole, or counts, increase between stages."""
     for kind in (int, float):
         same = [k for k in keeps if isinstance(k, kind)]
         if same != sorted(same, reverse=True):
             raise UserError(
-                f"{field}: {tuple(keeps)} grows; tokens that were dropped do not come back",
-                allowed="numbers that do not grow",
+                f"{field}: {tuple(keeps)} increases; dropped tokens do not come back",
+                allowed="numbers that do not increase",
                 fix=f"{field}={tuple(sorted(same, reverse=True))}",
             )
 
 
 def count_of(keep: Keep, total: int) -> int:
-    """Tokens that a fraction of `total` or a count stands for.
+    """The number of tokens that a count, or a fraction of `total`, keeps.
 
     A fraction is rounded down, as in the official codes, but keeps at least one token; 0 keeps
-    none. (The small term undoes the rounding of products such as 0.29 * 100 = 28.999...)
+    none. (The small term corrects products such as 0.29 * 100 = 28.999...)
     """
     if isinstance(keep, int) or keep == 0:
         return int(keep)
@@ -58,18 +60,18 @@ def count_of(keep: Keep, total: int) -> int:
 
 
 class InDecoder(Compressor):
-    """Base of the methods between layers of the decoder.
+    """Base class of methods between layers of the decoder.
 
-    `budget` belongs to the one-cut form; methods with one stage take it for a count to keep.
+    `budget` belongs to the one-cut form; methods with a single stage read it as a count to keep.
 
-    A row's images stand in the decoder as one run of tokens and are cut together. So counts (in
-    `budget`, `keep` or `counts`) are of the visual tokens of ALL images of a row, and fractions are
-    shares of them; budgets of methods in front of the decoder are per image.
+    In the decoder the images of a row are one run of tokens, which is cut as a whole. Counts (in
+    `budget`, `keep` or `counts`) are therefore of the visual tokens of ALL images of a row, and
+    fractions refer to that total; budgets of methods before the decoder are per image.
 
     Class attributes:
-      knob: the field that sets how many tokens stay, for messages.
-      looks: the layer whose queries and keys `signals.decoder` holds: the "previous" one, in front
-        of the cut, or the "next" one, behind it.
+      knob: name of the field that sets the number of tokens, for error messages.
+      looks: the layer whose queries and keys `signals.decoder` holds: "previous", the one before
+        the cut, or "next", the one after it.
     """
 
     budget: int | None = None
@@ -87,7 +89,7 @@ class InDecoder(Compressor):
 
     @nn.nowrap
     def check_layers(self, field: str, layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
-        """`layers` if they grow inside 1..num_layers - 1, else a UserError."""
+        """`layers` if they increase within 1..num_layers - 1, else a UserError."""
         inside = all(
             isinstance(k, int) and not isinstance(k, bool) and 1 <= k < num_layers for k in layers
         )
@@ -95,18 +97,17 @@ class InDecoder(Compressor):
             shown = layers[0] if len(layers) == 1 else tuple(layers)
             raise UserError(
                 f"{field}: {shown} for {self.label} in a decoder of {num_layers} layers",
-                allowed=f"layers in front of the cut, 1 to {num_layers - 1}"
-                + (", growing" if len(layers) > 1 else ""),
+                allowed=f"layers before the cut, 1 to {num_layers - 1}"
+                + (", increasing" if len(layers) > 1 else ""),
                 fix="give layers inside the decoder, or a deeper decoder",
             )
         return tuple(layers)
 
     @nn.nowrap
     def scaled(self, layers: Sequence[int], depth: int, num_layers: int) -> tuple[int, ...]:
-        """Published cuts in a decoder of `depth` layers, moved to one of `num_layers`.
+        """Published cuts of a decoder with `depth` layers, rescaled to `num_layers`.
 
-        Each is at the same part of the depth, rounded, and at least one layer behind the one
-        before.
+        Each keeps its relative depth, rounded, and comes at least one layer after the previous one.
         """
         moved = []
         for layer in layers:
@@ -120,22 +121,22 @@ class InDecoder(Compressor):
         if self.budget is not None:
             raise UserError(
                 f"compressor.budget: {self.budget}, but {self.label} has several stages",
-                allowed=f"compressor.budget=None; its tokens are set by {knob}",
-                fix="leave budget out, or --match=mean_processed:T for a mean of T tokens",
+                allowed=f"compressor.budget=None; {knob} sets its tokens",
+                fix="omit budget, or use --match=mean_processed:T for a mean of T tokens",
             )
 
     @nn.nowrap
     def cuts(self, layers: Sequence[int], counts: Sequence[int], num_tokens: int, /, **fields):
-        """Stages that leave `counts` tokens; a stage that drops nothing is left out.
+        """Stages that leave `counts` tokens; stages that drop nothing are omitted.
 
         Args:
-          layers: layers in front of each cut.
-          counts: visual tokens behind each cut.
-          num_tokens: visual tokens in front of the first.
-          **fields: per stage, a list of values for a field of the one-cut form.
+          layers: number of layers before each cut.
+          counts: visual tokens after each cut.
+          num_tokens: visual tokens before the first cut.
+          **fields: lists with one value per stage for fields of the one-cut form.
 
         Raises:
-          UserError: a count above the number of tokens that are there.
+          UserError: a count above the number of remaining tokens.
         """
         stages, now = [], num_tokens
         for i, (layer, count) in enumerate(zip(layers, counts, strict=True)):
@@ -143,7 +144,7 @@ class InDecoder(Compressor):
                 field = self.knob if self.budget is None else "budget"
                 raise UserError(
                     f"compressor.{field}: {self.label} cannot keep {count} of {now} tokens",
-                    allowed=f"{self.min_budget} to {now} behind layer {layer}",
+                    allowed=f"{self.min_budget} to {now} after layer {layer}",
                     fix=f"compressor.budget={now}" if field == "budget" else "a smaller count",
                 )
             if count < now:
@@ -158,10 +159,10 @@ class InDecoder(Compressor):
         """Matmul FLOPs of one cut for one image.
 
         Args:
-          num_tokens: T, visual tokens in front of the cut.
-          width: of all query heads together, H x Dh: the decoder's width, as a rule.
-          text_width: not used.
-          num_text: L, text places; the rows that are looked at span T + L keys.
+          num_tokens: T, visual tokens before the cut.
+          width: H x Dh, of all query heads together: usually the decoder's width.
+          text_width: unused.
+          num_text: L, text positions; attention rows span T + L keys.
         """
         del text_width
         if self.budget in (num_tokens, 0):
@@ -170,12 +171,12 @@ class InDecoder(Compressor):
 
     @nn.nowrap
     def score_flops(self, num_places: int, width: int) -> int:
-        """Matmul FLOPs of `scores` for one image over S = `num_places` places."""
+        """Matmul FLOPs of `scores` for one image over S = `num_places` positions."""
         raise NotImplementedError(f"{type(self).__name__}.score_flops")
 
     @nn.nowrap
-    def scores(self, tokens, state) -> jax.Array:
-        """float32 [B, T], higher is kept; what padding gets does not matter."""
+    def scores(self, tokens: VisualTokens, state: DecoderState) -> Float[Array, "B T"]:
+        """float32 [B, T]; the highest are kept, and those of padding are ignored."""
         raise NotImplementedError(f"{type(self).__name__}.scores")
 
     def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
@@ -186,7 +187,7 @@ class InDecoder(Compressor):
         return fold.drop(tokens, self.selection(tokens, signals))
 
     @nn.nowrap
-    def check_cut(self, tokens, signals) -> None:
+    def check_cut(self, tokens: VisualTokens, signals: Signals) -> None:
         """`check_call` of the one-cut form; UserError if it has no budget."""
         if self.budget is None:
             raise UserError(
@@ -196,8 +197,8 @@ class InDecoder(Compressor):
         self.check_call(tokens, signals, needs_grid=False)
 
     @nn.nowrap
-    def selection(self, tokens, signals):
-        """(indices, valid) [B, budget]; a choice has no gradient, so its score needs none."""
+    def selection(self, tokens: VisualTokens, signals: Signals) -> select.Selection:
+        """The `budget` best tokens; a selection has no gradient, so neither do its scores."""
         if self.budget == 0:
             return select.top_k(jnp.zeros(tokens.mask.shape), tokens.mask, 0)
         state = jax.lax.stop_gradient(signals.decoder)

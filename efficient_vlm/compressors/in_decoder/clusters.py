@@ -1,42 +1,46 @@
-"""DPC-kNN: clusters around density peaks, and a fold that keeps some tokens and clusters others."""
+"""DPC-kNN: clusters around density peaks, and a fold that keeps some tokens and merges others."""
 
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
 
 from efficient_vlm.compressors import select
 from efficient_vlm.compressors.tokens import VisualTokens, remap, weighted_means, zero_padding
+from efficient_vlm.shapes import Array
 
 
-def dpc_knn(x: jax.Array, mask: jax.Array, num_clusters: int) -> tuple[jax.Array, ...]:
+def dpc_knn(
+    x: Float[Array, "B M D"], mask: Bool[Array, "B M"], num_clusters: int
+) -> tuple[Int[Array, "B C"], Bool[Array, "B C"], Int[Array, "B M"]]:
     """Density peaks (Rodriguez & Laio, Science 2014) with k nearest neighbours (Du et al., 2016).
 
     With d_ij = ||x_i - x_j|| / sqrt(D) and k = `num_clusters`, as SparseVLM (arXiv 2410.04417)
     uses it:
 
     * density rho_i = exp(-mean of d_ij^2 over the k nearest j, i itself among them);
-    * delta_i = the smallest d_ij to a denser j, or the largest distance of all if there is none;
+    * delta_i = the smallest d_ij to a denser j, or the largest distance of all for the densest;
     * centres are the k tokens with the largest rho_i delta_i; the others join the nearest centre.
 
-    DEVIATION: the official code adds noise of 1e-6 to the densities, so that no two are equal, and
-    is not deterministic. Here, of two equal densities the one with the lower index is the denser.
-    Further ties go to the lowest index.
+    DEVIATION: the official code adds noise of 1e-6 to the densities to make them distinct, and is
+    not deterministic. Here the lower index counts as denser if two densities are equal. All other
+    ties go to the lowest index.
 
     Args:
       x: [B, M, D].
-      mask: bool [B, M], real tokens; nothing of the others is used.
+      mask: bool [B, M], real tokens; the values of the others are ignored.
       num_clusters: static, at most M.
 
     Returns:
       centre: int32 [B, num_clusters], ascending where valid.
-      valid: bool [B, num_clusters]; with fewer real tokens than clusters, each is its own centre.
+      valid: bool [B, num_clusters]; if there are fewer real tokens, each is its own centre.
       cluster: int32 [B, M], index into `centre`; -1 for tokens that are not real.
     """
     batch, count, width = x.shape
     x = jnp.where(mask[..., None], x, 0).astype(jnp.float32)
-    # Distances do not change with the origin, but the rounding of x.x + y.y - 2 x.y does: hidden
-    # states share a few very large channels.
+    # Distances do not depend on the origin, but the rounding of x.x + y.y - 2 x.y does: a few very
+    # large channels are common to all hidden states.
     x = jnp.where(mask[..., None], x - x[jnp.arange(batch), jnp.argmax(mask, axis=1)][:, None], 0)
     product = jnp.einsum("bmd,bnd->bmn", x, x, precision=jax.lax.Precision.HIGHEST)
     norm = jnp.diagonal(product, axis1=1, axis2=2)
@@ -46,9 +50,9 @@ def dpc_knn(x: jax.Array, mask: jax.Array, num_clusters: int) -> tuple[jax.Array
     square = jnp.where(index[:, None] == index, 0.0, square)
 
     nearest = -jax.lax.top_k(jnp.where(both, -square, -jnp.inf), num_clusters)[0]
-    found = jnp.isfinite(nearest)
-    number = jnp.maximum(jnp.sum(found, axis=-1), 1)
-    density = jnp.exp(-jnp.sum(jnp.where(found, nearest, 0.0), axis=-1) / number)
+    real = jnp.isfinite(nearest)
+    number = jnp.maximum(jnp.sum(real, axis=-1), 1)
+    density = jnp.exp(-jnp.sum(jnp.where(real, nearest, 0.0), axis=-1) / number)
 
     distance = jnp.sqrt(square)
     denser = density[:, None, :] > density[:, :, None]
@@ -63,30 +67,34 @@ def dpc_knn(x: jax.Array, mask: jax.Array, num_clusters: int) -> tuple[jax.Array
     centre = jnp.minimum(centre, count - 1)
     away = jnp.take_along_axis(distance, centre[:, None, :], axis=2)
     cluster = jnp.argmin(jnp.where(valid[:, None, :], away, jnp.inf), axis=-1)
-    # A centre belongs to itself, also where it equals an earlier one.
+    # A centre belongs to its own cluster even if it equals an earlier one.
     own = (index[:, None] == centre[:, None, :]) & valid[:, None, :]
     cluster = jnp.where(jnp.any(own, axis=-1), jnp.argmax(own, axis=-1), cluster)
     return centre, valid, jnp.where(mask, cluster, -1).astype(jnp.int32)
 
 
 def keep_and_cluster(
-    tokens: VisualTokens, scores: jax.Array, kept: int, places: int, table: Sequence[int]
+    tokens: VisualTokens,
+    scores: Float[Array, "B T"],
+    kept: int,
+    places: int,
+    table: Sequence[int],
 ) -> VisualTokens:
     """Keeps the best tokens and merges the best of the others into clusters (`dpc_knn`).
 
-    A merged token is the size-weighted mean of its members and stands where their centre stood.
+    A merged token is the size-weighted mean of its members and takes the index of their centre.
 
     Args:
-      tokens: T tokens a row.
+      tokens: T tokens per row.
       scores: float32 [B, T].
-      kept: static, tokens that are kept as they are.
-      places: static, clusters.
-      table: static; table[p] of p losers (real tokens not among the best), p = 0..T - kept, are
-        clustered: those with the best scores. At least min(p, places), and not falling.
+      kept: static, number of tokens that are kept unchanged.
+      places: static, number of clusters.
+      table: static; of p losers (real tokens not among the best), p = 0..T - kept, the table[p]
+        with the best scores are clustered. At least min(p, places), and not decreasing.
 
     Returns:
-      kept + places tokens a row in source order; a row with fewer real ones keeps them all as they
-      are, the padding last.
+      kept + places tokens per row in source order; a row with fewer real tokens keeps all of them
+      unchanged, padding last.
     """
     tokens, num_tokens, count = zero_padding(tokens), tokens.mask.shape[1], max(table)
     best, valid = select.top_k(scores, tokens.mask, kept + count)
@@ -109,21 +117,21 @@ def keep_and_cluster(
     peaks = jnp.where(real, jnp.take_along_axis(pool, centre, axis=1), num_tokens)
     alone, single = gather(tokens, peaks), jnp.sum(member, axis=-1) == 1
     stay = gather(tokens, winners)
-    place = jnp.concatenate([winners, peaks], axis=1)
-    order = jnp.argsort(place, axis=1)  # Source order; padding, at T, comes last.
+    index = jnp.concatenate([winners, peaks], axis=1)
+    order = jnp.argsort(index, axis=1)  # Source order; padding, at T, comes last.
 
     def joined(name):
         if (mean := means[name]) is None:
             return None
         lone = single.reshape(single.shape + (1,) * (mean.ndim - 2))
-        mean = jnp.where(lone, getattr(alone, name), mean)  # One member: not even rounded.
+        mean = jnp.where(lone, getattr(alone, name), mean)  # A lone member is exact.
         fields = jnp.concatenate([getattr(stay, name), mean], axis=1)
         return jnp.take_along_axis(
             fields, order.reshape(order.shape + (1,) * (mean.ndim - 2)), axis=1
         )
 
     slot = jnp.argsort(order, axis=1).astype(jnp.int32)
-    rows = jnp.arange(len(place))[:, None]
+    rows = jnp.arange(len(index))[:, None]
     holder = jnp.full(tokens.mask.shape, -1, jnp.int32)
     holder = holder.at[rows, winners].set(slot[:, :kept], mode="drop")
     own = jnp.take_along_axis(slot[:, kept:], jnp.maximum(cluster, 0), axis=1)
@@ -131,14 +139,14 @@ def keep_and_cluster(
     return zero_padding(
         VisualTokens(
             **{name: joined(name) for name in ("embed", "position", "size", "bias")},
-            mask=jnp.take_along_axis(place, order, axis=1) < num_tokens,
+            mask=jnp.take_along_axis(index, order, axis=1) < num_tokens,
             source=remap(tokens.source, holder),
         )
     )
 
 
-def gather(tokens: VisualTokens, index: jax.Array) -> VisualTokens:
-    """Tokens at `index` [B, K], zeros and no token where it is T; `source` stays as it was."""
+def gather(tokens: VisualTokens, index: Int[Array, "B K"]) -> VisualTokens:
+    """The tokens at `index`, padding where it is T; `source` is unchanged."""
     real = index < tokens.mask.shape[1]
     index = jnp.where(real, index, 0)
 

@@ -1,11 +1,11 @@
-"""dart: tokens unlike a few pivots are kept, since look-alikes of a kept token add little."""
+"""dart: keeps tokens unlike a few pivots, because duplicates of a kept token add little."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import select
-from efficient_vlm.compressors.base import positive_int
 from efficient_vlm.compressors.in_decoder.base import InDecoder, Keep, check_keep, count_of
 from efficient_vlm.compressors.in_decoder.rows import judges
 from efficient_vlm.errors import UserError
@@ -14,36 +14,36 @@ DEFAULT_KEEP = 0.222
 
 
 class Dart(InDecoder):
-    """`dart` (arXiv 2502.11494): keeps a few pivots and the tokens least like them.
+    """`dart` (arXiv 2502.11494): keeps a few pivots and the tokens least similar to them.
 
     "Stop looking for important tokens: duplication matters more".
 
-    In front of layer `layer`, with queries, keys and hidden states of the layer before:
+    Before layer `layer`, with queries, keys and hidden states of the previous layer:
 
     1. Pivots: the `visual_pivots` visual tokens and the `text_pivots` tokens of the prompt whose
        keys (with rotary positions, all heads in one vector) have the largest L1 norm.
-    2. The visual pivots are kept. Then every pivot in turn, visual ones first, each kind from the
-       largest norm down, takes its share of the visual tokens that are not kept yet: those with the
+    2. The visual pivots are kept. Then each pivot in turn, visual ones first, each kind in order of
+       decreasing norm, adds its share of the visual tokens that are not kept yet: those with the
        lowest cosine similarity to it.
 
     No attention weights are needed. Positions: "retain" by default, as published.
 
-    DEVIATIONS from the official code: (a) the count is exact. There each of 8 pivots takes
-    int(N (1 - r) / 8) tokens and the visual pivots come on top, so the total is a little above or
-    below N (1 - r), and candidates stand in the order of a Python set; here the pivots count, the
-    rest of the budget is shared equally among the pivots of the row, and the first ones take one
-    more where it does not divide. (b) Similarities are of the hidden states that left the layer,
-    without the final norm of the decoder that the code of LightCompress applies first (a root mean
-    square leaves cosines as they are; its learned scale does not). (c) Only tokens of the prompt
-    can be text pivots, never those of an answer. Ties go to the lowest index.
+    DEVIATIONS from the official code: (a) the count is exact. In the official code each of 8 pivots
+    adds int(N (1 - r) / 8) tokens to the visual pivots, so the total is a little above or below
+    N (1 - r), and candidates come in the order of a Python set. Here the pivots count, the rest of
+    the budget is shared equally among the pivots of the row, and the first ones take the remainder.
+    (b) Similarities use the outputs of the layer without the decoder's final norm, which the code
+    of LightCompress applies first (dividing by a root mean square preserves cosines; its learned
+    scale does not). (c) Only prompt tokens can be text pivots, never those of an answer. Ties go to
+    the lowest index.
 
     Attributes:
-      budget: a count to keep, of all images of a row together, as `keep`; give one of the two.
-      keep: visual tokens behind the cut, all images of a row together: a count, or a fraction of
-        those in front of it. None is 0.222, the published reduction of 77.8 %.
-      layer: layers in front of the cut (K).
-      visual_pivots, text_pivots: how many pivots; together at least 1. Of `visual_pivots` at most
-        the budget are used, and fewer of either kind where a row has fewer tokens.
+      budget: a count to keep, for all images of a row together; an alternative to `keep`.
+      keep: visual tokens after the cut, for all images of a row together: a count, or a fraction of
+        those before it. None is 0.222, the published reduction of 77.8 %.
+      layer: K, number of layers before the cut.
+      visual_pivots, text_pivots: numbers of pivots, together at least 1. At most `budget` visual
+        pivots are used, and fewer of either kind in rows with fewer tokens.
     """
 
     keep: Keep | None = None
@@ -63,9 +63,9 @@ class Dart(InDecoder):
                 raise UserError(
                     f"compressor.keep: {self.keep}, and compressor.budget={self.budget} beside it",
                     allowed="one of the two: a budget is a count to keep",
-                    fix="leave one of them out",
+                    fix="omit one of them",
                 )
-        positive_int("compressor.layer", self.layer)
+        checks.whole("compressor.layer", self.layer)
         counts = (self.visual_pivots, self.text_pivots)
         whole = all(isinstance(c, int) and not isinstance(c, bool) and c >= 0 for c in counts)
         if not whole or not any(counts):
@@ -96,10 +96,10 @@ class Dart(InDecoder):
 
     @nn.nowrap
     def selection(self, tokens, signals):
-        """(indices, valid) [B, budget] of what the pivots and their shares leave."""
+        """The visual pivots and the tokens that all pivots add."""
         state = jax.lax.stop_gradient(signals.decoder)
         count = tokens.mask.shape[1]
-        seen = judges(state)
+        candidates = judges(state)
         norm = jnp.sum(jnp.abs(state.key.astype(jnp.float32)), axis=(2, 3))
         norm = jnp.where(state.live, norm, 0.0)
         unit = jnp.where(state.live[..., None], state.after, 0).astype(jnp.float32)
@@ -108,11 +108,11 @@ class Dart(InDecoder):
 
         def pivots(part, number):
             number = min(number, part.stop - part.start)
-            index, valid = select.top_k(norm[:, part], seen[:, part], number)
+            index, valid = select.top_k(norm[:, part], candidates[:, part], number)
             return index + part.start, valid
 
         visual = pivots(slice(0, count), min(self.visual_pivots, self.budget))
-        text = pivots(slice(count, seen.shape[1]), self.text_pivots)
+        text = pivots(slice(count, candidates.shape[1]), self.text_pivots)
         index, valid = (jnp.concatenate(pair, axis=1) for pair in zip(visual, text, strict=True))
         pivot = jnp.take_along_axis(unit, index[..., None], axis=1)
         alike = jnp.einsum(
@@ -124,7 +124,7 @@ class Dart(InDecoder):
         real = jnp.sum(tokens.mask, axis=1)
         wanted = jnp.minimum(self.budget, real) - jnp.sum(kept, axis=1)
         parts = jnp.maximum(jnp.sum(valid, axis=1), 1)
-        # What does not divide goes to the first pivots that exist.
+        # The first valid pivots take the remainder.
         turn = jnp.cumsum(valid, axis=1) - 1
         share = (wanted // parts)[:, None] + (turn < (wanted % parts)[:, None])
         share = jnp.where(valid, share, 0)
@@ -138,5 +138,5 @@ class Dart(InDecoder):
 
         steps = (jnp.moveaxis(alike, 1, 0), jnp.moveaxis(share, 1, 0))
         kept, _ = jax.lax.scan(take, kept, steps)
-        # A row without any pivot (no prompt, and no visual ones asked for) keeps its first tokens.
+        # A row without pivots (no prompt, and `visual_pivots` 0) keeps its first tokens.
         return select.top_k(kept.astype(jnp.float32), tokens.mask, self.budget)

@@ -1,4 +1,4 @@
-"""`fastv`: one cut early in the decoder, by the attention that the last token pays."""
+"""`fastv`: one early cut in the decoder, by the attention of the last prompt token."""
 
 import flax.linen as nn
 
@@ -10,27 +10,27 @@ ROWS = ("last", "mean")
 
 
 class FastV(InDecoder):
-    """FastV: visual tokens that get little attention in layer K are dropped behind it.
+    """FastV: drops visual tokens that receive little attention in layer K after that layer.
 
     Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", arXiv 2403.06764, section 4.1: with
     A the softmax map of layer K (the K-th, so `layer` layers run on all tokens), averaged over
     heads, phi_j is the attention that visual token j receives, and the best are kept, in order.
 
-    Paper and code differ in who pays that attention, see `row`. Positions are retained, as in the
-    official code. Defaults: K = 2, half of the tokens, row "last".
+    Paper and code use different queries, see `row`. Positions are retained, as in the official
+    code. Defaults: K = 2, half of the tokens, row "last".
 
-    Deviations: a fraction is rounded down (at least 1). Under teacher forcing the "last" token is
-    the last of the prompt, and answers never judge.
+    Deviations: a fraction is rounded down (at least 1). With teacher forcing the "last" token is
+    the last of the prompt; answers never contribute.
 
     Attributes:
-      budget: a count to keep, of all images of a row together, as `keep`; give one of the two.
-      layer: K, layers in front of the cut.
+      budget: a count to keep, for all images of a row together; an alternative to `keep`.
+      layer: K, number of layers before the cut.
       keep: fraction of the N visual tokens of all images of a row together (1 - R in the paper),
         or a count of them. None is 0.5.
       row: "last", phi_j = A_ij for i the last prompt token (the official code); "mean", phi_j the
-        mean of A_ij over all visual and prompt rows i, the token's own row included and rows in
-        front of j counted as 0 (the paper's "average attention received from all other tokens";
-        rows are looked at in blocks, the whole map is never there).
+        mean of A_ij over all visual and prompt rows i, including the token's own row, with rows
+        before j counted as 0 (the paper's "average attention received from all other tokens"; rows
+        are computed in blocks, the whole map is never materialised).
     """
 
     layer: int = 2
@@ -54,7 +54,7 @@ class FastV(InDecoder):
             raise UserError(
                 f"compressor.keep: {self.keep}, and compressor.budget={self.budget} beside it",
                 allowed="one of the two: a budget is a count to keep",
-                fix=f"leave out budget, or keep (fastv then keeps {self.budget} tokens)",
+                fix=f"omit budget, or keep (fastv then keeps {self.budget} tokens)",
             )
         layers = self.check_layers("compressor.layer", (self.layer,), num_layers)
         keep = 0.5 if self.keep is None else self.keep

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax.numpy as jnp
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import grids
-from efficient_vlm.compressors.base import as_tuple, positive_int
+from efficient_vlm.compressors.base import as_tuple
 from efficient_vlm.compressors.in_decoder import rows
 from efficient_vlm.compressors.in_decoder.base import InDecoder, Keep, check_keep, count_of
 from efficient_vlm.errors import UserError, unknown
@@ -20,32 +21,32 @@ class Feather(InDecoder):
     """`feather`: keeps an even grid and the best by attention without rotary positions.
 
     Endo et al., "Feather the Throttle" (fast and effective acceleration with ensemble criteria),
-    arXiv 2412.13180 (ICCV 2025), section 5. FastV's score
-    prefers the bottom of the image, because rotary positions make near keys stronger. So the score
-    is the attention of the last prompt token, mean over heads, from queries and keys *before*
-    rotary positions, and
+    arXiv 2412.13180 (ICCV 2025), section 5. FastV's score favours the bottom of the image, because
+    rotary positions strengthen nearby keys. The score is therefore the attention of the last prompt
+    token, mean over heads, from queries and keys *before* rotary positions, and
 
-    1. behind the first layer every `stride`-th token of every `stride`-th row of the grid stays,
-       and beside these the best int(keep * N) others;
-    2. behind the second layer, where the score is better, int(keep^2 * T) of the T left stay, by
-       the score alone.
+    1. the first cut keeps every `stride`-th token of every `stride`-th row of the grid, and the
+       best int(keep * N) other tokens;
+    2. the second cut, where the score is more reliable, keeps int(keep^2 * T) of the remaining T
+       tokens by score alone.
 
     Defaults of the official script: layers 8 and 16 of 32, reduction R = 0.7 (keep = 0.3), stride
     3. Positions are retained. The official code takes the softmax over the visual keys only.
 
     Deviations: the official first stage keeps the *union* of the grid and of the int(keep * N)
     best of all tokens, whose size depends on the data (172 to 236 of 576); here the slots of the
-    overlap go to the next best tokens, so the number is static and a superset of the official
-    choice is kept (236). A stage keeps at least one token. Padding in the grid frees its slots too.
+    overlap go to the next best tokens, which makes the count static (236) and the kept set a
+    superset of the official one. A stage keeps at least one token. Padded grid tokens free their
+    slots as well.
 
     Attributes:
       budget: of the one-cut form only.
-      layers: layers in front of the two cuts; None for 1/4 and 1/2 of the depth.
+      layers: numbers of layers before the two cuts; None for 1/4 and 1/2 of the depth.
       keep: 1 - R, a fraction of the N visual tokens of all images of a row together; or a count c
-        of them, then R = 1 - c/N. None is 0.3.
-      stride: of the grid; 0 for no grid.
+        of them, which gives R = 1 - c/N. None is 0.3.
+      stride: step of the grid; 0 for no grid.
       softmax: "visual", over the visual keys (the official code); "all", over all keys that the
-        last prompt token sees, as in FastV.
+        last prompt token attends to, as in FastV.
     """
 
     layers: Sequence[int] | None = None
@@ -71,13 +72,13 @@ class Feather(InDecoder):
         if self.keep is not None:
             check_keep("compressor.keep", self.keep)
         if self.stride != 0:
-            positive_int("compressor.stride", self.stride)
+            checks.whole("compressor.stride", self.stride)
         if self.softmax not in SOFTMAX:
             raise unknown("compressor.softmax", str(self.softmax), SOFTMAX)
 
     @nn.nowrap
     def _grid_tokens(self, num_tokens: int) -> list[int]:
-        """Places of the evenly spaced tokens; several images of `grid` stand behind each other."""
+        """Indices of the evenly spaced tokens; several images of `grid` follow one another."""
         if not self.stride:
             return []
         size = self.grid[0] * self.grid[1] if self.grid is not None else num_tokens
@@ -132,7 +133,7 @@ class Feather(InDecoder):
         score = paid.mean(axis=1)[:, 0, :count]
         if not self.stride:
             return score
-        # The grid comes first. Ranks, not a sum of score and bonus: that would round the scores.
+        # The grid comes first. Ranks are exact; adding a bonus to the scores would round them.
         rank = jnp.argsort(jnp.argsort(-score, axis=1, stable=True), axis=1)
         spaced = jnp.zeros(count, bool).at[jnp.array(self._grid_tokens(count), int)].set(True)
         return jnp.where(spaced, count - rank, -rank).astype(jnp.float32)

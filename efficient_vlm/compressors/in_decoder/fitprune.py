@@ -1,7 +1,8 @@
-"""fitprune: in every layer a fixed number of the visual tokens that get least attention go."""
+"""fitprune: every layer deletes a fixed number of the visual tokens with the least attention."""
 
 import functools
 import math
+from collections.abc import Sequence
 
 import flax.linen as nn
 
@@ -13,8 +14,8 @@ from efficient_vlm.errors import UserError, unknown
 SCHEDULES = ("published", "geometric")
 DEPTH, TOKENS = 32, 576
 
-# Visual tokens that each of the 32 layers of LLaVA-1.5-7B deletes, for a nominal reduction of the
-# FLOPs in percent: the recipes that the authors solved and published (numbers from the repository
+# Nominal FLOPs reduction in percent -> visual tokens that each of the 32 layers of LLaVA-1.5-7B
+# deletes: the recipes that the authors solved and published (numbers from the repository
 # ywh187/FitPrune, LLaVA_1.5). The first recipe deletes nothing.
 DELETED = {
     0: (0,) * DEPTH,
@@ -39,45 +40,45 @@ DELETED = {
     90: (262, 153, 80, 19, 13, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 1)
     + (1, 2, 1, 2, 0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0),
 }
-WIDTH, MLP = 4096, 11008  # of LLaVA-1.5-7B, for which rates are defined
+WIDTH, MLP = 4096, 11008  # Of LLaVA-1.5-7B, for which rates are defined.
 
 
 def layer_flops(tokens: float) -> float:
-    """4 n d^2 + 2 n^2 d + 3 n d m of one layer, a multiply-add counted once, image tokens only."""
+    """4 n d^2 + 2 n^2 d + 3 n d m for one layer: multiply-adds, of image tokens only."""
     return WIDTH * tokens * (4 * WIDTH + 2 * tokens + 3 * MLP)
 
 
 def published(rate: float, num_layers: int, num_tokens: int) -> tuple[float, ...]:
-    """Tokens left behind each layer by the published recipe of a nominal rate.
+    """Tokens that the published recipe of a nominal rate leaves after each layer.
 
-    Between two published rates the tokens left are interpolated; so they are over the depth, where
-    a decoder has another number of layers, and in proportion for another number of tokens.
+    They are interpolated between two published rates, and over the depth if the decoder has another
+    number of layers; another number of tokens scales them proportionally.
     """
     percent = 100 * rate
     high = min(p for p in DELETED if p >= percent - 1e-9)
     low = max(p for p in DELETED if p <= percent + 1e-9)
     share = (percent - low) / (high - low) if high > low else 0.0
 
-    def left(place: float, deleted) -> float:
-        """Behind `place` of 32 layers, a real number."""
-        whole = math.floor(place)
+    def left(depth: float, deleted: Sequence[int]) -> float:
+        """Tokens after `depth` of 32 layers, which may be fractional."""
+        whole = math.floor(depth)
         done = sum(deleted[:whole])
-        return TOKENS - done - ((place - whole) * deleted[whole] if whole < DEPTH else 0)
+        return TOKENS - done - ((depth - whole) * deleted[whole] if whole < DEPTH else 0)
 
     kept = []
     for layer in range(1, num_layers + 1):
-        place = layer * DEPTH / num_layers
-        mixed = (1 - share) * left(place, DELETED[low]) + share * left(place, DELETED[high])
+        depth = layer * DEPTH / num_layers
+        mixed = (1 - share) * left(depth, DELETED[low]) + share * left(depth, DELETED[high])
         kept.append(mixed * num_tokens / TOKENS)
     return tuple(kept)
 
 
 @functools.lru_cache(maxsize=1024)
 def geometric(rate: float, num_layers: int, num_tokens: int) -> tuple[float, ...]:
-    """N q^l tokens behind layer l = 1, 2, ..., the same ratio q everywhere.
+    """N q^l tokens after layer l = 1, 2, ..., with one ratio q for all layers.
 
-    q is solved (bisection) so that sum_l F(N q^(l-1)) = (1 - rate) L F(N), F = `layer_flops`: the
-    real reduction is the nominal one, as far as whole tokens and the full first layer allow.
+    Bisection solves sum_l F(N q^(l-1)) = (1 - rate) L F(N) for q, with F = `layer_flops`. The
+    actual reduction is the nominal one, as far as whole tokens and the full first layer allow.
     """
     target = (1 - rate) * num_layers * layer_flops(num_tokens)
     low, high = 0.0, 1.0
@@ -93,31 +94,30 @@ class FitPrune(InDecoder):
 
     With the attention map of a layer, A_ij the maximum over its heads, the score of visual token j
     is (sum of A_ij over visual i) * (sum of A_ij over text i); the tokens with the lowest scores
-    are deleted. The map is never formed: its columns are summed over blocks of query rows. All
-    rows are looked at in every layer that cuts, so the scorer costs about as much as the QK^T of
-    those layers.
+    are deleted. The map is never materialised: its columns are summed over blocks of query rows.
+    Every layer that cuts computes all rows, so the scores cost about as much as its QK^T.
 
-    How many are deleted where was solved offline by the authors, from attention statistics; their
-    recipes are the default. A recipe's name is nominal: on LLaVA-1.5-7B 10/20/50/60/80/90 % are
-    really 6.4/15.4/49.7/59.7/79.7/89.7 % (see `layer_flops`).
+    The authors solved offline, from attention statistics, how many tokens each layer deletes; their
+    recipes are the default. Rates are nominal: on LLaVA-1.5-7B, 10/20/50/60/80/90 % are actually
+    6.4/15.4/49.7/59.7/79.7/89.7 % (see `layer_flops`).
 
     Positions: "retain" by default, as published.
 
     DEVIATIONS from the official code: (a) it deletes between attention and feed-forward of a layer,
-    we behind the layer, whose feed-forward still sees the deleted tokens: the real reductions of
-    the recipes become 6.2/14.8/48.1/57.9/77.6/87.5 %. What the last layer would delete is left
-    out, as nothing is behind it. (b) Text rows are those of the prompt, never those of an answer
-    (the official code prunes in prefill, where there is no answer). (c) At least one token stays.
+    we delete after the layer, so its feed-forward still processes the deleted tokens: the actual
+    reductions of the recipes become 6.2/14.8/48.1/57.9/77.6/87.5 %. Deletions of the last layer are
+    omitted, because nothing follows it. (b) Text rows are those of the prompt, never those of an
+    answer (the official code prunes in prefill, without an answer). (c) At least one token remains.
     Ties keep the lowest index.
 
     Attributes:
-      rate: nominal share of the decoder's FLOPs that goes, above 0 and at most 0.9 for the
-        published recipes (those between 10, 20, ..., 90 and 55 % are interpolated).
-      schedule: "published" recipes, or "geometric": each layer keeps the same ratio of its tokens,
-        solved for `rate` (see `geometric`); any rate below 1.
-      counts: visual tokens left behind each layer, of all images of a row together, as counts or
-        fractions of those that enter the decoder: one number for each layer but the last (one for
-        the last may follow; it has no effect). Takes the place of `rate` and `schedule`.
+      rate: nominal fraction of the decoder's FLOPs to save, above 0 and at most 0.9 for the
+        published recipes (10, 20, ..., 90 and 55 %; rates between them are interpolated).
+      schedule: "published" recipes, or "geometric": each layer keeps the same fraction of its
+        tokens, solved for `rate` (see `geometric`); any rate below 1.
+      counts: visual tokens left after each layer, for all images of a row together, as counts or
+        fractions of those that enter the decoder: one number per layer except the last (a number
+        for the last may follow and has no effect). Replaces `rate` and `schedule`.
     """
 
     rate: float = 0.6
@@ -164,7 +164,7 @@ class FitPrune(InDecoder):
             if len(self.counts) not in (num_layers - 1, num_layers):
                 raise UserError(
                     f"compressor.counts: {len(self.counts)} numbers for {num_layers} layers",
-                    allowed=f"{num_layers - 1} numbers, tokens left behind each layer",
+                    allowed=f"{num_layers - 1} numbers, tokens left after each layer",
                 )
             kept = [count_of(count, num_tokens) for count in self.counts]
         cuts = range(1, num_layers)
@@ -186,9 +186,9 @@ class FitPrune(InDecoder):
 
     @nn.nowrap
     def scores(self, tokens, state):
-        """Product of what a token gets from visual and from text rows, head maxima."""
+        """Product of the attention from visual and from text rows, each a maximum over heads."""
         count = tokens.mask.shape[1]
-        seen = judges(state)
-        own = range_sums(state, 0, seen[:, :count], heads="max")
-        cross = range_sums(state, count, seen[:, count:], heads="max")
+        rows = judges(state)
+        own = range_sums(state, 0, rows[:, :count], heads="max")
+        cross = range_sums(state, count, rows[:, count:], heads="max")
         return (own * cross)[:, :count]

@@ -1,4 +1,4 @@
-"""`pyramiddrop`: fewer visual tokens at each of several depths, by the last instruction token."""
+"""`pyramiddrop`: drops visual tokens at several depths, scored by the last instruction token."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from efficient_vlm.errors import UserError
 
 
 class PyramidDrop(InDecoder):
-    """PyramidDrop: S segments of the decoder, each with a part lambda of the tokens of the last.
+    """PyramidDrop: each of S decoder segments keeps a fraction lambda of the last one's tokens.
 
     Xing et al., "PyramidDrop", arXiv 2410.17247, section 3.2: at the end of a segment a visual
     token is scored by the attention between the last instruction token (the query) and it (the
@@ -26,22 +26,22 @@ class PyramidDrop(InDecoder):
     the official code the softmax runs over all tokens, counts are int(keep * N), rotary positions
     are in the score, and what is kept is reindexed from 0.
 
-    It can be trained with: the judge is the last token in front of the answer, and the score is
-    cut off from the gradient, so training and inference see the same.
+    Models can train with it: the query is the last token before the answer, and the score carries
+    no gradient, so training and inference cut alike.
 
     Defaults: lambda = 0.5, S = 4: layers 8, 16, 24 of 32 and keep .5, .25, .125 of N. The variants
     of the paper's table with S = 3 and 5 are keep=(.5, .25) and keep=(.5, .25, .125, .0625).
 
-    Deviations: a stage keeps at least one token, and one that would drop nothing is left out. In
+    Deviations: a stage keeps at least one token, and stages that would drop nothing are omitted. In
     training on several turns the official code averages over the last instruction tokens of all
-    turns; here `DecoderState.last`, one token a row, judges.
+    turns; here the query is `DecoderState.last`, one token per row.
 
     Attributes:
       budget: of the one-cut form only.
-      layers: layers in front of each cut; None for the end of each of S equal segments (rounded
-        down; the last segment gets the rest).
-      keep: for each cut, a fraction of the N visual tokens that entered the decoder, those of all
-        images of a row together, or a count of them. None for 0.5, 0.25, 0.125, ...
+      layers: numbers of layers before each cut; None for the ends of S equal segments (rounded
+        down; the last segment takes the remainder).
+      keep: for each cut, a fraction of the N visual tokens that entered the decoder, of all images
+        of a row together, or a count of them. None for 0.5, 0.25, 0.125, ...
     """
 
     layers: Sequence[int] | None = None
@@ -63,7 +63,7 @@ class PyramidDrop(InDecoder):
         check_falling("compressor.keep", self.keep or ())
         if self.layers and self.keep and len(self.layers) != len(self.keep):
             raise UserError(
-                f"compressor.keep: {self.keep} for the cuts behind layers {self.layers}",
+                f"compressor.keep: {self.keep} for the cuts after layers {self.layers}",
                 allowed="one number for each layer of compressor.layers",
             )
 
@@ -84,12 +84,14 @@ class PyramidDrop(InDecoder):
 
     @nn.nowrap
     def knobs(self, num_layers, num_tokens):
-        """Counts that fall by the same factor lambda from cut to cut, for each first count."""
+        """For each first count, counts that decrease by the same factor lambda at every cut."""
 
         def counts(first):
             share = first / num_tokens
-            falling = [math.floor(num_tokens * share ** (i + 1) + 0.5) for i in range(self._cuts())]
-            return tuple(max(1, count) for count in falling)
+            decreasing = [
+                math.floor(num_tokens * share ** (i + 1) + 0.5) for i in range(self._cuts())
+            ]
+            return tuple(max(1, count) for count in decreasing)
 
         return [{"keep": counts(first)} for first in range(1, num_tokens + 1)]
 

@@ -1,4 +1,4 @@
-"""sparsevlm: words that see the image rate its tokens; a part of the losers is merged."""
+"""sparsevlm: words that relate to the image rate its tokens; some of the losers are merged."""
 
 import functools
 from collections.abc import Sequence
@@ -7,8 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import fold, select
-from efficient_vlm.compressors.base import as_tuple, positive_int
+from efficient_vlm.compressors.base import as_tuple
 from efficient_vlm.compressors.in_decoder import sparsevlm_plan as plan
 from efficient_vlm.compressors.in_decoder.base import (
     InDecoder,
@@ -27,50 +28,49 @@ from efficient_vlm.errors import UserError, unknown
 class SparseVLM(InDecoder):
     """`sparsevlm` (arXiv 2410.04417): three cuts, rated by the words that matter for the image.
 
-    Raters: of R = softmax over the text of v t^T, unscaled dot products of what enters the
-    decoder's first layer, each word gets the mean over the visual tokens; words above the mean of
-    those numbers are raters. Score: attention from the raters to each visual token in the layer in
-    front of the cut, mean over heads and raters. Version "1.5":
+    Raters: R is the softmax over the text of v t^T, unscaled dot products of the inputs of the
+    decoder's first layer. The relevance of a word is its mean over the visual tokens, and words
+    with more than the mean relevance are raters. Score: attention from the raters to each visual
+    token in the layer before the cut, mean over heads and raters. Version "1.5":
 
     * the `keep` best tokens are kept; of the p others the floor(recycle p) + 1 best are clustered
       (`clusters.dpc_knn` on hidden states) into floor(that / 10) + 1 tokens;
-    * a merged token stands where the centre of its cluster stood, so all tokens are in source
-      order; its place, size and `source` are those of its members.
+    * a merged token takes the index of its cluster's centre, so all tokens are in source order; its
+      position, size and `source` are those of its members.
 
     Version "2.0" (SparseVLM+, sections 4.2 and 4.3, known from third-party ports of the official
-    code) has other counts, no merging, and another score: attention A_mn is divided by the bias
-    that rotary positions alone cause, D_mn = (1 / Dh) <rotate_m(1), rotate_n(1)> with 1 the vector
-    of ones; then only the `num_heads` heads that pay most to the visual tokens are averaged.
-    UNCERTAIN: whether the published code divides weights or logits (weights here).
+    code) has different counts, no merging, and a different score: attention A_mn is divided by the
+    bias that rotary positions alone cause, D_mn = (1 / Dh) <rotate_m(1), rotate_n(1)> with 1 the
+    vector of ones; then only the `num_heads` heads with the most attention to visual tokens are
+    averaged. UNCERTAIN: whether the published code divides weights or logits (weights here).
 
-    Cuts are behind 3, 7 and 16 of 32 layers (the published indices 2, 6 and 15, from 0). Positions:
-    "reindex" by default for 1.5 and "retain" for 2.0, as in the official code; None takes that
+    Cuts follow 3, 7 and 16 of 32 layers (the published indices 2, 6 and 15, from 0). Positions:
+    "reindex" by default for 1.5 and "retain" for 2.0, as in the official code; None means that
     default, not the decoder's policy.
 
-    The paper sets the counts by the rank of the raters' attention, a number that depends on the
-    image; the official code of 1.5 replaced that by fixed counts, and so do we (static shapes).
+    The paper derives the counts from the rank of the raters' attention, which depends on the image;
+    the official code of 1.5 replaced it by fixed counts, and so do we (static shapes).
 
-    DEVIATIONS: (a) the official code appends the merged tokens behind the kept ones; (b) it takes
-    plain means of embeddings, here they are weighted by size, which matters from the second cut on;
-    (c) it adds noise in the clustering, here ties go to the lowest index; (d) only the prompt can
-    rate; with no word above the mean (all alike) the whole prompt does; (e) in a row with padding p
-    counts the real losers only, but at least as many are clustered as there are clusters; (f) D_mn
-    is floored at 0.05, for it can be 0 or negative; (g) the raters, fixed by the first layer's
-    input, are computed again at each cut.
+    DEVIATIONS: (a) the official code appends the merged tokens to the kept ones; (b) it uses plain
+    means of embeddings, ours are weighted by size, which matters from the second cut on; (c) it
+    adds noise in the clustering, here ties go to the lowest index; (d) only prompt words can be
+    raters; if no word is above the mean (all are equal), the whole prompt is; (e) in a row with
+    padding p counts the real losers only, but at least as many tokens as clusters are clustered;
+    (f) D_mn is at least 0.05, because it can be 0 or negative; (g) the raters, which the first
+    layer's input determines, are recomputed at each cut.
 
     Attributes:
-      budget: at N = 576 the name of a published schedule; otherwise the mean of processed tokens
-        aimed at (`sparsevlm_plan`). N counts the visual tokens of all images of a row together.
-        None for N / 3. In the one-cut form the tokens behind the cut, merged ones included.
-      keep: tokens kept at each cut without the merged ones, all images of a row together: counts or
-        fractions of those that enter the decoder. Takes the place of `budget`.
-      layers: layers in front of each cut; None for the published ones, at the same part of the
-        depth.
+      budget: at N = 576 the name of a published schedule; otherwise the target mean of processed
+        tokens (`sparsevlm_plan`). N counts the visual tokens of all images of a row together. None
+        for N / 3. In the one-cut form: tokens after the cut, including merged ones.
+      keep: tokens kept at each cut, excluding merged ones, for all images of a row together: counts
+        or fractions of those that enter the decoder. Replaces `budget`.
+      layers: numbers of layers before each cut; None for the published ones, rescaled to the depth.
       version: "1.5" or "2.0", also as a number.
-      recycle: share of the losers that is clustered (1.5).
-      num_heads: heads that count (2.0); all if the decoder has fewer.
-      rope_fraction: of the decoder; which channels of queries and keys turn together (2.0).
-      entering: visual tokens in front of the first layer, for `flops`; set by `stages`.
+      recycle: fraction of the losers that is clustered (1.5).
+      num_heads: number of heads that are averaged (2.0); all if the decoder has fewer.
+      rope_fraction: the decoder's; which channels of queries and keys rotate together (2.0).
+      entering: visual tokens before the first layer, for `flops`; set by `stages`.
     """
 
     keep: Sequence[Keep] | None = None
@@ -110,16 +110,13 @@ class SparseVLM(InDecoder):
                 f"compressor.keep: {len(self.keep)} numbers for {len(cuts)} cuts",
                 allowed="one number for each of compressor.layers, which are three by default",
             )
-        positive_int("compressor.num_heads", self.num_heads)
-        for name, low in (("recycle", 0), ("rope_fraction", 0)):
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not (number and low <= value <= 1):
-                raise UserError(f"compressor.{name}: {value!r}", allowed="a number from 0 to 1")
+        checks.whole("compressor.num_heads", self.num_heads)
+        for name in ("recycle", "rope_fraction"):
+            checks.number(f"compressor.{name}", getattr(self, name), 0, 1)
 
     @nn.nowrap
     def _cuts(self, num_layers: int) -> tuple[int, ...]:
-        """Layers in front of each cut."""
+        """Numbers of layers before each cut."""
         if self.layers is None:
             return self.scaled(plan.CUTS, plan.DEPTH, num_layers)
         return self.check_layers("compressor.layers", self.layers, num_layers)
@@ -145,7 +142,7 @@ class SparseVLM(InDecoder):
             raise UserError(
                 f"compressor.keep: {self.keep}, and compressor.budget={self.budget} beside it",
                 allowed="one of the two: a budget is the name of a schedule",
-                fix="leave one of them out",
+                fix="omit one of them",
             )
         cuts = self._cuts(num_layers)
         if self.keep is None:
@@ -163,7 +160,7 @@ class SparseVLM(InDecoder):
                 )
         return self.cuts(
             cuts,
-            plan.behind(keeps, num_tokens, self._recycle()),
+            plan.counts_after(keeps, num_tokens, self._recycle()),
             num_tokens,
             layers=(None,) * len(cuts),
             keep=[(keep,) for keep in keeps],
@@ -172,20 +169,20 @@ class SparseVLM(InDecoder):
 
     @nn.nowrap
     def knobs(self, num_layers, num_tokens):
-        """Solved schedules for a mean of 1, 2, ..., N processed tokens, without repetitions."""
+        """Solved schedules for a mean of 1, 2, ..., N processed tokens, without duplicates."""
         solved = (self._solve(mean, num_layers, num_tokens) for mean in range(1, num_tokens + 1))
         return [{"budget": None, "keep": keeps} for keeps in dict.fromkeys(solved)]
 
     @nn.nowrap
     def _kept(self, num_tokens: int) -> int:
-        """In the one-cut form: places for kept tokens; the others are for merged ones."""
+        """In the one-cut form: slots of kept tokens; merged ones take the rest."""
         if self.keep is not None and isinstance(self.keep[0], int):
             return min(self.keep[0], self.budget)
         return plan.kept_of(self.budget, num_tokens, self._recycle())
 
     @nn.nowrap
     def _candidates(self, num_tokens: int) -> int:
-        """How many losers are clustered, at most."""
+        """The largest number of losers that are clustered."""
         kept = self._kept(num_tokens)
         return max(plan.candidates(num_tokens - kept, self._recycle()), self.budget - kept)
 
@@ -204,7 +201,7 @@ class SparseVLM(InDecoder):
         return relevance + score + 2 * count * count * width + 2 * places * count * (width + 3)
 
     def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
-        """The one-cut form: [B, T, D] to `budget` tokens, of which some may be merged."""
+        """The one-cut form: `budget` tokens, some of which may be merged."""
         self.check_cut(tokens, signals)
         num_tokens = tokens.mask.shape[1]
         if self.budget == num_tokens:
@@ -213,7 +210,7 @@ class SparseVLM(InDecoder):
         kept = self._kept(num_tokens)
         if kept == self.budget:
             return fold.drop(tokens, select.top_k(scores, tokens.mask, kept))
-        # How many of p real losers are clustered; never fewer than there are clusters to fill.
+        # How many of p real losers are clustered: never fewer than there are clusters.
         places = self.budget - kept
         table = [
             max(plan.candidates(p, self.recycle), min(p, places))
@@ -223,7 +220,7 @@ class SparseVLM(InDecoder):
 
     @nn.nowrap
     def scores(self, tokens, state):
-        """Mean attention of the raters, float32 [B, T]."""
+        """Mean attention of the raters."""
         count = tokens.mask.shape[1]
         words = raters(state)
         number = jnp.maximum(jnp.sum(words, axis=1, dtype=jnp.float32), 1.0)

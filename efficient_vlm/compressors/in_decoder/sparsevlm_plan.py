@@ -1,8 +1,8 @@
-"""How many tokens sparsevlm keeps at each cut: the published schedules and what lies between.
+"""How many tokens sparsevlm keeps at each cut: the published schedules, and others between them.
 
-A published schedule is known by a number of tokens, for N = 576 and cuts behind 3, 7 and 16 of 32
-layers. That number is about the mean of the tokens that layers *write*; the tokens
-that they *process* are more (192: 192.03 written, 206.5 processed; 64: 64.8 and 82.25).
+A published schedule is named after a number of tokens, for N = 576 and cuts after 3, 7 and 16 of 32
+layers. That number is about the mean count of tokens that layers *write*; they *process* more
+(192: 192.03 written, 206.5 processed; 64: 64.8 and 82.25).
 """
 
 import math
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from efficient_vlm.errors import UserError
 
 DEPTH, TOKENS = 32, 576
-CUTS = (3, 7, 16)  # layers in front of each cut
+CUTS = (3, 7, 16)  # Layers before each cut.
 
 # Version -> name -> tokens kept at each cut, without merged ones (official code).
 SCHEDULES = {
@@ -21,17 +21,17 @@ SCHEDULES = {
 
 
 def candidates(losers: int, recycle: float) -> int:
-    """Of `losers` tokens, how many are clustered: floor(recycle p) + 1, at most p."""
+    """The number of tokens of p = `losers` that are clustered: floor(recycle p) + 1, at most p."""
     return min(int(losers * recycle) + 1, losers)
 
 
 def merged(losers: int, recycle: float) -> int:
-    """Merged tokens made of `losers`: floor(candidates / 10) + 1; 0 without losers or recycling."""
+    """The number of merged tokens: floor(candidates / 10) + 1, or 0 without losers or recycling."""
     return candidates(losers, recycle) // 10 + 1 if losers and recycle else 0
 
 
-def behind(keeps: Sequence[int], num_tokens: int, recycle: float) -> tuple[int, ...]:
-    """Tokens behind each cut, merged ones included; where all are kept nothing is cut."""
+def counts_after(keeps: Sequence[int], num_tokens: int, recycle: float) -> tuple[int, ...]:
+    """Tokens after each cut, including merged ones; a cut that keeps all changes nothing."""
     counts, now = [], num_tokens
     for keep in keeps:
         now = min(now, keep + merged(now - keep, recycle)) if keep < now else now
@@ -42,18 +42,18 @@ def behind(keeps: Sequence[int], num_tokens: int, recycle: float) -> tuple[int, 
 def mean_processed(
     cuts: Sequence[int], counts: Sequence[int], num_layers: int, num_tokens: int
 ) -> float:
-    """Mean over layers of the visual tokens that enter them."""
+    """Mean number of visual tokens that enter a layer."""
     edges = (0, *cuts, num_layers)
     lengths = [b - a for a, b in zip(edges, edges[1:], strict=False)]
-    here = (num_tokens, *counts)
-    return sum(n * t for n, t in zip(lengths, here, strict=True)) / num_layers
+    entering = (num_tokens, *counts)
+    return sum(n * t for n, t in zip(lengths, entering, strict=True)) / num_layers
 
 
 def kept_of(budget: int, num_tokens: int, recycle: float) -> int:
-    """Of `budget` places behind one cut, how many are for kept tokens; the rest is for merged ones.
+    """How many of `budget` slots after one cut hold kept tokens; merged tokens take the rest.
 
-    The largest k with k + min(merged(T - k), budget // 2) = budget: the published rule, but never
-    more than half of the places for merged tokens.
+    The largest k with k + min(merged(T - k), budget // 2) = budget: the published rule, but at most
+    half of the slots are for merged tokens.
     """
     keep = budget
     while keep + min(merged(num_tokens - keep, recycle), budget // 2) > budget:
@@ -69,12 +69,11 @@ def solve(
     num_tokens: int,
     recycle: float,
 ) -> tuple[int, ...]:
-    """Tokens to keep at each cut so that the mean of processed tokens is nearest to `budget`.
+    """Tokens to keep at each cut so that the mean of processed tokens is closest to `budget`.
 
-    The published schedule with the nearest share of its N gives the shape; all its shares are
-    multiplied by one number, rounded, and kept between 1 and N. Layers in front of the first cut
-    always see N tokens, so small budgets are out of reach (`check_reached`): what comes nearest is
-    returned.
+    The published schedule with the closest fraction of its N gives the shape: its fractions are
+    scaled by one factor, rounded, and clipped to 1 .. N. Layers before the first cut always process
+    N tokens, so small budgets are impossible (`check_reached`): the closest schedule is returned.
     """
     name = min(published, key=lambda b: (abs(b / TOKENS - budget / num_tokens), b))
     shape = [count / TOKENS for count in published[name]]
@@ -84,7 +83,7 @@ def solve(
         return tuple(min(max(count, 1), num_tokens) for count in wanted)
 
     def mean(scale: float) -> float:
-        counts = behind(keeps(scale), num_tokens, recycle)
+        counts = counts_after(keeps(scale), num_tokens, recycle)
         return mean_processed(cuts, counts, num_layers, num_tokens)
 
     low, high = 0.0, 2 / min(shape)
@@ -95,7 +94,7 @@ def solve(
 
 
 def named(budget: int, version: str, num_tokens: int) -> tuple[int, ...] | None:
-    """Tokens to keep at each cut by the schedule of that name; None if N is not 576.
+    """Tokens that the schedule of that name keeps at each cut; None if N is not 576.
 
     Raises:
       UserError: more than N, or not the name of a schedule of N = 576.
@@ -122,13 +121,13 @@ def named(budget: int, version: str, num_tokens: int) -> tuple[int, ...] | None:
 def check_reached(
     budget: float, cuts: Sequence[int], num_layers: int, num_tokens: int, recycle: float
 ) -> None:
-    """UserError if one kept token at each cut still means more than `budget` processed tokens."""
-    counts = behind((1,) * len(cuts), num_tokens, recycle)
+    """UserError if even one kept token per cut exceeds a mean of `budget` processed tokens."""
+    counts = counts_after((1,) * len(cuts), num_tokens, recycle)
     lowest = mean_processed(cuts, counts, num_layers, num_tokens)
     if budget < lowest:
         raise UserError(
             f"compressor.budget: {budget}, but sparsevlm processes a mean of {lowest:.4g} tokens "
-            f"or more with cuts behind layers {', '.join(map(str, cuts))}",
+            f"or more with cuts after layers {', '.join(map(str, cuts))}",
             allowed=f"{math.ceil(lowest)} to {num_tokens}, the mean over {num_layers} layers",
-            fix=f"compressor.budget={math.ceil(lowest)}, or compressor.layers further in front",
+            fix=f"compressor.budget={math.ceil(lowest)}, or earlier compressor.layers",
         )

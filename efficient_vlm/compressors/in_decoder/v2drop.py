@@ -1,4 +1,4 @@
-"""`v2drop`: tokens that a layer hardly changes are dropped; at the last stage all are."""
+"""`v2drop`: drops the tokens that a layer changes least, and all tokens at the last stage."""
 
 from collections.abc import Sequence
 
@@ -19,27 +19,25 @@ DEPTH, LAYERS = 32, (3, 17, 22)  # as published for LLaVA-1.5-7B
 
 
 class V2Drop(InDecoder):
-    """`v2drop`: drops the tokens that a layer changes least; at the last of three cuts all.
+    """`v2drop`: drops the tokens that a layer changes least, and all at the last of three cuts.
 
     Chen et al., "V2Drop: variation-aware vision token dropping", arXiv 2509.01552 (CVPR 2026),
-    section 4: the variation of token t is
-    ||h_t(after) - h_t(before)||_2 over the layer in front of the cut; the tokens that vary least
-    ("lazy" tokens) are dropped. No attention is looked at, and as visual tokens stand in front of
-    the text, the choice does not depend on the question.
+    section 4: the variation of token t is ||h_t(after) - h_t(before)||_2 over the layer before the
+    cut; the tokens that vary least ("lazy" tokens) are dropped. No attention is needed, and because
+    visual tokens precede the text, the selection does not depend on the question.
 
-    Defaults of the official code for LLaVA-1.5-7B: behind layers 3, 17 and 22 of 32 keep .5, .5
-    and 0 of the tokens that are left. Positions are retained.
+    Defaults of the official code for LLaVA-1.5-7B: after layers 3, 17 and 22 of 32 keep .5, .5
+    and 0 of the remaining tokens. Positions are retained.
 
-    Deviations: keep 0 drops all tokens, as the paper's table says; the official code keeps one
-    there (max(1, int(0 * T))), which is keep=(.5, .5, 1) here. The square of the norm ranks the
-    same and does not round twice.
+    Deviations: keep 0 drops all tokens, as in the paper's table; the official code keeps one
+    (max(1, int(0 * T))), which is keep=(.5, .5, 1) here. The squared norm has the same ranking and
+    is rounded only once.
 
     Attributes:
       budget: of the one-cut form only; may be 0.
-      layers: layers in front of each cut; None for the published ones, at the same part of the
-        depth.
-      keep: for each cut, a fraction of the tokens left in front of it (rounded down, at least 1),
-        a count, or 0; all images of a row together. None for .5 and, at the last, 0.
+      layers: numbers of layers before each cut; None for the published ones, rescaled to the depth.
+      keep: for each cut, a fraction of the tokens before it (rounded down, at least 1), a count, or
+        0; for all images of a row together. None for .5, and 0 at the last.
     """
 
     layers: Sequence[int] | None = None
@@ -60,7 +58,7 @@ class V2Drop(InDecoder):
         check_falling("compressor.keep", [k for k in self.keep or () if isinstance(k, int)])
         if self.keep and len(self.keep) != len(self.layers or LAYERS):
             raise UserError(
-                f"compressor.keep: {self.keep} for the cuts behind {self.layers or 'three layers'}",
+                f"compressor.keep: {self.keep} for the cuts after {self.layers or 'three layers'}",
                 allowed="one number for each layer of compressor.layers",
             )
 
@@ -81,7 +79,7 @@ class V2Drop(InDecoder):
 
     @nn.nowrap
     def knobs(self, num_layers, num_tokens):
-        """The same share at every cut but the last, which drops all; for each first count."""
+        """For each first count, the same fraction at every cut but the last, which drops all."""
         number = len(self.layers or LAYERS)
         settings = []
         for first in range(num_tokens + 1):

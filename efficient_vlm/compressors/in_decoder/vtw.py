@@ -1,4 +1,4 @@
-"""`vtw`: all visual tokens leave the decoder behind one layer."""
+"""`vtw`: drops all visual tokens after one layer of the decoder."""
 
 import flax.linen as nn
 
@@ -9,21 +9,20 @@ DEPTH, LAYER = 32, 15  # as published for LLaVA-1.5-7B
 
 
 class VisualTokensWithdrawal(InDecoder):
-    """`vtw`: behind one layer all visual tokens, of all images, leave the decoder.
+    """`vtw`: drops all visual tokens, of all images, after one layer of the decoder.
 
     Lin et al., "Boosting multimodal large language models with visual tokens withdrawal", arXiv
-    2405.05803 (AAAI 2025), section 3.3: behind the K-th layer no visual token is
-    left; the text has taken over what it needs. The paper chooses K on a small set as the first
-    layer whose withdrawal changes the output distribution (KL divergence) by less than a threshold;
-    for LLaVA-1.5-7B that is K = 15 of 32. Here K is an option; the choice on data is not part of
-    the module.
+    2405.05803 (AAAI 2025), section 3.3: no visual token remains after the K-th layer, when the text
+    has absorbed the information it needs. The paper chooses K on a small set as the first layer
+    whose withdrawal changes the output distribution (KL divergence) by less than a threshold: 15 of
+    32 for LLaVA-1.5-7B. Here K is an option; its choice on data is not part of the module.
 
-    Text keeps its positions ("retain"); with rotary positions that makes no difference, because
-    only text is left and all of it moves together.
+    Text keeps its positions ("retain"). With rotary positions this makes no difference, because
+    only text remains and all of it shifts together.
 
     Attributes:
       budget: None or 0.
-      layer: K, layers in front of the cut; None for 15/32 of the depth.
+      layer: K, number of layers before the cut; None for 15/32 of the depth.
     """
 
     layer: int | None = None

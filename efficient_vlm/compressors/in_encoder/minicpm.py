@@ -1,21 +1,22 @@
-"""minicpm_merger: 2 x 2 windows become one token inside the vision encoder, and again behind it."""
+"""minicpm_merger: merges 2 x 2 windows inside the vision encoder, and again after it."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import fold, grids
-from efficient_vlm.compressors.base import Compressor, Stage, describe, positive_int
+from efficient_vlm.compressors.base import Compressor, Stage, describe
 from efficient_vlm.compressors.between.pooling import space_to_depth
 from efficient_vlm.compressors.projectors.mlp import Parametric, exact_gelu, with_embed
 from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, zero_padding
 from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.nn.cross_attention import cross_attention
 
 QUARTERS = ("window", "final")
 
 
 class _Halving(Parametric):
-    """A merger of 2 x 2 windows: a quarter of its input is its only budget."""
+    """A merger of 2 x 2 windows, whose only budget is a quarter of its input."""
 
     @nn.nowrap
     def reachable(self, grid):
@@ -28,7 +29,7 @@ class _Halving(Parametric):
 
 
 class WindowMerger(_Halving):
-    """The merger inside the encoder, one stage of `minicpm_merger`: see there."""
+    """The merger inside the encoder, a stage of `MiniCPMMerger`, which describes it."""
 
     num_heads: int = 16
     hidden_dim: int | None = None
@@ -65,15 +66,8 @@ class WindowMerger(_Halving):
             return y.reshape(*y.shape[:-1], self.num_heads, dim)
 
         q, k, v = heads("query"), heads("key"), heads("value")
-        logits = jnp.einsum("btqhd,btkhd->bthqk", q, k, preferred_element_type=jnp.float32)
-        # A finite floor: a window without real patches gets a uniform softmax, and is zeroed.
-        floor = jnp.finfo(jnp.float32).min
-        logits = logits * dim**-0.5
-        if tokens.bias is not None:
-            logits = logits + window(tokens.bias[..., None])[:, :, None, None, :, 0]
-        logits = jnp.where(real[:, :, None, None, :], logits, floor)
-        attention = jax.nn.softmax(logits, axis=-1).astype(x.dtype)
-        y = jnp.einsum("bthqk,btkhd->btqhd", attention, v).reshape(x.shape)
+        bias = None if tokens.bias is None else window(tokens.bias[..., None])[..., 0]
+        y = cross_attention(q, k, v, real, bias).values.reshape(x.shape)
         x = x + self.dense("out", y, width, ("heads", "embed"))
         x = jnp.where(real[..., None], x, 0)
 
@@ -86,7 +80,7 @@ class WindowMerger(_Halving):
 
 
 class FinalMerger(_Halving):
-    """The merger behind the encoder, one stage of `minicpm_merger`: see there."""
+    """The merger after the encoder, a stage of `MiniCPMMerger`, which describes it."""
 
     label = "minicpm_final"
 
@@ -104,35 +98,35 @@ class FinalMerger(_Halving):
 
 
 class MiniCPMMerger(Compressor):
-    """`minicpm_merger`: windows of 2 x 2 patches merge early in the encoder, then once more behind.
+    """`minicpm_merger`: 2 x 2 windows of patches merge early in the encoder and again after it.
 
     MiniCPM-V 4.6 (model card; transformers `minicpmv4_6`). Two mergers, each to a quarter:
 
-    * window (inside the encoder, behind `layer` layers): x += attention(LN(x)) within each window,
+    * window (inside the encoder, after `layer` layers): x += attention(LN(x)) within each window,
       then token = mean of the window + MLP(LN(window side by side)), MLP with the tanh GELU. The
-      remaining layers run on a quarter of the tokens, which is where the saving is.
-    * final (behind the last layer): token = MLP(LN(window side by side)), exact GELU, inner width
+      remaining layers run on a quarter of the tokens, which saves the compute.
+    * final (after the last layer): token = MLP(LN(window side by side)), exact GELU, inner width
       four times the width.
 
     All matrices have biases. Budgets: N (the identity), N / 4 and, with both mergers, N / 16, the
     published "16x" (448 pixels: 32 x 32 patches to 64 tokens).
 
-    With N / 4 there is one merger. The published "4x" leaves out the *window* merger, so the whole
-    encoder runs on N tokens: quarter="final". Default quarter="window", which saves in the encoder.
+    N / 4 uses one merger. The published "4x" omits the *window* merger, so the whole encoder runs
+    on N tokens: quarter="final". The default quarter="window" saves compute in the encoder.
 
-    Deviations: the final merger keeps the encoder's width and stands before the encoder's last norm
-    (published: behind it, and it maps to the decoder's width; here the connector does). Padded
-    neighbours are no keys, have no part in the mean, and are zeros side by side. A bias that the
-    tokens carry is added to the logits of the window attention, and is used up. Kernels start from
+    Deviations: the final merger keeps the encoder's width and precedes the encoder's last norm
+    (published: after it, mapping to the decoder's width, which the connector does here). Padded
+    neighbours are excluded from keys and mean, and are zeros side by side. A bias of the tokens is
+    added to the logits of the window attention and then discarded. Kernels are initialised by
     lecun_normal (published: block-diagonal normals).
 
     Called outside an encoder it applies its mergers one after the other.
 
     Attributes:
-      layer: encoder layers in front of the window merger. Default 7: the published insert_layer_id
-        6 is the 0-based index of the layer behind which it acts.
-      quarter: the merger of budget N / 4, "window" (default) or "final".
-      num_heads: of the window attention.
+      layer: number of encoder layers before the window merger. Default 7: the published
+        insert_layer_id 6 is the 0-based index of the layer after which it acts.
+      quarter: the merger used for budget N / 4, "window" (default) or "final".
+      num_heads: heads of the window attention.
       hidden_dim: inner width of the window MLP; None for 16 times the width (published: 4 times
         the encoder's MLP width, 17216 for 1152).
     """
@@ -147,11 +141,10 @@ class MiniCPMMerger(Compressor):
 
     @nn.nowrap
     def check_options(self):
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
-            raise UserError(f"compressor.layer: {self.layer!r}", allowed="0, 1, 2, ...")
-        positive_int("compressor.num_heads", self.num_heads)
+        checks.whole("compressor.layer", self.layer, 0)
+        checks.whole("compressor.num_heads", self.num_heads)
         if self.hidden_dim is not None:
-            positive_int("compressor.hidden_dim", self.hidden_dim)
+            checks.whole("compressor.hidden_dim", self.hidden_dim)
         if self.quarter not in QUARTERS:
             raise unknown("compressor.quarter", str(self.quarter), QUARTERS)
 
@@ -166,7 +159,7 @@ class MiniCPMMerger(Compressor):
 
     @nn.nowrap
     def mergers(self, num_tokens: int) -> tuple[tuple[str, Compressor], ...]:
-        """Names and modules of the mergers that lead from N tokens to the budget, in order."""
+        """Names and modules of the mergers from N tokens to the budget, in order."""
         rows, columns = grid = grids.resolve(self.grid, num_tokens)
         budgets = self.reachable(grid)
         if self.budget not in budgets:
@@ -198,8 +191,8 @@ class MiniCPMMerger(Compressor):
                 f"compressor.layer: {self.layer}, but the encoder has {num_layers} layers",
                 allowed=f"0 to {num_layers}",
             )
-        places = {"window": self.layer, "final": num_layers}
-        return tuple(Stage(places[name], module) for name, module in self.mergers(num_tokens))
+        layers = {"window": self.layer, "final": num_layers}
+        return tuple(Stage(layers[name], module) for name, module in self.mergers(num_tokens))
 
     @nn.nowrap
     def flops(self, num_tokens, width, text_width=0):
@@ -214,7 +207,7 @@ class MiniCPMMerger(Compressor):
         grid = self.check_call(tokens, signals, needs_grid=True)
         used = dict(self.mergers(tokens.mask.shape[1]))
         if self.is_initializing() and grid[0] % 2 == grid[1] % 2 == 0:
-            # One checkpoint for all budgets: also the parameters of a merger that is not used.
+            # One checkpoint for all budgets includes the parameters of unused mergers.
             for name in ("window", "final"):
                 if name not in used:
                     self._merger(name, grid).copy(name=name)(tokens)

@@ -5,10 +5,11 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import score
-from efficient_vlm.compressors.base import Compressor, Stage, as_tuple, positive_int
-from efficient_vlm.compressors.between.cls_attention import check_flag
+from efficient_vlm.compressors.base import Compressor, Stage, as_tuple
 from efficient_vlm.compressors.tokens import (
     NO_SIGNALS,
     VisualTokens,
@@ -17,40 +18,41 @@ from efficient_vlm.compressors.tokens import (
     zero_padding,
 )
 from efficient_vlm.errors import UserError
+from efficient_vlm.shapes import Array
 
-# Cosines are rounded to this step: equal tokens must tie whatever the order of summation.
+# Cosines are rounded to this step, so that equal tokens tie for any order of summation.
 STEP = 2.0**-16
 
 
 class ToMe(Compressor):
-    """`tome` (Token Merging, arXiv 2210.09461, section 3): r tokens fewer in every encoder layer.
+    """`tome` (Token Merging, arXiv 2210.09461, section 3): removes r tokens in every encoder layer.
 
-    Between attention and feed-forward of a layer: metric = that layer's keys, mean over heads, of
-    length 1. Tokens alternate between sets A (even places) and B (odd ones), CLS counting as place
-    0, where it is in A and protected. Each token of A finds its most similar one in B by cosine;
-    the r best such pairs merge: size-weighted mean, sizes added. r is at most half of the patch
-    tokens, (N - protected) // 2. In the layers behind, log(size) is added to the attention logits
-    of a key, so that a token of size n counts as n tokens (proportional attention, equation 1; the
-    encoder does it, from `VisualTokens.size`).
+    Between attention and feed-forward of a layer, tokens are compared by that layer's keys, mean
+    over heads, normalised to length 1. They alternate between sets A (even indices) and B (odd
+    ones); CLS counts as index 0, which puts it in A, protected. Each token of A is paired with its
+    most similar token of B by cosine, and the r best pairs merge: size-weighted mean, sizes added.
+    r is at most half of the patch tokens, (N - protected) // 2. In later layers log(size) is added
+    to the attention logits of a key, so that a token of size n counts as n tokens (proportional
+    attention, equation 1; the encoder computes it from `VisualTokens.size`).
 
-    Give `r` (the same in each layer, as published) or `budget` (the smallest r that ends at exactly
+    Set `r` (the same in each layer, as published) or `budget` (the smallest r that ends at exactly
     `budget`; the last layers merge less). Cosines are rounded to 2^-16, ties go to the lowest
     index.
 
-    Deviations. Tokens stay in source order, a merged one at the place of its partner in B; the
-    official code lists the unmerged part of A (in score order, or sorted if there is CLS) before B.
-    Attention does not see the order, but the alternation of the next layer does, so pairs differ
-    from layer 2 on. In a row with padding the real tokens alternate among themselves, and only as
-    many pairs merge as the row has real tokens above the count asked for.
+    Deviations: tokens stay in source order, a merged one at the index of its partner in B; the
+    official code lists the unmerged part of A (in score order, or sorted with CLS) before B.
+    Attention is invariant to the order, but the alternation of the next layer is not, so pairs
+    differ from layer 2 on. In a row with padding only the real tokens alternate, and only as many
+    pairs merge as the row has real tokens above the requested count.
 
-    Called as a module it is one such step, from N to `budget` >= N - N // 2 (or by `r`) with
+    Called as a module it performs one such step, from N to `budget` >= N - N // 2 (or by `r`), with
     `Signals.keys`.
 
     Attributes:
-      r: tokens merged in each layer; None if `budget` is given.
-      layers: indices of the layers that merge, None for all.
-      proportional: add log(size) to the logits.
-      class_token: whether a CLS token stands in front of those given (`stages` sets it).
+      r: tokens merged in each layer; None if `budget` is set.
+      layers: indices of the layers that merge; None for all.
+      proportional: whether log(size) is added to the logits.
+      class_token: whether a CLS token precedes the tokens (`stages` sets it).
       head_dim: width of the keys, for `flops` only (CLIP ViT-L: 64).
     """
 
@@ -77,20 +79,19 @@ class ToMe(Compressor):
         if (self.r is None) == (self.budget is None):
             raise UserError(
                 f"compressor.r: {self.r} with compressor.budget={self.budget}",
-                allowed="one of the two: r tokens a layer, or a budget behind the last layer",
+                allowed="one of the two: r tokens per layer, or a budget after the last layer",
                 fix="for example compressor.r=23 compressor.budget=None",
             )
         if self.r is not None:
-            positive_int("compressor.r", self.r)
-        check_flag("proportional", self.proportional)
-        positive_int("compressor.head_dim", self.head_dim)
+            checks.whole("compressor.r", self.r)
+        checks.flag("compressor.proportional", self.proportional)
+        checks.whole("compressor.head_dim", self.head_dim)
         for layer in self.layers or ():
-            if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
-                raise UserError(f"compressor.layers: {layer!r} is no layer", allowed="0, 1, 2, ...")
+            checks.whole("compressor.layers", layer, 0)
 
     @nn.nowrap
     def reachable(self, grid):
-        """The budgets of one step: at most half of the tokens merge."""
+        """The budgets of one step, which merges at most half of the tokens."""
         num_tokens = grid[0] * grid[1]
         return tuple(range(num_tokens, num_tokens - num_tokens // 2 - 1, -1))
 
@@ -129,7 +130,7 @@ class ToMe(Compressor):
 
     @nn.nowrap
     def flops(self, num_tokens, width, text_width=0):
-        """Of one step, with keys of width `head_dim`."""
+        """FLOPs of one step, with keys of width `head_dim`."""
         budget = self._target(num_tokens)
         if budget == num_tokens:
             return 0
@@ -154,45 +155,45 @@ class ToMe(Compressor):
 
 
 def bipartite_merge(
-    tokens: VisualTokens, metric: jax.Array, r: int, *, class_token: bool = False
+    tokens: VisualTokens, metric: Float[Array, "B N C"], r: int, *, class_token: bool = False
 ) -> VisualTokens:
     """Merges r tokens into others (bipartite soft matching, arXiv 2210.09461, section 3).
 
     Args:
-      tokens: N tokens a row.
-      metric: [B, N, C], compared by cosine; carries no gradient.
+      tokens: N tokens per row.
+      metric: [B, N, C], compared by cosine, without gradient.
       r: static, at most N // 2.
-      class_token: whether the alternation starts with a protected token that is not among these.
+      class_token: whether the alternation starts with a protected token that is not in `tokens`.
 
     Returns:
-      N - r tokens a row in source order, padding last. A row with R real tokens merges
+      N - r tokens per row in source order, padding last. A row with R real tokens merges
       R - (N - r) of them, or none if that is negative.
     """
     batch, num_tokens = tokens.mask.shape
     kept = num_tokens - r
     tokens = zero_padding(tokens)
-    # Real tokens first, in source order: places p in this order alternate between the sets.
+    # Real tokens first, in source order: indices in this order alternate between the sets.
     order = jnp.argsort(~tokens.mask, axis=1, stable=True)
     real = jnp.sum(tokens.mask, axis=1, keepdims=True, dtype=jnp.int32)
-    in_a = int(class_token)  # first place of A; B has the other parity
+    in_a = int(class_token)  # First index of A; B has the other parity.
     metric = jnp.where(tokens.mask[..., None], jax.lax.stop_gradient(metric), 0)
     unit = score.unit(jnp.take_along_axis(metric, order[..., None], axis=1))
     a, b = unit[:, in_a::2], unit[:, 1 - in_a :: 2]
-    a_place = in_a + 2 * jnp.arange(a.shape[1], dtype=jnp.int32)
-    b_place = 1 - in_a + 2 * jnp.arange(b.shape[1], dtype=jnp.int32)
+    a_index = in_a + 2 * jnp.arange(a.shape[1], dtype=jnp.int32)
+    b_index = 1 - in_a + 2 * jnp.arange(b.shape[1], dtype=jnp.int32)
 
     cosine = jnp.einsum("bxc,byc->bxy", a, b, precision=jax.lax.Precision.HIGHEST)
     cosine = jnp.round(cosine / STEP) * STEP
-    cosine = jnp.where((b_place < real)[:, None, :], cosine, -jnp.inf)
+    cosine = jnp.where((b_index < real)[:, None, :], cosine, -jnp.inf)
     partner = jnp.argmax(cosine, axis=2)
-    best = jnp.where(a_place < real, jnp.max(cosine, axis=2), -jnp.inf)
+    best = jnp.where(a_index < real, jnp.max(cosine, axis=2), -jnp.inf)
     _, pairs = jax.lax.top_k(best, r)
-    live = jnp.arange(r)[None, :] < real - kept  # never more pairs than A has real tokens
-    moved = a_place[pairs]
-    target = b_place[jnp.take_along_axis(partner, pairs, axis=1)]
+    live = jnp.arange(r)[None, :] < real - kept  # Never more pairs than real tokens in A.
+    moved = a_index[pairs]
+    target = b_index[jnp.take_along_axis(partner, pairs, axis=1)]
 
     rows = jnp.arange(batch)[:, None]
-    dropped = jnp.where(live, moved, num_tokens)  # out of range: no effect
+    dropped = jnp.where(live, moved, num_tokens)  # Out of range: no effect.
     gone = jnp.zeros((batch, num_tokens), bool).at[rows, dropped].set(True, mode="drop")
     slot = jnp.cumsum(~gone, axis=1, dtype=jnp.int32) - 1
     new = jnp.take_along_axis(slot, target, axis=1)
@@ -205,7 +206,7 @@ def bipartite_merge(
     joins = jax.nn.one_hot(jnp.where(live, new, -1), kept, dtype=jnp.float32, axis=1)
 
     def sums(x):
-        # A matrix of kept x r instead of kept x N: all but the r moved tokens are only gathered.
+        # A kept x r matrix instead of kept x N: the other tokens are only gathered.
         added = jnp.take_along_axis(x, come, axis=1)
         added = jnp.einsum("bkr,brc->bkc", joins, added, precision=jax.lax.Precision.HIGHEST)
         return jnp.take_along_axis(x, stay, axis=1) + added
@@ -215,12 +216,12 @@ def bipartite_merge(
 
 
 def _smallest(num_tokens: int, num_layers: int) -> int:
-    """Fewest tokens behind so many halvings."""
+    """Fewest tokens after `num_layers` halvings."""
     return -(-num_tokens // 2**num_layers)
 
 
 def _rate(num_tokens: int, num_layers: int, budget: int) -> int:
-    """The smallest r for which `num_layers` layers come down to `budget` tokens."""
+    """The smallest r with which `num_layers` layers reach `budget` tokens."""
     smallest = _smallest(num_tokens, num_layers)
     if not smallest <= budget <= num_tokens:
         raise UserError(

@@ -1,16 +1,19 @@
-"""tokenpacker: each pooled point looks at the patches of its own cell, and at no others."""
+"""tokenpacker: each pooled point attends to the patches of its own cell only."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import grids
-from efficient_vlm.compressors.base import positive_int
 from efficient_vlm.compressors.between.pooling import space_to_depth
 from efficient_vlm.compressors.projectors.mlp import Projector, exact_gelu, pool, with_embed
 from efficient_vlm.compressors.tokens import NO_SIGNALS
 from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.nn.cross_attention import window_attention
+from efficient_vlm.shapes import Array
 
 STYLES = ("paper", "official")
 
@@ -27,23 +30,23 @@ class TokenPacker(Projector):
     All matrices of perceptrons have a bias, W_q and W_o have none. That is style "paper" (default).
     The official module (CircleRadon/TokenPacker), style "official", has LayerNorms on all three
     (epsilon 1e-6), then an attention with projections of its own, and neither residual nor
-    LayerNorm in front of the last perceptron:
+    LayerNorm before the last perceptron:
 
         q' = A_q LN(q) + b_q,  k' = A_k LN(k) + b_k,  v' = A_v LN(v) + b_v
         y = MLP(W_o a' v' + b_o)                     a' the softmax of <q', k'>
 
-    What both styles have bears the same parameter names; the other names tell them apart.
-    Published: s = 2, 3, 4, which is 144, 64, 36 of 576 tokens, 8 heads. Budgets: those of
-    `grids.shuffled_grids`; s follows from the budget. With s = 1 every point sees its own patch
-    only: not the identity.
+    Parameters that both styles have share their names; the other names distinguish the styles.
+    Published: s = 2, 3, 4, which gives 144, 64, 36 of 576 tokens, and 8 heads. Budgets: those of
+    `grids.shuffled_grids`; s follows from the budget. With s = 1 every point attends to its own
+    patch only, which is not the identity.
 
-    Bilinear down-sampling takes samples at the centres of the cells: for odd s the middle patch,
-    for even s the mean of the four in the middle.
+    Bilinear down-sampling samples the centres of the cells: the middle patch for odd s, the mean of
+    the four middle patches for even s.
 
     Deviations: keys and values come from the one layer that the tokens hold, not from four layers
-    side by side. Padding is no key. A point whose middle patches are all padding is the mean of
-    the real patches of its cell; a cell of padding alone is padding. A bias that the tokens carry
-    is added to the logits of the patches as keys, and is used up.
+    side by side. Padding is excluded from the keys. A point whose middle patches are all padding is
+    the mean of the real patches of its cell; a cell of padding alone is padding. A bias of the
+    tokens is added to the logits of the patches as keys and then discarded.
 
     Attributes:
       num_heads: must divide the width D.
@@ -58,7 +61,7 @@ class TokenPacker(Projector):
     @nn.nowrap
     def check_options(self):
         super().check_options()
-        positive_int("compressor.num_heads", self.num_heads)
+        checks.whole("compressor.num_heads", self.num_heads)
         if self.style not in STYLES:
             raise unknown("compressor.style", str(self.style), STYLES)
 
@@ -90,7 +93,7 @@ class TokenPacker(Projector):
                 allowed=f"a divisor of {width}",
             )
         cells = grids.shuffled_grids(grid)[self.budget]
-        side, dtype = grid[0] // cells[0], tokens.embed.dtype
+        side = grid[0] // cells[0]
         bias = tokens.bias
         folded = pool(tokens.replace(bias=None), grid, cells)
 
@@ -115,16 +118,9 @@ class TokenPacker(Projector):
                 for name, y in (("query", q), ("key", k), ("value", v))
             )
         k, v = by_cell(k), by_cell(v)
-        logits = jnp.einsum(
-            "bchd,bcshd->bchs", heads(q), heads(k), preferred_element_type=jnp.float32
-        )
-        logits = logits * (width // self.num_heads) ** -0.5
         if bias is not None:
-            logits = logits + by_cell(jnp.where(tokens.mask, bias, 0)[..., None])[:, :, None, :, 0]
-        # A finite floor: a cell of padding gets a uniform softmax, no NaN, and is zeroed.
-        logits = jnp.where(live[:, :, None], logits, jnp.finfo(jnp.float32).min)
-        attention = jax.nn.softmax(logits, axis=-1).astype(dtype)
-        mixed = jnp.einsum("bchs,bcshd->bchd", attention, heads(v)).reshape(q.shape)
+            bias = by_cell(jnp.where(tokens.mask, bias, 0)[..., None])[..., 0]
+        mixed = window_attention(heads(q), heads(k), heads(v), live, bias).reshape(q.shape)
         y = self.dense("out", mixed, width, ("mlp", "embed"), bias=official)
         if not official:
             y = self.layer_norm("norm", q + y, "embed", 1e-5)
@@ -142,8 +138,10 @@ class TokenPacker(Projector):
         return self.dense(f"{name}_down", x, width, ("mlp", "embed"))
 
 
-def cell_points(x: jax.Array, live: jax.Array, side: int) -> jax.Array:
-    """The patches of each cell, bilinearly down-sampled to one point.
+def cell_points(
+    x: Float[Array, "B cells P D"], live: Bool[Array, "B cells P"], side: int
+) -> Float[Array, "B cells D"]:
+    """Bilinearly down-samples the patches of each cell to one point.
 
     Args:
       x: [B, cells, s*s, D], row by row, 0 in padding.

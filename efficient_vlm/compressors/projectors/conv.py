@@ -1,15 +1,18 @@
-"""Projectors that convolve on the grid of patches: c_abstractor, ldp, ldpv2.
+"""Projectors that convolve over the grid of patches: c_abstractor, ldp, ldpv2.
 
-Padding is treated like the outside of the image: zeros in a convolution, no part in a mean. So an
-image that fills only the upper left of its grid gives there what the smaller image would give.
+Padding is treated like the outside of the image: zeros in a convolution, excluded from a mean. An
+image that fills only the upper left of its grid therefore gets the tokens of the smaller image.
 """
+
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Shaped
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import grids
-from efficient_vlm.compressors.base import positive_int
 from efficient_vlm.compressors.projectors.mlp import (
     Parametric,
     Projector,
@@ -20,13 +23,14 @@ from efficient_vlm.compressors.projectors.mlp import (
     with_embed,
 )
 from efficient_vlm.compressors.tokens import NO_SIGNALS, zero_padding
+from efficient_vlm.shapes import Array
 
 # Epsilons of the official norms: timm's LayerNorm2d in RegStage, its LayerNormAct2d in LDP.
 _REG_EPSILON, _LDP_EPSILON = 1e-6, 1e-5
 
 
 class CAbstractor(Projector):
-    """`c_abstractor`: residual convolutions, adaptive average pooling, again convolutions, an MLP.
+    """`c_abstractor`: residual convolutions, adaptive average pooling, convolutions, an MLP.
 
     Honeybee (arXiv 2312.06742, section 3.2 and figure 3b; kakaobrain/honeybee@68a8d84):
 
@@ -40,18 +44,18 @@ class CAbstractor(Projector):
     Its convolutions have no bias, LN is over the channels, W_a (with bias) narrows to a quarter of
     the block's input width, and the shortcut is the input, or LN(W_s x) where the width changes.
     The MLP has `mlp_depth` matrices with SiLU between. Published: 144 of 576 tokens, hidden 1024,
-    both depths as below. The full budget is not the identity: only the pooling falls away.
+    both depths as below. The full budget omits only the pooling and is not the identity.
 
     Budgets: those of `adaptive_grids`, as in `deco`, with its deviation for cells that do not
     divide the grid.
 
-    Deviations: padding, see the head of this file (the mean of squeeze_excite is over real places
-    only). The depthwise product is a sum of nine shifted copies; it counts no matmul FLOPs.
+    Deviations: padding, see the top of this file (squeeze_excite averages over real positions
+    only). The depthwise product is a sum of nine shifted copies and counts no matmul FLOPs.
 
     Attributes:
-      hidden: width between; None for the width of the input.
-      depth: bottlenecks in front of the pooling, and as many behind it.
-      mlp_depth: matrices at the end.
+      hidden: inner width; None for the width of the input.
+      depth: number of bottlenecks before the pooling, and after it.
+      mlp_depth: number of matrices at the end.
     """
 
     hidden: int | None = None
@@ -65,7 +69,7 @@ class CAbstractor(Projector):
         super().check_options()
         for name in ("hidden", "depth", "mlp_depth"):
             if (value := getattr(self, name)) is not None or name != "hidden":
-                positive_int(f"compressor.{name}", value)
+                checks.whole(f"compressor.{name}", value)
 
     @nn.nowrap
     def reachable(self, grid):
@@ -146,11 +150,11 @@ class LDP(Projector):
     Budgets: a quarter of the tokens, where both sides are even (published: 144 of 576), and all of
     them, with stride 1 in the second block as well: not the identity.
 
-    Book-keeping: the token of stride 2 stands for the 2 x 2 patches (2i, 2i + 1) of each axis,
-    though its kernel also reaches 2i - 1. It is real if any of the four is.
+    A token of stride 2 holds the 2 x 2 patches (2i, 2i + 1) of each axis, though its kernel also
+    reaches 2i - 1. It is real if any of the four is.
 
-    Deviations: padding, see the head of this file. The depthwise product is a sum of nine shifted
-    copies; it counts no matmul FLOPs.
+    Deviations: padding, see the top of this file. The depthwise product is a sum of nine shifted
+    copies and counts no matmul FLOPs.
     """
 
     label = "ldp"
@@ -184,7 +188,7 @@ class LDP(Projector):
     def _inverted(
         self, name: str, x: jax.Array, live: jax.Array, new_live: jax.Array, stride: int
     ) -> jax.Array:
-        """One block on [B, h, w, C]; `live` and `new_live` are the masks before and behind it."""
+        """One block on [B, h, w, C]; `live` and `new_live` are the masks before and after it."""
         features = x.shape[-1]
         y = depthwise(self, f"{name}_depthwise", x, live, stride)
         y = nn.hard_swish(self.layer_norm(f"{name}_depthwise_norm", y, "mlp", _LDP_EPSILON))
@@ -199,14 +203,14 @@ class LDPv2(Projector):
 
     MobileVLM V2 (arXiv 2402.03766, section 3.3 and equation 3; Meituan-AutoML/MobileVLM@688fdec).
     The MLP is Linear, GELU (exact), Linear, with bias and `features` columns; the convolution,
-    which tells places apart (PEG), has a bias. Published: 144 of 576 tokens. At the full budget
-    only the pooling falls away: not the identity.
+    which encodes positions (PEG), has a bias. Published: 144 of 576 tokens. The full budget omits
+    only the pooling and is not the identity.
 
     Budgets: those of `adaptive_grids`, as in `deco`, with its deviation for cells that do not
     divide the grid.
 
-    Deviations: padding, see the head of this file. The depthwise product is a sum of nine shifted
-    copies; it counts no matmul FLOPs.
+    Deviations: padding, see the top of this file. The depthwise product is a sum of nine shifted
+    copies and counts no matmul FLOPs.
     """
 
     label = "ldpv2"
@@ -234,39 +238,43 @@ class LDPv2(Projector):
         return with_embed(tokens, off_grid(x + depthwise(self, "peg", x, live) + bias))
 
 
-def on_grid(x: jax.Array, grid: grids.Grid) -> jax.Array:
+def on_grid(x: Shaped[Array, "B N C"], grid: grids.Grid) -> Shaped[Array, "B h w C"]:
     """[B, h*w, C] to [B, h, w, C]."""
     return x.reshape(x.shape[0], *grid, x.shape[-1])
 
 
-def off_grid(x: jax.Array) -> jax.Array:
+def off_grid(x: Shaped[Array, "B h w C"]) -> Shaped[Array, "B N C"]:
     """[B, h, w, C] to [B, h*w, C]."""
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 def depthwise(
-    module: Parametric, name: str, x: jax.Array, live: jax.Array, stride: int = 1
-) -> jax.Array:
-    """Depthwise 3 x 3 convolution without bias, zeros around the grid and in padding.
+    module: Parametric,
+    name: str,
+    x: Float[Array, "B h w C"],
+    live: Bool[Array, "B h w 1"],
+    stride: int = 1,
+) -> Float[Array, "B rows columns C"]:
+    """Depthwise 3 x 3 convolution without bias; zeros surround the grid and replace padding.
 
-    As shifted copies: XLA's grouped convolution took 24 times as long on a CPU (24 x 24 x 256),
-    and its gradient 6 times; on other machines the copies are one fused pass.
+    A sum of shifted copies: XLA's grouped convolution takes 24 times as long on a CPU (24 x 24 x
+    256), and its gradient 6 times; on other machines the copies are one fused pass.
 
     Args:
-      module: whose parameter `<label>_<name>_kernel` [3, 3, C] this is.
+      module: owner of the parameter `<label>_<name>_kernel` [3, 3, C].
       name: of the parameter.
       x: [B, h, w, C].
       live: bool [B, h, w, 1].
-      stride: 1, or 2 for even h and w; the kernel is centred on every `stride`-th place.
+      stride: 1, or 2 for even h and w; the kernel is centred on every `stride`-th position.
     """
     init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", (0, 1), (2,))
-    # Its first axes are places, not inputs of a matrix: named so, an optimizer can tell.
+    # These names tell optimizers that the first axes are positions, not inputs of a matrix.
     axes = ("rows", "columns", "mlp")
     kernel = module.weight(f"{name}_kernel", init, (3, 3, x.shape[-1]), axes, jnp.float32)
     rows, columns = x.shape[1:3]
     dtype = x.dtype
     x = jnp.where(live, x, 0).astype(jnp.float32)
-    # Without the barrier what comes before is computed anew for each of the nine copies.
+    # Without the barrier XLA recomputes the input for each of the nine copies.
     x = jax.lax.optimization_barrier(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))))
     taps = [(i, j) for i in range(3) for j in range(3)]
     total = sum(
@@ -275,11 +283,19 @@ def depthwise(
     return total.astype(dtype)
 
 
-def squeeze_excite(module, name, x, live, squeezed, activation, gate):
-    """x times gate(W_b activation(W_a mean(x))), with the mean over the real places of the row.
+def squeeze_excite(
+    module: Parametric,
+    name: str,
+    x: Float[Array, "B h w C"],
+    live: Bool[Array, "B h w 1"],
+    squeezed: int,
+    activation: Callable[[jax.Array], jax.Array],
+    gate: Callable[[jax.Array], jax.Array],
+) -> Float[Array, "B h w C"]:
+    """x times gate(W_b activation(W_a mean(x))), with the mean over the real positions of the row.
 
     Args:
-      module: whose parameters these are.
+      module: owner of the parameters.
       name: of the parameters.
       x: [B, h, w, C].
       live: bool [B, h, w, 1].
@@ -294,7 +310,7 @@ def squeeze_excite(module, name, x, live, squeezed, activation, gate):
 
 
 def _squeezed(inputs: int) -> int:
-    """A quarter of the width, at least 1 (a tiny model must not lose the branch)."""
+    """A quarter of the width, at least 1 (tiny models keep the branch)."""
     return max(1, round(inputs / 4))
 
 
@@ -305,6 +321,6 @@ def _divisible(features: int) -> int:
 
 
 def _halved(grid: grids.Grid) -> dict[int, grids.Grid]:
-    """Budget -> grid behind stride 1 and, where both sides are even, stride 2."""
+    """Budget -> grid after stride 1 and, if both sides are even, stride 2."""
     sizes = grids.shuffled_grids(grid)
     return {b: cells for b, cells in sizes.items() if grid[0] // cells[0] in (1, 2)}

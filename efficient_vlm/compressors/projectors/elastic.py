@@ -1,17 +1,21 @@
-"""Methods made for one model at many budgets: m3 (nested pools), mqt (nested queries)."""
+"""Methods that serve many budgets with one model: m3 (nested pools), mqt (nested queries)."""
 
 import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import fold, grids
-from efficient_vlm.compressors.base import Compressor, as_tuple, describe, positive_int
+from efficient_vlm.compressors.base import Compressor, as_tuple, describe
 from efficient_vlm.compressors.projectors.mlp import Projector
 from efficient_vlm.compressors.projectors.resampler import position_code, query_tokens
 from efficient_vlm.compressors.tokens import NO_SIGNALS, zero_padding
 from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.nn.cross_attention import cross_attention
+from efficient_vlm.shapes import Array
 
 KEYS = ("position", "content")
 
@@ -21,21 +25,21 @@ class M3(Compressor):
 
     Matryoshka Multimodal Models (arXiv 2405.17430, section 3; mu-cai/matryoshka-mm@ec30cd3): on 24
     x 24 patches the scales are 576, 144, 36, 9 and 1 tokens, pools with a stride of 1, 2, 4, 8, 24.
-    The method has no parameters; what makes it is the training. Published: every step runs the
-    model once per scale on the same batch, and the loss is the mean over the M scales,
+    The method has no parameters; it is a way to train. Published: every step runs the model once
+    per scale on the same batch, and the loss is the mean over the M scales,
 
         L = 1/M sum_s loss(answer | X_s),
 
-    which costs as much as M steps. In this trainer a scale is drawn at every step instead (the
-    config's `elastic` list with one entry per scale), which has the same expectation at the cost of
-    one. As published the pools lie behind the projector (`projected`).
+    at the cost of M steps. This trainer draws one scale per step instead (the config's `elastic`
+    list with one entry per scale), which has the same expectation at the cost of one step. As
+    published, the pools follow the projector (`projected`).
 
-    Scales of other grids: the cell's side doubles as long as it divides rows and columns, and one
-    token for everything (`grids.nested_grids`). Padding has no part in a mean.
+    Scales of other grids: the cell's side doubles while it divides rows and columns, and the last
+    scale is one token (`grids.nested_grids`). Padding is excluded from the means.
 
     Attributes:
-      scales: token counts to offer instead, each a budget of `average_pool` whose cells are made of
-        whole cells of the next finer scale; the full budget is always there.
+      scales: token counts to offer instead, each a budget of `average_pool` whose cells are unions
+        of whole cells of the next finer scale; the full budget is always included.
     """
 
     scales: tuple[int, ...] | None = None
@@ -46,7 +50,7 @@ class M3(Compressor):
     def __post_init__(self):
         if self.scales is not None:
             values = as_tuple("compressor.scales", self.scales)
-            scales = tuple(positive_int("compressor.scales", s) for s in values)
+            scales = tuple(checks.whole("compressor.scales", s) for s in values)
             object.__setattr__(self, "scales", scales)
         super().__post_init__()
 
@@ -96,24 +100,24 @@ class MQT(Projector):
         q_t = LN_q(query_t + c(t)),  k_n = LN_k(c(n)),  v_n = LN_v(x_n)
         token_t = W_p (b_o + W_o attention(W_q q_t + b_q; W_k k + b_k; W_v v + b_v)),  t < m
 
-    As published the keys hold positions only: where a token looks does not depend on the image, it
-    is a learned fixed mixing of places. With keys="content", k_n = LN_k(x_n) + c(n) instead.
-    Queries do not see each other, so the m tokens are the first m of any larger budget, and one
-    checkpoint serves all. Published training: first stage with m = 256, then at every step one m
+    As published, keys hold positions only: a token's attention does not depend on the image, it
+    is a fixed, learned mixture of positions. With keys="content", k_n = LN_k(x_n) + c(n) instead.
+    Queries do not attend to each other, so the m tokens are the first m of any larger budget, and
+    one checkpoint serves all. Published training: a first stage with m = 256, then one m per step,
     drawn from 2, 4, ..., 256 (here the config's `elastic` list with those budgets).
 
-    Book-keeping as in `resampler`. No budget is the identity, and there are at most as many tokens
-    as patches.
+    Positions, sizes and `source` as in `resampler`. No budget is the identity, and there are at
+    most as many tokens as patches.
 
-    Deviations: c is evaluated at the places of the patches in the grid of queries (16 x 16 for
-    256), where the published code interpolates its table bicubically; its frequencies, and the
-    order column, row, are the same. Kernels start from lecun_normal.
+    Deviations: c is evaluated at the positions of the patches in the grid of queries (16 x 16 for
+    256), where the published code interpolates its table bicubically; frequencies and axis order
+    (column, row) are the same. Kernels are initialised by lecun_normal.
 
     Attributes:
-      num_queries: learned queries, the largest budget.
+      num_queries: number of learned queries, the largest budget.
       num_heads: must divide the width.
       keys: "position" (default, as published) or "content".
-      features: width of the result (W_p); None for the width of the input.
+      features: output width (W_p); None for the width of the input.
     """
 
     num_queries: int = 256
@@ -125,8 +129,8 @@ class MQT(Projector):
     @nn.nowrap
     def check_options(self):
         super().check_options()
-        positive_int("compressor.num_queries", self.num_queries)
-        positive_int("compressor.num_heads", self.num_heads)
+        checks.whole("compressor.num_queries", self.num_queries)
+        checks.whole("compressor.num_heads", self.num_heads)
         if self.keys not in KEYS:
             raise unknown("compressor.keys", str(self.keys), KEYS)
 
@@ -152,13 +156,13 @@ class MQT(Projector):
             )
         tokens = zero_padding(tokens)
         side = math.isqrt(self.num_queries - 1) + 1
-        place = jnp.stack(jnp.divmod(jnp.arange(self.budget), side), axis=-1)
+        slot = jnp.stack(jnp.divmod(jnp.arange(self.budget), side), axis=-1)
         extent = jnp.asarray(grid, jnp.float32)
         patch = (tokens.position + 0.5) * side / extent - 0.5
 
         init, shape = nn.initializers.normal(0.02), (self.num_queries, width)
         queries = self.weight("queries", init, shape, ("queries", "embed"), jnp.float32)
-        queries = queries[: self.budget] + self._code(place.astype(jnp.float32), width)
+        queries = queries[: self.budget] + self._code(slot.astype(jnp.float32), width)
         code = self._code(patch, width)
         if self.keys == "position":
             keys = self.layer_norm("key_norm", code, "embed", 1e-6)
@@ -173,14 +177,7 @@ class MQT(Projector):
             return x.reshape(*x.shape[:-1], self.num_heads, width // self.num_heads)
 
         q, k, v = heads("query", queries), heads("key", keys), heads("value", values)
-        logits = jnp.einsum("qhd,bthd->bhqt", q, k, preferred_element_type=jnp.float32)
-        logits = logits * (width // self.num_heads) ** -0.5
-        if tokens.bias is not None:
-            logits = logits + tokens.bias[:, None, None, :]
-        # A finite floor: a row without real patches gets a uniform softmax, no NaN, and is zeroed.
-        logits = jnp.where(tokens.mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
-        attention = jax.nn.softmax(logits, axis=-1)
-        mixed = jnp.einsum("bhqt,bthd->bqhd", attention.astype(dtype), v)
+        mixed, attention, _ = cross_attention(q, k, v, tokens.mask, tokens.bias)
         mixed = self.dense("out", mixed.reshape(*mixed.shape[:2], width), width, ("heads", "embed"))
         embed = self.dense(
             "projection", mixed, self.features or width, ("heads", "embed"), bias=False
@@ -188,6 +185,6 @@ class MQT(Projector):
         return query_tokens(tokens, embed, jax.lax.stop_gradient(attention.mean(axis=1)))
 
     @nn.nowrap
-    def _code(self, position: jax.Array, width: int) -> jax.Array:
+    def _code(self, position: Float[Array, "*batch 2"], width: int) -> Float[Array, "*batch D"]:
         """The sine code with the column first."""
         return position_code(position[..., ::-1], width)

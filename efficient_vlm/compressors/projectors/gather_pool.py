@@ -3,12 +3,13 @@
 import math
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import grids
-from efficient_vlm.compressors.base import Compressor, positive_int
+from efficient_vlm.compressors.base import Compressor
 from efficient_vlm.compressors.projectors.mlp import Projector
 from efficient_vlm.compressors.tokens import (
     NO_SIGNALS,
@@ -19,15 +20,17 @@ from efficient_vlm.compressors.tokens import (
     zero_padding,
 )
 from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.nn.cross_attention import window_attention
+from efficient_vlm.shapes import Array
 
 QUERIES = ("mean", "first")
 
 
-def windows(grid: grids.Grid, side: int) -> np.ndarray:
-    """Patches of each window of side x side patches, from the upper left corner on.
+def windows(grid: grids.Grid, side: int) -> Int[np.ndarray, "windows {side*side}"]:
+    """Indices of the patches of each side x side window, starting at the upper left corner.
 
     Returns:
-      int32 [windows, side * side], raster order in both; -1 where a window sticks out of the grid.
+      int32 [windows, side * side], both in raster order; -1 outside the grid.
     """
     rows, columns = grid
     down, across = -(-rows // side), -(-columns // side)
@@ -38,31 +41,31 @@ def windows(grid: grids.Grid, side: int) -> np.ndarray:
 
 
 class MolmoPool(Projector):
-    """`molmo_pool`: every k x k window of patches is read by one query made from itself.
+    """`molmo_pool`: one query per k x k window, made from its patches, attends to them.
 
     Molmo (arXiv 2409.17146, section 2; allenai/molmo@793fa38). In a window with patches x_n:
 
         y = b_o + W_o attention(W_q q + b_q; W_k x + b_k; W_v x + b_v),  q = mean of x_n
-        token = W_2 (silu(W_1 y) * W_3 y)     with `hidden_dim`; else y itself
+        token = W_2 (silu(W_1 y) * W_3 y)     with `hidden_dim`; otherwise y
 
-    Windows that stick out of the grid (Molmo2's 27 x 27 patches) are padded: padding is neither in
-    the mean nor a key. Published: 2 x 2 windows, 24 x 24 patches to 144 tokens, 27 x 27 to 196, 16
-    heads of 64, hidden_dim the MLP width of the decoder. All budgets share their parameters.
+    Windows that cross the border (Molmo2's 27 x 27 patches) are padded; padding is excluded from
+    the mean and the keys. Published: 2 x 2 windows, 24 x 24 patches to 144 tokens, 27 x 27 to 196,
+    16 heads of 64, hidden_dim the MLP width of the decoder. All budgets share their parameters.
 
-    Budgets: ceil(rows / k) * ceil(columns / k); k is the smallest side that gives the budget.
-    k = 1 is not the identity: a window of one patch still goes through W_v, W_o and what follows.
+    Budgets: ceil(rows / k) * ceil(columns / k); k is the smallest side with that budget. k = 1 is
+    not the identity, because a window of one patch still passes W_v, W_o and the projector.
 
-    Deviations: the input is what the encoder gives (published: two layers side by side, so that 16
-    heads of 64 are half of its width); "first" in a window whose first patch is padding is the
-    first real one. Queries, keys and values are computed before the gather, each patch once. A bias
-    that the tokens carry is added to the logits of the patches as keys, and is used up.
+    Deviations: the input is the encoder's output (published: two layers side by side, so that 16
+    heads of 64 are half of its width); for query="first", a window whose first patch is padding
+    uses its first real one. Keys and values are computed before the gather, once per patch. A bias
+    of the tokens is added to the logits of the patches as keys and then discarded.
 
     Attributes:
       query: "mean" (default, `attention_meanq`) or "first" (`attention`), the upper left patch.
-      num_heads: attention heads.
-      head_dim: width of each; None for the width of the input / num_heads.
+      num_heads: number of attention heads.
+      head_dim: width of each head; None for the width of the input / num_heads.
       hidden_dim: inner width of the SwiGLU projector, which has no biases; None for no projector.
-      features: width of the result; None for the width of the input.
+      features: output width; None for the width of the input.
     """
 
     query: str = "mean"
@@ -75,10 +78,10 @@ class MolmoPool(Projector):
     @nn.nowrap
     def check_options(self):
         super().check_options()
-        positive_int("compressor.num_heads", self.num_heads)
+        checks.whole("compressor.num_heads", self.num_heads)
         for name in ("head_dim", "hidden_dim"):
             if getattr(self, name) is not None:
-                positive_int(f"compressor.{name}", getattr(self, name))
+                checks.whole(f"compressor.{name}", getattr(self, name))
         if self.query not in QUERIES:
             raise unknown("compressor.query", str(self.query), QUERIES)
 
@@ -118,7 +121,8 @@ class MolmoPool(Projector):
 
         def gather(x):  # [B, N, ...] -> [B, windows, k * k, ...], zeros outside the grid
             x = x[:, np.maximum(index, 0)]
-            return jnp.where(inside.reshape(inside.shape + (1,) * (x.ndim - 3)), x, 0)
+            inside_x = inside.reshape(inside.shape + (1,) * (x.ndim - 3))
+            return jnp.where(inside_x, x, jnp.zeros_like(x))
 
         real = gather(tokens.mask)
         bias, tokens = tokens.bias, tokens.replace(bias=None)
@@ -134,14 +138,7 @@ class MolmoPool(Projector):
 
         q = heads("query", query)
         k, v = gather(heads("key", tokens.embed)), gather(heads("value", tokens.embed))
-        logits = jnp.einsum("bthd,btkhd->bthk", q, k, preferred_element_type=jnp.float32)
-        logits = logits * (inner // self.num_heads) ** -0.5
-        if bias is not None:
-            logits = logits + gather(bias)[:, :, None, :]
-        # A finite floor: a window without real patches gets a uniform softmax, and is zeroed.
-        logits = jnp.where(real[:, :, None, :], logits, jnp.finfo(jnp.float32).min)
-        attention = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-        x = jnp.einsum("bthk,btkhd->bthd", attention, v)
+        x = window_attention(q, k, v, real, None if bias is None else gather(bias))
         x = x.reshape(*x.shape[:2], inner)
         if self.hidden_dim is None:
             x = self.dense("out", x, features, ("heads", "embed"))
@@ -159,30 +156,30 @@ class MolmoPool(Projector):
 
 
 class PositionPool(Compressor):
-    """`position_pool`: means over cells found from positions, not from the order of tokens.
+    """`position_pool`: means over cells that positions define, not the order of the tokens.
 
     The pooler of Gemma 4 (google-deepmind/gemma `gm/nn/gemma4/vision`; transformers `gemma4`). With
     (r, c) the row and column of a patch in the image and w the columns of that image:
 
         cell = floor(r / k) * ceil(w / k) + floor(c / k),  token_t = mean of the patches of cell t
 
-    as a product with one_hot(cell, L), L the budget. The shape is static, yet each row of a batch
-    may hold an image of its own height and width: the bounding box of its real tokens. Slots behind
-    the last cell, and cells of padding alone, are masked. Published: k = 3 and L = 70, 140, 280
-    (default), 560 or 1120 for at most 9 L patches.
+    as a product with one_hot(cell, L), L the budget. The shape is static, yet the image of each row
+    may have its own height and width: the bounding box of its real tokens. Slots after the last
+    cell, and cells of padding alone, are masked. Published: k = 3 and L = 70, 140, 280 (default),
+    560 or 1120 for at most 9 L patches.
 
-    All budgets can be reached: without `cell`, k = ceil(sqrt(N / L)) for the N real patches of a
-    row, the published sqrt(N / L) where that is whole. Where an image of awkward shape has more
-    than L cells, k grows for that row until they fit. The full budget without `cell` is the
-    identity (but for `scaled`).
+    All budgets are possible: without `cell`, k = ceil(sqrt(N / L)) for the N real patches of a row,
+    which equals the published sqrt(N / L) if that is whole. If the shape of an image would give
+    more than L cells, k grows for that row until they fit. The full budget without `cell` is the
+    identity (except for `scaled`).
 
-    Deviations: a cell's sum is divided by its patches (published: by k^2, the same for whole cells,
-    and its images have whole cells only); `scaled` is off, as a connector with a norm or a matrix
-    of its own follows.
+    Deviations: a cell's sum is divided by the number of its patches (published: by k^2, the same
+    for whole cells, the only ones in its images); `scaled` is off, because a connector with a norm
+    or a matrix follows.
 
     Attributes:
-      cell: k, the side of a cell in patches; None to derive it from N and the budget.
-      scaled: multiply by sqrt(width), as published. Default False.
+      cell: k, the side of a cell in patches; None derives it from N and the budget.
+      scaled: whether to multiply by sqrt(width), as published. Default False.
     """
 
     cell: int | None = None
@@ -193,19 +190,18 @@ class PositionPool(Compressor):
     @nn.nowrap
     def check_options(self):
         if self.cell is not None:
-            positive_int("compressor.cell", self.cell)
-        if not isinstance(self.scaled, bool):
-            raise UserError(f"compressor.scaled: {self.scaled!r}", allowed="true or false")
+            checks.whole("compressor.cell", self.cell)
+        checks.flag("compressor.scaled", self.scaled)
 
     @nn.nowrap
-    def side(self, num_tokens: int | jax.Array) -> int | jax.Array:
-        """k: the smallest side whose cells are at least N / budget patches; for int [B] of each."""
+    def side(self, num_tokens: int | Int[Array, " B"]) -> int | Int[Array, " B"]:
+        """k: the smallest side whose cells have at least N / budget patches, for each N."""
         if self.cell is not None:
             return self.cell
         per_token = -(-num_tokens // self.budget)
         if isinstance(per_token, int):
             return math.isqrt(per_token - 1) + 1
-        # Rounded up from just below a whole root, which may be inexact.
+        # Just below a whole root, which may be inexact, then rounded up.
         root = jnp.sqrt(jnp.maximum(per_token, 1).astype(jnp.float32) - 0.25)
         return jnp.ceil(root).astype(jnp.int32)
 
@@ -229,31 +225,36 @@ class PositionPool(Compressor):
         return tokens.replace(embed=tokens.embed * jnp.asarray(width**0.5, tokens.embed.dtype))
 
 
-def position_cells(position: jax.Array, mask: jax.Array, side: int, budget: int) -> jax.Array:
+def position_cells(
+    position: Float[Array, "B T 2"],
+    mask: Bool[Array, "B T"],
+    side: int | Int[Array, " B"],
+    budget: int,
+) -> Int[Array, "B T"]:
     """The cell of each token in the bounding box of its row's real tokens.
 
     Args:
       position: float32 [B, T, 2], (row, column).
       mask: bool [B, T].
-      side: least side of a cell, for all rows or int [B] of each; larger in rows whose cells would
-        be more than `budget`.
-      budget: most cells.
+      side: least side of a cell, for all rows or each; larger in rows that would have more cells
+        than `budget`.
+      budget: largest number of cells.
 
     Returns:
-      int32 [B, T] in raster order of the cells, below `budget`; anything for padding.
+      int32 [B, T] in raster order of the cells, below `budget`; arbitrary for padding.
     """
-    place = jnp.floor(position).astype(jnp.int32)
+    patch = jnp.floor(position).astype(jnp.int32)
     real = mask[..., None]
-    corner = jnp.min(jnp.where(real, place, jnp.iinfo(jnp.int32).max), axis=1, keepdims=True)
-    place = jnp.where(real, place - corner, 0)
-    extent = jnp.max(place, axis=1) + 1  # [B, 2]
+    corner = jnp.min(jnp.where(real, patch, jnp.iinfo(jnp.int32).max), axis=1, keepdims=True)
+    patch = jnp.where(real, patch - corner, 0)
+    extent = jnp.max(patch, axis=1) + 1  # [B, 2]
 
     least = side if isinstance(side, int) else 1
     sides = jnp.arange(least, max(least, position.shape[1]) + 1)
     cells = jnp.prod(-(-extent[:, None, :] // sides[:, None]), axis=-1)
     fits = (cells <= budget) & (sides >= jnp.reshape(side, (-1, 1)))
-    # A box longer than the number of tokens (sparse ones) may fit none of these: one cell for all.
+    # A sparse box may be longer than the number of tokens and fit none of them: one cell for all.
     grown = jnp.where(jnp.any(fits, axis=1), sides[jnp.argmax(fits, axis=1)], extent.max(axis=1))
     grown = grown[:, None]
     across = -(-extent[:, 1:] // grown)
-    return place[..., 0] // grown * across + place[..., 1] // grown
+    return patch[..., 0] // grown * across + patch[..., 1] // grown

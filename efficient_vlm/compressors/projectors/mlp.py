@@ -1,37 +1,47 @@
-"""mlp and deco, and what all trained projectors share: parameters, layers, pooling costs."""
+"""mlp and deco, and the base classes of trained projectors: parameters, layers, pooling costs."""
 
 import math
 from collections.abc import Callable
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
+from efficient_vlm import checks
 from efficient_vlm.compressors import fold, grids
-from efficient_vlm.compressors.base import Compressor, positive_int
+from efficient_vlm.compressors.base import Compressor
 from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, zero_padding
+from efficient_vlm.nn.linear import Dtype, Weight, product, weight_of
+from efficient_vlm.nn.norms import layer_normalised
+from efficient_vlm.shapes import Array
 
 
 class Parametric(Compressor):
-    """A compressor with parameters of its own, named `<label>_<layer>_<part>`.
+    """A compressor with parameters, named `<label>_<layer>_<part>`.
 
-    The label in front keeps the methods of one elastic checkpoint apart. Parameters are float32
-    and cast to the dtype of the tokens; norms are computed in float32.
+    The label distinguishes the methods of one elastic checkpoint. Parameters are float32 and cast
+    to the dtype of the tokens; norms are computed in float32.
     """
 
     @nn.nowrap
-    def weight(self, name: str, init: Callable, shape: tuple, axes: tuple, dtype) -> jax.Array:
+    def weight(self, name: str, init: Callable, shape: tuple, axes: tuple, dtype: Dtype) -> Weight:
         """The parameter `<label>_<name>` with logical axes, in `dtype`."""
-        init = nn.with_logical_partitioning(init, axes)
-        return self.param(f"{self.label}_{name}", init, shape, jnp.float32).astype(dtype)
+        return weight_of(self, f"{self.label}_{name}", init, shape, axes, dtype)
 
     @nn.nowrap
     def dense(
-        self, name: str, x: jax.Array, features: int, axes: tuple, *, bias: bool = True
-    ) -> jax.Array:
+        self,
+        name: str,
+        x: Float[Array, "*batch D"],
+        features: int,
+        axes: tuple,
+        *,
+        bias: bool = True,
+    ) -> Float[Array, "*batch {features}"]:
         """x @ kernel + bias over the last axis."""
         kernel = nn.initializers.lecun_normal()
-        y = x @ self.weight(f"{name}_kernel", kernel, (x.shape[-1], features), axes, x.dtype)
+        kernel = self.weight(f"{name}_kernel", kernel, (x.shape[-1], features), axes, x.dtype)
+        y = product(x, kernel, x.dtype)
         if bias:
             y = y + self.weight(
                 f"{name}_bias", nn.initializers.zeros, (features,), axes[1:], x.dtype
@@ -40,29 +50,34 @@ class Parametric(Compressor):
 
     @nn.nowrap
     def mlp(
-        self, x: jax.Array, features: int, hidden: int, activation: Callable, *, bias: bool = True
-    ) -> jax.Array:
-        """Two matrices with `activation` between: the perceptron behind or in front of a method."""
+        self,
+        x: Float[Array, "*batch D"],
+        features: int,
+        hidden: int,
+        activation: Callable,
+        *,
+        bias: bool = True,
+    ) -> Float[Array, "*batch {features}"]:
+        """Two matrices with `activation` between them."""
         x = activation(self.dense("up", x, hidden, ("embed", "mlp"), bias=bias))
         return self.dense("down", x, features, ("mlp", "embed"), bias=bias)
 
     @nn.nowrap
-    def layer_norm(self, name: str, x: jax.Array, axis: str, epsilon: float) -> jax.Array:
-        """LayerNorm over the last axis, whose logical name is `axis`; result in the dtype of x."""
+    def layer_norm(
+        self, name: str, x: Float[Array, "*batch D"], axis: str, epsilon: float
+    ) -> Float[Array, "*batch D"]:
+        """LayerNorm over the last axis, with the logical name `axis`; returns the dtype of x."""
         shape, ones, zeros = x.shape[-1:], nn.initializers.ones, nn.initializers.zeros
         scale = self.weight(f"{name}_scale", ones, shape, (axis,), jnp.float32)
         shift = self.weight(f"{name}_bias", zeros, shape, (axis,), jnp.float32)
-        y = x.astype(jnp.float32)
-        y = y - y.mean(axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + epsilon)
-        return (y * scale + shift).astype(x.dtype)
+        return (layer_normalised(x, epsilon) * scale + shift).astype(x.dtype)
 
 
 class Projector(Parametric):
-    """A trained projector: its result may have another width, and no budget is the identity.
+    """A trained projector: it may change the width, and no budget is the identity.
 
     Attributes:
-      features: width of the result; None for the width of the input.
+      features: output width; None for the width of the input.
     """
 
     features: int | None = None
@@ -70,17 +85,17 @@ class Projector(Parametric):
     @nn.nowrap
     def check_options(self):
         if self.features is not None:
-            positive_int("compressor.features", self.features)
+            checks.whole("compressor.features", self.features)
 
 
 class Mlp(Projector):
-    """`mlp`: Linear, GELU, Linear on every token; no token is saved.
+    """`mlp`: Linear, GELU, Linear on every token, without removing any.
 
     LLaVA-1.5 (arXiv 2310.03744, section 3.3), the projector `mlp2x_gelu`: both matrices with bias
     and `features` columns, GELU with the exact erf. The only budget is the number of patches (or
-    None), and there it is not the identity but the perceptron.
+    None), at which it is the perceptron, not the identity.
 
-    The token book-keeping is that of the input; padding becomes zeros.
+    Positions, sizes and `source` are those of the input; padding becomes zeros.
     """
 
     budget: int | None = None
@@ -111,14 +126,14 @@ class Deco(Projector):
 
     DeCo (arXiv 2405.20985, section 4: "2D adaptive pooling as a down-sampler at the patch level",
     yaolinli/DeCo@103416e). Published: 144 tokens from 24 x 24. Both matrices have a bias and
-    `features` columns, GELU is exact. At the full budget nothing is pooled, but the perceptron
-    still acts: not the identity.
+    `features` columns, GELU is exact. The full budget omits only the pooling and is not the
+    identity.
 
     Budgets: those of `adaptive_grids` (8 x 8: 64, 49, 36, 25, 16, 9, 4, 1).
 
-    Deviations: padding has no part in a mean. Where the cells do not divide the grid, patches are
+    Deviations: padding is excluded from the means. If the cells do not divide the grid, patches are
     weighted by the area they share with the cell (`fold.pool`), while torch's adaptive pooling
-    gives every patch that a cell touches the same weight; both agree where the cells divide it.
+    gives every patch that a cell touches the same weight; otherwise both agree.
     """
 
     label = "deco"
@@ -141,23 +156,23 @@ class Deco(Projector):
         return with_embed(tokens, self.mlp(tokens.embed, features, features, exact_gelu))
 
 
-def exact_gelu(x: jax.Array) -> jax.Array:
-    """x times the normal distribution function, by erf (jax's own default is the tanh formula)."""
+def exact_gelu(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """x times the normal distribution function, by erf (JAX's default uses tanh)."""
     return nn.gelu(x, approximate=False)
 
 
-def with_embed(tokens: VisualTokens, embed: jax.Array) -> VisualTokens:
-    """`tokens` with other embeddings, zeros in padding (biases make it non-zero on the way)."""
+def with_embed(tokens: VisualTokens, embed: Float[Array, "B T D"]) -> VisualTokens:
+    """`tokens` with other embeddings, whose padding (non-zero by biases) is zeroed."""
     return tokens.replace(embed=jnp.where(tokens.mask[..., None], embed, 0))
 
 
 def adaptive_grids(grid: grids.Grid) -> dict[int, grids.Grid]:
     """Budget -> grid for adaptive pooling, largest budget first.
 
-    A square grid gives all smaller squares. Another grid takes equal cells where they give the
-    budget (`grids.pooled_grids`), and beside them every number of rows with the nearest number of
-    columns that keeps the shape, and the other way round; for one budget the nearest in shape,
-    then the one with fewer rows.
+    A square grid gives all smaller squares. Other grids use equal cells for the budgets of
+    `grids.pooled_grids`, and also every number of rows with the number of columns closest to the
+    aspect ratio, and vice versa; of several grids for one budget, the closest in shape, then the
+    one with fewer rows.
     """
     rows, columns = grid
     if rows == columns:
@@ -176,7 +191,7 @@ def adaptive_grids(grid: grids.Grid) -> dict[int, grids.Grid]:
 
 
 def pool(tokens: VisualTokens, grid: grids.Grid, cells: grids.Grid) -> VisualTokens:
-    """`fold.pool`; tokens that are as many as the cells keep their values to the last bit."""
+    """`fold.pool`, which is exact where the cells are the tokens."""
     if tuple(grid) == tuple(cells):
         return zero_padding(tokens)
     return fold.pool(tokens, grid, cells)

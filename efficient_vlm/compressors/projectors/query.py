@@ -1,31 +1,35 @@
-"""Projectors of learned queries in several layers: perceiver, qformer."""
+"""Projectors with learned queries in several layers: perceiver, qformer."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float
 
-from efficient_vlm.compressors.base import positive_int
+from efficient_vlm import checks
 from efficient_vlm.compressors.projectors.mlp import Parametric, exact_gelu
 from efficient_vlm.compressors.projectors.resampler import query_tokens
 from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, zero_padding
 from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.nn.cross_attention import cross_attention
+from efficient_vlm.nn.norms import rms_normalised
+from efficient_vlm.shapes import Array
 
 STYLES = ("idefics2", "flamingo")
 
 
 class Queries(Parametric):
-    """What the two methods share: the first `budget` of `num_queries` learned queries are used.
+    """Base class of both methods, which use the first `budget` of `num_queries` learned queries.
 
-    Book-keeping as in `resampler` (`query_tokens`), from the attention of the queries to the
-    patches averaged over heads and layers, each head's row normalised over the patches. In a row
-    with r < budget real patches only the first r queries are real, and they do not see the others:
-    the row equals that of budget r. At the full budget the tokens pass unchanged; the parameters
-    exist all the same.
+    Positions, sizes and `source` as in `resampler` (`query_tokens`), from the attention of the
+    queries to the patches, averaged over heads and layers, with each head's row normalised over the
+    patches. In a row with r < budget real patches only the first r queries are real, and they do
+    not attend to the others: the row equals that of budget r. At the full budget the tokens are
+    unchanged; the parameters exist nevertheless.
 
     Attributes:
-      num_queries: learned queries, the largest budget below the full one.
+      num_queries: number of learned queries, the largest budget below the full one.
       num_heads: must divide the width.
-      depth: layers.
+      depth: number of layers.
     """
 
     num_queries: int = 64
@@ -37,7 +41,7 @@ class Queries(Parametric):
     @nn.nowrap
     def check_options(self):
         for name in ("num_queries", "num_heads", "depth"):
-            positive_int(f"compressor.{name}", getattr(self, name))
+            checks.whole(f"compressor.{name}", getattr(self, name))
 
     @nn.nowrap
     def reachable(self, grid):
@@ -69,9 +73,9 @@ class Queries(Parametric):
 
     @nn.nowrap
     def _layers(
-        self, x: jax.Array, slots: jax.Array, tokens: VisualTokens
-    ) -> tuple[jax.Array, jax.Array]:
-        """Queries [B, K, D] of which `slots` [B, K] are real, to ([B, K, D], float32 [B, K, T])."""
+        self, x: Float[Array, "B K D"], slots: Bool[Array, "B K"], tokens: VisualTokens
+    ) -> tuple[Float[Array, "B K D"], Float[Array, "B K T"]]:
+        """Queries, of which `slots` are real, after all layers, and their attention to patches."""
         raise NotImplementedError
 
     @nn.nowrap
@@ -81,11 +85,11 @@ class Queries(Parametric):
         Args:
           name: of the parameters.
           x: queries.
-          keys: what they look at.
-          mask: bool [B, S], the keys that exist.
+          keys: inputs of keys and values.
+          mask: bool [B, S], real keys.
           bias: float32 [B, S] on the logits, or None.
           affine: whether the four products have a bias.
-          patches: how many of the first keys are patches, for the book-keeping.
+          patches: number of patches, which are the first keys.
 
         Returns:
           [B, K, D], and float32 [B, K, patches]: attention among the patches, mean over heads;
@@ -99,23 +103,17 @@ class Queries(Parametric):
             return y.reshape(*y.shape[:-1], self.num_heads, width // self.num_heads)
 
         q, k, v = heads("query", x), heads("key", keys), heads("value", keys)
-        logits = jnp.einsum("bqhd,bshd->bhqs", q, k, preferred_element_type=jnp.float32)
-        logits = logits * (width // self.num_heads) ** -0.5
-        if bias is not None:
-            logits = logits + bias[:, None, None]
-        # A finite floor: a row without real patches gets a uniform softmax, no NaN, and is zeroed.
-        logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
-        attention = jax.nn.softmax(logits, axis=-1).astype(x.dtype)
-        mixed = jnp.einsum("bhqs,bshd->bqhd", attention, v).reshape(x.shape)
+        attended = cross_attention(q, k, v, mask, bias)
+        mixed = attended.values.reshape(x.shape)
         y = self.dense(f"{name}_out", mixed, width, ("mlp", "embed"), bias=affine)
         if not patches:
             return y, None
-        looked = jax.nn.softmax(jax.lax.stop_gradient(logits[..., :patches]), axis=-1)
-        return y, looked.mean(axis=1)
+        logits = jax.lax.stop_gradient(attended.logits[..., :patches])
+        return y, jax.nn.softmax(logits, axis=-1).mean(axis=1)
 
 
 class Perceiver(Queries):
-    """`perceiver`: latents that attend, layer by layer, to the patches and to themselves.
+    """`perceiver`: latents attend, layer by layer, to the patches and to themselves.
 
     The Perceiver resampler of Flamingo (arXiv 2204.14198, section 2.1, figure 5) as in Idefics2
     (arXiv 2405.02246, section 3; 64 latents, 3 layers). One layer, with x the patches:
@@ -127,10 +125,13 @@ class Perceiver(Queries):
       W_2 (SiLU(W_g z) * W_1 z), and a last RMS norm follows.
     * style "flamingo": n are LayerNorms, feed_forward is W_2 relu(W_1 z)^2, no last norm.
 
-    Deviations: as many heads for keys as for queries, of width D / num_heads (Idefics2: 16 query
-    and 4 key heads of 96); the modality projection in front of Idefics2's latents is the model's
-    connector behind them here; Flamingo's time embedding is left out (one image has one time).
-    As published, keys hold no position beside what the encoder put in.
+    Deviations: keys have as many heads as queries, of width D / num_heads (Idefics2: 16 query and 4
+    key heads of 96); the modality projection before Idefics2's latents is the model's connector
+    after them here; Flamingo's time embedding is omitted (one image has one time). As published,
+    keys have no positions besides those of the encoder.
+
+    Attributes:
+      style: "idefics2" or "flamingo", see above.
     """
 
     style: str = "idefics2"
@@ -161,16 +162,17 @@ class Perceiver(Queries):
         bias = tokens.bias
         if bias is not None:
             bias = jnp.concatenate([bias, jnp.zeros(slots.shape, bias.dtype)], axis=1)
-        seen = 0.0
+        total = 0.0
         for i in range(self.depth):
             y = self._norm(f"{i}_latent_norm", x)
             keys = jnp.concatenate([self._norm(f"{i}_patch_norm", tokens.embed), y], axis=1)
-            y, looked = self._attend(str(i), y, keys, mask, bias, affine=False, patches=num_tokens)
-            x, seen = x + y, seen + looked
+            options = dict(affine=False, patches=num_tokens)
+            y, attention = self._attend(str(i), y, keys, mask, bias, **options)
+            x, total = x + y, total + attention
             x = x + self._feed_forward(i, self._norm(f"{i}_mlp_norm", x))
         if self.style == "idefics2":
             x = self._norm("norm", x)
-        return x, seen / self.depth
+        return x, total / self.depth
 
     @nn.nowrap
     def _norm(self, name, x):
@@ -178,9 +180,7 @@ class Perceiver(Queries):
             return self.layer_norm(name, x, "embed", 1e-5)
         ones, shape = nn.initializers.ones, x.shape[-1:]
         scale = self.weight(f"{name}_scale", ones, shape, ("embed",), jnp.float32)
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-6)
-        return (y * scale).astype(x.dtype)
+        return (rms_normalised(x) * scale).astype(x.dtype)
 
     @nn.nowrap
     def _feed_forward(self, i, x):
@@ -194,7 +194,7 @@ class Perceiver(Queries):
 
 
 class QFormer(Queries):
-    """`qformer`: a BERT over learned queries that sees the patches in every second layer.
+    """`qformer`: a BERT over learned queries with cross-attention in every second layer.
 
     BLIP-2 (arXiv 2301.12597, section 3.1; 32 queries, 12 layers, cross-attention in layers 0, 2,
     ...). The queries z pass a LayerNorm first, as do the patches x; then each layer is
@@ -204,7 +204,7 @@ class QFormer(Queries):
         z = LN(z + W_2 GELU(W_1 z)),           inner width 4 D, exact GELU, all matrices with bias
 
     Deviations: the queries have the width of the patches (BLIP-2: 768 for 1408), heads have the
-    width D / num_heads (64); the text branch of the pre-training stages and dropout are left out.
+    width D / num_heads (64); the text branch of the pre-training stages and dropout are omitted.
     """
 
     num_queries: int = 32
@@ -230,13 +230,13 @@ class QFormer(Queries):
         def norm(name, y):
             return self.layer_norm(f"{name}_norm", y, "embed", 1e-12)
 
-        num_tokens, seen = tokens.mask.shape[1], 0.0
+        num_tokens, total = tokens.mask.shape[1], 0.0
         x, patches = norm("query", x), norm("patch", tokens.embed)
         for i in range(self.depth):
             y, _ = self._attend(f"{i}_self", x, x, slots, None, affine=True)
             x = norm(f"{i}_self", x + y)
             if i % 2 == 0:
-                y, looked = self._attend(
+                y, attention = self._attend(
                     f"{i}_cross",
                     x,
                     patches,
@@ -245,8 +245,8 @@ class QFormer(Queries):
                     affine=True,
                     patches=num_tokens,
                 )
-                x, seen = norm(f"{i}_cross", x + y), seen + looked
+                x, total = norm(f"{i}_cross", x + y), total + attention
             y = exact_gelu(self.dense(f"{i}_up", x, 4 * x.shape[-1], ("embed", "mlp")))
             y = self.dense(f"{i}_down", y, x.shape[-1], ("mlp", "embed"))
             x = norm(f"{i}_mlp", x + y)
-        return x, seen / -(-self.depth // 2)
+        return x, total / -(-self.depth // 2)

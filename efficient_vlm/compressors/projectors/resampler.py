@@ -1,32 +1,38 @@
-"""resampler: learned queries that read the patches with one cross-attention."""
+"""resampler: learned queries that read the patches through one cross-attention."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32
 
-from efficient_vlm.compressors.base import Compressor, positive_int
-from efficient_vlm.compressors.score import rms_normalise
+from efficient_vlm import checks
+from efficient_vlm.compressors.base import Compressor
 from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, remap, zero_padding
 from efficient_vlm.errors import UserError
+from efficient_vlm.nn.cross_attention import cross_attention
+from efficient_vlm.nn.linear import product, weight_of
+from efficient_vlm.nn.norms import rms_normalised
+from efficient_vlm.shapes import Array
 
 
 class Resampler(Compressor):
     """`resampler`: token t = query_t + W_o attention(W_q query_t; W_k (n(x) + position), W_v n(x)).
 
-    n is division by the root mean square, the position a fixed 2-D sine code. Only the first
+    n divides by the root mean square, the position is a fixed 2-D sine code. Only the first
     `budget` of `num_queries` queries are used (the nested queries of MQT-LLaVA, but with content in
-    the keys, which the published code leaves out), so one checkpoint serves every budget.
+    the keys, which the published code omits), so one checkpoint serves every budget.
 
-    Book-keeping, all from a_tn, the attention of query t to patch n averaged over heads, and none
-    of it carrying a gradient: the position of a token is the mean of the patches' under a; each
-    patch is shared among the queries in proportion to a, its shares add up to the sizes (so sizes
-    sum to the number of real patches, and none is 0), and `source` names the query with the
-    largest. In a row with r < budget real patches only the first r queries are real.
+    Positions, sizes and `source` follow from a_tn, the attention of query t to patch n averaged
+    over heads, without gradients. The position of a token is the mean of the patches' positions
+    weighted by a. Each patch is shared among the queries in proportion to a; the shares of a query
+    sum to its size (so sizes sum to the number of real patches, and none is 0), and `source` names
+    the query with the largest share. In a row with r < budget real patches only the first r queries
+    are real.
 
-    At the full budget the tokens pass unchanged; the parameters exist all the same.
+    At the full budget the tokens are unchanged; the parameters exist nevertheless.
 
     Attributes:
-      num_queries: learned queries, the largest budget below the full one.
+      num_queries: number of learned queries, the largest budget below the full one.
       num_heads: must divide the width.
     """
 
@@ -37,8 +43,8 @@ class Resampler(Compressor):
 
     @nn.nowrap
     def check_options(self):
-        positive_int("compressor.num_queries", self.num_queries)
-        positive_int("compressor.num_heads", self.num_heads)
+        checks.whole("compressor.num_queries", self.num_queries)
+        checks.whole("compressor.num_heads", self.num_heads)
 
     @nn.nowrap
     def reachable(self, grid):
@@ -65,8 +71,7 @@ class Resampler(Compressor):
             )
 
         def param(name, init, axes, shape):
-            init = nn.with_logical_partitioning(init, axes)
-            return self.param(name, init, shape, jnp.float32).astype(tokens.embed.dtype)
+            return weight_of(self, name, init, shape, axes, tokens.embed.dtype)
 
         matrix, square = nn.initializers.lecun_normal(), (width, width)
         normal = nn.initializers.normal(1.0)
@@ -80,42 +85,38 @@ class Resampler(Compressor):
 
         tokens = zero_padding(tokens)
         queries = queries[: self.budget]
-        x = rms_normalise(tokens.embed)
+        x = rms_normalised(tokens.embed)
         code = position_code(tokens.position, width)
         dtype = tokens.embed.dtype
 
         def heads(y):
             return y.reshape(*y.shape[:-1], self.num_heads, width // self.num_heads)
 
-        q = heads(queries @ query_kernel)
-        k = heads((x + code).astype(dtype) @ key_kernel)
-        v = heads(x.astype(dtype) @ value_kernel)
-        logits = jnp.einsum("qhd,bthd->bhqt", q, k, preferred_element_type=jnp.float32)
-        logits = logits * (width // self.num_heads) ** -0.5
-        if tokens.bias is not None:
-            logits = logits + tokens.bias[:, None, None, :]
-        # A finite floor: a row without real patches gets a uniform softmax, no NaN, and is zeroed.
-        logits = jnp.where(tokens.mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
-        attention = jax.nn.softmax(logits, axis=-1)
-        mixed = jnp.einsum("bhqt,bthd->bqhd", attention.astype(dtype), v)
-        embed = queries + mixed.reshape(*mixed.shape[:2], width) @ out_kernel
+        q = heads(product(queries, query_kernel, dtype))
+        k = heads(product(x + code, key_kernel, dtype))
+        v = heads(product(x, value_kernel, dtype))
+        mixed, attention, _ = cross_attention(q, k, v, tokens.mask, tokens.bias)
+        mixed = mixed.reshape(*mixed.shape[:2], width)
+        embed = queries + product(mixed, out_kernel, dtype)
         return query_tokens(tokens, embed, jax.lax.stop_gradient(attention.mean(axis=1)))
 
 
-def query_tokens(tokens: VisualTokens, embed: jax.Array, attention: jax.Array) -> VisualTokens:
-    """What queries read, with the book-keeping of the docstring of `Resampler`.
+def query_tokens(
+    tokens: VisualTokens, embed: Float[Array, "B K D"], attention: Float[Array, "B K T"]
+) -> VisualTokens:
+    """The tokens of K queries, with positions, sizes and `source` as in `Resampler`.
 
     Args:
-      tokens: the T patches, `zero_padding` done.
+      tokens: T patches per row, after `zero_padding`.
       embed: [B, K, D]; in a row with r < K real patches only the first r count.
-      attention: float32 [B, K, T] of queries to patches, rows summing to 1, 0 in padding.
+      attention: float32 [B, K, T] of queries to patches; rows sum to 1, 0 for padding.
 
     Returns:
-      K tokens a row.
+      K tokens per row.
     """
     real = jnp.sum(tokens.mask, axis=1, keepdims=True)
     mask = jnp.arange(embed.shape[1])[None, :] < real
-    tiny = jnp.finfo(jnp.float32).tiny  # A patch that no query looks at is shared equally.
+    tiny = jnp.finfo(jnp.float32).tiny  # A patch without attention is shared equally.
     share = jnp.where(mask[..., None], jnp.maximum(attention, tiny), 0.0)
     holder = jnp.argmax(share, axis=1).astype(jnp.int32)
     share = share / jnp.maximum(share.sum(axis=1, keepdims=True), tiny)
@@ -131,14 +132,16 @@ def query_tokens(tokens: VisualTokens, embed: jax.Array, attention: jax.Array) -
     )
 
 
-def position_code(position: jax.Array, width: int) -> jax.Array:
+def position_code(
+    position: Float[Array, "*batch 2"], width: int
+) -> Float32[Array, "*batch {width}"]:
     """Sines and cosines of row and column, float32 [..., width].
 
     A quarter of the width each for sin(row w), cos(row w), sin(column w), cos(column w), with w
-    falling from 1 towards 1/10000 in geometric steps; what is left of the width is 0.
+    decreasing from 1 towards 1/10000 in geometric steps; the remaining channels are 0.
 
     Args:
-      position: float32 [..., 2], in patches; fractions are allowed.
+      position: float32 [..., 2], in patches, may be fractional.
       width: D.
     """
     quarter = width // 4

@@ -2,14 +2,15 @@
 
 import contextlib
 import dataclasses
+import re
 from typing import Any
 
 import jax
 
 from efficient_vlm.errors import UserError, unknown
-from efficient_vlm.kernels import aot, aot_gpu
+from efficient_vlm.kernels import aot, aot_gpu, topologies
 
-__all__ = ["CHIPS", "Chip", "chip_of", "devices_of", "has_compiler"]
+__all__ = ["CHIPS", "Chip", "chip_of", "devices_of", "has_compiler", "topology_of"]
 
 _GIB = 2**30
 
@@ -33,23 +34,32 @@ class Chip:
     gpu: bool = False
 
 
-# TPUs: cloud.google.com/tpu/docs, pages v5e, v6e and v5p ("Peak compute per chip (bf16)", "HBM
+# TPUs: cloud.google.com/tpu/docs, pages v5e, v6e, v5p and v4 ("Peak compute per chip (bf16)", "HBM
 # bandwidth", "ICI bandwidth per chip" in bits). GPUs: NVIDIA's data sheets, SXM, without sparsity;
 # NVLink one way.
 CHIPS = {
     "v5e": Chip(197e12, 819e9, 1600e9 / 8, int(15.75 * _GIB)),
     "v6e": Chip(918e12, 1640e9, 3584e9 / 8, int(31.24 * _GIB)),
     "v5p": Chip(459e12, 2765e9, 4800e9 / 8, int(95.73 * _GIB)),
+    "v4": Chip(275e12, 1200e9, 2400e9 / 8, int(30.75 * _GIB)),
     "a100": Chip(312e12, 2039e9, 300e9, int(80e9), gpu=True),
     "h100": Chip(989e12, 3350e9, 450e9, int(80e9), gpu=True),
     "h200": Chip(989e12, 4800e9, 450e9, int(141e9), gpu=True),
 }
-_EXAMPLES = "v5e:4x4, v5e:16x16, v6e:16x16, v5p:4x4x4, v5p:8x8x4, h100:8"
+_EXAMPLES = "v5e:4x4, v5e-16, v6e:16x16, v5p:4x4x4, v5p-128, h100:8"
+
+
+def topology_of(text: str) -> str:
+    """Shapes as they are; "v5e-8" as "v5e:2x4" (`kernels.topologies`), "h100-8" as "h100:8"."""
+    name, _, count = text.partition("-")
+    if name in CHIPS and CHIPS[name].gpu and re.fullmatch(r"\d+", count):
+        return f"{name}:{count}"
+    return topologies.topology_of(text)
 
 
 def chip_of(topology: str) -> Chip:
-    """The chip of a topology such as "v5e:16x16" or "h100:8"; raises UserError."""
-    name, colon, _ = topology.partition(":")
+    """The chip of a topology such as "v5e:16x16", "v5e-256" or "h100:8"; raises UserError."""
+    name, colon, _ = topology_of(topology).partition(":")
     if name not in CHIPS:
         raise unknown("--topology", topology, [f"{chip}:..." for chip in CHIPS])
     if not colon:
@@ -71,6 +81,7 @@ def devices_of(topology: str) -> tuple[Any, ...]:
     """
     if not chip_of(topology).gpu:
         return aot.tpu_devices(topology)
+    topology = topology_of(topology)
     name, _, count = topology.partition(":")
     if not count.isdecimal() or int(count) < 1:
         raise UserError(f"--topology={topology}: {count!r} is no number of GPUs", allowed=_EXAMPLES)

@@ -4,15 +4,15 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from efficient_vlm import sharding
 from efficient_vlm.costs.compiled import hlo
-from efficient_vlm.costs.compiled.chips import Chip, chip_of, devices_of, has_compiler
-from efficient_vlm.costs.compiled.programs import Program, Work, lowered
+from efficient_vlm.costs.compiled.chips import Chip, chip_of, devices_of, has_compiler, topology_of
+from efficient_vlm.costs.compiled.programs import PROGRAMS, Program, Work, lowered
 from efficient_vlm.errors import UserError, first_line
 from efficient_vlm.kernels import aot
 
@@ -124,18 +124,25 @@ class Answer:
         }
 
 
-def compile_plan(work: Work, topology: str, sizes: Mapping[str, int]) -> Answer:
+def compile_plan(
+    work: Work,
+    topology: str,
+    sizes: Mapping[str, int],
+    say: Callable[[str], None] = lambda name: None,
+) -> Answer:
     """Compiles the programs of a task for a mesh of devices that need not be there.
 
     Args:
       work: what is to be done.
-      topology: such as "v5e:16x16" or "h100:8", see `chips.devices_of`.
+      topology: such as "v5e:16x16", "v5e-256" or "h100:8", see `chips.devices_of`.
       sizes: of the axes of the mesh, all of them.
+      say: called with the name of each program before it is compiled.
 
     Raises:
       UserError: no such topology, a mesh of another size, what `programs.lowered` refuses, or a
         program that does not compile for another reason than memory.
     """
+    topology = topology_of(topology)
     chip, devices = chip_of(topology), devices_of(topology)
     text = ",".join(f"{name}:{size}" for name, size in sizes.items() if size > 1) or "data:1"
     if (product := math.prod(sizes.values())) != len(devices):
@@ -145,7 +152,10 @@ def compile_plan(work: Work, topology: str, sizes: Mapping[str, int]) -> Answer:
         )
     mesh = sharding.make_mesh(sharding.MeshConfig(**sizes), devices)
     options = aot.options_for(devices[0])
-    stages = [_compiled(program, chip, topology, options) for program in lowered(work, mesh)]
+    stages, programs = [], lowered(work, mesh)
+    for name in PROGRAMS[work.task]:
+        say(name)  # Before it is lowered, which may take as long as the compiler.
+        stages.append(_compiled(next(programs), chip, topology, options))
     return Answer(topology, dict(sizes), len(devices), chip, stages)
 
 

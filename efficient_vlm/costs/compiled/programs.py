@@ -8,24 +8,28 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding
 
 from efficient_vlm import sharding
-from efficient_vlm.errors import UserError
-from efficient_vlm.families.architecture import boxed_parameters
 from efficient_vlm.inference import stages
 from efficient_vlm.models.cache import cache_shardings
-from efficient_vlm.models.image_inputs import ImageExtras
+from efficient_vlm.models.init import boxed_parameters
+from efficient_vlm.models.inputs import ModelInputs, example_shapes
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.train import step as steps
 from efficient_vlm.train.optimizer import OptimizerConfig, make_optimizer
-from efficient_vlm.train.placement import Placement, state_shardings
+from efficient_vlm.train.state_layout import StateLayout, state_shardings
 
-__all__ = ["TASKS", "Program", "Work", "lowered"]
+__all__ = ["PROGRAMS", "TASKS", "Program", "Work", "lowered"]
 
-TASKS = ("train", "prefill", "decode")
+# Task -> its programs, in the order in which they run.
+PROGRAMS = {
+    "train": ("train",),
+    "prefill": ("encode", "compress", "prefill"),
+    "decode": ("decode",),
+}
+TASKS = tuple(PROGRAMS)
 _shape = jax.ShapeDtypeStruct
 
 
@@ -63,44 +67,33 @@ class Program(NamedTuple):
 
 
 def lowered(work: Work, mesh: Mesh) -> Iterator[Program]:
-    """The programs of a task in the order in which they run.
+    """The programs of a task, those of PROGRAMS.
 
     Parameters are float32 with the moments of AdamW in training, and of the model's own dtype in
     inference. They are arguments of every stage, used or not: all of them are there.
 
     Raises:
-      UserError: a batch that does not divide over the mesh, or a model that this task cannot take.
+      UserError: a batch that does not divide over the mesh.
     """
     sharding.check_batch(work.batch, mesh)
     yield from _train(work, mesh) if work.task == "train" else _serve(work, mesh)
 
 
 def _train(work: Work, mesh: Mesh) -> Iterator[Program]:
-    if work.pooled:
-        raise UserError(
-            "--task=train: this model pools patches across crops, which training steps do not",
-            allowed="prefill, decode; or --images=N, for images of their own",
-        )
     parts = {
         name: {**getattr(work.model, name), "remat": work.remat} for name in ("encoder", "decoder")
     }
     model = work.model.clone(**parts)
-    tokens = (work.batch, 1, work.text + work.new)
-    numbers = _on(mesh, _shape((work.batch, 1), jnp.int32))
-    batch = {
-        **_pictures(work, mesh),
-        "tokens": _on(mesh, _shape(tokens, jnp.int32)),
-        "lengths": numbers,
-        "prompt_lengths": numbers,
-        "loss_mask": _on(mesh, _shape(tokens, bool)),
-    }
-    boxed = jax.eval_shape(lambda: steps.init_params([model], batch, 0))
+    # The last target is only ever predicted.
+    inputs = _inputs(work, mesh, work.text + work.new - 1)
+    inputs = inputs.replace(labels=inputs.text)
+    boxed = jax.eval_shape(lambda: steps.init_params([model], 0))
     tx = make_optimizer(OptimizerConfig(), 1000, boxed)
     state = jax.eval_shape(lambda params: steps.init_state(params, tx), nn.unbox(boxed))
     lies = state_shardings(state, sharding.param_shardings(boxed, mesh), tx, mesh)
-    step = steps.make_train_step(model, tx, placement=Placement(mesh, lies))
+    step = steps.make_train_step(model, tx, layout=StateLayout(mesh, lies))
     state = _placed(state, lies)
-    yield Program("train", step.lower(state, batch), _bytes((state, batch)))
+    yield Program("train", step.lower(state, inputs), _bytes((state, inputs)))
 
 
 def _serve(work: Work, mesh: Mesh) -> Iterator[Program]:
@@ -108,15 +101,9 @@ def _serve(work: Work, mesh: Mesh) -> Iterator[Program]:
     boxed = boxed_parameters(model)
     params = jax.tree.map(lambda p: _shape(p.shape, model.dtype), nn.unbox(boxed))
     params = _placed(params, sharding.param_shardings(boxed, mesh))
-    pictures = _pictures(work, mesh)
-    images, there = pictures["images"], pictures["image_mask"]
-    prompts = _on(mesh, _shape((work.batch, 1, work.text), jnp.int32))
-    lengths = _on(mesh, _shape((work.batch, 1), jnp.int32))
-    extras = ImageExtras()
-    if work.pooled:
-        index = (work.batch, work.pooled, model.make_projector().side ** 2)
-        extras = ImageExtras(pool_index=_on(mesh, _shape(index, jnp.int32)))
-    layout = model.layout(images, extras)
+    inputs = _inputs(work, mesh, work.text)
+    pictures, text = inputs.pictures, inputs.replace(pictures=None, prompt=None)
+    layout = model.layout(pictures)
     chosen = stages.programs_of(model, layout)
 
     def run(name: str, static: tuple, *given: Any) -> tuple[Program, Any]:
@@ -131,12 +118,11 @@ def _serve(work: Work, mesh: Mesh) -> Iterator[Program]:
             program = jax.jit(function, **options).lower(*static, *given)
         return Program(name, program, _bytes(given)), _on(mesh, given_back)
 
-    question = (prompts, lengths, None)
-    encode, (visual, signals) = run("encode", chosen.encode, params, images, there, extras)
+    encode, (visual, signals) = run("encode", chosen.encode, params, pictures)
     fixed = (model, layout)
-    compress, visual = run("compress", fixed, params, visual, signals, *question)
+    compress, visual = run("compress", fixed, params, visual, signals, text, None)
     fixed = (chosen.prefill, layout, work.new)
-    prefill, (first, cache, _) = run("prefill", fixed, params, visual, *question, None)
+    prefill, (first, cache, _) = run("prefill", fixed, params, visual, text, None)
     if work.task == "prefill":
         yield from (encode, compress, prefill)
         return
@@ -144,12 +130,9 @@ def _serve(work: Work, mesh: Mesh) -> Iterator[Program]:
     yield run("decode", (chosen.decode,), params, first.tokens, cache)[0]
 
 
-def _pictures(work: Work, mesh: Mesh) -> dict[str, Any]:
-    encoder = work.model.make_encoder()
-    sides = [side * encoder.patch_size for side in encoder.grid]
-    rows = (work.batch, work.images)
-    pictures = {"images": _shape((*rows, *sides, 3), jnp.uint8), "image_mask": _shape(rows, bool)}
-    return _on(mesh, pictures)
+def _inputs(work: Work, mesh: Mesh, text: int) -> ModelInputs:
+    sizes = dict(rows=work.batch, pictures=work.images, text=text, pooled=work.pooled)
+    return _on(mesh, example_shapes(work.model, **sizes))
 
 
 def _on(mesh: Mesh, shapes: Any) -> Any:

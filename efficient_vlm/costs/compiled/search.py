@@ -8,7 +8,7 @@ from efficient_vlm.costs.compiled.compiled import Answer
 from efficient_vlm.costs.compiled.programs import Work
 from efficient_vlm.errors import UserError
 
-__all__ = ["Tried", "best", "meshes", "search"]
+__all__ = ["Tried", "best", "meshes", "most_plans", "search"]
 
 _TENSOR = (1, 2, 4, 8)
 _EXPERT = (1, 4, 8)
@@ -64,6 +64,14 @@ def meshes(work: Work, devices: int) -> list[dict[str, int]]:
             one = dict.fromkeys(sharding.AXES, 1)
             found += [{**one, "tensor": tensor, "expert": expert, **cut} for cut in cuts]
     return found
+
+
+def most_plans(works: Sequence[Work], batches: Sequence[int], devices: int) -> int:
+    """How many plans `search` tries if none fits with the first remat."""
+    sized = [dataclasses.replace(work, batch=batch) for work in works for batch in batches]
+    return sum(
+        len(meshes(work, devices)) * (len(_REMAT) if work.task == "train" else 1) for work in sized
+    )
 
 
 def search(

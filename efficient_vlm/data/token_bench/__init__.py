@@ -1,4 +1,4 @@
 """The token-budget benchmark as a TFDS dataset (ArrayRecord, no TensorFlow).
 
-`store.py` finds, builds and verifies it; `token_bench.py` is the TFDS builder.
+`store.py` builds and verifies it on the disk; `token_bench.py` is the TFDS builder.
 """

@@ -1,4 +1,4 @@
-"""Where builds of token_bench live, how they get there whole, and how they are verified."""
+"""Builds of token_bench on the disk: their folders, atomic building, and verification."""
 
 import contextlib
 import errno
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from efficient_vlm import checks
 from efficient_vlm.data.glyphs import TRAIN_GLYPHS
 from efficient_vlm.data.scenes import SPLITS, SceneConfig, check
 from efficient_vlm.errors import UserError
@@ -34,7 +35,7 @@ def default_root() -> Path:
 
 
 def location(root: Path, scene: SceneConfig, sizes: dict[str, int]) -> Path:
-    """Folder of one build; its name holds a hash of every knob."""
+    """Folder of one build; its name contains a hash of every setting."""
     from efficient_vlm.data.token_bench.token_bench import TokenBench, TokenBenchConfig
 
     config = TokenBenchConfig.make(scene, sizes)
@@ -42,26 +43,23 @@ def location(root: Path, scene: SceneConfig, sizes: dict[str, int]) -> Path:
 
 
 def ensure(root: Path, scene: SceneConfig, sizes: dict[str, int], *, full: bool = False) -> Path:
-    """The folder of a verified build; builds it first when it is not there.
+    """The folder of a verified build, built first if it is missing.
 
-    Any number of processes may call this at once: each builds in a folder of its own, the first
-    to finish moves its folder into place, and the others use that one.
+    Any number of processes may call this at once: each builds in its own folder, the first to
+    finish moves its folder to the final name, and the others use that one.
 
     Args:
       root: data folder.
-      scene: knobs of the build.
+      scene: settings of the build.
       sizes: images per split, {"train": n, "test": m}.
       full: also compare the SHA-256 of every file.
 
     Raises:
-      UserError: bad knobs, a folder that cannot be written, or a damaged build.
+      UserError: bad settings, a folder that cannot be written, or a damaged build.
     """
     check(scene)
     for split in SPLITS:
-        if sizes.get(split, 0) < 1:
-            raise UserError(
-                f"data.{split}_images: {sizes.get(split, 0)}", allowed="1 or more", fix="raise it"
-            )
+        checks.whole(f"data.{split}_images", sizes.get(split, 0))
     final = location(root, scene, sizes)
     if not (final / MANIFEST).is_file():
         try:
@@ -77,7 +75,7 @@ def ensure(root: Path, scene: SceneConfig, sizes: dict[str, int], *, full: bool 
 
 
 def manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a build: knobs, counts, SHA-256 of every file, source and licence.
+    """The manifest of a build: settings, counts, SHA-256 of every file, source and licence.
 
     Raises:
       UserError: no manifest, or one that cannot be read.
@@ -131,7 +129,7 @@ def _damaged(folder: Path, what: str) -> UserError:
 
 
 def _build(final: Path, scene: SceneConfig, sizes: dict[str, int]) -> None:
-    """Builds beside `final` and renames: a build is there whole or not at all."""
+    """Builds beside `final` and renames the folder, so that no incomplete build has the name."""
     with _quiet():
         from efficient_vlm.data.token_bench.token_bench import TokenBench, TokenBenchConfig
 
@@ -151,7 +149,7 @@ def _build(final: Path, scene: SceneConfig, sizes: dict[str, int]) -> None:
             try:
                 made.rename(final)
             except OSError as error:
-                # Another process was faster. A folder without manifest was not made by us.
+                # Another process was faster, unless the folder has no manifest: not one of ours.
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
                 if not (final / MANIFEST).is_file():
@@ -161,7 +159,7 @@ def _build(final: Path, scene: SceneConfig, sizes: dict[str, int]) -> None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Deletes what killed builds left behind a day ago or earlier; younger ones may be alive."""
+    """Deletes the folders of killed builds that are older than a day; newer ones may be in use."""
     for path in folder.glob(".building-*"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
@@ -198,7 +196,7 @@ def _write_manifest(folder: Path, builder: Any) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides the chatter of TFDS (progress bars, notes about custom configs), not its errors."""
+    """Hides messages of TFDS (progress bars, notes about custom configs), but not its errors."""
     from absl import logging
 
     level = logging.get_verbosity()

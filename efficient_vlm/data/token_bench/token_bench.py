@@ -1,7 +1,7 @@
 """TFDS builder of the token-budget benchmark.
 
-Shards are written in order, one after the other: no shuffling, because the pipeline shuffles, and
-because TFDS's shuffle buffer needs TensorFlow once it leaves memory.
+Shards are written in order and unshuffled: the pipeline shuffles, and TFDS's shuffle buffer needs
+TensorFlow once it exceeds memory.
 """
 
 import collections
@@ -31,10 +31,10 @@ CHUNK = 32  # Scenes per task: long enough to hide the cost of a future.
 
 @dataclasses.dataclass
 class TokenBenchConfig(tfds.core.BuilderConfig):
-    """A TFDS config whose name holds a hash of every knob, so that builds never collide.
+    """A TFDS config whose name contains a hash of every setting, so that builds never collide.
 
     Attributes:
-      scene: what defines images and questions.
+      scene: defines images and questions.
       sizes: images per split.
     """
 
@@ -43,7 +43,7 @@ class TokenBenchConfig(tfds.core.BuilderConfig):
 
     @classmethod
     def make(cls, scene: scenes.SceneConfig, sizes: dict[str, int]) -> "TokenBenchConfig":
-        """Config named after canvas, number of images and a hash of all knobs."""
+        """A config named after canvas, number of images and a hash of all settings."""
         key = json.dumps([scene.fingerprint(), sorted(sizes.items())])
         digest = hashlib.sha256(key.encode()).hexdigest()[:12]
         name = f"px{scene.canvas}-n{sum(sizes.values())}-{digest}"
@@ -51,10 +51,10 @@ class TokenBenchConfig(tfds.core.BuilderConfig):
 
 
 class TokenBench(tfds.core.ShardBasedBuilder):
-    """Token-budget benchmark: PNG, a pool of questions per image, and where every digit is.
+    """Token-budget benchmark: PNG, a pool of questions per image, and the boxes of all digits.
 
-    `content` maps each split to a SHA-256 of its pixels and texts, filled while building; unlike
-    the hashes of the files it does not depend on the version of zlib or of ArrayRecord.
+    `content` maps each split to a SHA-256 of its pixels and texts, computed while building. Unlike
+    the hashes of files, it does not depend on the versions of zlib and ArrayRecord.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -100,7 +100,7 @@ class TokenBench(tfds.core.ShardBasedBuilder):
         }
 
     def _examples(self, split: str, start: int, stop: int) -> Iterator[tuple[int, dict]]:
-        """Yields (index, features) of one shard; threads overlap the parts that leave the GIL."""
+        """Yields (index, features) of one shard; threads overlap the parts that release the GIL."""
         config = self.builder_config.scene
         counts = self.task_counts.setdefault(split, dict.fromkeys(config.tasks, 0))
         digest = bytes.fromhex(self.content.get(split, ""))

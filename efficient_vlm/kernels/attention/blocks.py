@@ -1,4 +1,4 @@
-"""Which blocks of a mask hold anything: what kernels leave out, from O(N + M) data."""
+"""Which blocks of a map have visible keys, from O(N + M) data; kernels skip all others."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def padded(count: int, block: int) -> int:
 
 
 def pad_mask(mask: Mask, queries: int, keys: int) -> Mask:
-    """The mask of longer arrays, whose added queries and keys are not there."""
+    """The mask of arrays that are padded to more queries and keys."""
 
     def pad(x, count, value):
         if x is None:
@@ -42,10 +42,10 @@ def pad_mask(mask: Mask, queries: int, keys: int) -> Mask:
 
 
 def expected_blocks(mask: Mask | None, queries: int, keys: int, block_q: int, block_k: int) -> int:
-    """How many `live_blocks` a map has if tokens are in order and none is padding: for estimates.
+    """Estimated number of `live_blocks` of a map: tokens in order, no padding.
 
-    Which they are is in the data. Causality alone is known before, with the last query at the last
-    key: what windows, segments and padding leave out is not taken off.
+    The real number depends on the data. Only causality is known statically, with the last query at
+    the last key: blocks that windows, segments and padding skip are counted.
 
     Args:
       mask: of the call.
@@ -62,24 +62,24 @@ def expected_blocks(mask: Mask | None, queries: int, keys: int, block_q: int, bl
 def live_blocks(mask: Mask, block_q: int, block_k: int) -> jax.Array:
     """bool [B, N / block_q, M / block_k]: False only where no query sees any key.
 
-    Lengths are multiples of the blocks (`pad_mask`). A True block may still be empty: bounds of
-    positions and of segments are compared, not each pair.
+    Lengths must be multiples of the blocks (`pad_mask`). A True block may still be empty, because
+    bounds of positions and segments are compared, not pairs of tokens.
     """
     q = _Bounds(mask.high > -jnp.inf, block_q)
     k = _Bounds(mask.position < jnp.inf, block_k)
     seen = _pair(q.max(mask.high), k.min(mask.position), lambda high, at: at <= high)
     same = False
     if mask.q_block is not None:
-        # Numbers of no block are negative, and no bound of a block's.
+        # Tokens outside of blocks have negative numbers, which must not enter the bounds.
         same = _overlap(q, k, mask.q_block, mask.kv_block, mask.q_block >= 0, mask.kv_block >= 0)
         seen |= same
     if mask.low is not None:
         near = _pair(q.min(mask.low), k.max(mask.near), lambda low, at: at > low)
         seen &= (near | same) if mask.spares else near
     if mask.q_segment is not None:
-        own = mask.kv_segment != SHARED
-        shared = k.any(~own)[:, None]
-        seen &= shared | _overlap(q, k, mask.q_segment, mask.kv_segment, True, own)
+        unshared = mask.kv_segment != SHARED
+        shared = k.any(~unshared)[:, None]
+        seen &= shared | _overlap(q, k, mask.q_segment, mask.kv_segment, True, unshared)
     return seen & _pair(q.any(True), k.any(True), lambda a, b: a & b)
 
 
@@ -90,7 +90,7 @@ def whole_blocks(mask: Mask, block_q: int, block_k: int) -> jax.Array:
     if mask.low is not None:
         seen &= _pair(q.max(mask.low), k.min(mask.near), lambda low, at: at > low)
     if mask.q_segment is not None:
-        shared = k.max(mask.kv_segment) == SHARED  # Those of others are not below it.
+        shared = k.max(mask.kv_segment) == SHARED  # No other segment is lower.
         one = _pair(q.min(mask.q_segment), k.max(mask.kv_segment), lambda a, b: a == b)
         two = _pair(q.max(mask.q_segment), k.min(mask.kv_segment), lambda a, b: a == b)
         seen &= shared[:, None] | (one & two)
@@ -98,37 +98,36 @@ def whole_blocks(mask: Mask, block_q: int, block_k: int) -> jax.Array:
 
 
 def weighed_blocks(weights: jax.Array, queries: int, block_q: int) -> jax.Array:
-    """bool [B, blocks], which hold a row of any weight; weights [B, N], `queries` with padding."""
+    """bool [B, blocks]: those with a query of positive weight; weights [B, N], padded `queries`."""
     weighs = jnp.pad(weights > 0, ((0, 0), (0, queries - weights.shape[1])))
     return weighs.reshape(len(weights), -1, block_q).any(axis=-1)
 
 
 def listed(live: jax.Array, first: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """The live blocks of each row, packed to the front; those that are `first` before others.
+    """The live blocks of each row, packed to the front; those in `first` before the others.
 
     Returns:
-      int32 like `live`: the numbers of the live blocks in order, then the last of them again (a
-      kernel that asks for the same block twice does not fetch it twice); int32 [B, rows], how many
-      there are.
+      int32 like `live`: the numbers of the live blocks in order, then the last one repeated (a
+      kernel does not fetch the same block twice in a row); int32 [B, rows], their number.
     """
     count = jnp.sum(live, axis=-1, dtype=jnp.int32)
     rank = 2 * ~live + (0 if first is None else ~first)
     order = jnp.argsort(rank, axis=-1, stable=True).astype(jnp.int32)
     last = jnp.maximum(count - 1, 0)[..., None]
-    place = jnp.minimum(jnp.arange(live.shape[-1], dtype=jnp.int32), last)
-    return jnp.take_along_axis(order, place, axis=-1), count
+    slots = jnp.minimum(jnp.arange(live.shape[-1], dtype=jnp.int32), last)
+    return jnp.take_along_axis(order, slots, axis=-1), count
 
 
 class _Bounds:
-    """Least and greatest value of each block, among what is there."""
+    """Least and greatest value of each block, over tokens that are not padding."""
 
-    def __init__(self, there, block: int):
-        self.there, self.block = there, block
+    def __init__(self, real, block: int):
+        self.real, self.block = real, block
 
     def _split(self, x, among, fill):
-        there = self.there if among is True or among is None else self.there & among
-        if there is not None:
-            x = jnp.where(there, x, fill)
+        real = self.real if among is True or among is None else self.real & among
+        if real is not None:
+            x = jnp.where(real, x, fill)
         return x.reshape(x.shape[0], -1, self.block)
 
     def min(self, x, among=True):
@@ -138,12 +137,12 @@ class _Bounds:
         return self._split(x, among, -_top(x)).max(axis=-1)
 
     def any(self, x):
-        x = jnp.broadcast_to(x, self.there.shape) & self.there
+        x = jnp.broadcast_to(x, self.real.shape) & self.real
         return x.reshape(x.shape[0], -1, self.block).any(axis=-1)
 
 
 def _top(x):
-    # Comparisons of an empty block's bounds come out as "nothing": its minimum is the greatest.
+    # The minimum of an empty block is the greatest value, so that comparisons with it are False.
     return jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(jnp.int32).max
 
 

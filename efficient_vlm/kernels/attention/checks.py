@@ -1,4 +1,4 @@
-"""What a call of attention may look like; mistakes are told in terms of its arguments."""
+"""Checks of the arguments of attention; errors name the argument."""
 
 import math
 
@@ -8,38 +8,38 @@ import jax.numpy as jnp
 from efficient_vlm.errors import UserError
 
 
-def arrays(*given) -> tuple:
-    """Lists and NumPy arrays as arrays; None stays."""
-    return tuple(None if x is None else jnp.asarray(x) for x in given)
+def arrays(*values) -> tuple:
+    """Lists and NumPy arrays as JAX arrays; None stays None."""
+    return tuple(None if x is None else jnp.asarray(x) for x in values)
 
 
 def cap(softcap, op: str = "attention") -> float | None:
-    """A soft cap as a number."""
+    """A soft cap as a float, or None; UserError unless it is positive and finite."""
     if softcap is None:
         return None
-    found = number("softcap", softcap, op)
-    if not 0 < found < math.inf:
+    value = number("softcap", softcap, op)
+    if not 0 < value < math.inf:
         raise UserError(f"{op}: softcap={softcap!r}", allowed="above 0, or None for no cap")
-    return found
+    return value
 
 
 _KINDS = ("bfloat16", "float16", "float32", "float64")
 
 
 def number(name: str, x, op: str = "attention") -> float:
-    """What is static of a call."""
+    """A static number as a float; UserError for a traced or another value."""
     try:
-        return float(x + 0)  # A string is none.
+        return float(x + 0)  # + 0 refuses strings.
     except (TypeError, ValueError, jax.errors.ConcretizationTypeError):
         raise UserError(
             f"{op}: {name} is {x!r:.60}",
-            allowed="a number of Python",
-            fix="multiply q by what is traced, and give scale=1.0" if name == "scale" else None,
+            allowed="a Python number",
+            fix="multiply q by the traced value, and pass scale=1.0" if name == "scale" else None,
         ) from None
 
 
 def attention(q, k, v, key_bias, weights, rows, lse=None) -> None:
-    """Of `attention` and `attention_importance`."""
+    """Checks the arrays of `attention` and `attention_importance`."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if jnp.ndim(x) != 4:
             raise UserError(f"attention: {name} has shape {jnp.shape(x)}", allowed="four axes")
@@ -87,10 +87,10 @@ def attention(q, k, v, key_bias, weights, rows, lse=None) -> None:
 
 
 def decode(q, k, v, lengths, pages, k_scale, v_scale) -> None:
-    """Of `attention_decode`, but for what goes by column."""
+    """Checks the arrays of `attention_decode`, except those of `columns`."""
     if jnp.ndim(q) != 4 or 0 in q.shape:
         raise UserError(
-            f"attention_decode: q has shape {jnp.shape(q)}", allowed="[B, H, R, D], none of them 0"
+            f"attention_decode: q has shape {jnp.shape(q)}", allowed="[B, H, R, D], no empty axis"
         )
     batch, heads, _, dim = q.shape
     if (
@@ -122,25 +122,25 @@ def decode(q, k, v, lengths, pages, k_scale, v_scale) -> None:
             f"attention_decode: lengths has shape {lengths.shape}",
             allowed=f"integers [{batch}], or [{batch}, {q.shape[2]}] for each query",
         )
-    for name, x, given in (("k", k, k_scale), ("v", v, v_scale)):
-        if (x.dtype == jnp.int8) != (given is not None):
+    for name, x, scale in (("k", k, k_scale), ("v", v, v_scale)):
+        if (x.dtype == jnp.int8) != (scale is not None):
             raise UserError(
                 f"attention_decode: {name} is {x.dtype} and {name}_scale "
-                + ("missing" if given is None else "given"),
+                + ("missing" if scale is None else "given"),
                 allowed="int8 with a scale for each token and head, or neither",
             )
-        if given is None and x.dtype != q.dtype:
+        if scale is None and x.dtype != q.dtype:
             raise UserError(f"attention_decode: {name} is {x.dtype}", allowed=f"{q.dtype}, as q")
-        if given is not None and jnp.shape(given) != k.shape[:3]:
+        if scale is not None and jnp.shape(scale) != k.shape[:3]:
             raise UserError(
-                f"attention_decode: {name}_scale has shape {jnp.shape(given)}",
+                f"attention_decode: {name}_scale has shape {jnp.shape(scale)}",
                 allowed=str(list(k.shape[:3])),
             )
 
 
-def columns(batch: int, keys: int, *, kept, **given) -> None:
-    """What `attention_decode` is told of the keys of a row."""
-    for name, x in given.items():
+def columns(batch: int, keys: int, *, kept, **arrays) -> None:
+    """Checks the arguments of `attention_decode` that have one value per key."""
+    for name, x in arrays.items():
         if x is not None and jnp.shape(x) not in ((batch, keys), (1, keys)):
             raise UserError(
                 f"attention_decode: {name} has shape {jnp.shape(x)}", allowed=f"[{batch}, {keys}]"
@@ -149,7 +149,7 @@ def columns(batch: int, keys: int, *, kept, **given) -> None:
 
 
 def windows(q, places, after) -> None:
-    """Where the window of each query begins."""
+    """Of the windows of `attention_decode`."""
     if (places is None) != (after is None):
         raise UserError("attention_decode: places and after are given together or not at all")
     shape = (len(q), q.shape[2])

@@ -1,4 +1,4 @@
-"""Kept tokens moved together once, so that every layer behind works on fewer."""
+"""Kept tokens gathered once, so that all later layers work on fewer tokens."""
 
 from typing import Any, NamedTuple
 
@@ -13,14 +13,14 @@ __all__ = ["Compacted", "compact", "keep_blocks"]
 
 
 class Compacted(NamedTuple):
-    """Kept tokens in order; `most` places a row, of which the first `lengths` hold one.
+    """Kept tokens in order: `most` slots per row, of which the first `lengths` hold a token.
 
     Attributes:
-      values: what was given, each [B, most, ...]; 0 in places without a token.
+      values: the gathered arrays, each [B, most, ...]; 0 in empty slots.
       lengths: int32 [B], for `kv_lengths` and `q_lengths`.
-      key_bias: float32 [B, most], logarithm of the size of each token; 0 without one.
+      key_bias: float32 [B, most], logarithm of the size of each token; 0 in empty slots.
       positions: [B, most], the original ones, for causal masks, windows and rotary positions.
-      index: int32 [B, most], where each token came from; 0 without one.
+      index: int32 [B, most], original index of each token; 0 in empty slots.
     """
 
     values: Any
@@ -38,15 +38,15 @@ def compact(
     sizes: jax.Array | None = None,
     positions: jax.Array | None = None,
 ) -> Compacted:
-    """Gathers the kept tokens of each row, in order, into `most` places.
+    """Gathers the kept tokens of each row, in order, into `most` slots.
 
-    Rows may keep different numbers of tokens: attention behind skips the blocks that hold none.
+    Rows may keep different numbers of tokens: later attention skips the blocks that hold none.
 
     Args:
       values: arrays [B, N, ...], as a pytree.
       keep: bool [B, N].
-      most: static, places a row; kept tokens beyond that many are left out, the last ones first.
-      sizes: float [B, N], how many tokens each stands for; None for 1.
+      most: slots per row, static; of more kept tokens the last ones are dropped.
+      sizes: float [B, N], number of original tokens in each; None for 1.
       positions: [B, N]; None for 0 .. N - 1.
 
     Raises:
@@ -65,29 +65,29 @@ def compact(
             )
     order = jnp.argsort(~keep, axis=1, stable=True)[:, :most].astype(jnp.int32)
     lengths = jnp.minimum(keep.sum(axis=1, dtype=jnp.int32), most)
-    there = jnp.arange(most) < lengths[:, None]
-    index = jnp.where(there, order, 0)
+    filled = jnp.arange(most) < lengths[:, None]
+    index = jnp.where(filled, order, 0)
 
     def take(x):
         wide = (slice(None), slice(None), *(None,) * (x.ndim - 2))
         taken = jnp.take_along_axis(x, index[wide], axis=1)
-        return jnp.where(there[wide], taken, jnp.zeros_like(taken))
+        return jnp.where(filled[wide], taken, jnp.zeros_like(taken))
 
     if sizes is None:
         key_bias = jnp.zeros((len(keep), most), jnp.float32)
     else:
-        # A place without a token would have the logarithm of 0.
-        key_bias = jnp.log(jnp.where(there, take(sizes.astype(jnp.float32)), 1.0))
+        # An empty slot has size 0, whose logarithm is -inf.
+        key_bias = jnp.log(jnp.where(filled, take(sizes.astype(jnp.float32)), 1.0))
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(keep.shape[1], dtype=jnp.int32), keep.shape)
     return Compacted(jax.tree.map(take, values), lengths, key_bias, take(positions), index)
 
 
 def keep_blocks(scores: jax.Array, block: int, count: int) -> jax.Array:
-    """The blocks of keys with the greatest scores, without moving anything.
+    """The blocks of keys with the greatest scores, kept in place.
 
-    Given to `make_mask` as `kv_live`, attention neither fetches nor computes the other blocks
-    where its own blocks lie inside theirs.
+    With the result as `kv_live` of `make_mask`, attention neither fetches nor computes the other
+    blocks, as far as blocks of its kernels lie inside them.
 
     Args:
       scores: float [B, M]; a block counts as the sum of its scores.

@@ -1,4 +1,4 @@
-"""What differs in Pallas between JAX 0.10 and 0.12, and nothing else."""
+"""Differences of Pallas between JAX 0.10 and 0.12."""
 
 import inspect
 
@@ -8,7 +8,7 @@ __all__ = ["kernel_options", "load"]
 
 
 def load(ref, layout):
-    """A whole array in fast memory, in a layout; its index is required, then refused."""
+    """A whole array of fast memory in a layout; old JAX requires an index, new JAX refuses it."""
     index = inspect.signature(plgpu.load).parameters.get("idx")
     if index is not None and index.default is inspect.Parameter.empty:
         return plgpu.load(ref, (), layout=layout)
@@ -16,6 +16,6 @@ def load(ref, layout):
 
 
 def kernel_options() -> dict:
-    """Arguments of `plgpu.kernel`; the semantics of lowering, whose default changed, are said."""
+    """Arguments of `plgpu.kernel`, with the lowering semantics, whose default has changed."""
     params = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
     return {"compiler_params": params}

@@ -1,9 +1,9 @@
-"""cuDNN's attention through JAX, by explicit choice: the peer, with a bias for each key folded in.
+"""cuDNN's attention through JAX, with a bias per key folded into its operands.
 
-cuDNN takes a bias as a whole map only. A bias for each key is one more column of q (ones) and of k
-(the bias over the scale), exactly; in 16 bits the bias goes into two columns, its rounding and what
-the rounding left, or log 9 would be off by 4e-3. It has no float32 logarithm of the sum of
-exponentials: `AttentionResult.lse` is None.
+cuDNN takes a bias only as a whole map. A bias per key equals one more column of q (ones) and of k
+(the bias over the scale). In 16 bits the bias takes two columns, its rounded value and the rounding
+error, or log 9 would be off by 4e-3. cuDNN returns no float32 logarithm of the sum of exponentials,
+so `AttentionResult.lse` is None.
 """
 
 import functools
@@ -20,7 +20,7 @@ _SERVED = ("causal", "q_lengths", "kv_lengths", "window")
 
 
 def unserved(q, v, softcap, key_bias, weights, given) -> str | None:
-    """The feature that cuDNN lacks for a call, or None; `given` are the arguments of the mask."""
+    """The feature that cuDNN lacks for a call, or None; `given`: arguments of the mask by name."""
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"{q.dtype} (bfloat16 and float16 only)"
     dim = q.shape[-1] + (2 if key_bias is not None else 0)
@@ -43,8 +43,7 @@ def unserved(q, v, softcap, key_bias, weights, given) -> str | None:
 
 @functools.cache
 def available() -> bool:
-    """Whether this process has a GPU and JAX finds a cuDNN that it can use; compiling for one that
-    is not there needs it, too."""
+    """Whether this process has a GPU and a cuDNN that JAX can use."""
     if jax.default_backend() != "gpu":
         return False
     x = jax.ShapeDtypeStruct((1, 1, 64, 64), jnp.bfloat16)
@@ -56,10 +55,10 @@ def available() -> bool:
 
 
 def attend(q, k, v, key_bias=None, *, scale, causal, window=None, q_lengths=None, kv_lengths=None):
-    """[B, H, N, Dv]; arguments as those of `attention`, gradients by JAX.
+    """out [B, H, N, Dv]; arguments as in `attention`, gradients by JAX.
 
     Raises:
-      UserError: JAX finds no cuDNN here that it can use.
+      UserError: JAX finds no cuDNN that it can use.
     """
     width = v.shape[-1]
     if key_bias is not None:
@@ -78,14 +77,14 @@ def attend(q, k, v, key_bias=None, *, scale, causal, window=None, q_lengths=None
             is_causal=causal,
             query_seq_lengths=q_lengths,
             key_value_seq_lengths=kv_lengths,
-            # JAX counts the keys before the query's own.
+            # JAX counts the keys before the query's own position.
             local_window_size=None if window is None else (window - 1, 0),
             implementation="cudnn",
         )
     except RuntimeError as error:
-        if isinstance(error, jax.errors.JaxRuntimeError):  # Of running it, such as out of memory.
+        if isinstance(error, jax.errors.JaxRuntimeError):  # While running, such as out of memory.
             raise
-        # There is no cuDNN here, or one that is too old.
+        # No cuDNN, or too old a version.
         raise UserError(
             f"attention: implementation 'cudnn': {first_line(error)}",
             allowed="reference, xla",
@@ -94,8 +93,8 @@ def attend(q, k, v, key_bias=None, *, scale, causal, window=None, q_lengths=None
     out = out.swapaxes(1, 2)[..., :width]
     if q_lengths is None:
         return out
-    there = jnp.arange(out.shape[2]) < q_lengths[:, None]
-    return jnp.where(there[:, None, :, None], out, 0)
+    real = jnp.arange(out.shape[2]) < q_lengths[:, None]
+    return jnp.where(real[:, None, :, None], out, 0)
 
 
 def folded(q, k, key_bias, scale):

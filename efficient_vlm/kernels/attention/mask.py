@@ -1,13 +1,14 @@
-"""Which keys a query sees, as a few numbers for each query and each key: never a map of N x M.
+"""Which keys a query sees, as a few numbers per query and per key: never an N x M map.
 
-Every mask of the models is here: causal by position, prefix, sliding window, packed segments,
-blocks that see each other, and lengths. A key j is seen by a query i when
+All masks of the models are of this kind: causal by position, prefix, sliding window, packed
+segments, blocks with bidirectional attention, and lengths. Query i sees key j when
 
     (position_j <= high_i  or  same block)  and  (near_j > low_i  or  same block that is spared)
     and (same segment or the key's segment is shared)
 
-with `high` from causality, the prefix and the window's right side, `low` from its left side. What
-is not there sees nothing and is not seen: its `high` is -inf, its `position` +inf.
+with `high` from causality, the prefix and the window's right side, `low` from its left side.
+Padding sees nothing and is not seen: `high` of a padding query is -inf, `position` of a padding key
++inf.
 """
 
 from collections.abc import Callable
@@ -32,13 +33,13 @@ __all__ = [
     "visible",
 ]
 
-# Logits of what is hidden: finite, so that a row that sees nothing has gradients.
+# Logit of a hidden key: finite, so that gradients of a row that sees nothing are not NaN.
 NEGATIVE = -1e30
-# Above every position, below the +inf of what is not there.
+# Above every position, below the +inf of padding keys.
 EVERYTHING = 1e30
-# No query block has the number of a key that is in no block, nor the other way round.
+# Two numbers, so that queries and keys outside of all blocks are never in the same block.
 _NO_QUERY_BLOCK, _NO_KEY_BLOCK = -1, -2
-# The segment of keys that all queries see; those of users are not negative.
+# The segment of keys that all queries see; segments of callers are not negative.
 SHARED = -2
 
 
@@ -47,7 +48,7 @@ K_FIELDS = ("position", "near", "kv_segment", "kv_block")
 
 
 class Rule(NamedTuple):
-    """Which parts of the rule a mask has: what kernels are specialised for."""
+    """The parts of the rule that a mask uses; kernels are specialised for them."""
 
     windowed: bool
     segmented: bool
@@ -55,11 +56,11 @@ class Rule(NamedTuple):
     spares: bool
 
     def seen(self, row: Callable[[str], jax.Array], column: Callable[[str], jax.Array]):
-        """bool, which keys are seen: the rule of the module, wherever it is applied.
+        """bool, which queries see which keys: the one implementation of the rule of the module.
 
         Args:
-          row, column: give a field of the queries (Q_FIELDS) and of the keys (K_FIELDS) by name, in
-            shapes that broadcast to the map.
+          row, column: return a field of the queries (Q_FIELDS) and of the keys (K_FIELDS) by name,
+            in shapes that broadcast to the map.
         """
         seen = column("position") <= row("high")
         same = None
@@ -77,18 +78,18 @@ class Rule(NamedTuple):
 
 @struct.dataclass
 class Mask:
-    """See the module. Rows B, or 1 for the same in every row; N queries, M keys.
+    """The numbers of a mask, see the module. B rows, or 1 that holds for all; N queries, M keys.
 
     Attributes:
-      high: float32 [B, N]; -inf for a query that is not there.
-      position: float32 [B, M]; +inf for a key that is not there.
+      high: float32 [B, N]; -inf for padding queries.
+      position: float32 [B, M]; +inf for padding keys.
       low, near: float32 [B, N] and [B, M], or None without a window; `near` is the position, or
         +inf for keys that no window cuts.
       q_segment, kv_segment: int32 [B, N] and [B, M], or None; kv_segment is SHARED for keys that
         every query sees.
       q_block, kv_block: int32 [B, N] and [B, M], or None; equal numbers see each other.
-      spares: whether they do so outside the window, too.
-      causal: whether it was made of causality, and perhaps of more: for estimates of work alone.
+      spares: whether tokens of one block see each other outside the window, too.
+      causal: whether the mask is causal (and perhaps more); used for estimates of work only.
     """
 
     high: jax.Array
@@ -104,7 +105,7 @@ class Mask:
 
     @property
     def rule(self) -> Rule:
-        """What is in it."""
+        """The parts of the rule that this mask uses."""
         fields = (self.low, self.q_segment, self.q_block)
         return Rule(*(field is not None for field in fields), self.spares)
 
@@ -128,37 +129,41 @@ def make_mask(
     kv_lengths: jax.Array | None = None,
     kv_live: jax.Array | None = None,
 ) -> Mask | None:
-    """The mask of a batch, made once for all layers; None where everything sees everything.
+    """The mask of a batch, made once for all layers; None where every query sees every key.
 
     Args:
       queries, keys: N and M.
       causal: a query sees the keys up to its own position.
       q_positions, kv_positions: [B, N] and [B, M], or without B, int or float (a merged token may
-        stand between two others); kept tokens keep their own. None counts from 0. Below 2**24.
-      q_segments, kv_segments: int [B, N] and [B, M], both or none: a query sees the keys of its own
-        segment. Negative ones are padding, which sees nothing and is seen by nothing. Below 2**24.
-      shared_segment: keys of this segment are seen from every segment.
-      prefix_length: int or [B]; tokens at positions below it see each other, also under `causal`,
-        and no window cuts its keys.
-      window: a number w, of keys up to and including the query's own place, beside all later ones
-        where `causal` does not hide these; or (left, right), how far a key may be before and after
-        the query, None for any distance.
-      q_blocks, kv_blocks: int [B, N] and [B, M]; tokens of one block see each other, whichever
-        comes first; 0 for tokens of no block. Below 2**24.
-      window_spares_blocks: whether they do so however far apart; else the window holds there too
-        (under `causal` one without a right side).
-      q_lengths, kv_lengths: int [B]; queries and keys from there on are not there.
-      kv_live: bool [B, M], or without B; keys that are there.
+        lie between two others); kept tokens keep their original ones. None counts from 0. Below
+        2**24.
+      q_segments, kv_segments: int [B, N] and [B, M], both or none: a query sees only keys of its
+        segment. Negative segments are padding, which sees nothing and is not seen. Below 2**24.
+      shared_segment: all queries see the keys of this segment.
+      prefix_length: int or [B]; tokens at positions below it see each other even under `causal`,
+        and its keys are exempt from the window.
+      window: a number w: a query sees the last w keys up to and including its own position, and
+        all later keys unless `causal` hides them; or (left, right): the largest distance of a key
+        before and after the query, None for any distance.
+      q_blocks, kv_blocks: int [B, N] and [B, M]; tokens of one block see each other in both
+        directions; 0 for tokens outside of blocks. Below 2**24.
+      window_spares_blocks: whether tokens of one block see each other at any distance; otherwise
+        the window applies inside blocks as well (under `causal` only one without a right side).
+      q_lengths, kv_lengths: int [B]; positions at or beyond the length are padding.
+      kv_live: bool [B, M], or without B; False for padding keys.
 
     Raises:
-      UserError: one of a pair without the other, or shapes that are not those above.
+      UserError: one of a pair without the other, or other shapes than those above.
     """
     for one, two, name in (
         (q_segments, kv_segments, "segments"),
         (q_blocks, kv_blocks, "blocks"),
     ):
         if (one is None) != (two is None):
-            raise UserError(f"attention: q_{name} and kv_{name} are given together or not at all")
+            raise UserError(
+                f"attention: only one of q_{name} and kv_{name}",
+                fix="pass both of them, or neither",
+            )
     window = _checked(window)
     q = _each(q_positions, queries, "q_positions")
     k = _each(kv_positions, keys, "kv_positions")
@@ -175,7 +180,7 @@ def make_mask(
     left, right = (window - 1, None) if isinstance(window, int) else (window or (None, None))
     if q_blocks is not None and not window_spares_blocks:
         if not causal:
-            q_blocks = None  # The window alone says what is seen.
+            q_blocks = None  # The window alone decides.
         elif right is not None:
             raise UserError(
                 f"attention: window {window!r} within blocks, and causal: its right side would not "
@@ -185,7 +190,7 @@ def make_mask(
     if right is not None:
         high = jnp.minimum(high, q + right)
     if left is not None:
-        # Strictly above `low`: whole positions from q - left on, fractions from there as well.
+        # Keys are seen strictly above `low`: all at or above q - left, fractional ones as well.
         low = q - left - 1 if isinstance(window, int) else _below(q - left)
         near = k
     if prefix_length is not None:
@@ -195,27 +200,29 @@ def make_mask(
         if near is not None:
             near = jnp.where(k < prefix, jnp.inf, k)
 
-    gone_q = jnp.zeros((1, queries), bool)
-    gone_k = jnp.zeros((1, keys), bool)
+    padding_q = jnp.zeros((1, queries), bool)
+    padding_k = jnp.zeros((1, keys), bool)
     if q_lengths is not None:
-        gone_q = gone_q | (jnp.arange(queries) >= jnp.reshape(jnp.asarray(q_lengths), (-1, 1)))
+        padding_q = padding_q | (
+            jnp.arange(queries) >= jnp.reshape(jnp.asarray(q_lengths), (-1, 1))
+        )
     if kv_lengths is not None:
-        gone_k = gone_k | (jnp.arange(keys) >= jnp.reshape(jnp.asarray(kv_lengths), (-1, 1)))
+        padding_k = padding_k | (jnp.arange(keys) >= jnp.reshape(jnp.asarray(kv_lengths), (-1, 1)))
     if kv_live is not None:
-        gone_k = gone_k | ~_each(kv_live, keys, "kv_live", bool)
+        padding_k = padding_k | ~_each(kv_live, keys, "kv_live", bool)
     if q_segments is not None:
-        gone_q, gone_k = gone_q | (q_segments < 0), gone_k | (kv_segments < 0)
+        padding_q, padding_k = padding_q | (q_segments < 0), padding_k | (kv_segments < 0)
         if shared_segment is not None:
             kv_segments = jnp.where(kv_segments == shared_segment, SHARED, kv_segments)
     q_block = kv_block = None
     if q_blocks is not None and (causal or window is not None):
         q_blocks = _each(q_blocks, queries, "q_blocks", jnp.int32)
         kv_blocks = _each(kv_blocks, keys, "kv_blocks", jnp.int32)
-        q_block = jnp.where((q_blocks > 0) & ~gone_q, q_blocks, _NO_QUERY_BLOCK)
-        kv_block = jnp.where((kv_blocks > 0) & ~gone_k, kv_blocks, _NO_KEY_BLOCK)
+        q_block = jnp.where((q_blocks > 0) & ~padding_q, q_blocks, _NO_QUERY_BLOCK)
+        kv_block = jnp.where((kv_blocks > 0) & ~padding_k, kv_blocks, _NO_KEY_BLOCK)
     return Mask(
-        high=jnp.where(gone_q, -jnp.inf, high),
-        position=jnp.where(gone_k, jnp.inf, k),
+        high=jnp.where(padding_q, -jnp.inf, high),
+        position=jnp.where(padding_k, jnp.inf, k),
         low=low,
         near=near,
         q_segment=q_segments,
@@ -228,7 +235,7 @@ def make_mask(
 
 
 def visible(mask: Mask) -> jax.Array:
-    """bool [B, N, M], or [1, N, M]: the map itself, for the reference and for tests."""
+    """bool [B, N, M], or [1, N, M]: the whole map, for the reference and for tests."""
 
     return mask.rule.seen(
         lambda name: getattr(mask, name)[:, :, None], lambda name: getattr(mask, name)[:, None]
@@ -236,7 +243,7 @@ def visible(mask: Mask) -> jax.Array:
 
 
 def key_mask(live: jax.Array, queries: int) -> Mask:
-    """The mask of keys `live`, bool [B, M], which each of the queries sees."""
+    """The mask under which every query sees exactly the keys `live`, bool [B, M]."""
     return Mask(
         high=jnp.full((1, queries), EVERYTHING, jnp.float32),
         position=jnp.where(live, 0.0, jnp.inf).astype(jnp.float32),
@@ -244,12 +251,12 @@ def key_mask(live: jax.Array, queries: int) -> Mask:
 
 
 def all_seen(queries: int, keys: int) -> Mask:
-    """A mask that hides nothing, for code that wants one."""
+    """A mask that hides nothing, for code that needs a mask."""
     return key_mask(jnp.ones((1, keys), bool), queries)
 
 
 def mask_rows(mask: Mask, rows: jax.Array) -> Mask:
-    """The mask of some queries: rows int [B, R]."""
+    """The mask of a subset of the queries, whose numbers are `rows`, int [B, R]."""
 
     fields = {name: x for name in Q_FIELDS if (x := getattr(mask, name)) is not None}
     for name, x in fields.items():
@@ -259,7 +266,7 @@ def mask_rows(mask: Mask, rows: jax.Array) -> Mask:
 
 
 def check_mask(mask: Mask, batch: int, queries: int, keys: int) -> None:
-    """Raises UserError if a mask was made for something else, or is none."""
+    """Raises UserError for a mask of other shapes, or for something that is not a mask."""
     if not isinstance(mask, Mask):
         raise UserError(f"attention: mask is a {type(mask).__name__}", fix="make it by `make_mask`")
     for names, count in ((Q_FIELDS, queries), (K_FIELDS, keys)):
@@ -273,7 +280,7 @@ def check_mask(mask: Mask, batch: int, queries: int, keys: int) -> None:
 
 
 def choose(pick: jax.Array | bool, one: Mask, two: Mask) -> Mask:
-    """`one` where `pick` is true, else `two`; both of the same segments and blocks.
+    """`one` where `pick` is true, else `two`; both must have the same segments and blocks.
 
     Args:
       pick: bool, static or traced scalar: one program serves layers with and without a window.
@@ -288,9 +295,9 @@ def choose(pick: jax.Array | bool, one: Mask, two: Mask) -> Mask:
 
     if one.low is not None and two.low is not None and one.spares != two.spares:
         raise UserError(
-            "attention: of two masks one spares blocks from its window, and one does not"
+            "attention: one of two masks spares blocks from its window, the other does not"
         )
-    # Without a window there is nothing to be spared: the one that has it says so.
+    # A mask without a window has nothing to spare, so the other one decides.
     spares = two.spares if one.low is None else one.spares
     if (one.low is None) != (two.low is None):
         one, two = windowed(one), windowed(two)
@@ -303,7 +310,7 @@ def _each(x, count: int, name: str, dtype=jnp.float32) -> jax.Array:
     """[B, count], or [1, count]."""
     if x is None:
         return jnp.arange(count, dtype=dtype)[None]
-    # A mask has no gradients, and neighbouring numbers none that JAX knows.
+    # Masks have no gradients, and JAX has none for `nextafter`.
     x = jax.lax.stop_gradient(jnp.asarray(x))
     if x.ndim not in (1, 2) or x.shape[-1] != count:
         raise UserError(
@@ -313,12 +320,12 @@ def _each(x, count: int, name: str, dtype=jnp.float32) -> jax.Array:
 
 
 def _below(x: jax.Array) -> jax.Array:
-    """The next lower number; below 0 one that processors do not flush to 0."""
+    """The next lower float; for 0 a normal number, since processors may flush subnormals to 0."""
     return jnp.where(x == 0, -1e-30, jnp.nextafter(x, jnp.full_like(x, -jnp.inf)))
 
 
 def _checked(window):
-    """A window in numbers of Python."""
+    """The window with Python numbers; UserError for an invalid one."""
     parts = window if isinstance(window, tuple) else (window,)
     parts = tuple(int(p) if isinstance(p, np.integer) else p for p in parts)
     window = parts if isinstance(window, tuple) else parts[0]

@@ -1,7 +1,7 @@
-"""A call of attention as kernels take it: whole blocks, lists of those that hold anything, numbers.
+"""Operands of attention kernels: arrays in whole blocks, lists of live blocks, numbers per token.
 
-What is given for each query and for each key (mask, bias, lse, delta) lies side by side, 8 numbers
-or 32 bytes a token.
+The numbers of a query and of a key (mask, bias, lse, delta) are stored together, 8 numbers or 32
+bytes per token.
 """
 
 from collections.abc import Callable
@@ -16,25 +16,25 @@ from efficient_vlm.kernels.attention.mask import K_FIELDS, Q_FIELDS, Mask, Rule,
 __all__ = ["COLUMNS", "NUMBERS", "ROWS", "Packed", "Static"]
 
 NUMBERS = 8
-# The numbers of a query and of a key, in order. "weight" and "gain" are the cotangent of
-# importance: the gradient of each probability gets their product.
+# The numbers of a query and of a key, in order. "weight" and "gain" are the cotangents of
+# importance: their product is added to the gradient of each probability.
 ROWS = (*Q_FIELDS, "lse", "delta", "weight")
 COLUMNS = (*K_FIELDS, "bias", "gain")
 
 
 class Static(NamedTuple):
-    """What a kernel is specialised for.
+    """The static properties that a kernel is specialised for.
 
     Attributes:
-      rule: None where nothing is hidden.
-      biased, weighed: whether there are a bias, and a weight and a gain, among the numbers.
-      groups: heads of queries that share a key head.
-      own: queries or keys of a block that a kernel owns.
-      step: keys or queries of one step through its list.
-      stages: steps whose blocks are in fast memory at a time, where a kernel decides that.
-      list_rows: batch rows that have lists of their own; 1 where all share them.
-      lines: lists of a batch row, one for each block that is owned.
-      steps: places of a list.
+      rule: of the mask; None where nothing is hidden.
+      biased, weighed: whether the numbers include a bias, and a weight and a gain.
+      groups: query heads that share a key head.
+      own: queries or keys in a block that a kernel owns.
+      step: keys or queries in one step through its list.
+      stages: steps whose blocks are in fast memory at the same time.
+      list_rows: batch rows with their own lists; 1 if all share them.
+      lines: lists per batch row, one for each owned block.
+      steps: length of a list.
     """
 
     scale: float
@@ -55,17 +55,17 @@ class Packed:
     """Arrays and lists of one pass over the map.
 
     Attributes:
-      lists: int32 how many blocks each list has [lines], how many of them, its first, are seen as a
-        whole [lines], and the blocks [lines * steps], flat.
+      lists: int32: the number of blocks of each list [lines]; how many of them, at its start, hide
+        nothing [lines]; and the numbers of the blocks [lines * steps], flat.
 
     Args:
-      by: "queries" where a kernel owns blocks of queries and goes through keys, or "keys".
-      own, step: queries or keys of a block that is owned, and of one that is gone through.
+      by: "queries" if a kernel owns blocks of queries and loops over keys, or "keys".
+      own, step: queries or keys in an owned block, and in a block of the loop.
       q, k, v, key_bias, mask, scale, softcap: see `attention`; v None where it is not needed.
-      weights: float [B, N]; blocks of queries without any are in no list.
+      weights: float [B, N]; blocks of queries with weight 0 are in no list.
       gain: float [B, M] or None, see COLUMNS.
       stages: see Static.
-      lanes: from a head dim to the one that kernels take, filled up with 0.
+      lanes: head dim -> head dim of the kernels, padded with zeros.
       dtype: of the products; None for that of q.
     """
 
@@ -123,10 +123,10 @@ class Packed:
         )
 
     def expected(self) -> tuple[int, int]:
-        """Blocks of a head's lists, and entries of the map in those of all: for estimates."""
+        """Estimated number of live blocks per head, and of map entries in those of all heads."""
         block = self.block_q, self.block_k
-        seen = tables.expected_blocks(self.mask, self.count, self.num_keys, *block)
-        return seen, self.batch * self.heads * seen * self.block_q * self.block_k
+        live = tables.expected_blocks(self.mask, self.count, self.num_keys, *block)
+        return live, self.batch * self.heads * live * self.block_q * self.block_k
 
     def queries(self, x: jax.Array) -> jax.Array:
         """[B, H, N, C] in whole blocks and lanes."""
@@ -167,7 +167,7 @@ class Packed:
         return _side_by_side(parts.values(), (self.batch, self.padded_k))
 
     def _blocks(self, weights):
-        """bool [B or 1, blocks of queries, of keys]: which hold anything, and which are whole."""
+        """bool [B or 1, query blocks, key blocks]: which are live, and which hide nothing."""
         sizes = self.padded_q // self.block_q, self.padded_k // self.block_k
         live = whole = jnp.ones((1, *sizes), bool)
         if self.mask is not None:

@@ -1,8 +1,8 @@
-"""Attention on a mesh of devices: each has rows and heads of its own, and needs no other.
+"""Attention on a mesh of devices: each computes its own rows and heads, independently.
 
-A kernel, or a loop over heads, is opaque to the partitioner of XLA, which would gather everything
-on every device for it. The map of a row and head is whole on one device: there is no communication
-but the mean of importance over heads.
+A kernel, or a loop over heads, is opaque to the partitioner of XLA, which would gather all of its
+operands on every device. The whole map of a row and head is on one device, so the only
+communication is the mean of importance over heads.
 """
 
 import math
@@ -19,14 +19,18 @@ from efficient_vlm.sharding import BATCH, auto_axes
 
 __all__ = ["decode_on_mesh", "importance_on_mesh", "on_mesh"]
 
-# Axes of the mesh over which heads are cut. Tokens that are cut over "sequence" are gathered for
-# it, and its heads cut in their place: all to all (arXiv 2309.14509).
+# Axes of the mesh over which heads are sharded. For tokens sharded over "sequence" an all-to-all
+# gathers the tokens and shards the heads instead (arXiv 2309.14509).
 HEADS = ("tensor", "sequence")
 
 
 class _Cut(NamedTuple):
-    """How a call is cut: axes of the mesh for rows and for heads (None for not at all), how many
-    devices share a head of keys, each of which gets a copy, and the mesh, if its axes are explicit.
+    """How a call is sharded.
+
+    Attributes:
+      rows, heads: axes of the mesh; None for heads on every device.
+      copies: devices that share a key head, each with a copy of it.
+      explicit: the mesh, if its axes are explicit.
     """
 
     rows: tuple[str, ...]
@@ -39,18 +43,18 @@ class _Cut(NamedTuple):
         return PartitionSpec(self.rows, self.heads)
 
     def of_rows(self, tree: Any, batch: int) -> Any:
-        """Specifications of arrays of `batch` rows, or of 1 for all."""
+        """Specifications of arrays with `batch` rows, or with one row for all."""
         cut, whole = PartitionSpec(self.rows), PartitionSpec(None)
         return jax.tree.map(lambda x: cut if len(x) == batch else whole, tree)
 
     def keys(self, *arrays: jax.Array | None) -> list[jax.Array | None]:
-        """[B, Hk, ...] with a head for each device."""
+        """Arrays [B, Hk, ...], with key heads repeated so that each device has its own."""
         if self.copies == 1:
             return list(arrays)
         return [x if x is None else jnp.repeat(x, self.copies, axis=1) for x in arrays]
 
     def run(self, function: Callable, in_specs: tuple, out_specs: Any, args: tuple) -> Any:
-        """`function` of the part of each device."""
+        """`function` on the part of each device."""
         options = dict(in_specs=in_specs, out_specs=out_specs, check_vma=False)
         if self.explicit is not None:
             options["mesh"] = self.explicit
@@ -68,7 +72,7 @@ class _Cut(NamedTuple):
 
 
 def _cut_of(q: jax.Array, kv_heads: int) -> _Cut | None:
-    """None where no mesh is set, or one device is all of it."""
+    """How to shard a call on the current mesh; None without one, or with one device."""
     if is_explicit(q):
         return _cut_as(q, kv_heads)
     sizes = auto_axes()
@@ -88,32 +92,32 @@ def _cut_of(q: jax.Array, kv_heads: int) -> _Cut | None:
 
 
 def is_explicit(q: jax.Array) -> bool:
-    """Whether an array lies on a mesh with explicit axes."""
-    own = getattr(jax.typeof(q), "sharding", None)
-    return own is not None and AxisType.Explicit in (own.mesh.axis_types or ())
+    """Whether an array is on a mesh with explicit axes."""
+    sharding = getattr(jax.typeof(q), "sharding", None)
+    return sharding is not None and AxisType.Explicit in (sharding.mesh.axis_types or ())
 
 
 def _cut_as(q: jax.Array, kv_heads: int) -> _Cut:
-    """As q is cut already, over explicit axes; what goes with it is brought there."""
-    lies = jax.typeof(q).sharding
+    """The sharding that q already has over explicit axes; other operands are resharded to it."""
+    sharding = jax.typeof(q).sharding
     rows, heads, *rest = (
-        (names,) if isinstance(names, str) else names for names in (*lies.spec, None, None)[:4]
+        (names,) if isinstance(names, str) else names for names in (*sharding.spec, None, None)[:4]
     )
     if any(rest):
         raise UserError(
-            f"attention: q is cut as {lies.spec}",
-            allowed="over rows and heads",
-            fix="jax.sharding.reshard it, or a mesh with axis_types=(AxisType.Auto, ...)",
+            f"attention: q is sharded as {sharding.spec}",
+            allowed="sharded over rows and heads",
+            fix="jax.sharding.reshard it, or use a mesh with axis_types=(AxisType.Auto, ...)",
         )
-    parts = math.prod(lies.mesh.shape[name] for name in heads or ())
+    parts = math.prod(sharding.mesh.shape[name] for name in heads or ())
     if kv_heads % parts and parts % kv_heads:
         heads, parts = None, 1
-    concrete = getattr(getattr(q, "sharding", None), "mesh", lies.mesh)
+    concrete = getattr(getattr(q, "sharding", None), "mesh", sharding.mesh)
     return _Cut(rows or (), heads, max(1, parts // kv_heads), concrete)
 
 
 def devices_of(q: jax.Array, kv_heads: int) -> int:
-    """Over how many devices the rows and heads of a call are cut."""
+    """Number of devices that share the rows and heads of a call."""
     cut = _cut_of(q, kv_heads)
     if cut is None:
         return 1
@@ -122,12 +126,12 @@ def devices_of(q: jax.Array, kv_heads: int) -> int:
 
 
 def on_mesh(function: Callable, q, k, v, key_bias, mask, weights):
-    """`function`, which gives (out, lse, importance or None), of the part of each device.
+    """`function`, which returns (out, lse, importance or None), on the part of each device.
 
     Args:
-      q, k, v: [B, H, N, D], [B, Hk, M, D], [B, Hk, M, Dv]. Rows are cut over `sharding.BATCH` and
-        heads over HEADS of the mesh that is set, where they divide; else all is done on each.
-      key_bias, mask, weights: of B rows, or of 1 for all, or None.
+      q, k, v: [B, H, N, D], [B, Hk, M, D], [B, Hk, M, Dv]. Rows are sharded over `sharding.BATCH`
+        and heads over HEADS of the current mesh where they divide; else every device computes all.
+      key_bias, mask, weights: with B rows, or one row for all, or None.
     """
     cut = _cut_of(q, k.shape[1])
     if cut is None:
@@ -148,7 +152,7 @@ def on_mesh(function: Callable, q, k, v, key_bias, mask, weights):
 
 
 def importance_on_mesh(function: Callable, q, k, key_bias, mask, lse, weights):
-    """`function`, which gives [B, M] from these, of the part of each device; see `on_mesh`."""
+    """`function`, which returns [B, M], on the part of each device; see `on_mesh`."""
     cut = _cut_of(q, k.shape[1])
     if cut is None:
         return function(q, k, key_bias, mask, lse, weights)
@@ -163,11 +167,10 @@ def importance_on_mesh(function: Callable, q, k, key_bias, mask, lse, weights):
 
 
 def decode_on_mesh(function: Callable, q, k, v, lengths, pages, columns, k_scale, v_scale, *more):
-    """`function`, which gives (out, lse, None), of the part of each device; see `on_mesh`.
+    """`function`, which returns (out, lse, None), on the part of each device; see `on_mesh`.
 
-    `more` are arrays of rows, or None.
-
-    A pool of pages is cut by heads alone: any row may read any page.
+    A pool of pages is sharded over heads only, because any row may read any page; `more` are arrays
+    with a row for each row of q, or None.
     """
     cut = _cut_of(q, k.shape[1])
     args = (q, k, v, lengths, pages, columns, k_scale, v_scale, *more)

@@ -1,7 +1,7 @@
-"""Kernels of one platform in a program for another: interpreted where asked for, else refused.
+"""Kernels of one platform in a program for another: interpreted on request, else refused.
 
-Refused when the program is lowered: only then it is known where it will run. A program for a TPU
-may be traced on a host that has none.
+They are refused when the program is lowered, because only then its platform is known: a program for
+a TPU may be traced on a host without one.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ __all__ = ["interpretation", "interpreted", "only_on"]
 
 _INTERPRET: contextvars.ContextVar[Any] = contextvars.ContextVar("interpret", default=False)
 
-# Implementation -> as JAX calls its platform.
+# Implementation -> JAX's name of its platform.
 _PLATFORMS = {"tpu": "tpu", "gpu": "cuda", "cudnn": "cuda"}
 
 
@@ -33,12 +33,12 @@ def interpreted(how: Any = True):
 
 
 def interpretation() -> Any:
-    """What `interpreted` says now, for `pallas_call`."""
+    """The current value of `interpreted`, for `pallas_call`."""
     return _INTERPRET.get()
 
 
 def only_on(implementation: str, x: jax.Array) -> jax.Array:
-    """`x` itself, in a program for the platform of an implementation, or where it is interpreted.
+    """`x` unchanged, in a program for the platform of the implementation or an interpreted one.
 
     Raises:
       UserError: when a program for another platform is lowered.
@@ -61,7 +61,7 @@ def _marker(implementation: str, platform: str) -> Primitive:
     compiled = jax.jit(lambda x: marker.bind(x))
 
     def run(x):
-        with jax.disable_jit(False):  # As kernels do themselves, or this would never end.
+        with jax.disable_jit(False):  # As in kernels themselves; else this would never end.
             return compiled(x)
 
     marker.def_impl(run)

@@ -1,6 +1,7 @@
-"""Attention over the whole map of N x M, by definition and plain autodiff: the oracle.
+"""Attention over the whole N x M map, by definition and with plain autodiff: the oracle.
 
-Float64 in float64. Also what small problems use everywhere, where a map costs less than its parts.
+Float64 inputs are computed in float64. Small problems use it everywhere, because there the whole
+map costs less than working in blocks.
 """
 
 import jax
@@ -16,12 +17,12 @@ def attend(q, k, v, key_bias, mask: Mask | None, weights, *, scale, softcap):
     logits = _logits(q, k, key_bias, scale, softcap)
     live = None
     if mask is not None:
-        seen = visible(mask)[:, None]
-        logits = jnp.where(seen, logits, NEGATIVE)
-        live = seen.any(axis=-1)
+        allowed = visible(mask)[:, None]
+        logits = jnp.where(allowed, logits, NEGATIVE)
+        live = allowed.any(axis=-1)
     probabilities = jax.nn.softmax(logits, axis=-1)
     batch, heads, queries, keys = logits.shape
-    # Gradients of probabilities leave the range of float16.
+    # Gradients of probabilities exceed the range of float16.
     kind = v.dtype if v.dtype != jnp.float16 else logits.dtype
     mixed = probabilities.astype(kind).reshape(batch, v.shape[1], -1, keys)
     out = jnp.matmul(mixed, v.astype(kind)).reshape(batch, heads, queries, -1).astype(v.dtype)
@@ -36,7 +37,7 @@ def attend(q, k, v, key_bias, mask: Mask | None, weights, *, scale, softcap):
 
 
 def rows(q, k, key_bias, mask: Mask | None, lse, weights, *, scale, softcap):
-    """Importance from R rows whose lse is known: q [B, H, R, D], lse [B, H, R], weights [B, R]."""
+    """Importance from R queries with known lse: q [B, H, R, D], lse [B, H, R], weights [B, R]."""
     logits = _logits(q, k, key_bias, scale, softcap)
     if mask is not None:
         logits = jnp.where(visible(mask)[:, None], logits, NEGATIVE)
@@ -45,13 +46,13 @@ def rows(q, k, key_bias, mask: Mask | None, lse, weights, *, scale, softcap):
 
 
 def _logits(q, k, key_bias, scale, softcap):
-    """[B, H, N, M], float32 or float64, in front of the mask."""
+    """Logits [B, H, N, M], float32 or float64, before masking."""
     batch, heads, queries, dim = q.shape
     kv_heads, keys = k.shape[1:3]
     exact = jnp.promote_types(q.dtype, jnp.float32)
-    # N x D numbers to scale, not N x M; but bfloat16 would round them.
+    # Scaling q is cheaper than scaling the map, but would round in bfloat16.
     early = q.dtype == exact
-    # Queries that share keys are one matrix: plain batched products, which every backend has.
+    # Queries of heads that share keys form one matrix: plain batched products, fast everywhere.
     q = (q * jnp.asarray(scale, q.dtype) if early else q).reshape(batch, kv_heads, -1, dim)
     logits = jnp.matmul(q, k.swapaxes(2, 3), preferred_element_type=exact)
     logits = logits.reshape(batch, heads, queries, keys)

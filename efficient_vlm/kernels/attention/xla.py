@@ -1,11 +1,11 @@
 """Attention in blocks of the map, in plain XLA: O(N) memory on every backend.
 
-Each batch row and each key head is one problem of G x N queries (the G heads that share its keys)
-and M keys. On a CPU the problems are a loop, blocks that hold nothing are left out, and the logits
-of one block stay in the cache: XLA's batched products on a CPU are several times slower than the
-same products one by one. Elsewhere they are one batch.
+Each batch row and key head is one problem of G x N queries (of the G heads that share its keys) and
+M keys. On a CPU the problems form a loop, empty blocks are skipped, and the logits of a block stay
+in the cache: XLA's batched products on a CPU are several times slower than the same products one by
+one. Elsewhere the problems form one batch.
 
-The formulas are those of the recurrence of online softmax (arXiv 2205.14135, section 3.1).
+The formulas are the recurrence of online softmax (arXiv 2205.14135, section 3.1).
 """
 
 import functools
@@ -26,7 +26,7 @@ __all__ = ["backward", "forward", "importance"]
 # queries and 256 to 1024 keys, forward and backward).
 _BLOCK_QUERIES = 1024
 _BLOCK_KEYS = 512
-# Under a mask smaller blocks leave out more.
+# With a mask, smaller blocks skip more.
 _MASKED_KEYS = 256
 
 
@@ -75,10 +75,10 @@ def forward(q, k, v, key_bias, mask, *, scale, softcap, looped):
 
 
 def backward(q, k, v, key_bias, mask, lse, delta, d_out, weights, gain, *, scale, softcap, looped):
-    """(dq, dk, dv, d key_bias [B, M] or None) from what the forward pass gave.
+    """(dq, dk, dv, d key_bias [B, M] or None) from results of the forward pass.
 
     Args:
-      lse: [B, H, N]; `inf` where a row sees nothing.
+      lse: [B, H, N]; `inf` in rows that see no key.
       delta: [B, H, N], the sum over keys of P dP, minus the cotangent of lse.
       d_out: [B, H, N, Dv].
       weights, gain: [B, N] and [B, M], or None: dP is d_out.v + weights gain.
@@ -157,8 +157,7 @@ def importance(q, k, key_bias, mask, lse, weights, *, scale, softcap, looped):
     """[B, M]: mean over heads of sum_i exp(logit_ij - lse_i).
 
     Args:
-      lse: [B, H, N], from which the logarithms of the weights [B, N] have been taken; `inf` where a
-        weight is 0.
+      lse: [B, H, N], minus the logarithm of the weights [B, N]; `inf` where a weight is 0.
     """
     cut = _Cut(q, k, mask, looped, weights)
     logits = functools.partial(_logits, scale=scale, softcap=softcap)
@@ -193,12 +192,12 @@ def importance(q, k, key_bias, mask, lse, weights, *, scale, softcap, looped):
 
 
 def _logits(q, k, bias, mask, *, scale, softcap, slope=False):
-    """Of one block: q [G, bq, D], k [bk, D] -> logits [G, bq, bk], what is seen, or None.
+    """One block: q [G, bq, D], k [bk, D] -> logits [G, bq, bk], and which are visible, or None.
 
-    With `slope` also what the cap multiplies gradients by, or None.
+    With `slope` also the derivative of the cap, or None without one.
     """
     exact = jnp.promote_types(q.dtype, jnp.float32)
-    # float32 queries are scaled by the caller's block, which has fewer numbers than the logits.
+    # float32 queries are scaled before the product: a block of q has fewer numbers than its logits.
     early = q.dtype == exact
     s = _dot(_flat(q * jnp.asarray(scale, q.dtype) if early else q), k.T)
     s = s if early else s * scale
@@ -226,13 +225,13 @@ class _Cut:
         self.kv_heads, self.num_keys = k.shape[1:3]
         self.groups = self.heads // self.kv_heads
         self.exact = jnp.promote_types(q.dtype, jnp.float32)
-        # A CPU multiplies nothing but float32 and float64 fast.
+        # On a CPU only float32 and float64 products are fast.
         self.operand = self.exact if looped else q.dtype
         most = max(1, _BLOCK_QUERIES // self.groups) if looped else 2048
         keys = _BLOCK_KEYS if mask is None else _MASKED_KEYS
         logits = self.groups * self.count * self.num_keys
         if looped and self.num_keys <= _BLOCK_KEYS and logits <= _BLOCK_QUERIES * _BLOCK_KEYS:
-            # Few keys in one block have no loops, which also halves the time of compiling.
+            # A small problem is one block without loops, which also halves compile time.
             most, keys = self.count, self.num_keys
         self.block_k = min(self.num_keys, keys)
         pieces = -(-self.count // most)
@@ -274,7 +273,7 @@ class _Cut:
         return None if x is None else self.queries(x[..., None], fill)[..., 0]
 
     def back(self, x):
-        """The other way."""
+        """The inverse of `queries`."""
         x = x.swapaxes(1, 2).reshape(self.batch, self.heads, self.padded_q, x.shape[-1])
         return x[:, :, : self.count]
 
@@ -284,7 +283,7 @@ class _Cut:
         return x.reshape(-1, self.blocks_k, self.block_k, x.shape[-1])
 
     def whole_keys(self, x):
-        """The other way."""
+        """The inverse of `keys`."""
         x = x.reshape(self.batch, self.kv_heads, self.padded_k, x.shape[-1])
         return x[:, :, : self.num_keys]
 
@@ -296,7 +295,7 @@ class _Cut:
         return self._each_head(bias.reshape(-1, self.blocks_k, self.block_k))
 
     def mask_items(self) -> tuple:
-        """(mask in blocks, lists of live blocks), each with B * Hk in front, or None."""
+        """(mask in blocks, lists of live blocks), each with leading axis B * Hk, or None."""
         mask = live = None
         if self.mask is not None:
             cut = {}
@@ -322,7 +321,7 @@ class _Cut:
         return mask.replace(**fields)
 
     def over_keys(self, step, start, live, i):
-        """`step` over the blocks of keys; over those that hold anything, where they are listed."""
+        """Runs `step` over the blocks of keys, or only over the live ones if they are listed."""
         if live is not None:
             shape = self.count, self.num_keys, self.block_q, self.block_k
             usual = tables.expected_blocks(self.mask, *shape) / self.blocks_q
@@ -348,7 +347,7 @@ def _at(x, i):
 
 
 def _loop(function, items, looped: bool):
-    """`lax.map`, without a loop for a single item; or all items at once."""
+    """`lax.map`, without a loop for a single item; with `looped` False all items at once."""
     if not looped:
         return jax.vmap(function)(items)
     if len(jax.tree.leaves(items)[0]) > 1:

@@ -1,7 +1,7 @@
-"""What the picture processors of all families share: the result, loading, and reading settings.
+"""Shared by the picture processors of all families: the result, loading, and reading settings.
 
-A processor follows its family's published Pillow preprocessing up to, and not including, the
-subtraction of the mean: the encoder normalises by the `mean` and `std` that the processor carries.
+A processor follows its family's published Pillow preprocessing up to, but not including, the
+subtraction of the mean: the encoder normalises by the processor's `mean` and `std`.
 """
 
 import dataclasses
@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from efficient_vlm import checks
 from efficient_vlm.errors import UserError
 from efficient_vlm.processing import decode_image as images
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
-# Settings are read from files of strangers; no released processor has an edge near this.
+# Settings come from untrusted files; no released processor has an edge near this limit.
 MAX_EDGE = 16384
 MAX_WORK_PIXELS = 4 * images.MAX_PIXELS
 WHOLE_PICTURE = (0.0, 0.0, 1.0, 1.0)
@@ -34,17 +35,17 @@ class Pictured:
 
     Attributes:
       images: float32 [M, H, W, 3] in [0, 1], mean and standard deviation not applied yet.
-      valid: int32 [M, 2], rows and columns of patches, from the top left, that are real; the rest
-        of the image is padding.
-      text: what takes the place of the picture in the prompt, special tokens spelled out, the slot
-        of a visual token written once per visual token.
+      valid: int32 [M, 2], rows and columns of real patches, counted from the top left; all other
+        patches are padding.
+      text: replaces the picture in the prompt: special tokens spelled out, one slot token per
+        visual token.
       grids: int32 [M, 2], rows and columns of the visual tokens of each image as they enter the
         decoder.
       boxes: float32 [M, 4], (top, left, bottom, right) of the part of the original picture that
         each image shows, as fractions of its height and width; below 0 or above 1 where padding
         surrounds the picture.
-      slots: int32 [P], for each visual slot of `text` in order, the index of its visual token
-        among those of all images; None: in order.
+      slots: int32 [P], for each slot of `text` in order, the index of its visual token among those
+        of all images; None: in order.
       pool_index: int32 [P, k], the patches that each visual token pools, -1 for none; None: the
         pooling is a regular grid.
       padding_share: float32 [M, patches], the share of real pixels in each patch; None: unused by
@@ -64,8 +65,8 @@ class Pictured:
 def load_picture(picture: Image.Image | np.ndarray | str | os.PathLike) -> Image.Image:
     """The picture as 8-bit RGB: EXIF orientation applied, alpha composited over white.
 
-    16-bit grey is scaled (not clipped) to 8 bit; CMYK, palette and 1-bit are converted; of an
-    animation the first frame is taken. Files are held to the limits of `processing.decode_image`.
+    16-bit grey is scaled (not clipped) to 8 bit; CMYK, palette and 1-bit are converted; the first
+    frame of an animation is used. Files must be within the limits of `processing.decode_image`.
 
     Args:
       picture: a Pillow image, the path of a PNG, JPEG, WEBP, GIF or BMP file, or an array: uint8
@@ -102,7 +103,7 @@ def load_picture(picture: Image.Image | np.ndarray | str | os.PathLike) -> Image
     try:
         picture.load()
         return images.to_rgb(picture)
-    except Exception as error:  # Decoders of lazily opened files raise anything at all.
+    except Exception as error:  # Decoders of lazily opened files raise exceptions of any type.
         raise UserError(
             f"picture: cannot read a Pillow image of mode {picture.mode} ({error})",
             fix="pass an undamaged image of mode RGB",
@@ -110,7 +111,7 @@ def load_picture(picture: Image.Image | np.ndarray | str | os.PathLike) -> Image
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
-    """A Pillow image of an array as `load_picture` accepts it."""
+    """A Pillow image of an array; see `load_picture` for the accepted ones."""
     shape = array.shape[:2] if array.ndim == 3 and array.shape[2] == 1 else array.shape
     colour = len(shape) == 3 and shape[2] in (3, 4) and array.dtype == np.uint8
     grey = len(shape) == 2 and array.dtype in (np.uint8, np.uint16)
@@ -134,10 +135,10 @@ def check_size(height: int, width: int) -> None:
 
 
 def resize(image: Image.Image, height: int, width: int, resample: int) -> Image.Image:
-    """Pillow's resize on 8-bit values, which is what the published processors define.
+    """Pillow's resize on 8-bit values, as the published processors do it.
 
     Raises:
-      UserError: the result is too large to hold, for a picture that is all length and no width.
+      UserError: the result does not fit into memory, for a picture of extreme aspect ratio.
     """
     check_work(image, height, width)
     return image.resize((width, height), Image.Resampling(resample))
@@ -148,7 +149,7 @@ def check_work(image: Image.Image, height: int, width: int) -> None:
     if height * width > MAX_WORK_PIXELS:
         raise UserError(
             f"picture: {image.width} x {image.height} pixels would become {width} x {height}",
-            allowed=f"up to {MAX_WORK_PIXELS:,} pixels on the way to the encoder's size",
+            allowed=f"up to {MAX_WORK_PIXELS:,} pixels before the last resize",
             fix="crop the picture to a less extreme aspect ratio",
         )
 
@@ -195,7 +196,7 @@ def image_settings(preprocessor: Mapping[str, Any]) -> dict[str, Any]:
     A null counts as absent.
 
     Raises:
-      UserError: not a mapping, pixels are to be scaled by anything but 1/255, or not resized.
+      UserError: not a mapping, another pixel scale than 1/255, or resizing switched off.
     """
     if not isinstance(preprocessor, Mapping):
         raise UserError(f"preprocessor: got {type(preprocessor).__name__}", allowed="a mapping")
@@ -261,16 +262,14 @@ def whole(field: str, value: Any, low: int = 1, high: int = MAX_EDGE) -> int:
     Raises:
       UserError: not an integer, or outside low..high.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise UserError(f"config: {field} {value!r}", allowed=f"a whole number, {low} to {high}")
-    return value
+    return checks.whole(f"config: {field}", value, low, high)
 
 
 def edge(field: str, value: Any) -> int:
-    """The edge of a square: an integer, or a mapping with equal height and width or one edge.
+    """The edge of a square: an integer, or a mapping whose entries (height, width, ...) are equal.
 
     Raises:
-      UserError: not such a value, or not square.
+      UserError: any other value.
     """
     if isinstance(value, Mapping):
         lengths = [length for length in value.values() if length is not None]
@@ -305,16 +304,16 @@ def patches_along(size: int, patch: int, *, multiple: int = 1) -> int:
     Args:
       size: edge of what the encoder sees, in pixels.
       patch: edge of a patch in pixels.
-      multiple: what the number must be a multiple of, to make whole visual tokens.
+      multiple: edge of a visual token in patches; the result must be a multiple of it.
 
     Raises:
-      UserError: there is not one patch, or the patches do not make whole visual tokens.
+      UserError: no whole patch, or no whole visual tokens.
     """
     patches = size // patch
     if patches == 0 or patches % multiple:
         raise UserError(
             f"config: {patches} patches of {patch} pixels along {size} pixels",
-            allowed=f"a multiple of {multiple} patches, and not none",
+            allowed=f"a multiple of {multiple} patches, at least one",
             fix="use the preprocessor and model configuration of the same checkpoint",
         )
     return patches

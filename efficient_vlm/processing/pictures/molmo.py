@@ -1,7 +1,7 @@
-"""Pictures for Molmo and Molmo2: one view of the whole and up to 12 (8) overlapping crops.
+"""Pictures for Molmo and Molmo2: one view of the whole and up to 12 (Molmo2: 8) overlapping crops.
 
-How crops overlap is in `overlap`. Source: Deitke et al. 2024, "Molmo and PixMo", section 2, and
-the behaviour of the released preprocessors; Molmo2 (December 2025).
+`overlap` has the geometry of the crops. Source: Deitke et al. 2024, "Molmo and PixMo", section 2,
+and the behaviour of the released preprocessors; Molmo2 (December 2025).
 """
 
 import dataclasses
@@ -39,9 +39,9 @@ class Molmo(overlap.Overlapping):
     -mean / std = (-1.79, -1.75, -1.48) for the encoder, not 0.
 
     Attributes:
-      padding_mask: give `padding_share`. Its rows are off by one, as in the released code, whose
-        weights were trained so: row 0 belongs to the whole view but holds the mask of crop 0, and
-        so on; the last row is -1 throughout.
+      padding_mask: whether the result has `padding_share`. Its rows are shifted by one, as in the
+        released code, with which the weights were trained: row 0 belongs to the whole view but
+        holds the mask of crop 0, and so on; all of the last row is -1.
     """
 
     crop: int = 336
@@ -63,10 +63,10 @@ class Molmo(overlap.Overlapping):
 
     @classmethod
     def from_hf(cls, preprocessor: Mapping[str, Any], config: Mapping[str, Any]) -> Self:
-        """From `preprocessor_config.json` and `config.json`; absent settings are Molmo's.
+        """Reads `preprocessor_config.json` and `config.json`; the defaults are Molmo's.
 
         Raises:
-          UserError: a setting is not understood, or is of another crop mode.
+          UserError: an unknown value of a setting, or another crop mode.
         """
         settings = base.image_settings(preprocessor)
         for name, known in (("crop_mode", "overlap-and-resize-c2"), ("resize", "default")):
@@ -149,11 +149,11 @@ def resize_and_pad(
       height, width: of the canvas.
 
     Returns:
-      float32 [height, width, 3]; float32 [height, width], 1 where there is picture; and
-      (top, left, height, width) of the picture on the canvas.
+      float32 [height, width, 3]; float32 [height, width], 1 on the picture and 0 on padding;
+      and (top, left, height, width) of the picture on the canvas.
     """
     old = np.float32(pixels.shape[:2])
-    # float32 decides how the last row is rounded; a line of one pixel must not vanish.
+    # In float32, like the released code: the last row is rounded alike. At least one pixel stays.
     scale = min(np.float32(height) / old[0], np.float32(width) / old[1])
     inner = [max(1, int(length * scale)) for length in old]
     top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
@@ -171,7 +171,7 @@ def resize_and_pad(
 def _box(
     crop: int, corner: tuple[int, int], inner: tuple[int, int, int, int]
 ) -> tuple[float, float, float, float]:
-    """What a crop at `corner` shows of a picture that lies at `inner`, as `Pictured.boxes`."""
+    """The part of a picture at `inner` that a crop at `corner` shows, as in `Pictured.boxes`."""
     top, left, height, width = inner
     y, x = corner[0] - top, corner[1] - left
     return y / height, x / width, (y + crop) / height, (x + crop) / width
@@ -208,13 +208,13 @@ class Molmo2(overlap.Overlapping):
 
     @classmethod
     def from_hf(cls, preprocessor: Mapping[str, Any], config: Mapping[str, Any]) -> Self:
-        """From `preprocessor_config.json` with the keys of `processor_config.json` added.
+        """Reads `preprocessor_config.json` with the keys of `processor_config.json` added.
 
-        Absent settings are those of the released models. A null `use_single_crop_col_tokens`
-        stands for the value of `image_use_col_tokens`.
+        The defaults are those of the released models. A null `use_single_crop_col_tokens` takes the
+        value of `image_use_col_tokens`.
 
         Raises:
-          UserError: a setting is not understood.
+          UserError: an unknown value of a setting.
         """
         settings = base.image_settings(preprocessor)
         if settings.get("resample", 2) != 2:
@@ -300,11 +300,11 @@ def stretch(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """
 
     def taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        # Centres of pixels, in float32 like the released code: a tie decides an 8-bit value.
+        # Pixel centres, in float32 like the released code, so that ties round to the same 8 bits.
         scale = np.float32(old) / np.float32(new)
-        place = np.maximum((np.arange(new, dtype=np.float32) + 0.5) * scale - 0.5, 0)
-        low = np.minimum(place.astype(np.int64), old - 1)
-        return low, np.minimum(low + 1, old - 1), place - low.astype(np.float32)
+        centre = np.maximum((np.arange(new, dtype=np.float32) + 0.5) * scale - 0.5, 0)
+        low = np.minimum(centre.astype(np.int64), old - 1)
+        return low, np.minimum(low + 1, old - 1), centre - low.astype(np.float32)
 
     top, bottom, down = taps(image.shape[0], height)
     left, right, across = taps(image.shape[1], width)

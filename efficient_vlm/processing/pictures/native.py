@@ -1,4 +1,4 @@
-"""Families that see a picture near its own size: Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
+"""Families that take pictures near their own size: Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
 
 Both edges are rounded to whole visual tokens (Qwen2-VL, arXiv 2409.12191, section 2.1), and a
 picture outside min_pixels..max_pixels is scaled into that range first. The number of visual tokens
@@ -93,8 +93,8 @@ class Qwen2VLPictures:
     ) -> Self:
         """Reads the files of a checkpoint.
 
-        "min_pixels" and "max_pixels" stand before "shortest_edge" and "longest_edge" of "size",
-        which mean areas as well, not edges.
+        "min_pixels" and "max_pixels" take precedence over "shortest_edge" and "longest_edge" of
+        "size", which are areas in pixels too, not edges.
 
         Args:
           preprocessor: content of `preprocessor_config.json`; {}: the class defaults above.
@@ -154,11 +154,15 @@ class Qwen2VLPictures:
         rows, columns = self.size(height, width)
         return rows * columns // (self.patch * self.merge) ** 2
 
+    def views(self, height: int, width: int) -> tuple[int, int, int]:
+        """One image of its resized height and width; see `smart_resize` for errors."""
+        return 1, *self.size(height, width)
+
     def __call__(self, picture: Any) -> Pictured:
         """One image. For `picture` and errors see `base.load_picture` and `smart_resize`.
 
-        `text` takes the place of `<|image_pad|>`: the prompt itself has `<|vision_start|>` before
-        and `<|vision_end|>` behind it.
+        `text` replaces `<|image_pad|>`: the prompt itself has `<|vision_start|>` before it and
+        `<|vision_end|>` after it.
         """
         image = base.load_picture(picture)
         height, width = self.size(image.height, image.width)

@@ -1,8 +1,8 @@
-"""Overlapping crops, as Molmo and Molmo2 cut them: tiling, raster order, pooling windows.
+"""Overlapping crops of Molmo and Molmo2: tiling, raster order, pooling windows.
 
-Crops overlap by a margin on every inner side. Patches in a margin are encoded, for context, but
-only the window inside the margins becomes tokens, so the windows together cover the resized
-picture (the canvas) once, and its tokens are put in raster order over all crops.
+Crops overlap by a margin on every inner side. Patches in a margin are encoded for context, but only
+the window inside the margins becomes tokens. So the windows together cover the resized picture (the
+canvas) once, and its tokens are in raster order over all crops.
 
 Source: Deitke et al. 2024, "Molmo and PixMo", section 2, and the behaviour of the released
 preprocessors ("overlap-and-resize-c2").
@@ -22,9 +22,9 @@ from efficient_vlm.processing.pictures import base
 def select_tiling(height: int, width: int, window: int, most: int) -> tuple[int, int]:
     """Rows and columns of windows for a picture.
 
-    The tiling that needs the least enlargement; if every one needs a reduction, the one that needs
-    the least. Ties go to fewer windows, then to fewer rows. Sides of zero and below (a picture
-    smaller than the margins) are legal: they leave the choice to the other side, or give 1 x 1.
+    The tiling that enlarges the picture least; if all of them shrink it, the one that shrinks it
+    least. Ties go to fewer windows, then to fewer rows. Sides of zero and below (a picture smaller
+    than the margins) are allowed: the other side then decides, or the result is 1 x 1.
 
     Args:
       height, width: pixels of the picture without the margins.
@@ -33,7 +33,7 @@ def select_tiling(height: int, width: int, window: int, most: int) -> tuple[int,
     """
     tilings = [(i, j) for i in range(1, most + 1) for j in range(1, most // i + 1)]
     tilings.sort(key=lambda tiling: (tiling[0] * tiling[1], tiling[0]))
-    # float32 like the released code: a picture that fits exactly must compare the same way.
+    # float32, like the released code, so that a picture that fits exactly compares alike.
     with np.errstate(divide="ignore"):
         scale = np.float32(tilings) * np.float32(window) / np.float32([height, width])
     scale = scale.min(1)
@@ -43,7 +43,7 @@ def select_tiling(height: int, width: int, window: int, most: int) -> tuple[int,
 
 
 def raster(tiling: tuple[int, int], side: int, before: int, after: int) -> np.ndarray:
-    """Which cell of which crop shows each place of the canvas.
+    """The cell and crop that show each cell of the canvas.
 
     Args:
       tiling: rows and columns of crops.
@@ -57,7 +57,7 @@ def raster(tiling: tuple[int, int], side: int, before: int, after: int) -> np.nd
     def along(crops: int) -> tuple[np.ndarray, np.ndarray]:
         window = side - before - after
         cells = np.arange(crops * window + before + after)
-        # The margin of the first and of the last crop is at the rim, where nothing overlaps.
+        # At the rim nothing overlaps: the first and the last crop show their margins, too.
         crop = np.clip((cells - before) // window, 0, crops - 1)
         return crop, cells - crop * window
 
@@ -67,9 +67,9 @@ def raster(tiling: tuple[int, int], side: int, before: int, after: int) -> np.nd
 
 
 def pooling_windows(grid: np.ndarray, pool: int) -> np.ndarray:
-    """int32 [ceil(R / pool), ceil(C / pool), pool * pool] of int [R, C], -1 where it ends.
+    """int32 [ceil(R / pool), ceil(C / pool), pool * pool] of int [R, C], padded with -1.
 
-    An odd number of missing cells has the larger half at the right and bottom.
+    Padding is on both sides; an odd rest has its larger half at the right and bottom.
     """
     missing = [-length % pool for length in grid.shape]
     grid = np.pad(grid, [(n // 2, n - n // 2) for n in missing], constant_values=-1)
@@ -80,7 +80,7 @@ def pooling_windows(grid: np.ndarray, pool: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Overlapping:
-    """Crop geometry that both generations share.
+    """Crop geometry of both generations.
 
     Attributes:
       crop: edge of a crop and of the whole view in pixels.
@@ -88,7 +88,7 @@ class Overlapping:
       pool: patches along the edge of a pooling window.
       max_crops: most crops beside the whole view.
       margins: patches left of (above) and right of (below) the window of a crop.
-      mean, std: what the encoder normalises by.
+      mean, std: of the encoder's normalisation.
     """
 
     crop: int
@@ -114,7 +114,7 @@ class Overlapping:
 
     @property
     def window(self) -> int:
-        """Edge in pixels of what a crop contributes."""
+        """Edge in pixels of the window of a crop."""
         return self.crop - sum(self.margins) * self.patch
 
     def tiling(self, height: int, width: int) -> tuple[int, int]:
@@ -123,7 +123,7 @@ class Overlapping:
         return select_tiling(height - margin, width - margin, self.window, self.max_crops)
 
     def canvas(self, tiling: tuple[int, int]) -> tuple[int, int]:
-        """Height and width in pixels of what these crops cover."""
+        """Height and width in pixels of the canvas that these crops cover."""
         rows, columns = (count * self.window + self.crop - self.window for count in tiling)
         return rows, columns
 
@@ -147,6 +147,16 @@ class Overlapping:
         rows, columns = self.grid(height, width)
         return math.ceil(self.side / self.pool) ** 2 + rows * columns
 
+    def views(self, height: int, width: int) -> tuple[int, int, int]:
+        """How many images a picture of this size becomes, and their height and width in pixels.
+
+        Raises:
+          UserError: no pixels or too many.
+        """
+        base.check_size(height, width)
+        rows, columns = self.tiling(height, width)
+        return 1 + rows * columns, self.crop, self.crop
+
     def corners(self, tiling: tuple[int, int]) -> list[tuple[int, int]]:
         """Top left of each crop on the canvas in pixels, row by row."""
         rows, columns = (range(0, count * self.window, self.window) for count in tiling)
@@ -163,7 +173,7 @@ class Overlapping:
 
 
 def square(name: str, settings: Mapping[str, Any], default: int) -> int:
-    """An edge that is written as one number or as two equal ones."""
+    """The edge of a square, written as one number or as two equal ones."""
     value = settings.get(name, default)
     if isinstance(value, list | tuple):
         if len(value) != 2 or value[0] != value[1]:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 
 from PIL import Image
 
+from efficient_vlm import checks
 from efficient_vlm.errors import UserError
 from efficient_vlm.processing.pictures import base
 from efficient_vlm.processing.pictures.base import Pictured, Triple
@@ -31,7 +32,7 @@ class LlavaPictures:
       resample: Pillow filter code.
       mean: per channel, subtracted by the encoder from pixels in [0, 1].
       std: per channel, what the encoder divides by.
-      class_feature: the CLS token is a visual token as well, in front of the others.
+      class_feature: whether the CLS token is a visual token as well, before the others.
     """
 
     size: int = 336
@@ -49,15 +50,15 @@ class LlavaPictures:
     def from_hf(cls, preprocessor: Mapping[str, Any], config: Mapping[str, Any]) -> Self:
         """Reads the files of a checkpoint.
 
-        `pad` is set by "do_pad" of the preprocessor, or by "image_aspect_ratio": "pad" of the
-        model, which the original (not the converted) checkpoints have.
+        `pad` follows "do_pad" of the preprocessor, or "image_aspect_ratio": "pad" of the model,
+        which original (not converted) checkpoints have.
 
         Args:
           preprocessor: content of `preprocessor_config.json`; {}: the published 336 pixels.
           config: content of `config.json`.
 
         Raises:
-          UserError: a setting out of range, or one that the family does not have.
+          UserError: a setting out of range, or one that the family does not support.
         """
         settings = base.image_settings(preprocessor)
         mean, std = base.mean_std(settings, cls.mean, cls.std)
@@ -102,11 +103,20 @@ class LlavaPictures:
         base.check_size(height, width)
         return self.grid**2 + self.class_feature
 
+    def views(self, height: int, width: int) -> tuple[int, int, int]:
+        """How many images a picture of this size becomes, and their height and width in pixels.
+
+        Raises:
+          UserError: no pixels or too many.
+        """
+        base.check_size(height, width)
+        return 1, self.crop, self.crop
+
     def __call__(self, picture: Any) -> Pictured:
         """One image [crop, crop]. For `picture` and errors see `base.load_picture`.
 
         Raises:
-          UserError: also for a picture so elongated that its resized form would not fit in memory.
+          UserError: also for a picture so elongated that it would not fit into memory resized.
         """
         image = base.load_picture(picture)
         height, width = image.height, image.width
@@ -123,7 +133,7 @@ class LlavaPictures:
         return base.pictured(
             [shown],
             patch=self.patch,
-            # With CLS they are no square: one row.
+            # With CLS the tokens do not form a square: one row.
             grid=(1, tokens) if self.class_feature else (self.grid, self.grid),
             text="<image>" * tokens,
             boxes=[
@@ -141,10 +151,10 @@ def pad_square(image: Image.Image, mean: Triple) -> tuple[Image.Image, int, int]
     """The picture in the middle of a square of the mean colour.
 
     Returns:
-      The square, and how many of its pixels are above the picture and left of it.
+      The square, and its pixels above and left of the picture.
 
     Raises:
-      UserError: a picture so elongated that the square would not fit in memory.
+      UserError: a picture so elongated that the square would not fit into memory.
     """
     edge = max(image.height, image.width)
     base.check_work(image, edge, edge)
@@ -204,10 +214,19 @@ class PaliGemmaPictures:
         base.check_size(height, width)
         return (self.size // self.patch) ** 2
 
+    def views(self, height: int, width: int) -> tuple[int, int, int]:
+        """How many images a picture of this size becomes, and their height and width in pixels.
+
+        Raises:
+          UserError: no pixels or too many.
+        """
+        base.check_size(height, width)
+        return 1, self.size, self.size
+
     def __call__(self, picture: Any) -> Pictured:
         """One image [size, size]. For `picture` and errors see `base.load_picture`.
 
-        `text` holds the visual slots only: the prompt puts them in front of `<bos>`.
+        `text` has the visual slots only: the prompt puts them before `<bos>`.
         """
         image = base.load_picture(picture)
         grid = self.size // self.patch
@@ -232,7 +251,7 @@ class Gemma3Pictures:
       patch: edge of an encoder patch in pixels.
       grid: edge of the square of visual tokens.
       pan_and_scan: add cuts of elongated pictures; off in the released files.
-      min_crop: smallest edge in pixels of a cut; with smaller ones there are none.
+      min_crop: smallest edge in pixels of a cut; a picture with smaller cuts is not cut.
       max_crops: most cuts of a picture; at most `min_crop`.
       min_ratio: longer over shorter edge from which a picture is cut.
       resample: Pillow filter code.
@@ -264,10 +283,7 @@ class Gemma3Pictures:
         if grid**2 != tokens:
             raise UserError(f"config: mm_tokens_per_image {tokens}", allowed="a square number")
         ratio = settings.get("pan_and_scan_min_ratio_to_activate", cls.min_ratio)
-        if not isinstance(ratio, int | float) or not 1 <= ratio < math.inf:
-            raise UserError(
-                f"preprocessor: pan_and_scan_min_ratio_to_activate {ratio!r}", allowed="1 or more"
-            )
+        checks.number("preprocessor: pan_and_scan_min_ratio_to_activate", ratio, 1)
         shared = _stretched(cls, preprocessor, config)
         base.patches_along(shared["size"], shared["patch"], multiple=grid)
         min_crop = base.whole(
@@ -278,7 +294,7 @@ class Gemma3Pictures:
             grid=grid,
             pan_and_scan=bool(settings.get("do_pan_and_scan", cls.pan_and_scan)),
             min_crop=min_crop,
-            # No more cuts than pixels in one: rounding up could otherwise leave the last one empty.
+            # At most as many cuts as pixels in one, or rounding up could leave the last one empty.
             max_crops=base.whole(
                 "pan_and_scan_max_num_crops",
                 settings.get("pan_and_scan_max_num_crops", cls.max_crops),
@@ -305,10 +321,19 @@ class Gemma3Pictures:
         cuts = min(max(wanted, 2), self.max_crops)
         return cuts if min(math.ceil(long / cuts), short) >= self.min_crop else 0
 
+    def views(self, height: int, width: int) -> tuple[int, int, int]:
+        """How many images a picture of this size becomes, and their height and width in pixels.
+
+        Raises:
+          UserError: no pixels or too many.
+        """
+        base.check_size(height, width)
+        return 1 + self._cuts(height, width), self.size, self.size
+
     def __call__(self, picture: Any) -> Pictured:
         """The whole picture, then its cuts, each [size, size]. See `base.load_picture`.
 
-        `text` takes the place of `<start_of_image>` in the prompt.
+        `text` replaces `<start_of_image>` in the prompt.
         """
         image = base.load_picture(picture)
         height, width = image.height, image.width

@@ -15,8 +15,8 @@ from efficient_vlm.processing.pictures.resized import pad_square
 class SiglipPictures:
     """The whole picture stretched to a square, one token per patch: 384 pixels, 27 x 27 tokens.
 
-    A last row and column of pixels that make no whole patch (6 of 384) are cut off, as the
-    encoder's convolution leaves them out.
+    Pixels at the right and bottom that do not fill a patch (6 of 384) are cut off, as in the
+    encoder's convolution.
 
     Attributes:
       size: edge in pixels of the square that the picture is stretched to.
@@ -38,7 +38,7 @@ class SiglipPictures:
     def from_hf(cls, preprocessor: Mapping[str, Any], config: Mapping[str, Any]) -> Self:
         """Reads the files of a checkpoint; {} means the published 384 pixels.
 
-        `pad` is set by "image_aspect_ratio": "pad" of the model, which original checkpoints have.
+        `pad` follows "image_aspect_ratio": "pad" of the model, which original checkpoints have.
 
         Args:
           preprocessor: content of `preprocessor_config.json`.
@@ -70,6 +70,16 @@ class SiglipPictures:
         """
         base.check_size(height, width)
         return (self.size // self.patch) ** 2
+
+    def views(self, height: int, width: int) -> tuple[int, int, int]:
+        """How many images a picture of this size becomes, and their height and width in pixels.
+
+        Raises:
+          UserError: no pixels or too many.
+        """
+        base.check_size(height, width)
+        edge = self.size // self.patch * self.patch
+        return 1, edge, edge
 
     def __call__(self, picture: Any) -> Pictured:
         """One image of whole patches. For `picture` and errors see `base.load_picture`."""

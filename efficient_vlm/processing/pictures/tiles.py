@@ -1,9 +1,9 @@
 """Families that cut a picture into tiles and add a small view of the whole.
 
-SmolVLM (arXiv 2504.05299), SmolVLM2 and Idefics3 (arXiv 2408.12637) scale every picture, small ones
-too, to a fixed length and cut it into square tiles. InternVL (arXiv 2404.16821, section 3.2) picks
-the arrangement of at most 12 tiles whose aspect ratio is nearest. Neither keeps the ratio exactly:
-the picture is stretched to whole tiles, so no tile has padding.
+SmolVLM (arXiv 2504.05299), SmolVLM2 and Idefics3 (arXiv 2408.12637) scale every picture, even a
+small one, to a fixed length and cut it into square tiles. InternVL (arXiv 2404.16821, section 3.2)
+chooses the arrangement of at most 12 tiles with the nearest aspect ratio. Neither keeps the ratio
+exactly: the picture is stretched to whole tiles, so no tile has padding.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from PIL import Image
 
+from efficient_vlm import checks
 from efficient_vlm.errors import UserError
 from efficient_vlm.processing.pictures import base
 from efficient_vlm.processing.pictures.base import Pictured, Triple
@@ -35,7 +36,7 @@ def _cut(image: Image.Image, tile: int) -> list[Image.Image]:
 
 
 def _boxes(rows: int, columns: int) -> list[tuple[float, float, float, float]]:
-    """Where the tiles of a picture lie, row by row."""
+    """The boxes of the tiles of a picture, row by row, see `Pictured.boxes`."""
     return [
         (r / rows, c / columns, (r + 1) / rows, (c + 1) / columns)
         for r in range(rows)
@@ -99,13 +100,12 @@ class SmolVLMPictures:
                 f"{SMOLVLM_MAX_TILES} tiles along an edge",
             )
         patch = base.config_setting(config, "vision_config.patch_size", cls.patch)
-        # The default of the configuration class, which its files leave out.
+        # The default of the configuration class, which files omit.
         shuffle = base.config_setting(config, "scale_factor", 2 if config else cls.shuffle)
         base.patches_along(tile, patch, multiple=shuffle)
-        if split is not None and not isinstance(split, bool):
-            raise UserError(f"split: {split!r}", allowed="True or False")
         if split is None:
             split = bool(settings.get("do_image_splitting", cls.split))
+        checks.flag("split", split)
         return cls(
             longest=longest,
             tile=tile,
@@ -124,7 +124,7 @@ class SmolVLMPictures:
 
     def _scaled(self, height: int, width: int) -> tuple[int, int]:
         """Size after scaling the longer edge; the shorter is rounded down, then up to even."""
-        # Divisions in this order, or the rounding differs from the published one by a pixel.
+        # Another order of divisions would round differently from the published code by a pixel.
         aspect = width / height
         if width >= height:
             height, width = int(self.longest / aspect), self.longest
@@ -153,7 +153,11 @@ class SmolVLMPictures:
         return max(rows, 1), max(columns, 1)
 
     def count(self, height: int, width: int) -> int:
-        """Visual tokens of a picture of this size.
+        """Visual tokens of a picture of this size; see `views` for errors."""
+        return self.views(height, width)[0] * self.grid**2
+
+    def views(self, height: int, width: int) -> tuple[int, int, int]:
+        """How many images a picture of this size becomes, and their height and width in pixels.
 
         Raises:
           UserError: no pixels or too many.
@@ -163,12 +167,12 @@ class SmolVLMPictures:
         if self.split:
             rows, columns = self._tiles(*self._scaled(height, width))
             tiles = rows * columns + (rows * columns > 1)
-        return tiles * self.grid**2
+        return tiles, self.tile, self.tile
 
     def __call__(self, picture: Any) -> Pictured:
         """Tiles [tile, tile] row by row, the whole picture last. See `base.load_picture`.
 
-        `text` takes the place of `<image>`: a line per row of tiles, an empty line, the whole.
+        `text` replaces `<image>`: a line per row of tiles, an empty line, the whole.
         """
         image = base.load_picture(picture)
         image = base.resize(image, *self._scaled(image.height, image.width), self.resample)
@@ -204,7 +208,7 @@ class SmolVLMPictures:
 
 @dataclasses.dataclass(frozen=True)
 class InternVLPictures:
-    """InternVL 2.5 and 3: the nearest arrangement of tiles, then the whole if there are several.
+    """InternVL 2.5 and 3: the nearest arrangement of tiles, then the whole if it has several.
 
     Attributes:
       tile: edge of a tile in pixels.
@@ -236,8 +240,8 @@ class InternVLPictures:
     ) -> Self:
         """Reads the files of a checkpoint.
 
-        "crop_to_patches" is not read: the released files say false, and the processor that the
-        model is used with tiles all the same.
+        "crop_to_patches" is ignored: the released files say false, but the model's own processor
+        cuts tiles regardless.
 
         Args:
           preprocessor: content of `preprocessor_config.json`; {}: the published 448 pixels.
@@ -280,8 +284,8 @@ class InternVLPictures:
     def arrangement(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of tiles for a picture of this size.
 
-        The one whose width / height is nearest; of several equally near ones, the largest that the
-        picture fills to more than half.
+        The arrangement with the nearest aspect ratio; of several equally near ones, the largest
+        that the picture fills to more than half.
         """
         options = sorted(
             (
@@ -301,19 +305,23 @@ class InternVLPictures:
         return best
 
     def count(self, height: int, width: int) -> int:
-        """Visual tokens of a picture of this size.
+        """Visual tokens of a picture of this size; see `views` for errors."""
+        return self.views(height, width)[0] * self.grid**2
+
+    def views(self, height: int, width: int) -> tuple[int, int, int]:
+        """How many images a picture of this size becomes, and their height and width in pixels.
 
         Raises:
           UserError: no pixels or too many.
         """
         base.check_size(height, width)
         rows, columns = self.arrangement(height, width)
-        return (rows * columns + (rows * columns > 1)) * self.grid**2
+        return rows * columns + (rows * columns > 1), self.tile, self.tile
 
     def __call__(self, picture: Any) -> Pictured:
         """Tiles [tile, tile] row by row, the whole picture last. See `base.load_picture`.
 
-        `text` takes the place of `<IMG_CONTEXT>` (`<image>` in older prompts).
+        `text` replaces `<IMG_CONTEXT>` (`<image>` in older prompts).
         """
         image = base.load_picture(picture)
         rows, columns = self.arrangement(image.height, image.width)

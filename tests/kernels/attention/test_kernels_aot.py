@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from efficient_vlm import sharding
 from efficient_vlm.cli import audit_kernels as audit
 from efficient_vlm.cli import audit_kernels_gpu as kernels_gpu
+from efficient_vlm.cli import kernel_programs
 from efficient_vlm.cli import main as cli
 from efficient_vlm.errors import UserError
 from efficient_vlm.kernels import aot, aot_gpu
@@ -27,7 +28,7 @@ needs_libtpu = pytest.mark.skipif(
 def test_the_audit_compiles_everything(capsys):
     assert cli.run(["audit", "kernels", "--topology=all", "--quick", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert {row["topology"] for row in rows} == set(audit.ALL)
+    assert {row["topology"] for row in rows} == set(kernel_programs.ALL)
     assert {"attention", "attention_decode", "grouped_matmul"} == {row["kernel"] for row in rows}
     assert {"forward", "backward", "importance"} == {row["direction"] for row in rows}
     for row in rows:
@@ -106,7 +107,7 @@ def test_every_feature_compiles(dtype, dim):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("topology", audit.ALL)
+@pytest.mark.parametrize("topology", kernel_programs.ALL)
 @pytest.mark.parametrize("sizes", [(1000, 40), (40, 1000)])
 def test_narrow_blocks_fit(topology, sizes):
     """Where logits are few, other things take the room; found on v5p."""
@@ -144,7 +145,7 @@ def test_a_kernel_that_is_not_in_the_program_is_an_error(monkeypatch):
             return ""
 
     monkeypatch.setattr(aot, "compile_for_tpu", lambda *args, **options: Text())
-    program = next(iter(audit.programs(quick=True)))
+    program = next(iter(kernel_programs.programs(quick=True)))
     row = audit.compiled(program, "v5e:2x2")
     assert not row.compiled and row.error == "0 of 1 kernels are in the program"
 
@@ -154,7 +155,7 @@ def test_what_the_compiler_refuses_is_said(monkeypatch):
     from efficient_vlm.kernels.attention.tpu import call as tpu_call
 
     monkeypatch.setattr(tpu_call, "vmem_bytes", lambda *args: 2**20)
-    row = audit.compiled(next(iter(audit.programs(quick=True))), "v5e:2x2")
+    row = audit.compiled(next(iter(kernel_programs.programs(quick=True))), "v5e:2x2")
     assert not row.compiled and "vmem" in row.error.lower()
 
 
@@ -220,13 +221,13 @@ def test_large_pages_compile(page, dim, dtype):
     ],
 )
 def test_what_ptxas_says(text, error):
-    row = kernels_gpu._row(next(iter(audit.programs(True, "gpu"))), text)
+    row = kernels_gpu._row(next(iter(kernel_programs.programs(True, "gpu"))), text)
     assert row.compiled == (error is None)
     assert row.error is None if error is None else error in row.error
 
 
 def test_one_masked_product_per_expert_is_an_error():
-    forward, _ = audit._experts()
+    forward, _ = kernel_programs._experts()
     least = 2 * 8192 * 1024 * 1024
     assert forward.problem(0, 1.3 * least) is None
     assert forward.problem(0, 64 * least) == "64 times the work of its products"

@@ -1,9 +1,9 @@
 """Attention on Hopper GPUs: Pallas (Mosaic GPU) kernels with TMA and wgmma.
 
-One thread block owns some blocks of 64 queries (or keys), one for each of its warpgroups, and goes
-through the listed blocks of the other side, which one more warpgroup fetches ahead; blocks without
-keys are in no list. The passes are those of arXiv 2205.14135 and 2407.08608 with a bias for each
-key, importance and their gradients. docs/kernels.md has what was measured.
+A thread block owns blocks of 64 queries (or keys), one per computing warpgroup, and loops over the
+listed blocks of the other side, which one more warpgroup prefetches; empty blocks are in no list.
+The passes are those of arXiv 2205.14135 and 2407.08608 with a bias per key, importance and their
+gradients. Measurements are in docs/kernels.md.
 """
 
 import functools
@@ -27,13 +27,13 @@ _MOST_DIM = 128
 
 
 class Tile(NamedTuple):
-    """How a pass is cut.
+    """Tile sizes of a pass.
 
     Attributes:
-      warpgroups: of a thread block, that compute; forward and importance take turns by twos.
-      step: tokens of the other side that a step takes.
-      crowded: the same with a softcap or gradients of importance, which need registers.
-      stages: steps that are fetched ahead, the present one included.
+      warpgroups: computing warpgroups of a thread block; in forward and importance two take turns.
+      step: tokens of the other side in a step.
+      crowded: the same with a softcap or gradients of importance, which need more registers.
+      stages: steps in fast memory at a time, the current one included.
     """
 
     warpgroups: int
@@ -42,7 +42,7 @@ class Tile(NamedTuple):
     stages: int = 2
 
 
-# pass -> for heads of up to 64, of up to 128; measured on an H100 (docs/kernels.md).
+# pass -> tiles for heads of up to 64 and of up to 128, tuned on an H100 (docs/kernels.md).
 TILES = {
     "forward": (Tile(2, 256, 128), Tile(2, 128, 128)),
     "backward_q": (Tile(2, 128, 64), Tile(2, 128, 64)),
@@ -74,19 +74,19 @@ def forward(q, k, v, key_bias, mask, *, scale, softcap):
 
 def backward(q, k, v, key_bias, mask, lse, delta, d_out, weights, gain, *, scale, softcap):
     """(dq, dk, dv, d key_bias [B, M] or None); see `xla.backward`."""
-    given, lse = (q, k, v, key_bias, mask, scale, softcap), lse * LOG2E
+    args, lse = (q, k, v, key_bias, mask, scale, softcap), lse * LOG2E
 
     def arrays(call):
         rows = call.rows(lse, delta, weights)
         return call.q, call.k, call.v, call.queries(d_out), rows, call.columns
 
-    call = _Call("backward_q", "queries", *given, gain=gain)
+    call = _Call("backward_q", "queries", *args, gain=gain)
     own = call.matrix(call.q), call.matrix(call.v), call.numbers(NUMBERS)
     scratch, products = (*own, call.arrived(3)), 2 * call.dim + call.value_dim
     run = call.kernel(kernels.backward_q_kernel, call.like(call.q), scratch, products)
     dq = call.queries_back(run(*arrays(call)), call.dim)
 
-    call = _Call("backward_kv", "keys", *given, gain=gain)
+    call = _Call("backward_kv", "keys", *args, gain=gain)
     own = call.matrix(call.k), call.matrix(call.v), call.numbers(NUMBERS), call.numbers()
     shapes = call.like(call.k), call.like(call.v), call.row(call.kv_heads, call.padded_k)
 
@@ -97,7 +97,7 @@ def backward(q, k, v, key_bias, mask, lse, delta, d_out, weights, gain, *, scale
         return call.kernel(body, shapes, scratch, products)(*arrays(call))
 
     if softcap is not None and max(call.k.shape[-1], call.v.shape[-1]) > 64:
-        # With the cap's slope there are no registers for both sums of a head of 128.
+        # With the cap's derivative, both sums of a head of 128 do not fit into the registers.
         (dk, _, d_bias), (_, dv, _) = sums(keys=True, values=False), sums(keys=False, values=True)
     else:
         dk, dv, d_bias = sums(keys=True, values=True)
@@ -114,12 +114,12 @@ def importance(q, k, key_bias, mask, lse, weights, *, scale, softcap):
     own = call.matrix(call.k), call.numbers(NUMBERS), call.numbers()
     scratch = (*own, call.arrived(2), call.turn())
     run = call.kernel(kernels.importance_kernel, shape, scratch, call.dim)
-    found = run(call.q, call.k, call.rows(lse * LOG2E), call.columns)
-    return found[:, :, : call.num_keys].sum(axis=1) / call.heads
+    total = run(call.q, call.k, call.rows(lse * LOG2E), call.columns)
+    return total[:, :, : call.num_keys].sum(axis=1) / call.heads
 
 
 class _Call(Packed):
-    """A pass cut as TILES says, and what `plgpu.kernel` is told of it."""
+    """A pass with the tiles of TILES, and its arguments of `plgpu.kernel`."""
 
     def __init__(self, name, by, q, k, v, key_bias, mask, scale, softcap, **options):
         self.name, self.by = name, by
@@ -129,19 +129,19 @@ class _Call(Packed):
         step = tile.crowded if crowded else tile.step
         self.warpgroups, own = tile.warpgroups, tile.warpgroups * HEIGHT
         key_bias = None if key_bias is None else key_bias * LOG2E
-        given = (q, k, v, key_bias, mask, scale, softcap)
+        args = (q, k, v, key_bias, mask, scale, softcap)
         options |= dict(lanes=_swizzled, stages=tile.stages)
-        super().__init__(by, own, step, *given, **options)
+        super().__init__(by, own, step, *args, **options)
         counts, *lists = self.lists
-        # An empty list goes through one block, of which the mask, or an lse of +inf, hides all.
+        # An empty list still visits one block, all of which the mask, or an lse of +inf, hides.
         self.lists = jnp.maximum(counts, 1), *lists
 
     def _whole(self, x, count):
-        # [B, N, H, D]: the transposition of a model meets its own and both are gone.
+        # [B, N, H, D]: this transposition cancels that of the model.
         return super()._whole(x, count).swapaxes(1, 2)
 
     def queries_back(self, x, dim: int):
-        """[B, H, N, dim] from what a kernel gives."""
+        """[B, H, N, dim] from the result of a kernel."""
         return x.swapaxes(1, 2)[:, :, : self.count, :dim]
 
     def keys_back(self, x, dim: int):
@@ -149,15 +149,15 @@ class _Call(Packed):
         return x.swapaxes(1, 2)[:, :, : self.num_keys, :dim]
 
     def like(self, x, dim: int | None = None):
-        """The shape of a result like a matrix."""
+        """Shape of a result with the layout of a matrix."""
         return jax.ShapeDtypeStruct((*x.shape[:3], dim or x.shape[3]), self.dtype)
 
     def row(self, heads: int, tokens: int):
-        """The shape of a result that has one number for each token."""
+        """Shape of a result with one number per token."""
         return jax.ShapeDtypeStruct((self.batch, heads, tokens), jnp.float32)
 
     def matrix(self, like):
-        """Fast memory for what each warpgroup owns of a matrix."""
+        """Fast memory for the rows of a matrix that each warpgroup owns."""
         return matrix(self.warpgroups, HEIGHT, like.shape[-1], dtype=self.dtype)
 
     def numbers(self, *of_token: int):
@@ -173,8 +173,10 @@ class _Call(Packed):
         return plgpu.Barrier(num_arrivals=self.warpgroups)
 
     def kernel(self, body, shapes, scratch, products: int):
-        """The compiled form of a body, which takes arrays behind the lists; `products` is the width
-        of all its products of one entry of the map."""
+        """The kernel of a body, a function of the arrays that follow the lists.
+
+        `products` is the total width of its products per entry of the map, for the estimate.
+        """
         by_queries = self.by == "queries"
         heads = self.heads if by_queries else self.kv_heads
         tokens = self.padded_q if by_queries else self.padded_k
@@ -192,7 +194,7 @@ class _Call(Packed):
         _, entries = self.expected()
 
         def call(*args):
-            # Such a kernel says neither how much work it is nor over which axes its results vary.
+            # These kernels state neither their work nor over which mesh axes their results vary.
             with hints.about_flops(2 * entries * products):
                 return alike(run(*self.lists, *args), self.q)[0]
 

@@ -1,9 +1,9 @@
-"""The bodies of the Hopper kernels: warpgroups that compute 64 rows of the map each, one fetches.
+"""Bodies of the Hopper kernels: warpgroups compute 64 rows of the map each, one more fetches.
 
 Forward and the gradient of q keep queries as rows; the gradients of k, v and of the bias, and
 importance keep keys as rows (S^T = K Q^T), so that sums over queries are sums of rows.
-Matrices are [B, N, H, D], as projections give them: no transposition is needed anywhere.
-Exponentials, and the lse and the bias that kernels read, are in base 2.
+Matrices are [B, N, H, D], the layout of projections, so nothing is transposed. Exponentials, and
+the lse and the bias that kernels read, are in base 2.
 """
 
 from typing import Any, NamedTuple
@@ -76,7 +76,7 @@ def forward_kernel(
         plgpu.barrier_arrive(k_done)
         factor = call.scale * LOG2E
         if call.softcap is None and not call.biased and factor > 0:
-            # The largest first, then one multiplication with the subtraction.
+            # Maximum first: scaling and subtraction then become one instruction.
             s = _hidden(call, indices[0] < at.whole, s, row, column)
             higher = jnp.maximum(top, s.max(axis=1) * factor)
             s = s * factor
@@ -89,7 +89,7 @@ def forward_kernel(
         shrink = jnp.exp2(top - higher)
         total = total * shrink + p.sum(axis=1)
         acc = acc * _by_row(shrink, acc.shape[1])
-        # The exponentials are done before it is the other's turn to compute some.
+        # Finish the exponentials before it is the other warpgroup's turn to compute its own.
         acc, total, higher, p = lax.optimization_barrier((acc, total, higher, p.astype(v.dtype)))
         _meet(turn)
         acc = _added(acc, p, v_now)
@@ -143,7 +143,7 @@ def backward_kv_kernel(
 ):  # fmt: skip
     """The gradients of a block of keys, over the listed blocks of queries of all their heads.
 
-    Either that of k and of the bias, or that of v, or all: what registers there are for.
+    Those of k and the bias, that of v, or all three, as far as the registers allow.
     """
     at = _place(call, counts, whole, table)
     k_own, v_own, columns_own, bias_own = (
@@ -178,8 +178,8 @@ def backward_kv_kernel(
         bias = column("bias") if call.biased else None
         s, slope = _logits(call, _product(k_own, q_now.transpose((1, 0))), bias)
         s = _hidden(call, lax.rem(indices[0], at.count) < at.whole, s, row, column)
-        # From here on in 16 bits, as the products take them: with both sums of a head of 128 in
-        # registers there is no room for more.
+        # From here on in 16 bits, like the operands of the products: with both sums of a head of
+        # 128 the registers have no room for float32.
         p = jnp.exp2(s - row("lse")).astype(v.dtype)
         slope = None if slope is None else slope.astype(v.dtype)
         if values:
@@ -204,12 +204,12 @@ def backward_kv_kernel(
 
 
 def importance_kernel(
-    counts, whole, table, q, k, rows, columns, found,
-    k_own, columns_own, found_own, arrived, turn, *, call: Static,
+    counts, whole, table, q, k, rows, columns, out,
+    k_own, columns_own, out_own, arrived, turn, *, call: Static,
 ):  # fmt: skip
-    """What a block of keys receives, over the listed blocks of queries of its heads; in turns."""
+    """The importance of a block of keys, over the listed query blocks of its heads; in turns."""
     at = _place(call, counts, whole, table)
-    k_own, columns_own, found_own = (x.at[at.group] for x in (k_own, columns_own, found_own))
+    k_own, columns_own, out_own = (x.at[at.group] for x in (k_own, columns_own, out_own))
     column = _own(call, columns_own, COLUMNS)
 
     def context(loop):
@@ -218,8 +218,8 @@ def importance_kernel(
         pl.when(at.group == 1)(lambda: _meet(turn))
         (acc,) = loop((_zeros(),))
         pl.when(at.group == 0)(lambda: _meet(turn))
-        found_own[...] = acc
-        _store((found_own, found.at[at.batch, at.head, at.here]))
+        out_own[...] = acc
+        _store((out_own, out.at[at.batch, at.head, at.here]))
 
     def step(indices, q_now, rows_now, q_done, rows_done, carry):
         (acc,) = carry
@@ -239,14 +239,14 @@ def importance_kernel(
 
 
 class _Place(NamedTuple):
-    """Where a warpgroup works.
+    """The part of the map that a warpgroup computes.
 
     Attributes:
-      head: of queries where a block of them is owned, else of keys.
+      head: of queries if it owns queries, else of keys.
       group: the number of the warpgroup.
-      here: its 64 queries or keys.
-      count, whole: blocks of the list, and how many of them, its first, hide nothing.
-      block: from a place of the list to the number of a block.
+      here: slice of its 64 queries or keys.
+      count, whole: number of blocks in the list, and of those at its start that hide nothing.
+      block: index in the list -> number of the block.
     """
 
     batch: Any
@@ -273,7 +273,7 @@ def _place(call: Static, counts, whole, table) -> _Place:
 
 
 def _through_keys(call: Static, at: _Place, step, context, k, v, columns) -> None:
-    """`step` over the listed blocks of keys, which the last warpgroup fetches ahead."""
+    """Runs `step` over the listed blocks of keys, which the last warpgroup prefetches."""
     head = lax.div(at.head, jnp.int32(call.groups))
     specs = [_matrix_spec(call, x, lambda t: (at.block(t), head, 0)) for x in (k, v)]
     specs.append(plgpu.BlockSpec((NUMBERS, call.step), lambda t: (0, at.block(t))))
@@ -282,18 +282,18 @@ def _through_keys(call: Static, at: _Place, step, context, k, v, columns) -> Non
 
 
 def _through_queries(call: Static, at: _Place, step, context, matrices, rows) -> None:
-    """`step` over the listed blocks of queries, for each of the heads that share the keys."""
+    """Runs `step` over the listed blocks of queries of all heads that share the keys."""
 
-    def place(t):
+    def head_and_block(t):
         head = at.head * call.groups + lax.div(t, at.count)
         return head, at.block(lax.rem(t, at.count))
 
     def of_matrix(t):
-        head, block = place(t)
+        head, block = head_and_block(t)
         return block, head, 0
 
     def of_numbers(t):
-        head, block = place(t)
+        head, block = head_and_block(t)
         return head, 0, block
 
     specs = [_matrix_spec(call, x, of_matrix) for x in matrices]
@@ -303,7 +303,7 @@ def _through_queries(call: Static, at: _Place, step, context, matrices, rows) ->
 
 
 def _matrix_spec(call: Static, x, place):
-    """A block [step, D] of x [B, N, H, D] in each step."""
+    """Spec of one block [step, D] of x [B, N, H, D] per step."""
     shape = (call.step, None, x.shape[-1])
     return plgpu.BlockSpec(shape, place, transforms=list(_SWIZZLED))
 
@@ -323,7 +323,7 @@ def _pipeline(call: Static, step, context, steps, specs):
 
 
 def _fetch(barrier, *pairs) -> None:
-    """Copies into fast memory, until all have arrived."""
+    """Copies into fast memory and waits until all have arrived."""
     for source, target in pairs:
         plgpu.copy_gmem_to_smem(source, target, barrier)
     plgpu.barrier_wait(barrier)
@@ -338,7 +338,7 @@ def _store(*pairs) -> None:
 
 
 def _meet(barrier) -> None:
-    """Goes on when the other warpgroup is here, too."""
+    """Waits for the other warpgroup."""
     plgpu.barrier_arrive(barrier)
     plgpu.barrier_wait(barrier)
 
@@ -371,7 +371,7 @@ def _added(total, a, b):
 
 
 def _own(call: Static, numbers, names):
-    """From a name to that number of the tokens that are owned, as rows of the map."""
+    """A function from a name to that number of the owned tokens, as rows of the map."""
 
     def of(name):
         return _by_row(load(numbers.at[names.index(name)], _OF_ROWS), call.step)
@@ -380,7 +380,7 @@ def _own(call: Static, numbers, names):
 
 
 def _met(call: Static, numbers, names):
-    """From a name to that number of the tokens of this step, as columns of the map."""
+    """A function from a name to that number of the tokens of this step, as columns of the map."""
 
     def of(name):
         x = load(numbers.at[names.index(name)], _OF_COLUMNS)
@@ -394,7 +394,7 @@ def _by_row(x, columns: int):
 
 
 def _logits(call: Static, s, bias):
-    """Scaled, capped, biased, in base 2; and what the cap multiplies gradients by, or None."""
+    """Logits scaled, capped and biased, in base 2; and the derivative of the cap, or None."""
     slope = None
     if call.softcap is None:
         s = s * (call.scale * LOG2E)
@@ -405,7 +405,7 @@ def _logits(call: Static, s, bias):
 
 
 def _hidden(call: Static, whole, s, row, column):
-    """-inf where a key is hidden; a block that is seen as a whole needs no mask."""
+    """Logits with -inf for hidden keys; a block that hides nothing needs no mask."""
     if call.rule is None:
         return s
 

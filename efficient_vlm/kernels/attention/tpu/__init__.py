@@ -1,14 +1,14 @@
-"""Attention on TPUs: Pallas (Mosaic) kernels that neither fetch nor compute blocks without keys.
+"""Attention on TPUs: Pallas (Mosaic) kernels that neither fetch nor compute empty blocks.
 
-A mask of O(N + M) numbers (`mask.Mask`) says which blocks of the map hold anything. The lists of
-them are prefetched scalars that drive the index maps of the pipeline: a block that is not listed is
-never fetched, and blocks in which everything is seen skip the arithmetic of the mask. The numbers
-of a token (of its mask, bias, lse and delta) lie side by side, 32 bytes; lse and sums over queries
-are written as rows, 4 bytes a number where lanes would take 512.
+The O(N + M) numbers of a mask (`mask.Mask`) tell which blocks of the map are live. Lists of live
+blocks are prefetched scalars that drive the index maps of the pipeline: a block that is not listed
+is never fetched, and blocks in which nothing is hidden skip the arithmetic of the mask. The numbers
+of a token (mask, bias, lse and delta) are stored together, 32 bytes; lse and sums over queries are
+written as rows, 4 bytes per number instead of the 512 of a row of lanes.
 
-The passes are those of arXiv 2205.14135 (section 3.1, appendix B.4) with a bias for each key and
-its gradient, one more sum of a row. The kernels are checked in Pallas' interpreters, for races as
-well, and compiled ahead of time for v5e, v5p and v6e; they have not been run on a TPU.
+The passes are those of arXiv 2205.14135 (section 3.1, appendix B.4) with a bias per key and its
+gradient, one more row sum. The kernels are checked in Pallas' interpreters, for races as well, and
+compiled ahead of time for v5e, v5p and v6e; they have never run on a TPU.
 """
 
 import functools
@@ -51,7 +51,7 @@ def forward(q, k, v, key_bias, mask, *, scale, softcap):
 
 def backward(q, k, v, key_bias, mask, lse, delta, d_out, weights, gain, *, scale, softcap):
     """(dq, dk, dv, d key_bias [B, M] or None); see `xla.backward`."""
-    given = (q, k, v, key_bias, mask, scale, softcap)
+    args = (q, k, v, key_bias, mask, scale, softcap)
     names = ("q", "k", "v", "d_out", "rows", "columns")
 
     def run(call, body, shapes, spec, products):
@@ -59,7 +59,7 @@ def backward(q, k, v, key_bias, mask, lse, delta, d_out, weights, gain, *, scale
         rows = call.rows(lse, delta, weights)
         return kernel(*call.lists, call.q, call.k, call.v, call.queries(d_out), rows, call.columns)
 
-    call = Call("backward_q", "queries", *given, gain=gain)
+    call = Call("backward_q", "queries", *args, gain=gain)
     shape = out_shape(call.q.shape, jnp.float32, q)
     scratch = ((call.block_q, call.q.shape[-1]), (call.block_q, LANES))
     spec = call.by_queries(names, ("q",), scratch)
@@ -67,7 +67,7 @@ def backward(q, k, v, key_bias, mask, lse, delta, d_out, weights, gain, *, scale
     (dq,) = run(call, kernels.backward_q_kernel, (shape,), spec, products)
     dq = dq[:, :, : call.count, : call.dim].astype(q.dtype)
 
-    call = Call("backward_kv", "keys", *given, gain=gain)
+    call = Call("backward_kv", "keys", *args, gain=gain)
     shapes = [out_shape(x.shape, jnp.float32, q) for x in (call.k, call.v)]
     shapes.append(call.row(call.kv_heads, call.padded_k))
     lanes = (call.block_k, LANES)
@@ -88,8 +88,8 @@ def importance(q, k, key_bias, mask, lse, weights, *, scale, softcap):
     spec = call.by_keys(("q", "k", "rows", "columns"), ("key_row",), ((call.block_k, LANES),) * 2)
     shape = call.row(1, call.padded_k)
     run = _kernel(call, kernels.importance_kernel, (shape,), spec, call.dim)
-    (found,) = run(*call.lists, call.q, call.k, call.rows(lse), call.columns)
-    return found[:, 0, 0, : call.num_keys] / call.heads
+    (total,) = run(*call.lists, call.q, call.k, call.rows(lse), call.columns)
+    return total[:, 0, 0, : call.num_keys] / call.heads
 
 
 def _kernel(call: Call, body, shapes, spec, products: int):

@@ -9,7 +9,7 @@ __all__ = ["CHIPS", "block_sizes", "check", "chip", "lane_dim", "vmem_bytes", "v
 _LANES = 128
 _MIB = 2**20
 
-# Physical VMEM in MiB, and what the kernels ask for, more than the compiler's default (16 to 32).
+# Physical VMEM in MiB, and the limit that the kernels request; the compiler's default is 16 to 32.
 CHIPS = {"v5e": (128, 64), "v6e": (128, 64), "v5p": (64, 48), "other": (64, 32)}
 
 # pass -> (queries, keys) of a block, for heads of up to 128 and of up to 256.
@@ -30,7 +30,7 @@ def lane_dim(dim: int) -> int:
 
 
 def chip() -> str:
-    """The chip that is compiled for, "other" where it is not known."""
+    """The chip that is compiled for; "other" if it is unknown."""
     from jax.sharding import get_abstract_mesh
 
     device = getattr(get_abstract_mesh(), "abstract_device", None)
@@ -60,12 +60,12 @@ def block_sizes(name: str, queries: int, keys: int, dim: int) -> tuple[int, int]
     return block_q, block_k
 
 
-# What one compiler takes more than another: 56 KiB were seen.
+# Versions of the compiler differ in the memory they use, by up to 56 KiB so far.
 _SPARE = 2**18
 
 
 def vmem_bytes(name: str, block_q: int, block_k: int, dim: int, itemsize: int = 4) -> int:
-    """Bytes that a pass needs, from above: blocks twice (the next one is fetched), sums, logits."""
+    """Upper bound of the bytes of a pass: blocks twice (for prefetching), sums, logits."""
     wide = max(dim, _LANES)  # Lanes are padded in VMEM.
     rows, keys = block_q * wide, block_k * wide
     arrays = {
@@ -88,5 +88,5 @@ def check(name: str, block_q: int, block_k: int, dim: int) -> None:
             f"{name}: blocks of {block_q} x {block_k} at head dim {dim} need "
             f"{needed / _MIB:.0f} MiB of VMEM on {chip()}",
             allowed=f"at most {limit / _MIB:.0f} MiB",
-            fix="smaller blocks",
+            fix="use smaller blocks",
         )

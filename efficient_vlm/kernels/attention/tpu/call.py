@@ -1,4 +1,4 @@
-"""How a call of attention becomes a grid of blocks on a TPU: block sizes and index maps."""
+"""The grid of blocks of an attention call on a TPU: block sizes and index maps."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -18,13 +18,13 @@ class Call(Packed):
     """One pass over the map: arrays in whole blocks, lists of live blocks, and the grid.
 
     Attributes:
-      inner_heads: heads of queries that one block of keys meets.
-      vmem: bytes of fast memory that it may use.
+      inner_heads: query heads that attend to one block of keys.
+      vmem: bytes of fast memory that the pass may use.
     """
 
     def __init__(self, name, by, q, k, v, *given, **options):
         self.name = name
-        # No matrix unit takes float16.
+        # The matrix units do not support float16.
         dtype = jnp.dtype(jnp.float32 if q.dtype == jnp.float16 else q.dtype)
         wide = lane_dim(max(q.shape[-1], 0 if v is None else v.shape[-1]))
         blocks = block_sizes(name, q.shape[2], k.shape[2], wide)
@@ -36,11 +36,11 @@ class Call(Packed):
 
     @property
     def groups(self) -> int:
-        """Heads of queries that share a head of keys."""
+        """Query heads that share a key head."""
         return self.static.groups
 
     def by_queries(self, ins, outs, scratch):
-        """Grid spec of a kernel that goes through the keys of each block of queries.
+        """Grid spec of a kernel that loops over keys for each block of queries.
 
         Args:
           ins, outs: names of arrays and results, see `_spec`.
@@ -55,7 +55,7 @@ class Call(Packed):
         return self._spec(grid, at, ins, outs, scratch, "d_out" in ins)
 
     def by_keys(self, ins, outs, scratch):
-        """The same for one that goes through the queries of `inner_heads` of each block of keys."""
+        """The same for a loop over the queries of `inner_heads` for each block of keys."""
         static, inner = self.static, self.inner_heads
         grid = (self.batch, self.heads // inner, static.lines, inner, static.steps)
 
@@ -96,10 +96,10 @@ class Call(Packed):
         )
 
     def options(self, products: int, grid: tuple[int, ...]) -> dict:
-        """What `pallas_call` is told beside the grid."""
+        """Compiler parameters and cost estimate of `pallas_call`."""
         semantics = ("parallel",) * 3 + ("arbitrary",) * (len(grid) - 3)
-        seen, entries = self.expected()
-        passes = seen / (self.padded_k // self.block_k)
+        live, entries = self.expected()
+        passes = live / (self.padded_k // self.block_k)
         return dict(
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=semantics, vmem_limit_bytes=self.vmem
@@ -118,6 +118,6 @@ class Call(Packed):
         return out_shape((self.batch, heads, 1, tokens), jnp.float32, self.q)
 
 
-def _line(static, batch, own, place):
-    """Where the lists keep a place of the list of a block."""
-    return ((batch if static.list_rows > 1 else 0) * static.lines + own) * static.steps + place
+def _line(static, batch, block, step):
+    """Index into the flat lists: step `step` of the list of an owned block."""
+    return ((batch if static.list_rows > 1 else 0) * static.lines + block) * static.steps + step

@@ -1,7 +1,7 @@
-"""Attention of a few queries to a cache on TPUs: pages are read from where they are, int8 as int8.
+"""Attention of a few queries to a cache on TPUs: pages are read in place, int8 as int8.
 
 One grid step is one block of a page, or of a contiguous cache, of one key head. The page table and
-the lengths are prefetched scalars that drive the index maps, so that blocks behind the end of a row
+the lengths are prefetched scalars that drive the index maps, so that blocks after the end of a row
 are neither fetched nor computed; the queries that share a key head are the rows of one product.
 """
 
@@ -18,8 +18,8 @@ from efficient_vlm.kernels.manual import out_shape
 
 _LANES = 128
 _SUBLANES = 8
-_ROWS = 16  # Queries of a product are padded to whole tiles, of bfloat16 as well.
-_BLOCKS = (512, 384, 256, 128)  # Keys of a block, of which pages have whole ones.
+_ROWS = 16  # Queries of a product are padded to whole tiles, which for bfloat16 have 16 rows.
+_BLOCKS = (512, 384, 256, 128)  # Keys of a block; a page is a whole number of blocks.
 VMEM_BYTES = 16 * 2**20
 
 
@@ -33,8 +33,7 @@ def decode(
     k_scale,
     v_scale,
     limits=None,
-    places=None,
-    after=None,
+    window=None,
     *,
     scale,
     softcap,
@@ -45,10 +44,10 @@ def decode(
       q: [B, H, R, D].
       k, v: [P, Hk, S, D and Dv] with pages int32 [B, T], or [B, Hk, M, D and Dv] with pages None.
       lengths: int32 [B].
-      columns: float32 [B, M]: the bias of each key, -1e30 for one that is not seen.
+      columns: float32 [B, M], the bias of each key; -1e30 for hidden ones.
       k_scale, v_scale: float32, the shape of k and v without D, for int8; else None.
-      limits: int32 [B, R], how many keys each query sees, of which `lengths` is the most; or None.
-      places, after: float32 [B, M] and [B, R], see `attention_decode`; or None.
+      limits: int32 [B, R], how many keys each query sees, at most `lengths`; None for these.
+      window: (`places` float32 [B, M], `after` float32 [B, R]), see `attention_decode`, or None.
     """
     batch, heads, queries, dim = q.shape
     kv_heads, value_dim = k.shape[1], v.shape[-1]
@@ -58,8 +57,8 @@ def decode(
     packed = jnp.pad(packed, ((0, 0), (0, 0), (0, padded - rows), (0, 0)))
     size, contiguous = k.shape[2], pages is None
     if contiguous:
-        # What the last block has too much is behind the end of every row. A table is not needed,
-        # but keeps one kernel.
+        # The last block may reach beyond the cache, where `lengths` hide everything. The table is
+        # unused; it lets both layouts share one kernel.
         block = min(max(size, _LANES), _BLOCKS[0])
         pages = jnp.zeros((batch, 1), jnp.int32)
         steps = pl.cdiv(size, block)
@@ -73,16 +72,16 @@ def decode(
         return jnp.minimum(t, jnp.maximum(counts[b] - 1, 0))
 
     def page(b, h, t, lengths, counts, pages):
-        place = last(b, t, counts)
+        number = last(b, t, counts)
         if contiguous:
-            return b, h, place, 0
-        return pages[b, place // (size // block)], h, place % (size // block), 0
+            return b, h, number, 0
+        return pages[b, number // (size // block)], h, number % (size // block), 0
 
     def scale_row(b, h, t, lengths, counts, pages):
-        first, head, place, _ = page(b, h, t, lengths, counts, pages)
-        return first, head, 0, place
+        first, head, number, _ = page(b, h, t, lengths, counts, pages)
+        return first, head, 0, number
 
-    def own(b, h, t, lengths, counts, pages):
+    def of_row(b, h, t, lengths, counts, pages):
         return b, h, 0, 0
 
     def column(b, h, t, lengths, counts, pages):
@@ -90,7 +89,7 @@ def decode(
 
     operands = [packed, k, v, columns[:, None]]
     in_specs = [
-        pl.BlockSpec((1, 1, padded, dim), own),
+        pl.BlockSpec((1, 1, padded, dim), of_row),
         pl.BlockSpec((1, 1, block, dim), page),
         pl.BlockSpec((1, 1, block, value_dim), page),
         pl.BlockSpec((1, 1, block), column),
@@ -99,6 +98,7 @@ def decode(
         if x is not None:
             operands.append(x.astype(jnp.float32)[:, :, None])
             in_specs.append(pl.BlockSpec((1, 1, 1, block), scale_row))
+    places, after = window or (None, None)
     if places is not None:
         operands.append(places[:, None])
         in_specs.append(pl.BlockSpec((1, 1, block), column))
@@ -125,8 +125,8 @@ def decode(
             grid=(batch, kv_heads, steps),
             in_specs=in_specs,
             out_specs=(
-                pl.BlockSpec((1, 1, padded, value_dim), own),
-                pl.BlockSpec((1, 1, padded, _LANES), own),
+                pl.BlockSpec((1, 1, padded, value_dim), of_row),
+                pl.BlockSpec((1, 1, padded, _LANES), of_row),
             ),
             scratch_shapes=[
                 pltpu.VMEM((padded, _LANES), jnp.float32),
@@ -152,7 +152,7 @@ def decode(
 
 
 def _by_row(x, groups, padded):
-    """[B, R] numbers of the queries -> [B, padded, lanes] of the rows of a product, as packed."""
+    """[B, R] numbers of the queries -> [B, padded, lanes] for the rows of a product."""
     x = jnp.tile(x, (1, groups))
     x = jnp.pad(x, ((0, 0), (0, padded - x.shape[1])))
     return jnp.broadcast_to(x[..., None], (*x.shape, _LANES))
@@ -161,7 +161,7 @@ def _by_row(x, groups, padded):
 def _kernel(lengths, counts, pages, q, k, v, columns, *rest, scale, softcap, block, steps, given):
     del pages  # The index maps read it.
     rest = list(rest)
-    k_scale, v_scale, places, limits, after = (rest.pop(0) if there else None for there in given)
+    k_scale, v_scale, places, limits, after = (rest.pop(0) if has else None for has in given)
     out, lse, top, total, acc = rest
     b, t = pl.program_id(0), pl.program_id(2)
 
@@ -180,11 +180,11 @@ def _kernel(lengths, counts, pages, q, k, v, columns, *rest, scale, softcap, blo
         if softcap is not None:
             s = softcap * jnp.tanh(s / softcap)
         bias = columns[0]
-        place = t * block + lax.broadcasted_iota(jnp.int32, bias.shape, 1)
-        held = (bias > 0.5 * NEGATIVE) & (place < lengths[b])
+        slot = t * block + lax.broadcasted_iota(jnp.int32, bias.shape, 1)
+        held = (bias > 0.5 * NEGATIVE) & (slot < lengths[b])
         seen = held
         if limits is not None:
-            seen = seen & (place < limits[0][:, :1])
+            seen = seen & (slot < limits[0][:, :1])
         if after is not None:
             seen = seen & (places[0] > after[0][:, :1])
         s = jnp.where(seen, s + bias, NEGATIVE)
@@ -200,9 +200,9 @@ def _kernel(lengths, counts, pages, q, k, v, columns, *rest, scale, softcap, blo
         if v_scale is not None:
             p = jnp.where(seen, p * v_scale[0, 0], 0.0)
         else:
-            # What absent places hold may be anything, and 0 times NaN is NaN.
-            there = jnp.broadcast_to(held.astype(jnp.float32), (_SUBLANES, block)).T[:, :1]
-            values = jnp.where(there > 0, values, 0)
+            # Hidden slots may hold NaN, and 0 times NaN is NaN.
+            visible = jnp.broadcast_to(held.astype(jnp.float32), (_SUBLANES, block)).T[:, :1]
+            values = jnp.where(visible > 0, values, 0)
         acc[...] = acc[...] * shrink + _dot(p.astype(queries.dtype), values, 0)
 
     @pl.when(t == steps - 1)

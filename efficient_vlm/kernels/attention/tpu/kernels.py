@@ -116,8 +116,8 @@ def backward_kv_kernel(
         d_bias[0, 0] = _row(b_acc[...], b_acc.shape)
 
 
-def importance_kernel(counts, whole, table, q, k, rows, columns, found, acc, own, *, call: Static):
-    """What a block of keys receives, over the listed blocks of queries of all heads."""
+def importance_kernel(counts, whole, table, q, k, rows, columns, out, acc, own, *, call: Static):
+    """The importance of a block of keys, over the listed blocks of queries of all heads."""
     del table
     row, column = _met(rows[0, 0], ROWS), _own(own, COLUMNS)
 
@@ -135,22 +135,22 @@ def importance_kernel(counts, whole, table, q, k, rows, columns, found, acc, own
 
     @pl.when(_last())
     def _():
-        found[0, 0] = _row(acc[...], acc.shape)
+        out[0, 0] = _row(acc[...], acc.shape)
 
 
 def _first():
-    """Whether a block of keys meets the first block of its first head."""
+    """Whether this is the first step of a block of keys: first query block of the first head."""
     return (pl.program_id(3) == 0) & (pl.program_id(4) == 0)
 
 
 def _last():
-    """Whether it meets the last one of its last head."""
+    """Whether this is the last step of a block of keys."""
     heads, steps = pl.num_programs(3), pl.num_programs(4)
     return (pl.program_id(3) == heads - 1) & (pl.program_id(4) == steps - 1)
 
 
 def _on_live(call: Static, counts, whole, t, step) -> None:
-    """`step` for a listed block, without the mask where everything is seen."""
+    """Runs `step` for a listed block, without the mask where nothing is hidden."""
     line = (pl.program_id(0) if call.list_rows > 1 else 0) * call.lines + pl.program_id(2)
     live = t < counts[line]
     if call.rule is None:
@@ -161,7 +161,7 @@ def _on_live(call: Static, counts, whole, t, step) -> None:
 
 
 def _own(turned, names):
-    """From a name to that number of the tokens that are owned, [n, 1]."""
+    """A function from a name to that number of the owned tokens, [n, 1]."""
 
     def of(name):
         at = names.index(name)
@@ -171,7 +171,7 @@ def _own(turned, names):
 
 
 def _met(numbers, names):
-    """From a name to that number of the tokens of this step, [1, n]."""
+    """A function from a name to that number of the tokens of this step, [1, n]."""
 
     def of(name):
         at = names.index(name)
@@ -181,7 +181,7 @@ def _met(numbers, names):
 
 
 def _logits(call: Static, s, column):
-    """Scaled, capped and biased; and what the cap multiplies gradients by, or None."""
+    """Logits scaled, capped and biased, and the derivative of the cap, or None without one."""
     s, slope = s * call.scale, None
     if call.softcap is not None:
         bent = jnp.tanh(s / call.softcap)
@@ -190,13 +190,13 @@ def _logits(call: Static, s, column):
 
 
 def _probabilities(call: Static, s, row, column, masked: bool):
-    """From the lse of a pass before."""
+    """Probabilities from the lse of the forward pass."""
     p = jnp.exp(s - row("lse"))
     return jnp.where(call.rule.seen(row, column), p, 0.0) if masked else p
 
 
 def _pulled(call: Static, d_p, row, column):
-    """What gradients of probabilities add up to for logits, before they are multiplied by them."""
+    """The gradient of the logits over the probabilities: dP (with importance) minus delta."""
     if call.weighed:
         d_p = d_p + row("weight") * column("gain")
     return d_p - row("delta")

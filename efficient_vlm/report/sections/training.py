@@ -8,8 +8,17 @@ import numpy as np
 
 from efficient_vlm.report import marks, page, plots, records
 from efficient_vlm.report.records import Run
-from efficient_vlm.train.goodput import BUCKETS
 
+# Where time goes, by the names in results.json (`train.goodput.BUCKETS`), and what that is.
+TIMES = {
+    "productive": "steps that are part of the result",
+    "lost": "steps done again, because a process ended before they were saved",
+    "start": "from the start of a process to its first step, without compiling",
+    "compile": "compiling",
+    "data": "waiting for batches",
+    "checkpoint": "saving, as far as the loop waits for it",
+    "eval": "evaluation",
+}
 _POINTS = 120  # Per curve; more would be finer than a pixel.
 _TIME_BINS = 60
 
@@ -122,7 +131,7 @@ def goodput(run: Run) -> str:
     """Where the time of the run went, over all the processes that it took."""
     found = run.results.get("goodput")
     found = found if isinstance(found, Mapping) else {}
-    seconds = {name: records.number(found.get(name)) for name in BUCKETS}
+    seconds = {name: records.number(found.get(name)) for name in TIMES}
     total = sum(value for value in seconds.values() if math.isfinite(value))
     if not total > 0:
         return page.missing("No record of time: the run is unfinished, or older than the record.")
@@ -132,7 +141,7 @@ def goodput(run: Run) -> str:
             [
                 page.cell(f"{value:,.1f}", sort=value),
                 page.cell(f"{100 * value / total:.1f} %", sort=value, bar=value / total),
-                page.cell(BUCKETS[name]),
+                page.cell(TIMES[name]),
             ],
         )
         for name, value in seconds.items()

@@ -1,4 +1,4 @@
-"""Where a training state lies on a mesh: parameters by their logical axes, moments with them."""
+"""How a training state is laid out on a mesh: parameters by logical axes, moments with them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,11 +10,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from efficient_vlm.sharding import trimmed
 
-__all__ = ["Placement", "state_shardings"]
+__all__ = ["StateLayout", "state_shardings"]
 
 
-class Placement(NamedTuple):
-    """A mesh, and where a training state lies on it: a tree of `NamedSharding` like the state."""
+class StateLayout(NamedTuple):
+    """A mesh, and a tree of `NamedSharding` with the structure of the training state."""
 
     mesh: Mesh
     state: Any
@@ -28,7 +28,7 @@ def state_shardings(
     *,
     zero: bool = False,
 ) -> dict[str, Any]:
-    """A tree of `NamedSharding` like a training state: moments lie where their parameters do.
+    """A tree of `NamedSharding` like a training state; moments are sharded like their parameters.
 
     Args:
       state: arrays or shapes; see `train.step.State`.
@@ -43,7 +43,7 @@ def state_shardings(
         return isinstance(leaf, optax.MaskedNode)
 
     def moment(leaf, sharding):
-        if masked(leaf):  # A parameter that another part of the optimizer has.
+        if masked(leaf):  # A parameter that another part of the optimizer updates.
             return leaf
         return _cut_further(sharding, leaf.shape, mesh) if zero else sharding
 
@@ -63,7 +63,7 @@ def state_shardings(
 
 
 def _cut_further(sharding: NamedSharding, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """Over "data" as well, along the first axis that it divides."""
+    """The sharding, cut over "data" as well along the first axis that this divides."""
     if mesh.shape["data"] == 1:
         return sharding
     parts = [*sharding.spec, *(None,) * (len(shape) - len(sharding.spec))]

@@ -3,9 +3,10 @@
 import math
 from collections.abc import Sequence
 
+from efficient_vlm.costs.stages import STAGES
 from efficient_vlm.report import page, plots, records
-from efficient_vlm.report.accuracy import legend, styles_of
-from efficient_vlm.report.records import STAGES, Run
+from efficient_vlm.report.records import Run
+from efficient_vlm.report.sections.accuracy import legend, styles_of
 
 MS_STAGES = ("encode", "compress", "prefill", "decode_per_token")
 FIRST_TOKEN = ("encode", "compress", "prefill")

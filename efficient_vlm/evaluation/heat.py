@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_vlm import sharding
-from efficient_vlm.compressors.between import selectors
-from efficient_vlm.evaluation.settings import tokens_of_image
+from efficient_vlm.models.inputs import ModelInputs
+from efficient_vlm.models.variants import tokens_of_image
 from efficient_vlm.models.vlm import VisionLanguageModel
 
 _WHOSE = {
@@ -96,10 +96,7 @@ def token_sizes(source: np.ndarray) -> np.ndarray | None:
 def heat(
     model: VisionLanguageModel,
     params: Any,
-    images: np.ndarray,
-    image_mask: np.ndarray,
-    prompt: np.ndarray,
-    length: int,
+    inputs: ModelInputs,
     sources: Sequence[np.ndarray],
 ) -> Heat | None:
     """The heat map of one question under one method; None for a method without any number.
@@ -107,24 +104,20 @@ def heat(
     Args:
       model: at one setting.
       params: its parameters.
-      images: uint8 [M, H, W, 3] of the question.
-      image_mask: bool [M].
-      prompt: int [P], the question.
-      length: of it.
+      inputs: the question, one row, and its pictures.
       sources: for each run of decoder layers, int [N]; a row of `Generated.sources`.
     """
     method = model.make_compressor()
     asked = method.intermediates()
-    if method.where == "between" and "attention_row" in asked:
+    if method.between and "attention_row" in asked:
         plain = model.clone(compressor={"name": "none"})
-        row = _row(plain, asked["attention_row"], params, images)
+        row = _row(plain, asked["attention_row"], params, inputs.pictures)
         return Heat(np.asarray(row, float).reshape(-1), attention_meaning(asked["attention_row"]))
-    if isinstance(method, selectors.TextTopK):
-        given = (images[None], image_mask[None], prompt[None], np.array([length]))
-        scores = _relevance(model, params, *given)
+    if method.text_scores:
+        scores = _relevance(model, params, inputs)
         return Heat(np.asarray(scores, float).reshape(-1), "relevance to the question")
     if any(not np.array_equal(source, sources[0]) for source in sources[1:]):
-        layout = model.layout(images[None])
+        layout = model.layout(inputs.pictures)
         entering = layout.images * tokens_of_image(model, layout.rows * layout.columns)
         runs = model.make_decoder().runs(entering)
         survived = layers_survived([run.stop - run.start for run in runs], sources)
@@ -145,18 +138,18 @@ def attention_meaning(intermediate: str) -> str:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _row(plain: VisionLanguageModel, asked: str, params, images):
+def _row(plain: VisionLanguageModel, asked: str, params, pictures):
     """float32 [M, N] of the model without a method: those that read the same row share this."""
-    there, row = jnp.ones((1, len(images)), bool), {"attention_row": asked}
-    _, signals = plain.apply({"params": params}, images[None], there, asked=row, method="encode")
+    row = {"attention_row": asked}
+    _, signals = plain.apply({"params": params}, pictures, asked=row, method="encode")
     return sharding.replicated(signals.attention_row)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _relevance(model: VisionLanguageModel, params, images, image_mask, prompts, lengths):
+def _relevance(model: VisionLanguageModel, params, inputs: ModelInputs):
     def scores(model):
-        tokens, _ = model.encode(images, image_mask)
-        text = jnp.repeat(model.instruction(prompts, lengths), images.shape[1], axis=0)
-        return model.reduce.scores(tokens, text[:, None])
+        tokens, _ = model.encode(inputs.pictures)
+        text = jnp.repeat(model.instruction(inputs), inputs.pictures.mask.shape[1], axis=0)
+        return model.reduce.scores(tokens, text)
 
     return sharding.replicated(model.apply({"params": params}, method=scores))

@@ -1,0 +1,67 @@
+"""The verbs that print what there is: methods, presets, doctor."""
+
+import argparse
+from typing import Any
+
+from efficient_vlm.cli import arguments
+from efficient_vlm.cli.arguments import Given
+
+
+def add_methods(verbs: Any) -> None:
+    parser = arguments.add_verb(
+        verbs,
+        "methods",
+        "list the methods that make visual tokens fewer, or the options of one",
+        run_methods,
+        examples=("methods", "methods fastv"),
+    )
+    action = parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="method whose options to list"
+    )
+    action.completer = lambda **_: arguments.method_names()
+    arguments.add_imports(parser)
+    arguments.add_json(parser)
+
+
+def add_presets(verbs: Any) -> None:
+    parser = arguments.add_verb(
+        verbs,
+        "presets",
+        "list published models: parameters, visual tokens",
+        run_presets,
+        examples=("presets",),
+    )
+    arguments.add_json(parser)
+
+
+def add_doctor(verbs: Any) -> None:
+    parser = arguments.add_verb(
+        verbs,
+        "doctor",
+        "print versions, devices and disk, and whether they fit",
+        run_doctor,
+        examples=("doctor",),
+    )
+    arguments.add_json(parser)
+
+
+def run_methods(args: argparse.Namespace, given: Given) -> int:
+    from efficient_vlm.cli.list_methods import list_methods
+
+    del given
+    arguments.import_methods(args)
+    return list_methods(args.name, as_json=args.json)
+
+
+def run_presets(args: argparse.Namespace, given: Given) -> int:
+    from efficient_vlm.cli.presets import presets_command
+
+    del given
+    return presets_command(as_json=args.json)
+
+
+def run_doctor(args: argparse.Namespace, given: Given) -> int:
+    from efficient_vlm.cli import doctor
+
+    del given
+    return doctor.main(as_json=args.json)

@@ -1,0 +1,161 @@
+"""The layers of an encoder as they are run: any stretch, or one apart, with patches leaving."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from efficient_vlm.compressors import Signals, Stage, VisualTokens
+from efficient_vlm.kernels.attention import Mask, key_mask
+from efficient_vlm.nn.intermediates import INTERMEDIATES
+from efficient_vlm.nn.stack import LayerStack
+
+_MOST_CELLS = 1 << 12  # Windows along a side: what makes one number of a row and a column of them.
+
+
+class EncoderStack:
+    """All layers of an encoder, and the patches that are left so far.
+
+    Args:
+      layers: the parameters, see `stack.LayerStack`.
+      tokens: the patches, or None where no layer must know which are left, and where.
+      stages: where a compressor shortens the sequence, in order.
+      compressors: the bound modules of the stages.
+      extra: tokens in front of the patches (CLS).
+      rotary: whether layers turn queries and keys by the places of patches.
+      window: patches along a side of the windows, or None.
+      full_layers: layers that attend to everything all the same.
+      padded: whether some patches are padding.
+    """
+
+    def __init__(
+        self,
+        layers: LayerStack,
+        tokens: VisualTokens | None,
+        stages: Sequence[Stage],
+        compressors: Sequence[nn.Module],
+        *,
+        extra: int,
+        rotary: bool,
+        window: int | None,
+        full_layers: Sequence[int],
+        padded: bool,
+    ):
+        self.layers, self.tokens, self.bias = layers, tokens, None
+        self.stages, self.compressors = stages, compressors
+        self.extra, self.rotary, self.padded = extra, rotary, padded
+        self.window, self.full_layers = window, frozenset(full_layers)
+
+    def encode(
+        self,
+        x: jax.Array,
+        depth: int,
+        wanted: Mapping[str, tuple[str, int]],
+        kept: Sequence[int],
+        scale: float,
+    ) -> tuple[jax.Array, dict[int, jax.Array], dict[str, jax.Array]]:
+        """All layers, with what is asked for on the way.
+
+        Args:
+          x: [B, extra + N, D].
+          depth: layers to run.
+          wanted: what to call it -> (intermediate, layer).
+          kept: layers whose outputs are wanted.
+          scale: of the attention logits.
+
+        Returns:
+          x behind the last layer; layer -> output; the intermediates.
+        """
+        inside = {stage.layer: i for i, stage in enumerate(self.stages) if stage.inside}
+        before = [(stage.layer, i) for i, stage in enumerate(self.stages) if not stage.inside]
+        looked_at = {layer for _, layer in wanted.values()} | set(inside)
+        outputs: dict[int, jax.Array] = {}
+        intermediates: dict[str, jax.Array] = {}
+        done = 0
+        for layer in sorted(looked_at | {at for at, _ in before} | {at + 1 for at in kept}):
+            x = self.run(x, done, layer)
+            done = layer
+            if layer - 1 in kept:
+                outputs[layer - 1] = x
+            for index in (i for at, i in before if at == layer):
+                x = self._reduce(index, x, None)
+            if layer in looked_at:
+                x, seen = self.one(layer, x, inside.get(layer))
+                done = layer + 1
+                for name, (what, at) in wanted.items():
+                    if at == layer:
+                        intermediates[name] = INTERMEDIATES[what](x, seen, scale)
+        return self.run(x, done, depth), outputs, intermediates
+
+    def run(self, x: jax.Array, start: int, stop: int) -> jax.Array:
+        """Layers `start` to `stop` (excluded), as loops over those that attend alike."""
+        for first, last in self._stretches(start, stop):
+            where = self._places(first)
+
+            def layer(block, x, _, where=where):
+                return block(x, self.bias, **where)[0], None
+
+            x = self.layers.run(layer, x, first, last)[0]
+        return x
+
+    def one(self, index: int, x: jax.Array, stage: int | None) -> tuple[jax.Array, dict[str, Any]]:
+        """One layer apart, with the compressor of a stage between its halves: x and what its
+        attention saw."""
+        merge = None
+        if stage is not None:
+
+            def merge(x, inner):
+                return self._reduce(stage, x, inner["key"][:, self.extra :])
+
+        where, bias = self._places(index), self.bias
+
+        def layer(block, x):
+            return block(x, bias, merge, **where)
+
+        # Without a merge nothing escapes the layer, so it can be computed again.
+        x, seen = self.layers.one(index, layer, x, remat=merge is None)
+        return x, {**seen, "live": self._live() if self.padded else None}
+
+    def _reduce(self, index: int, x: jax.Array, keys: jax.Array | None) -> jax.Array:
+        patches = self.tokens.replace(embed=x[:, self.extra :])
+        self.tokens = self.compressors[index](patches, Signals(keys=keys))
+        if getattr(self.compressors[index], "proportional", False):
+            bias = jnp.log(jnp.maximum(self.tokens.size, 1.0))
+            self.bias = jnp.pad(bias, ((0, 0), (self.extra, 0)))
+        return jnp.concatenate([x[:, : self.extra], self.tokens.embed], axis=1)
+
+    def _places(self, layer: int) -> dict[str, Any]:
+        """Positions and mask of the tokens that are left, in this layer."""
+        if not (self.rotary or self.window is not None or self.padded):
+            return {}
+        window = None if layer in self.full_layers else self.window
+        return dict(
+            positions=self.tokens.position if self.rotary else None, mask=self._mask(window)
+        )
+
+    def _mask(self, window: int | None) -> Mask | None:
+        """Which tokens see which; None if all see all. Windows are cells of the plane."""
+        if window is None and not self.padded:
+            return None
+        live = self._live()
+        mask = key_mask(live, live.shape[1])
+        if window is None:
+            return mask
+        cell = jnp.floor(self.tokens.position / window).astype(jnp.int32)
+        cell = cell[..., 0] * _MOST_CELLS + cell[..., 1]
+        return mask.replace(q_segment=cell, kv_segment=cell)
+
+    def _live(self) -> jax.Array:
+        """bool [B, extra + N], which tokens are no padding."""
+        return jnp.pad(self.tokens.mask, ((0, 0), (self.extra, 0)), constant_values=True)
+
+    def _stretches(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Layers that one loop can run: all in windows, or all with full attention."""
+        first = start
+        for index in range(start + 1, stop + 1):
+            changes = index < stop and (index in self.full_layers) != (first in self.full_layers)
+            if index == stop or (self.window is not None and changes):
+                yield first, index
+                first = index

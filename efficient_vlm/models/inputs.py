@@ -1,0 +1,320 @@
+"""`ModelInputs`: everything that a forward pass reads, in training, parity and generation alike."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from efficient_vlm.errors import UserError
+from efficient_vlm.models.prompt_layout import Placement
+from efficient_vlm.nn.attention import PADDING_SEGMENT, SHARED_SEGMENT
+
+NO_LABEL = -1
+
+
+class Layout(NamedTuple):
+    """The static shape of a row's pictures: how many, and the grid of each.
+
+    The grid is that of the tokens which compressors get: patches, or what a projector makes of
+    them.
+    """
+
+    images: int
+    rows: int
+    columns: int
+
+
+NO_PICTURES = Layout(0, 1, 1)
+
+
+@struct.dataclass
+class Pictures:
+    """Pictures of B rows, M to a row: whole pictures, tiles or crops, padded to one size.
+
+    Attributes:
+      pixels: uint8 or float in [0, 1] [B, M, H, W, 3]; [B, M, frames, H, W, 3] for encoders whose
+        patches span several frames.
+      mask: bool [B, M], False where a row has no such picture.
+      valid: int32 [B, M, 2], rows and columns of patches, from the upper left corner, that are
+        real; None for all.
+      slot_mask: bool [B, M, T], which of a picture's T tokens the prompt has a slot for; None for
+        those that read a real patch.
+      padding_share: float32 [B, M, N], share of real pixels of each of the N patches (Molmo).
+      pool_index: int32 [B, P, k], the patches, counted over all pictures of a row, that each of P
+        tokens reads, -1 for none (Molmo2).
+    """
+
+    pixels: jax.Array
+    mask: jax.Array
+    valid: jax.Array | None = None
+    slot_mask: jax.Array | None = None
+    padding_share: jax.Array | None = None
+    pool_index: jax.Array | None = None
+
+    def check(self) -> None:
+        """Raises UserError for arrays that do not belong together."""
+        shape = np.shape(self.pixels)
+        if len(shape) not in (5, 6) or shape[-1] != 3:
+            raise UserError(
+                f"inputs.pictures.pixels: shape {shape}",
+                allowed="[rows, pictures, height, width, 3], or with frames in front of height",
+                fix="pixels[None, None] for one picture [height, width, 3]",
+            )
+        rows, count = shape[:2]
+        _check_shape("pictures.mask", self.mask, (rows, count))
+        _check_shape("pictures.valid", self.valid, (rows, count, 2))
+        _check_shape("pictures.slot_mask", self.slot_mask, (rows, count, None))
+        _check_shape("pictures.padding_share", self.padding_share, (rows, count, None))
+        _check_shape("pictures.pool_index", self.pool_index, (rows, None, None))
+
+
+@struct.dataclass
+class ModelInputs:
+    """A batch of R rows of text, and the pictures that they are about.
+
+    A row is one conversation, or several about the same pictures packed behind one copy of their
+    tokens: each then sees the pictures, what all share, and itself. Pictures have B rows; where R
+    is a multiple of B, text rows r*R/B to (r+1)*R/B - 1 are about picture row r.
+
+    Attributes:
+      text: int32 [R, S], text tokens; visual tokens have no place among them.
+      segments: int32 [R, S], -1 for padding, 0 for text that everything sees, 1 to `questions` for
+        that of one of several conversations.
+      pictures: see `Pictures`; None for text alone.
+      placement: where tokens stand, see `Placement`; None for pictures in front of all text.
+      prompt: bool [R, S], text in front of the first answer, which alone may choose visual tokens;
+        None for all of it.
+      labels: int32 [R, S], the token that each place is to predict, -1 for none; None outside of
+        training.
+      questions: static, the most conversations of a row, Q.
+      longest: static, the most tokens that one conversation sees of its row; None for S.
+    """
+
+    text: jax.Array
+    segments: jax.Array
+    pictures: Pictures | None = None
+    placement: Placement | None = None
+    prompt: jax.Array | None = None
+    labels: jax.Array | None = None
+    questions: int = struct.field(pytree_node=False, default=1)
+    longest: int | None = struct.field(pytree_node=False, default=None)
+
+    @classmethod
+    def of_rows(cls, text: Any, lengths: Any, **fields: Any) -> "ModelInputs":
+        """One conversation a row, padded on the right.
+
+        Args:
+          text: int32 [R, S], NumPy.
+          lengths: int32 [R], tokens that are not padding; 0 for an empty row.
+          **fields: others of this class.
+        """
+        live = np.arange(np.shape(text)[1]) < np.asarray(lengths)[:, None]
+        segments = np.where(live, SHARED_SEGMENT, PADDING_SEGMENT).astype(np.int32)
+        return cls(text=np.asarray(text, np.int32), segments=segments, **fields)
+
+    @property
+    def live(self) -> jax.Array:
+        """bool [R, S], places that hold a token."""
+        return self.segments != PADDING_SEGMENT
+
+    @property
+    def lengths(self) -> jax.Array:
+        """int [R], tokens of each row."""
+        return self.live.sum(axis=1)
+
+    @property
+    def picture_rows(self) -> int:
+        """B; R without pictures."""
+        rows = self.text if self.pictures is None else self.pictures.mask
+        return np.shape(rows)[0]
+
+    def row(self, number: int) -> "ModelInputs":
+        """One row of text alone, with the pictures that it is about."""
+        about = number // (len(self.text) // self.picture_rows)
+        pictures = jax.tree.map(lambda x: x[about : about + 1], self.pictures)
+        own = jax.tree.map(lambda x: x[number : number + 1], self.replace(pictures=None))
+        return own.replace(pictures=pictures)
+
+    def check(self, layout: Layout | None = None) -> None:
+        """Raises UserError for arrays that do not belong together.
+
+        Args:
+          layout: of the pictures in the model, see `VisionLanguageModel.layout`: with it, their
+            tokens are counted as well.
+        """
+        shape = np.shape(self.text)
+        if len(shape) != 2:
+            raise UserError(
+                f"inputs.text: shape {shape}",
+                allowed="[rows, tokens]",
+                fix="tokens[None] for one row",
+            )
+        for name in ("segments", "prompt", "labels"):
+            _check_shape(name, getattr(self, name), shape)
+        if self.questions > 1 and self.longest is None:
+            raise UserError(
+                f"inputs.longest: None, with questions={self.questions} in a row",
+                allowed=f"the tokens of the longest conversation, up to {shape[1]}",
+                fix="pack rows by processing.batch",
+            )
+        if self.pictures is not None:
+            self.pictures.check()
+            if shape[0] % self.picture_rows:
+                raise UserError(
+                    f"inputs: {shape[0]} rows of text about {self.picture_rows} of pictures",
+                    allowed="a multiple of the rows of pictures",
+                    fix="give each row of pictures the same number of rows of text",
+                )
+        if self.placement is not None:
+            self._check_placement(shape, layout)
+
+    def _check_placement(self, shape: tuple[int, int], layout: Layout | None) -> None:
+        place = self.placement
+        slots = np.shape(place.visual_index)[1]
+        if layout is not None and slots != layout.images * layout.rows * layout.columns:
+            raise UserError(
+                f"inputs.placement.visual_index: {slots} slots, the model makes "
+                f"{layout.images} x {layout.rows} x {layout.columns} tokens of these pictures",
+                allowed="a slot for each token that pictures have before compression",
+                fix="place prompts with the model at the size of the pictures (`Request.model`)",
+            )
+        axes = np.shape(place.text_position)[2:]
+        for part, size in (("text", shape[1]), ("visual", slots)):
+            for name, more in (("index", ()), ("position", axes), ("block", ())):
+                name = f"{part}_{name}"
+                _check_shape(f"placement.{name}", getattr(place, name), (shape[0], size, *more))
+        for name in ("next_index", "next_position"):
+            _check_shape(f"placement.{name}", getattr(place, name), shape[:1])
+
+    # --- what a forward pass asks for ------------------------------------------------------------
+
+    def kept(self) -> jax.Array:
+        """bool [R, Q, S], what each conversation has of its row."""
+        if self.questions == 1:
+            return self.live[:, None]
+        number = 1 + jnp.arange(self.questions)[:, None]
+        segments = self.segments[:, None]
+        return (segments == number) | (segments == SHARED_SEGMENT)
+
+    def prompts(self) -> jax.Array:
+        """bool [R, Q, S], the prompt of each conversation."""
+        return self.kept() if self.prompt is None else self.kept() & self.prompt[:, None]
+
+    def asked(self) -> jax.Array:
+        """bool [R, Q], conversations that have a prompt of their own."""
+        prompts = self.prompts()
+        if self.questions > 1:
+            prompts = prompts & (self.segments != SHARED_SEGMENT)[:, None]
+        return prompts.any(axis=2)
+
+    def places(self) -> jax.Array:
+        """int [R, S], the place of each token in its conversation, from 0."""
+        if self.questions == 1:
+            return jnp.broadcast_to(jnp.arange(self.text.shape[1]), self.text.shape)
+        kept = self.kept()
+        before = jnp.cumsum(kept, axis=2) - kept
+        return jnp.take_along_axis(before, self._question()[:, None], axis=1)[:, 0]
+
+    def _question(self) -> jax.Array:
+        """int [R, S], the conversation of each token from 0; 0 also for padding and shared text."""
+        return jnp.maximum(self.segments - 1, 0)
+
+    def judges(self) -> jax.Array:
+        """bool [R, S], text that methods inside the decoder may ask about visual tokens."""
+        prompt = self.live if self.prompt is None else self.live & self.prompt
+        if self.placement is None or not self.placement.visual_index.shape[1]:
+            return prompt
+        # Text in front of a picture has not seen it: only what is behind all of them may judge.
+        last = self.placement.visual_index.max(axis=1, keepdims=True)
+        behind = prompt & (self.placement.text_index > last)
+        return jnp.where(behind.any(axis=1, keepdims=True), behind, prompt)
+
+    def unpacked(self) -> "ModelInputs":
+        """One conversation a row, R*Q rows of `longest` tokens."""
+        if self.questions == 1:
+            return self
+        rows, size = self.text.shape[0] * self.questions, self.longest
+        kept = self.kept().reshape(rows, -1)
+        order = jnp.argsort(~kept, axis=1, stable=True)[:, :size]
+        live = jnp.take_along_axis(kept, order, axis=1)
+
+        def spread(x):
+            return jnp.repeat(x, self.questions, axis=0)
+
+        def text(x, padding=0):
+            x = spread(x)
+            index = order.reshape(*order.shape, *(1,) * (x.ndim - 2))
+            x = jnp.take_along_axis(x, index, axis=1)
+            return jnp.where(live.reshape(*live.shape, *(1,) * (x.ndim - 2)), x, padding)
+
+        placement = self.placement
+        if placement is not None:
+            placement = jax.tree.map(spread, placement).replace(
+                **{
+                    name: text(getattr(placement, name))
+                    for name in ("text_index", "text_position", "text_block")
+                }
+            )
+        return self.replace(
+            text=text(self.text),
+            segments=text(self.segments, PADDING_SEGMENT),
+            placement=placement,
+            prompt=None if self.prompt is None else text(self.prompt, False),
+            labels=None if self.labels is None else text(self.labels, NO_LABEL),
+            questions=1,
+            longest=None,
+        )
+
+    def packed_again(self, x: jax.Array) -> jax.Array:
+        """[R*Q, longest, D] of the rows of `unpacked` -> [R, S, D], in the places of this."""
+        if self.questions == 1:
+            return x
+        rows, size = self.text.shape
+        x = x.reshape(rows, -1, x.shape[-1])
+        index = self._question() * self.longest + self.places()
+        return jnp.take_along_axis(x, index[..., None], axis=1)
+
+
+def _check_shape(name: str, x: Any, wanted: tuple[int | None, ...]) -> None:
+    """None stands for any size, and for an array that is not given."""
+    if x is None:
+        return
+    shape = np.shape(x)
+    fits = len(shape) == len(wanted)
+    if not fits or any(b not in (None, a) for a, b in zip(shape, wanted, strict=True)):
+        sizes = ", ".join("any" if size is None else str(size) for size in wanted)
+        raise UserError(
+            f"inputs.{name}: shape {shape} does not fit the other arrays",
+            allowed=f"({sizes})",
+            fix="make inputs by processing.batch, or by Pretrained.request",
+        )
+
+
+def example_shapes(
+    model: Any, *, rows: int = 1, pictures: int = 1, text: int = 2, pooled: int | None = None
+) -> ModelInputs:
+    """Inputs that a model can read, as `jax.ShapeDtypeStruct`s: for shapes of parameters and costs.
+
+    Args:
+      model: a `VisionLanguageModel`.
+      rows, pictures, text: R, M and S.
+      pooled: P, tokens of a row that read patches of any picture; None where each has its own.
+    """
+    shape = jax.ShapeDtypeStruct
+    tokens = shape((rows, text), jnp.int32)
+    inputs = ModelInputs(text=tokens, segments=tokens, prompt=shape((rows, text), bool))
+    if model.encoder is None:
+        return inputs
+    encoder = model.make_encoder()
+    sides = [side * encoder.patch_size for side in encoder.grid]
+    index = None
+    if pooled is not None:
+        index = shape((rows, pooled, model.make_projector().side ** 2), jnp.int32)
+    seen = Pictures(
+        pixels=shape((rows, pictures, *sides, 3), jnp.uint8),
+        mask=shape((rows, pictures), bool),
+        pool_index=index,
+    )
+    return inputs.replace(pictures=seen)

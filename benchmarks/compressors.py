@@ -32,7 +32,7 @@ LARGE_BATCH = (
     *("tome", "fastv", "pyramiddrop", "feather", "sparsevlm"),
 )
 PROTOCOL = """\
-Stages are the programs of `inference.generate`, compiled ahead and called on the same inputs in one
+Stages are the programs of `inference.stages`, compiled ahead and called on the same inputs in one
 process. Times exclude compilation and one warm-up call; compile seconds are reported separately. A
 round goes through all methods, alternately forward and backward, with `none` before every third one
 and at the end. A speed-up is the mean of the two nearest `none` over the method, so that drift of

@@ -10,7 +10,7 @@ import numpy as np
 
 from efficient_vlm import compressors
 from efficient_vlm.costs.flops import Cost, model_cost
-from efficient_vlm.inference.generate import Programs, programs_of
+from efficient_vlm.inference.stages import Programs, programs_of
 from efficient_vlm.models.init import abstract_parameters
 from efficient_vlm.models.inputs import Layout, ModelInputs, Pictures
 from efficient_vlm.models.vlm import VisionLanguageModel

@@ -16,7 +16,7 @@ from compressors_timing import Program, Timing, compiled, interleave
 
 from efficient_vlm import compressors
 from efficient_vlm.compressors import DecoderState, Signals, VisualTokens
-from efficient_vlm.inference import generate
+from efficient_vlm.inference import stages
 from efficient_vlm.kernels.attention import attention
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.nn.intermediates import INTERMEDIATES
@@ -81,7 +81,7 @@ class Run:
             key_of[method.name] = key = method.programs.encode
             if key not in programs:
                 given = (self.params(key[0]), self.pictures)
-                programs[key], _ = compiled(generate.encode_stage, key, *given)
+                programs[key], _ = compiled(stages.encode_stage, key, *given)
                 self.encoded[key] = jax.block_until_ready(programs[key].run())
         timing = interleave(programs, self.none.programs.encode, self.rounds)
         self.found.take("encode", timing, programs, key_of)
@@ -101,7 +101,7 @@ class Run:
                 )
                 static = (method.model, self.layout)
                 given = (params, tokens, signals, *prompts)
-                programs[name], _ = compiled(generate.compress_stage, static, *given)
+                programs[name], _ = compiled(stages.compress_stage, static, *given)
                 self.visual[name] = jax.block_until_ready(programs[name].run())
                 seconds[name] = programs[name].compile_s
                 if method.module.between and name != "none":
@@ -164,10 +164,11 @@ class Run:
             if key not in programs:
                 static = (model, self.layout, self.new_tokens)
                 given = (params, visual, *prompts)
-                programs[key], _ = compiled(generate.prefill_stage, static, *given)
-                token, cache, _ = jax.block_until_ready(programs[key].run())
+                programs[key], _ = compiled(stages.prefill_stage, static, *given)
+                first, cache, _ = jax.block_until_ready(programs[key].run())
                 later = method.programs.decode
-                decoders[key], kept[key] = self._decoder(later, params, token, cache), cache.nbytes
+                decoders[key] = self._decoder(later, params, first.tokens, cache)
+                kept[key] = cache.nbytes
             self.found.temporaries[method.name] = programs[key].temporaries
             self.found.kv_bytes[method.name] = kept[key]
         reference = key_of["none"]
@@ -178,12 +179,13 @@ class Run:
 
     def _decoder(self, model, params, token, cache) -> Program:
         """Some steps from a copy of the cache, which the program writes into."""
-        program, executable = compiled(generate.decode_stage, (model,), params, token, cache)
+        program, executable = compiled(stages.decode_stage, (model,), params, token, cache)
 
         def run(cache):
             now = token
             for _ in range(DECODE_STEPS):
-                now, cache = executable(params, now, cache)
+                chosen, cache = executable(params, now, cache)
+                now = chosen.tokens
             return now
 
         copies = lambda: (jax.tree.map(jnp.copy, cache),)  # noqa: E731

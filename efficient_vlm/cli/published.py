@@ -1,10 +1,11 @@
 """The verbs import, export and generate of the command line."""
 
+import dataclasses
 import json
 import math
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from efficient_vlm.cli.methods import method_fields
 from efficient_vlm.cli.pictures import picture_options
 from efficient_vlm.errors import UserError, first_line
 from efficient_vlm.families.architecture import build_model, read_config
-from efficient_vlm.families.generation_config import check_penalty
 from efficient_vlm.families.imported import import_model, read_carried
 from efficient_vlm.families.table import family_of
-from efficient_vlm.inference import pretrained
+from efficient_vlm.inference import answers, pretrained
+from efficient_vlm.inference.options import SamplingOptions
+from efficient_vlm.nn.kv_cache import CacheOptions
 from efficient_vlm.nn.stack import unstack
 from efficient_vlm.processing import pointing
 from efficient_vlm.processing.pictures.base import load_picture
@@ -82,9 +84,10 @@ def generate(
     options: Sequence[str] = (),
     pictures: Sequence[str] = (),
     max_new_tokens: int = 64,
-    repetition_penalty: float | None = None,
+    do_sample: bool | None = None,
+    sampling: Mapping[str, Any] | None = None,
+    cache: Mapping[str, Any] | None = None,
     dtype: str = "float32",
-    seed: int = 0,
     points: str | None = None,
     as_json: bool = False,
 ) -> int:
@@ -96,13 +99,15 @@ def generate(
       images: files.
       method, options: name of a method, and "option=value" of it.
       pictures: "option=value" of the picture processor.
-      max_new_tokens, repetition_penalty, dtype: see `Pretrained.generate` and `from_pretrained`.
-      seed: of random compressors.
+      max_new_tokens, do_sample, cache: see `Pretrained.generate`.
+      sampling: fields of `SamplingOptions`; the seed is that of random compressors as well.
+      dtype: see `from_pretrained`.
       points: picture to write with the points of the answer, or None.
       as_json: print answer, times and tokens as JSON.
     """
     enable_compilation_cache()
-    _check(repetition_penalty, seed, points, images)
+    sampling = sampling or {}
+    _check(sampling, cache, points, images)
     vlm = pretrained.from_pretrained(
         model,
         compressor=_one_method(method, options),
@@ -120,17 +125,28 @@ def generate(
         [list(images)],
         max_new_tokens=max_new_tokens,
         stream=stream,
-        rng=jax.random.key(seed),
-        repetition_penalty=repetition_penalty,
+        rng=jax.random.key(sampling.get("seed", 0)),
+        cache=cache,
+        do_sample=do_sample,
+        **sampling,
     )
-    answer = vlm.answers(out)[0]
+    options = vlm.sampling_options(1, do_sample, sampling)
+    (answer,) = answers.answers(vlm.tokenizer, out, options)
     if as_json:
         print(json.dumps(_report(vlm, out, answer)))
     else:
         print()
+        for token in answer.logprobs or ():
+            print(_line(token))
     if points is not None:
-        _draw_points(answer, images[0], points)
+        _draw_points(answer.text, images[0], points)
     return 0
+
+
+def _line(token: answers.TokenLogprob) -> str:
+    """A token, its log-probability and the alternatives to it."""
+    top = "  ".join(f"{text!r} {value:.3f}" for _, text, value in token.top)
+    return f"{token.logprob:9.3f}  {token.text!r:<16} {top}".rstrip()
 
 
 def _one_method(method: str | None, options: Sequence[str]) -> dict[str, Any] | None:
@@ -149,13 +165,19 @@ def _one_method(method: str | None, options: Sequence[str]) -> dict[str, Any] | 
 
 
 def _check(
-    repetition_penalty: float | None, seed: int, points: str | None, images: Sequence[str]
+    sampling: Mapping[str, Any],
+    cache: Mapping[str, Any] | None,
+    points: str | None,
+    images: Sequence[str],
 ) -> None:
-    """What would otherwise fail only after the answer."""
-    if repetition_penalty is not None:
-        check_penalty(repetition_penalty, "--repetition-penalty")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"--seed={seed}", allowed=f"0 to {2**63 - 1}")
+    """Errors that would come only after the model is loaded, or after the answer."""
+    for name, value in sampling.items():
+        try:
+            SamplingOptions(**{name: value})
+        except UserError as error:
+            error.args = (f"--{name.replace('_', '-')}{str(error)[len(name) :]}",)
+            raise
+    CacheOptions.of(cache)
     if points is None:
         return
     if len(images) != 1:
@@ -167,17 +189,21 @@ def _check(
         raise UserError(f"--points={path}: no directory {path.parent}", fix="make it first")
 
 
-def _report(vlm: pretrained.Pretrained, out: Any, answer: str) -> dict[str, Any]:
+def _report(vlm: pretrained.Pretrained, out: Any, answer: answers.Answer) -> dict[str, Any]:
     decode = out.seconds["decode"]
     seconds = {stage: out.seconds[stage] for stage in ("encode", "compress", "prefill")}
-    return {
-        "answer": answer,
+    report = {
+        "answer": answer.text,
+        "finish": answer.finish,
         "family": vlm.family.name,
         "compressor": dict(vlm.model.compressor),
         "visual_tokens": int(np.asarray(out.visual.mask).sum()),
         "kv_bytes": out.kv_bytes,
         "seconds": seconds | {"decode_step": float(np.median(decode)) if decode else None},
     }
+    if answer.logprobs is not None:
+        report["logprobs"] = [dataclasses.asdict(token) for token in answer.logprobs]
+    return report
 
 
 def _draw_points(answer: str, image: str, out: str) -> None:

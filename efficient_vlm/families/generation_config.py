@@ -1,4 +1,4 @@
-"""Settings of generation_config.json that change greedy answers."""
+"""Settings of generation_config.json that change greedy answers, and those of sampling."""
 
 import numbers
 import warnings
@@ -10,7 +10,7 @@ import numpy as np
 from efficient_vlm.errors import UserError
 from efficient_vlm.processing.hub_tokenizer import read_json
 
-__all__ = ["check_penalty", "repetition_penalty"]
+__all__ = ["repetition_penalty", "sampling"]
 
 # Fields that would change greedy answers but are not applied -> values that change nothing.
 _NOT_APPLIED: dict[str, tuple[Any, ...]] = {
@@ -48,11 +48,22 @@ def repetition_penalty(directory: Path) -> float:
         )
     value = settings.get("repetition_penalty")
     where = f"{directory / 'generation_config.json'}: repetition_penalty"
-    return 1.0 if value is None else check_penalty(value, where)
+    return 1.0 if value is None else _penalty(value, where)
 
 
-def check_penalty(value: Any, name: str = "repetition_penalty") -> float:
-    """A valid penalty as a float; UserError for any other value."""
+def sampling(directory: Path) -> dict[str, Any]:
+    """How the model of a directory is meant to be sampled, as in transformers.
+
+    Fields that the file does not name have the defaults of transformers' `GenerationConfig`:
+    temperature 1, the 50 most likely tokens. Values are checked where they are used.
+    """
+    settings = read_json(directory / "generation_config.json")
+    named = {name: settings.get(name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    given = {name: value for name, value in named.items() if value is not None}
+    return {"temperature": 1.0, "top_k": 50} | given
+
+
+def _penalty(value: Any, name: str) -> float:
     number = isinstance(value, numbers.Real | np.number) and not isinstance(value, bool)
     if not number or not 1e-30 < value < 1e30:
         raise UserError(f"{name}: {value!r:.40}", allowed="a number above 0; 1.0 changes nothing")

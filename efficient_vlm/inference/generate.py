@@ -1,27 +1,32 @@
-"""Greedy generation in four stages, each one program: encode, compress, prefill, decode.
-
-The stages are separate programs because they are measured separately, and because they are shared:
-two compressors with one budget use the same prefill and decode, all use the same encoder.
-"""
+"""Generation, token by token: the programs of `inference.stages` and the loop that runs them."""
 
 import functools
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from efficient_vlm import sharding
 from efficient_vlm.compressors import VisualTokens
 from efficient_vlm.errors import UserError
-from efficient_vlm.models.cache import KVCache, constrained
-from efficient_vlm.models.inputs import Layout, ModelInputs
+from efficient_vlm.inference.sampling import Sampling
+from efficient_vlm.inference.stages import (
+    Chosen,
+    Programs,
+    TokenLogprobs,
+    compress_stage,
+    decode_stage,
+    encode_stage,
+    prefill_stage,
+    programs_of,
+)
+from efficient_vlm.models.inputs import ModelInputs
 from efficient_vlm.models.vlm import VisionLanguageModel
+from efficient_vlm.nn.kv_cache import CacheOptions
 
-STAGES = ("encode", "compress", "prefill", "decode")
+__all__ = ["Generated", "generate"]
 
 
 @struct.dataclass
@@ -29,12 +34,16 @@ class Generated:
     """Answers to a batch of questions.
 
     Attributes:
-      tokens: int32 [B, Q, new_tokens] (NumPy); behind the end token everything is the end token.
+      tokens: int32 [B, Q, new_tokens] (NumPy); after the end of an answer all are the end token.
       visual: the visual tokens that enter the decoder for each question, leading axis B*Q.
       sources: for each run of decoder layers at one length, where every patch is: int32 [B*Q, N],
         the index of the token that holds it, -1 for none. The last is where it ended.
       kv_bytes: of the whole batch's cache.
       seconds: per stage; "decode" is a list, one entry per step.
+      lengths: int32 [B, Q] (NumPy), tokens of each answer without the end token.
+      logprobs: of each token, [B, Q, new_tokens] (NumPy), including the end token; NaN and -1 after
+        it. None if not requested.
+      stopped: what ended each row in `Pretrained.run`: a stop string, a stop token, or None.
     """
 
     tokens: np.ndarray
@@ -42,89 +51,9 @@ class Generated:
     sources: tuple[jax.Array, ...]
     kv_bytes: int
     seconds: dict[str, Any] = struct.field(pytree_node=False)
-
-
-class Programs(NamedTuple):
-    """What decides which program of each stage runs: equal values share one.
-
-    Attributes:
-      encode: (model, patch grid of the image, signals asked for).
-      compress, prefill, decode: models.
-    """
-
-    encode: tuple[VisionLanguageModel, Any, Any]
-    compress: VisionLanguageModel
-    prefill: VisionLanguageModel
-    decode: VisionLanguageModel
-
-
-def programs_of(model: VisionLanguageModel, layout: Layout) -> Programs:
-    """The stages of a model, where a method does not touch one as those of the model without it.
-
-    An encoder is the same on one grid with the same signals, prefill for tokens that come under one
-    position policy, a further token behind caches of one shape in which text starts at one place.
-    """
-    patches = (layout.rows, layout.columns)
-    count = patches[0] * patches[1]
-    method, plain = model.make_compressor(), model.with_compressor("none", count)
-    encode, prefill = (model, None, None), model
-    if not method.in_encoder:
-        asked = tuple(sorted(method.intermediates().items()))
-        encode = (plain, method.image_grid(patches), asked)
-    if not method.in_decoder:
-        options = {"position_policy": method.position_policy}
-        prefill = plain.with_compressor("none", count, **options)
-    return Programs(encode, model, prefill, plain)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def encode_stage(model: VisionLanguageModel, grid, asked, params, pictures):
-    options = {"grid": grid, "asked": None if asked is None else dict(asked)}
-    return model.apply({"params": params}, pictures, method="encode", **options)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def compress_stage(
-    model: VisionLanguageModel, layout: Layout, params, visual, signals, text: ModelInputs, rng
-):
-    given = (visual, signals, text, layout, rng)
-    return model.apply({"params": params}, *given, method="compress")
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def prefill_stage(
-    model,
-    layout: Layout,
-    new_tokens: int,
-    params,
-    visual,
-    text: ModelInputs,
-    rng,
-    repeated=None,
-):
-    options = dict(new_tokens=new_tokens, rng=rng)
-    logits, cache, sources = model.apply(
-        {"params": params}, visual, text, layout, **options, method="prefill"
-    )
-    return _chosen(logits, repeated), constrained(cache), sources
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def decode_stage(model, params, tokens, cache: KVCache, repeated=None):
-    logits, cache = model.apply({"params": params}, tokens, cache, method="decode")
-    return _chosen(logits, repeated), constrained(cache)
-
-
-def _chosen(logits: jax.Array, repeated: tuple[Any, Any] | None) -> jax.Array:
-    """The most likely token of each row; with (ids that were there [R, L], penalty), those less."""
-    if repeated is not None:
-        seen, penalty = repeated
-        logits, vocabulary = logits.astype(jnp.float32), logits.shape[-1]
-        rows, columns = jnp.arange(len(logits))[:, None], jnp.where(seen < 0, vocabulary, seen)
-        there = jnp.zeros(logits.shape, bool).at[rows, columns].set(True, mode="drop")
-        less = jnp.where(logits > 0, logits / penalty, logits * penalty)
-        logits = jnp.where(there, less, logits)
-    return sharding.replicated(jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    lengths: np.ndarray | None = None
+    logprobs: TokenLogprobs | None = None
+    stopped: tuple[str | int | None, ...] | None = struct.field(pytree_node=False, default=None)
 
 
 def generate(
@@ -135,11 +64,13 @@ def generate(
     new_tokens: int,
     eos_id: int,
     rng: jax.Array | None = None,
-    on_token: Callable[[np.ndarray], None] | None = None,
-    repetition_penalty: float = 1.0,
+    on_token: Callable[[np.ndarray], np.ndarray | None] | None = None,
+    sampling: Sampling | None = None,
     seen: Any = None,
+    logprobs: int | None = None,
+    cache: CacheOptions | Mapping[str, Any] | None = None,
 ) -> Generated:
-    """The most likely answer to each question, token by token.
+    """An answer to each question, token by token: by default the most likely one.
 
     Args:
       model: the model at one budget.
@@ -151,16 +82,20 @@ def generate(
       new_tokens: the most tokens to generate, at least 1.
       eos_id: the token, or the tokens, that end an answer.
       rng: key for random compressors.
-      on_token: called with the tokens of each step, int32 [R].
-      repetition_penalty: divides logits above 0, and multiplies those below, of tokens that were
-        there before (arXiv 1909.05858, section 4.1).
-      seen: int32 [R, N], those that were there in the prompts, -1 for none; None for all of them.
+      on_token: called with the tokens of each step, int32 [R]; may return bool [R], the answers
+        that end with these tokens.
+      sampling: settings of R rows, see `Sampling.of`; None for the most likely token.
+      seen: int32 [R, N], tokens of the prompts that penalties count, -1 for none; None for all.
+      logprobs: the number of alternatives to list for each token, with log-probabilities; None for
+        no log-probabilities.
+      cache: how keys and values are stored, see `kv_cache.CacheOptions`.
 
     Raises:
       UserError: inputs that do not belong together, several prompts in a row, a prompt that ends
-        with an image, or an answer that would cross the position at
-        which longrope changes all frequencies or a table of positions ends.
+        with an image, an answer that would cross the position at which longrope changes all
+        frequencies or a table of positions ends, or an unknown kind of cache.
     """
+    cache_options = CacheOptions.of(cache)
     _check_prompts(model, inputs, new_tokens)
     seconds: dict[str, Any] = {"decode": []}
     pictures, layout = inputs.pictures, model.layout(inputs.pictures)
@@ -174,45 +109,78 @@ def generate(
         visual, signals = _timed(seconds, "encode", encode_stage, *static.encode, params, pictures)
         given = (visual, signals, text.replace(placement=None), rng)
         visual = _timed(seconds, "compress", compress_stage, model, layout, params, *given)
-    repeated = None
-    if repetition_penalty != 1.0:
-        if seen is None:
-            seen = np.where(text.live, text.text, -1)
-        given = np.shape(seen)[1]
-        seen = np.pad(np.asarray(seen, np.int32), ((0, 0), (0, new_tokens)), constant_values=-1)
-        repeated = (seen, np.float32(repetition_penalty))
-    token, cache, sources = _timed(
+    if sampling is None or not sampling.needs_history:
+        seen = None
+    elif seen is None:
+        seen = np.where(text.live, text.text, -1)
+    chosen, cache, sources = _timed(
         seconds,
         "prefill",
-        prefill_stage,
-        static.prefill,
-        layout,
-        new_tokens,
-        params,
-        visual,
-        text,
-        rng,
-        repeated,
+        functools.partial(prefill_stage, logprobs=logprobs, cache_options=cache_options),
+        *(static.prefill, layout, new_tokens, params, visual, text, rng, sampling, seen),
     )
     kv_bytes = cache.nbytes
-    ends = np.atleast_1d(np.asarray(eos_id))
-    answers = np.full((token.shape[0], new_tokens), ends[0], np.int32)
-    done = np.asarray(text.lengths) == 0
-    for step in range(new_tokens):
-        chosen = np.where(done, ends[0], np.asarray(token)).astype(np.int32)
-        answers[:, step] = chosen
-        if on_token is not None:
-            on_token(chosen)
-        done |= np.isin(chosen, ends)
-        if done.all() or step == new_tokens - 1:
-            break
-        if repeated is not None:
-            seen[:, given + step] = chosen  # No program reads it now: each is waited for.
-        token, cache = _timed(
-            seconds, "decode", decode_stage, static.decode, params, chosen, cache, repeated
-        )
-    answers = answers.reshape(inputs.picture_rows, -1, new_tokens)
-    return Generated(answers, visual, sources, kv_bytes, seconds)
+    answers = _Answers(np.atleast_1d(np.asarray(eos_id)), text.lengths, new_tokens, on_token)
+    decode = functools.partial(decode_stage, logprobs=logprobs)
+    while not answers.add(chosen):
+        given = (static.decode, params, answers.last, cache, chosen.draws)
+        chosen, cache = _timed(seconds, "decode", decode, *given)
+    rest = dict(visual=visual, sources=sources, kv_bytes=kv_bytes, seconds=seconds)
+    rows = inputs.picture_rows
+    return answers.generated((rows, len(text.text) // rows), **rest)
+
+
+class _Answers:
+    """The answers of R rows as they grow, and which of them have ended.
+
+    Attributes:
+      last: int32 [R], the newest tokens; the end token of rows that have ended.
+    """
+
+    def __init__(self, ends: np.ndarray, lengths: Any, new_tokens: int, on_token: Callable | None):
+        self._ends, self._on_token = ends, on_token
+        self._done = np.asarray(lengths) == 0
+        self._tokens = np.full((len(self._done), new_tokens), ends[0], np.int32)
+        self._lengths = np.zeros(len(self._done), np.int32)
+        self._step, self._logprobs = 0, []
+        self.last = self._tokens[:, 0]
+
+    def add(self, chosen: Chosen) -> bool:
+        """One token more for each row; whether that was the last."""
+        if chosen.logprobs is not None:
+            self._logprobs.append(jax.tree.map(self._blank, chosen.logprobs))
+        self.last = np.where(self._done, self._ends[0], np.asarray(chosen.tokens)).astype(np.int32)
+        self._tokens[:, self._step] = self.last
+        ended = None if self._on_token is None else self._on_token(self.last)
+        self._done |= np.isin(self.last, self._ends)
+        self._lengths += ~self._done
+        # The token that completes a stop string is one of the answer.
+        self._done |= False if ended is None else ended
+        self._step += 1
+        return self._done.all() or self._step == self._tokens.shape[1]
+
+    def _blank(self, x: jax.Array) -> np.ndarray:
+        """Numbers of each row, NaN or -1 for rows that have ended."""
+        x = np.asarray(x)
+        gone = self._done.reshape(-1, *(1,) * (x.ndim - 1))
+        return np.where(gone, np.nan if x.dtype.kind == "f" else -1, x).astype(x.dtype)
+
+    def generated(self, shape: tuple[int, int], **more: Any) -> Generated:
+        """All answers with axes `shape` for the rows; `more` are the other fields."""
+        logprobs = None
+        if self._logprobs:
+            rest = self._tokens.shape[1] - self._step
+            nothing = jax.tree.map(np.zeros_like, self._logprobs[0])
+            self._done[:] = True
+            behind = [jax.tree.map(self._blank, nothing)] * rest
+
+            def together(*steps: np.ndarray) -> np.ndarray:
+                x = np.stack(steps, axis=1)
+                return x.reshape(*shape, *x.shape[1:])
+
+            logprobs = jax.tree.map(together, *self._logprobs, *behind)
+        tokens = self._tokens.reshape(*shape, self._tokens.shape[1])
+        return Generated(tokens, lengths=self._lengths.reshape(shape), logprobs=logprobs, **more)
 
 
 def _check_prompts(model, inputs: ModelInputs, new_tokens: int) -> None:

@@ -16,14 +16,17 @@ from efficient_vlm.families import generation_config
 from efficient_vlm.families.architecture import build_model, read_config
 from efficient_vlm.families.base import Family
 from efficient_vlm.families.checks import check_compressor, check_parameters
-from efficient_vlm.families.generation_config import check_penalty
 from efficient_vlm.families.imported import open_weights
 from efficient_vlm.families.load import known_dtype
 from efficient_vlm.families.save import copy_settings, export
 from efficient_vlm.families.table import family_of
 from efficient_vlm.families.weights import Weights
+from efficient_vlm.inference import answers
 from efficient_vlm.inference.generate import Generated, generate
+from efficient_vlm.inference.options import SamplingOptions, one_each
+from efficient_vlm.inference.sampling import Sampling
 from efficient_vlm.models.vlm import VisionLanguageModel
+from efficient_vlm.nn.kv_cache import CacheOptions
 from efficient_vlm.processing.chat_template import Template
 from efficient_vlm.processing.conversation import Conversation, is_one, prompt_ids
 from efficient_vlm.processing.hub_tokenizer import Tokenizer, read_json
@@ -138,9 +141,11 @@ class Pretrained:
         max_new_tokens: int = 64,
         stream: Callable[[str], None] | None = None,
         rng: jax.Array | None = None,
-        repetition_penalty: float | None = None,
+        cache: Mapping[str, Any] | None = None,
+        do_sample: bool | None = None,
+        **sampling: Any,
     ) -> Any:
-        """Answers a question, or several, greedily: always with the most likely next token.
+        """Answers a question, or several; unless told otherwise with the most likely next tokens.
 
         Args:
           prompt: a question, or a conversation: [{"role": "user", "content": [{"type": "image"},
@@ -150,36 +155,42 @@ class Pretrained:
             list of them, in the order of the conversation; for several a list of lists. None for
             none.
           max_new_tokens: the most tokens of an answer.
-          stream: called with pieces of the answer to a single prompt as they come.
-          rng: key for random compressors.
-          repetition_penalty: see `inference.generate.generate`; None for that of
-            generation_config.json, of which only this and the tokens that end an answer are taken.
+          stream: called with pieces of the answer to a single prompt as they come, never with a
+            part of a stop string.
+          rng: key for random compressors; `seed` is that of the answers.
+          cache: kind, page and dtype of `kv_cache.CacheOptions`.
+          do_sample: True takes temperature, top_k, top_p and min_p that are not given from
+            generation_config.json, as transformers does; of which else only the repetition penalty
+            and the tokens that end an answer are taken. False allows no temperature.
+          **sampling: fields of `SamplingOptions`: temperature, top_k, top_p, min_p,
+            repetition_penalty, frequency_penalty, presence_penalty, logit_bias, seed, stop,
+            stop_token_ids, logprobs. Each is one value, or a list with one for each prompt; see
+            `options.one_each`. Prompts with one seed draw alike, whatever else is in the batch.
 
         Returns:
-          The answer, or a list of answers.
+          The answer, or a list of answers: strings, or with `logprobs` for any of them `Answer`s,
+          which have tokens and log-probabilities.
 
         Raises:
-          UserError: a picture or a prompt that cannot be used.
+          UserError: a picture, a prompt or an option that cannot be used.
         """
         single = is_one(prompt)
         if stream is not None and not single:
             raise UserError(f"stream: {len(prompt)} prompts", fix="stream one prompt at a time")
         if single and images is not None:
             images = [images if isinstance(images, list | tuple) else [images]]
-        out = self.run(
-            [prompt] if single else list(prompt),
-            images,
-            max_new_tokens=max_new_tokens,
-            stream=stream,
-            rng=rng,
-            repetition_penalty=repetition_penalty,
-        )
-        answers = self.answers(out)
-        return answers[0] if single else answers
+        prompts = [prompt] if single else list(prompt)
+        options = self.sampling_options(len(prompts), do_sample, sampling)
+        shared = dict(max_new_tokens=max_new_tokens, stream=stream, rng=rng, cache=cache)
+        out = self._run(prompts, images, options, **shared)
+        found: list[Any] = self.answers(out)
+        if any(option.logprobs is not None for option in options):
+            found = answers.answers(self.tokenizer, out, options)
+        return found[0] if single else found
 
     def answers(self, out: Generated) -> list[str]:
         """The text of each answer up to its end."""
-        return [self.tokenizer.decode(self._until_end(row)) for row in out.tokens[:, 0]]
+        return answers.texts(self.tokenizer, out)
 
     def run(
         self,
@@ -189,35 +200,52 @@ class Pretrained:
         max_new_tokens: int = 64,
         stream: Callable[[str], None] | None = None,
         rng: jax.Array | None = None,
-        repetition_penalty: float | None = None,
+        cache: Mapping[str, Any] | None = None,
+        do_sample: bool | None = None,
+        **sampling: Any,
     ) -> Generated:
         """As `generate` for several questions, with tokens, times and cache sizes."""
+        options = self.sampling_options(len(questions), do_sample, sampling)
+        shared = dict(max_new_tokens=max_new_tokens, stream=stream, rng=rng, cache=cache)
+        return self._run(questions, images, options, **shared)
+
+    def sampling_options(
+        self, count: int, do_sample: bool | None, given: Mapping[str, Any]
+    ) -> list[SamplingOptions]:
+        """What each of `count` prompts asks of sampling; see `generate`."""
+        if do_sample not in (None, True, False):
+            raise UserError(f"do_sample: {do_sample!r:.40}", allowed="True, False")
+        given = {name: value for name, value in given.items() if value is not None}
+        files = generation_config.sampling(self.directory) if do_sample else {}
+        options = one_each(count, {"repetition_penalty": self._penalty, **files, **given})
+        if do_sample is False and any(option.temperature > 0 for option in options):
+            raise UserError("do_sample: False, but a temperature is given", fix="leave one out")
+        return options
+
+    def _run(self, questions, images, options, *, max_new_tokens, stream, rng, cache) -> Generated:
         whole = isinstance(max_new_tokens, int | np.integer) and max_new_tokens is not True
         if not whole or max_new_tokens < 1:
             raise UserError(f"max_new_tokens: {max_new_tokens!r}", allowed="1, 2, 3, ...")
-        penalty = self._penalty if repetition_penalty is None else check_penalty(repetition_penalty)
+        cache = CacheOptions.of(cache)
         request = self.request(questions, images)
-        ends = self.tokenizer.eos_ids or (-1,)
-        decoder = self.tokenizer.stream()
-
-        def on_token(tokens: np.ndarray) -> None:
-            if stream is not None and int(tokens[0]) not in ends:
-                stream(decoder.push(int(tokens[0])))
-
+        vocabulary = self.model.decoder.get("head_size") or self.model.vocab_size
+        sampling = Sampling.of(options, vocabulary)
+        watch = answers.Watch(self.tokenizer, options, stream)
         out = generate(
             request.model,
             self.fused,
             request.inputs,
             new_tokens=int(max_new_tokens),
-            eos_id=ends,
+            eos_id=self.tokenizer.eos_ids or (-1,),
             rng=rng,
-            on_token=on_token,
-            repetition_penalty=penalty,
+            on_token=watch,
+            # Where nothing changes the likeliest token, nothing of it is in the program.
+            sampling=sampling if jax.tree.leaves(sampling) else None,
             seen=self._seen(request),
+            logprobs=max((o.logprobs for o in options if o.logprobs is not None), default=None),
+            cache=cache,
         )
-        if stream is not None:
-            stream(decoder.finish())
-        return out
+        return watch.finish(out)
 
     def logits(self, request: Request, rng: jax.Array | None = None) -> jax.Array:
         """Next-token logits behind each text token of a request: float32 [R, S, vocab]."""
@@ -298,10 +326,6 @@ class Pretrained:
             return seen
         slot = [self.family.image_token(self.config) if row else -1 for row in request.pictured]
         return np.concatenate([seen, np.array(slot, seen.dtype)[:, None]], axis=1)
-
-    def _until_end(self, tokens: np.ndarray) -> list[int]:
-        ends = [i for i, token in enumerate(tokens) if int(token) in self.tokenizer.eos_ids]
-        return [int(token) for token in tokens[: ends[0] if ends else len(tokens)]]
 
 
 @functools.partial(jax.jit, static_argnums=0)

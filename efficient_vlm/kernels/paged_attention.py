@@ -1,11 +1,12 @@
 """Attention of a few new queries to a cache: contiguous or paged, complete or pruned, int8."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Bool, Float, Int, Int8
+from jaxtyping import Bool, Float, Int, Int8, Real
 
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.kernels.attention import checks
@@ -28,7 +29,7 @@ def attention_decode(
     q: Float[Array, "B H R D"],
     k: Float[Array, "rows Hk S D"] | Int8[Array, "rows Hk S D"],
     v: Float[Array, "rows Hk S Dv"] | Int8[Array, "rows Hk S Dv"],
-    lengths: Int[Array, " B"],
+    lengths: Int[Array, " B"] | Int[Array, "B R"],
     *,
     scale: float | None = None,
     softcap: float | None = None,
@@ -38,10 +39,12 @@ def attention_decode(
     k_scale: Float[Array, "rows Hk S"] | None = None,
     v_scale: Float[Array, "rows Hk S"] | None = None,
     live: Bool[Array, "#B M"] | None = None,
+    places: Real[Array, "#B M"] | None = None,
+    after: Real[Array, "B R"] | None = None,
     importance: bool = False,
     implementation: str | None = None,
 ) -> AttentionResult:
-    """Each query sees the whole cache of its row, up to `lengths`.
+    """Each query attends to the cache of its row up to `lengths`, or to a window of that.
 
     For inference: gradients are those of plain XLA, with whole maps and gathered pages.
 
@@ -51,9 +54,11 @@ def attention_decode(
     are gathered first.
 
     Args:
-      q: [B, H, R, D], R new tokens of each row; all of them see the same keys.
+      q: [B, H, R, D], R new tokens of each row.
       k, v: as above; int8 with k_scale and v_scale, else in the dtype of q.
-      lengths: int32 [B], tokens in the cache, or in `kept`; clipped to the size of the cache.
+      lengths: int32 [B], tokens in the cache, or in `kept`, that all R queries attend to; or
+        [B, R], one length per query, so that new tokens that are in the cache already attend to
+        each other causally. Clipped to the size of the cache.
       scale, softcap: see `attention`.
       key_bias: float [B, M] or [1, M], by index in the row.
       pages: int32 [B, T], or None.
@@ -61,6 +66,8 @@ def attention_decode(
         left, in the first `lengths` of K entries; None for all tokens.
       k_scale, v_scale: float32, the shape of k and v without D: a token's key is k * k_scale.
       live: bool [B, M] or [1, M], by index in the row: visible keys; None for all.
+      places, after: [B, M] or [1, M], by index in the row, and [B, R]: windows, in which a query
+        attends only to keys with `places` above its `after`; None for both without windows.
       importance: whether to return the attention that each key receives: mean over heads, sum over
         the R queries (which eviction accumulates), [B, M], or [B, K] with `kept`.
       implementation: "xla", "tpu" (whole pages of 128 tokens or more, no `kept`), or None for the
@@ -77,9 +84,11 @@ def attention_decode(
     """
     q, k, v, k_scale, v_scale = checks.arrays(q, k, v, k_scale, v_scale)
     lengths, pages, kept, key_bias, live = checks.arrays(lengths, pages, kept, key_bias, live)
+    places, after = checks.arrays(places, after)
     checks.decode(q, k, v, lengths, pages, k_scale, v_scale)
     keys = k.shape[2] if pages is None else pages.shape[1] * k.shape[2]
-    checks.columns(len(q), keys, key_bias=key_bias, live=live, kept=kept)
+    checks.columns(len(q), keys, key_bias=key_bias, live=live, places=places, kept=kept)
+    checks.windows(q, places, after)
     softcap = checks.cap(softcap, "attention_decode")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scale = checks.number("scale", scale, "attention_decode")
@@ -103,7 +112,14 @@ def attention_decode(
     if pages is not None:
         # Entries of the table after the end of a row may have any value.
         pages = jnp.clip(pages, 0, len(k) - 1)
-    args = alike(q, k, v, lengths, pages, columns, k_scale, v_scale)
+    limits = None
+    if lengths.ndim == 2:
+        limits, lengths = lengths, lengths.max(axis=1)
+    window = None
+    if after is not None:
+        places, after = (x.astype(jnp.float32) for x in (places, after))
+        window = jnp.broadcast_to(places, (len(q), keys)), after
+    args = alike(q, k, v, lengths, pages, columns, k_scale, v_scale, limits, window)
     q, kept = args[0], alike(kept, q)[0]
     plain = functools.partial(_plain, kept=kept, importance=importance, **options)
     part = functools.partial(_kernel, **options)
@@ -126,8 +142,11 @@ def _kernel(*args, **options):
     return *decode(*args, **options), None
 
 
-def _plain(q, k, v, lengths, pages, columns, k_scale, v_scale, *, kept, importance, scale, softcap):
+def _plain(
+    *args: Any, kept: jax.Array | None, importance: bool, scale: float, softcap: float | None
+) -> AttentionResult:
     """The same in plain XLA; the pages of a row, or its kept tokens, are gathered."""
+    q, k, v, lengths, pages, columns, k_scale, v_scale, limits, window = args
     exact = columns.dtype
 
     def rows(x):
@@ -143,8 +162,11 @@ def _plain(q, k, v, lengths, pages, columns, k_scale, v_scale, *, kept, importan
         return jnp.take_along_axis(x, at, axis=2)
 
     k, v, k_scale, v_scale = map(rows, (k, v, k_scale, v_scale))
+    places, after = window or (None, None)
     if kept is not None:
-        columns = jnp.take_along_axis(columns, kept, axis=1)
+        columns, places = (
+            None if x is None else jnp.take_along_axis(x, kept, axis=1) for x in (columns, places)
+        )
     batch, heads, queries, dim = q.shape
     kv_heads, keys = k.shape[1:3]
     # Queries that share keys form one matrix. The scale of a token multiplies a whole column of
@@ -153,8 +175,12 @@ def _plain(q, k, v, lengths, pages, columns, k_scale, v_scale, *, kept, importan
     s = jnp.einsum("bhgd,bhmd->bhgm", packed, k.astype(exact), precision="highest") * scale
     s = s if k_scale is None else s * k_scale[:, :, None]
     s = s if softcap is None else softcap * jnp.tanh(s / softcap)
-    seen = (columns > 0.5 * NEGATIVE) & (jnp.arange(keys) < lengths[:, None])
-    seen = seen[:, None, None]
+    limits = lengths[:, None] if limits is None else limits
+    seen = (columns > 0.5 * NEGATIVE)[:, None] & (jnp.arange(keys) < limits[..., None])
+    if after is not None:
+        seen &= places[:, None] > after[..., None]
+    # [B, R or 1, M] for the queries of a key head, which are packed head by head.
+    seen = jnp.tile(seen, (1, heads // kv_heads if seen.shape[1] > 1 else 1, 1))[:, None]
     s = jnp.where(seen, s + columns[:, None, None], NEGATIVE)
     top = s.max(axis=-1, keepdims=True)
     p = jnp.where(seen, jnp.exp(s - top), 0)
@@ -163,7 +189,7 @@ def _plain(q, k, v, lengths, pages, columns, k_scale, v_scale, *, kept, importan
     p = p / jnp.where(some, total, 1)
     mixed = p if v_scale is None else jnp.where(seen, p * v_scale[:, :, None], 0)
     # Hidden slots may hold NaN, and 0 times NaN is NaN.
-    values = jnp.where(jnp.moveaxis(seen, -1, -2), v.astype(exact), 0)
+    values = jnp.where(seen.any(axis=2)[..., None], v.astype(exact), 0)
     out = jnp.einsum("bhgm,bhmd->bhgd", mixed, values, precision="highest")
     lse = jnp.where(some, top + jnp.log(jnp.where(some, total, 1)), jnp.inf)[..., 0]
     shape = (batch, heads, queries)

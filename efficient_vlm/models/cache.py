@@ -15,8 +15,8 @@ from jax.sharding import Mesh, NamedSharding
 from efficient_vlm.kernels.attention import make_mask
 from efficient_vlm.models.prompt_layout import Placement
 from efficient_vlm.nn.decoder_block import LayerInputs
-from efficient_vlm.nn.kv_cache import LayerCache, Slots
-from efficient_vlm.sharding import CACHE_AXES, constrain, spec_of
+from efficient_vlm.nn.kv_cache import LayerCache, Slots, cache_axes
+from efficient_vlm.sharding import constrain, spec_of
 
 __all__ = ["KVCache", "SegmentCache", "cache_shardings", "constrained"]
 
@@ -36,6 +36,7 @@ class SegmentCache:
       index: float32 [B, M], place in the prompt of the token of each slot, for masks; +inf for a
         visual slot that holds none.
       offset: int32 [B], rotary position of the first generated token less the prompt's length.
+      pages: int32 [B, T], which pages of a pool are those of each row; None for a contiguous cache.
       start: slot of the first text token (static).
     """
 
@@ -43,6 +44,7 @@ class SegmentCache:
     bias: jax.Array
     index: jax.Array
     offset: jax.Array
+    pages: jax.Array | None
     start: int = struct.field(pytree_node=False)
 
     @property
@@ -79,7 +81,7 @@ class SegmentCache:
             mask=mask(),
             key_bias=self.bias,
             live=there,
-            slots=Slots(jnp.where(there, slot, self.num_slots + step)),
+            slots=Slots(jnp.where(there, slot, self.num_slots + step), self.pages),
             local_mask=None if window is None else mask(window=window),
         )
 
@@ -117,7 +119,12 @@ class KVCache:
 
 
 def make_segment(
-    parts: LayerCache, inputs: LayerInputs, place: Placement, visual: jax.Array, lengths: jax.Array
+    parts: LayerCache,
+    inputs: LayerInputs,
+    place: Placement,
+    visual: jax.Array,
+    lengths: jax.Array,
+    paged: bool,
 ) -> SegmentCache:
     """The cache of a segment that has read prompts.
 
@@ -127,8 +134,11 @@ def make_segment(
       place: of all tokens that they read.
       visual: bool [B, N], the visual slots that hold a token.
       lengths: int32 [B], text tokens of each prompt.
+      paged: whether `parts` are pools of pages, which then lie in the order of the rows.
     """
-    start, slots = visual.shape[1], jax.tree.leaves(parts)[0].shape[-2]
+    (rows, start), keys = visual.shape, jax.tree.leaves(parts)[0]
+    pages = keys.shape[-4] // rows
+    slots = pages * keys.shape[-2]
     text = jnp.arange(slots - start)
     prompt = jnp.pad(place.text_index, ((0, 0), (0, len(text) - place.text_index.shape[1])))
     generated = place.next_index[:, None] + text - lengths[:, None]
@@ -142,6 +152,7 @@ def make_segment(
         bias=jnp.pad(bias, ((0, 0), (0, slots - bias.shape[1]))),
         index=jnp.concatenate([x.astype(jnp.float32) for x in index], axis=1),
         offset=(place.next_position - lengths).astype(jnp.int32),
+        pages=jnp.arange(rows * pages, dtype=jnp.int32).reshape(rows, pages) if paged else None,
         start=start,
     )
 
@@ -155,7 +166,7 @@ def cache_shardings(cache: KVCache, mesh: Mesh) -> KVCache:
     """
 
     def place(path: Any, leaf: Any) -> NamedSharding:
-        names = _axes(path, leaf)
+        names = _axes(cache, path, leaf)
         return NamedSharding(mesh, spec_of(names, leaf.shape, mesh.shape, what="the cache"))
 
     return jax.tree_util.tree_map_with_path(place, cache)
@@ -163,10 +174,15 @@ def cache_shardings(cache: KVCache, mesh: Mesh) -> KVCache:
 
 def constrained(cache: KVCache) -> KVCache:
     """A cache that lies as `cache_shardings` says on the mesh that is set; without one as it is."""
-    return jax.tree_util.tree_map_with_path(lambda path, x: constrain(x, *_axes(path, x)), cache)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: constrain(x, *_axes(cache, path, x)), cache
+    )
 
 
-def _axes(path: Any, leaf: Any) -> tuple[str | None, ...]:
-    if any(getattr(key, "name", None) == "parts" for key in path):
-        return (*(None,) * (leaf.ndim - len(CACHE_AXES)), *CACHE_AXES)
-    return ("batch", *(None,) * (leaf.ndim - 1))
+def _axes(cache: KVCache, path: Any, leaf: Any) -> tuple[str | None, ...]:
+    names = [getattr(key, "name", None) for key in path]
+    if "parts" not in names:
+        return ("batch", *(None,) * (leaf.ndim - 1))
+    segment, order = cache.segments[path[1].idx], path[names.index("parts") + 1].idx
+    axes = cache_axes(order, segment.pages is not None)
+    return (*(None,) * (leaf.ndim - len(axes)), *axes)

@@ -19,6 +19,7 @@ from efficient_vlm.models.prompt_layout import Placement, held_mean, place_token
 from efficient_vlm.nn import kv_cache
 from efficient_vlm.nn.attention import PADDING_SEGMENT, SHARED_SEGMENT
 from efficient_vlm.nn.decoder_block import DecoderBlock, LayerInputs
+from efficient_vlm.nn.kv_cache import CONTIGUOUS, CacheOptions
 from efficient_vlm.nn.linear import Linear, head_product, logical, take, weight_of
 from efficient_vlm.nn.norms import make_norm
 from efficient_vlm.nn.stack import make_layers
@@ -107,6 +108,7 @@ class Decoder(DecoderFields):
         position_policy: str | None = None,
         rng: jax.Array | None = None,
         cache_slots: int | None = None,
+        cache_options: CacheOptions = CONTIGUOUS,
         longest: int | None = None,
         probe: jax.Array | None = None,
         placement: Placement | None = None,
@@ -125,6 +127,7 @@ class Decoder(DecoderFields):
           position_policy: of the visual tokens; None for the decoder's own.
           rng: key for random compressors.
           cache_slots: room for tokens behind the prompts; None for no cache.
+          cache_options: how the cache stores them.
           longest: static, places of the longest packed conversation; None for all of S.
           probe: int [B, R], text places whose attention to the visual tokens is wanted; only for a
             decoder that keeps all of them.
@@ -164,6 +167,7 @@ class Decoder(DecoderFields):
             softcap=self.attention_softcap,
             bidirectional=self.bidirectional_visual,
         )
+        room = None if cache_slots is None else (cache_slots, cache_options)
         outputs, caches, sources, state = [], [], [], None
         for i, run in enumerate(runs):
             if run.reducer is not None:
@@ -187,12 +191,13 @@ class Decoder(DecoderFields):
             following = runs[i + 1].reducer if i + 1 < len(runs) else None
             stack = self._stack(_deep_of(deep, slots, visual) if i and deep is not None else deep)
             x, (kv, *rest), state = self._through(
-                stack, run, following, x, inputs, cache_slots, count + last_prompt, fixed
+                stack, run, following, x, inputs, room, count + last_prompt, fixed
             )
             visual, text = visual.replace(embed=x[:, :count]), x[:, count:]
             outputs.append((None, *rest))
-            if cache_slots is not None:
-                caches.append(make_segment(kv, inputs, place, visual.mask, lengths))
+            if room is not None:
+                paged = cache_options.kind == "paged"
+                caches.append(make_segment(kv, inputs, place, visual.mask, lengths, paged))
         _, stats, attention = joined(outputs)
         if probe is not None:
             stats["visual_attention"] = attention
@@ -250,7 +255,7 @@ class Decoder(DecoderFields):
             local_mask=local,
         )
 
-    def _through(self, stack, run, following, x, inputs, cache_slots, last, fixed):
+    def _through(self, stack, run, following, x, inputs, room, last, fixed):
         """One run of layers; the last one apart if the compressor behind it looks at it.
 
         Returns:
@@ -261,12 +266,12 @@ class Decoder(DecoderFields):
         done = run.stop - looked_at
         parts, state = [], None
         if done > run.start:
-            cache = self._empty(x, cache_slots, stack, done - run.start)
+            cache = self._empty(x, room, stack, done - run.start)
             x, part = stack.run(x, run.start, done, inputs, cache)
             parts.append(part)
         if looked_at:
             before = x
-            x, part, seen = stack.one(done, x, inputs, self._empty(x, cache_slots))
+            x, part, seen = stack.one(done, x, inputs, self._empty(x, room))
             parts.append(part)
             if getattr(following, "looks", "previous") == "next":
                 seen = stack.look(run.stop, x, inputs, last)
@@ -281,13 +286,13 @@ class Decoder(DecoderFields):
             )
         return x, joined(parts), state
 
-    def _empty(self, x, cache_slots, stack=None, layers=None) -> tuple | None:
-        """Room for keys and values of x [B, S, D] and of `cache_slots` more tokens; of several
-        layers one array, or for split ones a tuple."""
-        if cache_slots is None:
+    def _empty(self, x, room, stack=None, layers=None) -> tuple | None:
+        """An empty cache for x [B, S, D] and more tokens, `room` being (how many, options) or None;
+        of several layers one array, or for split ones a tuple."""
+        if room is None:
             return None
-        slots = x.shape[1] + cache_slots
-        cache = kv_cache.empty(len(x), slots, self.kv_heads, self.dim, self.dtype)
+        slots, options = x.shape[1] + room[0], room[1]
+        cache = kv_cache.empty(options, len(x), slots, self.kv_heads, self.dim, self.dtype)
         if layers is None:
             return cache
         if stack.split:

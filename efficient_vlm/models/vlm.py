@@ -19,6 +19,7 @@ from efficient_vlm.models.connector import Connector
 from efficient_vlm.models.image_inputs import gathered, pooled, repeat_rows, resized
 from efficient_vlm.models.inputs import Layout, ModelInputs, Pictures
 from efficient_vlm.models.vlm_fields import VisionLanguageFields
+from efficient_vlm.nn.kv_cache import CONTIGUOUS, CacheOptions
 from efficient_vlm.nn.linear import logical
 from efficient_vlm.nn.patch_positions import patch_mask
 from efficient_vlm.sharding import constrain
@@ -298,6 +299,7 @@ class VisionLanguageModel(VisionLanguageFields):
         *,
         rng: jax.Array | None = None,
         cache_slots: int | None = None,
+        cache_options: CacheOptions = CONTIGUOUS,
         probe: jax.Array | None = None,
     ) -> tuple:
         """Visual tokens and text through the decoder.
@@ -307,7 +309,7 @@ class VisionLanguageModel(VisionLanguageFields):
           inputs: R rows of text; its pictures are not read.
           layout: from `layout`.
           rng: key for random compressors between segments.
-          cache_slots, probe: see `Decoder.__call__`.
+          cache_slots, cache_options, probe: see `Decoder.__call__`.
 
         Returns:
           Hidden states of the text [R, S, width], and the rest of what `Decoder.__call__` returns.
@@ -323,6 +325,7 @@ class VisionLanguageModel(VisionLanguageFields):
             position_policy=self._position_policy(),
             rng=rng,
             cache_slots=cache_slots,
+            cache_options=cache_options,
             longest=inputs.longest,
             probe=probe,
             placement=inputs.placement,
@@ -335,6 +338,7 @@ class VisionLanguageModel(VisionLanguageFields):
         layout: Layout,
         *,
         new_tokens: int,
+        cache_options: CacheOptions = CONTIGUOUS,
         rng: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache, tuple[jax.Array, ...]]:
         """Reads prompts, one a row, and keeps what further tokens need.
@@ -342,14 +346,14 @@ class VisionLanguageModel(VisionLanguageFields):
         Args:
           visual, inputs, layout, rng: see `read`; text padded on the right.
           new_tokens: room to leave in the cache.
+          cache_options: how the cache stores keys and values.
 
         Returns:
           float32 logits [R, vocab] behind the last prompt token; the cache; for each run of decoder
           layers at one length, where every slot is: int32 [R, N], -1 if no token holds it.
         """
-        hidden, _, segments, sources = self.read(
-            visual, inputs, layout, rng=rng, cache_slots=new_tokens
-        )
+        kept = dict(cache_slots=new_tokens, cache_options=cache_options)
+        hidden, _, segments, sources = self.read(visual, inputs, layout, rng=rng, **kept)
         last = jnp.take_along_axis(hidden, _last(inputs.live)[:, None, None], axis=1)
         cache = KVCache(segments, inputs.lengths.astype(jnp.int32))
         return self.language.logits(last[:, 0]), cache, sources

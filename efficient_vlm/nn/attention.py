@@ -219,20 +219,18 @@ class Attention(nn.Module):
         k, plain_k = self._as_keys(k, positions, local)
         inner = {"query": q, "key": k, "plain_query": plain_q, "plain_key": plain_k}
         inner |= {"mask": mask, "key_bias": key_bias, "cache": cache}
-        if cache is not None:
-            parts = (cache, k, v)
-            inner["cache"] = (
-                kv_cache.fill(*parts) if slots is None else kv_cache.write(*parts, slots)
-            )
         if self.is_initializing():
             # Attention itself has no parameters, and takes long to trace: shapes are enough.
             inner["lse"] = jnp.zeros((q.shape[0], *q.shape[2:0:-1]), jnp.float32)
             return self.out(q), inner
-        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+        options = dict(mask=mask, key_bias=key_bias, scale=self.scale, softcap=self.softcap)
         if slots is not None:
-            k, v = inner["cache"]
-        q, k, v = (x.astype(self.dtype) for x in (q, k, v))
-        out, inner["lse"], _ = dot_product_attention(
-            q, k, v, scale=self.scale, mask=mask, key_bias=key_bias, softcap=self.softcap
-        )
+            inner["cache"] = cache = kv_cache.write(cache, k, v, slots)
+            q = q.swapaxes(1, 2).astype(self.dtype)
+            out, inner["lse"] = kv_cache.attend(cache, q, slots, **options)
+        else:
+            if cache is not None:
+                inner["cache"] = kv_cache.fill(cache, k, v)
+            q, k, v = (x.swapaxes(1, 2).astype(self.dtype) for x in (q, k, v))
+            out, inner["lse"], _ = dot_product_attention(q, k, v, **options)
         return self.out(out.swapaxes(1, 2)), inner

@@ -10,6 +10,8 @@ from flax import linen as nn
 
 from efficient_vlm.inference import generate as module
 from efficient_vlm.inference.generate import generate
+from efficient_vlm.inference.options import SamplingOptions
+from efficient_vlm.inference.sampling import Sampling
 from efficient_vlm.processing.batch import question_inputs
 from efficient_vlm.train.step import init_params
 
@@ -142,3 +144,91 @@ def test_programs_are_shared_between_compressors_of_one_budget(trained, batch):
     assert new_programs("fastervlm", 9, **row) == {"encode", "compress", "prefill"}
     assert new_programs("scope", 9, **row) == {"compress"}
     assert new_programs("fastervlm", 8, **row) == {"compress", "prefill", "decode"}
+
+
+def drawn(model, params, batch, new_tokens=5, fields=(), **options):
+    """Answers of slots with seeds 0, 1, 2, ..., and what `fields` says of each."""
+    rows = [
+        SamplingOptions(temperature=1.5, seed=row, **(fields[row] if fields else {}))
+        for row in range(batch["lengths"].size)
+    ]
+    return answers(model, params, batch, new_tokens, sampling=Sampling.of(rows, 20), **options)
+
+
+@pytest.mark.parametrize("name", ["none", "stride", "fastv"])
+def test_a_seed_draws_the_same_alone_and_again(trained, batch, make_model, init, name):
+    model, params = trained
+    if name == "fastv":
+        model = make_model(
+            "none", 16, encoder=dict(depth=1), decoder=dict(segments=[dict(layers=2)])
+        )
+        params = init(model)
+        model = model.with_compressor("fastv", layer=1, keep=4)
+    elif name == "stride":
+        model = model.with_compressor("stride", 4)
+    together = drawn(model, params, batch).tokens
+    np.testing.assert_array_equal(drawn(model, params, batch).tokens, together)
+    assert not np.array_equal(answers(model, params, batch, 5).tokens, together)
+    for row in range(3):  # Seeds 2 row and 2 row + 1.
+        own = {key: value[row : row + 1] for key, value in batch.items()}
+        fields = [SamplingOptions(temperature=1.5, seed=2 * row + slot) for slot in range(2)]
+        alone = answers(model, params, own, 5, sampling=Sampling.of(fields, 20)).tokens
+        np.testing.assert_array_equal(alone[0], together[row])
+
+
+def test_drawn_answers_end_and_stay_ended(trained, batch):
+    out = drawn(*trained, batch, new_tokens=6, logprobs=3)
+    ended = (out.tokens == EOS).cumsum(axis=-1) > 0
+    assert (out.tokens[ended] == EOS).all() and ended.any() and not ended.all()
+    np.testing.assert_array_equal(out.lengths, (~ended).sum(axis=-1))
+    # The end token has a log-probability, what is behind it has none.
+    behind = np.arange(6) > out.lengths[..., None]
+    behind[batch["lengths"] == 0] = True
+    np.testing.assert_array_equal(np.isnan(out.logprobs.chosen), behind)
+    np.testing.assert_array_equal(np.isnan(out.logprobs.values[..., 0]), behind)
+    assert (out.logprobs.ids[behind] == -1).all() and (out.logprobs.ids[~behind] >= 0).all()
+    assert out.logprobs.ids.shape == (3, 2, 6, 3)
+
+
+def test_a_caller_ends_answers(trained, batch):
+    """By what `on_token` gives, row by row; decoding ends when all have."""
+    model, params = trained
+    seen = []
+
+    def second_ends_all(tokens):
+        seen.append(tokens)
+        return np.full(6, len(seen) == 2)
+
+    out = answers(model, params, batch, 5, on_token=second_ends_all)
+    whole = answers(model, params, batch, 5)
+    np.testing.assert_array_equal(out.tokens[..., :2], whole.tokens[..., :2])
+    assert (out.tokens[..., 2:] == EOS).all() and len(out.seconds["decode"]) == 1
+    np.testing.assert_array_equal(out.lengths, np.minimum(whole.lengths, 2))
+
+
+def test_one_program_for_settings_of_one_structure(trained, batch):
+    """Other values and seeds are arguments; a setting that no row has is no part of a program."""
+    model, params = trained
+    programs = (module.prefill_stage, module.decode_stage)
+
+    def new_programs(**fields):
+        before = [program._cache_size() for program in programs]
+        drawn(model, params, batch, fields=[fields] * 6)
+        return [program._cache_size() - b for program, b in zip(programs, before, strict=True)]
+
+    assert new_programs(top_k=3) == [1, 1]
+    assert new_programs(top_k=7) == new_programs(top_k=2) == [0, 0]
+    assert new_programs(frequency_penalty=0.5) == [1, 1]
+    assert new_programs(frequency_penalty=-0.5) == [0, 0]
+
+
+@pytest.mark.parametrize("cache", [dict(kind="paged", page=8), dict(kind="paged", dtype="int8")])
+def test_other_caches(trained, batch, cache):
+    """Pages give the same tokens; the bytes are those of whole pages."""
+    plain = answers(*trained, batch, new_tokens=5)
+    out = answers(*trained, batch, new_tokens=5, cache=cache)
+    if "dtype" not in cache:
+        np.testing.assert_array_equal(out.tokens, plain.tokens)
+    vectors = 6 * 2 * 2  # Rows, heads, keys and values.
+    sizes = {None: 32 * 8 * 4, "int8": 128 * (8 + 4)}  # 16 + 6 + 5 slots in pages of 8, of 128.
+    assert out.kv_bytes == vectors * sizes[cache.get("dtype")]

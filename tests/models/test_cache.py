@@ -12,9 +12,11 @@ from tiny_models import MOE
 
 from efficient_vlm.checkpoints.safetensors_read import Checkpoint
 from efficient_vlm.cli import verify
+from efficient_vlm.errors import UserError
 from efficient_vlm.families import architecture, load
 from efficient_vlm.families.table import family_of
 from efficient_vlm.models.cache import KVCache
+from efficient_vlm.nn.kv_cache import CONTIGUOUS, CacheOptions
 from efficient_vlm.nn.stack import unstack
 from efficient_vlm.processing.batch import question_inputs
 
@@ -63,20 +65,29 @@ def batch(make_batch):
     }
 
 
+def made(case, make_model, init):
+    """The model of a case and its parameters, of which methods have none."""
+    fields = dict(CASES[case])
+    name, options = fields.pop("method", ("none", dict(budget=16)))
+    fields["decoder"] = dict(segments=[dict(layers=LAYERS)], **fields.get("decoder", {}))
+    model = make_model("none", 16, **fields)
+    return model.with_compressor(name, **options), init(model)
+
+
 def following(batch):
     """int32 [3, FOLLOW], what stands behind each prompt."""
     at = np.minimum(PROMPTS[:, None] + np.arange(FOLLOW), batch["tokens"].shape[-1] - 1)
     return np.take_along_axis(batch["tokens"][:, 0], at, axis=1)
 
 
-def prefilled(model, params, batch):
+def prefilled(model, params, batch, kept=CONTIGUOUS):
     """Logits after the prompts [B, vocab], and the cache."""
     prompts = question_inputs({**batch, "tokens": batch["tokens"][..., :6]})
-    return read_prompts(model, params, prompts, FOLLOW)
+    return read_prompts(model, params, prompts, FOLLOW, kept)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def read_prompts(model, params, prompts, room):
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def read_prompts(model, params, prompts, room, kept=CONTIGUOUS):
     apply = functools.partial(model.apply, {"params": params})
     layout = model.layout(prompts.pictures)
     if prompts.pictures is None:
@@ -84,7 +95,8 @@ def read_prompts(model, params, prompts, room):
     else:
         patches, signals = apply(prompts.pictures, method="encode")
         visual = apply(patches, signals, prompts, layout, method="compress")
-    return apply(visual, prompts, layout, new_tokens=room, method="prefill")[:2]
+    options = dict(new_tokens=room, cache_options=kept, method="prefill")
+    return apply(visual, prompts, layout, **options)[:2]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -110,12 +122,7 @@ def near(found, expected, there):
 @pytest.mark.parametrize("case", CASES)
 def test_all_ways_to_the_same_logits(make_model, init, inputs, batch, case):
     """At once, one by one, and behind what was rolled back, against one whole pass."""
-    fields = dict(CASES[case])
-    name, options = fields.pop("method", ("none", dict(budget=16)))
-    fields["decoder"] = dict(segments=[dict(layers=LAYERS)], **fields.get("decoder", {}))
-    model = make_model("none", 16, **fields)
-    params = init(model)
-    model = model.with_compressor(name, **options)
+    model, params = made(case, make_model, init)
     whole = jax.jit(lambda p, b: model.apply({"params": p}, b).logits)(params, inputs(batch))
     whole = np.asarray(whole)
     at = PROMPTS[:, None] + np.arange(FOLLOW)
@@ -148,12 +155,7 @@ def leaves(cache: KVCache):
 
 @pytest.mark.parametrize("case", ["moe", "windows", "pyramiddrop"])
 def test_a_row_alone_is_the_row_in_a_batch(make_model, init, batch, case):
-    fields = dict(CASES[case])
-    name, options = fields.pop("method", ("none", dict(budget=16)))
-    fields["decoder"] = dict(segments=[dict(layers=LAYERS)], **fields.get("decoder", {}))
-    model = make_model("none", 16, **fields)
-    params = init(model)
-    model, follow = model.with_compressor(name, **options), following(batch)
+    (model, params), follow = made(case, make_model, init), following(batch)
 
     def asked(rows):
         own = {key: value[rows] for key, value in batch.items()}
@@ -212,6 +214,88 @@ def cached(inputs, params, follow, counts):
     """Logits after the prompts, and after what follows, through the cache."""
     first, cache = read_prompts(inputs.model, params, inputs.placed(), follow.shape[1])
     return np.asarray(first), np.asarray(extended(inputs.model, params, follow, cache, counts)[0])
+
+
+PAGED, INT8 = CacheOptions("paged", page=8), CacheOptions(dtype="int8")
+BOTH = CacheOptions("paged", page=8, dtype="int8")
+
+
+@pytest.mark.parametrize("case", ["moe", "windows", "merged tokens", "pyramiddrop"])
+def test_pages_and_int8(make_model, init, batch, case):
+    """Pages change nothing, wherever they lie; int8 as much as its rounding does."""
+    model, params = made(case, make_model, init)
+    params, follow = unstack(params), following(batch)
+    there = np.arange(FOLLOW) < COUNTS[:, None]
+    logits, caches = {}, {}
+    for kept in (CONTIGUOUS, PAGED, INT8, BOTH):
+        first, cache = prefilled(model, params, batch, kept)
+        caches[kept] = cache
+        found, _ = extended(model, params, follow, shuffled(cache), COUNTS)
+        if kept in (PAGED, BOTH):
+            pieces, _ = one_by_one(model, params, follow, shuffled(cache), COUNTS)
+            near(np.asarray(pieces), np.asarray(found), there)
+        logits[kept] = np.asarray(first), np.asarray(found)
+    np.testing.assert_array_equal(logits[INT8][0], logits[CONTIGUOUS][0])  # Prompts are read first.
+    near(logits[PAGED][1], logits[CONTIGUOUS][1], there)
+    near(logits[BOTH][1], logits[INT8][1], there)
+    exact, rounded = logits[CONTIGUOUS][1][there], logits[INT8][1][there]
+    assert 0 < np.abs(rounded - exact).max() < 0.02 * np.abs(exact).max()
+    for one, two in zip(caches[CONTIGUOUS].segments, caches[INT8].segments, strict=True):
+        for part in range(2):
+            for x, y, scale in zip(one.parts[part], two.parts[part], two.parts[part + 2]):
+                scale = np.asarray(scale, np.float64)[..., None]
+                off = np.abs(np.asarray(y, np.float64) * scale - np.asarray(x, np.float64))
+                assert y.dtype == np.int8 and (off <= scale * 0.5001).all()
+
+
+def shuffled(cache):
+    """A cache whose pages lie in another order, and its tables."""
+
+    def moved(segment):
+        if segment.pages is None:
+            return segment
+        count = segment.pages.size
+        order = np.random.default_rng(0).permutation(count)
+        parts = jax.tree.map(lambda pool: pool[order], segment.parts)
+        return segment.replace(parts=parts, pages=jnp.asarray(np.argsort(order))[segment.pages])
+
+    return cache.replace(segments=tuple(map(moved, cache.segments)))
+
+
+def test_bytes_of_keys_and_values(make_model, init, batch):
+    """Of all layers, whole pages, and with int8 one number of 4 bytes for each token and head."""
+    model = make_model(dtype="bfloat16", decoder=dict(segments=[dict(layers=2)]))
+    params, vectors = unstack(init(model)), 2 * 2 * 3 * 2  # K and V, layers, rows, heads.
+    found = {
+        kept: jax.eval_shape(lambda p, b, k=kept: prefilled(model, p, b, k)[1], params, batch)
+        for kept in (CONTIGUOUS, PAGED, INT8, BOTH)
+    }
+    sizes = {kept: sum(x.size * x.dtype.itemsize for x in leaves(c)) for kept, c in found.items()}
+    slots, paged = 16 + 6 + FOLLOW, 32
+    assert sizes[CONTIGUOUS] == vectors * slots * 8 * 2
+    assert sizes[PAGED] == vectors * paged * 8 * 2
+    assert sizes[INT8] == vectors * slots * (8 + 4)
+    assert sizes[BOTH] == vectors * paged * (8 + 4)
+    assert prefilled(model, params, batch)[1].nbytes == sizes[CONTIGUOUS]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (dict(kind="page"), "did you mean 'paged'"),
+        (dict(kind="paged", page=0), "1 to 65536"),
+        (dict(kind="paged", page=128.0), "1 to 65536"),
+        (dict(page=128), "paged"),
+        (dict(dtype="int4"), "int8"),
+        (dict(sort="paged"), "kind"),
+        ("paged", "a mapping"),
+    ],
+)
+def test_mistakes_are_told_in_three_lines(given, words):
+    with pytest.raises(UserError, match=words) as error:
+        CacheOptions.of(given)
+    assert len(str(error.value).splitlines()) <= 3
+    assert CacheOptions.of(dict(kind="paged")).page == 128
 
 
 # What may give an array of the size of the cache: places of it, and writing a few tokens into it.

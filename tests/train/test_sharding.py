@@ -320,7 +320,9 @@ def test_audit_sharding_of_a_method(capsys):
     for words in ([], ["--compressor=pool", "--compressor.budget=64"]):
         assert cli.run([*command, *words]) == 0
         rows = json.loads(capsys.readouterr().out)["rows"]
-        counts.append([row["shape"][1] for row in rows if row["kind"] != "parameter"])
+        held = [row for row in rows if row["kind"] != "parameter"]
+        # The cache has its heads in front of its slots.
+        counts.append([row["shape"][2 if row["kind"] == "cache" else 1] for row in held])
     assert counts == [[577, 577, 586, 586, 587], [577, 577, 74, 74, 75]]
     for word in ("--compressor=pool,stride", "--compressor=nonsense", "--batch=4,8"):
         with pytest.raises(UserError, match="several|nonsense"):
@@ -339,8 +341,8 @@ def test_audit_sharding(capsys):
     held = {row["parameter"]: row for row in read["rows"] if row["kind"] != "parameter"}
     # Four pictures, 576 + 64 tokens and one more; 32 heads over four devices, rows over four.
     cache = held["keys or values of one of 32 layers"]
-    assert cache["shape"] == [4, 641, 32, 128]
-    assert cache["mesh"] == [["fsdp"], None, ["tensor"], None]
+    assert cache["shape"] == [4, 32, 641, 128]
+    assert cache["mesh"] == [["fsdp"], ["tensor"], None, None]
     assert cache["bytes_per_device"] == 4 * 641 * 32 * 128 * 2 / 16
     assert held["decoder, inside a layer"]["mesh"] == [["fsdp"], None, ["tensor"]]
     assert held["encoder, between layers"]["shape"] == [4, 577, 1024]

@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding
 
 from efficient_vlm import sharding
-from efficient_vlm.inference import generate as stages
+from efficient_vlm.inference import stages
 from efficient_vlm.models.cache import cache_shardings
 from efficient_vlm.models.init import boxed_parameters
 from efficient_vlm.models.inputs import ModelInputs, example_shapes
@@ -122,12 +122,12 @@ def _serve(work: Work, mesh: Mesh) -> Iterator[Program]:
     fixed = (model, layout)
     compress, visual = run("compress", fixed, params, visual, signals, text, None)
     fixed = (chosen.prefill, layout, work.new)
-    prefill, (token, cache, _) = run("prefill", fixed, params, visual, text, None)
+    prefill, (first, cache, _) = run("prefill", fixed, params, visual, text, None)
     if work.task == "prefill":
         yield from (encode, compress, prefill)
         return
     cache = _placed(cache, cache_shardings(cache, mesh))
-    yield run("decode", (chosen.decode,), params, token, cache)[0]
+    yield run("decode", (chosen.decode,), params, first.tokens, cache)[0]
 
 
 def _parameters(model: VisionLanguageModel, work: Work) -> Any:

@@ -116,7 +116,12 @@ def decode(q, k, v, lengths, pages, k_scale, v_scale) -> None:
     if lengths is None:
         raise UserError("attention_decode: no lengths", allowed=f"integers [{batch}]")
     _integers("pages", pages, batch, 2)
-    _integers("lengths", lengths, batch, 1)
+    _integers("lengths", lengths, batch, 2 if jnp.ndim(lengths) == 2 else 1)
+    if jnp.ndim(lengths) == 2 and lengths.shape[1] != q.shape[2]:
+        raise UserError(
+            f"attention_decode: lengths has shape {lengths.shape}",
+            allowed=f"integers [{batch}], or [{batch}, {q.shape[2]}] for each query",
+        )
     for name, x, scale in (("k", k, k_scale), ("v", v, v_scale)):
         if (x.dtype == jnp.int8) != (scale is not None):
             raise UserError(
@@ -141,6 +146,17 @@ def columns(batch: int, keys: int, *, kept, **arrays) -> None:
                 f"attention_decode: {name} has shape {jnp.shape(x)}", allowed=f"[{batch}, {keys}]"
             )
     _integers("kept", kept, batch, 2)
+
+
+def windows(q, places, after) -> None:
+    """Of the windows of `attention_decode`."""
+    if (places is None) != (after is None):
+        raise UserError("attention_decode: places and after are given together or not at all")
+    shape = (len(q), q.shape[2])
+    if after is not None and jnp.shape(after) != shape:
+        raise UserError(
+            f"attention_decode: after has shape {jnp.shape(after)}", allowed=str(list(shape))
+        )
 
 
 def _integers(name: str, x, batch: int, axes: int) -> None:

@@ -166,13 +166,14 @@ def importance_on_mesh(function: Callable, q, k, key_bias, mask, lse, weights):
     )
 
 
-def decode_on_mesh(function: Callable, q, k, v, lengths, pages, columns, k_scale, v_scale):
+def decode_on_mesh(function: Callable, q, k, v, lengths, pages, columns, k_scale, v_scale, *more):
     """`function`, which returns (out, lse, None), on the part of each device; see `on_mesh`.
 
-    A pool of pages is sharded over heads only, because any row may read any page.
+    A pool of pages is sharded over heads only, because any row may read any page; `more` are arrays
+    with a row for each row of q, or None.
     """
     cut = _cut_of(q, k.shape[1])
-    args = (q, k, v, lengths, pages, columns, k_scale, v_scale)
+    args = (q, k, v, lengths, pages, columns, k_scale, v_scale, *more)
     if cut is None:
         return function(*args)
     k, v, k_scale, v_scale = cut.keys(k, v, k_scale, v_scale)
@@ -182,7 +183,7 @@ def decode_on_mesh(function: Callable, q, k, v, lengths, pages, columns, k_scale
     page = None if pages is None else rows
     return cut.run(
         function,
-        (matrix, pool, pool, rows, page, rows, scale, scale),
+        (matrix, pool, pool, rows, page, rows, scale, scale, *cut.of_rows(more, len(q))),
         (matrix, matrix, None),
-        (q, k, v, lengths, pages, columns, k_scale, v_scale),
+        (q, k, v, lengths, pages, columns, k_scale, v_scale, *more),
     )

@@ -208,11 +208,69 @@ def test_keys_that_are_not_live(implementation):
     assert not np.any(np.asarray(found.out)[~rows])
 
 
+@pytest.mark.parametrize("windowed", [False, True])
+@pytest.mark.parametrize("kind", ["contiguous", "pages", "int8"])
+def test_new_tokens_see_each_other_causally(implementation, kind, windowed):
+    """R drafts, in the cache already, of rows of different lengths: each by a loop of its own."""
+    shape = (3, 4, 2, 3, 3 * PAGE, 64, 64)
+    q, k, v = cases.arrays(shape)
+    rng = np.random.default_rng(5)
+    # Before the drafts 297, 5 and no tokens; the last row has one draft, whose others see nothing.
+    lengths = np.array([[298, 299, 300], [6, 7, 8], [1, 0, 0]])
+    bias = rng.normal(size=(3, 3 * PAGE)).astype(np.float32)
+    options, given = dict(key_bias=bias, softcap=3.0), {}
+    places = np.stack([rng.permutation(3 * PAGE) / 2 for _ in range(3)]).astype(np.float32)
+    after = np.array([[50.0, 60.0, 70.0], [-1.0, 100.0, 0.0], [-1.0, 0.0, 0.0]], np.float32)
+    if windowed:
+        given = dict(places=places, after=after)
+    if kind == "int8":
+        (k, ks), (v, vs) = (tuple(map(np.asarray, quantise(jnp.asarray(x)))) for x in (k, v))
+        given |= dict(k_scale=ks, v_scale=vs)
+        whole = k * ks[..., None], v * vs[..., None]
+    else:
+        whole = k, v
+        for x in (k, v):  # Behind the end of each row may be anything.
+            for row, end in enumerate(lengths.max(axis=1)):
+                x[row, :, end:] = np.nan
+        whole = tuple(map(np.nan_to_num, whole))
+    if kind == "pages":
+        (k, table), (v, _) = paged(k, np.random.default_rng(2)), paged(v, np.random.default_rng(2))
+        given |= dict(pages=table)
+    run = functools.partial(attention_decode, implementation=implementation, **options, **given)
+    found = jax.jit(run)(q, k, v, lengths)
+    for query in range(3):
+        live = np.arange(3 * PAGE) < lengths[:, query, None]
+        if windowed:
+            live &= places > after[:, query, None]
+        hidden = dict(options, key_bias=np.where(live, bias, -1e9))
+        out, lse, _ = cases.by_hand(q[:, :, query : query + 1], *whole, **hidden)
+        some = live.any(axis=1)
+        assert some.any()
+        ours = np.asarray(found.out)[:, :, query : query + 1], np.asarray(found.lse)[:, :, query]
+        np.testing.assert_allclose(ours[0][some], out[some], atol=2e-5)
+        np.testing.assert_allclose(ours[1][some], lse[some, :, 0], atol=2e-5)
+        assert not ours[0][~some].any() and np.isposinf(ours[1][~some]).all()
+
+
+def test_importance_of_each_query_s_own_keys():
+    q, k, v = cases.arrays((2, 4, 2, 3, 40, 8, 8))
+    lengths = np.array([[20, 21, 22], [1, 0, 40]])
+    found = attention_decode(q, k, v, lengths, importance=True).importance
+    each = [
+        attention_decode(q[:, :, i : i + 1], k, v, lengths[:, i], importance=True).importance
+        for i in range(3)
+    ]
+    np.testing.assert_allclose(found, sum(each), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (dict(k_scale=np.zeros((3, 2, 384))), "float32 and k_scale given"),
         (dict(lengths=np.zeros(2)), "[3]"),
+        (dict(lengths=np.zeros((3, 4), int)), "[3, 2]"),
+        (dict(places=np.zeros((3, 384))), "together"),
+        (dict(places=np.zeros((3, 384)), after=np.zeros(3)), "[3, 2]"),
         (dict(kept=np.zeros((3, 4), int), implementation="tpu"), "kept tokens"),
         (dict(implementation="cuda"), "tpu, xla"),
         (dict(key_bias=np.zeros((3, 4))), "[3, 384]"),

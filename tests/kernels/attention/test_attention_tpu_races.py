@@ -84,3 +84,14 @@ def test_decoding():
     plain = attention_decode(q, k, v, lengths, implementation="xla")
     np.testing.assert_allclose(found.out, plain.out, atol=2e-5)
     np.testing.assert_allclose(found.lse, plain.lse, atol=2e-5)
+
+
+def test_drafts_in_a_window():
+    """Lengths of each query and a window, over two blocks of which one is beyond the second row."""
+    q, k, v = cases.arrays((2, 4, 2, 3, 1100, 64, 64))
+    given = dict(places=np.arange(1100.0)[None], after=np.array([[900, 2, 1050], [3, 4, -1]]))
+    lengths = np.array([[1098, 1099, 1100], [40, 41, 0]])
+    found = attention_decode(q, k, v, lengths, implementation="tpu", **given)
+    plain = attention_decode(q, k, v, lengths, implementation="xla", **given)
+    np.testing.assert_allclose(found.out, plain.out, atol=2e-5)
+    np.testing.assert_allclose(found.lse, plain.lse, atol=2e-5)

@@ -54,12 +54,20 @@ def test_kernels_of_a_mesh(heads):
     query, cache = on(matrix, (4, h, 1, 128)), on(kv, (4, hk, 2048, 128))
     pool = on((None, "kv_heads", None, None), (64, hk, 128, 128))
     lengths, pages = on(rows[:1], (4,), jnp.int32), on(rows, (4, 16), jnp.int32)
+    drafts = on(matrix, (4, h, 3, 128))
+    places, after = (on(rows, (4, n), jnp.float32) for n in (2048, 3))
     cases = {
         "importance": (attention_importance, (q, k, lse, weights)),
         "contiguous": (lambda *a: attention_decode(*a)[:2], (query, cache, cache, lengths)),
         "paged": (
             lambda q, k, v, n, pages: attention_decode(q, k, v, n, pages=pages)[:2],
             (query, pool, pool, lengths, pages),
+        ),
+        "drafts in windows": (
+            lambda q, k, v, n, places, after: attention_decode(
+                q, k, v, n, places=places, after=after
+            )[:2],
+            (drafts, cache, cache, on(rows, (4, 3), jnp.int32), places, after),
         ),
     }
     for name, (function, given) in cases.items():

@@ -23,7 +23,21 @@ _BLOCKS = (512, 384, 256, 128)  # Keys of a block; a page is a whole number of b
 VMEM_BYTES = 16 * 2**20
 
 
-def decode(q, k, v, lengths, pages, columns, k_scale, v_scale, *, scale, softcap):
+def decode(
+    q,
+    k,
+    v,
+    lengths,
+    pages,
+    columns,
+    k_scale,
+    v_scale,
+    limits=None,
+    window=None,
+    *,
+    scale,
+    softcap,
+):
     """(out [B, H, R, Dv] in the dtype of q, lse float32 [B, H, R]).
 
     Args:
@@ -32,6 +46,8 @@ def decode(q, k, v, lengths, pages, columns, k_scale, v_scale, *, scale, softcap
       lengths: int32 [B].
       columns: float32 [B, M], the bias of each key; -1e30 for hidden ones.
       k_scale, v_scale: float32, the shape of k and v without D, for int8; else None.
+      limits: int32 [B, R], how many keys each query sees, at most `lengths`; None for these.
+      window: (`places` float32 [B, M], `after` float32 [B, R]), see `attention_decode`, or None.
     """
     batch, heads, queries, dim = q.shape
     kv_heads, value_dim = k.shape[1], v.shape[-1]
@@ -82,13 +98,21 @@ def decode(q, k, v, lengths, pages, columns, k_scale, v_scale, *, scale, softcap
         if x is not None:
             operands.append(x.astype(jnp.float32)[:, :, None])
             in_specs.append(pl.BlockSpec((1, 1, 1, block), scale_row))
+    places, after = window or (None, None)
+    if places is not None:
+        operands.append(places[:, None])
+        in_specs.append(pl.BlockSpec((1, 1, block), column))
+    for x in (limits, after):
+        if x is not None:
+            operands.append(_by_row(x, heads // kv_heads, padded))
+            in_specs.append(pl.BlockSpec((1, padded, _LANES), lambda b, *_: (b, 0, 0)))
     kernel = functools.partial(
         _kernel,
         scale=scale,
         softcap=softcap,
         block=block,
         steps=steps,
-        scaled=(k_scale is not None, v_scale is not None),
+        given=[x is not None for x in (k_scale, v_scale, places, limits, after)],
     )
     out, lse = pl.pallas_call(
         kernel,
@@ -127,11 +151,17 @@ def decode(q, k, v, lengths, pages, columns, k_scale, v_scale, *, scale, softcap
     return out, lse[:, :, :rows, 0].reshape(shape)
 
 
-def _kernel(lengths, counts, pages, q, k, v, columns, *rest, scale, softcap, block, steps, scaled):
+def _by_row(x, groups, padded):
+    """[B, R] numbers of the queries -> [B, padded, lanes] for the rows of a product."""
+    x = jnp.tile(x, (1, groups))
+    x = jnp.pad(x, ((0, 0), (0, padded - x.shape[1])))
+    return jnp.broadcast_to(x[..., None], (*x.shape, _LANES))
+
+
+def _kernel(lengths, counts, pages, q, k, v, columns, *rest, scale, softcap, block, steps, given):
     del pages  # The index maps read it.
     rest = list(rest)
-    k_scale = rest.pop(0) if scaled[0] else None
-    v_scale = rest.pop(0) if scaled[1] else None
+    k_scale, v_scale, places, limits, after = (rest.pop(0) if has else None for has in given)
     out, lse, top, total, acc = rest
     b, t = pl.program_id(0), pl.program_id(2)
 
@@ -151,7 +181,12 @@ def _kernel(lengths, counts, pages, q, k, v, columns, *rest, scale, softcap, blo
             s = softcap * jnp.tanh(s / softcap)
         bias = columns[0]
         slot = t * block + lax.broadcasted_iota(jnp.int32, bias.shape, 1)
-        seen = (bias > 0.5 * NEGATIVE) & (slot < lengths[b])
+        held = (bias > 0.5 * NEGATIVE) & (slot < lengths[b])
+        seen = held
+        if limits is not None:
+            seen = seen & (slot < limits[0][:, :1])
+        if after is not None:
+            seen = seen & (places[0] > after[0][:, :1])
         s = jnp.where(seen, s + bias, NEGATIVE)
         before = top[:, :1]
         higher = jnp.maximum(before, s.max(axis=-1, keepdims=True))
@@ -166,7 +201,7 @@ def _kernel(lengths, counts, pages, q, k, v, columns, *rest, scale, softcap, blo
             p = jnp.where(seen, p * v_scale[0, 0], 0.0)
         else:
             # Hidden slots may hold NaN, and 0 times NaN is NaN.
-            visible = jnp.broadcast_to(seen.astype(jnp.float32), (_SUBLANES, block)).T[:, :1]
+            visible = jnp.broadcast_to(held.astype(jnp.float32), (_SUBLANES, block)).T[:, :1]
             values = jnp.where(visible > 0, values, 0)
         acc[...] = acc[...] * shrink + _dot(p.astype(queries.dtype), values, 0)
 

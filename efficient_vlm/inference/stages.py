@@ -1,0 +1,185 @@
+"""The four programs of generation: encode, compress, prefill, decode.
+
+They are separate because they are measured separately, and because they are shared: two compressors
+with one budget use the same prefill and decode, all use the same encoder.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from efficient_vlm import sharding
+from efficient_vlm.inference.sampling import (
+    History,
+    Sampling,
+    draw,
+    history,
+    log_probabilities,
+)
+from efficient_vlm.models.cache import KVCache, constrained
+from efficient_vlm.models.inputs import Layout, ModelInputs
+from efficient_vlm.models.vlm import VisionLanguageModel
+from efficient_vlm.nn.kv_cache import CONTIGUOUS, CacheOptions
+
+__all__ = [
+    "Chosen",
+    "Draws",
+    "Programs",
+    "TokenLogprobs",
+    "compress_stage",
+    "decode_stage",
+    "encode_stage",
+    "prefill_stage",
+    "programs_of",
+]
+
+
+@struct.dataclass
+class Draws:
+    """What drawing the next token of each row needs beside logits.
+
+    Attributes:
+      sampling: settings of B rows.
+      history: which tokens came before, where a setting asks for it.
+      step: int32 [B], how many tokens each row has drawn.
+    """
+
+    sampling: Sampling
+    history: History | None
+    step: jax.Array
+
+    def after(self, tokens: jax.Array) -> "Draws":
+        """Behind one token more of each row, int32 [B]."""
+        before = self.history
+        if before is not None:
+            before = before.add(tokens, jnp.ones(tokens.shape, bool))
+        return self.replace(history=before, step=self.step + 1)
+
+
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities by the raw logits, of tokens and of k alternatives to each.
+
+    Attributes:
+      chosen: float32 [...], of the tokens themselves.
+      ids: int32 [..., k], the likeliest tokens there, the likeliest first.
+      values: float32 [..., k], theirs.
+    """
+
+    chosen: Any
+    ids: Any
+    values: Any
+
+
+class Chosen(NamedTuple):
+    """What a stage has chosen: tokens int32 [B], their log-probabilities or None, and what the next
+    choice needs, or None where the likeliest token is taken."""
+
+    tokens: jax.Array
+    logprobs: TokenLogprobs | None
+    draws: Draws | None
+
+
+class Programs(NamedTuple):
+    """What decides which program of each stage runs: equal values share one.
+
+    Attributes:
+      encode: (model, patch grid of the image, signals asked for).
+      compress, prefill, decode: models.
+    """
+
+    encode: tuple[VisionLanguageModel, Any, Any]
+    compress: VisionLanguageModel
+    prefill: VisionLanguageModel
+    decode: VisionLanguageModel
+
+
+def programs_of(model: VisionLanguageModel, layout: Layout) -> Programs:
+    """The stages of a model, where a method does not touch one as those of the model without it.
+
+    An encoder is the same on one grid with the same signals, prefill for tokens that come under one
+    position policy, a further token behind caches of one shape in which text starts at one place.
+    """
+    patches = (layout.rows, layout.columns)
+    count = patches[0] * patches[1]
+    method, plain = model.make_compressor(), model.with_compressor("none", count)
+    encode, prefill = (model, None, None), model
+    if not method.in_encoder:
+        asked = tuple(sorted(method.intermediates().items()))
+        encode = (plain, method.image_grid(patches), asked)
+    if not method.in_decoder:
+        options = {"position_policy": method.position_policy}
+        prefill = plain.with_compressor("none", count, **options)
+    return Programs(encode, model, prefill, plain)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def encode_stage(model: VisionLanguageModel, grid, asked, params, pictures):
+    options = {"grid": grid, "asked": None if asked is None else dict(asked)}
+    return model.apply({"params": params}, pictures, method="encode", **options)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def compress_stage(
+    model: VisionLanguageModel, layout: Layout, params, visual, signals, text: ModelInputs, rng
+):
+    given = (visual, signals, text, layout, rng)
+    return model.apply({"params": params}, *given, method="compress")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), static_argnames=("logprobs", "cache_options"))
+def prefill_stage(
+    model: VisionLanguageModel,
+    layout: Layout,
+    new_tokens: int,
+    params,
+    visual,
+    text: ModelInputs,
+    rng,
+    sampling: Sampling | None = None,
+    seen=None,
+    *,
+    logprobs: int | None = None,
+    cache_options: CacheOptions = CONTIGUOUS,
+) -> tuple[Chosen, KVCache, tuple[jax.Array, ...]]:
+    """The first token of each row; its history begins with `seen`, int32 [B, L], -1 for none."""
+    options = dict(new_tokens=new_tokens, cache_options=cache_options, rng=rng)
+    logits, cache, sources = model.apply(
+        {"params": params}, visual, text, layout, **options, method="prefill"
+    )
+    draws = None
+    if sampling is not None:
+        before = history(seen, logits.shape[-1]) if sampling.needs_history else None
+        draws = Draws(sampling, before, jnp.zeros(len(logits), jnp.int32))
+    return _choose(logits, draws, logprobs), constrained(cache), sources
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(3, 4), static_argnames="logprobs")
+def decode_stage(
+    model: VisionLanguageModel,
+    params,
+    tokens,
+    cache: KVCache,
+    draws: Draws | None = None,
+    *,
+    logprobs: int | None = None,
+) -> tuple[Chosen, KVCache]:
+    """The token behind `tokens` int32 [B] in each row."""
+    logits, cache = model.apply({"params": params}, tokens, cache, method="decode")
+    draws = None if draws is None else draws.after(tokens)
+    return _choose(logits, draws, logprobs), constrained(cache)
+
+
+def _choose(logits: jax.Array, draws: Draws | None, logprobs: int | None) -> Chosen:
+    """A token of each row of logits [B, vocab]: drawn, or the most likely one."""
+    if draws is None:
+        tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    else:
+        tokens = draw(logits, draws.sampling, draws.history, draws.step)
+    found = None
+    if logprobs is not None:
+        found = TokenLogprobs(*log_probabilities(logits, tokens, logprobs))
+    tokens, found = sharding.replicated((tokens, found))
+    return Chosen(tokens, found, draws)

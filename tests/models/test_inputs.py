@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from shape_checks import check_fields
 
 from efficient_vlm.errors import UserError
 from efficient_vlm.models.inputs import Layout, ModelInputs, Pictures
@@ -170,6 +171,8 @@ def test_arrays_that_do_not_belong_together_are_told(name):
 
 def test_slots_are_counted_against_the_model(make_model, init):
     good().check(Layout(1, 2, 2))
+    check_fields(good().pictures)
+    check_fields(good())
     with pytest.raises(UserError, match="4 slots, the model makes 1 x 3 x 3"):
         good().check(Layout(1, 3, 3))
     model = make_model()

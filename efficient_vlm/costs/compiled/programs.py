@@ -14,8 +14,8 @@ from jax.sharding import Mesh, NamedSharding
 from efficient_vlm import sharding
 from efficient_vlm.inference import stages
 from efficient_vlm.models.cache import cache_shardings
-from efficient_vlm.models.init import boxed_parameters
-from efficient_vlm.models.inputs import ModelInputs, example_shapes
+from efficient_vlm.models.init import boxed_parameters, example_shapes
+from efficient_vlm.models.inputs import ModelInputs
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.train import step as steps
 from efficient_vlm.train.optimizer import OptimizerConfig, make_optimizer

@@ -100,7 +100,8 @@ def _mark(
 ) -> tuple[list[Marked], list[dict[str, str]]]:
     """What each method makes of the picture, and which of all (`every`) cannot run, and why."""
     marked, left_out = [], []
-    budget = _budget(wanted[0].get("budget"), subject.grid) if every else None
+    given = [fields["budget"] for fields in wanted if fields.get("budget") is not None]
+    budget = _budget(given[0] if given else None, subject.grid) if every else None
     for fields in wanted:
         try:
             if every:

@@ -29,7 +29,7 @@ from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.nn.kv_cache import CacheOptions
 from efficient_vlm.processing.chat_template import Template
 from efficient_vlm.processing.conversation import Conversation, is_one, prompt_ids
-from efficient_vlm.processing.hub_tokenizer import Tokenizer, read_json
+from efficient_vlm.processing.hub_tokenizer import HubTokenizer, read_json
 from efficient_vlm.processing.pictures.base import Pictured
 from efficient_vlm.processing.request import Example, Request, make_request
 
@@ -44,7 +44,7 @@ class Pretrained:
       model: a `VisionLanguageModel`; its compressor is the one in use.
       weights: its parameters, see `families.weights.Weights`.
       family, config: what it is, and its config.json.
-      tokenizer: a `tokenizer.Tokenizer`, or None if the directory has none.
+      tokenizer: a `hub_tokenizer.HubTokenizer`, or None if the directory has none.
       directory: where it came from.
     """
 
@@ -78,9 +78,9 @@ class Pretrained:
         return self.weights.fused
 
     @functools.cached_property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> HubTokenizer:
         """The tokenizer; UserError if the directory has none."""
-        return Tokenizer.from_hf(self.directory)
+        return HubTokenizer.from_hf(self.directory)
 
     @functools.cached_property
     def template(self) -> Template | str:

@@ -7,9 +7,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from beartype import beartype
-from jaxtyping import TypeCheckError, jaxtyped
-from shape_checks import check_fields
+from jaxtyping import TypeCheckError
+from shape_checks import check_fields, checked
 
 from efficient_vlm.kernels import attention, grouped_matmul, paged_attention
 
@@ -50,9 +49,7 @@ def test_importing_the_package_imports_neither_jax_nor_jaxtyping():
     assert result.stdout == "[]\n", result.stderr
 
 
-def checked(function):
-    """The kernels raise a UserError for wrong shapes themselves, so the hook leaves them alone."""
-    return jaxtyped(function, typechecker=beartype)
+# The hook leaves the kernels alone, which raise a UserError for wrong shapes themselves.
 
 
 def arrays(shape, dtype, kind):

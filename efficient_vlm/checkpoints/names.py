@@ -70,12 +70,23 @@ class Leaf(NamedTuple):
     stacked: bool = False
 
     def read(self, tensor: Callable[[str], np.ndarray], out: np.ndarray) -> None:
-        """Writes the parameter into `out` (contiguous); `tensor` reads tensors by name."""
-        flat, start = out.reshape(-1), 0
-        for piece in self.pieces:
-            part = piece.take(tensor(piece.name))
-            flat[start : start + part.size].reshape(part.shape)[...] = part
-            start += part.size
+        """Writes the parameter into `out`; `tensor` reads tensors by name.
+
+        `out` is contiguous, or columns [K, F] of a wider matrix.
+        """
+        if out.flags.c_contiguous:
+            flat, start = out.reshape(-1), 0
+            for piece in self.pieces:
+                part = piece.take(tensor(piece.name))
+                _copy(part, flat[start : start + part.size].reshape(part.shape))
+                start += part.size
+        elif len(self.pieces) == 1:
+            part = self.pieces[0].take(tensor(self.pieces[0].name))
+            _copy(part.reshape(out.shape), out)
+        else:
+            contiguous = np.empty(out.shape, out.dtype)
+            self.read(tensor, contiguous)
+            out[...] = contiguous
 
     def split(self, value: np.ndarray) -> list[np.ndarray]:
         """The parameter cut into the values of each piece."""
@@ -85,6 +96,21 @@ class Leaf(NamedTuple):
             return list(value.reshape(len(self.pieces), -1))
         sizes = [math.prod(piece.part_shape()) for piece in self.pieces]
         return np.split(value.reshape(-1), np.cumsum(sizes)[:-1])
+
+
+def _copy(source: np.ndarray, target: np.ndarray) -> None:
+    """target[...] = source, a transposed matrix a few columns at a time.
+
+    NumPy writes row after row, for which a transposed matrix is read across: a line of the
+    processor's cache for each value. 32 columns stay in the cache, which is two to four times as
+    fast.
+    """
+    if source.ndim != 2 or not source.flags.f_contiguous:
+        target[...] = source
+        return
+    for first in range(0, source.shape[1], 32):
+        columns = slice(first, first + 32)
+        target[:, columns] = source[:, columns]
 
 
 class NameMap:

@@ -101,10 +101,10 @@ def show_one(head: Mapping[str, Any], plan: Planned) -> None:
     console, answer = _console(), plan.answer
     console.print(_title(head, plan.method["name"], answer))
     console.print(_programs(answer))
-    found = answer.to_json()
+    figures = answer.to_json()
     if answer.fits:
-        kernels = ", ".join(f"{n} {k}" for n, k in found["kernels"].items()) or "none"
-        parts = [f"{n} {_gib(b)}" for n, b in found["collective_bytes"].items()]
+        kernels = ", ".join(f"{n} {k}" for n, k in figures["kernels"].items()) or "none"
+        parts = [f"{n} {_gib(b)}" for n, b in figures["collective_bytes"].items()]
         sent = ", ".join(parts) or "nothing"
         console.print(f"Kernels called: {kernels}. Sent by each device: {sent}.")
     else:
@@ -191,16 +191,16 @@ def _chips(plan: Planned, none: Planned, names: Sequence[str]) -> list[str]:
 # ---- a search ------------------------------------------------------------------------------------
 
 
-def show_best(tried: Sequence[Tried], found: Mapping[str, Tried], topology: str) -> None:
+def show_best(tried: Sequence[Tried], best_plans: Mapping[str, Tried], topology: str) -> None:
     """Prints the best plan of each method."""
     print()
     for label in dict.fromkeys(one.label for one in tried):
-        chosen = found.get(label)
+        chosen = best_plans.get(label)
         print(f"best of {label}: " + (line(chosen) if chosen else "nothing fits"))
     print(bound(topology))
 
 
-def row_of(one: Tried, found: Mapping[str, Tried]) -> dict[str, Any]:
+def row_of(one: Tried, best_plans: Mapping[str, Tried]) -> dict[str, Any]:
     """A plan that was tried, as JSON."""
     failed = {"mesh": one.sizes, "fits": False, "error": str(one.error)}
     return {
@@ -208,7 +208,7 @@ def row_of(one: Tried, found: Mapping[str, Tried]) -> dict[str, Any]:
         "batch": one.work.batch,
         "remat": one.work.remat,
         "pictures_per_second": one.rate,
-        "best": found.get(one.label) is one,
+        "best": best_plans.get(one.label) is one,
         **(failed if one.error else one.answer.to_json()),
     }
 

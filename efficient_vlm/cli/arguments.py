@@ -1,10 +1,9 @@
-"""What the parsers of all verbs share: complaints, examples, options with a dot, common options.
+"""What the parsers of all verbs share: error messages, examples, common and dotted options.
 
-Importing this costs nothing, and no parser does: a verb imports what it does when it runs.
+Neither this module nor a parser imports anything heavy: a verb imports its work when it runs.
 """
 
 import argparse
-import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 from efficient_vlm.errors import UserError, closest, unknown
 
 PROGRAM = "efficient-vlm"
-# Options of which any field may follow: prefix -> what the help says of it.
+# Dotted options, --config.FIELD=VALUE and others: prefix -> its text in the help of a verb.
 DOTTED = {
     "config": "--config.FIELD=VALUE  a field of the config, such as --config.model.dtype=bfloat16\n"
     "--config.help         list all fields: type, default, meaning",
@@ -25,7 +24,7 @@ DOTTED = {
 
 
 class Given(NamedTuple):
-    """Options with a dot: "field=value" of --config.field=value, and so on."""
+    """Dotted options: "field=value" of --config.field=value, and likewise for the others."""
 
     config: tuple[str, ...] = ()
     compressor: tuple[str, ...] = ()
@@ -33,7 +32,7 @@ class Given(NamedTuple):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are UserErrors, with the nearest name.
+    """An argparse parser that raises UserError, with the nearest name for a wrong one.
 
     Attributes:
       dotted: keys of DOTTED that the verb takes.
@@ -45,32 +44,32 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message}", fix=f"see {self.prog} --help")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """argparse's check of a value against `choices`, with the nearest of them."""
+        """Checks a value against `choices`; the error names the nearest of them."""
         if action.choices is not None and value not in action.choices:
             name = action.option_strings[0] if action.option_strings else self.prog
             raise unknown(name, str(value), action.choices)
 
     def own_options(self) -> list[str]:
-        """--name of every option, --help aside."""
+        """--name of every option but --help."""
         names = (action.option_strings[-1:] for action in self._actions)
         return [name for each in names for name in each if name != "--help"]
 
     def nested(self) -> Mapping[str, "Parser"]:
-        """The verbs below this one."""
+        """The parsers of nested verbs, by name."""
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
                 return action.choices
         return {}
 
     def every(self) -> Iterator["Parser"]:
-        """This parser and all below it."""
+        """This parser and all nested ones."""
         yield self
         for parser in self.nested().values():
             yield from parser.every()
 
 
 def add_verbs(parser: Parser, title: str, **options: Any) -> Any:
-    """What verbs are added to with `add_verb`; options of argparse's `add_subparsers`."""
+    """The group that `add_verb` adds verbs to; `options` are those of `add_subparsers`."""
     return parser.add_subparsers(title=title, parser_class=Parser, prog=parser.prog, **options)
 
 
@@ -83,13 +82,13 @@ def add_verb(
     examples: Sequence[str] = (),
     dotted: Sequence[str] = (),
 ) -> Parser:
-    """The parser of a verb.
+    """Adds a verb and returns its parser.
 
     Args:
       verbs: from `add_verbs`.
-      name, text: of the verb.
-      run: what it does, with exit code; None if only verbs below it do anything.
-      examples: what to type behind the program's name, each a command that works.
+      name, text: of the verb, for its help.
+      run: executes the verb and returns the exit code; None if only nested verbs do.
+      examples: commands that work, without the name of the program.
       dotted: keys of DOTTED.
     """
     lines = [f"  {PROGRAM} {example}" for example in examples]
@@ -129,7 +128,7 @@ def add_json(parser: Parser, text: str = "print as JSON") -> None:
 
 def add_quiet(parser: Parser) -> None:
     parser.add_argument(
-        "--quiet", action="store_true", help="say nothing of what is being compiled"
+        "--quiet", action="store_true", help="no lines about what is being compiled"
     )
 
 
@@ -145,7 +144,7 @@ def add_imports(parser: Parser) -> None:
 
 
 def import_methods(args: argparse.Namespace) -> None:
-    """Runs what --import names."""
+    """Imports what --import names."""
     if args.imports:
         from efficient_vlm.compressors.imports import import_methods
 
@@ -174,11 +173,11 @@ def add_methods(parser: Parser, text: str, *, several: bool = True) -> None:
     action.completer = lambda prefix, **_: complete_list(prefix, method_names())
 
 
-# ---- names for the completion of a shell ---------------------------------------------------------
+# ---- names for shell completion ------------------------------------------------------------------
 
 
 def complete_list(prefix: str, names: Sequence[str]) -> list[str]:
-    """`names` behind the commas of what has been typed."""
+    """`names`, each after the part of `prefix` up to its last comma."""
     before = prefix[: prefix.rfind(",") + 1]
     return [before + name for name in names]
 
@@ -189,11 +188,11 @@ def method_names() -> list[str]:
     table, names, method = (folder / "methods.py").read_text(), [], ""
     for file in folder.rglob("*.py"):
         for line in file.read_text().splitlines():
-            if found := re.match(r"class (\w+)\(", line):
-                method = found[1]
-            elif found := re.match(r'    label = "(\w+)"', line):
+            if match := re.match(r"class (\w+)\(", line):
+                method = match[1]
+            elif match := re.match(r'    label = "(\w+)"', line):
                 # Parts of a method have labels, too, but no row in the table.
-                names += [found[1]] * bool(re.search(rf"\b{method},", table))
+                names += [match[1]] * bool(re.search(rf"\b{method},", table))
     return sorted(names)
 
 
@@ -204,7 +203,7 @@ def preset_names() -> list[str]:
     return list(published.names())
 
 
-# ---- options with a dot --------------------------------------------------------------------------
+# ---- dotted options ------------------------------------------------------------------------------
 
 
 def joined(words: Sequence[str]) -> list[str]:
@@ -220,72 +219,64 @@ def joined(words: Sequence[str]) -> list[str]:
     return done
 
 
-@dataclasses.dataclass(frozen=True)
-class _Refused:
-    """Complaints about words that a verb's parser has left over."""
-
-    parser: Parser
-    everything: Parser
-
-    def option(self, word: str) -> UserError:
-        """An option that others take, or nobody."""
-        name = word.split("=")[0]
-        short = self.parser.prog.removeprefix(f"{PROGRAM} ")
-        own = self.parser.own_options()
-        takers = [
-            f"`{each.prog.removeprefix(f'{PROGRAM} ')}`"
-            for each in self.everything.every()
-            if name in each.own_options()
-        ]
-        if takers:
-            *first, last = takers
-            both = f"{', '.join(first)} and {last}" if first else last
-            return UserError(
-                f"{name}: `{short}` does not take it",
-                allowed=", ".join(own),
-                fix=f"only {both} take{'' if first else 's'} it",
-            )
-        guess = closest(name, [*own, "--help"])
-        fix = f"did you mean {guess}?" if guess else f"see {self.parser.prog} --help"
-        return UserError(f"unknown option {word!r}", fix=fix)
-
-    def dotted(self, key: str, text: str) -> UserError:
-        verb = self.parser.prog.removeprefix(f"{PROGRAM} ")
-        if key == "config":
-            return UserError(
-                f"--config.{text}: {verb} takes no config",
-                fix=f"leave it out; the run's own config is used by {verb}",
-            )
-        if key == "compressor":
-            return UserError(
-                f"--compressor.{text}: {verb} takes no options of a compressor",
-                allowed=", ".join(self.parser.own_options()) or None,
-                fix="config fields are --config.model.compressor.FIELD=VALUE",
-            )
-        return UserError(f"--pictures.{text}: {verb} takes no options of pictures")
-
-
 def read_given(rest: Sequence[str], parser: Parser, everything: Parser) -> Given:
-    """What a parser has left over, as options with a dot.
+    """The dotted options among the words that a parser did not recognise.
 
     Args:
-      rest: words.
+      rest: these words.
       parser: of the verb.
-      everything: of the program, to say which other verb takes an option.
+      everything: of the whole program; tells which other verb takes an option.
 
     Raises:
       UserError: any other word, an option without a value, or one that the verb does not take.
     """
-    refused = _Refused(parser, everything)
-    found: dict[str, list[str]] = {key: [] for key in DOTTED}
+    texts: dict[str, list[str]] = {key: [] for key in DOTTED}
     for word in rest:
         key = next((key for key in DOTTED if word.startswith(f"--{key}.")), None)
         if key is None:
-            raise refused.option(word)
+            raise _unknown_option(word, parser, everything)
         text = word.removeprefix(f"--{key}.")
         if key not in parser.dotted:
-            raise refused.dotted(key, text)
+            raise _not_taken(key, text, parser)
         if "=" not in text:
             raise UserError(f"{word}: no value", fix=f"write {word}=VALUE")
-        found[key].append(text)
-    return Given(**{key: tuple(texts) for key, texts in found.items()})
+        texts[key].append(text)
+    return Given(**{key: tuple(each) for key, each in texts.items()})
+
+
+def _verb(parser: Parser) -> str:
+    return parser.prog.removeprefix(f"{PROGRAM} ")
+
+
+def _unknown_option(word: str, parser: Parser, everything: Parser) -> UserError:
+    """The error for an option of other verbs, or of none."""
+    name, own = word.split("=")[0], parser.own_options()
+    takers = [f"`{_verb(each)}`" for each in everything.every() if name in each.own_options()]
+    if takers:
+        *first, last = takers
+        listed = f"{', '.join(first)} and {last} take" if first else f"{last} takes"
+        return UserError(
+            f"{name}: `{_verb(parser)}` does not take it",
+            allowed=", ".join(own),
+            fix=f"only {listed} it",
+        )
+    guess = closest(name, [*own, "--help"])
+    fix = f"did you mean {guess}?" if guess else f"see {parser.prog} --help"
+    return UserError(f"unknown option {word!r}", fix=fix)
+
+
+def _not_taken(key: str, text: str, parser: Parser) -> UserError:
+    """The error for a dotted option that a verb does not take."""
+    verb = _verb(parser)
+    if key == "config":
+        return UserError(
+            f"--config.{text}: {verb} takes no config",
+            fix=f"leave it out; {verb} uses the config of the run",
+        )
+    if key == "compressor":
+        return UserError(
+            f"--compressor.{text}: {verb} takes no options of a compressor",
+            allowed=", ".join(parser.own_options()) or None,
+            fix="config fields are --config.model.compressor.FIELD=VALUE",
+        )
+    return UserError(f"--pictures.{text}: {verb} takes no options of pictures")

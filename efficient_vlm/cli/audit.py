@@ -34,7 +34,7 @@ def to_json(subject: Subject, entries: Sequence[Entry]) -> dict[str, Any]:
     head = {subject.kind: subject.name, **subject.sizes}
     if subject.projector is not None:
         head["projector"] = subject.projector
-    found = []
+    rows = []
     for entry in entries:
         row = entry.ledger.to_json()
         if entry.note is not None:
@@ -47,9 +47,9 @@ def to_json(subject: Subject, entries: Sequence[Entry]) -> dict[str, Any]:
                 "off": entry.match.off,
                 "settings": dict(entry.match.settings),
             }
-        found.append(row)
+        rows.append(row)
     baseline = subject.baseline.to_json()
     head["baseline"] = {
         k: baseline[k] for k in ("compressor", "visual_tokens", "flops", "kv_bytes")
     }
-    return {**head, **found[0]} if len(found) == 1 else {**head, "methods": found}
+    return {**head, **rows[0]} if len(rows) == 1 else {**head, "methods": rows}

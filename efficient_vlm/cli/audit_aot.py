@@ -198,13 +198,13 @@ def _search(
         if not as_json:
             print(aot_tables.line(one), flush=True)
     say.done()
-    found = best(tried)
+    best_plans = best(tried)
     if as_json:
-        rows = [aot_tables.row_of(one, found) for one in tried]
+        rows = [aot_tables.row_of(one, best_plans) for one in tried]
         head = {subject.kind: subject.name, "task": wanted.task, "topology": wanted.topology}
         print(json.dumps({**head, "tried": rows}, indent=1))
     else:
-        aot_tables.show_best(tried, found, wanted.topology)
+        aot_tables.show_best(tried, best_plans, wanted.topology)
     return 0
 
 

@@ -76,8 +76,8 @@ def _row(program: Program, text: str) -> Row:
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", text)]
     error = re.search(r"^error: (.*)$", text, re.M)
     error = error[1] if error else None
-    found = re.search(r"^kernels: (\d+), flops: (\d+)$", text, re.M)
-    error = error or program.problem(*map(int, found.groups() if found else (0, 0)))
+    counts = re.search(r"^kernels: (\d+), flops: (\d+)$", text, re.M)
+    error = error or program.problem(*map(int, counts.groups() if counts else (0, 0)))
     if error is None and any(spills):
         error = f"{sum(spills)} bytes of registers are spilled"
     facts = (program.kernel, program.shape, program.dtype, program.direction)

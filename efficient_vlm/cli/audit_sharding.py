@@ -76,10 +76,11 @@ def audit_sharding(
         if more:
             raise UserError(f"--batch={batch}: several", fix="one number")
     model = subject.model(one_method(subject, chosen, target))
-    rows = table(model, sizes) + held(subject, model, sizes, rows_of_batch)
+    pictures = dict(pictures=subject.images, pooled=subject.pooled)
+    rows = table(model, sizes, **pictures) + held(subject, model, sizes, rows_of_batch)
     if as_json:
-        found = {"mesh": sizes, "rows": [dataclasses.asdict(row) for row in rows]}
-        print(json.dumps(found | {"totals": totals(rows)}, indent=1))
+        result = {"mesh": sizes, "rows": [dataclasses.asdict(row) for row in rows]}
+        print(json.dumps(result | {"totals": totals(rows)}, indent=1))
     else:
         _show(subject.name, sizes, rows)
     return 0
@@ -115,14 +116,15 @@ def held(subject: Subject, model: Any, sizes: Mapping[str, int], batch: int) -> 
     ]
 
 
-def table(model: Any, sizes: Mapping[str, int]) -> list[Row]:
+def table(model: Any, sizes: Mapping[str, int], **inputs: Any) -> list[Row]:
     """A row for each parameter.
 
     Args:
       model: a `VisionLanguageModel`.
       sizes: of the mesh.
+      **inputs: numbers of pictures and more that the model may refuse, see `models.init`.
     """
-    boxed = boxed_parameters(model)
+    boxed = boxed_parameters(model, **inputs)
     leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=sharding.is_box)
     return [
         _row(

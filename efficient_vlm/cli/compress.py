@@ -27,7 +27,7 @@ from efficient_vlm.runtime import enable_compilation_cache
 
 ALL = "all"
 _MOST = 64  # Patches in a row or column, without a run.
-_ASPECT = 2.5  # Longer pictures are shown squeezed.
+_ASPECT = 2.5  # Longer pictures are drawn squeezed.
 _SIDE, _SMALL = 440, 240  # Pixels of the shorter side, of one method and of many.
 _LEGEND = (
     "White outline: a patch kept as a token of its own. Tint and outline: patches merged into one "
@@ -81,8 +81,8 @@ def compress(
     except OSError as error:
         raise UserError(f"--out={out}: {error.strerror or error}", fix="--out=map.png") from None
     if as_json:
-        found = _to_json(subject, marked, left_out)
-        print(json.dumps({"image": image, "out": out, **found}, indent=1))
+        facts = _to_json(subject, marked, left_out)
+        print(json.dumps({"image": image, "out": out, **facts}, indent=1))
         return 0
     for reason in dict.fromkeys(each["reason"] for each in left_out):
         same = [each["compressor"] for each in left_out if each["reason"] == reason]
@@ -100,21 +100,22 @@ def _mark(
 ) -> tuple[list[Marked], list[dict[str, str]]]:
     """What each method makes of the picture, and which of all (`every`) cannot run, and why."""
     marked, left_out = [], []
-    budget = _budget(wanted[0].get("budget"), subject.grid) if every else None
+    given = [fields["budget"] for fields in wanted if fields.get("budget") is not None]
+    budget = _budget(given[0] if given else None, subject.grid) if every else None
     for fields in wanted:
         try:
             if every:
                 fields = subject.nearest(fields, budget)
-            found = subject.mark(fields, ask=len(wanted) == 1)
+            result = subject.mark(fields, ask=len(wanted) == 1)
         except UserError as error:
             if not every:
                 raise
             left_out.append({"compressor": fields["name"], "reason": _reason(error)})
             continue
-        marked.append(found)
-        say(f"{found.name} at {found.budget}: {'; '.join(caption(found))}")
-        if found.answer:
-            say(f"{subject.question}: {found.answer}")
+        marked.append(result)
+        say(f"{result.name} at {result.budget}: {'; '.join(caption(result))}")
+        if result.answer:
+            say(f"{subject.question}: {result.answer}")
     if not marked:
         raise UserError("--compressor=all: none can run", fix=left_out[0]["reason"])
     return marked, left_out
@@ -134,15 +135,15 @@ def read_image(path: str) -> np.ndarray:
 
 def caption(marked: Marked) -> list[str]:
     """What became of the patches, in words."""
-    found = heat.counts(marked.source)
-    parts = [f"{found.kept} patches kept"] if found.kept else []
-    if found.merged:
-        into = "1 token" if found.merged_into == 1 else f"{found.merged_into} tokens"
-        parts.append(f"{found.merged} merged into {into}")
-    if found.dropped:
-        parts.append(f"{found.dropped} dropped")
+    counts = heat.counts(marked.source)
+    parts = [f"{counts.kept} patches kept"] if counts.kept else []
+    if counts.merged:
+        into = "1 token" if counts.merged_into == 1 else f"{counts.merged_into} tokens"
+        parts.append(f"{counts.merged} merged into {into}")
+    if counts.dropped:
+        parts.append(f"{counts.dropped} dropped")
     if marked.gone is not None:
-        parts.append(f"none left behind layer {marked.gone}")
+        parts.append(f"none left after layer {marked.gone}")
     knobs = [
         f"{key}={_short(value)}"
         for key, value in sorted(marked.options.items())
@@ -210,12 +211,12 @@ def _size(subject, shorter: int) -> tuple[int, int]:
     return max(1, round(high / rows)) * rows, max(1, round(wide / columns)) * columns
 
 
-def _heat_panel(subject, image: np.ndarray, found: heat.Heat) -> HeatPanel:
-    pixels = drawing.score_map(image, found.scores, grid=subject.grid, min_side=1)
-    low, high = drawing.score_range(found.scores)
-    above = high < np.nanmax(found.scores)
+def _heat_panel(subject, image: np.ndarray, values: heat.Heat) -> HeatPanel:
+    pixels = drawing.score_map(image, values.scores, grid=subject.grid, min_side=1)
+    low, high = drawing.score_range(values.scores)
+    above = high < np.nanmax(values.scores)
     scale = _number(low), _number(high) + (" and above" if above else "")
-    return HeatPanel(pixels, found.meaning, scale)
+    return HeatPanel(pixels, values.meaning, scale)
 
 
 def _number(value: float) -> str:
@@ -226,7 +227,7 @@ def _notes(subject, marked, left_out: Sequence[Mapping[str, str]]) -> list[str]:
     notes = [f"Seen by: {subject.note}. {subject.grid[0]} x {subject.grid[1]} patches."]
     if subject.question:
         notes[0] += f" Question: {subject.question}"
-    inside = any(found.heat and found.heat.meaning == heat.LAYERS for found in marked)
+    inside = any(result.heat and result.heat.meaning == heat.LAYERS for result in marked)
     notes.append(_LEGEND + (_INSIDE if inside else ""))
     if left_out:
         notes.append(f"Left out: {', '.join(each['compressor'] for each in left_out)}.")
@@ -234,14 +235,14 @@ def _notes(subject, marked, left_out: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def _draw_one(subject, marked: Sequence[Marked], title: str, left_out) -> np.ndarray:
-    (found,) = marked
+    (result,) = marked
     image = subject.shown(_size(subject, _SIDE))
-    drawn = drawing.token_map(image, found.source, grid=subject.grid, min_side=1)
-    lines = caption(found) + ([f"answer: {found.answer}"] if found.answer else [])
-    panels = [Panel(image, "image"), Panel(drawn, f"{found.name} at {found.budget}", lines)]
-    if found.heat is not None:
-        seen = _heat_panel(subject, image, found.heat)
-        panels.append(Panel(seen.pixels, seen.meaning, scale=seen.scale))
+    drawn = drawing.token_map(image, result.source, grid=subject.grid, min_side=1)
+    lines = caption(result) + ([f"answer: {result.answer}"] if result.answer else [])
+    panels = [Panel(image, "image"), Panel(drawn, f"{result.name} at {result.budget}", lines)]
+    if result.heat is not None:
+        panel = _heat_panel(subject, image, result.heat)
+        panels.append(Panel(panel.pixels, panel.meaning, scale=panel.scale))
     return draw_sheet(title, _notes(subject, marked, left_out), panels, columns=3)
 
 
@@ -249,27 +250,27 @@ def _draw_many(subject, marked: Sequence[Marked], title: str, left_out) -> np.nd
     image = subject.shown(_size(subject, _SMALL))
     smaller = subject.shown(_size(subject, _SMALL // 2))
     panels = [Panel(image, "image")]
-    for found in marked:
-        drawn = drawing.token_map(image, found.source, grid=subject.grid, min_side=1)
-        seen = None if found.heat is None else _heat_panel(subject, smaller, found.heat)
-        name = f"{found.name} at {found.budget}"
-        panels.append(Panel(drawn, name, caption(found), heat=seen))
+    for result in marked:
+        drawn = drawing.token_map(image, result.source, grid=subject.grid, min_side=1)
+        panel = None if result.heat is None else _heat_panel(subject, smaller, result.heat)
+        name = f"{result.name} at {result.budget}"
+        panels.append(Panel(drawn, name, caption(result), heat=panel))
     return draw_sheet(title, _notes(subject, marked, left_out), panels, columns=4)
 
 
 def _to_json(subject, marked: Sequence[Marked], left_out) -> dict[str, Any]:
     maps = []
-    for found in marked:
+    for result in marked:
         row = {
-            "compressor": found.name,
-            "budget": found.budget,
-            "options": {k: v for k, v in found.options.items() if k not in ("budget", "grid")},
-            **heat.counts(found.source)._asdict(),
-            "heat": found.heat.meaning if found.heat else None,
+            "compressor": result.name,
+            "budget": result.budget,
+            "options": {k: v for k, v in result.options.items() if k not in ("budget", "grid")},
+            **heat.counts(result.source)._asdict(),
+            "heat": result.heat.meaning if result.heat else None,
         }
         if len(marked) == 1:
-            row |= {"answer": found.answer or None, "source": found.source.tolist()}
-            row["scores"] = _plain(found.heat.scores) if found.heat else None
+            row |= {"answer": result.answer or None, "source": result.source.tolist()}
+            row["scores"] = _plain(result.heat.scores) if result.heat else None
         maps.append(row)
     return {
         "seen_by": subject.note,

@@ -70,7 +70,7 @@ def load(spec: str, overrides: Iterable[str] = ()) -> ml_collections.ConfigDict:
         module_spec.loader.exec_module(module)
     except SyntaxError as error:
         raise UserError(
-            f"--config: {error.filename}, line {error.lineno}: {error.msg}", fix="mend that line"
+            f"--config: {error.filename}, line {error.lineno}: {error.msg}", fix="correct that line"
         ) from None
     finally:
         sys.path.pop(0)

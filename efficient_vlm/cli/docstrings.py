@@ -70,7 +70,7 @@ def _default(field: dataclasses.Field) -> Any:
 
 def _attributes(text: str) -> dict[str, str]:
     """Name -> text of the section "Attributes:" of a docstring."""
-    found: dict[str, str] = {}
+    sentences: dict[str, str] = {}
     names: list[str] = []
     inside = False
     for line in inspect.cleandoc(text).splitlines():
@@ -78,9 +78,9 @@ def _attributes(text: str) -> dict[str, str]:
             inside, names = line == "Attributes:", []
         elif inside and (entry := _ENTRY.match(line)):
             names = entry[1].split(", ")
-            found |= dict.fromkeys(names, entry[2])
+            sentences |= dict.fromkeys(names, entry[2])
         elif inside and line.startswith("    "):
-            found |= {name: f"{found[name]} {line.strip()}" for name in names}
+            sentences |= {name: f"{sentences[name]} {line.strip()}" for name in names}
         elif line.strip():
             names = []
-    return found
+    return sentences

@@ -34,7 +34,7 @@ def diagnose() -> dict[str, Any]:
             versions[name] = None
             problems.append(f"{name} is not installed: pip install -e .")
     problems += _bounds(versions)
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
@@ -43,9 +43,9 @@ def diagnose() -> dict[str, Any]:
     try:
         import jax
 
-        found["devices"] = [f"{d.device_kind} ({d.platform})" for d in jax.devices()]
+        facts["devices"] = [f"{d.device_kind} ({d.platform})" for d in jax.devices()]
     except Exception as error:  # A broken driver can raise anything; say what it was.
-        found["devices"] = []
+        facts["devices"] = []
         problems.append(f"JAX finds no device: {' '.join(str(error).split())[:200]}")
     cache = Path(os.environ.get("EFFICIENT_VLM_DATA") or Path.home() / ".cache")
     while not cache.exists():
@@ -58,9 +58,9 @@ def diagnose() -> dict[str, Any]:
             problems.append(f"{folder}: {gib:.1f} GiB free; the quickstart needs 1 GiB")
         if not os.access(folder, os.W_OK):
             problems.append(f"{folder} cannot be written")
-    found["free_gib"] = free
-    found["problems"] = problems
-    return found
+    facts["free_gib"] = free
+    facts["problems"] = problems
+    return facts
 
 
 def _bounds(versions: dict[str, str | None]) -> list[str]:
@@ -82,19 +82,19 @@ def _bounds(versions: dict[str, str | None]) -> list[str]:
 
 def main(*, as_json: bool = False) -> int:
     """Prints the diagnosis; returns 2 if something stands in the way."""
-    found = diagnose()
+    facts = diagnose()
     if as_json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(facts, indent=1))
     else:
-        print(f"Python {found['python']} on {found['platform']}, {found['cores']} cores")
+        print(f"Python {facts['python']} on {facts['platform']}, {facts['cores']} cores")
         print(
-            "Packages: " + ", ".join(f"{k} {v or 'MISSING'}" for k, v in found["packages"].items())
+            "Packages: " + ", ".join(f"{k} {v or 'MISSING'}" for k, v in facts["packages"].items())
         )
-        print("Devices: " + (", ".join(found["devices"]) or "none"))
+        print("Devices: " + (", ".join(facts["devices"]) or "none"))
         print(
-            f"Free disk: {found['free_gib']['here']} GiB here, {found['free_gib']['data']} for data"
+            f"Free disk: {facts['free_gib']['here']} GiB here, {facts['free_gib']['data']} for data"
         )
-        for problem in found["problems"]:
+        for problem in facts["problems"]:
             print(f"problem: {problem}")
-        print("Ready." if not found["problems"] else "Mend the above and run doctor again.")
-    return 2 if found["problems"] else 0
+        print("Ready." if not facts["problems"] else "Fix the above and run doctor again.")
+    return 2 if facts["problems"] else 0

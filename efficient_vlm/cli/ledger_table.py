@@ -64,19 +64,20 @@ def _short(value: Any) -> str:
 
 
 def _one(subject: Subject, entry: Entry, console: Console) -> None:
-    found, base = entry.ledger, subject.baseline
-    console.print(_layers(found, describe(found.compressor)))
+    ledger, base = entry.ledger, subject.baseline
+    console.print(_layers(ledger, describe(ledger.compressor)))
     console.print(
-        f"visual tokens: {found.entering:,} enter, {found.mean_processed:,.5g} processed a layer, "
-        f"{found.mean_written:,.5g} written a layer (means over {len(found.layers)} layers)"
+        f"visual tokens: {ledger.entering:,} enter, {ledger.mean_processed:,.5g} processed a "
+        f"layer, {ledger.mean_written:,.5g} written a layer "
+        f"(means over {len(ledger.layers)} layers)"
     )
-    attended = found.encoder_layers
-    if attended and (min(attended) < max(attended) or found.encoder_out < attended[-1]):
+    attended = ledger.encoder_layers
+    if attended and (min(attended) < max(attended) or ledger.encoder_out < attended[-1]):
         console.print(
-            f"encoder: {attended[0]:,} tokens in, {found.encoder_out:,} out, of each image"
+            f"encoder: {attended[0]:,} tokens in, {ledger.encoder_out:,} out, of each image"
         )
-    console.print(_costs(found, base))
-    law = found.amdahl
+    console.print(_costs(ledger, base))
+    law = ledger.amdahl
     console.print(
         f"Amdahl, with FLOPs for time: without it {100 * law.share:.3g} % of the work is "
         f"in {_stages(law.touched)}, so at most {_times(law.bound)} faster end to "
@@ -86,12 +87,12 @@ def _one(subject: Subject, entry: Entry, console: Console) -> None:
         console.print(_reached(entry))
 
 
-def _layers(found: Ledger, title: str) -> Table:
+def _layers(ledger: Ledger, title: str) -> Table:
     table = _table(title)
     for name in ("decoder layers", "visual in", "visual out", "text"):
         table.add_column(name, justify="left" if name.startswith("dec") else "right")
     for key, group in itertools.groupby(
-        found.layers, key=lambda row: (row.segment, row.visual_in, row.visual_out, row.text_in)
+        ledger.layers, key=lambda row: (row.segment, row.visual_in, row.visual_out, row.text_in)
     ):
         rows = list(group)
         first, last = rows[0].layer, rows[-1].layer
@@ -100,7 +101,7 @@ def _layers(found: Ledger, title: str) -> Table:
     return table
 
 
-def _costs(found: Ledger, base: Ledger) -> Table:
+def _costs(ledger: Ledger, base: Ledger) -> Table:
     table = _table(None)
     table.add_column("")
     for title in ("with", "none", "share"):
@@ -110,13 +111,13 @@ def _costs(found: Ledger, base: Ledger) -> Table:
         share = f"{100 * value / other:.4g} %" if other else "-"
         table.add_row(title, shown(value), shown(other), share)
 
-    for stage, value in found.full.items():
+    for stage, value in ledger.full.items():
         row(f"FLOPs, {stage}", value, base.full[stage])
-    row("FLOPs, to the first token", found.total, base.total)
-    row("FLOPs, each further token", found.decode_flops, base.decode_flops)
-    row("as papers count, k=2", found.k2, base.k2)
-    row("as papers count, k=3", found.k3, base.k3)
-    row("KV cache, MiB", found.kv_bytes, base.kv_bytes, lambda n: f"{n / 2**20:,.4g}")
+    row("FLOPs, to the first token", ledger.total, base.total)
+    row("FLOPs, each further token", ledger.decode_flops, base.decode_flops)
+    row("as papers count, k=2", ledger.k2, base.k2)
+    row("as papers count, k=3", ledger.k3, base.k3)
+    row("KV cache, MiB", ledger.kv_bytes, base.kv_bytes, lambda n: f"{n / 2**20:,.4g}")
     return table
 
 
@@ -139,18 +140,18 @@ def _several(subject: Subject, entries: Sequence[Entry], console: Console) -> No
         table.add_column(title, justify="right")
     base = subject.baseline
 
-    def row(title: str, found: Ledger, *more: str):
+    def row(title: str, ledger: Ledger, *more: str):
         table.add_row(
             title,
-            f"{found.entering:,}",
-            f"{found.mean_processed:,.5g}",
-            f"{found.mean_written:,.5g}",
-            si(found.total),
-            f"{100 * found.total / base.total:.3g} %",
-            si(found.k3),
-            f"{found.kv_bytes / 2**20:,.4g}",
-            _times(found.amdahl.speedup),
-            _times(found.amdahl.bound),
+            f"{ledger.entering:,}",
+            f"{ledger.mean_processed:,.5g}",
+            f"{ledger.mean_written:,.5g}",
+            si(ledger.total),
+            f"{100 * ledger.total / base.total:.3g} %",
+            si(ledger.k3),
+            f"{ledger.kv_bytes / 2**20:,.4g}",
+            _times(ledger.amdahl.speedup),
+            _times(ledger.amdahl.bound),
             *more,
         )
 

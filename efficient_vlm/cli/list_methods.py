@@ -40,11 +40,11 @@ def list_methods(name: str | None = None, *, as_json: bool = False) -> int:
       UserError: no such method.
     """
     if name is not None:
-        found = describe(name)
+        facts = describe(name)
         if as_json:
-            print(json.dumps(found, indent=1))
+            print(json.dumps(facts, indent=1))
         else:
-            _show_one(found)
+            _show_one(facts)
         return 0
     rows = [row(each) for each in methods.names()]
     if as_json:
@@ -141,7 +141,7 @@ def _show_all(rows: list[dict[str, Any]]) -> None:
     )
 
 
-def _show_one(found: dict[str, Any]) -> None:
+def _show_one(facts: dict[str, Any]) -> None:
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 100
 
     def wrapped(text: str, indent: int) -> str:
@@ -149,19 +149,19 @@ def _show_one(found: dict[str, Any]) -> None:
         return textwrap.fill(text, width, initial_indent=pad, subsequent_indent=pad)
 
     place = "between encoder and decoder"
-    if found["where"] != "between":
-        place = f"inside the {found['where']}"
-    print(wrapped(f"{found['name']}: {found['summary']}.", 0))
-    guided = ", by the question" if found["text_guided"] else ""
-    print(f"Acts {place}{guided}; {'has' if found['trained'] else 'no'} trained parameters.")
-    if found["description"]:
-        print(f"\n{found['description']}")
-    if found["source"]:
-        links = [f"https://arxiv.org/abs/{s}" if s[0].isdigit() else s for s in found["source"]]
+    if facts["where"] != "between":
+        place = f"inside the {facts['where']}"
+    print(wrapped(f"{facts['name']}: {facts['summary']}.", 0))
+    guided = ", by the question" if facts["text_guided"] else ""
+    print(f"Acts {place}{guided}; {'has' if facts['trained'] else 'no'} trained parameters.")
+    if facts["description"]:
+        print(f"\n{facts['description']}")
+    if facts["source"]:
+        links = [f"https://arxiv.org/abs/{s}" if s[0].isdigit() else s for s in facts["source"]]
         print(f"Source: {', '.join(links)}")
     print("\nOptions, --compressor.OPTION=VALUE, or fields of model.compressor in a config:")
-    for option in found["options"]:
+    for option in facts["options"]:
         default = ", required" if option["required"] else f" = {option['default']!r}"
         print(f"  {option['name']}: {option['type']}{default}")
         print(wrapped(option["meaning"], 6))
-    print(f"\nExample: {found['example']}")
+    print(f"\nExample: {facts['example']}")

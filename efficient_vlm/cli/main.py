@@ -68,10 +68,10 @@ def run(argv: Sequence[str]) -> int:
     if not argv[0].startswith("-") and argv[0] not in VERBS:
         raise unknown("verb", argv[0], VERBS)
     words = arguments.joined(_nested_first(everything, argv))
-    if asked := _asked_for_fields(everything, words):
+    if request := _fields_request(everything, words):
         from efficient_vlm.cli.config_help import print_fields
 
-        print_fields(**asked)
+        print_fields(**request)
         return 0
     args, rest = everything.parse_known_args(words)
     given = arguments.read_given(rest, getattr(args, "parser", everything), everything)
@@ -90,11 +90,11 @@ def _nested_first(parser: Parser, argv: Sequence[str]) -> list[str]:
     return list(argv)
 
 
-def _asked_for_fields(parser: Parser, words: Sequence[str]) -> dict[str, str | None]:
-    """What `--config.help` or `--config.SECTION.help` among the words asks for; {} if none does."""
+def _fields_request(parser: Parser, words: Sequence[str]) -> dict[str, str | None]:
+    """What `--config.help` or `--config.SECTION.help` requests, {} without one of them."""
     for word in words:
-        found = re.fullmatch(r"--config\.(?:([\w.]+)\.)?help", word)
-        if found is None:
+        match = re.fullmatch(r"--config\.(?:([\w.]+)\.)?help", word)
+        if match is None:
             continue
         for verb in words:
             parser = parser.nested().get(verb, parser)
@@ -105,14 +105,15 @@ def _asked_for_fields(parser: Parser, words: Sequence[str]) -> dict[str, str | N
         values = dict(each.split("=", 1) for each in words if "=" in each)
         values |= dict(zip(words, words[1:]))
         given = {name: values.get(f"--{name}") for name in ("config", "preset")}
-        return {"section": found[1], **given}
+        return {"section": match[1], **given}
     return {}
 
 
 def _hush_libtpu() -> None:
-    """Where libtpu is installed (the tests need it) and no TPU is, JAX tries it and it complains.
+    """Prevents the warnings of libtpu on a host without a TPU (the tests install it).
 
-    Told what it would be asked for, it finds no chip and says nothing.
+    JAX loads libtpu wherever it is installed; with these variables set it looks for no metadata
+    server, finds no chip and stays silent.
     """
     if not any(Path("/dev").glob("accel*")) and not any(Path("/dev").glob("vfio/[0-9]*")):
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")

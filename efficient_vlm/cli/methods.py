@@ -94,14 +94,14 @@ def read_methods(
     """
     words = []
     for value in names or ():
-        found = [word.strip() for word in value.split(",") if word.strip()]
-        if not found:
+        named = [word.strip() for word in value.split(",") if word.strip()]
+        if not named:
             raise UserError(
                 f"--compressor={value}: no name",
                 allowed="names of methods, with commas between them",
                 fix="for example --compressor=fastv,divprune; or leave --compressor out",
             )
-        words += found
+        words += named
     given = subject.config.model.get("compressor")
     given = given.to_dict() if given else {"name": "none"}
     known = [methods.find(name).label for name in dict.fromkeys(words or [given["name"]])]
@@ -186,10 +186,10 @@ def make_entry(subject: Subject, method: Chosen, target: Target | None) -> Entry
             fix=f"leave out {_OPTION}{clash[0]}, or --match",
         )
     fixed = {k: v for k, v in fields.items() if k != "budget"}
-    found = solve(
+    solution = solve(
         lambda settings: subject.ledger({**fixed, **settings}), knobs, target, subject.baseline
     )
-    return _finish(subject, Entry(found.ledger, target, found))
+    return _finish(subject, Entry(solution.ledger, target, solution))
 
 
 def _finish(subject: Subject, entry: Entry) -> Entry:

@@ -231,13 +231,13 @@ class WithRun:
             self.params,
             inputs,
             new_tokens=8 if ask else 1,
-            eos_id=self.tokenizer.eos_id,
+            eos_id=self.tokenizer.eos_ids,
         )
         sources = [np.asarray(source[0]) for source in out.sources]
         seen = heat.heat(variant, self.params, inputs, sources)
         name, budget = setting_of(variant)
         options = {k: v for k, v in variant.compressor.items() if k != "name"}
-        answer = self.tokenizer.decode(out.tokens[0, 0]) if ask else ""
+        answer = self.tokenizer.answer(out.tokens[0, 0]).strip() if ask else ""
         gone = None
         if (sources[0] >= 0).any() and not (sources[-1] >= 0).any():
             gone = int(seen.scores.max())

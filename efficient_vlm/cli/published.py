@@ -47,10 +47,10 @@ def import_checkpoint(
         print(json.dumps(report))
         return 0
     whole = jax.tree.map(lambda p: np.asarray(p, np.float32), unstack(params))
-    found = verify.verify(family, config, build_model(config), whole, io)
-    ok = found.pop("ok")
-    # JSON has no NaN; an error that is no number is null.
-    numbers = {k: None if v is None or not np.isfinite(v) else v for k, v in found.items()}
+    comparison = verify.verify(family, config, build_model(config), whole, io)
+    ok = comparison.pop("ok")
+    # JSON has no NaN: non-finite errors are null.
+    numbers = {k: None if v is None or not np.isfinite(v) else v for k, v in comparison.items()}
     print(json.dumps(report | numbers))
     if not ok:
         print(
@@ -207,16 +207,16 @@ def _report(vlm: pretrained.Pretrained, out: Any, answer: answers.Answer) -> dic
 
 
 def _draw_points(answer: str, image: str, out: str) -> None:
-    found = pointing.parse(answer)
-    if not found.points:
+    parsed = pointing.parse(answer)
+    if not parsed.points:
         print(f"no points in the answer; {out} is not written", file=sys.stderr)
         return
-    drawn = pointing.draw(found.points, load_picture(image))
+    drawn = pointing.draw(parsed.points, load_picture(image))
     try:
         drawn.save(out)
     except (OSError, ValueError) as error:
         raise UserError(f"--points={out}: {first_line(error)}") from None
-    print(f"{len(found.points)} points: {out}", file=sys.stderr)
+    print(f"{len(parsed.points)} points: {out}", file=sys.stderr)
 
 
 def read_npz(path: str) -> dict[str, np.ndarray]:

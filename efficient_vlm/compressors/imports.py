@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import importlib
+import importlib.abc
 import importlib.util
 import os
 import re
@@ -117,20 +118,32 @@ def _run_file(path: Path) -> None:
     digest = hashlib.sha256(code).hexdigest()
     if _loaded.get(str(path)) == digest:
         return
-    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None:
+    if path.suffix != ".py":
         raise UserError(f"--import={path}: not a Python file", allowed="*.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # Dataclasses look for the module of a class there.
+    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    loader = _Source(path, code)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    sys.modules[name] = module  # Dataclasses look up the module of a class there.
     try:
         with _checked(str(path), path.parent):
-            # Not the loader, which may find stale bytecode.
-            exec(compile(code, str(path), "exec"), module.__dict__)  # noqa: S102
+            loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
     _loaded[str(path)] = digest
+
+
+class _Source(importlib.abc.SourceLoader):
+    """Loads a file from the bytes that were read, never from bytecode, which may be stale."""
+
+    def __init__(self, path: Path, code: bytes):
+        self._path, self._code = path, code
+
+    def get_filename(self, fullname: str) -> str:
+        return str(self._path)
+
+    def get_data(self, path: str) -> bytes:
+        return self._code
 
 
 def _import_module(name: str) -> None:
@@ -151,7 +164,7 @@ def _checked(source: str, folder: Path) -> Iterator[None]:
     except SyntaxError as error:
         raise UserError(
             f"--import={source}: {error.filename}, line {error.lineno}: {error.msg}",
-            fix="mend that line",
+            fix="correct that line",
         ) from None
     except Exception as error:
         unknown = isinstance(error, ModuleNotFoundError) and source.startswith(f"{error.name}")
@@ -172,7 +185,7 @@ def _place(error: Exception, source: str) -> str:
     """Where an error is: the last line of the source that was running, else the last of all."""
     lines = [(each.filename, each.lineno) for each in traceback.extract_tb(error.__traceback__)]
     own = [line for line in lines if line[0] == source]
-    return "mend {}, line {}".format(*(own or lines)[-1])
+    return "correct {}, line {}".format(*(own or lines)[-1])
 
 
 # ---- what was imported before --------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 from efficient_vlm.compressors.base import PLACES, Compressor
 from efficient_vlm.compressors.methods import METHODS
@@ -12,12 +12,14 @@ from efficient_vlm.errors import UserError, unknown
 
 __all__ = ["register"]
 
+T = TypeVar("T")  # Whatever is handed in: what is no class is refused with what to write.
+
 _BUILT_IN = frozenset(METHODS)
 _RESERVED = ("all",)  # What `efficient-vlm compress` calls every method.
 _files: dict[str, str | None] = {}  # Label -> the file that its class came from.
 
 
-def register(method: type[Compressor]) -> type[Compressor]:
+def register(method: T) -> T:
     """Makes a method of one's own known by its `label`: to configs, `build` and the command line.
 
     A decorator, or a call. A class that is made anew (its cell runs again, its module is reloaded)

@@ -170,7 +170,7 @@ def coverage(
 
 def _greedy(
     k: int,
-    mask: jax.Array,
+    mask: Bool[Array, "B T"],
     state: Any,
     scores: Callable[[Any], jax.Array],
     update: Callable[[jax.Array, Any, jax.Array], Any],
@@ -201,8 +201,8 @@ def _greedy(
     return jax.lax.fori_loop(0, k, step, empty)[2:]
 
 
-def _cosines(unit: jax.Array, index: jax.Array) -> jax.Array:
-    """Cosines of all tokens with token `index` [B]: float32 [B, T]."""
+def _cosines(unit: Float[Array, "B T D"], index: Int[Array, " B"]) -> Float[Array, "B T"]:
+    """Cosines of all tokens with token `index`."""
     one = jnp.take_along_axis(unit, index[:, None, None], axis=1)[:, 0]
     return jnp.einsum("btd,bd->bt", unit, one, precision=jax.lax.Precision.HIGHEST)
 
@@ -212,8 +212,8 @@ def _blocks(num_tokens: int) -> tuple[int, int]:
     return blocks, -(-num_tokens // blocks)
 
 
-def _nearest_other(unit: jax.Array, mask: jax.Array) -> jax.Array:
-    """Distance of each token to the nearest other real one, 3 if it is alone: float32 [B, T].
+def _nearest_other(unit: Float[Array, "B T D"], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
+    """Distance of each token to the nearest other real one, 3 if it is alone.
 
     Computed in blocks of rows, so that a large grid does not need the whole T x T matrix.
     """

@@ -19,7 +19,7 @@ from efficient_vlm.data.skips import SkipCounter
 from efficient_vlm.data.sources import Source, longest_words, open_source
 from efficient_vlm.errors import UserError
 from efficient_vlm.processing import decode_image as images
-from efficient_vlm.processing import tokenizer as tokenizing
+from efficient_vlm.processing import plain_tokenizer as tokenizing
 from efficient_vlm.processing.decode_image import BadRecord
 from efficient_vlm.processing.tokenizer import Tokenizer
 

@@ -125,7 +125,7 @@ def _run_method(variant, label, params, data, references, config, control, cells
                 params,
                 inputs,
                 new_tokens=config.new_tokens,
-                eos_id=data.tokenizer.eos_id,
+                eos_id=data.tokenizer.eos_ids,
                 rng=jax.random.fold_in(jax.random.key(seed), number),
             )
             out = answer()
@@ -133,7 +133,7 @@ def _run_method(variant, label, params, data, references, config, control, cells
             kv_bytes = out.kv_bytes // max(lengths.size, 1)
             first = number * len(images)
             for b, q in zip(*np.nonzero(lengths), strict=True):
-                text = data.tokenizer.decode(out.tokens[b, q])
+                text = data.tokenizer.answer(out.tokens[b, q]).strip()
                 reference = references[first + b][q]
                 predictions.append(
                     {

@@ -27,6 +27,7 @@ from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.load import FamilyCheckpoint, check_overflow, load_parameters, stacked
 from efficient_vlm.families.save import copy_settings
 from efficient_vlm.families.table import family_of
+from efficient_vlm.families.weights import FusedReader, Weights
 from efficient_vlm.models.init import abstract_parameters
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.nn.stack import unstack
@@ -48,8 +49,11 @@ def open_weights(
     sharding: Callable | None = None,
     check: bool = True,
     sha256: Mapping[str, str] | None = None,
-) -> tuple[Any, dict[str, np.ndarray]]:
-    """Parameters in split form, and the tensors that are only carried along (by hub name).
+) -> tuple[Weights, dict[str, np.ndarray]]:
+    """Parameters, and the tensors that are only carried along (by hub name).
+
+    A published checkpoint goes to a CPU as it is used there (`weights.FusedReader`): all of it is
+    read here where a value can still be refused; else threads read it, and the first use waits.
 
     Args:
       directory: a published or an imported one.
@@ -60,10 +64,16 @@ def open_weights(
     model = model.clone(compressor={"name": "none"})
     if not (directory / CHECKPOINTS).is_dir():
         source = FamilyCheckpoint(Checkpoint.open(directory, sha256=sha256), family, config, model)
+        carried = {name: source.tensor(name) for name in source.carried}
+        if sharding is None and jax.default_backend() == "cpu":
+            reader = FusedReader(source, dtype, check)
+            weights = Weights(reader=reader)
+            if reader.may_fail:
+                weights.fused  # noqa: B018
+            return weights, carried
         if check:
             source.check_finite()
-        params = load_parameters(source, dtype=dtype, sharding=sharding)
-        return params, {name: source.tensor(name) for name in source.carried}
+        return Weights(load_parameters(source, dtype=dtype, sharding=sharding)), carried
     stacks, params = flatten_dict(_restore(directory, model), sep="/"), {}
     for path in list(stacks):
         # One stack at a time is converted and freed: there are never two copies of the model.
@@ -75,7 +85,7 @@ def open_weights(
             check_overflow(name, value, before)
             target = None if sharding is None else sharding(name, value.shape)
             params[name] = value if target is None else jax.device_put(value, target)
-    return unflatten_dict(params, sep="/"), read_carried(directory)
+    return Weights(unflatten_dict(params, sep="/")), read_carried(directory)
 
 
 def _restore(directory: Path, model: VisionLanguageModel) -> Any:

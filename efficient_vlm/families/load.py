@@ -122,21 +122,33 @@ class FamilyCheckpoint:
         """The dtype of a parameter in the file."""
         return self.checkpoint.dtype(self.stored[self.names.leaves[path].pieces[0].name])
 
-    def read(self, path: str, dtype: Any = None, out: np.ndarray | None = None) -> np.ndarray:
+    def read(
+        self,
+        path: str,
+        dtype: Any = None,
+        out: np.ndarray | None = None,
+        finite: bool = False,
+    ) -> np.ndarray:
         """A parameter in split form, written into one array without copies in between.
 
         Args:
           path: of the parameter.
           dtype: to convert to; None for that of the file.
-          out: to write into; None for a new array.
+          out: to write into, see `names.Leaf.read`; None for a new array.
+          finite: refuse NaN and infinity.
 
         Raises:
-          CheckpointError: a value that is finite in the file is not finite in `dtype`.
+          CheckpointError: a value that is finite in the file is not finite in `dtype`, or is not
+            finite at all.
         """
+
+        def tensor(name: str) -> np.ndarray:
+            return self.checkpoint.read(self.stored[name], finite=finite)
+
         kind, leaf = self.dtype(path), self.names.leaves[path]
         out = aligned(self.names.shapes[path], np.dtype(dtype or kind)) if out is None else out
         with np.errstate(over="ignore"):
-            leaf.read(self.tensor, out)
+            leaf.read(tensor, out)
         check_overflow(path, out, kind)
         for piece in leaf.pieces:
             self.checkpoint.release(self.stored[piece.name])
@@ -157,11 +169,16 @@ def known_dtype(name: str, value: Any) -> np.dtype:
 def check_overflow(path: str, value: Any, before: Any, fix: str | None = None) -> None:
     """Raises CheckpointError if values overflowed when they were converted from dtype `before`."""
     finite = np.isfinite if isinstance(value, np.ndarray) else jnp.isfinite
-    if jnp.finfo(value.dtype).max < jnp.finfo(before).max and not finite(value).all():
+    if may_overflow(value.dtype, before) and not finite(value).all():
         raise CheckpointError(
             f"{path}: has values beyond the range of {value.dtype}",
             fix=fix or f"load the model as {before}",
         )
+
+
+def may_overflow(dtype: Any, before: Any) -> bool:
+    """Whether a finite value of dtype `before` may be infinite in `dtype`."""
+    return bool(jnp.finfo(dtype).max < jnp.finfo(before).max)
 
 
 def renamed(name: str, renames: tuple[tuple[str, str], ...]) -> str:

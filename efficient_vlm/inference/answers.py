@@ -8,7 +8,7 @@ import numpy as np
 from efficient_vlm.inference.generate import Generated
 from efficient_vlm.inference.options import SamplingOptions
 from efficient_vlm.inference.stopping import Stopper
-from efficient_vlm.processing.hub_tokenizer import Tokenizer
+from efficient_vlm.processing.tokenizer import Tokenizer
 
 __all__ = ["Answer", "TokenLogprob", "Watch", "answers", "texts"]
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
@@ -21,16 +20,16 @@ from efficient_vlm.families.imported import open_weights
 from efficient_vlm.families.load import known_dtype
 from efficient_vlm.families.save import copy_settings, export
 from efficient_vlm.families.table import family_of
+from efficient_vlm.families.weights import Weights
 from efficient_vlm.inference import answers
 from efficient_vlm.inference.generate import Generated, generate
 from efficient_vlm.inference.options import SamplingOptions, one_each
 from efficient_vlm.inference.sampling import Sampling
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.nn.kv_cache import CacheOptions
-from efficient_vlm.nn.stack import fuse
 from efficient_vlm.processing.chat_template import Template
 from efficient_vlm.processing.conversation import Conversation, is_one, prompt_ids
-from efficient_vlm.processing.hub_tokenizer import Tokenizer, read_json
+from efficient_vlm.processing.hub_tokenizer import HubTokenizer, read_json
 from efficient_vlm.processing.pictures.base import Pictured
 from efficient_vlm.processing.request import Example, Request, make_request
 
@@ -43,40 +42,45 @@ class Pretrained:
 
     Attributes:
       model: a `VisionLanguageModel`; its compressor is the one in use.
-      params: parameters in split form (`nn.stack.unstack`).
+      weights: its parameters, see `families.weights.Weights`.
       family, config: what it is, and its config.json.
-      tokenizer: a `tokenizer.Tokenizer`, or None if the directory has none.
+      tokenizer: a `hub_tokenizer.HubTokenizer`, or None if the directory has none.
       directory: where it came from.
     """
 
     def __init__(
         self,
         model: VisionLanguageModel,
-        params: Any,
+        weights: Weights,
         family: Family,
         config: Mapping[str, Any],
         directory: Path,
         picture_options: Mapping[str, Any],
         carried: Mapping[str, np.ndarray],
     ):
-        self.model, self.params, self.family, self.config = model, params, family, dict(config)
+        self.model, self.weights, self.family, self.config = model, weights, family, dict(config)
         self.directory, self._carried = directory, carried
         self._picture_options = dict(picture_options)
 
     # --- parts that are read when they are needed ------------------------------------------------
 
-    @functools.cached_property
+    @property
+    def params(self) -> Any:
+        """Parameters in split form (`nn.stack.unstack`).
+
+        On a CPU they are a copy of most weights, unless they are asked for before the first answer.
+        """
+        return self.weights.split
+
+    @property
     def fused(self) -> Any:
-        """Parameters as `generate` uses them: products of one input joined (`stack.fuse`)."""
-        leaf = jax.tree.leaves(self.params)[0]
-        # A second copy of most weights, worth it where reading them is all that decoding does.
-        on_cpu = all(device.platform == "cpu" for device in jnp.asarray(leaf).devices())
-        return fuse(self.params) if on_cpu else self.params
+        """Parameters as `generate` uses them: products of one input joined (`nn.fuse`)."""
+        return self.weights.fused
 
     @functools.cached_property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> HubTokenizer:
         """The tokenizer; UserError if the directory has none."""
-        return Tokenizer.from_hf(self.directory)
+        return HubTokenizer.from_hf(self.directory)
 
     @functools.cached_property
     def template(self) -> Template | str:
@@ -109,8 +113,8 @@ class Pretrained:
         model = self.model.clone(compressor=compressor)
         check_compressor(model, self.family.variable)
         parts = (self.family, self.config, self.directory, self._picture_options, self._carried)
-        other = Pretrained(model, self.params, *parts)
-        for name in ("fused", "tokenizer", "template", "pictures", "_penalty"):
+        other = Pretrained(model, self.weights, *parts)
+        for name in ("tokenizer", "template", "pictures", "_penalty"):
             if name in self.__dict__:
                 setattr(other, name, self.__dict__[name])
         return other
@@ -127,7 +131,7 @@ class Pretrained:
         params = nn.unbox(params)
         check_parameters(self.model, params)
         parts = (self.family, self.config, self.directory, self._picture_options, self._carried)
-        return Pretrained(self.model, params, *parts)
+        return Pretrained(self.model, Weights(params), *parts)
 
     def generate(
         self,
@@ -245,7 +249,7 @@ class Pretrained:
 
     def logits(self, request: Request, rng: jax.Array | None = None) -> jax.Array:
         """Next-token logits behind each text token of a request: float32 [R, S, vocab]."""
-        return _logits(request.model, self.params, request.inputs, rng)
+        return _logits(request.model, self.fused, request.inputs, rng)
 
     def save(self, directory: str | os.PathLike, **options: Any) -> tuple[Path, ...]:
         """Writes the model in Hugging Face's layout, with tokenizer and settings beside it.
@@ -380,7 +384,7 @@ def from_pretrained(
             raise unknown("option of from_pretrained or its pictures", name, options)
     model = build_model(config, dtype=dtype, compressor=compressor)
     check_compressor(model, family.variable)
-    params, carried = open_weights(
+    weights, carried = open_weights(
         directory, family, config, model, dtype=kind, sharding=sharding, check=check, sha256=sha256
     )
-    return Pretrained(model, params, family, config, directory, picture_options, carried)
+    return Pretrained(model, weights, family, config, directory, picture_options, carried)

@@ -36,10 +36,10 @@ def topology_of(text: str) -> str:
       UserError: a generation that cannot be compiled for, or a number of chips that Cloud TPU does
         not offer, with the nearest ones.
     """
-    found = _TYPE.fullmatch(text)
-    if found is None:
+    match = _TYPE.fullmatch(text)
+    if match is None:
         return text
-    name, number = found[1], int(found[2])
+    name, number = match[1], int(match[2])
     generation = _OTHER_NAMES.get(name, name)
     if generation not in _CORES:
         guess = closest(name, [*_CORES, *_OTHER_NAMES])

@@ -185,6 +185,9 @@ class Decoder(DecoderFields):
                 for layers in (getattr(self, name, None) for name in ("layers", "more_layers")):
                     if layers is not None:
                         layers(x, inputs, None)
+                if len(runs) == 1 and probe is None:
+                    # Every parameter is there; running the layers would only take time.
+                    return text, {}, (), (visual.source,)
             following = runs[i + 1].reducer if i + 1 < len(runs) else None
             stack = self._stack(_deep_of(deep, slots, visual) if i and deep is not None else deep)
             x, (kv, *rest), state = self._through(

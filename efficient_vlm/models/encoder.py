@@ -201,8 +201,26 @@ class ViT(nn.Module):
         norm = functools.partial(make_norm, self.norm, self.norm_epsilon, dtype=self.dtype)
         if self.pre_norm:
             x = norm(name="pre_norm")(x)
+        x, outputs, results, tokens = self._through(x, tokens, stages, wanted, kept, valid)
+        skipped = int(self.class_token and not self.class_feature)
+        results = {name: value[:, skipped:] for name, value in results.items()}
+        if kept:
+            features = jnp.concatenate([outputs[layer][:, skipped:] for layer in kept], axis=-1)
+        else:
+            features = x[:, skipped:]
+            features = norm(name="norm")(features) if self.final_norm else features
+        if stages:
+            results["tokens"] = tokens.replace(embed=features)
+        return features, results
+
+    def _through(self, x, tokens, stages, wanted, kept, valid):
+        """All layers: x [B, S, D], see `EncoderStack.encode`, and the patches that are left."""
+        layers = self._layers(x)
+        if self.is_initializing() and not (stages or wanted):
+            # Every parameter is there; running the layers would only take time.
+            return x, dict.fromkeys(kept, x), {}, tokens
         stack = EncoderStack(
-            self._layers(x),
+            layers,
             tokens,
             stages,
             self._compressors(stages),
@@ -213,17 +231,7 @@ class ViT(nn.Module):
             padded=valid is not None,
         )
         scale = self.qk_scale * (self.width // self.num_heads) ** -0.5
-        x, outputs, results = stack.encode(x, self.layers_run, wanted, kept, scale)
-        skipped = int(self.class_token and not self.class_feature)
-        results = {name: value[:, skipped:] for name, value in results.items()}
-        if kept:
-            features = jnp.concatenate([outputs[layer][:, skipped:] for layer in kept], axis=-1)
-        else:
-            features = x[:, skipped:]
-            features = norm(name="norm")(features) if self.final_norm else features
-        if stages:
-            results["tokens"] = stack.tokens.replace(embed=features)
-        return features, results
+        return *stack.encode(x, self.layers_run, wanted, kept, scale), stack.tokens
 
     def _behind_class_token(self, x: jax.Array) -> jax.Array:
         """[B, N, D] -> [B, 1 + N, D]."""

@@ -1,73 +1,22 @@
 """`ModelInputs`: everything that a forward pass reads, in training, parity and generation alike."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Bool, Float, Int
 
 from efficient_vlm.errors import UserError
+from efficient_vlm.models.image_inputs import NO_PICTURES, Layout, Pictures, check_shape
 from efficient_vlm.models.prompt_layout import Placement
 from efficient_vlm.nn.attention import PADDING_SEGMENT, SHARED_SEGMENT
+from efficient_vlm.shapes import Array
+
+__all__ = ["NO_LABEL", "NO_PICTURES", "Layout", "ModelInputs", "Pictures"]
 
 NO_LABEL = -1
-
-
-class Layout(NamedTuple):
-    """The static shape of a row's pictures: how many, and the grid of each.
-
-    The grid is that of the tokens which compressors get: patches, or what a projector makes of
-    them.
-    """
-
-    images: int
-    rows: int
-    columns: int
-
-
-NO_PICTURES = Layout(0, 1, 1)
-
-
-@struct.dataclass
-class Pictures:
-    """Pictures of B rows, M to a row: whole pictures, tiles or crops, padded to one size.
-
-    Attributes:
-      pixels: uint8 or float in [0, 1] [B, M, H, W, 3]; [B, M, frames, H, W, 3] for encoders whose
-        patches span several frames.
-      mask: bool [B, M], False where a row has no such picture.
-      valid: int32 [B, M, 2], rows and columns of patches, from the upper left corner, that are
-        real; None for all.
-      slot_mask: bool [B, M, T], which of a picture's T tokens the prompt has a slot for; None for
-        those that read a real patch.
-      padding_share: float32 [B, M, N], share of real pixels of each of the N patches (Molmo).
-      pool_index: int32 [B, P, k], the patches, counted over all pictures of a row, that each of P
-        tokens reads, -1 for none (Molmo2).
-    """
-
-    pixels: jax.Array
-    mask: jax.Array
-    valid: jax.Array | None = None
-    slot_mask: jax.Array | None = None
-    padding_share: jax.Array | None = None
-    pool_index: jax.Array | None = None
-
-    def check(self) -> None:
-        """Raises UserError for arrays that do not belong together."""
-        shape = np.shape(self.pixels)
-        if len(shape) not in (5, 6) or shape[-1] != 3:
-            raise UserError(
-                f"inputs.pictures.pixels: shape {shape}",
-                allowed="[rows, pictures, height, width, 3], or with frames in front of height",
-                fix="pixels[None, None] for one picture [height, width, 3]",
-            )
-        rows, count = shape[:2]
-        _check_shape("pictures.mask", self.mask, (rows, count))
-        _check_shape("pictures.valid", self.valid, (rows, count, 2))
-        _check_shape("pictures.slot_mask", self.slot_mask, (rows, count, None))
-        _check_shape("pictures.padding_share", self.padding_share, (rows, count, None))
-        _check_shape("pictures.pool_index", self.pool_index, (rows, None, None))
 
 
 @struct.dataclass
@@ -92,12 +41,12 @@ class ModelInputs:
       longest: static, the most tokens that one conversation sees of its row; None for S.
     """
 
-    text: jax.Array
-    segments: jax.Array
+    text: Int[Array, "R S"]
+    segments: Int[Array, "R S"]
     pictures: Pictures | None = None
     placement: Placement | None = None
-    prompt: jax.Array | None = None
-    labels: jax.Array | None = None
+    prompt: Bool[Array, "R S"] | None = None
+    labels: Int[Array, "R S"] | None = None
     questions: int = struct.field(pytree_node=False, default=1)
     longest: int | None = struct.field(pytree_node=False, default=None)
 
@@ -115,12 +64,12 @@ class ModelInputs:
         return cls(text=np.asarray(text, np.int32), segments=segments, **fields)
 
     @property
-    def live(self) -> jax.Array:
+    def live(self) -> Bool[Array, "R S"]:
         """bool [R, S], places that hold a token."""
         return self.segments != PADDING_SEGMENT
 
     @property
-    def lengths(self) -> jax.Array:
+    def lengths(self) -> Int[Array, " R"]:
         """int [R], tokens of each row."""
         return self.live.sum(axis=1)
 
@@ -152,7 +101,7 @@ class ModelInputs:
                 fix="tokens[None] for one row",
             )
         for name in ("segments", "prompt", "labels"):
-            _check_shape(name, getattr(self, name), shape)
+            check_shape(name, getattr(self, name), shape)
         if self.questions > 1 and self.longest is None:
             raise UserError(
                 f"inputs.longest: None, with questions={self.questions} in a row",
@@ -184,13 +133,13 @@ class ModelInputs:
         for part, size in (("text", shape[1]), ("visual", slots)):
             for name, more in (("index", ()), ("position", axes), ("block", ())):
                 name = f"{part}_{name}"
-                _check_shape(f"placement.{name}", getattr(place, name), (shape[0], size, *more))
+                check_shape(f"placement.{name}", getattr(place, name), (shape[0], size, *more))
         for name in ("next_index", "next_position"):
-            _check_shape(f"placement.{name}", getattr(place, name), shape[:1])
+            check_shape(f"placement.{name}", getattr(place, name), shape[:1])
 
     # --- what a forward pass asks for ------------------------------------------------------------
 
-    def kept(self) -> jax.Array:
+    def kept(self) -> Bool[Array, "R Q S"]:
         """bool [R, Q, S], what each conversation has of its row."""
         if self.questions == 1:
             return self.live[:, None]
@@ -198,18 +147,18 @@ class ModelInputs:
         segments = self.segments[:, None]
         return (segments == number) | (segments == SHARED_SEGMENT)
 
-    def prompts(self) -> jax.Array:
+    def prompts(self) -> Bool[Array, "R Q S"]:
         """bool [R, Q, S], the prompt of each conversation."""
         return self.kept() if self.prompt is None else self.kept() & self.prompt[:, None]
 
-    def asked(self) -> jax.Array:
+    def asked(self) -> Bool[Array, "R Q"]:
         """bool [R, Q], conversations that have a prompt of their own."""
         prompts = self.prompts()
         if self.questions > 1:
             prompts = prompts & (self.segments != SHARED_SEGMENT)[:, None]
         return prompts.any(axis=2)
 
-    def places(self) -> jax.Array:
+    def places(self) -> Int[Array, "R S"]:
         """int [R, S], the place of each token in its conversation, from 0."""
         if self.questions == 1:
             return jnp.broadcast_to(jnp.arange(self.text.shape[1]), self.text.shape)
@@ -217,11 +166,11 @@ class ModelInputs:
         before = jnp.cumsum(kept, axis=2) - kept
         return jnp.take_along_axis(before, self._question()[:, None], axis=1)[:, 0]
 
-    def _question(self) -> jax.Array:
+    def _question(self) -> Int[Array, "R S"]:
         """int [R, S], the conversation of each token from 0; 0 also for padding and shared text."""
         return jnp.maximum(self.segments - 1, 0)
 
-    def judges(self) -> jax.Array:
+    def judges(self) -> Bool[Array, "R S"]:
         """bool [R, S], text that methods inside the decoder may ask about visual tokens."""
         prompt = self.live if self.prompt is None else self.live & self.prompt
         if self.placement is None or not self.placement.visual_index.shape[1]:
@@ -267,54 +216,14 @@ class ModelInputs:
             longest=None,
         )
 
-    def packed_again(self, x: jax.Array) -> jax.Array:
-        """[R*Q, longest, D] of the rows of `unpacked` -> [R, S, D], in the places of this."""
+    def packed_again(self, x: Float[Array, "RQ L D"]) -> Float[Array, "R S D"]:
+        """[R*Q, longest, D] of the rows of `unpacked` -> [R, S, D], in the places of this.
+
+        Text that several conversations share is taken from the first.
+        """
         if self.questions == 1:
             return x
         rows, size = self.text.shape
         x = x.reshape(rows, -1, x.shape[-1])
         index = self._question() * self.longest + self.places()
         return jnp.take_along_axis(x, index[..., None], axis=1)
-
-
-def _check_shape(name: str, x: Any, wanted: tuple[int | None, ...]) -> None:
-    """None stands for any size, and for an array that is not given."""
-    if x is None:
-        return
-    shape = np.shape(x)
-    fits = len(shape) == len(wanted)
-    if not fits or any(b not in (None, a) for a, b in zip(shape, wanted, strict=True)):
-        sizes = ", ".join("any" if size is None else str(size) for size in wanted)
-        raise UserError(
-            f"inputs.{name}: shape {shape} does not fit the other arrays",
-            allowed=f"({sizes})",
-            fix="make inputs by processing.batch, or by Pretrained.request",
-        )
-
-
-def example_shapes(
-    model: Any, *, rows: int = 1, pictures: int = 1, text: int = 2, pooled: int | None = None
-) -> ModelInputs:
-    """Inputs that a model can read, as `jax.ShapeDtypeStruct`s: for shapes of parameters and costs.
-
-    Args:
-      model: a `VisionLanguageModel`.
-      rows, pictures, text: R, M and S.
-      pooled: P, tokens of a row that read patches of any picture; None where each has its own.
-    """
-    shape = jax.ShapeDtypeStruct
-    tokens = shape((rows, text), jnp.int32)
-    inputs = ModelInputs(text=tokens, segments=tokens, prompt=shape((rows, text), bool))
-    if model.encoder is None:
-        return inputs
-    encoder = model.make_encoder()
-    sides = [side * encoder.patch_size for side in encoder.grid]
-    index = None
-    if pooled is not None:
-        index = shape((rows, pooled, model.make_projector().side ** 2), jnp.int32)
-    seen = Pictures(
-        pixels=shape((rows, pictures, *sides, 3), jnp.uint8),
-        mask=shape((rows, pictures), bool),
-        pool_index=index,
-    )
-    return inputs.replace(pictures=seen)

@@ -128,6 +128,10 @@ class AveragePool(nn.Module):
         return x.mean(axis=(2, 4)).reshape(len(x), rows * columns, -1)
 
 
+# Not one class with `gather_pool.MolmoPool`, though both use `windows` and `window_attention`. Our
+# checkpoints hold that method's parameters under flat names with its label, and its tokens have
+# sizes, padding and a bias. Published checkpoints map to the modules of this class
+# (families/molmo.py), and an index over several crops may name the patches of a token.
 class AttentionPool(nn.Module):
     """Molmo's connector: each block of patches is read by its mean, then a SwiGLU product.
 

@@ -219,6 +219,10 @@ class Attention(nn.Module):
         k, plain_k = self._as_keys(k, positions, local)
         inner = {"query": q, "key": k, "plain_query": plain_q, "plain_key": plain_k}
         inner |= {"mask": mask, "key_bias": key_bias, "cache": cache}
+        if self.is_initializing():
+            # Attention itself has no parameters, and takes long to trace: shapes are enough.
+            inner["lse"] = jnp.zeros((q.shape[0], *q.shape[2:0:-1]), jnp.float32)
+            return self.out(q), inner
         options = dict(mask=mask, key_bias=key_bias, scale=self.scale, softcap=self.softcap)
         if slots is not None:
             inner["cache"] = cache = kv_cache.write(cache, k, v, slots)

@@ -77,7 +77,7 @@ Weight = Array | WeightForm | Any
 
 @struct.dataclass
 class Joined(WeightForm):
-    """Concatenated weights of one input, which `stack.fuse` creates for inference.
+    """Concatenated weights of one input, which `fuse.fuse` creates for inference.
 
     It replaces the first of them, and the others are absent. One product reads weights in fewer and
     larger pieces: a fifth faster on a CPU for a few tokens.
@@ -155,7 +155,7 @@ def product(
     return y.reshape(shape)
 
 
-def _dot(x: jax.Array, matrix: jax.Array) -> jax.Array:
+def _dot(x: Float[Array, "M D"], matrix: Float[Array, "D F"]) -> Float[Array, "M F"]:
     return lax.dot_general(x, matrix, (((1,), (0,)), ((), ())))
 
 
@@ -163,7 +163,7 @@ def _dot(x: jax.Array, matrix: jax.Array) -> jax.Array:
 _LEAST_ROWS = 8
 
 
-def _product_on_cpu(x: jax.Array, matrix: jax.Array) -> jax.Array:
+def _product_on_cpu(x: Float[Array, "M D"], matrix: Float[Array, "D F"]) -> Float[Array, "M F"]:
     count = len(x)
     if count == 1:
         x = jnp.pad(x, ((0, _LEAST_ROWS - 1), (0, 0)))
@@ -259,7 +259,7 @@ class Linear(nn.Module):
 
     @property
     def joined(self) -> Joined | None:
-        """The concatenated weights of this and other products (`stack.fuse`), or None."""
+        """The concatenated weights of this and other products (`fuse.fuse`), or None."""
         stored = self.get_variable("params", "kernel")
         return stored if isinstance(stored, Joined) else None
 

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Float
 
 from efficient_vlm.errors import unknown
-from efficient_vlm.nn.linear import Joined, intercepted
+from efficient_vlm.nn.linear import intercepted
 from efficient_vlm.shapes import Array
 
 # Names of stacks among parameters: the encoder's, the decoder's, and those of its layers that are
@@ -97,42 +97,6 @@ def unstack(params: Any) -> Any:
             count = jax.tree.leaves(split[name])[0].shape[0]
             split[name] = {str(i): layer_of(split[name], i) for i in range(count)}
     return split
-
-
-# Products of one input, which `fuse` joins under the name of the first.
-_JOINED = (("query", "key", "value"), ("gate", "up"))
-
-
-def fuse(params: Any) -> Any:
-    """`unstack`, with the kernels of products of the same input concatenated, for inference.
-
-    Products of a few tokens then read weights in fewer and larger pieces: a fifth faster on a CPU.
-    Not reversible: keep the original for export.
-
-    Args:
-      params: as from `init` or `unstack`, without logical axes.
-    """
-    params = unstack(params)
-    if not isinstance(params, Mapping):
-        return params
-    return {k: _fused(v) if k in STACKS else fuse(v) for k, v in params.items()}
-
-
-def _fused(tree: Any) -> Any:
-    if not isinstance(tree, Mapping):
-        return tree
-    tree = {name: _fused(value) for name, value in tree.items()}
-    for names in _JOINED:
-        parts = [tree.get(name) for name in names]
-        if all(isinstance(part, Mapping) and "kernel" in part for part in parts):
-            kernels = [part["kernel"] for part in parts]
-            matrix = jnp.concatenate([k.reshape(k.shape[0], -1) for k in kernels], axis=-1)
-            whole = {"kernel": Joined(matrix, tuple(k.shape[1:] for k in kernels))}
-            if "bias" in parts[0]:
-                whole["bias"] = jnp.concatenate([p["bias"].reshape(-1) for p in parts])
-            tree = {name: value for name, value in tree.items() if name not in names}
-            tree[names[0]] = whole
-    return tree
 
 
 def is_split(layers: Any) -> bool:

@@ -1,7 +1,7 @@
 """Prompts of published models: their chat templates, and the families that have none.
 
 A prompt is made in three steps: `render` writes the conversation with one placeholder per picture,
-`expand` puts the text of each picture in place of its placeholder, and `Tokenizer` gives ids.
+`expand` puts the text of each picture in place of its placeholder, and `HubTokenizer` gives ids.
 
 Templates come from strangers. They run in jinja2's sandbox, see no files and no network, and have
 limits on steps and on what they write. See docs/prompts.md.
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from efficient_vlm.errors import UserError, unknown
-from efficient_vlm.processing.hub_tokenizer import Tokenizer, read_json, special_tokens
+from efficient_vlm.processing.hub_tokenizer import HubTokenizer, read_json, special_tokens
 
-__all__ = ["FAMILIES", "Template", "Tokenizer", "expand", "render"]
+__all__ = ["FAMILIES", "HubTokenizer", "Template", "expand", "render"]
 
 MAX_SOURCE = 2**20  # Characters of a template; the longest released ones have some 20,000.
 MAX_OUTPUT = 2**22  # Characters of a prompt, and of any value repeated by a template.

@@ -6,8 +6,8 @@ from typing import Any
 
 from efficient_vlm.errors import UserError
 from efficient_vlm.processing import chat_template as prompts
-from efficient_vlm.processing.hub_tokenizer import Tokenizer
 from efficient_vlm.processing.pictures.base import Pictured
+from efficient_vlm.processing.tokenizer import Tokenizer
 
 Conversation = str | Sequence[prompts.Message]
 

@@ -1,6 +1,6 @@
 """The tokenizer of a published model, from its directory.
 
-Unlike `efficient_vlm.processing.tokenizer`, special tokens that are spelled out in the text are
+Unlike in `processing.plain_tokenizer`, special tokens that are spelled out in the text are
 recognised: prompts of published models are made of them. Text of strangers belongs into a prompt
 only when it is meant to be able to hold them.
 """
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from efficient_vlm.errors import UserError, closest
+from efficient_vlm.processing.tokenizer import Tokenizer, utf8
 
-_REPLACEMENT = "\ufffd"
 # Roles whose tokens every file may name; further roles end in "_token".
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -74,24 +74,13 @@ def special_id(directory: str | os.PathLike, token: str) -> int | None:
         ) from None
 
 
-class Tokenizer:
-    """Text to ids and back as the published model means it.
-
-    Attributes:
-      special: role to token, see `special_tokens`.
-      vocab_size: ids are below this.
-      bos_id: first id of a prompt, or None where the model has no such token.
-      eos_ids: every id that ends an answer; may be empty.
-      pad_id: fills rows; an end token, or 0, where the model has no padding token.
-    """
+class HubTokenizer(Tokenizer):
+    """Text to ids and back as the published model means it."""
 
     def __init__(self, backend: Any, special: Mapping[str, str], eos_ids: Iterable[int] = ()):
+        super().__init__(backend)
         backend.encode_special_tokens = False
-        backend.no_padding()
-        backend.no_truncation()
-        self._backend = backend
         self.special = dict(special)
-        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.bos_id = self._role("bos_token")
         eos = self._role("eos_token")
         own = () if eos is None else (eos,)
@@ -100,7 +89,7 @@ class Tokenizer:
         self.pad_id = next(iter(self.eos_ids), 0) if pad is None else pad
 
     @classmethod
-    def from_hf(cls, directory: str | os.PathLike) -> "Tokenizer":
+    def from_hf(cls, directory: str | os.PathLike) -> "HubTokenizer":
         """From `tokenizer.json` and, where present, `tokenizer_config.json`,
         `special_tokens_map.json`, `added_tokens.json`; ids that end an answer are those of
         `generation_config.json`, else of `config.json`.
@@ -126,32 +115,19 @@ class Tokenizer:
         return cls(backend, special, _ends(directory))
 
     def encode(self, text: str, bos: bool | None = None) -> list[int]:
-        """Ids of a text; special tokens in it become their ids.
-
-        Args:
-          text: a prompt; lone surrogates become "?".
-          bos: None: what the tokenizer itself puts around a text. True: exactly one beginning
-            token, also when the text starts with one. False: nothing is added.
-
-        Raises:
-          UserError: `bos` is True and the model has no such token.
-        """
         if bos and self.bos_id is None:
             raise UserError("bos: the tokenizer has no beginning token", fix="pass bos=False")
-        text = text.encode("utf-8", "replace").decode("utf-8")
-        ids = self._backend.encode(text, add_special_tokens=bos is None).ids
+        ids = self._backend.encode(utf8(text), add_special_tokens=bos is None).ids
         return [self.bos_id, *ids] if bos and ids[:1] != [self.bos_id] else ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a prompt that a chat template has written; an end token for no text."""
+        return self.encode(text) or [self.pad_id]
+
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Text of ids; ids outside the vocabulary are left out."""
         return self._backend.decode(list(map(int, ids)), skip_special_tokens=skip_special)
 
-    def stream(self, skip_special: bool = True) -> "Stream":
-        """A decoder that takes one id at a time."""
-        return Stream(self, skip_special)
-
     def knows(self, token: str) -> bool:
-        """Whether a text is a token by itself."""
         return self._backend.token_to_id(token) is not None
 
     def id_of(self, token: str) -> int:
@@ -174,38 +150,6 @@ class Tokenizer:
     def _role(self, role: str) -> int | None:
         token = self.special.get(role)
         return None if token is None else self._backend.token_to_id(token)
-
-
-class Stream:
-    """Text from ids as they are generated, never half of a UTF-8 character.
-
-    What `push` and `finish` return, joined, is `Tokenizer.decode` of all ids, as long as the bytes
-    are valid UTF-8.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool):
-        self._decode = lambda ids: tokenizer.decode(ids, skip_special)
-        # The last piece that was given out stays in front: decoders treat the first token of a
-        # text differently (no space before it).
-        self._shown: list[int] = []
-        self._waiting: list[int] = []
-
-    def push(self, token: int) -> str:
-        """The text that this id completes, "" while a character is incomplete."""
-        self._waiting.append(int(token))
-        return self._take(partly=True)
-
-    def finish(self) -> str:
-        """What is left; an incomplete character becomes U+FFFD."""
-        return self._take(partly=False)
-
-    def _take(self, partly: bool) -> str:
-        before = self._decode(self._shown)
-        text = self._decode(self._shown + self._waiting)
-        if len(text) <= len(before) or (partly and text.endswith(_REPLACEMENT)):
-            return ""
-        self._shown, self._waiting = self._waiting, []
-        return text[len(before) :]
 
 
 def _ends(directory: Path) -> list[int]:

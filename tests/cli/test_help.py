@@ -149,7 +149,7 @@ def test_every_field_of_a_config_is_listed_with_its_meaning(command):
         ),
         (
             ("data", "inspect", "--config.data.help", "--config", "configs/quickstart.py"),
-            ("data.image_size", "in pixels, as the model sees it"),
+            ("data.image_size: int | tuple[int, int] = 64", "data.question_pool"),
             ("model.",),
         ),
     ],

@@ -208,6 +208,6 @@ def test_import_is_light():
         "& set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    rooms = ("compressors", "nn", "kernels", "checks", "errors", "sharding")
+    rooms = ("compressors", "nn", "kernels", "checks", "errors", "shapes", "sharding")
     allowed = tuple(f"efficient_vlm.{room}" for room in rooms)
     assert [m for m in done.stdout.split() if not m.startswith(allowed)] == []

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from shape_checks import check_fields
 
 from efficient_vlm.compressors import DecoderState, Signals, VisualTokens, build, names, reachable
 
@@ -244,7 +245,10 @@ def compiled(case: Case, grid: tuple[int, int], budget: int, dtype: str):
     def forward(params, embed, text, mask, seen):
         tokens = VisualTokens.from_grid(embed, grid, mask=mask)
         signals = signals_of((embed, text, mask, seen))
-        return module.apply(params, tokens, signals, rng=jax.random.key(1))
+        out = module.apply(params, tokens, signals, rng=jax.random.key(1))
+        for record in (tokens, signals, signals.decoder, out):
+            check_fields(record)
+        return out
 
     def loss(params, embed, text, mask, seen):
         out = forward(params, embed, text, mask, seen)

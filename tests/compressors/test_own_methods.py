@@ -149,7 +149,7 @@ def test_a_module_and_its_neighbour(file, tmp_path, monkeypatch):
         ("my_methods.py", None, ["no such file", "my_method.py"]),
         ("./a-b", None, ["no such file", "dotted name"]),
         ("my_module", None, ["my_module", "No module named"]),
-        ("broken.py", "class X(:\n", ["broken.py, line 1", "mend that line"]),
+        ("broken.py", "class X(:\n", ["broken.py, line 1", "correct that line"]),
         ("broken.py", "x = 1\ny = z\n", ["NameError", "broken.py, line 2"]),
         ("broken.py", "import numpyy\n", ["No module named 'numpyy'", "broken.py, line 1"]),
         ("empty.py", "x = 1\n", ["registers no method", "@efficient_vlm.compressors.register"]),

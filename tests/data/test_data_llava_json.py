@@ -66,7 +66,7 @@ def test_unicode_markers_and_turns(tmp_path):
     batch = next(iter(pipeline))
     (tokens,), (mask,) = batch["tokens"][0], batch["loss_mask"][0]
     split = batch["prompt_lengths"][0, 0]
-    assert pipeline.tokenizer.decode(tokens[split:]) == "Ein Schneemann, 雪だるま"
+    assert pipeline.tokenizer.answer(tokens[split:]) == "Ein Schneemann, 雪だるま"
     assert (tokens[mask] == pipeline.tokenizer.eos_id).sum() == 2
     data = make_eval(config(path, batch_size=1, max_length=200), split="train")
     assert data.answers == [["Ein Schneemann, 雪だるま"]]

@@ -6,10 +6,10 @@ from data_samples import image_bytes
 
 from efficient_vlm.data import questions, transforms
 from efficient_vlm.data.records import Conversation, Record
-from efficient_vlm.processing import tokenizer
+from efficient_vlm.processing import plain_tokenizer
 from efficient_vlm.processing.decode_image import BadRecord
 
-WORDS = tokenizer.word_level(questions.vocabulary())
+WORDS = plain_tokenizer.word_level(questions.vocabulary())
 SPEC = transforms.Spec((8, 6), "stretch", 2, 3, 9, 10**6, 10**6, ("needle", "count"))
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 from tiny_models import MOE
 
 from efficient_vlm.errors import UserError
@@ -359,3 +360,26 @@ def test_selector_learns_from_the_decoder_and_teaches_it_nothing(
         student = np.exp(row) / np.exp(row).sum()
         expected += np.sum(1 / 32 * (np.log(1 / 32) - np.log(student)))
     assert float(total) == pytest.approx(expected, rel=1e-4)
+
+
+WITHIN = [dict(layers=1), dict(layers=1, compressor=dict(name="text_topk", budget=4))]
+MERGER = dict(name="minicpm_merger", budget=1, options=dict(layer=1, num_heads=2))
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        (dict(name="tome", budget=8), set()),
+        (MERGER, {"vit/minicpm_window", "vit/minicpm_final"}),
+        (dict(decoder=dict(segments=WITHIN)), {"language/reducers_1"}),
+    ],
+    ids=["in the encoder", "in the encoder, trained", "in the decoder, trained"],
+)
+def test_parameters_are_those_of_layers_that_run(make_model, init, method, more):
+    """Without a method among the layers `init` does not run them; with one it does."""
+    plain, other = (
+        flatten_dict(init(model), sep="/") for model in (make_model(), make_model(**method))
+    )
+    assert {"/".join(path.split("/")[:2]) for path in set(other) - set(plain)} == more
+    for path, value in plain.items():
+        np.testing.assert_array_equal(value, other[path], path)

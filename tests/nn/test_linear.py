@@ -11,8 +11,9 @@ import qwix
 from flax import linen as nn
 from flax import struct
 
+from efficient_vlm.nn.fuse import fuse, unfuse
 from efficient_vlm.nn.linear import Joined, Linear, WeightForm, product, together
-from efficient_vlm.nn.stack import fuse, unstack
+from efficient_vlm.nn.stack import unstack
 
 DECODER_PRODUCTS = {"attention/query", "attention/key", "attention/value", "attention/out"}
 DECODER_PRODUCTS |= {"mlp/gate", "mlp/up", "mlp/down"}
@@ -120,6 +121,8 @@ def test_joined_layers_say_the_same(make_model, make_batch, init, inputs, bias):
     params = jax.tree.map(lambda p: p + 0.01 * jnp.arange(p.size).reshape(p.shape) / p.size, params)
     joined = fuse(params)
     assert isinstance(joined["vit"]["layers"]["0"]["gate"]["kernel"], Joined)
+    apart = unfuse(joined)
+    jax.tree.map(np.testing.assert_array_equal, apart, unstack(params))
     found = model.apply({"params": joined}, batch).logits
     np.testing.assert_allclose(found, model.apply({"params": params}, batch).logits, atol=1e-4)
 

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from efficient_vlm.processing.chat_template import Template, Tokenizer
+from efficient_vlm.processing.chat_template import HubTokenizer, Template
 
 pytestmark = pytest.mark.parity
 
@@ -84,7 +84,7 @@ def pair(tmp_path_factory):
     theirs.chat_template = ALTERNATING
     directory = tmp_path_factory.mktemp("model")
     theirs.save_pretrained(directory)
-    return theirs, Tokenizer.from_hf(directory), directory
+    return theirs, HubTokenizer.from_hf(directory), directory
 
 
 @pytest.mark.parametrize("source", [LINE_PER_TURN, NUMBERED, ALTERNATING])

@@ -8,7 +8,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from efficient_vlm.errors import UserError
 from efficient_vlm.processing import chat_template as prompts
-from efficient_vlm.processing.chat_template import Template, Tokenizer, expand, render
+from efficient_vlm.processing.chat_template import HubTokenizer, Template, expand, render
 from efficient_vlm.processing.hub_tokenizer import special_id
 
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]}]
@@ -45,7 +45,7 @@ def put(directory, name, **content):
 
 
 def test_tokenizer_reads_all_files(directory):
-    tokenizer = Tokenizer.from_hf(directory)
+    tokenizer = HubTokenizer.from_hf(directory)
     end = tokenizer.id_of("<im_end>")
     assert end == tokenizer.id_of("<image>") + 1 == tokenizer.vocab_size - 1
     assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == (0, (1, end), 1)
@@ -55,7 +55,7 @@ def test_tokenizer_reads_all_files(directory):
 
 
 def test_beginning_token(directory):
-    tokenizer = Tokenizer.from_hf(directory)
+    tokenizer = HubTokenizer.from_hf(directory)
     plain = tokenizer.encode("how many dogs are there", bos=False)
     assert 0 not in plain and tokenizer.decode(plain) == "how many dogs are there"
     assert tokenizer.encode("how many dogs are there") == [0, *plain]  # And no truncation.
@@ -69,12 +69,12 @@ def test_beginning_token(directory):
     put(directory, "special_tokens_map.json")
     put(directory, "added_tokens.json")
     with pytest.raises(UserError, match="no beginning token"):
-        Tokenizer.from_hf(directory).encode("a", bos=True)
+        HubTokenizer.from_hf(directory).encode("a", bos=True)
 
 
 @pytest.mark.parametrize("text", ["how many", "naïve 犬🐕\u200d🦺 dogs", "\ufffd a", "🐕"])
 def test_stream_never_gives_half_a_character(directory, text):
-    tokenizer = Tokenizer.from_hf(directory)
+    tokenizer = HubTokenizer.from_hf(directory)
     ids = tokenizer.encode(text)
     stream = tokenizer.stream()
     pieces = [stream.push(i) for i in ids]
@@ -83,7 +83,7 @@ def test_stream_never_gives_half_a_character(directory, text):
 
 
 def test_stream_of_a_cut_character_and_of_spaces_before_words(directory):
-    tokenizer = Tokenizer.from_hf(directory)
+    tokenizer = HubTokenizer.from_hf(directory)
     stream = tokenizer.stream()
     ids = tokenizer.encode("a🐕", bos=False)[:-1]
     assert "".join(map(stream.push, ids)) == "a"
@@ -91,7 +91,7 @@ def test_stream_of_a_cut_character_and_of_spaces_before_words(directory):
     words = Backend(models.WordLevel({"▁a": 0, "▁b": 1, "<s>": 2}, unk_token="<s>"))
     words.decoder = decoders.Metaspace()
     words.add_special_tokens(["<s>"])
-    stream = Tokenizer(words, {"bos_token": "<s>"}).stream()
+    stream = HubTokenizer(words, {"bos_token": "<s>"}).stream()
     assert [stream.push(i) for i in (2, 0, 2, 1, 0)] == ["", "a", "", " b", " a"]
 
 
@@ -109,15 +109,15 @@ def test_stream_of_a_cut_character_and_of_spaces_before_words(directory):
 def test_damaged_tokenizers_are_named(directory, spoil, message):
     spoil(directory)
     with pytest.raises(UserError, match=message):
-        Tokenizer.from_hf(directory)
+        HubTokenizer.from_hf(directory)
 
 
 def test_sentencepiece_alone_is_explained(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"")
     with pytest.raises(UserError, match=r"(?s)sentencepiece.*save_pretrained"):
-        Tokenizer.from_hf(tmp_path)
+        HubTokenizer.from_hf(tmp_path)
     with pytest.raises(UserError, match="no directory"):
-        Tokenizer.from_hf(tmp_path / "absent")
+        HubTokenizer.from_hf(tmp_path / "absent")
 
 
 # ---- templates -----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.families.table import FAMILIES
 from efficient_vlm.processing.chat_template import Template
 from efficient_vlm.processing.conversation import is_one, prompt_ids
-from efficient_vlm.processing.hub_tokenizer import Tokenizer
+from efficient_vlm.processing.hub_tokenizer import HubTokenizer
 
 # Each in the form that the hub's has: who writes the beginning token differs.
 LLAVA = (
@@ -107,7 +107,7 @@ def tokenizer(tmp_path, bos, adds, special=SPECIAL):
     backend.save(str(tmp_path / "tokenizer.json"))
     roles = {"bos_token": bos, "eos_token": "<|im_end|>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(roles))
-    return Tokenizer.from_hf(tmp_path)
+    return HubTokenizer.from_hf(tmp_path)
 
 
 def ask(kind, tok, asked, pictures, config=None):
@@ -119,7 +119,7 @@ def ask(kind, tok, asked, pictures, config=None):
 
 def test_texts_are_not_lost_in_templates_of_parts():
     """A text where the template wants parts, and parts where it wants a text; what is neither."""
-    tokenizer = Tokenizer(Backend(models.WordLevel({"x": 0}, unk_token="x")), {}, [])
+    tokenizer = HubTokenizer(Backend(models.WordLevel({"x": 0}, unk_token="x")), {}, [])
     ids = []
     tokenizer.encode = lambda text, bos=None: ids.append(text) or [0]
 

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from efficient_vlm.data import questions
 from efficient_vlm.errors import UserError
-from efficient_vlm.processing import tokenizer
+from efficient_vlm.processing import plain_tokenizer
+from efficient_vlm.processing.hub_tokenizer import HubTokenizer
+from efficient_vlm.processing.tokenizer import Tokenizer
 
 TEXTS = [
     "a red car on the road",
@@ -19,8 +21,8 @@ TEXTS = [
     "赤い車",
     "<eos> <pad>",
 ] * 3
-WORDS = tokenizer.word_level(questions.vocabulary())
-BPE = tokenizer.train(TEXTS, 300)
+WORDS = plain_tokenizer.word_level(questions.vocabulary())
+BPE = plain_tokenizer.train(TEXTS, 300)
 ATTACKS = [
     "<eos>",
     "<pad>",
@@ -45,7 +47,8 @@ def test_words():
         assert len(ids) == len(text.split()) and WORDS.decode(ids) == text
         assert min(ids) > 2
     assert WORDS.encode("which zebra")[1] == 2
-    assert WORDS.decode([*WORDS.encode("7"), 1, 9, 9]) == "7"
+    assert WORDS.answer([*WORDS.encode("7"), 1, 9, 9]) == "7"
+    assert WORDS.decode([1, *WORDS.encode("7 5"), 0, 1]) == "7 5"
 
 
 def test_bytes():
@@ -73,25 +76,25 @@ def test_text_never_makes_a_special_token_fuzzed(text):
 @settings(max_examples=100, deadline=None)
 @given(st.text(max_size=60))
 def test_bytes_are_reversible(text):
-    assert BPE.decode(BPE.encode(text)) == text.encode("utf-8", "replace").decode().strip()
+    assert BPE.decode(BPE.encode(text)) == text.encode("utf-8", "replace").decode()
 
 
 def test_same_texts_same_tokenizer_in_another_process():
     code = (
-        "import sys, json; from efficient_vlm.processing import tokenizer; "
-        "print(tokenizer.train(json.loads(sys.argv[1]), 300).fingerprint)"
+        "import sys, json; from efficient_vlm.processing import plain_tokenizer; "
+        "print(plain_tokenizer.train(json.loads(sys.argv[1]), 300).fingerprint)"
     )
     command = [sys.executable, "-c", code, json.dumps(TEXTS)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == BPE.fingerprint
-    assert tokenizer.train(TEXTS[:3], 300).fingerprint != BPE.fingerprint
+    assert plain_tokenizer.train(TEXTS[:3], 300).fingerprint != BPE.fingerprint
 
 
 @pytest.mark.parametrize("made", [WORDS, BPE], ids=["words", "bytes"])
 def test_save_and_load(made, tmp_path):
     path = tmp_path / "deep" / "tokenizer.json"
     made.save(path)
-    loaded = tokenizer.load(path)
+    loaded = plain_tokenizer.load(path)
     assert loaded.fingerprint == made.fingerprint and loaded.separator == made.separator
     assert loaded.encode("which digit is red <eos>") == made.encode("which digit is red <eos>")
     assert [p.name for p in path.parent.iterdir()] == ["tokenizer.json"]
@@ -118,12 +121,12 @@ def published(eos="</s>"):
 def test_published_tokenizer(tmp_path):
     backend = published()
     backend.save(str(tmp_path / "t.json"))
-    made = tokenizer.load(tmp_path / "t.json")
+    made = plain_tokenizer.load(tmp_path / "t.json")
     assert made.eos_id == backend.token_to_id("</s>") == made.pad_id
     special = {backend.token_to_id(t) for t in ("</s>", "<image>")}
     for text in ("a red car", "</s>", "a </s> b <image>"):
         assert not special & set(made.encode(text))
-    assert made.decode([*made.encode("a red car"), made.eos_id, 5]) == "a red car"
+    assert made.answer([*made.encode("a red car"), made.eos_id, 5]) == "a red car"
 
 
 def test_what_cannot_be_loaded(tmp_path):
@@ -131,7 +134,46 @@ def test_what_cannot_be_loaded(tmp_path):
     published(eos="[STOP]").save(str(tmp_path / "no_eos.json"))
     for name in ("none.json", "bad.json", "no_eos.json"):
         with pytest.raises(UserError, match="data.tokenizer") as caught:
-            tokenizer.load(tmp_path / name)
+            plain_tokenizer.load(tmp_path / name)
         assert len(str(caught.value).splitlines()) <= 3
     with pytest.raises(UserError, match="data.vocab_size"):
-        tokenizer.train(TEXTS, 100)
+        plain_tokenizer.train(TEXTS, 100)
+
+
+# --- one interface --------------------------------------------------------------------------------
+
+
+def hub():
+    """The same definition, read as a published model's."""
+    return HubTokenizer(published(), {"eos_token": "</s>"})
+
+
+@pytest.mark.parametrize("made", [WORDS, BPE, hub()], ids=["words", "bytes", "hub"])
+def test_what_callers_ask_of_any_tokenizer(made):
+    assert isinstance(made, Tokenizer)
+    ids = made.encode("red left of blue", bos=False)
+    assert max(ids) < made.vocab_size and not {made.pad_id, *made.eos_ids} & set(ids)
+    assert made.decode(ids) == "red left of blue"
+    assert made.encode_prompt("red") and made.encode_prompt("")
+    assert made.answer([*ids, made.eos_id, *ids]) == made.decode(ids) == made.answer(ids)
+    stream = made.stream()
+    assert "".join(map(stream.push, ids)) + stream.finish() == made.decode(ids)
+    assert made.eos_id == made.eos_ids[0] and len(made.fingerprint) == 64
+    assert made.special["eos_token"] in ("<eos>", "</s>")
+    assert not made.knows("no such token at all")
+    if made.bos_id is None:
+        with pytest.raises(UserError, match="no beginning token"):
+            made.encode("red", bos=True)
+
+
+def test_the_two_rules_for_special_tokens_in_text():
+    """Ordinary text for ours, which no text can end; for a published model what they spell."""
+    assert not BPE.knows("<eos>") and BPE.eos_id not in BPE.encode("<eos>")
+    assert hub().knows("</s>") and hub().encode("</s>", bos=False) == [hub().eos_id]
+
+
+def test_a_model_without_a_token_that_ends_answers():
+    endless = HubTokenizer(published(), {})
+    assert endless.eos_ids == () and endless.answer(endless.encode("red", bos=False)) == "red"
+    with pytest.raises(UserError, match="no token that ends an answer"):
+        _ = endless.eos_id

@@ -1,5 +1,5 @@
-"""One file for each verb: its options, and how it calls what does the work.
+"""One file per verb: its options, and the call of the function that does the work.
 
-Nothing else sees argparse. Whatever is heavy is imported when a verb runs, so that `--help` and the
-completion of a shell start at once.
+Only these files and `cli.arguments` see argparse. Heavy modules are imported when a verb runs, so
+that `--help` and shell completion respond at once.
 """

@@ -27,7 +27,7 @@ def add(verbs: Any) -> None:
         help="v5e:2x2, v5e-4, v6e-4, v5p-8, v4-8, ...; all: three of them; h100 "
         f"(default: {TOPOLOGY})",
     )
-    parser.add_argument("--quick", action="store_true", help="at one size only")
+    parser.add_argument("--quick", action="store_true", help="one size of each kernel only")
     arguments.add_quiet(parser)
     arguments.add_json(parser)
 

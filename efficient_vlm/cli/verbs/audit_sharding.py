@@ -31,7 +31,7 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--batch",
         metavar="N",
-        help="pictures on all devices together (default: one for each that holds rows)",
+        help="pictures on all devices together (default: one for each part of the rows)",
     )
     subject_options.add_subject(parser, new=1)
     arguments.add_json(parser)

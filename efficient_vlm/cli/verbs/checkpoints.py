@@ -23,7 +23,9 @@ def _add_import(verbs: Any) -> None:
     parser.add_argument("source", metavar="HF_DIR", help="folder with config.json and safetensors")
     parser.add_argument("out", metavar="OUT", help="folder to write")
     parser.add_argument(
-        "--verify", metavar="IO.npz", help="compare with what the reference gave; 1 if it differs"
+        "--verify",
+        metavar="IO.npz",
+        help="compare with the reference's results; 1 if they differ",
     )
     parser.add_argument("--sha256", metavar="FILE", help="digests, as sha256sum prints them")
 

@@ -32,7 +32,7 @@ def add(verbs: Any) -> None:
         help="run whose model sees the picture (default: none, statistics of pixels)",
     )
     parser.add_argument(
-        "--question", metavar="TEXT", help="what methods that read text are asked, with --workdir"
+        "--question", metavar="TEXT", help="for methods that read text, with --workdir"
     )
     parser.add_argument(
         "--grid",

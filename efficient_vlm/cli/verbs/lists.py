@@ -1,4 +1,4 @@
-"""The verbs that print what there is: methods, presets, doctor."""
+"""The verbs that only print: methods, presets, doctor."""
 
 import argparse
 from typing import Any

@@ -75,6 +75,6 @@ class FastV(InDecoder):
     def scores(self, tokens, state):
         count = tokens.mask.shape[1]
         if self.row == "last":
-            paid = rows.attention_rows(state, state.last[:, None])
-            return paid.mean(axis=1)[:, 0, :count]
+            attention = rows.attention_rows(state, state.last[:, None])
+            return attention.mean(axis=1)[:, 0, :count]
         return rows.column_means(state, rows.judges(state))[:, :count]

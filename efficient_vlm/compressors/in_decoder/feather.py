@@ -129,8 +129,8 @@ class Feather(InDecoder):
         among = None
         if self.softmax == "visual":
             among = jnp.broadcast_to(jnp.arange(state.live.shape[1]) < count, state.live.shape)
-        paid = rows.attention_rows(state, state.last[:, None], rotary=False, among=among)
-        score = paid.mean(axis=1)[:, 0, :count]
+        attention = rows.attention_rows(state, state.last[:, None], rotary=False, among=among)
+        score = attention.mean(axis=1)[:, 0, :count]
         if not self.stride:
             return score
         # The grid comes first. Ranks are exact; adding a bonus to the scores would round them.

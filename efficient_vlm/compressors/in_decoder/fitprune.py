@@ -63,7 +63,7 @@ def published(rate: float, num_layers: int, num_tokens: int) -> tuple[float, ...
         """Tokens after `depth` of 32 layers, which may be fractional."""
         whole = math.floor(depth)
         done = sum(deleted[:whole])
-        return TOKENS - done - ((depth - whole) * deleted[whole] if whole < DEPTH else 0)
+        return TOKENS - done - ((depth - whole) * deleted[whole] if whole < DEPTH else 0.0)
 
     kept = []
     for layer in range(1, num_layers + 1):

@@ -101,5 +101,5 @@ class PyramidDrop(InDecoder):
 
     @nn.nowrap
     def scores(self, tokens, state):
-        paid = rows.attention_rows(state, state.last[:, None])
-        return paid.mean(axis=1)[:, 0, : tokens.mask.shape[1]]
+        attention = rows.attention_rows(state, state.last[:, None])
+        return attention.mean(axis=1)[:, 0, : tokens.mask.shape[1]]

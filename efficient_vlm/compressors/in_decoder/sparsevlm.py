@@ -227,9 +227,11 @@ class SparseVLM(InDecoder):
         if self.version == "1.5":
             return range_sums(state, count, words)[:, :count] / number[:, None]
         divisor = functools.partial(rotary_bias, state, turns(state, self.rope_fraction))
-        paid = range_sums(state, count, words, heads="each", divisor=divisor)[..., :count]
-        paid = jnp.where(tokens.mask[:, None], paid, 0.0) / number[:, None, None]
-        heads = paid.shape[1]
+        attention = range_sums(state, count, words, heads="each", divisor=divisor)[..., :count]
+        attention = jnp.where(tokens.mask[:, None], attention, 0.0) / number[:, None, None]
+        heads = attention.shape[1]
         most = min(self.num_heads, heads)
-        chosen, _ = select.top_k(jnp.sum(paid, axis=-1), jnp.ones((len(paid), heads), bool), most)
-        return jnp.take_along_axis(paid, chosen[..., None], axis=1).mean(axis=1)
+        chosen, _ = select.top_k(
+            jnp.sum(attention, axis=-1), jnp.ones((len(attention), heads), bool), most
+        )
+        return jnp.take_along_axis(attention, chosen[..., None], axis=1).mean(axis=1)

@@ -14,8 +14,8 @@ from jax.sharding import Mesh, NamedSharding
 from efficient_vlm import sharding
 from efficient_vlm.inference import stages
 from efficient_vlm.models.cache import cache_shardings
-from efficient_vlm.models.init import boxed_parameters
-from efficient_vlm.models.inputs import ModelInputs, example_shapes
+from efficient_vlm.models.init import boxed_parameters, example_shapes
+from efficient_vlm.models.inputs import ModelInputs
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.train import step as steps
 from efficient_vlm.train.optimizer import OptimizerConfig, make_optimizer
@@ -87,7 +87,7 @@ def _train(work: Work, mesh: Mesh) -> Iterator[Program]:
     # The last target is only ever predicted.
     inputs = _inputs(work, mesh, work.text + work.new - 1)
     inputs = inputs.replace(labels=inputs.text)
-    boxed = jax.eval_shape(lambda: steps.init_params([model], 0))
+    boxed = _parameters(model, work)
     tx = make_optimizer(OptimizerConfig(), 1000, boxed)
     state = jax.eval_shape(lambda params: steps.init_state(params, tx), nn.unbox(boxed))
     lies = state_shardings(state, sharding.param_shardings(boxed, mesh), tx, mesh)
@@ -98,7 +98,7 @@ def _train(work: Work, mesh: Mesh) -> Iterator[Program]:
 
 def _serve(work: Work, mesh: Mesh) -> Iterator[Program]:
     model = work.model
-    boxed = boxed_parameters(model)
+    boxed = _parameters(model, work)
     params = jax.tree.map(lambda p: _shape(p.shape, model.dtype), nn.unbox(boxed))
     params = _placed(params, sharding.param_shardings(boxed, mesh))
     inputs = _inputs(work, mesh, work.text)
@@ -128,6 +128,12 @@ def _serve(work: Work, mesh: Mesh) -> Iterator[Program]:
         return
     cache = _placed(cache, cache_shardings(cache, mesh))
     yield run("decode", (chosen.decode,), params, first.tokens, cache)[0]
+
+
+def _parameters(model: VisionLanguageModel, work: Work) -> Any:
+    """Boxed shapes, for all images of a picture: a method in the decoder may keep more tokens than
+    one of them has."""
+    return boxed_parameters(model, pictures=work.images, pooled=work.pooled)
 
 
 def _inputs(work: Work, mesh: Mesh, text: int) -> ModelInputs:

@@ -1,4 +1,8 @@
-"""Plain float64 loops of mqt, molmo_pool and minicpm_merger, from their definitions, row by row."""
+"""Plain float64 loops of mqt, molmo_pool and minicpm_merger, from their definitions, row by row.
+
+They take arrays as the papers name them, and know no parameter names: W is a pair (matrix, bias),
+LN a pair (scale, bias).
+"""
 
 import math
 
@@ -6,9 +10,13 @@ import numpy as np
 from pooling_loops import blank, side_by_side, whole_cells
 
 
-def layer_norm(x, scale, bias):
+def layer_norm(norm, x):
     centred = x - x.mean()
-    return centred / math.sqrt((centred**2).mean() + 1e-6) * scale + bias
+    return centred / math.sqrt((centred**2).mean() + 1e-6) * norm[0] + norm[1]
+
+
+def linear(weights, x):
+    return x @ weights[0] + weights[1]
 
 
 def softmax(x):
@@ -27,12 +35,13 @@ def sine_code(position, width):
     return code
 
 
-def mqt(embed, mask, grid, budget, params, *, num_queries, heads, content):
-    p = {name.removeprefix("mqt_"): value for name, value in params.items()}
+def mqt(embed, mask, grid, queries, products, norms, *, budget, heads, content):
+    """products: W_q, W_k, W_v, W_o and the matrix W_p; norms: LN_q, LN_k, LN_v."""
+    (W_q, W_k, W_v, W_o, W_p), (LN_q, LN_k, LN_v) = products, norms
     width = embed.shape[1]
-    side = math.ceil(math.sqrt(num_queries))
+    side = math.ceil(math.sqrt(len(queries)))
     real = [n for n in range(len(mask)) if mask[n]]
-    row = blank(budget, len(mask), p["projection_kernel"].shape[1])
+    row = blank(budget, len(mask), W_p.shape[1])
     keys, values = {}, {}
     for n in real:
         r, c = divmod(n, grid[1])
@@ -40,18 +49,16 @@ def mqt(embed, mask, grid, budget, params, *, num_queries, heads, content):
             ((r + 0.5) * side / grid[0] - 0.5, (c + 0.5) * side / grid[1] - 0.5), width
         )
         if content:
-            key = layer_norm(np.float64(embed[n]), p["key_norm_scale"], p["key_norm_bias"]) + code
+            key = layer_norm(LN_k, np.float64(embed[n])) + code
         else:
-            key = layer_norm(code, p["key_norm_scale"], p["key_norm_bias"])
-        value = layer_norm(np.float64(embed[n]), p["value_norm_scale"], p["value_norm_bias"])
-        keys[n] = key @ p["key_kernel"] + p["key_bias"]
-        values[n] = value @ p["value_kernel"] + p["value_bias"]
+            key = layer_norm(LN_k, code)
+        keys[n] = linear(W_k, key)
+        values[n] = linear(W_v, layer_norm(LN_v, np.float64(embed[n])))
     depth, live = width // heads, min(budget, len(real))
     attention = np.zeros((live, len(real)))
     for t in range(live):
-        query = p["queries"][t] + sine_code(divmod(t, side), width)
-        query = layer_norm(query, p["query_norm_scale"], p["query_norm_bias"])
-        query = query @ p["query_kernel"] + p["query_bias"]
+        query = queries[t] + sine_code(divmod(t, side), width)
+        query = linear(W_q, layer_norm(LN_q, query))
         mixed = np.zeros(width)
         for h in range(heads):
             part = slice(h * depth, (h + 1) * depth)
@@ -61,7 +68,7 @@ def mqt(embed, mask, grid, budget, params, *, num_queries, heads, content):
             for weight, n in zip(weights, real, strict=True):
                 mixed[part] += weight * values[n][part]
             attention[t] += weights / heads
-        row["embed"][t] = (mixed @ p["out_kernel"] + p["out_bias"]) @ p["projection_kernel"]
+        row["embed"][t] = linear(W_o, mixed) @ W_p
         row["mask"][t] = True
         for weight, n in zip(attention[t], real, strict=True):
             row["position"][t] += weight * np.array(divmod(n, grid[1]))
@@ -72,11 +79,11 @@ def mqt(embed, mask, grid, budget, params, *, num_queries, heads, content):
     return row
 
 
-def molmo(embed, mask, grid, side, params, *, heads, query, bias=None):
+def molmo(embed, mask, grid, side, *, W_q, W_k, W_v, W_o, swiglu, heads, query, bias=None):
+    """swiglu: (W_1, W_3, W_2) without biases, or None."""
     bias = np.zeros(len(mask)) if bias is None else np.float64(bias)
-    p = {name.removeprefix("molmo_pool_"): value for name, value in params.items()}
     row, members = whole_cells(embed, mask, grid, side)
-    inner = p["query_kernel"].shape[1]
+    inner = W_q[0].shape[1]
     depth = inner // heads
     outputs = []
     for cell, patches in enumerate(members):
@@ -84,24 +91,25 @@ def molmo(embed, mask, grid, side, params, *, heads, query, bias=None):
             outputs.append(None)
             continue
         start = row["embed"][cell] if query == "mean" else np.float64(embed[patches[0]])
-        q = start @ p["query_kernel"] + p["query_bias"]
+        q = linear(W_q, start)
         y = np.zeros(inner)
         for h in range(heads):
             part = slice(h * depth, (h + 1) * depth)
             logits = []
             for n in patches:
-                key = np.float64(embed[n]) @ p["key_kernel"] + p["key_bias"]
+                key = linear(W_k, np.float64(embed[n]))
                 logits.append(q[part] @ key[part] / math.sqrt(depth) + bias[n])
             for weight, n in zip(softmax(np.array(logits)), patches, strict=True):
-                value = np.float64(embed[n]) @ p["value_kernel"] + p["value_bias"]
+                value = linear(W_v, np.float64(embed[n]))
                 y[part] += weight * value[part]
-        y = y @ p["out_kernel"] + p["out_bias"]
-        if "gate_kernel" in p:
-            gate = y @ p["gate_kernel"]
-            y = (gate / (1 + np.exp(-gate)) * (y @ p["up_kernel"])) @ p["down_kernel"]
+        y = linear(W_o, y)
+        if swiglu is not None:
+            W_1, W_3, W_2 = swiglu
+            gate = y @ W_1
+            y = (gate / (1 + np.exp(-gate)) * (y @ W_3)) @ W_2
         outputs.append(y)
-    features = p["down_kernel" if "gate_kernel" in p else "out_kernel"].shape[1]
-    row["embed"] = np.zeros((len(members), features))
+    last = W_o[0] if swiglu is None else swiglu[2]
+    row["embed"] = np.zeros((len(members), last.shape[1]))
     for cell, y in enumerate(outputs):
         if y is not None:
             row["embed"][cell] = y
@@ -116,45 +124,48 @@ def erf_gelu(x):
     return np.array([0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in x])
 
 
-def window_merger(embed, mask, grid, params, heads, bias=None):
+def perceptron(mlp, x, activation):
+    LN, W_1, W_2 = mlp
+    return linear(W_2, activation(linear(W_1, layer_norm(LN, x))))
+
+
+def window_merger(embed, mask, grid, attention, mlp, *, heads, bias=None):
+    """attention: (LN, W_q, W_k, W_v, W_o); mlp: (LN, W_1, W_2)."""
     bias = np.zeros(len(mask)) if bias is None else np.float64(bias)
-    p = {name.removeprefix("minicpm_window_"): value for name, value in params.items()}
+    LN, W_q, W_k, W_v, W_o = attention
     row, members = whole_cells(embed, mask, grid, 2)
     width = embed.shape[1]
     depth, after = width // heads, np.zeros((len(mask), width))
     for patches in members:
-        x = {n: layer_norm(np.float64(embed[n]), p["norm_scale"], p["norm_bias"]) for n in patches}
+        x = {n: layer_norm(LN, np.float64(embed[n])) for n in patches}
         for n in patches:
-            q = x[n] @ p["query_kernel"] + p["query_bias"]
+            q = linear(W_q, x[n])
             y = np.zeros(width)
             for h in range(heads):
                 part = slice(h * depth, (h + 1) * depth)
-                keys = [(x[m] @ p["key_kernel"] + p["key_bias"])[part] for m in patches]
+                keys = [linear(W_k, x[m])[part] for m in patches]
                 logits = np.array([q[part] @ k / math.sqrt(depth) for k in keys])
                 weights = softmax(logits + bias[patches])
                 for weight, m in zip(weights, patches, strict=True):
-                    y[part] += weight * (x[m] @ p["value_kernel"] + p["value_bias"])[part]
-            after[n] = np.float64(embed[n]) + y @ p["out_kernel"] + p["out_bias"]
+                    y[part] += weight * linear(W_v, x[m])[part]
+            after[n] = np.float64(embed[n]) + linear(W_o, y)
     flat = side_by_side(after, mask, grid, 2, "row_column_feature")
     for cell, patches in enumerate(members):
         row["embed"][cell] = 0
         if patches:
-            y = layer_norm(flat[cell], p["merge_norm_scale"], p["merge_norm_bias"])
-            y = tanh_gelu(y @ p["up_kernel"] + p["up_bias"]) @ p["down_kernel"] + p["down_bias"]
+            y = perceptron(mlp, flat[cell], tanh_gelu)
             row["embed"][cell] = sum(after[n] for n in patches) / len(patches) + y
     return row
 
 
-def final_merger(embed, mask, grid, params):
-    p = {name.removeprefix("minicpm_final_"): value for name, value in params.items()}
+def final_merger(embed, mask, grid, mlp):
+    """mlp: (LN, W_1, W_2)."""
     row, members = whole_cells(embed, mask, grid, 2)
     flat = side_by_side(embed, mask, grid, 2, "row_column_feature")
     for cell, patches in enumerate(members):
         row["embed"][cell] = 0
         if patches:
-            y = layer_norm(flat[cell], p["norm_scale"], p["norm_bias"])
-            y = erf_gelu(y @ p["up_kernel"] + p["up_bias"])
-            row["embed"][cell] = y @ p["down_kernel"] + p["down_bias"]
+            row["embed"][cell] = perceptron(mlp, flat[cell], erf_gelu)
     return row
 
 

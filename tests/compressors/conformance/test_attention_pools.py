@@ -24,12 +24,45 @@ from efficient_vlm.compressors import VisualTokens, build, reachable
 from efficient_vlm.costs.traced import traced_flops
 
 
+def pairs(params, label):
+    """(matrix or scale, bias or None) of every layer of a method, by its name there."""
+    names = [name for name in params if name.endswith(("_kernel", "_scale"))]
+    biases = {name: params.get(f"{name.rsplit('_', 1)[0]}_bias") for name in names}
+    layer = {name: name.removeprefix(f"{label}_").rsplit("_", 1)[0] for name in names}
+    return {layer[name]: (params[name], biases[name]) for name in names}
+
+
+def mqt_arrays(params):
+    layers = pairs(params, "mqt")
+    products = [*(layers[n] for n in ("query", "key", "value", "out")), layers["projection"][0]]
+    norms = [layers[f"{name}_norm"] for name in ("query", "key", "value")]
+    return params["mqt_queries"], products, norms
+
+
+def molmo_arrays(params):
+    layers = pairs(params, "molmo_pool")
+    products = dict(W_q="query", W_k="key", W_v="value", W_o="out")
+    swiglu = [layers[name][0] for name in ("gate", "up", "down") if name in layers] or None
+    return dict(swiglu=swiglu, **{symbol: layers[name] for symbol, name in products.items()})
+
+
+def window_arrays(params):
+    layers = pairs(params["window"], "minicpm_window")
+    attention = ("norm", "query", "key", "value", "out")
+    return [[layers[n] for n in names] for names in (attention, ("merge_norm", "up", "down"))]
+
+
+def final_arrays(params):
+    layers = pairs(params["final"], "minicpm_final")
+    return [layers[name] for name in ("norm", "up", "down")]
+
+
 @pytest.mark.parametrize("keys", ["position", "content"])
 @pytest.mark.parametrize(("grid", "budget"), [((4, 4), 5), ((2, 6), 1), ((2, 3), 6)])
 def test_mqt(keys, grid, budget):
     def loop(embed, mask, params):
-        settings = {"num_queries": 7, "heads": 2, "content": keys == "content"}
-        return loops.mqt(embed, mask, grid, budget, params, **settings)
+        settings = {"budget": budget, "heads": 2, "content": keys == "content"}
+        return loops.mqt(embed, mask, grid, *mqt_arrays(params), **settings)
 
     check("mqt", budget, grid, loop, num_queries=7, num_heads=2, keys=keys, features=5)
 
@@ -71,7 +104,7 @@ def test_molmo_pool(query, grid, side, options):
     budget = math.ceil(grid[0] / side) * math.ceil(grid[1] / side)
 
     def loop(embed, mask, params):
-        return loops.molmo(embed, mask, grid, side, params, heads=2, query=query)
+        return loops.molmo(embed, mask, grid, side, **molmo_arrays(params), heads=2, query=query)
 
     check("molmo_pool", budget, grid, loop, num_heads=2, query=query, **options)
 
@@ -86,10 +119,9 @@ def test_molmo_published_counts():
 @pytest.mark.parametrize("grid", [(4, 4), (2, 6)])
 def test_minicpm_one_merger(quarter, grid):
     def loop(embed, mask, params):
-        own = params[quarter]
         if quarter == "window":
-            return loops.window_merger(embed, mask, grid, own, heads=2)
-        return loops.final_merger(embed, mask, grid, own)
+            return loops.window_merger(embed, mask, grid, *window_arrays(params), heads=2)
+        return loops.final_merger(embed, mask, grid, final_arrays(params))
 
     options = {"num_heads": 2, "hidden_dim": 6, "quarter": quarter}
     check("minicpm_merger", grid[0] * grid[1] // 4, grid, loop, **options)
@@ -99,8 +131,8 @@ def test_minicpm_both_mergers():
     grid = (4, 8)
 
     def loop(embed, mask, params):
-        first = loops.window_merger(embed, mask, grid, params["window"], heads=2)
-        second = loops.final_merger(first["embed"], first["mask"], (2, 4), params["final"])
+        first = loops.window_merger(embed, mask, grid, *window_arrays(params), heads=2)
+        second = loops.final_merger(first["embed"], first["mask"], (2, 4), final_arrays(params))
         return loops.chained(first, second)
 
     check("minicpm_merger", 2, grid, loop, num_heads=2, hidden_dim=6)
@@ -139,7 +171,7 @@ def test_minicpm_stages_are_the_method():
 
 @pytest.mark.parametrize("name", ["molmo_pool", "minicpm_merger"])
 def test_a_bias_of_the_tokens_is_added_to_the_logits(name):
-    """Also the padding's, which is NaN, has no say; behind the attention the bias is used up."""
+    """A NaN bias of padding has no effect; after the attention the bias is discarded."""
     grid, options = (4, 4), {"num_heads": 2, "hidden_dim": 6}
     module = build(name, budget=4, grid=grid, **options)
     _, params = compiled(name, 4, grid, tuple(options.items()))
@@ -155,12 +187,12 @@ def test_a_bias_of_the_tokens_is_added_to_the_logits(name):
     assert out.bias is None
     for row in range(len(mask)):
         shown = np.nan_to_num(embed[row]), mask[row], grid
+        settings, arrays = dict(heads=2, bias=bias[row]), doubles(params)
         if name == "molmo_pool":
-            given = doubles(params)
-            expected = loops.molmo(*shown, 2, given, heads=2, query="mean", bias=bias[row])
+            given = molmo_arrays(arrays)
+            expected = loops.molmo(*shown, 2, **given, query="mean", **settings)
         else:
-            given = doubles(params["window"])
-            expected = loops.window_merger(*shown, given, heads=2, bias=bias[row])
+            expected = loops.window_merger(*shown, *window_arrays(arrays), **settings)
         assert_row(out, row, expected)
 
 

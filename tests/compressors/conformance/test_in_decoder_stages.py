@@ -159,7 +159,7 @@ def test_policies_and_looks():
         (lambda: PyramidDrop(budget=4).stages(8, 16), "match=mean_processed"),
         (lambda: PyramidDrop(layers=(2, 4)).clone(keep=(0.5,)), "one number for each"),
         (lambda: PyramidDrop(keep=(0.25, 0.5)), "do not come back"),
-        (lambda: PyramidDrop(layers=(4, 2)).stages(8, 16), "growing"),
+        (lambda: PyramidDrop(layers=(4, 2)).stages(8, 16), "increasing"),
         (lambda: PyramidDrop().stages(3, 16), "1 to 2"),
         (lambda: PyramidDrop(layers="8,16"), "compressor.layers"),
         (lambda: PyramidDrop(keep=()), "compressor.keep"),

@@ -11,11 +11,12 @@ from pathlib import Path
 import jax
 import pytest
 
+from efficient_vlm import sharding
 from efficient_vlm.cli import aot_tables
 from efficient_vlm.cli import main as cli
 from efficient_vlm.cli.audit_aot import make_work
 from efficient_vlm.cli.subject import read_subject
-from efficient_vlm.costs.compiled import chips, compiled, search
+from efficient_vlm.costs.compiled import chips, compiled, programs, search
 from efficient_vlm.errors import UserError
 from efficient_vlm.kernels import aot_gpu
 
@@ -85,6 +86,16 @@ def test_gpus_without_their_compiler(monkeypatch):
     answer = dataclasses.replace(answer_of(True, 1.0), chip=chips.CHIPS["h100"])
     assert answer.estimate == "GPU: compiled for CPUs"
     assert "aot-gpu" in aot_tables.bound("h100:1") and "aot-gpu" not in aot_tables.bound("v5e:2x2")
+
+
+def test_programs_of_a_method_that_counts_tokens_of_all_images():
+    """FastV keeps 163 tokens of 13 tiles, each of which has 64."""
+    subject = subject_of("smolvlm-256m")
+    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    for task in ("prefill", "decode"):
+        work = make_work(subject, {"name": "fastv", "keep": 163}, task, 1)
+        found = [program.name for program in programs.lowered(work, mesh)]
+        assert tuple(found) == programs.PROGRAMS[task]
 
 
 # --- the command ---------------------------------------------------------------------------------

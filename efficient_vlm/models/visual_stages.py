@@ -1,0 +1,209 @@
+"""From pictures to the visual tokens that enter the decoder: encoder, projector, compressor."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from efficient_vlm.compressors import Signals, VisualTokens
+from efficient_vlm.compressors.between import selectors
+from efficient_vlm.compressors.projectors.gather_pool import windows
+from efficient_vlm.compressors.tokens import zero_padding
+from efficient_vlm.errors import UserError
+from efficient_vlm.fields import construct
+from efficient_vlm.models.connector import Connector
+from efficient_vlm.models.image_inputs import gathered, pooled, repeat_rows, resized
+from efficient_vlm.models.inputs import Layout, ModelInputs, Pictures
+from efficient_vlm.models.vlm_fields import VisionLanguageFields
+from efficient_vlm.nn.linear import logical
+from efficient_vlm.nn.patch_positions import patch_mask
+from efficient_vlm.sharding import constrain
+
+
+class VisualStages(VisionLanguageFields):
+    """The stages in front of the decoder of a `vlm.VisionLanguageModel`."""
+
+    def setup_encoder(self) -> None:
+        """Called by `setup` of models with an encoder."""
+        self.vit = self.make_encoder()
+        method = self.make_compressor()
+        if self.vit.class_feature and method.in_encoder:
+            raise UserError(
+                f"compressor.name: {method.label} merges patches inside the encoder, but the "
+                "features of this model include the CLS token (model.encoder.class_feature)",
+                allowed="methods between encoder and decoder, or inside the decoder",
+            )
+        # A method inside the encoder or decoder leaves nothing to do between them.
+        self.reduce = method if method.between else selectors.Identity(None)
+        width = self.language.width * (1 + self.language.deepstack)
+        fields = dict(features=width, dtype=self.dtype)
+        self.connect = construct(Connector, self.connector, "model.connector", **fields)
+        if self.projector is not None:
+            self._check_projector(method)
+            self.project = self.make_projector()
+        if self.padding_embedding:
+            init = logical(nn.initializers.normal(0.02), None, "vision")
+            shape = (2, self.vit.feature_width)
+            self.pad_embedding = self.param("padding_embedding", init, shape)
+
+    @nn.nowrap
+    def _check_projector(self, method: nn.Module) -> None:
+        if method.in_encoder:
+            raise UserError(
+                f"compressor.name: {method.label} merges patches inside the encoder, but this "
+                f"model's projector ({self.projector['name']}) reads blocks of the whole grid",
+                allowed="methods between encoder and decoder, or inside the decoder",
+            )
+
+    def encode(
+        self,
+        pictures: Pictures,
+        *,
+        asked: Mapping[str, str] | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> tuple[VisualTokens, Signals]:
+        """Pictures to tokens (patches, or what the projector makes of them), each on its own.
+
+        Args:
+          pictures: B rows of M; a missing one gives padding tokens.
+          asked: signal -> encoder intermediate, in place of what the compressor asks for.
+          grid: tokens of the resized picture, in place of what the compressor asks for.
+
+        Returns:
+          Tokens with a leading axis B*M (B with a pool index), and the signals that the compressor
+          needs.
+        """
+        _, *source_grid = self.layout(pictures)
+        images = pictures.pixels.reshape(-1, *pictures.pixels.shape[2:])
+        grid = grid or self.reduce.image_grid(tuple(source_grid))
+        patches = tuple(side // self.vit.patch_size for side in images.shape[-3:-1])
+        if grid != tuple(source_grid):
+            patches = self._resized_patches(grid, pictures)
+            images = resized(images, [side * self.vit.patch_size for side in patches])
+        method, stages = self.make_compressor(), ()
+        if method.in_encoder:
+            place = dict(class_token=self.vit.class_token)
+            stages = method.stages(self.vit.layers_run, grid[0] * grid[1], **place)
+        asked = method.intermediates() if asked is None else asked
+        valid = None if pictures.valid is None else pictures.valid.reshape(-1, 2)
+        features, seen = self.vit(
+            images, intermediates=tuple(asked.values()), stages=stages, valid=valid
+        )
+        given = pictures.mask.reshape(-1, 1)
+        if stages:
+            tokens = seen["tokens"]
+            source = jnp.where(given, tokens.source, -1)
+            return zero_padding(tokens.replace(mask=tokens.mask & given, source=source)), Signals()
+        if self.padding_embedding and pictures.padding_share is not None:
+            features = features + self._padding_features(pictures.padding_share)
+        real = jnp.ones(features.shape[:2], bool)
+        if valid is not None:
+            real = patch_mask(patches, valid)
+        signals = {name: seen[value] for name, value in asked.items()}
+        if self.projector is not None:
+            features, real, signals = self._projected(features, real, signals, patches, pictures)
+        if pictures.slot_mask is not None:
+            real = pictures.slot_mask.reshape(real.shape)
+        if pictures.pool_index is None:
+            real &= given
+        tokens = VisualTokens.from_grid(features, grid, tuple(source_grid), real)
+        return tokens, Signals(**signals)
+
+    def _projected(self, features, real, signals, patches, pictures: Pictures):
+        """Features, which of them are real, and signals, of tokens that each read some patches."""
+        index = pictures.pool_index
+        if index is not None:
+            rows = len(pictures.mask)
+            features, real, *values = (
+                x.reshape(rows, -1, *x.shape[2:]) for x in (features, real, *signals.values())
+            )
+            signals = dict(zip(signals, values, strict=True))
+        features = self.project(features, patches, index)
+        if index is None:
+            index = jnp.asarray(windows(patches, self.project.side))[None]
+        real = gathered(real, index).any(axis=2)
+        return features, real, {name: pooled(name, x, index) for name, x in signals.items()}
+
+    def _resized_patches(self, grid: tuple[int, int], pictures: Pictures) -> tuple[int, int]:
+        """Patches of a picture that is made smaller, so that it becomes a `grid` of tokens."""
+        crops = (pictures.pool_index, pictures.slot_mask, pictures.padding_share)
+        no_grid = self.vit.class_feature
+        if no_grid or pictures.valid is not None or any(part is not None for part in crops):
+            raise UserError(
+                "compressor.name: downsample makes images smaller, but tokens of this model read "
+                "patches across crops, or images of several sizes, or are no grid",
+                allowed="pool, which averages tokens; or a smaller picture",
+            )
+        side = 1 if self.projector is None else self.project.side
+        return grid[0] * side, grid[1] * side
+
+    def _padding_features(self, share: jax.Array) -> jax.Array:
+        """[B, M, N] shares of real pixels -> [B*M, N, C], what padding adds to the features."""
+        share = share.reshape(-1, share.shape[-1], 1)
+        none, part = self.pad_embedding.astype(self.dtype)
+        # As released: everything below 1 that is not 0 counts as partly padded, -1 too.
+        zero = jnp.zeros((), self.dtype)
+        return jnp.where(share == 0, none, zero) + jnp.where((share < 1) & (share != 0), part, zero)
+
+    def compress(
+        self,
+        tokens: VisualTokens,
+        signals: Signals,
+        inputs: ModelInputs,
+        layout: Layout,
+        rng: jax.Array | None = None,
+    ) -> VisualTokens:
+        """N tokens of each picture to `budget` tokens, projected to the decoder's width.
+
+        Pictures that several rows of text are about are compressed once, but where the text says
+        which tokens stay, or a draw does.
+
+        Args:
+          tokens: from `encode`, leading axis B*M.
+          signals: from `encode`.
+          inputs: R rows of text, see `ModelInputs`; its pictures are not read.
+          layout: from `layout`.
+          rng: key for random compressors.
+
+        Returns:
+          Tokens [R, M*budget, ...]; the pictures of a row lie below each other in one tall grid.
+        """
+        rows = len(tokens.mask) // layout.images
+        repeats = len(inputs.text) // rows
+        instruction = self.instruction(inputs)
+        each = self.selects_by_text or self.make_compressor().draws
+        if each:
+            tokens, signals = repeat_rows((tokens, signals), layout.images, repeats)
+        else:
+            # No choice depends on it: it only lets parameters be created.
+            instruction = instruction.reshape(rows, -1, instruction.shape[-1])
+        visual = self._reduced(tokens, signals, instruction[:, 0], layout, rng)
+        if not self.selects_by_text:
+            visual = visual.replace(bias=None)
+        return visual if each else repeat_rows(visual, 1, repeats)
+
+    def _reduced(self, tokens, signals, instruction, layout: Layout, rng) -> VisualTokens:
+        images, rows, _ = layout
+        # Nothing else says where rows lie between the encoder and the decoder.
+        tokens = tokens.replace(embed=constrain(tokens.embed, "batch", None, None))
+        if "text" in self.reduce.needs:
+            signals = signals.replace(text=jnp.repeat(instruction, images, axis=0))
+        if self.reduce.projected:
+            tokens = tokens.replace(embed=self.connect(tokens.embed))
+        tokens = self.reduce(tokens, signals, rng=rng)
+        if not self.reduce.projected:
+            tokens = tokens.replace(embed=self.connect(tokens.embed))
+        if self.slot_token is not None:
+            slot = self.language.embed(jnp.asarray(self.slot_token))
+            tokens = tokens.replace(embed=tokens.embed + slot)
+        tokens = tokens.replace(embed=constrain(tokens.embed, "batch", None, None))
+        count = tokens.embed.shape[1]
+        image = jnp.tile(jnp.arange(images), tokens.embed.shape[0] // images)
+        below = jnp.stack([image * rows, jnp.zeros_like(image)], axis=-1)
+        source = jnp.where(tokens.source < 0, -1, tokens.source + (image * count)[:, None])
+        tokens = tokens.replace(
+            position=tokens.position + below[:, None].astype(jnp.float32),
+            source=source,
+        )
+        return jax.tree.map(lambda x: x.reshape(-1, images * x.shape[1], *x.shape[2:]), tokens)

@@ -1,4 +1,4 @@
-"""Answers as text: watched while they grow, and as they are given back."""
+"""Answers as text: watched for stops while they grow, and returned with their tokens."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ __all__ = ["Answer", "TokenLogprob", "Watch", "answers", "texts"]
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprob:
-    """One token of an answer and how likely it was, by the model's own logits: in front of bias,
+    """One token of an answer with its log-probability, by the model's own logits: before bias,
     penalties and temperature.
 
     Attributes:
@@ -35,10 +35,10 @@ class Answer:
     """An answer with its tokens.
 
     Attributes:
-      text: in front of what ended it.
-      tokens: ids without the end token; with a stop string those that complete it as well.
-      finish: "stop" where an end token, a stop token or a stop string came, else "length".
-      logprobs: one for each token, or None if not asked for.
+      text: without what ended it.
+      tokens: ids without the end token; they include those of a stop string.
+      finish: "stop" for an end token, a stop token or a stop string, else "length".
+      logprobs: one per token, or None if not requested.
     """
 
     text: str
@@ -48,13 +48,12 @@ class Answer:
 
 
 class Watch:
-    """Reads the answers of a batch as their tokens come, and says which end with a stop string or
-    a stop token: `on_token` of `generate`.
+    """The `on_token` of `generate` that ends answers at stop strings and stop tokens.
 
     Args:
-      tokenizer: gives their text.
+      tokenizer: of the model.
       options: of each row.
-      stream: called with pieces of the only row's text; they never hold a part of a stop string.
+      stream: called with pieces of the text of the only row, never with part of a stop string.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class Watch:
         self._ends, self._stream = tokenizer.eos_ids, stream
         self._stoppers = [Stopper(o.stop, o.stop_token_ids) for o in options]
         self._decoders = [tokenizer.stream() for _ in options]
-        # What nobody asks for is not decoded, step by step.
+        # Text is decoded step by step only for rows that need it.
         self._reads = [bool(o.stop) or stream is not None for o in options]
         self._ended = np.zeros(len(options), bool)
 
@@ -82,14 +81,14 @@ class Watch:
         return self._ended.copy()
 
     def finish(self, out: Generated) -> Generated:
-        """Shows what was held back, and adds what ended each answer to what `generate` gave."""
+        """The result of `generate` with what ended each answer; streams the rest of the text."""
         for row, stopper in enumerate(self._stoppers):
             if self._reads[row]:
                 self._show(stopper.feed(self._decoders[row].finish()) + stopper.finish())
         stopped = tuple(stopper.found for stopper in self._stoppers)
-        # A stop token is no part of the answer; what completes a stop string is.
-        tokens = np.array([[isinstance(found, int)] for found in stopped])
-        return out.replace(lengths=out.lengths - tokens, stopped=stopped)
+        # A stop token is not a part of the answer; the tokens of a stop string are.
+        stop_tokens = np.array([[isinstance(stop, int)] for stop in stopped])
+        return out.replace(lengths=out.lengths - stop_tokens, stopped=stopped)
 
     def _show(self, text: str) -> None:
         if self._stream is not None and text:
@@ -105,32 +104,32 @@ def _tokens(out: Generated, row: int) -> list[int]:
     return out.tokens[row, 0, : out.lengths[row, 0]].tolist()
 
 
-def _found(out: Generated, row: int) -> str | int | None:
+def _stop(out: Generated, row: int) -> str | int | None:
     return None if out.stopped is None else out.stopped[row]
 
 
 def _text(tokenizer: Tokenizer, out: Generated, row: int) -> str:
-    text, found = tokenizer.decode(_tokens(out, row)), _found(out, row)
-    # The first one: the answer ended where it was complete.
-    return text.partition(found)[0] if isinstance(found, str) else text
+    text, stop = tokenizer.decode(_tokens(out, row)), _stop(out, row)
+    # At its first occurrence: the answer ended when that was complete.
+    return text.partition(stop)[0] if isinstance(stop, str) else text
 
 
 def answers(
     tokenizer: Tokenizer, out: Generated, options: Sequence[SamplingOptions]
 ) -> list[Answer]:
-    """Each row's answer with its tokens, and with as many alternatives as its options ask for."""
-    found = []
+    """The answer of each row, with log-probabilities where its options ask for them."""
+    rows = []
     for row, option in enumerate(options):
         tokens = _tokens(out, row)
-        ended = len(tokens) < out.tokens.shape[-1] or _found(out, row) is not None
+        ended = len(tokens) < out.tokens.shape[-1] or _stop(out, row) is not None
         logprobs = None
         if option.logprobs is not None:
-            own = [part[row, 0] for part in out.logprobs]
-            each = zip(tokens, *own, strict=False)
-            logprobs = tuple(_logprob(tokenizer, option.logprobs, *one) for one in each)
+            # One entry per step, of which the answer has the first ones.
+            steps = zip(tokens, *(part[row, 0] for part in out.logprobs), strict=False)
+            logprobs = tuple(_logprob(tokenizer, option.logprobs, *step) for step in steps)
         text, finish = _text(tokenizer, out, row), "stop" if ended else "length"
-        found.append(Answer(text, tuple(tokens), finish, logprobs))
-    return found
+        rows.append(Answer(text, tuple(tokens), finish, logprobs))
+    return rows
 
 
 def _logprob(tokenizer, count: int, token: int, chosen, ids, values) -> TokenLogprob:

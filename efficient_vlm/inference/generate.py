@@ -146,7 +146,7 @@ class _Answers:
         self.last = self._tokens[:, 0]
 
     def add(self, chosen: Chosen) -> bool:
-        """One token more for each row; whether that was the last."""
+        """Adds one token to each row; returns whether that was the last."""
         if chosen.logprobs is not None:
             self._logprobs.append(jax.tree.map(self._blank, chosen.logprobs))
         self.last = np.where(self._done, self._ends[0], np.asarray(chosen.tokens)).astype(np.int32)
@@ -154,31 +154,31 @@ class _Answers:
         ended = None if self._on_token is None else self._on_token(self.last)
         self._done |= np.isin(self.last, self._ends)
         self._lengths += ~self._done
-        # The token that completes a stop string is one of the answer.
+        # The token that completes a stop string belongs to the answer.
         self._done |= False if ended is None else ended
         self._step += 1
         return self._done.all() or self._step == self._tokens.shape[1]
 
     def _blank(self, x: jax.Array) -> np.ndarray:
-        """Numbers of each row, NaN or -1 for rows that have ended."""
+        """x [R, ...] with NaN or -1 in rows that have ended."""
         x = np.asarray(x)
-        gone = self._done.reshape(-1, *(1,) * (x.ndim - 1))
-        return np.where(gone, np.nan if x.dtype.kind == "f" else -1, x).astype(x.dtype)
+        done = self._done.reshape(-1, *(1,) * (x.ndim - 1))
+        return np.where(done, np.nan if x.dtype.kind == "f" else -1, x).astype(x.dtype)
 
     def generated(self, shape: tuple[int, int], **more: Any) -> Generated:
         """All answers with axes `shape` for the rows; `more` are the other fields."""
         logprobs = None
         if self._logprobs:
-            rest = self._tokens.shape[1] - self._step
-            nothing = jax.tree.map(np.zeros_like, self._logprobs[0])
+            # Steps that were not needed, because all answers had ended.
             self._done[:] = True
-            behind = [jax.tree.map(self._blank, nothing)] * rest
+            blank = jax.tree.map(self._blank, self._logprobs[0])
+            missing = [blank] * (self._tokens.shape[1] - self._step)
 
             def together(*steps: np.ndarray) -> np.ndarray:
                 x = np.stack(steps, axis=1)
                 return x.reshape(*shape, *x.shape[1:])
 
-            logprobs = jax.tree.map(together, *self._logprobs, *behind)
+            logprobs = jax.tree.map(together, *self._logprobs, *missing)
         tokens = self._tokens.reshape(*shape, self._tokens.shape[1])
         return Generated(tokens, lengths=self._lengths.reshape(shape), logprobs=logprobs, **more)
 

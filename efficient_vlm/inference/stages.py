@@ -39,12 +39,12 @@ __all__ = [
 
 @struct.dataclass
 class Draws:
-    """What drawing the next token of each row needs beside logits.
+    """State of drawing the next token of each row.
 
     Attributes:
       sampling: settings of B rows.
-      history: which tokens came before, where a setting asks for it.
-      step: int32 [B], how many tokens each row has drawn.
+      history: earlier tokens of each row; None where no penalty needs them.
+      step: int32 [B], tokens that each row has drawn so far.
     """
 
     sampling: Sampling
@@ -52,20 +52,20 @@ class Draws:
     step: jax.Array
 
     def after(self, tokens: jax.Array) -> "Draws":
-        """Behind one token more of each row, int32 [B]."""
-        before = self.history
-        if before is not None:
-            before = before.add(tokens, jnp.ones(tokens.shape, bool))
-        return self.replace(history=before, step=self.step + 1)
+        """The state after one more token of each row, int32 [B]."""
+        earlier = self.history
+        if earlier is not None:
+            earlier = earlier.add(tokens, jnp.ones(tokens.shape, bool))
+        return self.replace(history=earlier, step=self.step + 1)
 
 
 class TokenLogprobs(NamedTuple):
-    """Log-probabilities by the raw logits, of tokens and of k alternatives to each.
+    """Log-probabilities by the raw logits, of the chosen tokens and of k alternatives.
 
     Attributes:
-      chosen: float32 [...], of the tokens themselves.
-      ids: int32 [..., k], the likeliest tokens there, the likeliest first.
-      values: float32 [..., k], theirs.
+      chosen: float32 [...], of the chosen tokens.
+      ids: int32 [..., k], the most likely tokens, the likeliest first.
+      values: float32 [..., k], of these.
     """
 
     chosen: Any
@@ -74,8 +74,13 @@ class TokenLogprobs(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """What a stage has chosen: tokens int32 [B], their log-probabilities or None, and what the next
-    choice needs, or None where the likeliest token is taken."""
+    """The choice of a stage.
+
+    Attributes:
+      tokens: int32 [B].
+      logprobs: of the tokens, or None if not requested.
+      draws: state for the next choice; None for greedy rows.
+    """
 
     tokens: jax.Array
     logprobs: TokenLogprobs | None
@@ -151,8 +156,8 @@ def prefill_stage(
     )
     draws = None
     if sampling is not None:
-        before = history(seen, logits.shape[-1]) if sampling.needs_history else None
-        draws = Draws(sampling, before, jnp.zeros(len(logits), jnp.int32))
+        earlier = history(seen, logits.shape[-1]) if sampling.needs_history else None
+        draws = Draws(sampling, earlier, jnp.zeros(len(logits), jnp.int32))
     return _choose(logits, draws, logprobs), constrained(cache), sources
 
 
@@ -166,20 +171,20 @@ def decode_stage(
     *,
     logprobs: int | None = None,
 ) -> tuple[Chosen, KVCache]:
-    """The token behind `tokens` int32 [B] in each row."""
+    """The token after `tokens`, int32 [B], in each row."""
     logits, cache = model.apply({"params": params}, tokens, cache, method="decode")
     draws = None if draws is None else draws.after(tokens)
     return _choose(logits, draws, logprobs), constrained(cache)
 
 
 def _choose(logits: jax.Array, draws: Draws | None, logprobs: int | None) -> Chosen:
-    """A token of each row of logits [B, vocab]: drawn, or the most likely one."""
+    """A token for each row of logits [B, vocab]: drawn, or the most likely one."""
     if draws is None:
         tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     else:
         tokens = draw(logits, draws.sampling, draws.history, draws.step)
-    found = None
+    listed = None
     if logprobs is not None:
-        found = TokenLogprobs(*log_probabilities(logits, tokens, logprobs))
-    tokens, found = sharding.replicated((tokens, found))
-    return Chosen(tokens, found, draws)
+        listed = TokenLogprobs(*log_probabilities(logits, tokens, logprobs))
+    tokens, listed = sharding.replicated((tokens, listed))
+    return Chosen(tokens, listed, draws)

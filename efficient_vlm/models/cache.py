@@ -1,7 +1,7 @@
-"""The key-value cache: one stretch of slots a row in each decoder segment, a length for each row.
+"""The key-value cache: slots for each row in each decoder segment, and a length for each row.
 
-What a query sees follows from where its token stands alone: a row that is set back to a shorter
-length has forgotten what came behind it, although its arrays still hold that.
+What a query attends to follows from the place of its token alone. A row that is set back to a
+shorter length therefore ignores later slots, although its arrays still hold them.
 """
 
 import functools
@@ -25,18 +25,19 @@ __all__ = ["KVCache", "SegmentCache", "cache_shardings", "constrained"]
 class SegmentCache:
     """Keys and values of the layers of one segment.
 
-    Slots of a row: [visual tokens of this segment | prompt | generated]; the text of each row lies
-    directly behind its prompt, whatever padding the prompt had.
+    Slots of a row: [visual tokens of this segment | prompt | further text]. Further text follows
+    the prompt of its row directly and overwrites its padding.
 
     Attributes:
-      parts: see `kv_cache.LayerCache`, each part with a leading axis over the layers; a tuple over
-        them where parameters are split (`nn.stack.unstack`): no step then copies all of them. Keys
-        are already rotated.
+      parts: the arrays of `kv_cache.LayerCache`, each with a leading axis over the layers, or a
+        tuple over them where parameters are split (`nn.stack.unstack`), so that no step copies them
+        all. Keys are already rotated.
       bias: float32 [B, M], added to the attention logits of each key.
-      index: float32 [B, M], place in the prompt of the token of each slot, for masks; +inf for a
-        visual slot that holds none.
-      offset: int32 [B], rotary position of the first generated token less the prompt's length.
-      pages: int32 [B, T], which pages of a pool are those of each row; None for a contiguous cache.
+      index: float32 [B, M], place in the prompt of each slot's token, for masks; +inf for empty
+        visual slots.
+      offset: int32 [B], the rotary position of the first generated token minus the length of the
+        prompt.
+      pages: int32 [B, T], the pages of each row in order; None for a contiguous cache.
       start: slot of the first text token (static).
     """
 
@@ -49,50 +50,51 @@ class SegmentCache:
 
     @property
     def num_layers(self) -> int:
-        """Of this segment."""
+        """Layers of this segment."""
         return len(self.parts[0])
 
     @property
     def num_slots(self) -> int:
-        """Of a row."""
+        """Slots per row."""
         return self.index.shape[1]
 
     def inputs(
         self, lengths: jax.Array, counts: jax.Array, new: int, window: int | None = None
     ) -> LayerInputs:
-        """What the layers get for `new` tokens a row.
+        """Inputs of the layers for `new` tokens per row.
 
         Args:
-          lengths: int32 [B], text tokens of each row before them.
-          counts: int32 [B], how many of the new ones are there.
+          lengths: int32 [B], text tokens of each row before the new ones.
+          counts: int32 [B], how many of the new tokens each row has, the first ones.
           new: static.
-          window: of local layers, None if there are none; see `kernels.attention.make_mask`.
+          window: of local layers, see `kernels.attention.make_mask`; None without them.
         """
         step = jnp.arange(new)
-        there = step < counts[:, None]
-        # Absent tokens stand where the last one does: dynamic RoPE looks at the largest position.
-        place = lengths[:, None] + jnp.minimum(step, jnp.maximum(counts - 1, 0)[:, None])
-        slot = self.start + place
-        own = jnp.take_along_axis(self.index, jnp.minimum(slot, self.num_slots - 1), axis=1)
-        options = dict(q_positions=own, kv_positions=self.index, q_lengths=counts)
+        live = step < counts[:, None]
+        # Absent tokens share the last position: dynamic RoPE reads the largest one.
+        text = lengths[:, None] + jnp.minimum(step, jnp.maximum(counts - 1, 0)[:, None])
+        slots = self.start + text
+        index = jnp.take_along_axis(self.index, jnp.minimum(slots, self.num_slots - 1), axis=1)
+        options = dict(q_positions=index, kv_positions=self.index, q_lengths=counts)
         mask = functools.partial(make_mask, new, self.num_slots, causal=True, **options)
         return LayerInputs(
-            positions=self.offset[:, None] + place,
+            positions=self.offset[:, None] + text,
             mask=mask(),
             key_bias=self.bias,
-            live=there,
-            slots=Slots(jnp.where(there, slot, self.num_slots + step), self.pages),
+            live=live,
+            # Slots of absent tokens are past the end, where nothing is written.
+            slots=Slots(jnp.where(live, slots, self.num_slots + step), self.pages),
             local_mask=None if window is None else mask(window=window),
         )
 
 
 @struct.dataclass
 class KVCache:
-    """All segments, and how long each row is.
+    """The caches of all segments, and the length of each row.
 
     Attributes:
       segments: one cache per decoder segment.
-      lengths: int32 [B], text tokens of each row, those of its prompt and those behind it.
+      lengths: int32 [B], text tokens of each row, prompt included.
     """
 
     segments: tuple[SegmentCache, ...]
@@ -100,20 +102,20 @@ class KVCache:
 
     @property
     def room(self) -> int:
-        """Text tokens that a row can have."""
+        """The most text tokens of a row."""
         return min(part.num_slots - part.start for part in self.segments)
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values."""
-        kept = [part.parts for part in self.segments]
-        return sum(part.nbytes for part in jax.tree.leaves(kept))
+        parts = jax.tree.leaves([segment.parts for segment in self.segments])
+        return sum(part.nbytes for part in parts)
 
     def rolled_back(self, lengths: jax.Array) -> "KVCache":
-        """The rows with their first `lengths` (int32 [B]) text tokens, or all where that is less.
+        """Rows cut to their first `lengths` text tokens, int32 [B]; longer lengths change nothing.
 
-        For tokens that were only tried (speculative decoding); no array is touched. What methods
-        inside the decoder chose for the prompt stays: to forget a part of that is to ask anew.
+        For tokens that were only tried (speculative decoding). No array of keys and values is
+        touched, and the choices that methods inside the decoder made for the prompt stay.
         """
         return self.replace(lengths=jnp.minimum(lengths, self.lengths).astype(jnp.int32))
 
@@ -126,15 +128,15 @@ def make_segment(
     lengths: jax.Array,
     paged: bool,
 ) -> SegmentCache:
-    """The cache of a segment that has read prompts.
+    """The cache of a segment after the prompts.
 
     Args:
-      parts: see `SegmentCache`; its first slots are filled.
-      inputs: that the layers had.
-      place: of all tokens that they read.
-      visual: bool [B, N], the visual slots that hold a token.
+      parts: see `SegmentCache`, filled by the layers.
+      inputs: those of the layers.
+      place: of all tokens that the layers read.
+      visual: bool [B, N], visual slots that hold a token.
       lengths: int32 [B], text tokens of each prompt.
-      paged: whether `parts` are pools of pages, which then lie in the order of the rows.
+      paged: whether `parts` are pools of pages, in the order of the rows.
     """
     (rows, start), keys = visual.shape, jax.tree.leaves(parts)[0]
     pages = keys.shape[-4] // rows

@@ -326,16 +326,16 @@ class Decoder(DecoderFields):
     def extend(
         self, tokens: jax.Array, cache: KVCache, counts: jax.Array | None = None
     ) -> tuple[jax.Array, KVCache]:
-        """Tokens behind what the rows of a cache hold, each row at its own place.
+        """Further tokens after those in a cache, each row at its own length.
 
         Args:
           tokens: int32 [B, S].
-          cache: with room for them: what reaches over the end of a row is not kept.
-          counts: int32 [B], how many of the S tokens each row gets, the first ones; None for all.
+          cache: with room for them: tokens past the last slot of a row are not stored.
+          counts: int32 [B], how many of the S tokens each row has, the first ones; None for all.
 
         Returns:
-          float32 logits [B, S, vocab] behind each token, of which those beyond `counts` mean
-          nothing; and the longer cache.
+          float32 logits [B, S, vocab] after each token, without meaning past `counts`, and the
+          longer cache.
         """
         rows, new = tokens.shape
         counts = jnp.full(rows, new, jnp.int32) if counts is None else counts

@@ -267,7 +267,7 @@ def test_bytes_of_keys_and_values(make_model, init, batch):
     model = make_model(dtype="bfloat16", decoder=dict(segments=[dict(layers=2)]))
     params, vectors = unstack(init(model)), 2 * 2 * 3 * 2  # K and V, layers, rows, heads.
     found = {
-        kept: jax.eval_shape(lambda p, b, k=kept: prefilled(model, p, b, k)[1], params, batch)
+        kept: jax.eval_shape(lambda p, k=kept: prefilled(model, p, batch, k)[1], params)
         for kept in (CONTIGUOUS, PAGED, INT8, BOTH)
     }
     sizes = {kept: sum(x.size * x.dtype.itemsize for x in leaves(c)) for kept, c in found.items()}

@@ -24,7 +24,10 @@ __all__ = ["__version__", *sorted(_WHERE)]
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = importlib.import_module(_WHERE[name])
+    from efficient_vlm.runtime import paused_collection
+
+    with paused_collection():
+        found = importlib.import_module(_WHERE[name])
     return getattr(found, "load" if name == "load_config" else name)
 
 

@@ -1,6 +1,9 @@
 """What surrounds a process: versions and device, and where compiled programs are kept."""
 
+import contextlib
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from efficient_vlm import __version__
@@ -57,3 +60,19 @@ def _machine() -> str:
     except (OSError, StopIteration):
         flags = platform.processor()
     return f"{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
+
+
+@contextlib.contextmanager
+def paused_collection() -> Iterator[None]:
+    """Pauses the search for cyclic garbage.
+
+    Imports and tracing create many objects and next to no cycles: it would take a tenth of their
+    time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

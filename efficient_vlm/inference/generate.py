@@ -22,11 +22,12 @@ from efficient_vlm.inference.stages import (
     prefill_stage,
     programs_of,
 )
+from efficient_vlm.models.cache import KVCache
 from efficient_vlm.models.inputs import ModelInputs
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.nn.kv_cache import CacheOptions
 
-__all__ = ["Generated", "generate"]
+__all__ = ["Generated", "generate", "until_first_token"]
 
 
 @struct.dataclass
@@ -96,38 +97,61 @@ def generate(
         frequencies or a table of positions ends, or an unknown kind of cache.
     """
     cache_options = CacheOptions.of(cache)
+    seconds: dict[str, Any] = {"encode": 0.0, "compress": 0.0, "decode": []}
+    options = dict(logprobs=logprobs, cache_options=cache_options)
+    visual, (chosen, cache, sources), decoder = until_first_token(
+        functools.partial(_timed, seconds),
+        *(model, params, inputs, new_tokens, rng, sampling, seen),
+        **options,
+    )
+    kv_bytes = cache.nbytes
+    answers = _Answers(np.atleast_1d(np.asarray(eos_id)), inputs.lengths, new_tokens, on_token)
+    while not answers.add(chosen):
+        given = (decoder, params, answers.last, cache, chosen.draws)
+        chosen, cache = _timed(seconds, "decode", decode_stage, *given, logprobs=logprobs)
+    rest = dict(visual=visual, sources=sources, kv_bytes=kv_bytes, seconds=seconds)
+    rows = inputs.picture_rows
+    return answers.generated((rows, len(inputs.text) // rows), **rest)
+
+
+def until_first_token(
+    call: Callable[..., Any],
+    model: VisionLanguageModel,
+    params: Any,
+    inputs: ModelInputs,
+    new_tokens: int,
+    rng: jax.Array | None,
+    sampling: Sampling | None,
+    seen: Any,
+    **options: Any,
+) -> tuple[VisualTokens, tuple[Chosen, KVCache, tuple[jax.Array, ...]], VisionLanguageModel]:
+    """The programs up to the first token, in order; arguments as in `generate`.
+
+    Args:
+      call: (stage, program, *arguments, **options) -> its results: runs a program, or only prepares
+        it (`prepare.prepare`).
+      **options: of `prefill_stage`.
+
+    Returns:
+      What enters the decoder, the results of prefill, and the model of `decode_stage`.
+    """
     _check_prompts(model, inputs, new_tokens)
-    seconds: dict[str, Any] = {"decode": []}
     pictures, layout = inputs.pictures, model.layout(inputs.pictures)
     text = inputs.replace(pictures=None, labels=None)
     if pictures is None:
         static = Programs((model, None, None), model, model, model)
         visual = model.no_pictures(len(text.text))
-        seconds["encode"] = seconds["compress"] = 0.0
     else:
         static = programs_of(model, layout)
-        visual, signals = _timed(seconds, "encode", encode_stage, *static.encode, params, pictures)
+        visual, signals = call("encode", encode_stage, *static.encode, params, pictures)
         given = (visual, signals, text.replace(placement=None), rng)
-        visual = _timed(seconds, "compress", compress_stage, model, layout, params, *given)
+        visual = call("compress", compress_stage, model, layout, params, *given)
     if sampling is None or not sampling.needs_history:
         seen = None
     elif seen is None:
         seen = np.where(text.live, text.text, -1)
-    chosen, cache, sources = _timed(
-        seconds,
-        "prefill",
-        functools.partial(prefill_stage, logprobs=logprobs, cache_options=cache_options),
-        *(static.prefill, layout, new_tokens, params, visual, text, rng, sampling, seen),
-    )
-    kv_bytes = cache.nbytes
-    answers = _Answers(np.atleast_1d(np.asarray(eos_id)), text.lengths, new_tokens, on_token)
-    decode = functools.partial(decode_stage, logprobs=logprobs)
-    while not answers.add(chosen):
-        given = (static.decode, params, answers.last, cache, chosen.draws)
-        chosen, cache = _timed(seconds, "decode", decode, *given)
-    rest = dict(visual=visual, sources=sources, kv_bytes=kv_bytes, seconds=seconds)
-    rows = inputs.picture_rows
-    return answers.generated((rows, len(text.text) // rows), **rest)
+    given = (layout, new_tokens, params, visual, text, rng, sampling, seen)
+    return visual, call("prefill", prefill_stage, static.prefill, *given, **options), static.decode
 
 
 class _Answers:
@@ -223,9 +247,11 @@ def _check_room(room: int, new_tokens: int, what: str, more: str = "") -> None:
         )
 
 
-def _timed(seconds: dict[str, Any], stage: str, function: Callable, *args: Any) -> Any:
+def _timed(
+    seconds: dict[str, Any], stage: str, function: Callable, *args: Any, **options: Any
+) -> Any:
     start = time.perf_counter()
-    result = jax.block_until_ready(function(*args))
+    result = jax.block_until_ready(function(*args, **options))
     elapsed = time.perf_counter() - start
     if isinstance(seconds.get(stage), list):
         seconds[stage].append(elapsed)

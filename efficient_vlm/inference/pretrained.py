@@ -24,6 +24,7 @@ from efficient_vlm.families.weights import Weights
 from efficient_vlm.inference import answers
 from efficient_vlm.inference.generate import Generated, generate
 from efficient_vlm.inference.options import SamplingOptions, one_each
+from efficient_vlm.inference.prepare import prepare
 from efficient_vlm.inference.sampling import Sampling
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.nn.kv_cache import CacheOptions
@@ -32,6 +33,7 @@ from efficient_vlm.processing.conversation import Conversation, is_one, prompt_i
 from efficient_vlm.processing.hub_tokenizer import HubTokenizer, read_json
 from efficient_vlm.processing.pictures.base import Pictured
 from efficient_vlm.processing.request import Example, Request, make_request
+from efficient_vlm.runtime import paused_collection
 
 # Text is padded to a multiple of this: prompts of about one length share a program.
 BUCKET = 32
@@ -231,19 +233,20 @@ class Pretrained:
         vocabulary = self.model.decoder.get("head_size") or self.model.vocab_size
         sampling = Sampling.of(options, vocabulary)
         watch = answers.Watch(self.tokenizer, options, stream)
-        out = generate(
-            request.model,
-            self.fused,
-            request.inputs,
+        given = dict(
             new_tokens=int(max_new_tokens),
-            eos_id=self.tokenizer.eos_ids or (-1,),
             rng=rng,
-            on_token=watch,
             # Where nothing changes the likeliest token, nothing of it is in the program.
             sampling=sampling if jax.tree.leaves(sampling) else None,
             seen=self._seen(request),
             logprobs=max((o.logprobs for o in options if o.logprobs is not None), default=None),
             cache=cache,
+        )
+        if self.weights.reader is not None:
+            prepare(request.model, self.weights.reader.abstract, request.inputs, **given)
+        ends = self.tokenizer.eos_ids or (-1,)
+        out = generate(
+            request.model, self.fused, request.inputs, eos_id=ends, on_token=watch, **given
         )
         return watch.finish(out)
 
@@ -333,6 +336,7 @@ def _logits(model, params, inputs, rng):
     return model.apply({"params": params}, inputs, rng=rng).logits
 
 
+@paused_collection()
 def from_pretrained(
     path: str | os.PathLike,
     *,
@@ -354,7 +358,8 @@ def from_pretrained(
       dtype: of activations, "float32" or "bfloat16".
       param_dtype: of parameters; None for that of activations, "stored" for those of the files.
       sharding: see `load.load_parameters`.
-      check: read all values once, and refuse NaN and infinity.
+      check: refuse NaN and infinity. Without it, on a CPU, threads read the weights while the
+        programs of the first request are prepared.
       sha256: file name -> digest of every safetensors file; they are read and compared first.
       **picture_options: of the family's picture processor: min_pixels and max_pixels (Qwen-VL),
         split (SmolVLM), max_tiles (InternVL), max_crops (Molmo).

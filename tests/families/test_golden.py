@@ -5,15 +5,20 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from encoders import check_encoder
+from flax.traverse_util import flatten_dict
 
 from efficient_vlm.checkpoints.safetensors_read import Checkpoint
 from efficient_vlm.cli import verify
 from efficient_vlm.families import architecture, load
 from efficient_vlm.families import save as export
 from efficient_vlm.families.table import family_of
+from efficient_vlm.families.weights import FusedReader
+from efficient_vlm.nn.fuse import fuse, unfuse
+from efficient_vlm.nn.linear import Joined
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ENCODERS = ("clip_vision", "siglip_vision")
@@ -50,6 +55,22 @@ def test_import_and_export_are_bitwise(name, tmp_path):
     for each in before.names:
         assert before.dtype(each) == after.dtype(each)
         np.testing.assert_array_equal(before.read(each), after.read(each), each)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_joined_as_read_or_afterwards(name):
+    """Threads that read into joined weights, against `fuse` of what is read one by one."""
+    *_, source = opened(name)
+    plain = load.load_parameters(source, dtype=None)
+    reader = FusedReader(source, check=True)
+    shapes, params = reader.abstract, reader.result()
+    assert any(isinstance(leaf, Joined) for leaf in flatten_dict(params).values())
+    joined = fuse(plain)
+    assert jax.tree.structure(params) == jax.tree.structure(joined) == jax.tree.structure(shapes)
+    jax.tree.map(np.testing.assert_array_equal, params, joined)
+    jax.tree.map(np.testing.assert_array_equal, unfuse(params), plain)
+    for leaf, shape in zip(jax.tree.leaves(params), jax.tree.leaves(shapes), strict=True):
+        assert (leaf.shape, leaf.dtype) == (shape.shape, shape.dtype)
 
 
 @pytest.mark.parametrize("name", CASES)

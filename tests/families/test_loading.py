@@ -7,17 +7,22 @@ import sys
 import textwrap
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
 import efficient_vlm as evlm
 from efficient_vlm.checkpoints import safetensors_write
+from efficient_vlm.checkpoints.names import Leaf, Piece
 from efficient_vlm.checkpoints.safetensors_read import Checkpoint
 from efficient_vlm.cli import main as cli
 from efficient_vlm.errors import UserError
 from efficient_vlm.families import architecture, load
 from efficient_vlm.families.table import family_of
+from efficient_vlm.families.weights import FusedReader, Weights
+from efficient_vlm.nn.fuse import unfuse
+from efficient_vlm.nn.linear import Joined
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CONFIG = dict(
@@ -144,7 +149,7 @@ def changed(tmp_path, change):
     return tmp_path / "changed"
 
 
-NORM = "model.norm.weight"
+NORM, QUERY = "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"
 
 
 @pytest.mark.parametrize(
@@ -152,6 +157,9 @@ NORM = "model.norm.weight"
     [
         (lambda a: {n: v.astype(np.int8) for n, v in a.items()}, {}, "int8, a quantised model"),
         (lambda a: a | {NORM: a[NORM] * 1e6}, dict(dtype="float16"), "beyond the range of float16"),
+        (lambda a: a | {NORM: a[NORM] * 1e6}, dict(dtype="float16", check=False), "beyond .*16"),
+        (lambda a: a | {NORM: a[NORM] * np.nan}, {}, "24 of 24 values are NaN or Inf"),
+        (lambda a: a | {QUERY: a[QUERY] * np.inf}, {}, "values are NaN or Inf"),
         (lambda a: a | {"x\x1b[31m" + "y" * 3000: a[NORM]}, {}, "1 are unknown"),
     ],
 )
@@ -162,6 +170,55 @@ def test_tensors_that_cannot_be_taken(change, options, message, tmp_path):
     assert len(str(caught.value).splitlines()) <= 3
     assert len(str(caught.value)) < 600
     assert "\x1b" not in str(caught.value)
+
+
+def test_an_error_is_raised_again(tmp_path):
+    """Whoever keeps the weights of a damaged file gets them neither at first nor later."""
+    folder = changed(tmp_path, lambda a: a | {NORM: a[NORM] * np.nan})
+    config = architecture.read_config(folder)
+    checkpoint, model = Checkpoint.open(folder), architecture.build_model(config)
+    source = load.FamilyCheckpoint(checkpoint, family_of(config), config, model)
+    weights = Weights(reader=FusedReader(source, check=True))
+    for form in ("fused", "split", "fused"):
+        with pytest.raises(UserError, match="NaN or Inf"):
+            getattr(weights, form)
+
+
+def test_parts_of_several_dtypes_keep_them(tmp_path):
+    """They are not joined, and are stored again as they were."""
+    folder = changed(tmp_path, lambda a: a | {QUERY: a[QUERY].astype(np.float16)})
+    vlm = evlm.from_pretrained(folder, param_dtype="stored")
+    layers = vlm.fused["language"]["segment_0"]
+    assert isinstance(layers["0"]["attention"]["query"]["kernel"], Joined)
+    assert layers["1"]["attention"]["query"]["kernel"].dtype == np.float16
+    vlm.save(tmp_path / "out")
+    before, after = Checkpoint.open(folder), Checkpoint.open(tmp_path / "out")
+    for name in before.names:
+        assert before.dtype(name) == after.dtype(name)
+        np.testing.assert_array_equal(before.read(name), after.read(name))
+
+
+def test_either_form_of_weights_first():
+    """Split and joined are the same values, whichever is asked for first."""
+    one, other = (evlm.from_pretrained(GOLDEN / "llava", check=False) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, one.params, unfuse(other.fused))
+    jax.tree.map(np.testing.assert_array_equal, one.fused, other.fused)
+    jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
+
+
+def test_columns_of_a_wider_matrix():
+    """A parameter of one tensor, and one of several, written beside another."""
+    rng = np.random.default_rng(0)
+    tensors = {name: rng.standard_normal((70, 5)).astype(np.float32) for name in "ab"}
+    pieces = [Piece(name, (70, 5), turn=(1, 0)) for name in "ab"]
+    wide = np.zeros((5, 100), np.float32)
+    Leaf((pieces[0],)).read(tensors.get, wide[:, 20:90])
+    expected = np.pad(tensors["a"].T, ((0, 0), (20, 10)))
+    np.testing.assert_array_equal(wide, expected)
+    wide = np.zeros((10, 100), np.float32)
+    Leaf(tuple(pieces)).read(tensors.get, wide[:, 20:90])
+    both = np.concatenate([tensors["a"].T, tensors["b"].T])
+    np.testing.assert_array_equal(wide, np.pad(both, ((0, 0), (20, 10))))
 
 
 def test_one_tensor_in_both_spellings(tmp_path):

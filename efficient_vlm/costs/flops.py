@@ -133,7 +133,7 @@ def model_cost(
       new_tokens: room for generated tokens in the cache.
       images: images of the row.
       image_size: pixels, one side or (height, width); None for the encoder's own.
-      pooled: tokens of the row where each reads patches of any image (`image_inputs.ImageExtras`);
+      pooled: tokens of the row where each reads patches of any image (`inputs.Pictures`);
         a budget in front of the decoder is then of all of them. None: each image has its own.
 
     Raises:

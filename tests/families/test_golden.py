@@ -80,7 +80,7 @@ def test_every_parameter_has_its_tensor(name):
     checkpoint = source.checkpoint
     total = sum(int(np.prod(checkpoint.shape(each))) for each in checkpoint.names)
     ours = sum(int(np.prod(shape)) for shape in source.names.shapes.values())
-    carried = sum(int(np.prod(checkpoint.shape(source.there[each]))) for each in source.carried)
+    carried = sum(int(np.prod(checkpoint.shape(source.stored[each]))) for each in source.carried)
     assert ours + carried == total
 
 

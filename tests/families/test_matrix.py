@@ -76,9 +76,9 @@ def check_reduced(name, method, policies, cached):
     for policy in policies:
         found = reading(name, method, False, policy)
         logits, source = found.whole(FOLLOW)
-        _, tokens, lengths, placement = found.given
-        rows, last = found.rows
-        live = np.arange(tokens.shape[1] + 1) <= lengths[:, None]
+        text, (rows, last) = found.text, found.rows
+        count, lengths, placement = text.text.shape[1], text.lengths, text.placement
+        live = np.arange(count + 1) <= lengths[:, None]
         assert np.isfinite(logits[live]).all()
         if method == "none":
             close(logits[live], full[live], scale, 1e-5)
@@ -91,7 +91,7 @@ def check_reduced(name, method, policies, cached):
             # Text in front of all images sees none of them, whatever is left of them.
             slots = [prompt.slots for prompt in one.inputs(one.model).prompts]
             first = [placement.visual_index[row, at].min() for row, at in enumerate(slots)]
-            above = np.arange(tokens.shape[1]) < lengths[:, None]
+            above = np.arange(count) < lengths[:, None]
             above &= placement.text_index < np.array(first)[:, None]
             above &= placement.text_block == 0  # Molmo2: the tokens around an image see all of it.
             assert above.any()

@@ -158,12 +158,12 @@ def test_small_problems_take_the_whole_map():
         (dict(implementation="cuda"), "reference, tpu, xla"),
         (dict(key_bias=np.zeros((2, 5))), "[2, 27]"),
         (dict(window=-1), "from 1"),
-        (dict(q_segments=np.zeros((2, 21))), "together"),
+        (dict(q_segments=np.zeros((2, 21))), "pass both of them"),
         (dict(kv_positions=np.arange(3)), "[batch, 27]"),
         (dict(importance_weights=np.zeros((2, 27))), "[2, 21]"),
         (dict(importance_weights=np.zeros(2), importance_rows=np.zeros(2, int)), "[2, R]"),
         (dict(softcap=np.inf), "above 0"),
-        (dict(scale="one"), "a number"),
+        (dict(scale="one"), "a Python number"),
     ],
 )
 def test_mistakes_are_named(change, words):

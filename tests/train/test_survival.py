@@ -17,6 +17,7 @@ from efficient_vlm.cli import run as commands
 from efficient_vlm.data import DataConfig, make_train
 from efficient_vlm.data.pipeline import Pipeline
 from efficient_vlm.errors import UserError
+from efficient_vlm.models.inputs import NO_LABEL
 from efficient_vlm.train import loop
 from efficient_vlm.train import step as steps
 from efficient_vlm.train.guards import TrainingDiverged
@@ -110,11 +111,19 @@ def test_writing_that_fails_in_the_background_counts(config, tmp_path, monkeypat
 
 def poison(monkeypatch, kind, records):
     """Makes the loss, or only its gradient, NaN for batches that hold one of some records."""
-    real = steps.loss_fn
+    real, inputs_of = steps.loss_fn, loop.training_inputs
 
-    def loss_fn(model, params, batch, rng, aux):
-        total, metrics = real(model, params, batch, rng, aux)
-        hit = jnp.isin(batch["index"], jnp.asarray(records)).any()
+    def marked(batch):
+        """The inputs of a batch; another number for "no label" says that it holds a record."""
+        inputs = inputs_of(batch)
+        assert inputs.labels[0, 0] == NO_LABEL  # The first token of a prompt predicts none.
+        if np.isin(batch["index"], records).any():
+            inputs.labels[0, 0] = NO_LABEL - 1
+        return inputs
+
+    def loss_fn(model, params, inputs, rng, aux):
+        total, metrics = real(model, params, inputs, rng, aux)
+        hit = (inputs.labels == NO_LABEL - 1).any()
         if kind == "loss":
             bad = jnp.where(hit, jnp.nan, 0.0)
             summed, count = metrics["loss"]
@@ -124,6 +133,7 @@ def poison(monkeypatch, kind, records):
         zero = jax.lax.cond(hit, lambda x: jnp.sqrt(0.0 * x.sum()), lambda x: 0.0, leaf)
         return total + zero, metrics
 
+    monkeypatch.setattr(loop, "training_inputs", marked)
     monkeypatch.setattr(steps, "loss_fn", loss_fn)
 
 

@@ -18,7 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from efficient_vlm import checks
 from efficient_vlm.errors import UserError
+
+
+# Format of checkpoint.json, and what parts of paths had other names in earlier ones.
+FORMAT = 2
+_NAMES_OF_FORMAT_1 = {"segment_0": "layers"}
 
 
 class NonFiniteState(ValueError):
@@ -144,6 +150,22 @@ def sha256_of(leaves: Iterable[Leaf]) -> str:
     return digest.hexdigest()
 
 
+def rows_of(info: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a checkpoint.json with the paths of today; "stored" is the path on disk.
+
+    Raises:
+      UserError: a later version of the package wrote it.
+    """
+    fix = "update efficient_vlm, or start anew with another --workdir"
+    checks.whole("checkpoint.json: format", info["format"], 1, FORMAT, fix=fix)
+    names = _NAMES_OF_FORMAT_1 if info["format"] == 1 else {}
+
+    def today(path: str) -> str:
+        return "/".join(names.get(part, part) for part in path.split("/"))
+
+    return [{**row, "path": today(row["path"]), "stored": row["path"]} for row in info["leaves"]]
+
+
 def check_match(stored: list[dict], wanted: list[dict], step: int, *, subset: bool) -> None:
     """Compares the leaves on disk with the requested leaves.
 
@@ -223,7 +245,7 @@ def save_leaves(folder: Path, leaves: list[Leaf]) -> None:
 
 
 def load_leaves(folder: Path, stored: list[dict], abstract_state: Any) -> Any:
-    """Reads the leaves of `abstract_state` (all of them described in `stored`) from `folder`.
+    """Reads the leaves of `abstract_state` (all of them among `stored`, of `rows_of`) from `folder`.
 
     Returns:
       A tree like `abstract_state`. A leaf with a sharding comes back with that sharding; one
@@ -241,11 +263,11 @@ def load_leaves(folder: Path, stored: list[dict], abstract_state: Any) -> Any:
             continue
         target = wanted.get(path)
         if path not in wanted:
-            request[path] = ...  # Orbax's placeholder: not read
+            request[row["stored"]] = ...  # Orbax's placeholder: not read
         elif row["kind"] == "array" and _sharding(target) is not None:
-            request[path] = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=target.sharding)
+            request[row["stored"]] = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=target.sharding)
         else:
-            request[path] = np.empty(shape, jnp.dtype(dtype))
+            request[row["stored"]] = np.empty(shape, jnp.dtype(dtype))
     loaded = {}
     if request:
         ocp = _orbax()
@@ -256,7 +278,7 @@ def load_leaves(folder: Path, stored: list[dict], abstract_state: Any) -> Any:
     def finish(key_path: Any, target: Any) -> Any:
         path = leaf_path(key_path)
         row = rows[path]
-        value = loaded.get(path)
+        value = loaded.get(row["stored"])
         if value is None:
             value = np.zeros(
                 row.get("data_shape", row["shape"]), jnp.dtype(row.get("data_dtype", row["dtype"]))

@@ -5,7 +5,7 @@ and how. Reading and writing both follow from this map, because every step of it
 reshape, a permutation, a stack) can be undone bit for bit.
 
 Our parameters are named by their path in split form (`nn.stack.unstack`), "/" between:
-"language/segment_0/3/attention/query/kernel".
+"language/layers/3/attention/query/kernel".
 """
 
 import math

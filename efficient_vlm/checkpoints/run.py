@@ -225,7 +225,7 @@ class Checkpoints:
         files = {}
         if self._process == 0:
             info = {
-                "format": 1,
+                "format": leaf_store.FORMAT,
                 "step": step,
                 "leaves": [leaf.spec for leaf in leaves],
                 "metadata": encode_json(metadata),
@@ -339,11 +339,12 @@ class Checkpoints:
             return None
         folder = self.directory / str(step)
         info = json.loads((folder / _INFO).read_bytes())
+        stored = leaf_store.rows_of(info)
         wanted = [
             leaf_store.describe(leaf_store.leaf_path(key), leaf)
             for key, leaf in jax.tree_util.tree_leaves_with_path(abstract_state)
         ]
-        leaf_store.check_match(info["leaves"], wanted, step, subset=subset)
+        leaf_store.check_match(stored, wanted, step, subset=subset)
         if data_iterator is not None:
             # With another number of processes all start from the position of process 0: pipelines
             # count global batches, so the position is the same in every process.
@@ -356,7 +357,7 @@ class Checkpoints:
                 )
             position = decode_json(json.loads(path.read_bytes()))
         try:
-            state = leaf_store.load_leaves(folder / "state", info["leaves"], abstract_state)
+            state = leaf_store.load_leaves(folder / "state", stored, abstract_state)
         except Exception as error:
             # Every byte is as written, so falling back to an older step would hide the cause.
             raise UserError(
@@ -374,7 +375,7 @@ class Checkpoints:
         over processes and fit on no single device.
         """
         folder = self.directory / str(step)
-        rows = json.loads((folder / _INFO).read_bytes())["leaves"]
+        rows = leaf_store.rows_of(json.loads((folder / _INFO).read_bytes()))
         head = f"{part}/" if part else ""
 
         def read(row: dict[str, Any]) -> leaf_store.Leaf:

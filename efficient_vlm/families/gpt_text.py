@@ -87,7 +87,7 @@ def gpt_neo_tensors(m: NameMap, text: Config, prefix: str, head: str, spelling: 
     if f"{PATH}head/kernel" in m:
         m.linear(f"{PATH}head", head)
     for i in range(text["num_layers"]):
-        ours, theirs = f"{PATH}segment_0/{i}/", f"{prefix}h.{i}."
+        ours, theirs = f"{PATH}layers/{i}/", f"{prefix}h.{i}."
         for name in ("query", "key", "value"):
             m.linear(f"{ours}attention/{name}", f"{theirs}attn.attention.{name[0]}_proj")
         m.linear(f"{ours}attention/out", f"{theirs}attn.attention.out_proj", inputs=2)

@@ -72,10 +72,10 @@ def moe_tensors(
 
     def tensors(m: NameMap, text: Config, prefix: str, head: str, spelling: str) -> None:
         embeddings(m, prefix, head)
-        stacks = {"dense_layers": 0, "segment_0": 0}
+        stacks = {"dense_layers": 0, "layers": 0}
         dense = _dense_layers(text)
         for i in range(text["num_hidden_layers"]):
-            stack = "dense_layers" if i in dense else "segment_0"
+            stack = "dense_layers" if i in dense else "layers"
             ours, theirs = f"{PATH}{stack}/{stacks[stack]}/", f"{prefix}layers.{i}."
             stacks[stack] += 1
             attention(m, ours, theirs)

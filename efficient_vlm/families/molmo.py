@@ -176,7 +176,7 @@ def _tensors(m: NameMap, config: Config, spelling: str) -> None:
     m.linear(f"{PATH}head", f"{TRANSFORMER}ff_out")
     norm = "post_norm" if config.get("norm_after") else "norm"
     for i in range(config["n_layers"]):
-        ours, theirs = f"{PATH}segment_0/{i}/", f"{TRANSFORMER}blocks.{i}."
+        ours, theirs = f"{PATH}layers/{i}/", f"{TRANSFORMER}blocks.{i}."
         fused_rows(m, f"{ours}attention/", ("query", "key", "value"), f"{theirs}att_proj")
         m.linear(f"{ours}attention/out", f"{theirs}attn_out", inputs=2)
         if f"{ours}attention/query_norm/scale" in m:

@@ -98,7 +98,7 @@ def _tensors(m: NameMap, config: Config, spelling: str) -> None:
     m.linear(f"{PATH}head", "lm_head")
     norm = "post_norm" if text.get("norm_after") else "norm"
     for i in range(text["num_hidden_layers"]):
-        ours, theirs = f"{PATH}segment_0/{i}/", f"{TRANSFORMER}blocks.{i}."
+        ours, theirs = f"{PATH}layers/{i}/", f"{TRANSFORMER}blocks.{i}."
         m.norm(f"{ours}attention_{norm}", f"{theirs}attn_norm")
         m.norm(f"{ours}mlp_{norm}", f"{theirs}ff_norm")
         if is_memory:

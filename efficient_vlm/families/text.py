@@ -173,7 +173,7 @@ def embeddings(m: NameMap, prefix: str, head: str) -> None:
 
 def layer_paths(index: int, prefix: str) -> tuple[str, str]:
     """Our path and the hub's prefix of a layer."""
-    return f"{PATH}segment_0/{index}/", f"{prefix}layers.{index}."
+    return f"{PATH}layers/{index}/", f"{prefix}layers.{index}."
 
 
 def attention(m: NameMap, ours: str, theirs: str) -> None:

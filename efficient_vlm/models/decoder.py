@@ -14,7 +14,7 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.kernels.attention import make_mask
 from efficient_vlm.models.cache import KVCache, SegmentCache, make_segment
 from efficient_vlm.models.decoder_fields import DecoderFields
-from efficient_vlm.models.decoder_stack import DENSE, MAIN, DecoderStack, joined
+from efficient_vlm.models.decoder_stack import DENSE, LAYERS, DecoderStack, joined
 from efficient_vlm.models.prompt_layout import Placement, held_mean, place_tokens
 from efficient_vlm.nn import kv_cache
 from efficient_vlm.nn.attention import PADDING_SEGMENT, SHARED_SEGMENT
@@ -47,7 +47,7 @@ class Decoder(DecoderFields):
         dense = sum(self.dense_at)
         if dense < self.num_layers:
             count = self.num_layers - dense
-            self.layers = make_layers(DecoderBlock, count, 2, blocks[MAIN], MAIN, self.stacked)
+            self.layers = make_layers(DecoderBlock, count, 2, blocks[LAYERS], LAYERS, self.stacked)
         if dense:
             fields = (dense, 2, blocks[DENSE], DENSE, self.stacked)
             self.more_layers = make_layers(DecoderBlock, *fields)
@@ -61,7 +61,7 @@ class Decoder(DecoderFields):
             self.head = Linear(("embed",), *vocab, dtype=self.dtype, bias=self.head_bias)
 
     def _stack(self, deepstack: jax.Array | None = None) -> DecoderStack:
-        names = ([MAIN] if not all(self.dense_at) else []) + ([DENSE] if any(self.dense_at) else [])
+        names = ([LAYERS] if not all(self.dense_at) else []) + ([DENSE] if any(self.dense_at) else [])
         params, blocks = self.variables["params"], self.blocks()
         return DecoderStack(
             {name: blocks[name] for name in names},

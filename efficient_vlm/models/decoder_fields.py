@@ -10,7 +10,7 @@ from efficient_vlm import checks, compressors
 from efficient_vlm.compressors import POLICIES, Compressor
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.fields import frozen
-from efficient_vlm.models.decoder_stack import DENSE, MAIN
+from efficient_vlm.models.decoder_stack import DENSE, LAYERS
 from efficient_vlm.nn.decoder_block import NORM_LAYOUTS
 from efficient_vlm.nn.linear import Dtype
 from efficient_vlm.nn.moe import check_moe
@@ -273,4 +273,4 @@ class DecoderFields(nn.Module):
             norm_epsilon=self.norm_epsilon,
             norm_layout=self.norm_layout,
         )
-        return {MAIN: {**fields, "moe": self.moe}, DENSE: {**fields, "moe": None}}
+        return {LAYERS: {**fields, "moe": self.moe}, DENSE: {**fields, "moe": None}}

@@ -10,9 +10,8 @@ import numpy as np
 from efficient_vlm.nn.decoder_block import DecoderBlock, LayerInputs
 from efficient_vlm.nn.stack import LayerStack
 
-# The stack of all layers; it has the name that the first segment had when each had a stack, so
-# that older checkpoints stay readable. And that of dense layers among mixtures of experts.
-MAIN, DENSE = "segment_0", "dense_layers"
+# Names of the stack of layers, and of that of dense layers among mixtures of experts.
+LAYERS, DENSE = "layers", "dense_layers"
 
 
 class DecoderStack:
@@ -121,7 +120,7 @@ class DecoderStack:
         """Stack and place in it of a layer."""
         dense = self.dense[index]
         place = sum(d == dense for d in self.dense[:index])
-        return self.stacks[DENSE if dense else MAIN], place
+        return self.stacks[DENSE if dense else LAYERS], place
 
     def _stretches(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Layers that one loop can run: of one stack, with nothing to do between them."""

@@ -16,9 +16,9 @@ from efficient_vlm.errors import unknown
 from efficient_vlm.nn.linear import intercepted
 from efficient_vlm.shapes import Array
 
-# Names of stacks among parameters: the encoder's, the decoder's, and those of its layers that are
-# dense where the others are mixtures of experts.
-STACKS = {"layers", "segment_0", "dense_layers"}
+# Names of stacks among parameters: of encoders and decoders, and of those layers of a decoder that
+# are dense where the others are mixtures of experts.
+STACKS = {"layers", "dense_layers"}
 
 
 def stack_layers(block: type[nn.Module], length: int, inputs: int) -> type[nn.Module]:

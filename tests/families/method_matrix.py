@@ -214,7 +214,7 @@ def deepened(model: VisionLanguageModel, params: Any) -> tuple[VisionLanguageMod
     if decoder.get("layer_types"):
         decoder["layer_types"] = [decoder["layer_types"][i] for i in order]
     language = {
-        name: jax.tree.map(lambda x: x[order], part) if name == "segment_0" else part
+        name: jax.tree.map(lambda x: x[order], part) if name == "layers" else part
         for name, part in params["language"].items()
     }
     return model.clone(decoder=decoder), {**params, "language": language}

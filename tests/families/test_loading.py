@@ -188,7 +188,7 @@ def test_parts_of_several_dtypes_keep_them(tmp_path):
     """They are not joined, and are stored again as they were."""
     folder = changed(tmp_path, lambda a: a | {QUERY: a[QUERY].astype(np.float16)})
     vlm = evlm.from_pretrained(folder, param_dtype="stored")
-    layers = vlm.fused["language"]["segment_0"]
+    layers = vlm.fused["language"]["layers"]
     assert isinstance(layers["0"]["attention"]["query"]["kernel"], Joined)
     assert layers["1"]["attention"]["query"]["kernel"].dtype == np.float16
     vlm.save(tmp_path / "out")

@@ -17,7 +17,7 @@ from efficient_vlm.compressors.tokens import merge, take
 from efficient_vlm.errors import UserError
 from efficient_vlm.inference.generate import generate
 from efficient_vlm.kernels.attention import make_mask
-from efficient_vlm.models.decoder_stack import MAIN
+from efficient_vlm.models.decoder_stack import LAYERS
 from efficient_vlm.models.encoder import ViT
 from efficient_vlm.models.init import abstract_parameters
 from efficient_vlm.nn.decoder_block import DecoderBlock, LayerInputs
@@ -87,7 +87,7 @@ def test_split_layers_give_the_same_answers(plain, name):
     options = {**dict(none=dict(budget=16), tome=dict(budget=6)), **IN_DECODER}[name]
     model = model.with_compressor(name, **options)
     split = unstack(params)
-    assert set(split["language"]["segment_0"]) == {"0", "1", "2", "3"}
+    assert set(split["language"]["layers"]) == {"0", "1", "2", "3"}
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), unstack(split), split))
     stacked, apart = answer(model, params, batch), answer(model, split, batch)
     np.testing.assert_array_equal(stacked.tokens, apart.tokens)
@@ -302,8 +302,8 @@ def test_what_methods_in_the_decoder_see(plain, inputs, monkeypatch, looks):
     model.apply({"params": params}, inputs(batch))  # Not compiled: the state has values.
     state = Watcher.seen[looks]
     decoder = model.make_decoder()
-    block = DecoderBlock(**decoder.blocks()[MAIN])
-    layers = params["language"]["segment_0"]
+    block = DecoderBlock(**decoder.blocks()[LAYERS])
+    layers = params["language"]["layers"]
     count = 16
     x = jnp.concatenate([state.first_visual, state.first_text], axis=1)
     text = state.prompt.shape[1]

@@ -19,7 +19,6 @@ DECODER_PRODUCTS = {"attention/query", "attention/key", "attention/value", "atte
 DECODER_PRODUCTS |= {"mlp/gate", "mlp/up", "mlp/down"}
 ENCODER_PRODUCTS = {"attention/query", "attention/key", "attention/value", "attention/out"}
 ENCODER_PRODUCTS |= {"up", "down"}
-MAIN = "segment_0"
 
 
 def paths_of(run):
@@ -46,7 +45,7 @@ def expected_paths(encoder_layers, decoder_layers):
     """Paths of the products of all layers, of stacked ones without a number."""
     layers = [f"vit/layers{i}/{name}" for i in encoder_layers for name in ENCODER_PRODUCTS]
     return layers + [
-        f"language/{MAIN}{i}/{name}" for i in decoder_layers for name in DECODER_PRODUCTS
+        f"language/layers{i}/{name}" for i in decoder_layers for name in DECODER_PRODUCTS
     ]
 
 
@@ -56,7 +55,7 @@ def dense(make_model):
 
 
 def layers_among(paths):
-    return {path for path in paths if "/layers" in path or f"/{MAIN}" in path}
+    return {path for path in paths if "/layers" in path}
 
 
 def test_products_have_their_paths(dense, make_batch, init, inputs):
@@ -236,7 +235,7 @@ def test_qwix_stores_only_the_products_that_a_rule_names(dense, make_batch, init
     shapes = jax.eval_shape(lambda: quantised.init(jax.random.key(0), batch)["params"])
     stored = qwix.quantize_params(params, nn.unbox(shapes))
     names = ("gate", "up", "down")
-    wanted = {f"language/{MAIN}/{i}/mlp/{name}/kernel" for i in range(3) for name in names}
+    wanted = {f"language/layers/{i}/mlp/{name}/kernel" for i in range(3) for name in names}
     assert changed_paths(params, stored) == wanted
     assert provider.get_unused_rules() == []
     plain = model.apply({"params": params}, batch).logits

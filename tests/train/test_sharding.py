@@ -212,7 +212,7 @@ def test_every_parameter_has_its_place(make_model):
     """Golden places of a mixture of experts with grouped keys."""
     moe = dict(num_experts=4, top_k=2, expert_dim=16, shared_dim=8)
     rows = {row.parameter: row for row in table(make_model(moe=moe), SIZES)}
-    layer = "language/segment_0"
+    layer = "language/layers"
     golden = {
         "language/embedding": (("tensor",), ("fsdp",)),
         f"{layer}/attention/query/kernel": (None, ("fsdp",), ("tensor",), None),

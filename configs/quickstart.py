@@ -61,7 +61,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         ),
     )
     config.train = dict(
-        steps=1_550,
+        steps=2_200,
         seed=0,
         # Smaller budgets join when the full one has learned what to look at.
         elastic=[
@@ -73,9 +73,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         optimizer=dict(
             name="muon",
             learning_rate=1e-2,
-            adam_learning_rate=3e-3,
+            adam_learning_rate=6e-3,
             warmup_steps=100,
-            decay_steps=1_900,
+            decay_steps=2_600,
         ),
         checkpoint_every=250,
     )

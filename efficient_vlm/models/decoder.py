@@ -330,12 +330,12 @@ class Decoder(DecoderFields):
 
         Args:
           tokens: int32 [B, S].
-          cache: with room for them: tokens past the last slot of a row are not stored.
+          cache: with room for them (`KVCache.room`).
           counts: int32 [B], how many of the S tokens each row has, the first ones; None for all.
 
         Returns:
           float32 logits [B, S, vocab] after each token, without meaning past `counts`, and the
-          longer cache.
+          longer cache. Tokens past the room of a row are not stored: their logits are NaN.
         """
         rows, new = tokens.shape
         counts = jnp.full(rows, new, jnp.int32) if counts is None else counts
@@ -351,7 +351,8 @@ class Decoder(DecoderFields):
             segments.append(part.replace(parts=parts))
             start = stop
         longer = cache.replace(segments=tuple(segments), lengths=cache.lengths + counts)
-        return self.logits(x), longer
+        stored = cache.lengths[:, None] + jnp.arange(new) < cache.room
+        return jnp.where(stored[..., None], self.logits(x), jnp.nan), longer
 
     def step(
         self, tokens: jax.Array, cache: KVCache, counts: jax.Array | None = None

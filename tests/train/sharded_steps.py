@@ -16,6 +16,7 @@ from tiny_models import DECODER, ENCODER, MOE, VOCAB
 from efficient_vlm import sharding
 from efficient_vlm.checkpoints.run import Checkpoints
 from efficient_vlm.inference.generate import generate
+from efficient_vlm.inference.sampling import Sampling, SamplingOptions
 from efficient_vlm.kernels.attention import attention, attention_importance, make_mask
 from efficient_vlm.kernels.grouped_matmul import grouped_matmul
 from efficient_vlm.kernels.paged_attention import attention_decode
@@ -115,7 +116,8 @@ def run(kind, job):
 
 
 def answers(kind, mesh):
-    """Tokens of twelve answers and where patches ended, with parameters and devices of a mesh.
+    """Tokens of twelve answers and where patches ended, with parameters and devices of a mesh; then
+    tokens of drawn answers, with keys and values in pages of int8.
 
     Args:
       kind: see `make`.
@@ -134,7 +136,21 @@ def answers(kind, mesh):
     inputs = ModelInputs.of_rows(prompts, rng.integers(0, 7, 12), pictures=pictures)
     with sharding.active(placed):
         found = generate(model, params, inputs, new_tokens=5, eos_id=1)
-    return found.tokens.tolist(), [np.asarray(source).tolist() for source in found.sources]
+        drawn = generate(model, params, inputs, new_tokens=5, eos_id=1, **DRAWN)
+    sources = [np.asarray(source).tolist() for source in found.sources]
+    return found.tokens.tolist(), sources, drawn.tokens.tolist()
+
+
+DRAWN = dict(
+    sampling=Sampling.of(
+        [
+            SamplingOptions(temperature=3.0, top_p=0.9, presence_penalty=0.5, seed=row)
+            for row in range(12)
+        ],
+        VOCAB,
+    ),
+    cache=dict(kind="paged", page=16, dtype="int8"),
+)
 
 
 NAMES = (("batch", "heads", None, None), *(("batch", "kv_heads", None, None),) * 2)

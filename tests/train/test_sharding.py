@@ -90,10 +90,12 @@ def test_meshes_equal_one_device(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["moe", "fastv"])
 def test_answers_on_meshes_equal_those_of_one_device(kind):
-    """Also where the rows, twelve, do not divide over the mesh."""
+    """Also where the rows, twelve, do not divide over the mesh; drawn and from pages, too."""
     meshes = [dict(data=2, fsdp=2, tensor=2), dict(data=1, expert=4, sequence=2), dict(fsdp=8)]
     alone, *sharded = found(start(f"{kind}:answers", [None, *meshes]))
-    assert len({tuple(answer) for (answer,) in alone[0]}) > 3
+    for tokens in (alone[0], alone[2]):
+        assert len({tuple(answer) for (answer,) in tokens}) > 3
+    assert alone[0] != alone[2]
     for one in sharded:
         assert one == alone
 

@@ -9,13 +9,9 @@ One elastic model, trained at 64, 16, 4 and 1 visual tokens, evaluated with ever
 import ml_collections
 
 
-def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """Args: arg: "", or words joined by "," among smoke, dense."""
-    modes = set(arg.split(",")) - {""}
-    if modes - {"smoke", "dense"}:
-        raise ValueError(f"quickstart knows smoke and dense, not {arg!r}")
-    config = ml_collections.ConfigDict()
-    config.data = dict(
+def data() -> dict:
+    """Scenes of handwritten digits, eight questions about each."""
+    return dict(
         source="token_bench",
         tasks=("needle", "count", "point", "global"),
         image_size=64,
@@ -25,7 +21,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         train_images=16_000,
         test_images=1_000,
     )
-    config.model = dict(
+
+
+def model() -> dict:
+    """One encoder layer and two decoder layers of width 64, 317 thousand parameters."""
+    return dict(
         encoder=dict(
             image_size=64,
             patch_size=8,
@@ -60,7 +60,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             scan_unroll=4,
         ),
     )
-    config.train = dict(
+
+
+def train() -> dict:
+    """Four minutes on two cores."""
+    return dict(
         steps=2_200,
         seed=0,
         # Smaller budgets join when the full one has learned what to look at.
@@ -79,7 +83,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         ),
         checkpoint_every=250,
     )
-    config.eval = dict(
+
+
+def evaluation() -> dict:
+    """The selector that was trained, beside baselines that nothing was trained for."""
+    return dict(
         images=256,
         batch_size=32,
         new_tokens=2,
@@ -92,6 +100,15 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             dict(name="downsample", budgets=[16, 4]),
         ],
     )
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """Args: arg: "", or words joined by "," among smoke, dense."""
+    modes = set(arg.split(",")) - {""}
+    if modes - {"smoke", "dense"}:
+        raise ValueError(f"quickstart knows smoke and dense, not {arg!r}")
+    config = ml_collections.ConfigDict()
+    config.data, config.model, config.train, config.eval = data(), model(), train(), evaluation()
     if "dense" in modes:
         config.model.decoder.moe = None
     if "smoke" in modes:

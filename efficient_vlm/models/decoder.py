@@ -61,8 +61,8 @@ class Decoder(DecoderFields):
             self.head = Linear(("embed",), *vocab, dtype=self.dtype, bias=self.head_bias)
 
     def _stack(self, deepstack: jax.Array | None = None) -> DecoderStack:
-        names = ([LAYERS] if not all(self.dense_at) else []) + ([DENSE] if any(self.dense_at) else [])
         params, blocks = self.variables["params"], self.blocks()
+        names = [name for name in (LAYERS, DENSE) if name in params]
         return DecoderStack(
             {name: blocks[name] for name in names},
             {name: nn.unbox(params[name]) for name in names},

@@ -20,7 +20,7 @@ from typing import Any
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.processing.hub_tokenizer import HubTokenizer, read_json, special_tokens
 
-__all__ = ["FAMILIES", "HubTokenizer", "Template", "expand", "render"]
+__all__ = ["PROMPT_FAMILIES", "HubTokenizer", "Template", "expand", "render"]
 
 MAX_SOURCE = 2**20  # Characters of a template; the longest released ones have some 20,000.
 MAX_OUTPUT = 2**22  # Characters of a prompt, and of any value repeated by a template.
@@ -60,7 +60,7 @@ class Template:
             raise UserError(
                 f"chat template: none in {directory}",
                 allowed="chat_template.jinja, or chat_template in tokenizer_config.json",
-                fix=f"name a family instead: {', '.join(FAMILIES)}",
+                fix=f"name a family instead: {', '.join(PROMPT_FAMILIES)}",
             )
         return found
 
@@ -224,7 +224,7 @@ def molmo(messages: Sequence[Message], bos: str = "<|endoftext|>", style: str = 
     return f"{bos}{'<|image|>' * images} User: {question} Assistant:"
 
 
-FAMILIES = {"llava": llava, "molmo": molmo, "paligemma": paligemma, "plain": plain}
+PROMPT_FAMILIES = {"llava": llava, "molmo": molmo, "paligemma": paligemma, "plain": plain}
 
 
 def render(messages: Sequence[Message], template: Template | str, **options: Any) -> str:
@@ -232,7 +232,7 @@ def render(messages: Sequence[Message], template: Template | str, **options: Any
 
     Args:
       messages: see `Template.render`.
-      template: a `Template`, or a name in `FAMILIES`.
+      template: a `Template`, or a name in `PROMPT_FAMILIES`.
       **options: of `Template.render` or of the family's function.
 
     Raises:
@@ -240,9 +240,9 @@ def render(messages: Sequence[Message], template: Template | str, **options: Any
     """
     if isinstance(template, Template):
         return template.render(messages, **options)
-    if template not in FAMILIES:
-        raise unknown("prompt family", template, FAMILIES)
-    return FAMILIES[template](messages, **options)
+    if template not in PROMPT_FAMILIES:
+        raise unknown("prompt family", template, PROMPT_FAMILIES)
+    return PROMPT_FAMILIES[template](messages, **options)
 
 
 def expand(prompt: str, image_texts: Sequence[str], placeholder: str = "<image>") -> str:

@@ -38,7 +38,7 @@ def compilers(monkeypatch):
             fits = memory.total <= memory.limit
             seconds = {"flops": times.get(name, tokens / 1e4), "hbm": 0.0} if fits else None
             facts = (1.0, 1.0, {}, {}, 0) if fits else (None,) * 5
-            stages.append(compiled.Stage(name, fits, memory, *facts, seconds, 0.1))
+            stages.append(compiled.CompiledStage(name, fits, memory, *facts, seconds, 0.1))
         chip = chips.CHIPS["v5e"]
         return compiled.Answer(topology, dict(sizes), 4, chip, stages)
 

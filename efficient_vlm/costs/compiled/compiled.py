@@ -16,7 +16,7 @@ from efficient_vlm.costs.compiled.programs import PROGRAMS, Program, Work, lower
 from efficient_vlm.errors import UserError, first_line
 from efficient_vlm.kernels import aot
 
-__all__ = ["Answer", "Memory", "Stage", "compile_plan"]
+__all__ = ["Answer", "Memory", "CompiledStage", "compile_plan"]
 
 _REFUSED = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM|Used ([\d.]+)([KMGT]) of")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -46,7 +46,7 @@ class Memory:
 
 
 @dataclasses.dataclass
-class Stage:
+class CompiledStage:
     """One program; of one that does not fit only the memory is known.
 
     Attributes:
@@ -74,13 +74,13 @@ class Stage:
 
 @dataclasses.dataclass
 class Answer:
-    """All programs of a task; see `Stage`."""
+    """All programs of a task; see `CompiledStage`."""
 
     topology: str
     mesh: dict[str, int]
     devices: int
     chip: Chip
-    stages: list[Stage]
+    stages: list[CompiledStage]
 
     @property
     def fits(self) -> bool:
@@ -97,7 +97,7 @@ class Answer:
         return "roofline, not measured" if has_compiler(self.chip) else "GPU: compiled for CPUs"
 
     @property
-    def fullest(self) -> Stage:
+    def fullest(self) -> CompiledStage:
         """The stage that needs the most memory."""
         return max(self.stages, key=lambda stage: stage.hbm_bytes.total)
 
@@ -159,7 +159,7 @@ def compile_plan(
     return Answer(topology, dict(sizes), len(devices), chip, stages)
 
 
-def _compiled(program: Program, chip: Chip, topology: str, options: Any) -> Stage:
+def _compiled(program: Program, chip: Chip, topology: str, options: Any) -> CompiledStage:
     name, arguments, start = program.name, program.argument_bytes, time.monotonic()
     try:
         found = program.lowered.compile(options)
@@ -171,7 +171,7 @@ def _compiled(program: Program, chip: Chip, topology: str, options: Any) -> Stag
             ) from error
         memory = Memory(arguments, max(0, needed - arguments), 0, 0, chip.hbm_limit)
         seconds = time.monotonic() - start
-        return Stage(name, False, memory, *(None,) * 6, compile_seconds=seconds)
+        return CompiledStage(name, False, memory, *(None,) * 6, compile_seconds=seconds)
     seconds = time.monotonic() - start
     stats = found.memory_analysis()
     memory = Memory(
@@ -187,7 +187,7 @@ def _compiled(program: Program, chip: Chip, topology: str, options: Any) -> Stag
         "hbm": costs.hbm_bytes / chip.hbm_bytes_per_second,
         "collectives": sum(costs.collective_bytes.values()) / chip.link_bytes_per_second,
     }
-    return Stage(
+    return CompiledStage(
         name,
         memory.total <= chip.hbm_limit,
         memory,

@@ -197,7 +197,7 @@ def test_refusals_of_the_compiler_are_read():
 def answer_of(fits, seconds):
     memory = compiled.Memory(1, 1, 1, 1, 10)
     times = {"flops": seconds} if fits else None
-    stage = compiled.Stage("train", fits, memory, *(None,) * 5, times, 0.0)
+    stage = compiled.CompiledStage("train", fits, memory, *(None,) * 5, times, 0.0)
     return compiled.Answer("v5e:4x4", {}, 16, chips.CHIPS["v5e"], [stage])
 
 

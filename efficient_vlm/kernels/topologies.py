@@ -35,6 +35,7 @@ _FLAT |= {32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
 _PARTS = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4)}
 _CUBE = 4  # Chips along the edge of the cubes that larger slices are made of.
 
+_SHAPE = re.compile(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){1,2}")
 _TYPE = re.compile(r"((?:v|tpu)\d+[a-z]*|ironwood)-(\d{1,6})")
 
 
@@ -73,11 +74,17 @@ def topology_of(text: str) -> str:
 
 
 def check_size(topology: str) -> None:
-    """Raises UserError for a shape larger than a pod; see `_PODS`."""
+    """Raises UserError for what is no shape, or one larger than a pod; see `_PODS`."""
     generation, _, shape = topology.partition(":")
-    sides = [int(side) for side in shape.split("x") if side.isdecimal()]
+    if not _SHAPE.fullmatch(shape):
+        raise UserError(
+            f"topology: {topology[:60]!r} has no shape",
+            allowed="two or three sides, in chips: v5e:2x4, v5p:4x4x4",
+            fix=f"for example {_example(generation)}",
+        )
+    sides = list(map(int, shape.split("x")))
     chips, longest = _PODS[generation]
-    if math.prod(sides) > chips or max(sides, default=0) > longest:
+    if math.prod(sides) > chips or max(sides) > longest:
         raise UserError(
             f"topology: {topology!r} is larger than a pod",
             allowed=f"{chips} chips of {generation}, no side longer than {longest}",

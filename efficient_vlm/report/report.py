@@ -88,6 +88,10 @@ def header(run: Run) -> str:
         ("training time", page.duration(seconds)),
         ("parameters", page.si(parameters)),
     ]
+    if isinstance(seeds := train.get("seeds"), dict):
+        # Runs with the same seed of the data see the same pictures and questions in one order.
+        shown = (f"{name} {seed}" for name, seed in seeds.items())
+        figures.append(("seeds", ", ".join(shown)))
     images, questions = _evaluated(run)
     if questions:
         figures.append(("test questions", f"{questions:,}"))

@@ -160,7 +160,7 @@ def test_what_the_compiler_refuses_is_said(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "topology", ["v9:2x2", "v5e", "H100", "h100:8", pytest.param("v5e:9x9x9", marks=needs_libtpu)]
+    "topology", ["v9:2x2", "v5e", "H100", "h100:8", "v5e:2x", "v5p:2x2x2x2", "v5e:0x2", "v5e:2x2 "]
 )
 def test_an_unknown_topology(topology):
     with pytest.raises(UserError) as error:

@@ -200,7 +200,8 @@ def test_the_limits_of_templates():
         ("{% for i in range(20) %}{% for j in range(20) %}{% endfor %}{% endfor %}", "steps"),
         ("{% macro f(n) %}{{ f(n - 1) if n else '' }}{% endmacro %}{{ f(200) }}", "steps"),
         (
-            "{% for i in [[[1] * 9] * 9] * 9 recursive %}{{ loop(i) if i is iterable }}{% endfor %}",
+            "{% for i in [[[1] * 9] * 9] * 9 recursive %}{{ loop(i) if i is iterable }}"
+            "{% endfor %}",
             "steps",
         ),
         ("{% for i in range(20) %}{{ 'x' * 100 }}{% endfor %}", "writes more than"),

@@ -187,6 +187,17 @@ def test_an_unknown_verb(command):
     assert len(str(error.value).splitlines()) <= 3
 
 
+def test_without_jax_itself():
+    """The command line, and all that doctor says of packages, stand without it."""
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(['jax', 'flax', 'numpy', 'rich'])\n"
+        "from efficient_vlm.cli import main; sys.exit(main.run(['doctor', 'train']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == ""
+    assert "problem: JAX finds no device: import of jax halted" in done.stdout
+
+
 def test_packages_are_looked_at_without_jax():
     code = (
         "import sys, importlib.metadata as m\n"

@@ -29,7 +29,15 @@ TOPOLOGIES = {
     "v5p-128": "v5p:4x4x4",
     "v5p-512": "v5p:8x8x4",
     "h100-8": "h100:8",
+    "tpu7x-8": "tpu7x:2x2x1",
+    "b200-8": "b200:8",
+    "b300-8": "b300:8",
 }
+TASKS = ("prefill", "decode", "train")
+# Machines of which the page shows one model; the command of a row makes that of any other. Training
+# for a tpu7x takes minutes of its compiler: `--task=train --topology=tpu7x-8 --mesh=fsdp:8`.
+ONE_MODEL = "smolvlm-256m"
+NEWEST = {"tpu7x-8": TASKS[:2], "b200-8": TASKS, "b300-8": TASKS}
 # Devices that share the width of a layer, for training and for inference (of 16 GiB and of more),
 # and pictures in a training batch of each group of them.
 MODELS = {
@@ -40,7 +48,6 @@ MODELS = {
     "molmo-72b": dict(train=8, serve=(16, 8), pictures=1),
 }
 SHARES = (1, 4, 9)
-TASKS = ("prefill", "decode", "train")
 SERVED = 8  # Pictures in an inference batch of each group.
 NEW = 64
 
@@ -49,7 +56,8 @@ def settings():
     """Every plan as (model, machine, task, share), in the order in which they are compiled."""
     for task in TASKS:
         for name, machine, share in itertools.product(MODELS, TOPOLOGIES, SHARES):
-            yield name, machine, task, share
+            if machine not in NEWEST or (name == ONE_MODEL and task in NEWEST[machine]):
+                yield name, machine, task, share
 
 
 def shape(name: str, machine: str, task: str, devices: int) -> tuple[str, int]:
@@ -114,9 +122,13 @@ def render(rows: list[dict]) -> str:
         f"{NEW} tokens of answer. Inference: {SERVED} pictures for each group of devices that "
         "share a model, bfloat16 parameters, the stages as `generate` runs them. Training: the "
         "whole model, float32 parameters and moments of AdamW, bfloat16 products, remat of all. "
-        "v5p-128 and v5p-512 have 64 and 256 chips.",
+        "v5p-128 and v5p-512 have 64 and 256 chips; tpu7x-8 has four, each of which is two "
+        "devices.",
         "",
-        "h100-8 is one host of eight, with our Hopper kernels in encoder and decoder. On a GPU the "
+        "h100-8 is one host of eight, with our Hopper kernels in encoder and decoder; b200-8 and "
+        "b300-8 are as well, with XLA's attention, since Hopper's instructions are not theirs, so "
+        "that an encoder's products are written to memory and read again. Of these two and tpu7x-8 "
+        f"the page has {ONE_MODEL} alone, of tpu7x-8 its inference. On a GPU the "
         "compiler tries out tiles of products, which it cannot do without one; that changes speed, "
         "not what is counted here. Experts count as evenly loaded.",
         "",
@@ -149,8 +161,8 @@ def _gain(row: dict, rows: list[dict]) -> str:
     full = next((r for r in rows if key(r) == (*key(row)[:3], 1)), None)
     if full is None or not all(r.get("fits") for r in (row, full)):
         return ""
-    chips = row["devices"] * row["estimated_seconds"] / full["estimated_seconds"]
-    return f"{chips:.3g}"
+    chips = row["devices"] // chip_of(row["topology"]).devices
+    return f"{chips * row['estimated_seconds'] / full['estimated_seconds']:.3g}"
 
 
 FACTS = ("machine", "mesh", "batch", "tokens", "GiB")
@@ -178,15 +190,23 @@ def _table(title: str, columns: tuple[str, ...], rows: list[tuple[dict, list[str
 
 
 def _inference(rows: list[dict]) -> list[str]:
-    def cells(row):
-        decode = next((r for r in rows if key(r) == (*key(row)[:2], "decode", row["share"])), None)
-        fullest = max((r for r in (row, decode) if r), key=lambda r: r["hbm_bytes"]["total"])
-        stages = {s["name"]: s["estimated_seconds"] for s in row["stages"]}
+    def cells(plans):
+        fullest = max(plans.values(), key=lambda r: r["hbm_bytes"]["total"])
+        prefill, decode = plans.get("prefill"), plans.get("decode")
+        stages = {s["name"]: s["estimated_seconds"] for s in prefill["stages"]} if prefill else {}
         times = [_ms(stages.get(n)) for n in STAGES[:3]]
         times.append(_ms(decode["estimated_seconds"]) if decode else "")
-        return [_memory(fullest), *times, _gain(row, rows)]
+        return [_memory(fullest), *times, _gain(prefill, rows) if prefill else ""]
 
-    mine = [(r, [] if "error" in r else cells(r)) for r in rows if r["task"] == "prefill"]
+    # The two programs of a plan share a line; after `--only` there may be one of them.
+    pairs = {}
+    for row in rows:
+        if row["task"] != "train":
+            pairs.setdefault((row["machine"], row["share"]), {})[row["task"]] = row
+    mine = []
+    for plans in pairs.values():
+        sound = {task: row for task, row in plans.items() if "error" not in row}
+        mine.append((plans.get("prefill") or plans["decode"], cells(sound) if sound else []))
     return _table("Inference; milliseconds at least for each stage:", INFERENCE, mine)
 
 
@@ -209,20 +229,28 @@ def main() -> None:
     parser.add_argument("--only", help="part of model/machine/task/share, such as molmo-7b-d/v5e")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of plans.json and plans.md")
     args = parser.parse_args()
+    labels = {one: "/".join(map(str, one)) for one in settings()}
+    labels = {one: label for one, label in labels.items() if (args.only or "") in label}
+    if not labels:
+        parser.error(f"--only={args.only[:80]}: no such plan; a part of MODEL/MACHINE/TASK/SHARE")
+    args.out.mkdir(parents=True, exist_ok=True)
     stored = args.out / "plans.json"
     rows = json.loads(stored.read_text()) if stored.exists() else []
     known = set(map(key, rows))
-    asked = {one: "/".join(map(str, one)) for one in settings() if one not in known}
-    asked = {one: label for one, label in asked.items() if (args.only or "") in label}
-    if any(machine == "h100-8" for _, machine, *_ in asked):
-        if not has_compiler(chip_of(TOPOLOGIES["h100-8"])):
-            parser.error("h100-8: no compiler; pip install 'efficient_vlm[aot-gpu]', or --only=v")
-        devices_of(TOPOLOGIES["h100-8"])  # Only before JAX asks for any devices.
+    asked = {one: label for one, label in labels.items() if one not in known}
+    gpus = {machine for _, machine, *_ in asked if chip_of(TOPOLOGIES[machine]).gpu}
+    for machine in sorted(gpus):
+        if not has_compiler(chip_of(TOPOLOGIES[machine])):
+            fix = "pip install 'efficient_vlm[aot-gpu]', or --only=/v for TPUs"
+            parser.error(f"{machine}: no compiler; {fix}")
+        devices_of(TOPOLOGIES[machine])  # Only before JAX asks for any devices.
     for one, label in asked.items():
         rows.append(compiled(*one))
         print(label, rows[-1].get("error") or ("fits" if rows[-1]["fits"] else "does not fit"))
         write_atomic(stored, (json.dumps(rows, indent=1) + "\n").encode())
-    write_atomic(args.out / "plans.md", render(rows).encode())
+    page = args.out / "plans.md"
+    write_atomic(page, render(rows).encode())
+    print(f"{len(asked)} compiled, {len(labels) - len(asked)} were there. Written: {page}")
 
 
 if __name__ == "__main__":

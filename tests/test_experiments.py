@@ -188,9 +188,14 @@ def test_a_part_does_not_replace_the_whole(script, results, tmp_path, monkeypatc
         monkeypatch.setattr(script, name, path)
     monkeypatch.setattr(script, "run", lambda *arguments, **options: dict(results))
     assert script.main(["--workdir=x", "--methods=none"]) == 0
-    assert "| `none`" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| `none`" in said and "None" not in said
+    assert said.endswith("s. A part: nothing is written without --out and --table.\n")
     assert not any(path.exists() for path in whole.values())
+    assert script.main(["--workdir=x", "--methods=none", f"--out={tmp_path / 'part.json'}"]) == 0
+    assert capsys.readouterr().out.endswith(f"s. Results: {tmp_path / 'part.json'}\n")
     assert script.main(["--workdir=x"]) == 0
+    assert f"Results: {whole['RESULTS']}  Table: {whole['TABLE']}" in capsys.readouterr().out
     assert json.loads(whole["RESULTS"].read_text())["rows"] == results["rows"]
     assert whole["TABLE"].read_text() == script.table.markdown(results)
 

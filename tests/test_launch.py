@@ -126,7 +126,7 @@ def wait_for(condition, seconds=30):
 
 def test_ssh_ends_while_training_goes_on_and_stop_ends_that(cloud):
     tools, home, _ = cloud
-    training(home, seconds=600)
+    training(home, seconds=60)
     settings = dict(path=tools, ZONE="z")
     words = ("run", "--", "--config=a.py", "--workdir=/mnt/runs/my run")
     assert run("tpu_vm.sh", *words, **settings).returncode == 0
@@ -181,7 +181,7 @@ def watching(cloud):
 def test_preempted_and_started_again(cloud):
     """The run saves and ends with 143, then the TPU is gone; a look that fails ends nothing."""
     _, home, log = cloud
-    training(home, seconds=600)
+    training(home, seconds=60)
     watch = watching(cloud)
     (home / "broken").touch()
     wait_for(lambda: not (home / "broken").exists())
@@ -200,7 +200,7 @@ def test_preempted_and_started_again(cloud):
 def test_a_run_that_is_started_again_ends_the_one_before(cloud):
     """Its code is not taken for that of the new one; `stop` behind the end marks nothing."""
     tools, home, _ = cloud
-    training(home, seconds=600)
+    training(home, seconds=60)
     settings = dict(path=tools, ZONE="z")
     assert run("tpu_vm.sh", "run", **settings).returncode == 0
     wait_for((home / "ready").exists)
@@ -215,7 +215,7 @@ def test_a_run_that_is_started_again_ends_the_one_before(cloud):
 
 def test_watch_ends_when_the_run_is_stopped(cloud):
     tools, home, _ = cloud
-    training(home, seconds=600)
+    training(home, seconds=60)
     watch = watching(cloud)
     assert run("tpu_vm.sh", "stop", path=tools, ZONE="z").returncode == 0
     # Once more: it is stopped all the same, and no preemption.
@@ -230,7 +230,7 @@ def test_watch_ends_when_the_run_is_stopped(cloud):
 @pytest.fixture
 def other():
     """A process that has nothing to do with the scripts."""
-    with subprocess.Popen(["sleep", "600"]) as process:
+    with subprocess.Popen(["sleep", "60"]) as process:
         yield process
         process.kill()
 

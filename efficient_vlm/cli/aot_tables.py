@@ -42,13 +42,13 @@ class Planned:
     def chips(self, none: "Planned") -> float | None:
         """Chips that serve as many requests a second as all devices do without a method."""
         share = self.share(none)
-        return None if share is None else self.answer.devices * share
+        return None if share is None else self.answer.chips * share
 
     def stage_chips(self, none: "Planned") -> dict[str, float] | None:
         """`chips`, divided over the stages by their time."""
         if self.share(none) is None:
             return None
-        per_second = self.answer.devices / none.answer.estimated_seconds
+        per_second = self.answer.chips / none.answer.estimated_seconds
         return {s.name: per_second * s.estimated_seconds for s in self.answer.stages}
 
 
@@ -163,7 +163,7 @@ def show_several(head: Mapping[str, Any], plans: Sequence[Planned]) -> None:
     console.print(table)
     console.print(chips)
     console.print(
-        f"chips: for as many {_OFTEN[task]} a second as {none.answer.devices} give without a "
+        f"chips: for as many {_OFTEN[task]} a second as {none.answer.chips} give without a "
         f"method, in all and of each stage. tokens: visual, that enter the decoder. "
         f"{bound(none.answer.topology)}",
         markup=False,

@@ -15,6 +15,7 @@ PROGRAM = "efficient-vlm"
 # Dotted options, --config.FIELD=VALUE and others: prefix -> its text in the help of a verb.
 DOTTED = {
     "config": "--config.FIELD=VALUE  a field of the config, such as --config.model.dtype=bfloat16\n"
+    "--config.seed=N       train.seed and data.seed: another run on other draws of the data\n"
     "--config.help         list all fields: type, default, meaning",
     "compressor": "--compressor.OPTION=VALUE       an option of all methods that have it\n"
     "--compressor.NAME.OPTION=VALUE  an option of one; `efficient-vlm methods NAME` lists them",

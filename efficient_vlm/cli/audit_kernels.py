@@ -13,6 +13,7 @@ from efficient_vlm.cli.kernel_programs import ALL, Program, Row, programs
 from efficient_vlm.costs.compiled import hlo
 from efficient_vlm.errors import first_line, unknown
 from efficient_vlm.kernels import aot
+from efficient_vlm.kernels.aot_gpu import GPUS
 from efficient_vlm.kernels.topologies import TOPOLOGIES, topology_of
 from efficient_vlm.terminal import Compiling
 
@@ -26,7 +27,7 @@ def audit_kernels(
     """`efficient-vlm audit kernels`: 0 if everything compiled.
 
     Args:
-      topology: "v5e:2x2", "v5p-8", ..., "all" or "h100".
+      topology: "v5e:2x2", "v5p-8", ..., "all", or a GPU of `aot_gpu.GPUS`.
       quick: at one size only.
       quiet: say nothing of what is being compiled.
       as_json: print as JSON.
@@ -34,14 +35,15 @@ def audit_kernels(
     Raises:
       UserError: no such topology.
     """
-    if topology == "h100":
-        say = Compiling(len(list(programs(quick, "gpu"))), quiet=quiet)
-        rows = audit_kernels_gpu.compiled(quick, say)
+    if topology in GPUS:
+        listed = audit_kernels_gpu.programs_of(topology, quick)
+        say = Compiling(len(listed), quiet=quiet)
+        rows = audit_kernels_gpu.compiled(topology, quick, say)
     else:
         topologies = ALL if topology == "all" else (topology_of(topology),)
         for name in topologies:
             if name.partition(":")[0] not in TOPOLOGIES:
-                raise unknown("--topology", name, (*ALL, "all", "h100"))
+                raise unknown("--topology", name, (*ALL, "all", *GPUS))
             aot.tpu_devices(name)  # A mistake is said before anything is compiled.
         listed = [(name, program) for name in topologies for program in programs(quick)]
         say = Compiling(len(listed), quiet=quiet)
@@ -72,7 +74,7 @@ def compiled(program: Program, topology: str) -> Row:
 def _show(rows: list[Row]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    gpu = any(row.registers is not None for row in rows)
+    gpu = any(row.topology in GPUS for row in rows)
     fits = ("registers", "spills") if gpu else ("VMEM",)
     for name in ("topology", "kernel", "shape", "dtype", "direction", "compiled", *fits, "error"):
         table.add_column(name, justify="right" if name in fits else "left")

@@ -27,6 +27,8 @@ from efficient_vlm.sharding import MeshConfig
 from efficient_vlm.train.config import TrainConfig
 from efficient_vlm.train.optimizer import OptimizerConfig
 
+# `--config.seed=N` sets both: with another train.seed alone, a run sees the same data in one order.
+SEED, SEEDS = "seed", ("train.seed", "data.seed")
 # Sections whose fields are those of a class that needs JAX; `data` has a class of its own.
 SECTIONS = (
     "model",
@@ -47,7 +49,8 @@ def load(spec: str, overrides: Iterable[str] = ()) -> ml_collections.ConfigDict:
 
     Args:
       spec: a Python file that defines `get_config()` or `get_config(arg)`, and its argument.
-      overrides: "section.field=value" strings; values are JSON, or plain words.
+      overrides: "section.field=value" strings; values are JSON, or plain words. "seed=7" sets
+        train.seed and data.seed.
 
     Raises:
       UserError: no such file, no such field, or a value of another type.
@@ -88,10 +91,19 @@ def load(spec: str, overrides: Iterable[str] = ()) -> ml_collections.ConfigDict:
     except ValueError as error:
         raise UserError(f"--config={spec}: {error}", fix=f"see the first lines of {path}") from None
     config = ml_collections.ConfigDict(config)
-    for override in overrides:
+    for override in _spread(overrides, config):
         apply_override(config, override)
     _check_types(config)
     return config
+
+
+def _spread(overrides: Iterable[str], config: ml_collections.ConfigDict) -> list[str]:
+    """ "seed=7" as the seeds of a run, in front of whatever sets one of them by itself."""
+    overrides = list(overrides)
+    # A file may have a field of this name for itself.
+    both = [] if SEED in config else [each for each in overrides if each.startswith(f"{SEED}=")]
+    spread = [f"{field}={each.partition('=')[2]}" for each in both for field in SEEDS]
+    return spread + [each for each in overrides if each not in both]
 
 
 def apply_override(config: ml_collections.ConfigDict, override: str) -> None:

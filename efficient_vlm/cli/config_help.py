@@ -41,6 +41,7 @@ def print_fields(
         loaded = ml_collections.ConfigDict({"model": presets.get(preset)["model"]})
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 100
     print("Each is an option, --config.FIELD=VALUE, and a field of the config file.")
+    print(f"--config.{configs.SEED}=N sets {' and '.join(configs.SEEDS)}, unless given themselves.")
     for name in shown:
         cls = configs.class_of(name, loaded) or Compressor
         print(f"\n{name}: fields of {cls.__module__.removeprefix('efficient_vlm.')}.{cls.__name__}")

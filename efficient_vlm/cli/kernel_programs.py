@@ -13,7 +13,7 @@ from efficient_vlm.kernels.attention.tpu.decode import VMEM_BYTES
 from efficient_vlm.kernels.grouped_matmul import grouped_matmul
 from efficient_vlm.kernels.paged_attention import attention_decode
 
-ALL = ("v5e:2x2", "v6e:2x2", "v5p:2x2x1")
+ALL = ("v5e:2x2", "v6e:2x2", "v5p:2x2x1", "tpu7x:2x2x1")
 _TOKENS, _DIMS, _QUICK = (576, 1152, 2880, 8192), (64, 128), ((576, 64),)
 _HEADS = {"": (8, 8), "grouped keys": (8, 2)}
 _PASSES = {
@@ -74,7 +74,12 @@ class Program:
 
 
 def programs(quick: bool = False, implementation: str = "tpu") -> Iterator[Program]:
-    """What is compiled: causal, ragged, with a bias for each key, in bfloat16."""
+    """What is compiled: causal, ragged, with a bias for each key, in bfloat16.
+
+    Args:
+      quick: at one size only.
+      implementation: of attention: "tpu", "gpu" (Hopper), or "xla", which has no kernel of ours.
+    """
     sizes = _QUICK if quick else [(n, d) for n in _TOKENS for d in _DIMS]
     for heads in _HEADS.values():
         for tokens, dim in sizes:
@@ -113,14 +118,14 @@ def _attention(
                 for name in _PASSES[direction]
             )
         yield Program(
-            "attention",
+            "attention (xla)" if implementation == "xla" else "attention",
             f"1 x {heads}/{kv_heads} x {tokens} x {dim}",
             "bfloat16",
             direction,
             function,
             (q, k, k, bias, lengths, *more),
             vmem,
-            calls,
+            0 if implementation == "xla" else calls,
         )
 
 

@@ -24,7 +24,8 @@ class DataConfig:
         llava_json.
       vocab_size: of this BPE.
       dir: folder of generated data; empty: $EFFICIENT_VLM_DATA or ~/.cache/efficient_vlm/data.
-      seed: of the order and of the questions drawn.
+      seed: of the order and of the questions drawn; runs that differ in `train.seed` alone share
+        both. `--config.seed=N` sets both seeds.
       image_size: (height, width) or one number, in pixels, as the model sees it.
       resize: "stretch" or "letterbox".
       batch_size: images per step, over all processes.

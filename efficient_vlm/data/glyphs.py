@@ -1,6 +1,7 @@
-"""The digits and fonts of scenes: handwritten digits of scikit-learn, fonts of matplotlib.
+"""The digits and fonts of scenes: handwritten digits of UCI, fonts of matplotlib.
 
-Both are read from the installed packages without importing them.
+The digits lie beside this file with their licence; the fonts are read from the installed package
+without importing it.
 """
 
 import functools
@@ -15,17 +16,20 @@ from efficient_vlm.errors import UserError
 
 SOURCE_PIXELS = 8
 TRAIN_GLYPHS = 1400  # Source glyphs 0..1399 are for training, the rest for testing.
+DIGITS = Path(__file__).parent / "digits" / "digits.csv.gz"
 FONTS = ("DejaVuSans.ttf", "DejaVuSansMono.ttf", "DejaVuSerif.ttf")
 
 
 @functools.lru_cache(maxsize=8)
 def glyph_table(px: int) -> tuple[np.ndarray, np.ndarray]:
-    """The handwritten digits of scikit-learn (Alpaydin and Kaynak, 1998) at `px` x `px`.
+    """Optical Recognition of Handwritten Digits (Alpaydin and Kaynak, 1998) at `px` x `px`.
+
+    The test set, in the order in which UCI and scikit-learn give it.
 
     Returns:
       float32 [1797, px, px] in 0..1, and their labels, int64 [1797].
     """
-    with gzip.open(glyph_file(), "rt") as file:
+    with gzip.open(DIGITS, "rt") as file:
         table = np.loadtxt(file, delimiter=",", dtype=np.int64)
     labels = table[:, -1]
     pixels = (table[:, :-1].reshape(-1, SOURCE_PIXELS, SOURCE_PIXELS) / 16).astype(np.float32)
@@ -37,11 +41,6 @@ def glyph_table(px: int) -> tuple[np.ndarray, np.ndarray]:
         pixels = np.clip(pixels, 0, 1)
     pixels.setflags(write=False)
     return pixels, labels
-
-
-def glyph_file() -> Path:
-    """The CSV of digits inside the scikit-learn package (which is not imported: that is slow)."""
-    return _package_file("sklearn", "scikit-learn", "datasets/data/digits.csv.gz")
 
 
 def _package_file(module: str, package: str, path: str) -> Path:

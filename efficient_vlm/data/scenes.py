@@ -1,7 +1,7 @@
 """Scenes of real handwritten digits: composition is here, the questions are in `questions.py`.
 
 A scene is a canvas of cells over a tinted, noisy background. Cells hold handwritten digits (the
-8 x 8 glyphs that ship with scikit-learn) in one of eight colours: five colours occur once
+8 x 8 glyphs that ship with this package) in one of eight colours: five colours occur once
 (needles), three occur 0 to `max_count` times, and `clutter` white digits are never asked for.
 Everything is a pure function of (config.seed, split, index).
 """

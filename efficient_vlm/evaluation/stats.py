@@ -4,8 +4,9 @@ Questions about one image succeed and fail together, so the image, not the quest
 of evidence everywhere in this file. NumPy and SciPy only; no JAX.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import collections
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import special
@@ -42,8 +43,23 @@ def _per_cluster(values: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, 
     return np.bincount(index, weights=values), np.bincount(index).astype(np.float64)
 
 
-def _checked(values: Sequence, clusters: Sequence | None, field: str) -> tuple:
-    values = np.asarray(values, np.float64)
+_OUTSIDE, _SCORES = "a score lies outside [0, 1]", "0 (wrong) to 1 (right)"
+
+
+def _checked(
+    values: Sequence, clusters: Sequence | None, field: str, *, draws: bool = False
+) -> tuple:
+    try:
+        values = np.asarray(values, np.float64)
+    except ValueError as error:
+        raise UserError(
+            f"{field}: not as many draws of every question",
+            allowed="[questions] or [questions, draws]",
+        ) from error
+    if draws and values.ndim == 2 and values.shape[1]:
+        if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
+            raise UserError(f"{field}: {_OUTSIDE}", allowed=_SCORES)
+        values = values.mean(axis=1)
     clusters = np.arange(values.size) if clusters is None else np.asarray(clusters)
     if values.ndim != 1 or clusters.shape != values.shape:
         raise UserError(
@@ -53,7 +69,7 @@ def _checked(values: Sequence, clusters: Sequence | None, field: str) -> tuple:
     if values.size == 0:
         raise UserError(f"{field}: no answers to score", fix="evaluate at least one question")
     if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
-        raise UserError(f"{field}: a score lies outside [0, 1]", allowed="0 (wrong) to 1 (right)")
+        raise UserError(f"{field}: {_OUTSIDE}", allowed=_SCORES)
     return values, clusters
 
 
@@ -169,8 +185,9 @@ def paired_difference(
     therefore disagree with the limits when they only just include or exclude zero.
 
     Args:
-      first: [n] scores in [0, 1] of one method.
-      second: [n] scores of the other, question by question.
+      first: [n] scores in [0, 1] of one method; [n, draws] of one that answers every question
+        several times, whose score of a question is the mean of its draws.
+      second: the same of the other, question by question; it may have another number of draws.
       clusters: [n] image ids; None treats questions as independent.
       level: nominal coverage of the limits.
       resamples: bootstrap draws and sign flips.
@@ -182,13 +199,14 @@ def paired_difference(
     Raises:
       UserError: no answers, mismatched shapes, or a score outside [0, 1].
     """
-    first, ids = _checked(first, clusters, "first")
-    second, _ = _checked(second, clusters, "second")
-    if first.shape != second.shape:
+    first, ids = _checked(first, clusters, "first", draws=True)
+    if len(second) != first.size:
         raise UserError(
-            f"second: {second.size} scores paired with {first.size}",
-            allowed="the same questions in the same order",
+            f"second: {len(second)} scores paired with {first.size}",
+            allowed="the same questions in the same order; [questions, draws] of several draws",
+            fix="stats.paired_predictions takes stored predictions as they are",
         )
+    second, _ = _checked(second, clusters, "second", draws=True)
     sums, counts = _per_cluster(first - second, ids)
     mean = sums.sum() / counts.sum()
     alpha = (1 - level) / 2
@@ -197,6 +215,54 @@ def paired_difference(
     floor = 1 - alpha ** (1 / counts.size)
     lo, hi = max(min(lo, mean - floor), -1.0), min(max(hi, mean + floor), 1.0)
     return Difference(float(mean), float(lo), float(hi), _sign_flip_p(sums, resamples, seed))
+
+
+def mean_scores(predictions: Iterable[Mapping[str, Any]]) -> dict[tuple, float]:
+    """One score for each question of stored predictions: the mean of its draws.
+
+    Args:
+      predictions: rows of `predictions/*.jsonl` of one method; one with several draws ("seed") has
+        several rows for a question.
+
+    Returns:
+      (index, slot, task, question) -> share of its rows that are right, in the order of the rows.
+    """
+    found: dict[tuple, list[bool]] = collections.defaultdict(list)
+    for row in predictions:
+        key = (row["index"], row.get("slot"), str(row.get("task")), str(row.get("question")))
+        found[key].append(bool(row["correct"]))
+    return {key: float(np.mean(each)) for key, each in found.items()}
+
+
+def paired_predictions(
+    first: Iterable[Mapping[str, Any]] | Mapping[tuple, float],
+    second: Iterable[Mapping[str, Any]] | Mapping[tuple, float],
+    **options: Any,
+) -> tuple[Difference, int]:
+    """`paired_difference` of the stored predictions of two methods, images as clusters.
+
+    Args:
+      first, second: rows of `predictions/*.jsonl`, or what `mean_scores` makes of them; draws of a
+        question count as their mean. Questions that only one of them has are left out.
+      options: level, resamples, seed.
+
+    Returns:
+      The difference, and the number of questions that it is of.
+
+    Raises:
+      UserError: no question in common.
+    """
+    first = first if isinstance(first, Mapping) else mean_scores(first)
+    second = second if isinstance(second, Mapping) else mean_scores(second)
+    common = [key for key in first if key in second]
+    if not common:
+        raise UserError(
+            f"second: no question of {len(second)} is among the {len(first)} of first",
+            fix="evaluate both on the same images and questions",
+        )
+    images = np.unique([str(key[0]) for key in common], return_inverse=True)[1]
+    pairs = [first[key] for key in common], [second[key] for key in common]
+    return paired_difference(*pairs, images, **options), len(common)
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:

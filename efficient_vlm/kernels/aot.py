@@ -30,7 +30,7 @@ def tpu_devices(topology: str) -> tuple[Any, ...]:
     topology = topology_of(topology)
     generation, _, shape = topology.partition(":")
     if generation not in TOPOLOGIES or ":" not in topology:
-        raise unknown("topology", topology, [f"{name}:2x2" for name in TOPOLOGIES])
+        raise unknown("topology", topology, [_smallest(name) for name in TOPOLOGIES])
     check_size(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
@@ -47,16 +47,20 @@ def tpu_devices(topology: str) -> tuple[Any, ...]:
     options: dict[str, Any] = {}
     if generation == "v4":  # Else every TensorCore is a device of its own, unlike on Cloud's VMs.
         options["chip_config_name"] = "megacore"
-    if shape == "1x1":  # Hosts have 2 x 2 chips unless said.
+    if set(shape.split("x")) == {"1"}:  # Hosts have 2 x 2 chips unless said.
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         described = topologies.get_topology_desc(topology_name=topology, platform="tpu", **options)
     except Exception as error:
         raise UserError(
             f"topology: {topology!r}, unknown to libtpu: {str(error).splitlines()[0][:120]}",
-            allowed="v5e:2x2, v5e:16x16, v6e:2x2, v5p:2x2x1, ...",
+            allowed="v5e:2x2, v5e:16x16, v6e:2x2, v5p:2x2x1, tpu7x:2x2x1, ...",
         ) from error
     return tuple(described.devices)
+
+
+def _smallest(generation: str) -> str:
+    return topology_of(TOPOLOGIES[generation])
 
 
 def options_for(device: Any) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ import jax
 from efficient_vlm.errors import UserError, first_line
 from efficient_vlm.kernels.aot import compile_for
 
-__all__ = ["GPUS", "compile_for_hopper", "environment", "gpu_devices", "installed"]
+__all__ = ["GPUS", "compile_for_gpu", "environment", "gpu_devices", "installed"]
 
 # Properties of a GPU generation that XLA needs, from the CUDA programming guide (table 21).
 _DESCRIPTION = """gpu_device_info {{
@@ -26,14 +26,22 @@ _DESCRIPTION = """gpu_device_info {{
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
   memory_bandwidth: {bandwidth} l2_cache_size: {l2} clock_rate_ghz: {clock}
-  device_memory_size: {memory} cuda_compute_capability {{ major: {major} }}
+  device_memory_size: {memory} cuda_compute_capability {{ major: {major} minor: {minor} }}
 }}
 runtime_version {{ major: 12 minor: 9 patch: 0 }}
 platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }}
 device_description_str: "{name}"
 """
-_HOPPER = dict(optin=232448, shared=233472, cores=132, fpus=128, l2=52428800, clock=1.98, major=9)
-_AMPERE = dict(optin=166912, shared=167936, cores=108, fpus=64, l2=41943040, clock=1.41, major=8)
+_HOPPER = dict(
+    **dict(optin=232448, shared=233472, cores=132, fpus=128, l2=52428800, clock=1.98),
+    **dict(major=9, minor=0),
+)
+_AMPERE = dict(
+    **dict(optin=166912, shared=167936, cores=108, fpus=64, l2=41943040, clock=1.41),
+    **dict(major=8, minor=0),
+)
+# Of these, cores, cache, clock and memory are what `nvidia-smi` and `deviceQuery` print.
+_BLACKWELL = dict(optin=232448, shared=233472, cores=148, fpus=128, l2=132644864, major=10)
 # SXM, from NVIDIA's data sheets.
 GPUS = {
     "a100": dict(name="NVIDIA A100-SXM4-80GB", memory=85094825984, bandwidth=2039 * 10**9)
@@ -41,6 +49,12 @@ GPUS = {
     "h100": dict(name="NVIDIA H100 80GB HBM3", memory=84929347584, bandwidth=3352 * 10**9)
     | _HOPPER,
     "h200": dict(name="NVIDIA H200", memory=150109880320, bandwidth=4800 * 10**9) | _HOPPER,
+    "b200": dict(name="NVIDIA B200", memory=191502483456, bandwidth=8000 * 10**9)
+    | dict(clock=1.965, minor=0)
+    | _BLACKWELL,
+    "b300": dict(name="NVIDIA B300 SXM6 AC", memory=288400343040, bandwidth=8000 * 10**9)
+    | dict(clock=2.032, minor=3)
+    | _BLACKWELL,
 }
 
 
@@ -107,6 +121,6 @@ def gpu_devices(name: str, count: int) -> tuple[Any, ...]:
     return tuple(described.devices)
 
 
-def compile_for_hopper(function: Callable, *shapes: Any):
-    """`compile_for` one H100; `environment` must have been set before."""
-    return compile_for(gpu_devices("h100", 1)[0], function, *shapes)
+def compile_for_gpu(function: Callable, *shapes: Any, gpu: str = "h100"):
+    """`compile_for` one GPU of `GPUS`; `environment` must have been set before."""
+    return compile_for(gpu_devices(gpu, 1)[0], function, *shapes)

@@ -8,23 +8,35 @@ from efficient_vlm.errors import UserError, closest
 __all__ = ["TOPOLOGIES", "check_size", "topology_of"]
 
 # Generation -> an accelerator type for libtpu, of any size.
-TOPOLOGIES = {"v5e": "v5litepod-4", "v6e": "v6e-4", "v5p": "v5p-8", "v4": "v4-8"}
+TOPOLOGIES = {
+    "v5e": "v5litepod-4",
+    "v6e": "v6e-4",
+    "v5p": "v5p-8",
+    "v4": "v4-8",
+    "tpu7x": "tpu7x-8",
+}
 
 # Chips of a whole pod, as published, and its longest side. For more libtpu ends the process, or
 # compiles without end.
-_PODS = {"v5e": (256, 16), "v6e": (256, 16), "v5p": (8960, 28), "v4": (4096, 64)}
+_PODS = {
+    **{"v5e": (256, 16), "v6e": (256, 16), "v5p": (8960, 28), "v4": (4096, 64)},
+    **{"tpu7x": (9216, 24)},
+}
 
-# cloud.google.com/tpu/docs, pages v4, v5p, v5e and v6e: the number of an accelerator type counts
-# TensorCores, of which chips of v4 and v5p have two; v5e and v6e have one.
-_CORES = {"v5e": 1, "v6e": 1, "v5p": 2, "v4": 2}
+# cloud.google.com/tpu/docs, pages v4, v5p, v5e, v6e and tpu7x: the number of an accelerator type
+# counts TensorCores, of which chips of v4, v5p and TPU7x have two; v5e and v6e have one.
+_CORES = {"v5e": 1, "v6e": 1, "v5p": 2, "v4": 2, "tpu7x": 2}
 _OTHER_NAMES = {"v5litepod": "v5e"}
+# What people call a TPU7x, although neither Cloud TPU nor libtpu takes it.
+_NICKNAMES = ("v7x", "v7", "tpu7", "ironwood")
 # Chips -> shape, of flat generations and of less than a cube of the others.
 _FLAT = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4)}
 _FLAT |= {32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
 _PARTS = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4)}
 _CUBE = 4  # Chips along the edge of the cubes that larger slices are made of.
 
-_TYPE = re.compile(r"(v\d+[a-z]*)-(\d{1,6})")
+_SHAPE = re.compile(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){1,2}")
+_TYPE = re.compile(r"((?:v|tpu)\d+[a-z]*|ironwood)-(\d{1,6})")
 
 
 def topology_of(text: str) -> str:
@@ -42,7 +54,7 @@ def topology_of(text: str) -> str:
     name, number = match[1], int(match[2])
     generation = _OTHER_NAMES.get(name, name)
     if generation not in _CORES:
-        guess = closest(name, [*_CORES, *_OTHER_NAMES])
+        guess = "tpu7x" if name in _NICKNAMES else closest(name, [*_CORES, *_OTHER_NAMES])
         raise UserError(
             f"--topology={text}: {name} is not among the TPUs that can be compiled for",
             allowed=", ".join(f"{each}-8" for each in _CORES) + ", v5e:2x4, v5p:2x2x1, ...",
@@ -62,11 +74,17 @@ def topology_of(text: str) -> str:
 
 
 def check_size(topology: str) -> None:
-    """Raises UserError for a shape larger than a pod; see `_PODS`."""
+    """Raises UserError for what is no shape, or one larger than a pod; see `_PODS`."""
     generation, _, shape = topology.partition(":")
-    sides = [int(side) for side in shape.split("x") if side.isdecimal()]
+    if not _SHAPE.fullmatch(shape):
+        raise UserError(
+            f"topology: {topology[:60]!r} has no shape",
+            allowed="two or three sides, in chips: v5e:2x4, v5p:4x4x4",
+            fix=f"for example {_example(generation)}",
+        )
+    sides = list(map(int, shape.split("x")))
     chips, longest = _PODS[generation]
-    if math.prod(sides) > chips or max(sides, default=0) > longest:
+    if math.prod(sides) > chips or max(sides) > longest:
         raise UserError(
             f"topology: {topology!r} is larger than a pod",
             allowed=f"{chips} chips of {generation}, no side longer than {longest}",

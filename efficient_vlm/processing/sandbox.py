@@ -28,8 +28,16 @@ _ITERATING_FILTERS = (
     *("reverse", "select", "selectattr", "sort", "sum", "unique"),
 )
 _MAX_BITS = 10_000  # Of a whole number.
-# A width of seven digits, or one taken from an argument, in either kind of format string.
-_WIDE = re.compile(r"%[^a-zA-Z%]*([0-9]{7}|\*)|\{[^{}]*:[^{}]*([0-9]{7}|\{)")
+
+
+def wide(digits: int) -> re.Pattern:
+    """Finds a width of so many digits, or one taken from an argument, in either kind of format
+    string."""
+    number = f"[0-9]{{{digits}}}"
+    return re.compile(rf"%[^a-zA-Z%]*({number}|\*)|\{{[^{{}}]*:[^{{}}]*({number}|\{{)")
+
+
+_WIDE = wide(7)
 
 
 class _Generation(ext.Extension):

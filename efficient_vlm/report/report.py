@@ -88,6 +88,9 @@ def header(run: Run) -> str:
         ("training time", page.duration(seconds)),
         ("parameters", page.si(parameters)),
     ]
+    if isinstance(seeds := train.get("seeds"), dict):
+        shown = (f"{name} {seed}" for name, seed in seeds.items())
+        figures.append(("seeds", ", ".join(shown)))
     images, questions = _evaluated(run)
     if questions:
         figures.append(("test questions", f"{questions:,}"))
@@ -199,6 +202,13 @@ def method(run: Run, command: str | None) -> str:
         "of compiling.",
         "KV cache: keys and values of all layers at each segment’s static length.",
     ]
+    if isinstance(run.results.get("train"), dict) and "seeds" in run.results["train"]:
+        items.append(
+            "Seeds: “train” is that of initial values and of the draw of budgets, “data” that of "
+            "the order of the pictures and of the questions asked, “dataset” that of the pictures. "
+            "Runs that differ in the first alone share their data, and vary less than runs on "
+            "other draws do."
+        )
     environment = run.results.get("environment")
     if isinstance(environment, dict):
         versions, when = environment, "of the run"

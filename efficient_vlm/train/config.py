@@ -25,7 +25,8 @@ class TrainConfig:
 
     Attributes:
       steps: optimizer steps.
-      seed: of initial values, random compressors and the draw of budgets.
+      seed: of initial values, random compressors and the draw of budgets. The data's order and
+        questions are drawn from `data.seed`; `--config.seed=N` sets both.
       optimizer: fields of `optimizer.OptimizerConfig`.
       elastic: budgets to draw from at every step, as {"name", "budget", "weight", "start"} and
         options of the compressor; empty for the model's own compressor alone. Each is one

@@ -90,6 +90,11 @@ def train(
         "steps": settings.steps,
         "seconds": round(total, 1),
         "params": setup.num_params,
+        "seeds": {
+            "train": settings.seed,
+            "data": setup.data.seed,
+            "dataset": setup.data.dataset_seed,
+        },
         "skipped_steps": run.guard.total,
         "skipped_samples": pipeline.skipped,
         "compilations": setup.compilations,

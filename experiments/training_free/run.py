@@ -288,7 +288,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         page.write_text(table.markdown(results), encoding="utf-8")
     else:
         print(table.markdown(results))
-    print(f"{results['seconds']} s. Results: {out}  Table: {page}")
+    written = [f"{name}: {path}" for name, path in (("Results", out), ("Table", page)) if path]
+    written = "  ".join(written) or "A part: nothing is written without --out and --table."
+    print(f"{results['seconds']} s. {written}")
     return 0
 
 

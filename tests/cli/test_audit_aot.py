@@ -1,6 +1,7 @@
 """`efficient-vlm audit aot` around its compiler: several methods beside each other, lines of
 progress, and the commands of docs/plans.md. What compiles is tested in tests/costs/compiled."""
 
+import importlib.util
 import json
 import os
 import re
@@ -178,7 +179,9 @@ def test_every_row_of_the_page_has_the_command_that_makes_it(compilers, capsys):
     rows = rows_of_the_page()
     stored = json.loads((DOCS / "plans.json").read_text())
     plans = {(r["model"], r["machine"], r["task"], r["share"]): r for r in stored}
-    assert len(rows) == 180  # 90 of training, and 90 of inference with two programs each.
+    # At three shares: training and inference (two programs) of five models on six machines and of
+    # one on two, and its inference on one more.
+    assert len(rows) == 3 * (2 * (5 * 6 + 2) + 1)
     seen = set()
     for line, row in rows:
         program, *words = shlex.split(line)
@@ -189,7 +192,7 @@ def test_every_row_of_the_page_has_the_command_that_makes_it(compilers, capsys):
         if row["task"] == "prefill":  # "with --task=decode it is that of a further one"
             other = plans[row["model"], row["machine"], "decode", row["share"]]
             assert all(other[name] == row[name] for name in ("mesh_text", "batch", "tokens"))
-        if (row["model"], row["share"]) in seen or row["machine"] == "h100-8":
+        if (row["model"], row["share"]) in seen or chips.chip_of(row["topology"]).gpu:
             continue  # The rest takes as long, and is the same.
         seen.add((row["model"], row["share"]))
         assert cli.run([*words, "--quiet", "--json"]) == 0
@@ -200,3 +203,40 @@ def test_every_row_of_the_page_has_the_command_that_makes_it(compilers, capsys):
         entering = ledger.build(work.model, text_tokens=work.text, images=work.images).entering
         assert entering == row["tokens"]
     assert len(seen) == 15
+
+
+@pytest.fixture
+def plans(monkeypatch):
+    """docs/plans.py as a module, whose compiler looks rows up in docs/plans.json."""
+    spec = importlib.util.spec_from_file_location("plans", DOCS / "plans.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    stored = {module.key(row): row for row in json.loads((DOCS / "plans.json").read_text())}
+    monkeypatch.setattr(module, "compiled", lambda *one: stored[one])
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["plans.py", *map(str, words)])
+        module.main()
+
+    return run
+
+
+def test_a_part_of_the_page_in_a_new_folder(plans, tmp_path, capsys):
+    out = tmp_path / "not" / "there"
+    plans("--only=smolvlm-256m/v5e-16/decode", "--out", out)
+    lines = [line for line in (out / "plans.md").read_text().splitlines() if "`efficient" in line]
+    assert len(lines) == 3 and all("--task=decode" in line for line in lines)
+    per_token = [float(line.split("|")[9]) for line in lines]
+    assert per_token == sorted(per_token, reverse=True) and per_token[-1] > 0
+    assert f"3 compiled, 0 were there. Written: {out / 'plans.md'}" in capsys.readouterr().out
+    # With the other tasks the lines are those of the whole page.
+    plans("--only=smolvlm-256m/v5e-16/", "--out", out)
+    lines = [line for line in (out / "plans.md").read_text().splitlines() if "`efficient" in line]
+    assert len(lines) == 6 and set(lines) <= set((DOCS / "plans.md").read_text().splitlines())
+    assert "6 compiled, 3 were there" in capsys.readouterr().out
+
+
+def test_no_such_plan(plans, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        plans("--only=smolvlm-257m", "--out", tmp_path / "new")
+    assert "no such plan" in capsys.readouterr().err and not (tmp_path / "new").exists()

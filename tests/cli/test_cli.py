@@ -395,19 +395,3 @@ def test_no_arguments_and_help(call):
     for verb in cli.VERBS:
         code, out, _ = call(verb, "--help")
         assert code == 0 and "usage: efficient-vlm " + verb in out
-
-
-def test_doctor(call, monkeypatch):
-    code, out, _ = call("doctor", "--json")
-    found = json.loads(out)
-    assert found["packages"]["jax"] and found["devices"] and found["python"]
-    assert code == (2 if found["problems"] else 0)
-    from efficient_vlm.cli import doctor
-
-    monkeypatch.setattr(doctor, "_PACKAGES", ("jax", "no-such-package"))
-    code, out, _ = call("doctor")
-    assert code == 2 and "problem: no-such-package is not installed" in out
-    versions = {"jax": "0.0.1"}
-    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda _: ["jax>=0.10", "flax>=1"])
-    (problem,) = doctor._bounds(versions)
-    assert "jax 0.0.1" in problem and "jax>=0.10" in problem

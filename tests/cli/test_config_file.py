@@ -177,3 +177,24 @@ def test_a_missing_file_is_told_with_the_nearest_name(path):
     assert "mime.py" in str(caught.value)
     with pytest.raises(UserError, match="no file"):
         configs.load("nowhere/config.py")
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_one_option_moves_both_seeds(path, order):
+    """Whatever sets one of them by itself goes before it, in any order."""
+    assert [dict(configs.load(path).train).get("seed"), configs.load(path).data.get("seed")] == [
+        None
+    ] * 2
+    config = configs.load(path, ["seed=7"])
+    assert (config.train.seed, config.data.seed) == (7, 7) and "seed" not in config
+    config = configs.load(path, ["seed=7", "data.seed=1"][::order])
+    assert (config.train.seed, config.data.seed) == (7, 1)
+    with pytest.raises(UserError, match="seed: 'x' is not of type int"):
+        configs.load(path, ["seed=x"])
+
+
+def test_a_file_may_have_a_seed_of_its_own(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(FILE.replace("    config.notes", "    config.seed = 3\n    config.notes"))
+    config = configs.load(str(file), ["seed=7"])
+    assert config.seed == 7 and "seed" not in config.train

@@ -204,7 +204,7 @@ def test_import_is_light():
     code = (
         "import sys, efficient_vlm.compressors; "
         "print(*(m for m in sys.modules if m.startswith('efficient_vlm.')), "
-        "*({'matplotlib', 'sklearn', 'tensorflow', 'grain', 'optax', 'tokenizers'} "
+        "*({'matplotlib', 'tensorflow', 'grain', 'optax', 'tokenizers'} "
         "& set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

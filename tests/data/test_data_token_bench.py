@@ -173,7 +173,7 @@ def test_scene_config_has_every_knob(small):
 def test_import_is_light():
     code = (
         "import sys, efficient_vlm.data as d; d.DataConfig; "
-        "print([m for m in ('jax', 'grain', 'tensorflow_datasets', 'sklearn', 'PIL', 'matplotlib')"
+        "print([m for m in ('jax', 'grain', 'tensorflow_datasets', 'PIL', 'matplotlib')"
         " if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

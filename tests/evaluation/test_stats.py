@@ -182,3 +182,50 @@ def test_bad_input_is_a_clear_error(call):
     with pytest.raises(UserError) as caught:
         call()
     assert len(str(caught.value).splitlines()) <= 3
+
+
+def stored(name, right):
+    """Rows of predictions: right [questions, draws]; three questions an image."""
+    return [
+        {
+            **{"compressor": name, "index": i // 3, "slot": i % 3, "task": "t", "question": "?"},
+            **{"correct": bool(right[i, draw]), "seed": draw},
+        }
+        for draw in range(right.shape[1])
+        for i in range(len(right))
+    ]
+
+
+def test_several_draws_count_as_their_mean():
+    """Against loops: a method with one draw beside one with three, and one with two."""
+    rng = np.random.default_rng(3)
+    once, thrice, twice = (rng.random((30, draws)) < 0.6 for draws in (1, 3, 2))
+    images = [i // 3 for i in range(30)]
+    for second in (thrice, twice):
+        means = [sum(float(right) for right in row) / len(row) for row in second]
+        want = stats.paired_difference([float(r) for r in once[:, 0]], means, images, resamples=500)
+        assert want.mean == pytest.approx(sum(once[:, 0] - means) / 30, abs=1e-12)
+        assert stats.paired_difference(once[:, 0], second, images, resamples=500) == want
+        rows = stored("m", once), stored("random", second)
+        found, count = stats.paired_predictions(*rows, resamples=500)
+        assert count == 30 and found == pytest.approx(want)
+        # Rows in another order, and a question that one of them lacks.
+        rest, count = stats.paired_predictions(rows[0][:-1], rows[1][::-1], resamples=500)
+        assert count == 29
+        assert rest.mean == pytest.approx(sum((once[:, 0] - means)[:-1]) / 29, abs=1e-12)
+    # Both may have draws, as many as they like.
+    both = stats.paired_difference(twice, thrice, images, resamples=500)
+    assert both.mean == pytest.approx(twice.mean() - thrice.mean(), abs=1e-12)
+
+
+def test_draws_in_a_row_are_told_what_to_do():
+    """What is read from a file of predictions without a look at its seeds."""
+    with pytest.raises(UserError, match="paired_predictions") as caught:
+        stats.paired_difference([1, 0], [1, 0, 1, 0, 1, 1], [0, 1])
+    assert len(str(caught.value).splitlines()) <= 3
+    with pytest.raises(UserError, match="not as many draws"):
+        stats.paired_difference([1, 0], [[1, 0], [1]])
+    with pytest.raises(UserError, match="outside"):
+        stats.paired_difference([1, 0], [[1, 2], [1, 0]])
+    with pytest.raises(UserError, match="no question of 2"):
+        stats.paired_predictions({(0, 0): 1.0}, {(1, 0): 1.0, (2, 0): 0.0})

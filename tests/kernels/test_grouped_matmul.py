@@ -219,7 +219,7 @@ needs_gpu = pytest.mark.skipif(not aot_gpu.installed(), reason="needs the extra 
     [
         pytest.param(aot.compile_for_tpu, 1.0, marks=needs_libtpu, id="tpu"),
         # Whole blocks; sixteen times with `ragged_dot`.
-        pytest.param(aot_gpu.compile_for_hopper, 1.5, marks=needs_gpu, id="gpu"),
+        pytest.param(aot_gpu.compile_for_gpu, 1.5, marks=needs_gpu, id="gpu"),
     ],
 )
 @pytest.mark.parametrize("wanted", [0, 1])

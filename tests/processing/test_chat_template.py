@@ -1,13 +1,17 @@
 """Tokenizers of published models, chat templates in the sandbox, families without one."""
 
+import inspect
 import json
+import sys
 
+import jinja2
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from efficient_vlm.errors import UserError
 from efficient_vlm.processing import chat_template as prompts
+from efficient_vlm.processing import sandbox
 from efficient_vlm.processing.chat_template import HubTokenizer, Template, expand, render
 from efficient_vlm.processing.hub_tokenizer import special_id
 
@@ -162,6 +166,26 @@ def test_what_templates_use():
     assert Template(source).render(messages) == "one, two1 6 1 b xcba b"
 
 
+@pytest.fixture
+def low_limits(monkeypatch):
+    """Limits so low that every source below is harmless without them."""
+    for name, limit in (("MAX_STEPS", 100), ("MAX_OUTPUT", 1000), ("MAX_SOURCE", 500)):
+        monkeypatch.setattr(prompts, name, limit)
+    monkeypatch.setattr(sandbox, "_MAX_BITS", 64)
+    monkeypatch.setattr(sandbox, "_WIDE", sandbox.wide(3))
+    monkeypatch.setattr(jinja2.sandbox, "MAX_RANGE", 50)
+    prompts._compile.cache_clear()
+    yield
+    prompts._compile.cache_clear()
+
+
+def test_the_limits_of_templates():
+    """Those that hold outside the tests."""
+    assert (prompts.MAX_SOURCE, prompts.MAX_OUTPUT, prompts.MAX_STEPS) == (2**20, 2**22, 200_000)
+    assert sandbox._MAX_BITS == 10_000 and sandbox._WIDE.search("%1234567d")
+    assert not sandbox._WIDE.search("%123456d")
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -170,55 +194,72 @@ def test_what_templates_use():
         ("{{ messages.append(1) }}", "unsafe"),
         ("{% set ns = namespace() %}{% set ns.__x = 1 %}", "private"),
         ("{{ namespace(__init__=1) }}", "private"),
-        ("{% include '/etc/passwd' %}", "no loader"),
-        ("{% for i in range(10**9) %}{% endfor %}", "1e\\+09"),
-        ("{% for i in range(200000) %}{% endfor %}", "Range too big"),
-        ("{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}", "steps"),
-        ("{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "exceeds a limit"),
-        ("{% for i in [1] recursive %}{{ loop([1, 1]) }}{% endfor %}", "exceeds a limit"),
-        ("{% for i in range(90000) %}{{ 'x' * 1000 }}{% endfor %}", "writes more than"),
-        ("{{ 'x' * 10**9 }}", "repeated"),
-        ("{{ 10 ** 99999 }}", "bits"),
-        ("{% set x = 9**64 %}{% set x = x**64 %}{% set x = x**64 %}{{ x }}", "bits"),
-        ("{% for i in [1] recursive %}{{ loop(range(90000)) }}{% endfor %}", "steps|exceeds"),
-        ("{{ range(3000) | list | join('a' * 100000) }}", "length"),
-        ("{{ ('a' * 100000).join(['a'] * 4000) }}", "length"),
-        ("{{ ('a' * 4000).replace('a', 'b' * 100000) }}", "length"),
-        ("{{ ('a' * 4000) | replace('a', 'b' * 100000) }}", "length"),
-        ("{{ ([[1] * 1000] * 4000) | sum(start=[]) }}", "sum"),
-        ("{{ (range(90000) | list * 40) | map('string') | list }}", "steps"),
+        ("{% include 'a file' %}", "no loader"),
+        ("{% for i in range(2000) %}{% endfor %}", "2e\\+03"),
+        ("{% for i in range(60) %}{% endfor %}", "Range too big"),
+        ("{% for i in range(20) %}{% for j in range(20) %}{% endfor %}{% endfor %}", "steps"),
+        ("{% macro f(n) %}{{ f(n - 1) if n else '' }}{% endmacro %}{{ f(120) }}", "steps"),
         (
-            "{% set n = namespace(x='a' * 99999) %}{% for i in range(99) %}"
+            "{% for i in [[[1] * 9] * 9] * 9 recursive %}{{ loop(i) if i is iterable }}"
+            "{% endfor %}",
+            "steps",
+        ),
+        ("{% for i in range(20) %}{{ 'x' * 100 }}{% endfor %}", "writes more than"),
+        ("{{ 'x' * 2000 }}", "repeated"),
+        ("{{ 10 ** 30 }}", "bits"),
+        ("{% set x = 9**8 %}{% set x = x**2 %}{% set x = x**2 %}{{ x }}", "bits"),
+        ("{{ 99999999999 * 99999999999 }}", "bits"),
+        ("{{ range(40) | list | join('a' * 50) }}", "length"),
+        ("{{ ('a' * 50).join(['a'] * 40) }}", "length"),
+        ("{{ ('a' * 40).replace('a', 'b' * 50) }}", "length"),
+        ("{{ ('a' * 40) | replace('a', 'b' * 50) }}", "length"),
+        ("{{ ([[1] * 10] * 40) | sum(start=[]) }}", "sum"),
+        ("{{ (range(40) | list * 5) | map('string') | list }}", "steps"),
+        (
+            "{% set n = namespace(x='a' * 99) %}{% for i in range(5) %}"
             "{% set n.x = n.x ~ n.x %}{% endfor %}",
             "length",
         ),
         (
-            "{% set n = namespace(x='a' * 99999) %}{% for i in range(99) %}"
+            "{% set n = namespace(x='a' * 99) %}{% for i in range(5) %}"
             "{% set n.x = n.x + n.x %}{% endfor %}",
             "length",
         ),
-        ("{{ 'x' | center(10**9) }}", "1e\\+09"),
-        ("{{ [1] | batch(10**9, 0) | list }}", "1e\\+09"),
-        ("{{ '%99999999d' % 1 }}", "field width"),
-        ("{{ '%99999999d' | format(1) }}", "field width"),
-        ("{{ '{:99999999d}'.format(1) }}", "field width"),
-        ("{{ ('a' * 4000000) | wordwrap(1) }}", "wordwrap"),
-        ("{{ 'a'.translate({97: 'b' * 4000000}) }}", "translate"),
-        ("{{ [[1]] | tojson(indent=4000000) }}", "indent"),
-        ("{{ lipsum(n=10**6) }}", "lipsum"),
+        ("{{ 'x' | center(2000) }}", "2e\\+03"),
+        ("{{ [1] | batch(2000, 0) | list }}", "2e\\+03"),
+        ("{{ '%999d' % 1 }}", "field width"),
+        ("{{ '%999d' | format(1) }}", "field width"),
+        ("{{ '{:999d}'.format(1) }}", "field width"),
+        ("{{ ('a' * 40) | wordwrap(1) }}", "wordwrap"),
+        ("{{ 'a'.translate({97: 'b' * 40}) }}", "translate"),
+        ("{{ [[1]] | tojson(indent=2000) }}", "indent"),
+        ("{{ lipsum(n=1) }}", "lipsum"),
         ("{{ raise_exception('Roles must alternate') }}", "Roles must alternate"),
         ("{% if %}", "line 1"),
         ("{{ messages[0].content + 1 }}", "concatenate"),
-        ("x" * (prompts.MAX_SOURCE + 1), "characters"),
+        ("x" * 501, "characters"),
     ],
 )
-def test_hostile_and_damaged_templates(source, message):
+def test_hostile_and_damaged_templates(source, message, low_limits):
     with pytest.raises(UserError, match=message):
         Template(source).render([{"role": "user", "content": "a"}])
 
 
-def test_the_budget_is_renewed_for_every_rendering():
-    template = Template("{% for i in range(90000) %}{% endfor %}done")
+def test_recursion_has_a_limit():
+    """Deeper than Python goes, here by a limit just above the depth of the test."""
+    source = "{% macro f(n) %}{{ f(n - 1) if n else '' }}{% endmacro %}{{ f(30) }}"
+    assert Template(source).render([]) == ""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + 100)
+    try:
+        with pytest.raises(UserError, match="exceeds a limit"):
+            Template(source).render([])
+    finally:
+        sys.setrecursionlimit(limit)
+
+
+def test_the_budget_is_renewed_for_every_rendering(low_limits):
+    template = Template("{% for i in range(40) %}{{ '' }}{% endfor %}done")
     assert [template.render([]) for _ in range(4)] == ["done"] * 4
 
 

@@ -185,6 +185,7 @@ def write(folder, *, steps=2000, evaluated=True, trained=True, with_maps=True, s
             "steps": steps,
             "seconds": 143.2,
             "params": 214_000,
+            "seeds": {"train": 7, "data": 3, "dataset": 0},
             "params_sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
         }
         results["command"] = "efficient-vlm train --config=configs/quickstart.py --workdir=runs/q"

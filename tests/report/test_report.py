@@ -85,6 +85,8 @@ def test_complete_page_has_every_section_and_is_well_formed(complete):
 def test_the_time_of_the_run_is_told(complete):
     text, parsed, _ = complete
     assert "Goodput: 80.0 % of 2 min 30 s." in text
+    assert "train 7, data 3, dataset 0" in text  # Which seeds the run is of.
+    assert "share their data" in text
     rows = {row[0]: row[1:3] for row in parsed.rows}
     assert rows["compile"] == ["20.0", "13.3 %"] and rows["lost"] == ["10.0", "6.7 %"]
 

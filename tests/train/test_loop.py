@@ -101,6 +101,7 @@ def test_results_have_the_promised_form(finished_run):
     assert train["steps"] == 150 and train["seconds"] > 0 and train["params"] > 1000
     assert len(train["params_sha256"]) == 64 and int(train["params_sha256"], 16)
     assert train["compilations"] == {"none@16": 1, "random@4": 1}
+    assert train["seeds"] == {"train": 0, "data": 0, "dataset": 0}
     assert train["skipped_steps"] == 0 and train["skipped_samples"] == {}
     pairs = [("none", 16), ("random", 4)]
     expected = [(*pair, task) for pair in pairs for task in ("needle", "global")]

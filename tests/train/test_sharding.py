@@ -288,6 +288,7 @@ def test_meshes_that_cannot_be(mesh, words):
         ("v5e:16x16", dict(fsdp=64, tensor=4)),
         ("v5p:4x4x4", dict(fsdp=64)),
         ("v5p:4x4x4", dict(data=8, expert=2, tensor=4)),
+        ("tpu7x:2x2x4", dict(fsdp=16, tensor=2)),
     ],
 )
 def test_rows_of_the_hosts_of_a_pod(topology, sizes):

@@ -34,7 +34,7 @@ def add(verbs: Any) -> None:
         "--topology",
         metavar="NAME",
         help="Cloud TPU's accelerator type or a shape: v5e-8 or v5e:2x4, v5p-128 or v5p:4x4x4, "
-        "v6e-16, v4-8; or GPUs of one host: h100:8, h200:8, a100:8",
+        "v6e-16, v4-8, tpu7x-8; or GPUs of one host: a100:8, h100:8, h200:8, b200:8, b300:8",
     )
     parser.add_argument(
         "--mesh",

@@ -24,8 +24,8 @@ def add(verbs: Any) -> None:
         "--topology",
         default=TOPOLOGY,
         metavar="NAME",
-        help="v5e:2x2, v5e-4, v6e-4, v5p-8, v4-8, ...; all: three of them; h100 "
-        f"(default: {TOPOLOGY})",
+        help="v5e:2x2, v5e-4, v6e-4, v5p-8, v4-8, tpu7x-8, ...; all: four of them; or a GPU: a100, "
+        f"h100, h200, b200, b300 (default: {TOPOLOGY})",
     )
     parser.add_argument("--quick", action="store_true", help="one size of each kernel only")
     arguments.add_quiet(parser)

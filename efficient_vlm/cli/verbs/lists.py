@@ -38,9 +38,15 @@ def add_doctor(verbs: Any) -> None:
     parser = arguments.add_verb(
         verbs,
         "doctor",
-        "print versions, devices and disk, and whether they fit",
+        "say which verbs this machine can run, and what to type for the others; exit code 0 or 1",
         run_doctor,
-        examples=("doctor",),
+        examples=("doctor", "doctor audit kernels"),
+    )
+    parser.add_argument(
+        "verbs",
+        nargs="*",
+        metavar="VERB",
+        help="one verb, with what its parts need (default: all verbs)",
     )
     arguments.add_json(parser)
 
@@ -64,4 +70,4 @@ def run_doctor(args: argparse.Namespace, given: Given) -> int:
     from efficient_vlm.cli import doctor
 
     del given
-    return doctor.main(as_json=args.json)
+    return doctor.main(" ".join(args.verbs) or None, as_json=args.json)

@@ -17,7 +17,7 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One accelerator, as its maker describes it.
+    """One device of JAX: an accelerator as its maker describes it, or its share of one.
 
     Attributes:
       flops: dense bfloat16 FLOPs per second.
@@ -25,6 +25,7 @@ class Chip:
       link_bytes_per_second: that it can send to others of its slice, or host, over all links.
       hbm_limit: bytes that a program may use; of TPUs what their compiler allows.
       gpu: whether it is a GPU, whose compiler is a package of its own.
+      devices: that a chip is to JAX. The other figures are of one of them.
     """
 
     flops: float
@@ -32,21 +33,27 @@ class Chip:
     link_bytes_per_second: float
     hbm_limit: int
     gpu: bool = False
+    devices: int = 1
 
 
 # TPUs: cloud.google.com/tpu/docs, pages v5e, v6e, v5p and v4 ("Peak compute per chip (bf16)", "HBM
-# bandwidth", "ICI bandwidth per chip" in bits). GPUs: NVIDIA's data sheets, SXM, without sparsity;
-# NVLink one way.
+# bandwidth", "ICI bandwidth per chip" in bits), and tpu7x, whose chip is two devices with half of
+# everything: 2307 TFLOPs, 7380 GB/s of HBM, links of 1200 GB/s both ways together. GPUs: NVIDIA's
+# data sheets, SXM, without sparsity; NVLink one way. B200 and B300: those of HGX boards of eight
+# (bfloat16 with sparsity 36 PFLOPs), 180 and 288 GB, 8 TB/s and NVLink of 1.8 TB/s both ways each.
 CHIPS = {
     "v5e": Chip(197e12, 819e9, 1600e9 / 8, int(15.75 * _GIB)),
     "v6e": Chip(918e12, 1640e9, 3584e9 / 8, int(31.24 * _GIB)),
     "v5p": Chip(459e12, 2765e9, 4800e9 / 8, int(95.73 * _GIB)),
     "v4": Chip(275e12, 1200e9, 2400e9 / 8, int(30.75 * _GIB)),
+    "tpu7x": Chip(2307e12 / 2, 7380e9 / 2, 1200e9 / 2 / 2, int(94.75 * _GIB), devices=2),
     "a100": Chip(312e12, 2039e9, 300e9, int(80e9), gpu=True),
     "h100": Chip(989e12, 3350e9, 450e9, int(80e9), gpu=True),
     "h200": Chip(989e12, 4800e9, 450e9, int(141e9), gpu=True),
+    "b200": Chip(2250e12, 8000e9, 900e9, int(180e9), gpu=True),
+    "b300": Chip(2250e12, 8000e9, 900e9, int(288e9), gpu=True),
 }
-_EXAMPLES = "v5e:4x4, v5e-16, v6e:16x16, v5p:4x4x4, v5p-128, h100:8"
+_EXAMPLES = "v5e:4x4, v5e-16, v6e:16x16, v5p-128, tpu7x-8, tpu7x:4x4x4, h100:8, b200:8"
 
 
 def topology_of(text: str) -> str:

@@ -87,6 +87,11 @@ class Answer:
         return all(stage.fits for stage in self.stages)
 
     @property
+    def chips(self) -> int:
+        """That the devices are."""
+        return self.devices // self.chip.devices
+
+    @property
     def estimated_seconds(self) -> float | None:
         each = [stage.estimated_seconds for stage in self.stages]
         return None if None in each else sum(each)

@@ -89,7 +89,7 @@ class TokenBench(tfds.core.ShardBasedBuilder):
         )
 
     def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, list[Callable]]:
-        del dl_manager  # Nothing is downloaded: the digits are inside scikit-learn.
+        del dl_manager  # Nothing is downloaded: the digits are in this package.
         per_shard = max(1, SHARD_BYTES // (3 * self.builder_config.scene.canvas**2))
         return {
             split: [

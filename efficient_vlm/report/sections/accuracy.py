@@ -4,8 +4,6 @@ import collections
 import math
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from efficient_vlm.evaluation import stats
 from efficient_vlm.report import marks, page, plots, records
 from efficient_vlm.report.records import Run, Setting
@@ -166,24 +164,20 @@ def controls(run: Run) -> str:
 
 def comparison(run: Run) -> str:
     """Each method against random selection at the same budget, paired by question."""
-    answers: dict[Setting, dict] = collections.defaultdict(lambda: collections.defaultdict(list))
+    answers: dict[Setting, list] = collections.defaultdict(list)
     for p in run.predictions:
         if isinstance(p.get("budget"), int) and "correct" in p and p.get("index") is not None:
-            key = (p["index"], p.get("slot"), str(p.get("task")), str(p.get("question")))
-            answers[str(p.get("compressor")), p["budget"]][key].append(bool(p["correct"]))
+            answers[str(p.get("compressor")), p["budget"]].append(p)
     # A random method answers each question once per seed: its score is the share it got right.
-    scores = {s: {k: np.mean(v) for k, v in own.items()} for s, own in answers.items()}
+    scores = {setting: stats.mean_scores(rows) for setting, rows in answers.items()}
     pairs = []
     for (name, budget), own in scores.items():
         other = scores.get(("random", budget))
         if name in ("random", "none") or not other:
             continue
-        common = [k for k in own if k in other]
-        if common:
-            first, second = [own[k] for k in common], [other[k] for k in common]
-            images = np.unique([str(k[0]) for k in common], return_inverse=True)[1]
-            found = stats.paired_difference(first, second, images)
-            pairs.append((name, budget, len(common), found))
+        if own.keys() & other.keys():
+            found, count = stats.paired_predictions(own, other)
+            pairs.append((name, budget, count, found))
     if not pairs:
         return page.missing(
             "No paired comparison: it needs predictions of random at another method’s budget."
@@ -214,7 +208,7 @@ def comparison(run: Run) -> str:
         ["compressor", "tokens", "points vs random", "95 % interval", "p (Holm)", "", "questions"],
         rows,
         caption="Difference to random selection of as many tokens, in percentage points over all "
-        "tasks; same questions, whole images resampled 10,000 times.",
+        "tasks; same questions (of several draws, the mean), whole images resampled 10,000 times.",
         groups=groups,
     )
 

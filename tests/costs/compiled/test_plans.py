@@ -18,7 +18,7 @@ from efficient_vlm.cli.audit_aot import make_work
 from efficient_vlm.cli.subject import read_subject
 from efficient_vlm.costs.compiled import chips, compiled, programs, search
 from efficient_vlm.errors import UserError
-from efficient_vlm.kernels import aot_gpu
+from efficient_vlm.kernels import aot, aot_gpu, topologies
 
 DOCS = Path(__file__).parents[3] / "docs"
 needs_libtpu = pytest.mark.skipif(
@@ -152,7 +152,6 @@ def test_three_plans(capsys):
         (["--task=train"], "--topology: missing"),
         (["--task=train", "--topology=v7:2x2"], "v7"),
         (["--task=train", "--topology=v5e"], "no size"),
-        (["--task=train", "--topology=v5e:32x8"], "larger than a pod"),
         (["--task=train", "--topology=h100:x"], "number of GPUs"),
         (["--task=train", "--topology=v5e:2x2", "--batch=0"], "--batch=0"),
         (["--task=train", "--topology=v5e:2x2", "--batch=4,8"], "without --search"),
@@ -173,6 +172,19 @@ def test_mistakes(words, said):
     with pytest.raises(UserError) as error:
         cli.run(["audit", "aot", "--preset=smolvlm-256m", *words])
     assert said in str(error.value) and len(str(error.value).splitlines()) <= 3
+
+
+def test_a_pod_that_is_not_there(monkeypatch):
+    """The compiler is not asked: by a limit below what it takes."""
+    monkeypatch.setitem(topologies._PODS, "v5e", (4, 2))
+    aot.tpu_devices.cache_clear()
+    for shape in ("2x4", "4x1"):
+        with pytest.raises(UserError, match="larger than a pod") as error:
+            cli.run(["audit", "aot", "--task=train", f"--topology=v5e:{shape}"])
+        assert len(str(error.value).splitlines()) <= 3
+    assert topologies.check_size("v5e:2x2") is None
+    monkeypatch.undo()
+    assert topologies._PODS["v5e"] == (256, 16)
 
 
 def test_only_aot_takes_its_options():

@@ -107,7 +107,7 @@ def test_every_feature_compiles(dtype, dim):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("topology", kernel_programs.ALL)
+@pytest.mark.parametrize("topology", kernel_programs.ALL[:3])  # tpu7x has the limit of v5p.
 @pytest.mark.parametrize("sizes", [(1000, 40), (40, 1000)])
 def test_narrow_blocks_fit(topology, sizes):
     """Where logits are few, other things take the room; found on v5p."""
@@ -160,7 +160,7 @@ def test_what_the_compiler_refuses_is_said(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "topology", ["v9:2x2", "v5e", "H100", "h100:8", pytest.param("v5e:9x9x9", marks=needs_libtpu)]
+    "topology", ["v9:2x2", "v5e", "H100", "h100:8", "v5e:2x", "v5p:2x2x2x2", "v5e:0x2", "v5e:2x2 "]
 )
 def test_an_unknown_topology(topology):
     with pytest.raises(UserError) as error:
@@ -221,7 +221,7 @@ def test_large_pages_compile(page, dim, dtype):
     ],
 )
 def test_what_ptxas_says(text, error):
-    row = kernels_gpu._row(next(iter(kernel_programs.programs(True, "gpu"))), text)
+    row = kernels_gpu._row("h100", next(iter(kernel_programs.programs(True, "gpu"))), text)
     assert row.compiled == (error is None)
     assert row.error is None if error is None else error in row.error
 
@@ -236,7 +236,7 @@ def test_one_masked_product_per_expert_is_an_error():
 def test_no_gpu_compiler_is_said(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="aot-gpu"):
-        cli.run(["audit", "kernels", "--topology=h100"])
+        cli.run(["audit", "kernels", "--topology=b200"])
 
 
 def test_hopper_without_spills():
@@ -245,5 +245,5 @@ def test_hopper_without_spills():
         aot_gpu.environment()
     except UserError as error:
         pytest.skip(str(error).splitlines()[-1].strip())
-    rows = kernels_gpu.compiled(quick=True)
+    rows = kernels_gpu.compiled("h100", quick=True)
     assert rows and all(row.compiled and not row.spill_bytes for row in rows), rows

@@ -8,7 +8,7 @@ written as rows, 4 bytes per number instead of the 512 of a row of lanes.
 
 The passes are those of arXiv 2205.14135 (section 3.1, appendix B.4) with a bias per key and its
 gradient, one more row sum. The kernels are checked in Pallas' interpreters, for races as well, and
-compiled ahead of time for v5e, v5p and v6e; they have never run on a TPU.
+compiled ahead of time for v5e, v5p, v6e and tpu7x; they have never run on a TPU.
 """
 
 import functools

@@ -9,8 +9,12 @@ __all__ = ["CHIPS", "block_sizes", "check", "chip", "lane_dim", "vmem_bytes", "v
 _LANES = 128
 _MIB = 2**20
 
-# Physical VMEM in MiB, and the limit that the kernels request; the compiler's default is 16 to 32.
-CHIPS = {"v5e": (128, 64), "v6e": (128, 64), "v5p": (64, 48), "other": (64, 32)}
+# Physical VMEM of a core in MiB (jax.experimental.pallas.tpu.get_tpu_info), and the limit that the
+# kernels request; the compiler's default is 16 to 32.
+CHIPS = {
+    **{"v5e": (128, 64), "v6e": (128, 64), "v5p": (64, 48), "tpu7x": (64, 48)},
+    **{"other": (64, 32)},
+}
 
 # pass -> (queries, keys) of a block, for heads of up to 128 and of up to 256.
 # Keys of 1024 keep the matrix unit busy; the logits of 512 x 1024 take 2 MiB in float32.
@@ -38,7 +42,7 @@ def chip() -> str:
     if kind is None and jax.default_backend() == "tpu":
         kind = jax.devices()[0].device_kind
     names = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v6 lite": "v6e", "TPU v6e": "v6e"}
-    names |= {"TPU v5": "v5p", "TPU v5p": "v5p"}
+    names |= {"TPU v5": "v5p", "TPU v5p": "v5p", "TPU7x": "tpu7x"}
     return names.get(kind, "other")
 
 

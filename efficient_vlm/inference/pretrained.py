@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+from efficient_vlm.checkpoints.safetensors_index import locate
 from efficient_vlm.checkpoints.safetensors_write import writing
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.families import generation_config
@@ -351,8 +352,8 @@ def from_pretrained(
     """Loads a published model.
 
     Args:
-      path: a directory with config.json and safetensors (one file, or shards with an index), or
-        what `efficient-vlm import` wrote.
+      path: a directory with config.json and safetensors (one file, or shards with an index), the
+        file or the index itself where there are several, or what `efficient-vlm import` wrote.
       compressor: name, budget and options, such as dict(name="visionzip", budget=64); None for all
         visual tokens.
       dtype: of activations, "float32" or "bfloat16".
@@ -367,12 +368,7 @@ def from_pretrained(
     Raises:
       UserError: no such model, a damaged file, or a compressor that this model cannot have.
     """
-    directory = Path(path)
-    if not directory.is_dir():
-        raise UserError(
-            f"{path}: no such directory",
-            fix="download the model's files first; names on a hub are not resolved",
-        )
+    directory, files = locate(path)
     dtype = known_dtype("dtype", dtype)
     kind = None
     if param_dtype != "stored":
@@ -381,7 +377,7 @@ def from_pretrained(
         raise UserError(
             f"compressor: {compressor!r} is not a mapping", fix='dict(name="visionzip", budget=64)'
         )
-    config = read_config(directory)
+    config = read_config(files)
     family = family_of(config)
     for name in picture_options:
         if name not in family.picture_options:
@@ -390,6 +386,6 @@ def from_pretrained(
     model = build_model(config, dtype=dtype, compressor=compressor)
     check_compressor(model, family.variable)
     weights, carried = open_weights(
-        directory, family, config, model, dtype=kind, sharding=sharding, check=check, sha256=sha256
+        files, family, config, model, dtype=kind, sharding=sharding, check=check, sha256=sha256
     )
     return Pretrained(model, weights, family, config, directory, picture_options, carried)

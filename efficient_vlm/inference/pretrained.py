@@ -164,11 +164,12 @@ class Pretrained:
           cache: kind, page and dtype of `kv_cache.CacheOptions`.
           do_sample: True takes temperature, top_k, top_p and min_p that are not given from
             generation_config.json, as transformers does; of which else only the repetition penalty
-            and the tokens that end an answer are taken. False allows no temperature.
+            and the tokens and strings that end an answer are taken. False allows no temperature.
           **sampling: fields of `SamplingOptions`: temperature, top_k, top_p, min_p,
             repetition_penalty, frequency_penalty, presence_penalty, logit_bias, seed, stop,
             stop_token_ids, logprobs. Each is one value, or a list with one for each prompt; see
             `options.one_each`. Prompts with one seed draw alike, whatever else is in the batch.
+            `stop` replaces the stop_strings of generation_config.json, [] for none.
 
         Returns:
           The answer, or a list of answers: strings, or with `logprobs` for any of them `Answer`s,
@@ -220,6 +221,8 @@ class Pretrained:
             raise UserError(f"do_sample: {do_sample!r:.40}", allowed="True, False")
         given = {name: value for name, value in given.items() if value is not None}
         files = generation_config.sampling(self.directory) if do_sample else {}
+        if "stop" not in given:
+            files["stop"] = generation_config.stop_strings(self.directory)
         options = one_each(count, {"repetition_penalty": self._penalty, **files, **given})
         if do_sample is False and any(option.temperature > 0 for option in options):
             raise UserError("do_sample: False, but a temperature is given", fix="leave one out")

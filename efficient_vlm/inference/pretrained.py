@@ -366,7 +366,7 @@ def from_pretrained(
         programs of the first request are prepared.
       sha256: file name -> digest of every safetensors file; they are read and compared first.
       **picture_options: of the family's picture processor: min_pixels and max_pixels (Qwen-VL),
-        split (SmolVLM), max_tiles (InternVL), max_crops (Molmo).
+        split (SmolVLM), max_tiles (InternVL), max_crops (Molmo), pan_and_scan (Gemma 3).
 
     Raises:
       UserError: no such model, a damaged file, or a compressor that this model cannot have.

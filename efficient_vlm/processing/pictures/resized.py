@@ -16,6 +16,7 @@ from PIL import Image
 from efficient_vlm import checks
 from efficient_vlm.errors import UserError
 from efficient_vlm.processing.pictures import base
+from efficient_vlm.processing.pictures import settings as reading
 from efficient_vlm.processing.pictures.base import Pictured, Triple
 
 
@@ -25,10 +26,15 @@ class LlavaPictures:
 
     Attributes:
       size: length in pixels that the shortest edge is resized to.
-      crop: edge in pixels of the square that the encoder sees; at most `size`.
+      longest: most pixels of the longest edge, for which the shortest becomes shorter; None for
+        any number.
+      stretch: height and width that every picture is stretched to instead; None keeps the aspect.
+      crop: edge in pixels of the square that the encoder sees, cut out of the middle, with black
+        around it where the resized picture is smaller.
       patch: edge of an encoder patch in pixels.
       grid: edge of the square of visual tokens.
-      pad: pad to a square with the mean colour before resizing, so that nothing is cut off.
+      pad: pad to a square before resizing, so that nothing is cut off.
+      fill: per channel, the colour of that padding in [0, 1], which is the mean.
       resample: Pillow filter code.
       mean: per channel, subtracted by the encoder from pixels in [0, 1].
       std: per channel, what the encoder divides by.
@@ -44,6 +50,9 @@ class LlavaPictures:
     mean: Triple = base.CLIP_MEAN
     std: Triple = base.CLIP_STD
     class_feature: bool = False
+    longest: int | None = None
+    stretch: tuple[int, int] | None = None
+    fill: Triple = base.CLIP_MEAN
     _merge: ClassVar[int] = 1  # Edge of the square of patches that makes one visual token.
 
     @classmethod
@@ -51,7 +60,8 @@ class LlavaPictures:
         """Reads the files of a checkpoint.
 
         `pad` follows "do_pad" of the preprocessor, or "image_aspect_ratio": "pad" of the model,
-        which original (not converted) checkpoints have.
+        which original (not converted) checkpoints have. "size" is read by its keys: height and
+        width stretch, shortest_edge (or an integer) keeps the aspect ratio.
 
         Args:
           preprocessor: content of `preprocessor_config.json`; {}: the published 336 pixels.
@@ -60,16 +70,24 @@ class LlavaPictures:
         Raises:
           UserError: a setting out of range, or one that the family does not support.
         """
-        settings = base.image_settings(preprocessor)
-        mean, std = base.mean_std(settings, cls.mean, cls.std)
-        default = base.config_setting(config, "vision_config.image_size", cls.size)
-        size = base.edge("size", settings.get("size", settings.get("crop_size", default)))
-        crop = base.edge("crop_size", settings.get("crop_size", size))
-        if settings.get("do_center_crop") is False or crop > size:
+        settings = reading.image_settings(preprocessor)
+        mean, std = reading.mean_std(settings, cls.mean, cls.std)
+        default = reading.config_setting(config, "vision_config.image_size", cls.size)
+        # CLIP's own processor means another padding: of a batch's pictures to one size.
+        is_clip = str(settings.get("image_processor_type")).startswith("CLIP")
+        pad = bool(cls._pads(config) if is_clip else settings.get("do_pad", cls._pads(config)))
+        cut = settings.get("do_center_crop", True)
+        crop = reading.edge("crop_size", settings["crop_size"]) if "crop_size" in settings else None
+        size = settings.get("size", crop or default)
+        size = reading.lengths("size", size, square=False)
+        # What the encoder sees has one size: by the crop, or because all pictures become squares.
+        fixed = size if len(set(size.values())) == 1 and (pad or "height" in size) else {}
+        fixed = min(fixed.values(), default=None)
+        crop = crop or fixed or size.get("shortest_edge") if cut else fixed
+        if crop is None or set(size) == {"longest_edge"}:
             raise UserError(
-                f"preprocessor: crop_size {crop}, size {size}, do_center_crop "
-                f"{settings.get('do_center_crop')}",
-                allowed="a centre crop within the resized picture",
+                f"preprocessor: size {size}, do_center_crop {cut!r:.40}",
+                allowed="equal height and width; or shortest_edge, with a centre crop or do_pad",
             )
         select = config.get("vision_feature_select_strategy", "default")
         if select not in ("default", "full"):
@@ -77,14 +95,17 @@ class LlavaPictures:
                 f"config: vision_feature_select_strategy {select!r}",
                 allowed="default (one visual token per patch), full (and one of CLS)",
             )
-        patch = base.config_setting(config, "vision_config.patch_size", cls.patch)
+        patch = reading.config_setting(config, "vision_config.patch_size", cls.patch)
         return cls(
-            size=size,
+            size=size.get("shortest_edge", crop),
+            longest=size.get("longest_edge"),
+            stretch=(size["height"], size["width"]) if "height" in size else None,
             crop=crop,
             patch=patch,
-            grid=base.patches_along(crop, patch, multiple=cls._merge) // cls._merge,
-            pad=bool(settings.get("do_pad", cls._pads(config))),
-            resample=base.resample_of(settings, cls.resample),
+            grid=reading.patches_along(crop, patch, multiple=cls._merge) // cls._merge,
+            pad=pad,
+            fill=reading.mean_std({**settings, "do_normalize": True}, cls.mean, cls.std)[0],
+            resample=reading.resample_of(settings, cls.resample),
             mean=mean,
             std=std,
             class_feature=select == "full",
@@ -112,6 +133,18 @@ class LlavaPictures:
         base.check_size(height, width)
         return 1, self.crop, self.crop
 
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width that a picture of this size is resized to, before the crop."""
+        if self.stretch is not None:
+            return self.stretch
+        short, long, target = min(height, width), max(height, width), self.size
+        if self.longest is not None and long / short * target > self.longest:
+            target = self.longest * short / long
+        ends = max(1, round(target)), max(1, int(target * long / short))
+        if ends[0] == short:  # The published code leaves such a picture as it is.
+            ends = short, long
+        return (ends[0], ends[1]) if height <= width else (ends[1], ends[0])
+
     def __call__(self, picture: Any) -> Pictured:
         """One image [crop, crop]. For `picture` and errors see `base.load_picture`.
 
@@ -122,9 +155,8 @@ class LlavaPictures:
         height, width = image.height, image.width
         above = left = 0  # Of padding, in pixels of the original.
         if self.pad:
-            image, above, left = pad_square(image, self.mean)
-        short = min(image.height, image.width)
-        rows, columns = (int(self.size * edge / short) for edge in (image.height, image.width))
+            image, above, left = pad_square(image, self.fill)
+        rows, columns = self.resized(image.height, image.width)
         resized = base.resize(image, rows, columns, self.resample)
         top, start = (rows - self.crop) // 2, (columns - self.crop) // 2
         shown = resized.crop((start, top, start + self.crop, top + self.crop))
@@ -147,8 +179,8 @@ class LlavaPictures:
         )
 
 
-def pad_square(image: Image.Image, mean: Triple) -> tuple[Image.Image, int, int]:
-    """The picture in the middle of a square of the mean colour.
+def pad_square(image: Image.Image, fill: Triple) -> tuple[Image.Image, int, int]:
+    """The picture in the middle of a square of one colour, given in [0, 1].
 
     Returns:
       The square, and its pixels above and left of the picture.
@@ -159,7 +191,7 @@ def pad_square(image: Image.Image, mean: Triple) -> tuple[Image.Image, int, int]
     edge = max(image.height, image.width)
     base.check_work(image, edge, edge)
     above, left = (edge - image.height) // 2, (edge - image.width) // 2
-    square = Image.new("RGB", (edge, edge), tuple(int(255 * x) for x in mean))
+    square = Image.new("RGB", (edge, edge), tuple(int(255 * x) for x in fill))
     square.paste(image, (left, above))
     return square, above, left
 
@@ -244,13 +276,14 @@ class Gemma3Pictures:
     """Gemma 3: the picture stretched to 896, 64 x 64 patches averaged to 16 x 16 tokens.
 
     With pan and scan (section 2.1 of the report), an elongated picture is followed by up to
-    `max_crops` non-overlapping cuts along its longer edge, each stretched in the same way.
+    `max_crops` non-overlapping cuts along its longer edge, each stretched in the same way. The
+    published processor does that only for a caller who asks for it.
 
     Attributes:
       size: edge in pixels of the square that the encoder sees.
       patch: edge of an encoder patch in pixels.
       grid: edge of the square of visual tokens.
-      pan_and_scan: add cuts of elongated pictures; off in the released files.
+      pan_and_scan: add cuts of elongated pictures.
       min_crop: smallest edge in pixels of a cut; a picture with smaller cuts is not cut.
       max_crops: most cuts of a picture; at most `min_crop`.
       min_ratio: longer over shorter edge from which a picture is cut.
@@ -271,37 +304,29 @@ class Gemma3Pictures:
     std: Triple = base.HALF
 
     @classmethod
-    def from_hf(cls, preprocessor: Mapping[str, Any], config: Mapping[str, Any]) -> Self:
+    def from_hf(
+        cls,
+        preprocessor: Mapping[str, Any],
+        config: Mapping[str, Any],
+        *,
+        pan_and_scan: bool = False,
+    ) -> Self:
         """Reads `preprocessor_config.json` and `config.json`; {} means the published 896 pixels.
 
         Raises:
           UserError: a setting out of range, or a number of tokens that is not a square.
         """
-        settings = base.image_settings(preprocessor)
-        tokens = base.config_setting(config, "mm_tokens_per_image", cls.grid**2)
+        checks.flag("pan_and_scan", pan_and_scan)
+        tokens = reading.config_setting(config, "mm_tokens_per_image", cls.grid**2)
         grid = math.isqrt(tokens)
         if grid**2 != tokens:
             raise UserError(f"config: mm_tokens_per_image {tokens}", allowed="a square number")
-        ratio = settings.get("pan_and_scan_min_ratio_to_activate", cls.min_ratio)
-        checks.number("preprocessor: pan_and_scan_min_ratio_to_activate", ratio, 1)
         shared = _stretched(cls, preprocessor, config)
-        base.patches_along(shared["size"], shared["patch"], multiple=grid)
-        min_crop = base.whole(
-            "pan_and_scan_min_crop_size", settings.get("pan_and_scan_min_crop_size", cls.min_crop)
-        )
-        return cls(
-            **shared,
-            grid=grid,
-            pan_and_scan=bool(settings.get("do_pan_and_scan", cls.pan_and_scan)),
-            min_crop=min_crop,
-            # At most as many cuts as pixels in one, or rounding up could leave the last one empty.
-            max_crops=base.whole(
-                "pan_and_scan_max_num_crops",
-                settings.get("pan_and_scan_max_num_crops", cls.max_crops),
-                high=min_crop,
-            ),
-            min_ratio=float(ratio),
-        )
+        reading.patches_along(shared["size"], shared["patch"], multiple=grid)
+        # "do_pan_and_scan" and the limits beside it are not read: whatever an image processor was
+        # saved with, transformers' Gemma3Processor puts its class's own values (off, 256 pixels, 4
+        # cuts, ratio 1.2) in their place, so that no caller of AutoProcessor has seen the file's.
+        return cls(**shared, grid=grid, pan_and_scan=pan_and_scan)
 
     def count(self, height: int, width: int) -> int:
         """Visual tokens of a picture of this size.
@@ -367,16 +392,20 @@ def _stretched(
     family: Any, preprocessor: Mapping[str, Any], config: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Fields that PaliGemma and Gemma 3 share, with the defaults of `family`."""
-    settings = base.image_settings(preprocessor)
-    mean, std = base.mean_std(settings, family.mean, family.std)
-    default = base.config_setting(config, "vision_config.image_size", family.size)
-    size = base.edge("size", settings.get("size", default))
-    patch = base.config_setting(config, "vision_config.patch_size", family.patch)
-    base.patches_along(size, patch)
+    settings = reading.image_settings(preprocessor)
+    mean, std = reading.mean_std(settings, family.mean, family.std)
+    default = reading.config_setting(config, "vision_config.image_size", family.size)
+    # Where an integer is a shortest edge, the picture would keep its aspect ratio: refused.
+    size = settings.get("size", dict(height=default, width=default))
+    size = reading.edge("size", size, square=family is Gemma3Pictures)
+    if family is not Gemma3Pictures:
+        reading.refuse_crop(settings, size)
+    patch = reading.config_setting(config, "vision_config.patch_size", family.patch)
+    reading.patches_along(size, patch)
     return dict(
         size=size,
         patch=patch,
-        resample=base.resample_of(settings, family.resample),
+        resample=reading.resample_of(settings, family.resample),
         mean=mean,
         std=std,
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
+from efficient_vlm.checkpoints.foreign import ADAPTER_CONFIG, adapter_of
 from efficient_vlm.checkpoints.names import NameMap
 from efficient_vlm.checkpoints.safetensors_index import locate
 from efficient_vlm.errors import UserError, first_line
@@ -47,6 +49,9 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path}: not a JSON object", fix="download it again")
     refuse_layout(config)
+    if (directory / ADAPTER_CONFIG).is_file():
+        kind, _ = adapter_of(directory)
+        warnings.warn(f"{directory}: holds a {kind} adapter, which is not applied", stacklevel=2)
     config = complete(with_head(config, weights))
     family = FAMILIES.get(config.get("model_type"))
     for name, token in family.special_ids.items() if family else ():

@@ -11,6 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from efficient_vlm.checkpoints import safetensors_write
+from efficient_vlm.checkpoints.foreign import ADAPTER_CONFIG
 from efficient_vlm.errors import UserError
 from efficient_vlm.families.architecture import name_map
 from efficient_vlm.families.base import Config, Family
@@ -126,6 +127,8 @@ def copy_settings(source: Path, target: Path) -> None:
     for path in sorted(source.iterdir()):
         # Code is copied, never run: config.json of models outside transformers refers to it.
         is_text = path.suffix in (".json", ".jinja", ".txt", ".model", ".py")
-        ours = path.name in ("config.json", "dtypes.json") or path.name.endswith(".index.json")
+        # An adapter's settings would make an adapter's directory of the other one.
+        ours = path.name in ("config.json", "dtypes.json", ADAPTER_CONFIG)
+        ours |= path.name.endswith(".index.json")
         if path.is_file() and is_text and not ours:
             (target / path.name).write_bytes(path.read_bytes())

@@ -204,6 +204,20 @@ def test_other_layouts_and_architectures(kind, changes, message, tmp_path):
     assert len(lines[0]) < 160
 
 
+def test_a_model_beside_an_adapter(tmp_path):
+    """The model is read with a note; what is written of it is no adapter's directory."""
+    folder = tmp_path / "both"
+    shutil.copytree(GOLDEN / "llama", folder)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.warns(UserWarning, match="holds a LoRA adapter, which is not applied"):
+        vlm = evlm.from_pretrained(folder)
+    vlm.save(tmp_path / "out")
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="a LoRA adapter of another model"):
+        evlm.from_pretrained(folder)
+
+
 def test_weights_by_their_name(tmp_path):
     """One file of several, whatever it is called; config.json itself is no model."""
     for name in ("model.safetensors", "config.json"):

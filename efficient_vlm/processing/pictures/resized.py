@@ -81,8 +81,8 @@ class LlavaPictures:
         size = settings.get("size", crop or default)
         size = reading.lengths("size", size, square=False)
         # What the encoder sees has one size: by the crop, or because all pictures become squares.
-        fixed = size if len(set(size.values())) == 1 and (pad or "height" in size) else {}
-        fixed = min(fixed.values(), default=None)
+        becomes_square = size["height"] == size["width"] if "height" in size else pad
+        fixed = min(size.values()) if becomes_square else None
         crop = crop or fixed or size.get("shortest_edge") if cut else fixed
         if crop is None or set(size) == {"longest_edge"}:
             raise UserError(

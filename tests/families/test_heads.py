@@ -6,6 +6,7 @@ import shutil
 import warnings
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,7 +14,8 @@ import efficient_vlm as evlm
 from efficient_vlm.checkpoints import safetensors_write
 from efficient_vlm.checkpoints.safetensors_read import Checkpoint
 from efficient_vlm.errors import UserError
-from efficient_vlm.families import architecture, heads
+from efficient_vlm.families import heads
+from efficient_vlm.families.imported import import_model
 from efficient_vlm.models.inputs import ModelInputs
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -94,15 +96,19 @@ def model_of(name, tmp_path, top, text, change):
     return folder
 
 
-def logits(folder):
-    vlm = evlm.from_pretrained(folder)
+def logits(vlm):
     inputs = ModelInputs.of_rows(np.array([[1, 5, 9, 3, 7]], np.int32), np.array([5], np.int32))
-    return np.asarray(vlm.model.apply({"params": vlm.params}, inputs).logits), vlm
+    return np.asarray(vlm.model.apply({"params": vlm.params}, inputs).logits)
+
+
+def same_model(one, other):
+    assert one.model == other.model
+    jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl"])
-def test_logits_with_heads_of_both_writers(name, tmp_path):
-    """A tied model in three files, and one of its own head, whose logits are the head's alone."""
+def test_heads_of_both_writers(name, tmp_path):
+    """A tied model in four files, and one of its own head, which doubles the logits."""
     table, head = names_of(name)
 
     def plain(arrays):
@@ -117,33 +123,31 @@ def test_logits_with_heads_of_both_writers(name, tmp_path):
     def both(arrays):
         arrays[head] = arrays[table]
 
-    tied, _ = logits(model_of(name, tmp_path, True, True, plain))
+    tied = evlm.from_pretrained(model_of(name, tmp_path, True, True, plain))
     with pytest.warns(UserWarning, match="text_config.tie_word_embeddings true, the file has no"):
-        again, _ = logits(model_of(name, tmp_path, False, True, plain))
-    np.testing.assert_array_equal(again, tied)
-    for top, change in ((True, only_head), (None, both)):
-        again, vlm = logits(model_of(name, tmp_path, top, None, change))
-        np.testing.assert_allclose(again, tied, atol=1e-6)
+        again = evlm.from_pretrained(model_of(name, tmp_path, False, True, plain))
+    same_model(again, tied)
+    for text, change in ((True, only_head), (None, both)):
+        folder = model_of(name, tmp_path / change.__name__, True, text, change)
+        same_model(evlm.from_pretrained(folder), tied)
     with pytest.warns(UserWarning, match="has a head, which is used"):
-        doubled, vlm = logits(model_of(name, tmp_path, True, False, own))
-    np.testing.assert_allclose(doubled, 2 * tied, rtol=1e-5, atol=1e-6)
+        doubled = evlm.from_pretrained(model_of(name, tmp_path, True, False, own))
+    np.testing.assert_allclose(logits(doubled), 2 * logits(tied), rtol=1e-5, atol=1e-6)
     # Written with flags that say so, and read again: the same head.
-    vlm.save(tmp_path / "out")
+    doubled.save(tmp_path / "out")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        np.testing.assert_array_equal(logits(tmp_path / "out")[0], doubled)
+        same_model(evlm.from_pretrained(tmp_path / "out"), doubled)
 
 
 def test_an_imported_head(tmp_path):
     """The flags of its config.json are those of the published file, which was overruled."""
-    from efficient_vlm.families.imported import import_model
-
     folder = model_of("llava", tmp_path, True, True, lambda arrays: None)
     with pytest.warns(UserWarning, match="has a head"):
         import_model(folder, tmp_path / "imported")
     with pytest.warns(UserWarning, match="has a head"):
-        found, _ = logits(tmp_path / "imported")
-    np.testing.assert_array_equal(found, logits(GOLDEN / "llava")[0])
+        imported = evlm.from_pretrained(tmp_path / "imported")
+    same_model(imported, evlm.from_pretrained(GOLDEN / "llava"))
 
 
 def test_a_head_that_nothing_ties(tmp_path):
@@ -172,9 +176,9 @@ def test_language_models(name, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            assert not architecture.read_config(tmp_path).get(FLAG)
+            vlm = evlm.from_pretrained(tmp_path)
         assert len(caught) == (flag is True)
-        assert not evlm.from_pretrained(tmp_path).model.decoder.get("tie_embeddings")
+        assert not vlm.config.get(FLAG) and not vlm.model.decoder.get("tie_embeddings")
 
 
 LAYOUTS = [
@@ -224,8 +228,12 @@ def test_weights_by_their_name(tmp_path):
         shutil.copy(GOLDEN / "llama" / name, tmp_path / name.replace("model", "best"))
     with pytest.raises(UserError, match="name the file you mean") as caught:
         evlm.from_pretrained(tmp_path)
-    vlm = evlm.from_pretrained(str(caught.value).rpartition("mean: ")[2])
+    file = str(caught.value).rpartition("mean: ")[2]
+    vlm = evlm.from_pretrained(file)
     assert vlm.directory == tmp_path
+    import_model(file, tmp_path.parent / "imported_by_name")
+    imported = evlm.from_pretrained(tmp_path.parent / "imported_by_name").params
+    jax.tree.map(np.testing.assert_array_equal, vlm.params, imported)
     with pytest.raises(UserError, match="not a checkpoint") as caught:
         evlm.from_pretrained(tmp_path / "config.json")
     assert f"give its directory, {tmp_path}" in str(caught.value)

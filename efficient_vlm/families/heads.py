@@ -39,16 +39,17 @@ def with_head(config: Config, weights: Path) -> dict[str, Any]:
     config = _without_nulls(config)
     full = complete(config)
     ties = any(value is True for value in _flags(full).values())
-    tied = _imported(weights) if weights.is_dir() else None
-    if tied is None:
-        tied = _published(weights, ties)
-    if tied is None:
+    held = _imported(weights) if weights.is_dir() else None
+    held = held or _published(weights, ties)
+    if held is None:
         return config
-    flags = _flags(config)
+    tied, flags = held != "a head of its own", _flags(config)
     if any(value is not tied for value in flags.values()):
-        said = " and ".join(f"{place} {str(value).lower()}" for place, value in flags.items())
-        found = "has no head: its embedding table is used" if tied else "has a head, which is used"
-        warnings.warn(f"{weights}: config.json has {said}, the file {found}", stacklevel=3)
+        said = " and ".join(f"{place} {str(value).lower():.20}" for place, value in flags.items())
+        used = "the embedding table" if tied else "that one"
+        warnings.warn(
+            f"{weights}: config.json has {said}, the file has {held}: {used} is used", stacklevel=3
+        )
     settled = with_flags(config, tied) | {FLAG: tied}
     if isinstance(config.get("text_config"), Mapping):
         settled["text_config"] = {**config["text_config"], FLAG: tied}
@@ -81,14 +82,17 @@ def _without_nulls(config: Config) -> dict[str, Any]:
     return config
 
 
-def _imported(directory: Path) -> bool | None:
-    """Whether an imported model is tied; None for another directory."""
+def _imported(directory: Path) -> str | None:
+    """The head of an imported model, in words; None for another directory."""
     paths = read_json(directory / "dtypes.json")
-    return "language/head/kernel" not in paths if "language/embedding" in paths else None
+    if "language/embedding" not in paths:
+        return None
+    return "a head of its own" if "language/head/kernel" in paths else "no head"
 
 
-def _published(weights: Path, ties: bool) -> bool | None:
-    """Whether the model in a published checkpoint is tied, where a flag or default `ties` it."""
+def _published(weights: Path, ties: bool) -> str | None:
+    """The head in a published checkpoint, in words, where a flag or default `ties` it or not; None
+    if it cannot be told."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # They are given when the weights are read.
@@ -97,10 +101,12 @@ def _published(weights: Path, ties: bool) -> bool | None:
         return None
     heads = [name for name in checkpoint.names if _HEAD.fullmatch(name)]
     tables = [name for name in checkpoint.names if _TABLE.fullmatch(name)]
-    if heads:
-        # A head alone is the table of a tied model under its other name.
-        return ties and (not tables or equal(checkpoint, heads[0], tables[0]))
-    return True if ties and tables else None
+    if not heads:
+        return "no head" if ties and tables else None
+    # A head alone is the table of a tied model under its other name.
+    if ties and (not tables or equal(checkpoint, heads[0], tables[0])):
+        return "a head equal to the table"
+    return "a head of its own"
 
 
 def equal(checkpoint: Checkpoint, one: str, other: str) -> bool:

@@ -124,13 +124,15 @@ def test_heads_of_both_writers(name, tmp_path):
         arrays[head] = arrays[table]
 
     tied = evlm.from_pretrained(model_of(name, tmp_path, True, True, plain))
-    with pytest.warns(UserWarning, match="text_config.tie_word_embeddings true, the file has no"):
+    with pytest.warns(
+        UserWarning, match="text_config.tie_word_embeddings true, the file has no head"
+    ):
         again = evlm.from_pretrained(model_of(name, tmp_path, False, True, plain))
     same_model(again, tied)
     for text, change in ((True, only_head), (None, both)):
         folder = model_of(name, tmp_path / change.__name__, True, text, change)
         same_model(evlm.from_pretrained(folder), tied)
-    with pytest.warns(UserWarning, match="has a head, which is used"):
+    with pytest.warns(UserWarning, match="has a head of its own: that one is used"):
         doubled = evlm.from_pretrained(model_of(name, tmp_path, True, False, own))
     np.testing.assert_allclose(logits(doubled), 2 * logits(tied), rtol=1e-5, atol=1e-6)
     # Written with flags that say so, and read again: the same head.
@@ -143,9 +145,9 @@ def test_heads_of_both_writers(name, tmp_path):
 def test_an_imported_head(tmp_path):
     """The flags of its config.json are those of the published file, which was overruled."""
     folder = model_of("llava", tmp_path, True, True, lambda arrays: None)
-    with pytest.warns(UserWarning, match="has a head"):
+    with pytest.warns(UserWarning, match="has a head of its own"):
         import_model(folder, tmp_path / "imported")
-    with pytest.warns(UserWarning, match="has a head"):
+    with pytest.warns(UserWarning, match="has a head of its own"):
         imported = evlm.from_pretrained(tmp_path / "imported")
     same_model(imported, evlm.from_pretrained(GOLDEN / "llava"))
 

@@ -136,7 +136,7 @@ def _no_weights(path: Path) -> CheckpointError:
     elif shards:
         fix = f"download {INDEX} as well, or finish writing this checkpoint"
     elif weights:
-        fix = f"name the file you mean: {path / weights[0]}"
+        fix = f"name the file you mean: {' or '.join(str(path / name) for name in weights[:3])}"
     else:
         fix = "download the weights of the model into this directory"
     return CheckpointError(f"{path}: holds neither {SINGLE} nor {INDEX}", fix=fix)

@@ -7,8 +7,7 @@ shortened while it is mapped ends the process (SIGBUS), as with any memory map.
 import hashlib
 import mmap
 import os
-import re
-import stat
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,24 +16,24 @@ import numpy as np
 
 from efficient_vlm.byte_bar import progress
 from efficient_vlm.checkpoints.safetensors_format import (
-    MAX_HEADER_BYTES,
     CheckpointError,
     Entry,
     damaged,
-    parse_json,
-    pickle_refused,
     read_header,
-    refuse_pointer,
     show,
+)
+from efficient_vlm.checkpoints.safetensors_index import (
+    INDEX,
+    SINGLE,
+    find_index,
+    map_file,
+    read_index,
 )
 from efficient_vlm.errors import closest
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin.index.json")
+__all__ = ["INDEX", "SINGLE", "Checkpoint"]
+
 _CHUNK = 1 << 20
-# No separator of any system, and no control character: the name is shown in messages.
-_PLAIN_NAME = re.compile(r"[\w.+ -]+\.safetensors")
 
 
 class Checkpoint:
@@ -69,15 +68,15 @@ class Checkpoint:
             (see `safetensors_format`), or another SHA-256.
         """
         path = Path(path)
-        index = _find_index(path)
-        weight_map = None if index is None else _read_index(index)
+        index = find_index(path)
+        weight_map = None if index is None else read_index(index)
         if weight_map is not None:
             files = tuple(index.parent / name for name in sorted(set(weight_map.values())))
         else:
             files = (path / SINGLE if os.path.isdir(path) else path,)
         tensors: dict[str, tuple[Path, Any, Entry]] = {}
         for file in files:
-            data = _map(file)
+            data = map_file(file)
             for name, entry in read_header(data, file).items():
                 if name in tensors:
                     other = tensors[name][0].name
@@ -85,6 +84,8 @@ class Checkpoint:
                 tensors[name] = (file, data, entry)
         if weight_map is not None:
             _check_index(index, weight_map, tensors)
+        elif os.path.isdir(path):
+            _compare_index(path / INDEX, tensors)
         if sha256 is not None:
             _check_sha256(files, sha256)
         return cls(files, tensors)
@@ -144,84 +145,6 @@ class Checkpoint:
         return array
 
 
-def _find_index(path: Path) -> Path | None:
-    """The index of the checkpoint at `path`; None if it is one file."""
-    if os.path.isdir(path):
-        single, index = os.path.lexists(path / SINGLE), os.path.lexists(path / INDEX)
-        if single and index:
-            raise CheckpointError(
-                f"{path}: holds two checkpoints", allowed=f"{SINGLE} or {INDEX}", fix="name one"
-            )
-        if not single and not index:
-            raise _no_weights(path)
-        return path / INDEX if index else None
-    if path.name.endswith(_PICKLES):
-        raise pickle_refused(path)
-    if path.name.endswith(".safetensors.index.json"):
-        return path
-    if not path.name.endswith(".safetensors"):
-        raise CheckpointError(
-            f"{path}: not a checkpoint" if os.path.lexists(path) else f"{path}: does not exist",
-            allowed=f"a directory with {SINGLE} or {INDEX}, or one of these files",
-        )
-    return None
-
-
-def _no_weights(path: Path) -> CheckpointError:
-    try:
-        names = sorted(os.listdir(path))
-    except OSError as error:
-        return CheckpointError(f"{path}: cannot be read ({error.strerror})")
-    weights = [name for name in names if name.endswith(".safetensors")]
-    pickles = [name for name in names if name.endswith(_PICKLES)]
-    if pickles and not weights:
-        return pickle_refused(path / pickles[0])
-    if any("-of-" in name for name in weights):
-        fix = f"download {INDEX} as well, or finish writing this checkpoint"
-    elif weights:
-        fix = f"name the file you mean: {', '.join(weights[:4])}"
-    else:
-        fix = "download the weights of the model into this directory"
-    return CheckpointError(f"{path}: holds neither {SINGLE} nor {INDEX}", fix=fix)
-
-
-def _map(path: Path) -> mmap.mmap | bytes:
-    """All bytes of a file; its pages are read from disk when they are first used."""
-    try:
-        # Before opening: opening a named pipe would wait for a writer.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise damaged(path, "not a plain file")
-        with open(path, "rb") as file:
-            # An empty file cannot be mapped.
-            if os.fstat(file.fileno()).st_size == 0:
-                return b""
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path}: the file is missing", fix="download it into the same directory"
-        ) from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> file name, from an index in Hugging Face's form.
-
-    `metadata.total_size` is not compared: it is wrong in many published checkpoints.
-    """
-    data = _map(path)
-    refuse_pointer(data, path)
-    # One byte more than allowed is enough for parse_json to refuse it.
-    weight_map = parse_json(data[: MAX_HEADER_BYTES + 1], path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise damaged(path, "weight_map is not an object that names files")
-    for name in weight_map.values():
-        if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
-            allowed = "plain names *.safetensors in the index's own directory"
-            raise damaged(path, f"names the file {show(name)}", allowed)
-    return weight_map
-
-
 def _check_index(
     index: Path, weight_map: dict[str, str], tensors: dict[str, tuple[Path, Any, Entry]]
 ) -> None:
@@ -233,9 +156,19 @@ def _check_index(
             raise damaged(index, f"tensor {show(name)} of {file.name} is not in the index")
 
 
+def _compare_index(index: Path, tensors: Mapping[str, Any]) -> None:
+    """Warns of an index of the only file that lists other tensors than the file holds."""
+    try:
+        weight_map = read_index(index) if index.is_file() else {}
+    except CheckpointError:
+        return  # `find_index` has said so.
+    if set(weight_map.values()) == {SINGLE} and set(weight_map) != set(tensors):
+        warnings.warn(f"{index}: lists other tensors than {SINGLE}, which is read", stacklevel=3)
+
+
 def _blocks(paths: list[Path]) -> Iterator[tuple[Path, Any]]:
     for path in paths:
-        data = _map(path)
+        data = map_file(path)
         for first in range(0, len(data), _CHUNK):
             yield path, data[first : first + _CHUNK]
 
@@ -255,7 +188,7 @@ def _check_sha256(files: tuple[Path, ...], sha256: Mapping[str, str]) -> None:
             allowed = "names of files beside the weights"
             raise CheckpointError(f"SHA-256 of {show(name)}: not a file name", allowed=allowed)
     paths = [directory / name for name in sha256]
-    total = sum(len(_map(path)) for path in paths)
+    total = sum(len(map_file(path)) for path in paths)
     digests = {path: hashlib.sha256() for path in paths}
     for path, block in progress(_blocks(paths), lambda item: len(item[1]), total, "checking"):
         digests[path].update(block)

@@ -20,7 +20,8 @@ DOTTED = {
     "compressor": "--compressor.OPTION=VALUE       an option of all methods that have it\n"
     "--compressor.NAME.OPTION=VALUE  an option of one; `efficient-vlm methods NAME` lists them",
     "pictures": "--pictures.OPTION=VALUE  how pictures are cut or resized: min_pixels, max_pixels\n"
-    "                         (Qwen-VL), split (SmolVLM), max_tiles (InternVL), max_crops (Molmo)",
+    "                         (Qwen-VL), split (SmolVLM), max_tiles (InternVL),\n"
+    "                         max_crops (Molmo), pan_and_scan (Gemma 3)",
 }
 
 

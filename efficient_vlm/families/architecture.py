@@ -2,32 +2,42 @@
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
+from efficient_vlm.checkpoints.foreign import ADAPTER_CONFIG, adapter_of
 from efficient_vlm.checkpoints.names import NameMap
+from efficient_vlm.checkpoints.safetensors_index import locate
 from efficient_vlm.errors import UserError, first_line
 from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.defaults import complete
-from efficient_vlm.families.table import FAMILIES, family_of
+from efficient_vlm.families.heads import with_head
+from efficient_vlm.families.table import FAMILIES, family_of, refuse_layout
 from efficient_vlm.models.init import abstract_parameters
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.nn.stack import unstack
 from efficient_vlm.processing.hub_tokenizer import special_id
 
 
-def read_config(directory: str | os.PathLike) -> dict[str, Any]:
-    """config.json of a directory, completed with the defaults of its classes.
+def read_config(path: str | os.PathLike) -> dict[str, Any]:
+    """config.json of a model, completed with the defaults of its classes.
+
+    Whether the head is the embedding table is as the weights have it, see `heads.with_head`.
+
+    Args:
+      path: a directory, or its weights by name.
 
     Raises:
-      UserError: no config.json, not a JSON object, or a size that no model has.
+      UserError: no config.json, not a JSON object, another layout of a known model, or a size that
+        no model has.
     """
-    path = Path(directory) / "config.json"
+    directory, weights = locate(path)
+    path = directory / "config.json"
     if not path.is_file():
         raise UserError(
             f"{directory}: no config.json", fix="give a directory with config.json and safetensors"
@@ -38,7 +48,11 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f"{path}: {error}", fix="download it again") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: not a JSON object", fix="download it again")
-    config = complete(config)
+    refuse_layout(config)
+    if (directory / ADAPTER_CONFIG).is_file():
+        kind, _ = adapter_of(directory)
+        warnings.warn(f"{directory}: holds a {kind} adapter, which is not applied", stacklevel=2)
+    config = complete(with_head(config, weights))
     family = FAMILIES.get(config.get("model_type"))
     for name, token in family.special_ids.items() if family else ():
         if name not in config and (token_id := special_id(directory, token)) is not None:

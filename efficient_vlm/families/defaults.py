@@ -67,6 +67,7 @@ TEXTS: dict[str, Config] = {
         attention_types=((("global", "local"), 12),),
         vocab_size=50_257,
         max_position_embeddings=2048,
+        tie_word_embeddings=True,
     ),
     "phi": _sizes(2048, 8192, 24, 32, vocab_size=51_200, max_position_embeddings=2048),
     "phi3": _sizes(
@@ -147,8 +148,16 @@ VISIONS: dict[str, Config] = {
 # Models with pictures: kind of decoder, kind of encoder (None: named by its config), and values.
 MODELS: dict[str, tuple[str, str | None, Config]] = {
     "llava": ("llama", None, dict(image_token_index=32_000)),
-    "paligemma": ("gemma", "siglip_vision_model", dict(image_token_index=256_000)),
-    "gemma3": ("gemma3_text", "siglip_vision_model", dict(image_token_index=262_144)),
+    "paligemma": (
+        "gemma",
+        "siglip_vision_model",
+        dict(image_token_index=256_000, tie_word_embeddings=True),
+    ),
+    "gemma3": (
+        "gemma3_text",
+        "siglip_vision_model",
+        dict(image_token_index=262_144, tie_word_embeddings=True),
+    ),
     "idefics3": ("llama", "idefics3", dict(image_token_id=128_257, scale_factor=2)),
     "smolvlm": ("llama", "smolvlm", dict(image_token_id=128_257, scale_factor=2)),
     "internvl": (

@@ -9,7 +9,7 @@ from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.llava import LLAVA
 from efficient_vlm.families.texts import decoder_fields, text_of
 from efficient_vlm.families.vision import siglip, siglip_tensors
-from efficient_vlm.processing.pictures.resized import Gemma3Pictures
+from efficient_vlm.processing.pictures.stretched import Gemma3Pictures
 
 
 def _model(config: Config) -> dict[str, Any]:
@@ -64,6 +64,7 @@ GEMMA3 = Family(
     ),
     processor=_processor,
     image_token=lambda config: config.get("image_token_index", config.get("image_token_id")),
+    picture_options=("pan_and_scan",),
     placeholder="<start_of_image>",
     blocks="image",
 )

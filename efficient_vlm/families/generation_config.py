@@ -10,45 +10,75 @@ import numpy as np
 from efficient_vlm.errors import UserError
 from efficient_vlm.processing.hub_tokenizer import read_json
 
-__all__ = ["repetition_penalty", "sampling"]
+__all__ = ["repetition_penalty", "sampling", "stop_strings"]
 
 # Fields that would change greedy answers but are not applied -> values that change nothing.
 _NOT_APPLIED: dict[str, tuple[Any, ...]] = {
     "bad_words_ids": (None, []),
     "begin_suppress_tokens": (None, []),
+    "constraints": (None, []),
+    "diversity_penalty": (None, 0),
+    "dola_layers": (None,),
     "encoder_no_repeat_ngram_size": (None, 0),
     "encoder_repetition_penalty": (None, 1.0),
     "exponential_decay_length_penalty": (None,),
     "forced_bos_token_id": (None,),
     "forced_eos_token_id": (None,),
+    "force_words_ids": (None, []),
     "guidance_scale": (None, 1.0),
+    "max_time": (None,),
     "min_length": (None, 0),
     "min_new_tokens": (None, 0),
     "no_repeat_ngram_size": (None, 0),
+    "num_beam_groups": (None, 1),
     "num_beams": (None, 1),
-    "sequence_bias": (None, {}),
+    "penalty_alpha": (None, 0),
+    "remove_invalid_values": (None, False),
+    "sequence_bias": (None, {}, []),
     "suppress_tokens": (None, []),
+    "token_healing": (None, False),
+    "watermarking_config": (None, {}),
 }
+# The same of those that change drawn answers only.
+_NOT_DRAWN: dict[str, tuple[Any, ...]] = {
+    "epsilon_cutoff": (None, 0.0),
+    "eta_cutoff": (None, 0.0),
+    "top_h": (None,),
+    "typical_p": (None, 1.0),
+}
+_FILE = "generation_config.json"
 
 
 def repetition_penalty(directory: Path) -> float:
     """The repetition penalty of a model's directory, 1.0 by default.
 
-    Warns of other settings that would change greedy answers.
+    Warns of all other settings that change greedy answers, or would if they were applied.
 
     Raises:
       UserError: not a positive number.
     """
-    settings = read_json(directory / "generation_config.json")
-    others = [name for name, plain in _NOT_APPLIED.items() if settings.get(name) not in plain]
-    if others:
+    settings = read_json(directory / _FILE)
+    _warn(directory, settings, _NOT_APPLIED)
+    if settings.get("stop_strings"):
         warnings.warn(
-            f"{directory / 'generation_config.json'}: {', '.join(others)}: not applied",
+            f"{directory / _FILE}: stop_strings: they end answers, and are cut off (stop=[] keeps "
+            "answers whole)",
             stacklevel=2,
         )
     value = settings.get("repetition_penalty")
-    where = f"{directory / 'generation_config.json'}: repetition_penalty"
-    return 1.0 if value is None else _penalty(value, where)
+    return 1.0 if value is None else _penalty(value, f"{directory / _FILE}: repetition_penalty")
+
+
+def _warn(directory: Path, settings: dict[str, Any], plain: dict[str, tuple[Any, ...]]) -> None:
+    """Names settings that are not applied and have other values than plain ones."""
+    others = [name for name, values in plain.items() if settings.get(name) not in values]
+    if others:
+        warnings.warn(f"{directory / _FILE}: {', '.join(others)}: not applied", stacklevel=3)
+
+
+def stop_strings(directory: Path) -> Any:
+    """The strings that end an answer by a model's directory: as written, () by default."""
+    return read_json(directory / _FILE).get("stop_strings") or ()
 
 
 def sampling(directory: Path) -> dict[str, Any]:
@@ -57,7 +87,8 @@ def sampling(directory: Path) -> dict[str, Any]:
     Fields that the file does not name have the defaults of transformers' `GenerationConfig`:
     temperature 1, the 50 most likely tokens. Values are checked where they are used.
     """
-    settings = read_json(directory / "generation_config.json")
+    settings = read_json(directory / _FILE)
+    _warn(directory, settings, _NOT_DRAWN)
     named = {name: settings.get(name) for name in ("temperature", "top_k", "top_p", "min_p")}
     given = {name: value for name, value in named.items() if value is not None}
     return {"temperature": 1.0, "top_k": 50} | given

@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from efficient_vlm.checkpoints import safetensors_write
 from efficient_vlm.checkpoints.run import Checkpoints, SaveFailed
+from efficient_vlm.checkpoints.safetensors_index import locate
 from efficient_vlm.checkpoints.safetensors_read import Checkpoint
 from efficient_vlm.checkpoints.safetensors_write import writing
 from efficient_vlm.checkpoints.staging import StagingArea, identity
@@ -40,7 +41,7 @@ STAGE = "under_way"
 
 
 def open_weights(
-    directory: Path,
+    files: Path,
     family: Family,
     config: Config,
     model: VisionLanguageModel,
@@ -56,14 +57,14 @@ def open_weights(
     read here where a value can still be refused; else threads read it, and the first use waits.
 
     Args:
-      directory: a published or an imported one.
+      files: a published or an imported directory, or the weights of one by name.
       family, config, model: of that directory; the compressor of the model does not matter.
       dtype: of the parameters; None for those stored.
       sharding, check, sha256: see `pretrained.from_pretrained`.
     """
     model = model.clone(compressor={"name": "none"})
-    if not (directory / CHECKPOINTS).is_dir():
-        source = FamilyCheckpoint(Checkpoint.open(directory, sha256=sha256), family, config, model)
+    if not (files / CHECKPOINTS).is_dir():
+        source = FamilyCheckpoint(Checkpoint.open(files, sha256=sha256), family, config, model)
         carried = {name: source.tensor(name) for name in source.carried}
         if sharding is None and jax.default_backend() == "cpu":
             reader = FusedReader(source, dtype, check)
@@ -74,7 +75,7 @@ def open_weights(
         if check:
             source.check_finite()
         return Weights(load_parameters(source, dtype=dtype, sharding=sharding)), carried
-    stacks, params = flatten_dict(_restore(directory, model), sep="/"), {}
+    stacks, params = flatten_dict(_restore(files, model), sep="/"), {}
     for path in list(stacks):
         # One stack at a time is converted and freed: there are never two copies of the model.
         for name, value in flatten_dict(
@@ -85,7 +86,7 @@ def open_weights(
             check_overflow(name, value, before)
             target = None if sharding is None else sharding(name, value.shape)
             params[name] = value if target is None else jax.device_put(value, target)
-    return Weights(unflatten_dict(params, sep="/")), read_carried(directory)
+    return Weights(unflatten_dict(params, sep="/")), read_carried(files)
 
 
 def _restore(directory: Path, model: VisionLanguageModel) -> Any:
@@ -127,7 +128,7 @@ def import_model(
     parameters: the converted ones, the checkpoint, and the spare room that every save requires.
 
     Args:
-      source: directory with config.json and safetensors.
+      source: directory with config.json and safetensors, or its weights by name.
       target: folder to write.
       sha256: see `Checkpoint.open`.
 
@@ -137,8 +138,8 @@ def import_model(
     Raises:
       UserError: see `from_pretrained`; or the target holds something else.
     """
-    source, target = Path(source), Path(target)
-    config = read_config(source)
+    (source, weights), target = locate(source), Path(target)
+    config = read_config(weights)
     if (target / DTYPES).is_file() and _committed(target):
         # An import that was killed after its very last step.
         shutil.rmtree(target / STAGE, ignore_errors=True)
@@ -150,7 +151,7 @@ def import_model(
     if source.resolve() in target.resolve().parents:
         raise UserError(f"{target}: inside {source}", fix="name a folder outside of it")
     family, model = family_of(config), build_model(config)
-    checkpoint = Checkpoint.open(source, sha256=sha256)
+    checkpoint = Checkpoint.open(weights, sha256=sha256)
     reader = FamilyCheckpoint(checkpoint, family, config, model)
     reader.check_finite()
     try:

@@ -11,6 +11,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from efficient_vlm.byte_bar import progress
+from efficient_vlm.checkpoints.foreign import refuse_tensors
 from efficient_vlm.checkpoints.names import NameMap
 from efficient_vlm.checkpoints.safetensors_format import CheckpointError, show
 from efficient_vlm.checkpoints.safetensors_read import Checkpoint
@@ -18,6 +19,7 @@ from efficient_vlm.checkpoints.staging import StagingArea
 from efficient_vlm.errors import UserError
 from efficient_vlm.families.architecture import name_map
 from efficient_vlm.families.base import Config, Family
+from efficient_vlm.families.heads import equal
 from efficient_vlm.nn.stack import STACKS
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -52,7 +54,7 @@ class FamilyCheckpoint:
                 for name in set(stored) - set(wanted)
                 if any(pattern.fullmatch(name) for pattern in ignored)
             }
-            carried |= self._repeated_heads(names, stored, model)
+            carried |= self._tied_heads(names, stored, model)
             lost = sorted(set(wanted) - set(stored))
             unknown = sorted(set(stored) - set(wanted) - carried)
             shapes = ((checkpoint.shape(stored[n]), wanted[n]) for n in set(wanted) & set(stored))
@@ -67,6 +69,14 @@ class FamilyCheckpoint:
                 fix="leave out one of them",
             )
         if lost or unknown:
+            refuse_tensors(folder, unknown, config)
+            if all(name.endswith("lm_head.weight") for name in (*lost, *unknown)):
+                raise CheckpointError(
+                    f"{folder}: the file has {'no' if lost else 'a'} {(lost or unknown)[0]}, "
+                    f"config.json a {'' if lost else 'tied'} head",
+                    fix=f"set tie_word_embeddings to {'true' if lost else 'false'} in config.json, "
+                    "or download the weights again",
+                )
             raise CheckpointError(
                 f"{folder}: {len(lost)} tensors are missing"
                 f"{_listed(lost)} and {len(unknown)} are unknown{_listed(unknown)}",
@@ -89,15 +99,16 @@ class FamilyCheckpoint:
                     fix="use the config.json that came with these weights",
                 )
 
-    def _repeated_heads(self, names: NameMap, stored: dict[str, str], model: Any) -> set[str]:
-        """Heads that the file of a tied model holds although they equal the embedding table."""
+    def _tied_heads(self, names: NameMap, stored: dict[str, str], model: Any) -> set[str]:
+        """Heads in the file of a tied model that equal the table; one alone becomes the table."""
         table = names.leaves.get("language/embedding")
         if table is None or not model.decoder.get("tie_embeddings"):
             return set()
-        tied = stored.get(table.pieces[0].name)
-        heads = {name for name in stored if name.endswith("lm_head.weight")}
-        read = self.checkpoint.read
-        return {h for h in heads if tied and np.array_equal(read(stored[h]), read(tied))}
+        heads, name = [n for n in stored if n.endswith("lm_head.weight")], table.pieces[0].name
+        if heads and name not in stored:
+            stored[name] = stored.pop(heads.pop())
+        tied = stored.get(name)
+        return {head for head in heads if tied and equal(self.checkpoint, stored[head], tied)}
 
     def tensor(self, name: str) -> np.ndarray:
         """A tensor by its hub name, memory-mapped."""

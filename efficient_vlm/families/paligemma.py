@@ -7,7 +7,7 @@ from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.llava import LLAVA
 from efficient_vlm.families.texts import decoder_fields, text_of
 from efficient_vlm.families.vision import siglip, siglip_tensors
-from efficient_vlm.processing.pictures.resized import PaliGemmaPictures
+from efficient_vlm.processing.pictures.stretched import PaliGemmaPictures
 
 
 def _model(config: Config) -> dict[str, Any]:

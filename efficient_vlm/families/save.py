@@ -11,9 +11,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from efficient_vlm.checkpoints import safetensors_write
+from efficient_vlm.checkpoints.foreign import ADAPTER_CONFIG
 from efficient_vlm.errors import UserError
 from efficient_vlm.families.architecture import name_map
 from efficient_vlm.families.base import Config, Family
+from efficient_vlm.families.heads import with_flags
 from efficient_vlm.families.load import check_overflow, in_stack, known_dtype
 from efficient_vlm.files import write_atomic
 from efficient_vlm.models.vlm import VisionLanguageModel
@@ -82,7 +84,7 @@ def export(
         for name, shape in names.tensors().items()
     ]
     table = names.leaves.get("language/embedding")
-    tied = table is not None and model.decoder.get("tie_embeddings")
+    tied = table is not None and bool(model.decoder.get("tie_embeddings"))
     for name, value in (carried or {}).items():
         if tied and name.endswith("lm_head.weight"):
             # It equalled the embedding table when it was read; write the table of now.
@@ -92,6 +94,8 @@ def export(
             continue
         tensors.append((name, value.shape, value.dtype, functools.partial(np.asarray, value)))
     kind = max(set(kinds.values()), key=list(kinds.values()).count)
+    # Flags that the weights overruled when they were read would mislead other readers.
+    config = with_flags(config, tied)
     config = {key: value for key, value in config.items() if key != "torch_dtype"}
     text = json.dumps({**config, "dtype": str(kind)}, indent=2, sort_keys=True) + "\n"
     path = Path(directory) / "config.json"
@@ -123,6 +127,8 @@ def copy_settings(source: Path, target: Path) -> None:
     for path in sorted(source.iterdir()):
         # Code is copied, never run: config.json of models outside transformers refers to it.
         is_text = path.suffix in (".json", ".jinja", ".txt", ".model", ".py")
-        ours = path.name in ("config.json", "dtypes.json") or path.name.endswith(".index.json")
+        # An adapter's settings would make an adapter's directory of the other one.
+        ours = path.name in ("config.json", "dtypes.json", ADAPTER_CONFIG)
+        ours |= path.name.endswith(".index.json")
         if path.is_file() and is_text and not ours:
             (target / path.name).write_bytes(path.read_bytes())

@@ -1,6 +1,8 @@
 """All families, and which one a config.json belongs to."""
 
-from efficient_vlm.errors import UserError, unknown
+import re
+
+from efficient_vlm.errors import UserError
 from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.gemma3 import GEMMA3
 from efficient_vlm.families.internvl import INTERNVL
@@ -31,8 +33,36 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# model_type of a known model in another layout -> whose layout, and what to take instead.
+_CONVERTED = "use the release in transformers' layout (its name ends in -hf)"
+_LAYOUTS = {
+    r"llava_\w*(llama|mistral|mpt|qwen|gemma|phi)\w*": (
+        "the original LLaVA code",
+        "use the release in transformers' layout (llava-hf/...), or convert it with transformers' "
+        "convert_llava_weights_to_hf.py",
+    ),
+    r"(tiny_?llava|TinyLlava)\w*": ("the original TinyLLaVA code", _CONVERTED),
+    r"internvl_chat\w*": ("the original InternVL code", _CONVERTED),
+}
+
+
+def refuse_layout(config: Config) -> None:
+    """Raises UserError for a known model whose config.json and weights are in another layout."""
+    kind = config.get("model_type")
+    original = kind == "llava" and "vision_config" not in config and "mm_vision_tower" in config
+    for pattern, (whose, fix) in _LAYOUTS.items():
+        if isinstance(kind, str) and re.fullmatch(pattern, "llava_llama" if original else kind):
+            problem = f"config.json: model_type={kind!r:.60}, the layout of {whose}"
+            raise UserError(problem, fix=fix)
+
+
 def family_of(config: Config) -> Family:
-    """The family of a config.json; UserError with the nearest name if there is none."""
+    """The family of a config.json.
+
+    Raises:
+      UserError: another architecture, or another layout of a known one. There is no "did you mean":
+        a program wrote this name, and the nearest one is another model.
+    """
     kind = config.get("model_type")
     if kind is None:
         raise UserError(
@@ -40,6 +70,11 @@ def family_of(config: Config) -> Family:
             allowed=", ".join(sorted(FAMILIES)),
             fix="use the directory that transformers' save_pretrained writes",
         )
+    refuse_layout(config)
     if kind not in FAMILIES:
-        raise unknown("config.json: model_type", str(kind), FAMILIES)
+        raise UserError(
+            f"config.json: model_type={kind!r:.60}, an architecture that is not known here",
+            allowed=", ".join(sorted(FAMILIES)),
+            fix="choose a model of one of these (efficient-vlm presets lists some)",
+        )
     return FAMILIES[kind]

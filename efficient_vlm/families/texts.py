@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from efficient_vlm.checkpoints.names import NameMap
-from efficient_vlm.errors import unknown
+from efficient_vlm.errors import UserError
 from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.gemma_text import gemma, gemma2, gemma3_text, sandwich_tensors
 from efficient_vlm.families.gpt_text import (
@@ -53,7 +53,11 @@ def text_of(config: Config) -> Text:
     """The kind of decoder of a text config; UserError for one that is not known."""
     kind = config.get("model_type", "llama")
     if kind not in TEXTS:
-        raise unknown("config.json: model_type of the language model", str(kind), TEXTS)
+        raise UserError(
+            f"config.json: a language model of model_type {kind!r:.60}, which is not known here",
+            allowed=", ".join(sorted(TEXTS)),
+            fix="choose a model with one of these",
+        )
     return TEXTS[kind]
 
 

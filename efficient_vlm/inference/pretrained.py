@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+from efficient_vlm.checkpoints.safetensors_index import locate
 from efficient_vlm.checkpoints.safetensors_write import writing
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.families import generation_config
@@ -163,11 +164,12 @@ class Pretrained:
           cache: kind, page and dtype of `kv_cache.CacheOptions`.
           do_sample: True takes temperature, top_k, top_p and min_p that are not given from
             generation_config.json, as transformers does; of which else only the repetition penalty
-            and the tokens that end an answer are taken. False allows no temperature.
+            and the tokens and strings that end an answer are taken. False allows no temperature.
           **sampling: fields of `SamplingOptions`: temperature, top_k, top_p, min_p,
             repetition_penalty, frequency_penalty, presence_penalty, logit_bias, seed, stop,
             stop_token_ids, logprobs. Each is one value, or a list with one for each prompt; see
             `options.one_each`. Prompts with one seed draw alike, whatever else is in the batch.
+            `stop` replaces the stop_strings of generation_config.json, [] for none.
 
         Returns:
           The answer, or a list of answers: strings, or with `logprobs` for any of them `Answer`s,
@@ -219,6 +221,8 @@ class Pretrained:
             raise UserError(f"do_sample: {do_sample!r:.40}", allowed="True, False")
         given = {name: value for name, value in given.items() if value is not None}
         files = generation_config.sampling(self.directory) if do_sample else {}
+        if "stop" not in given:
+            files["stop"] = generation_config.stop_strings(self.directory)
         options = one_each(count, {"repetition_penalty": self._penalty, **files, **given})
         if do_sample is False and any(option.temperature > 0 for option in options):
             raise UserError("do_sample: False, but a temperature is given", fix="leave one out")
@@ -351,8 +355,8 @@ def from_pretrained(
     """Loads a published model.
 
     Args:
-      path: a directory with config.json and safetensors (one file, or shards with an index), or
-        what `efficient-vlm import` wrote.
+      path: a directory with config.json and safetensors (one file, or shards with an index), the
+        file or the index itself where there are several, or what `efficient-vlm import` wrote.
       compressor: name, budget and options, such as dict(name="visionzip", budget=64); None for all
         visual tokens.
       dtype: of activations, "float32" or "bfloat16".
@@ -362,17 +366,12 @@ def from_pretrained(
         programs of the first request are prepared.
       sha256: file name -> digest of every safetensors file; they are read and compared first.
       **picture_options: of the family's picture processor: min_pixels and max_pixels (Qwen-VL),
-        split (SmolVLM), max_tiles (InternVL), max_crops (Molmo).
+        split (SmolVLM), max_tiles (InternVL), max_crops (Molmo), pan_and_scan (Gemma 3).
 
     Raises:
       UserError: no such model, a damaged file, or a compressor that this model cannot have.
     """
-    directory = Path(path)
-    if not directory.is_dir():
-        raise UserError(
-            f"{path}: no such directory",
-            fix="download the model's files first; names on a hub are not resolved",
-        )
+    directory, files = locate(path)
     dtype = known_dtype("dtype", dtype)
     kind = None
     if param_dtype != "stored":
@@ -381,7 +380,7 @@ def from_pretrained(
         raise UserError(
             f"compressor: {compressor!r} is not a mapping", fix='dict(name="visionzip", budget=64)'
         )
-    config = read_config(directory)
+    config = read_config(files)
     family = family_of(config)
     for name in picture_options:
         if name not in family.picture_options:
@@ -390,6 +389,6 @@ def from_pretrained(
     model = build_model(config, dtype=dtype, compressor=compressor)
     check_compressor(model, family.variable)
     weights, carried = open_weights(
-        directory, family, config, model, dtype=kind, sharding=sharding, check=check, sha256=sha256
+        files, family, config, model, dtype=kind, sharding=sharding, check=check, sha256=sha256
     )
     return Pretrained(model, weights, family, config, directory, picture_options, carried)

@@ -7,12 +7,14 @@ Templates come from strangers. They run in jinja2's sandbox, see no files and no
 limits on steps and on what they write. See docs/prompts.md.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import functools
 import itertools
 import json
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,15 @@ __all__ = ["PROMPT_FAMILIES", "HubTokenizer", "Template", "expand", "render"]
 MAX_SOURCE = 2**20  # Characters of a template; the longest released ones have some 20,000.
 MAX_OUTPUT = 2**22  # Characters of a prompt, and of any value repeated by a template.
 MAX_STEPS = 200_000  # Passes of loops and calls of one rendering.
+
+# The order of the processors of transformers 5.24 (4.57 takes processor_config.json third); a
+# template of the tokenizer alone is used by no processor, but better than none.
+TEMPLATE_FILES = (
+    "processor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "tokenizer_config.json",
+)
 
 Message = Mapping[str, Any]
 
@@ -45,8 +56,7 @@ class Template:
     def from_hf(cls, directory: str | os.PathLike, name: str = "default") -> "Template":
         """The template in a model's directory.
 
-        The first of `chat_template.jinja`, `chat_template.json`, `processor_config.json` and
-        `tokenizer_config.json` that holds one.
+        The first of `TEMPLATE_FILES` that holds one; a warning names it where others differ.
 
         Args:
           directory: of the model.
@@ -59,7 +69,7 @@ class Template:
         if found is None:
             raise UserError(
                 f"chat template: none in {directory}",
-                allowed="chat_template.jinja, or chat_template in tokenizer_config.json",
+                allowed=f"{', '.join(TEMPLATE_FILES)}",
                 fix=f"name a family instead: {', '.join(PROMPT_FAMILIES)}",
             )
         return found
@@ -68,15 +78,22 @@ class Template:
     def find(cls, directory: str | os.PathLike, name: str = "default") -> "Template | None":
         """As `from_hf`, but None where no file holds a template."""
         directory = Path(directory)
-        tokens = special_tokens(directory)
-        jinja = directory / "chat_template.jinja"
-        if jinja.is_file() and name == "default":
-            return cls(jinja.read_text(encoding="utf-8", errors="replace"), tokens)
-        for file in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-            found = read_json(directory / file).get("chat_template")
-            if found:
-                return cls(_named(found, name, file), tokens)
-        return None
+        contents = {file: _content(directory / file, name) for file in TEMPLATE_FILES}
+        held = {file: content for file, content in contents.items() if content}
+        if not held:
+            return None
+        (used, content), *rest = held.items()
+        source, others = _named(content, name, used), []
+        for file, content in rest:
+            with contextlib.suppress(UserError):  # It is not the one that is used.
+                others += [file] * (_named(content, name, file).strip() != source.strip())
+        if others:
+            warnings.warn(
+                f"{directory}: the chat template is that of {used}; {', '.join(others)} "
+                f"{'hold' if len(others) > 1 else 'holds'} another",
+                stacklevel=2,
+            )
+        return cls(source, special_tokens(directory))
 
     def render(
         self,
@@ -128,6 +145,15 @@ class Template:
                 f"chat template: {str(error) or type(error).__name__}",
                 fix="check roles and contents of the messages against the model's documentation",
             ) from error
+
+
+def _content(path: Path, name: str) -> Any:
+    """What a file says of chat templates; the one of a .jinja file has no name."""
+    if path.suffix == ".json":
+        return read_json(path).get("chat_template")
+    if name != "default" or not path.is_file():
+        return None
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def _named(found: Any, name: str, file: str) -> str:

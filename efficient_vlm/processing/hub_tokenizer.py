@@ -77,22 +77,27 @@ def special_id(directory: str | os.PathLike, token: str) -> int | None:
 class HubTokenizer(Tokenizer):
     """Text to ids and back as the published model means it."""
 
-    def __init__(self, backend: Any, special: Mapping[str, str], eos_ids: Iterable[int] = ()):
+    def __init__(
+        self, backend: Any, special: Mapping[str, str], eos_ids: Iterable[int] | None = None
+    ):
+        """`eos_ids`: all ids that end an answer; None for the tokenizer's own end token."""
         super().__init__(backend)
         backend.encode_special_tokens = False
         self.special = dict(special)
         self.bos_id = self._role("bos_token")
         eos = self._role("eos_token")
-        own = () if eos is None else (eos,)
-        self.eos_ids = tuple(dict.fromkeys([*own, *map(int, eos_ids)]))
+        own = [] if eos is None else [eos]
+        ends = own if eos_ids is None else list(map(int, eos_ids))
+        # The tokenizer's own first, if it is one of them: `eos_id`, which training writes.
+        self.eos_ids = tuple(dict.fromkeys([*(e for e in own if e in ends), *ends]))
         pad = self._role("pad_token")
         self.pad_id = next(iter(self.eos_ids), 0) if pad is None else pad
 
     @classmethod
     def from_hf(cls, directory: str | os.PathLike) -> "HubTokenizer":
         """From `tokenizer.json` and, where present, `tokenizer_config.json`,
-        `special_tokens_map.json`, `added_tokens.json`; ids that end an answer are those of
-        `generation_config.json`, else of `config.json`.
+        `special_tokens_map.json`, `added_tokens.json`. Ids that end an answer are those of
+        `generation_config.json` alone; else those of `config.json` and the tokenizer's own.
 
         Raises:
           UserError: `tokenizer.json` is missing or damaged, an added token does not get the id that
@@ -112,7 +117,8 @@ class HubTokenizer(Tokenizer):
             ) from error
         special = special_tokens(directory)
         _add_tokens(backend, directory, special)
-        return cls(backend, special, _ends(directory))
+        made = cls(backend, special)
+        return cls(backend, special, _ends(directory, made.eos_ids))
 
     def encode(self, text: str, bos: bool | None = None) -> list[int]:
         if bos and self.bos_id is None:
@@ -152,17 +158,18 @@ class HubTokenizer(Tokenizer):
         return None if token is None else self._backend.token_to_id(token)
 
 
-def _ends(directory: Path) -> list[int]:
-    """Ids that end an answer, by the first file that names any."""
-    config = read_json(directory / "config.json")
-    text = config.get("text_config")
-    settings = (read_json(directory / "generation_config.json"), config, text)
-    for found in settings:
+def _ends(directory: Path, own: tuple[int, ...]) -> list[int]:
+    """Ids that end an answer, by the first file that names any; `own` of the tokenizer."""
+
+    def named(found: Any) -> list[int]:
         eos = found.get("eos_token_id") if isinstance(found, dict) else None
-        ids = [i for i in (eos if isinstance(eos, list) else [eos]) if type(i) is int]
-        if ids:
-            return ids
-    return []
+        return [i for i in (eos if isinstance(eos, list) else [eos]) if type(i) is int]
+
+    # transformers goes on at an end token of the tokenizer that this file does not name.
+    if ids := named(read_json(directory / "generation_config.json")):
+        return ids
+    config = read_json(directory / "config.json")
+    return [*own, *(named(config) or named(config.get("text_config")))]
 
 
 def _add_tokens(backend: Any, directory: Path, special: Mapping[str, str]) -> None:

@@ -3,11 +3,14 @@
 import hashlib
 import json
 import os
+import warnings
 
 import numpy as np
 import pytest
 from tensor_files import random_arrays, refused
 
+from efficient_vlm.checkpoints.safetensors_format import CheckpointError
+from efficient_vlm.checkpoints.safetensors_index import locate
 from efficient_vlm.checkpoints.safetensors_read import INDEX, SINGLE, Checkpoint
 
 numpy_api = pytest.importorskip("safetensors.numpy")
@@ -139,12 +142,65 @@ def test_directories_without_a_checkpoint(tmp_path):
     (tmp_path / "notes.txt").touch()
     refused(tmp_path / "notes.txt", "not a checkpoint")
     numpy_api.save_file(random_arrays(1), tmp_path / "adapter.safetensors")
-    refused(tmp_path, "name the file you mean: adapter.safetensors")
+    refused(tmp_path, f"name the file you mean: {tmp_path / 'adapter.safetensors'}")
     numpy_api.save_file(random_arrays(1), tmp_path / "model-00001-of-00002.safetensors")
     refused(tmp_path, f"download {INDEX}")
-    (tmp_path / SINGLE).touch()
-    (tmp_path / INDEX).touch()
-    refused(tmp_path, "two checkpoints")
+
+
+def test_a_file_beside_an_index(tmp_path):
+    """Its own, a stale or a damaged index: the file is read. With all shards, there are two."""
+    arrays = random_arrays(2)
+    numpy_api.save_file(arrays, tmp_path / SINGLE)
+
+    def index(content):
+        (tmp_path / INDEX).write_text(content)
+        return set(Checkpoint.open(tmp_path).names)
+
+    own = {"weight_map": dict.fromkeys(arrays, SINGLE)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert index(json.dumps(own)) == set(arrays)
+    gone = {"weight_map": dict.fromkeys(["layer.0", "old"], "model-00001-of-00002.safetensors")}
+    with pytest.warns(UserWarning, match="other files, which are not there"):
+        assert index(json.dumps(gone)) == set(arrays)
+    with pytest.warns(UserWarning, match="lists other tensors than model.safetensors"):
+        assert index(json.dumps({"weight_map": dict.fromkeys(["old"], SINGLE)})) == set(arrays)
+    with pytest.warns(UserWarning, match="model.safetensors is read; .*not JSON"):
+        assert index("") == set(arrays)
+    make_shards(tmp_path, random_arrays(4))
+    with pytest.raises(CheckpointError, match="two checkpoints") as caught:
+        Checkpoint.open(tmp_path)
+    advice = str(caught.value).rpartition("name one: ")[2].split(" or ")
+    assert [len(Checkpoint.open(path).names) for path in advice] == [2, 4]
+    (tmp_path / SINGLE).rename(tmp_path / "model-00001-of-00001.safetensors")
+    (tmp_path / INDEX).unlink()
+    for shard in tmp_path.glob("*-00002.safetensors"):
+        shard.unlink()
+    with pytest.raises(CheckpointError, match="name the file you mean") as caught:
+        Checkpoint.open(tmp_path)
+    assert len(Checkpoint.open(str(caught.value).rpartition("mean: ")[2]).names) == 2
+
+
+def test_a_shard_is_no_model(tmp_path):
+    """By its name with or without an index, or by the index alone; the advice opens the model."""
+    make_shards(tmp_path)
+    shard = tmp_path / "model-00002-of-00002.safetensors"
+    with pytest.raises(CheckpointError, match="one of 2 shards") as caught:
+        locate(shard)
+    folder, weights = locate(str(caught.value).rpartition("give ")[2])
+    assert len(Checkpoint.open(weights).names) == 4
+    assert locate(tmp_path / INDEX) == (folder, tmp_path / INDEX)
+    index = (tmp_path / INDEX).read_text()
+    (tmp_path / INDEX).unlink()
+    with pytest.raises(CheckpointError, match=f"one of 2 shards(?s:.)*download {INDEX}"):
+        locate(shard)
+    shard.rename(tmp_path / "vision.safetensors")
+    assert locate(tmp_path / "vision.safetensors") == (tmp_path, tmp_path / "vision.safetensors")
+    (tmp_path / INDEX).write_text(index.replace(shard.name, "vision.safetensors"))
+    with pytest.raises(CheckpointError, match="one of 2 shards"):
+        locate(tmp_path / "vision.safetensors")
+    with pytest.raises(CheckpointError, match="no such directory"):
+        locate(tmp_path / "absent")
 
 
 def test_a_directory_or_a_pipe_in_place_of_a_file(tmp_path):

@@ -54,7 +54,14 @@ def test_views_are_what_the_processor_makes(name):
             processor.views(0, 5)
 
 
-OPTIONS = dict(min_pixels=100_000, max_pixels=100_352, split=False, max_tiles=3, max_crops=3)
+OPTIONS = dict(
+    min_pixels=100_000,
+    max_pixels=100_352,
+    split=False,
+    max_tiles=3,
+    max_crops=3,
+    pan_and_scan=True,
+)
 
 
 def test_fewer_pixels_are_fewer_patches(audited):

@@ -161,6 +161,8 @@ NORM, QUERY = "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"
         (lambda a: a | {NORM: a[NORM] * np.nan}, {}, "24 of 24 values are NaN or Inf"),
         (lambda a: a | {QUERY: a[QUERY] * np.inf}, {}, "values are NaN or Inf"),
         (lambda a: a | {"x\x1b[31m" + "y" * 3000: a[NORM]}, {}, "1 are unknown"),
+        (lambda a: a | {f"{QUERY}.qweight": a[NORM]}, {}, "GPTQ or AWQ(?s:.*)dequantise"),
+        (lambda a: a | {"q.lora_A.weight": a[NORM]}, {}, "unmerged adapter(?s:.*)merge"),
     ],
 )
 def test_tensors_that_cannot_be_taken(change, options, message, tmp_path):

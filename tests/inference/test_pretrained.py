@@ -339,7 +339,6 @@ def test_mistakes_are_told_in_three_lines(arguments, message, tmp_path, capsys):
         ({"model_type": None}, "model_type"),
         ({"scale_factor": 4}, "shape"),
         ({"text_config": {}}, "missing"),
-        ({"tie_word_embeddings": True}, "unknown"),
     ],
 )
 def test_another_config_than_that_of_the_weights(changes, message, tmp_path):

@@ -148,6 +148,30 @@ def test_generation_config_says_how_to_sample_where_that_is_asked(vlm, tmp_path)
         evlm.from_pretrained(tmp_path / "own").generate("Why?", do_sample=True, **ASK)
 
 
+def test_generation_config_says_where_answers_end(vlm, tmp_path):
+    """Its stop strings, unless the caller gives some; of its end tokens those that it names."""
+    whole = vlm.generate("Why?", logprobs=0, **ASK)
+    stop = whole.text[2:4]
+    shutil.copytree(SAMPLE, tmp_path / "own")
+    file = tmp_path / "own" / "generation_config.json"
+    file.write_text(json.dumps({"stop_strings": [stop], "typical_p": 0.9}))
+    own = evlm.from_pretrained(tmp_path / "own")
+    with pytest.warns(UserWarning, match="stop_strings: they end answers"):
+        found = own.generate("Why?", logprobs=0, **ASK)
+    assert (found.text, found.finish) == (whole.text.partition(stop)[0], "stop")
+    assert own.generate("Why?", stop=[], **ASK) == whole.text
+    with pytest.warns(UserWarning, match="typical_p: not applied"):
+        own.generate("Why?", do_sample=True, seed=1, **ASK)
+    # An end token that the tokenizer calls its own, but this file does not name, goes by.
+    ends = whole.tokens[3:4]
+    first = whole.tokens.index(ends[0])
+    file.write_text(json.dumps({"eos_token_id": ends}))
+    cut = evlm.from_pretrained(tmp_path / "own")
+    assert cut.tokenizer.eos_ids == tuple(ends)
+    found = cut.generate("Why?", logprobs=0, **ASK)
+    assert (found.tokens, found.finish) == (whole.tokens[:first], "stop")
+
+
 def test_no_new_program_for_another_request(vlm):
     programs = (module.prefill_stage, module.decode_stage)
     vlm.generate("What is this?", temperature=0.7, top_p=0.9, seed=1, **ASK)

@@ -41,7 +41,10 @@ def _lists(value):
 
 @pytest.mark.parametrize("kind", defaults.TEXTS)
 def test_decoders(kind):
-    same(defaults.TEXTS[kind], reference(kind, "text_config"))
+    ours, theirs = defaults.TEXTS[kind], reference(kind, "text_config")
+    same(ours, theirs)
+    flags = (bool(each.get("tie_word_embeddings")) for each in (ours, theirs))
+    assert len(set(flags)) == 1
 
 
 @pytest.mark.parametrize("kind", defaults.VISIONS)
@@ -52,4 +55,7 @@ def test_encoders(kind):
 @pytest.mark.parametrize("kind", defaults.MODELS)
 def test_models(kind):
     *_, own = defaults.MODELS[kind]
-    same(own, CONFIG_MAPPING[kind]().to_dict())
+    theirs = CONFIG_MAPPING[kind]().to_dict()
+    same(own, theirs)
+    # An absent flag has the default of its place, see `families.heads`.
+    assert own.get("tie_word_embeddings", False) is theirs["tie_word_embeddings"]

@@ -34,10 +34,12 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import (  # noqa: 
 )
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string  # noqa: E402
 
+from efficient_vlm.errors import UserError  # noqa: E402
+from efficient_vlm.processing.pictures import base  # noqa: E402
 from efficient_vlm.processing.pictures.native import Qwen2VLPictures, Qwen3VLPictures  # noqa: E402
-from efficient_vlm.processing.pictures.resized import (  # noqa: E402
+from efficient_vlm.processing.pictures.resized import LlavaPictures  # noqa: E402
+from efficient_vlm.processing.pictures.stretched import (  # noqa: E402
     Gemma3Pictures,
-    LlavaPictures,
     PaliGemmaPictures,
 )
 from efficient_vlm.processing.pictures.tiles import InternVLPictures, SmolVLMPictures  # noqa: E402
@@ -46,6 +48,18 @@ pytestmark = pytest.mark.parity
 
 SIZES = [(1, 1), (5, 7), (336, 336), (480, 640), (333, 501), (700, 201), (3, 1000), (1000, 3)]
 USUAL = [size for size in SIZES if max(size) <= 200 * min(size)]  # What Qwen accepts.
+
+
+@pytest.fixture(autouse=True)
+def across_then_down(monkeypatch):
+    """Their calls of Pillow in the order of passes of its versions up to 12, which 13 changes."""
+    plain = Image.Image.resize
+
+    def resize(self, size, resample=None, box=None, reducing_gap=None):
+        assert box is None and reducing_gap is None
+        return plain(plain(self, (size[0], self.height), resample), size, resample)
+
+    monkeypatch.setattr(Image.Image, "resize", resize)
 
 
 def picture(height, width):
@@ -95,6 +109,51 @@ def test_llava_pad(size):
     same_pixels(ours(picture(*size)), theirs(processor, picture(*size))["pixel_values"])
 
 
+CLIP_SIZES = [
+    {"shortest_edge": 60},
+    {"shortest_edge": 40, "longest_edge": 60},
+    {"height": 60, "width": 60},
+    {"height": 42, "width": 71},
+    60,
+    [60, 60],
+]
+
+
+@pytest.mark.parametrize("size", CLIP_SIZES, ids=str)
+@pytest.mark.parametrize("crop", [{"height": 42, "width": 42}, 60])
+@pytest.mark.parametrize("kind", [CLIPImageProcessorPil, LlavaImageProcessorPil])
+def test_sizes_by_their_keys(size, crop, kind):
+    """Larger and smaller than the crop, with and without a crop and padding."""
+    if isinstance(size, list):
+        size = dict(zip(("height", "width"), size, strict=True))
+    for cut, pad in ((True, False), (True, True), (False, True), (False, False)):
+        processor = kind(size=size, crop_size=crop, do_center_crop=cut, do_pad=pad)
+        seen = {
+            name: theirs(processor, picture(*s)) for name, s in (("a", (91, 120)), ("b", (70, 31)))
+        }
+        shapes = {features["pixel_values"].shape for features in seen.values()}
+        try:
+            ours = LlavaPictures.from_hf(processor.to_dict(), {})
+        except UserError:
+            # Refused only where the reference gives no square of one size.
+            assert len(shapes) > 1 or len({*next(iter(shapes))[2:]}) > 1
+            continue
+        same_pixels(ours(picture(91, 120)), seen["a"]["pixel_values"])
+        same_pixels(ours(picture(70, 31)), seen["b"]["pixel_values"])
+
+
+def test_pixels_are_those_of_torch_within_one_level():
+    """torch resizes 8-bit pictures across first as well, with weights rounded otherwise."""
+    import torch
+
+    image = picture(640, 480)
+    tensor = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None]
+    expected = torch.nn.functional.interpolate(tensor, (448, 448), mode="bicubic", antialias=True)
+    got = base.resize(image, 448, 448, Image.Resampling.BICUBIC)
+    difference = np.asarray(got).astype(int) - expected[0].permute(1, 2, 0).numpy()
+    assert abs(difference).max() <= 1
+
+
 def test_a_crop_smaller_than_the_resized_picture():
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": 61}, crop_size={"height": 42, "width": 42}
@@ -122,7 +181,8 @@ def test_gemma3(size, scan):
         pan_and_scan_max_num_crops=4,
         pan_and_scan_min_ratio_to_activate=1.2,
     )
-    ours = Gemma3Pictures.from_hf(processor.to_dict(), {"mm_tokens_per_image": 16})
+    config = {"mm_tokens_per_image": 16}
+    ours = Gemma3Pictures.from_hf(processor.to_dict(), config, pan_and_scan=scan)
     same_statistics(ours, processor)
     expected = theirs(processor, picture(*size))
     got = ours(picture(*size))
@@ -133,6 +193,22 @@ def test_gemma3(size, scan):
     )
     assert got.text == text
     assert ours.count(*size) == text.count("<image_soft_token>")
+
+
+def test_gemma3_ignores_what_its_image_processor_was_saved_with():
+    """The settings that reach the image processor are those of the processor's class."""
+    saved = dict(do_pan_and_scan=True, pan_and_scan_min_crop_size=8, pan_and_scan_max_num_crops=3)
+    given = Gemma3Processor.images_kwargs
+    assert given["do_pan_and_scan"] is False
+    ours = Gemma3Pictures.from_hf(saved, {}, pan_and_scan=True)
+    assert ours.min_crop == given["pan_and_scan_min_crop_size"]
+    assert ours.max_crops == given["pan_and_scan_max_num_crops"]
+    assert ours.min_ratio == given["pan_and_scan_min_ratio_to_activate"]
+    processor = Gemma3ImageProcessorPil(**saved, size={"height": 56, "width": 56})
+    features = theirs(processor, picture(300, 900), **given)
+    assert (
+        len(features["pixel_values"]) == 1 == Gemma3Pictures.from_hf(saved, {}).views(300, 900)[0]
+    )
 
 
 # ---- tiles ---------------------------------------------------------------------------------------
@@ -186,6 +262,16 @@ def test_smolvlm(name, size, split):
     )
     layout = {"rows": [[int(rows[0])]], "cols": [[int(columns[0])]]}
     assert got.text == Idefics3Processor.replace_image_token(me, layout, 0)
+
+
+@pytest.mark.parametrize("size", [{"height": 64, "width": 96}, 64, {"height": 20, "width": 90}])
+def test_smolvlm_stretched(size):
+    """Height and width instead of the longest edge; an integer is both."""
+    processor = SmolVLMImageProcessorPil(size=size, max_image_size={"longest_edge": 32})
+    config = {"scale_factor": 2, "vision_config": {"image_size": 32, "patch_size": 8}}
+    ours = SmolVLMPictures.from_hf(processor.to_dict(), config)
+    for shape in SIZES:
+        same_pixels(ours(picture(*shape)), theirs(processor, picture(*shape))["pixel_values"][0])
 
 
 def test_smolvlm_tiny_tiles():

@@ -1,5 +1,9 @@
 """Templates and tokenizers against transformers' own `apply_chat_template` and fast tokenizer."""
 
+import itertools
+import json
+import warnings
+
 import pytest
 
 pytest.importorskip("transformers", minversion="5.23")
@@ -115,6 +119,36 @@ def test_saved_template_is_found(pair):
     assert found.tokens["image_token"] == "<image>"
     expected = theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
     assert found.render(MESSAGES) == expected
+
+
+def test_the_file_that_a_processor_takes(pair, tmp_path):
+    """Of several with different templates, all subsets of the three that a processor reads."""
+    from transformers import LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    theirs, _, _ = pair
+    plain = PreTrainedTokenizerFast(
+        tokenizer_object=theirs.backend_tokenizer,
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    LlavaProcessor(CLIPImageProcessorPil(), plain, patch_size=14).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "processor_config.json").read_text())
+    for first, second, third in itertools.product((True, False), repeat=3):
+        if not (first or second or third):
+            continue
+        named = {"chat_template": "processor"} if first else {}
+        (tmp_path / "processor_config.json").write_text(json.dumps(settings | named))
+        for there, file, text in (
+            (second, "chat_template.json", '{"chat_template": "json"}'),
+            (third, "chat_template.jinja", "jinja"),
+        ):
+            (tmp_path / file).unlink(missing_ok=True)
+            if there:
+                (tmp_path / file).write_text(text)
+        taken = LlavaProcessor.from_pretrained(tmp_path).chat_template
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert Template.from_hf(tmp_path).source == taken
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """Tokenizers of published models, chat templates in the sandbox, families without one."""
 
 import inspect
+import itertools
 import json
 import sys
+import warnings
 
 import jinja2
 import pytest
@@ -136,15 +138,37 @@ def test_where_a_template_is_found(tmp_path):
     assert Template.from_hf(tmp_path, "tool_use").source == "tools"
     with pytest.raises(UserError, match=r"(?s)rag.*default, tool_use"):
         Template.from_hf(tmp_path, "rag")
-    put(tmp_path, "processor_config.json", chat_template="processor")
-    assert Template.from_hf(tmp_path).source == "processor"
-    put(tmp_path, "chat_template.json", chat_template="json")
-    assert Template.from_hf(tmp_path).source == "json"
-    (tmp_path / "chat_template.jinja").write_text("{{ eos_token }}")
-    assert Template.from_hf(tmp_path).render([]) == "</s>"
     put(tmp_path, "chat_template.json", chat_template=[1])
     with pytest.raises(UserError, match=r"chat_template\.json"):
         Template.from_hf(tmp_path, "tool_use")
+
+
+def test_which_of_several_files_has_the_template(tmp_path):
+    """The order of transformers 5.24's processors, and a note where the files differ."""
+    files = ("processor_config.json", "chat_template.json", "chat_template.jinja")
+    files += ("tokenizer_config.json",)
+    for number, there in enumerate(itertools.product((True, False), repeat=4)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        held = [file for file, is_there in zip(files, there, strict=True) if is_there]
+        for file in held:
+            if file.endswith(".jinja"):
+                (folder / file).write_text(file)
+            else:
+                put(folder, file, chat_template=file)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = Template.find(folder)
+        assert (found and found.source) == (held[0] if held else None)
+        assert len(caught) == (len(held) > 1)
+        assert all(file in str(warning.message) for file in held for warning in caught)
+    # The same text twice is no difference, nor is a damaged file that is not used.
+    put(tmp_path, "chat_template.json", chat_template="one")
+    (tmp_path / "chat_template.jinja").write_text("one\n")
+    put(tmp_path, "tokenizer_config.json", chat_template=[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Template.from_hf(tmp_path).source == "one"
 
 
 def test_what_templates_use():

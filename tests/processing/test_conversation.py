@@ -229,13 +229,15 @@ def test_what_is_no_prompt(prompt):
     ("files", "ends"),
     [
         ({"generation_config": 5, "config": 6}, {5}),
+        ({"generation_config": [5, 7]}, {5, 7}),
+        ({"generation_config": [], "config": 6}, {6}),
         ({"config": [6, 7]}, {6, 7}),
         ({"text_config": 8}, {8}),
         ({}, set()),
     ],
 )
 def test_ids_that_end_an_answer(files, ends, tmp_path):
-    """Of generation_config.json, else config.json, else its text_config; and the tokenizer's."""
+    """Of generation_config.json alone; else config.json or text_config, and the tokenizer's."""
     config = {"eos_token_id": files.get("config")}
     if "text_config" in files:
         config["text_config"] = {"eos_token_id": files["text_config"]}
@@ -244,4 +246,5 @@ def test_ids_that_end_an_answer(files, ends, tmp_path):
         content = json.dumps({"eos_token_id": files["generation_config"]})
         (tmp_path / "generation_config.json").write_text(content)
     tok = tokenizer(tmp_path, None, False)
-    assert set(tok.eos_ids) == {tok.id_of("<|im_end|>"), *ends}
+    own = set() if files.get("generation_config") else {tok.id_of("<|im_end|>")}
+    assert set(tok.eos_ids) == own | ends

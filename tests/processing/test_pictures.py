@@ -3,6 +3,7 @@
 Pixels are compared with the published processors in tests/parity/test_pictures_parity.py.
 """
 
+import hashlib
 import io
 import subprocess
 import sys
@@ -13,13 +14,11 @@ from PIL import Image
 
 from efficient_vlm.errors import UserError
 from efficient_vlm.processing.pictures import base
+from efficient_vlm.processing.pictures.molmo import Molmo2
 from efficient_vlm.processing.pictures.native import Qwen2VLPictures, Qwen3VLPictures
-from efficient_vlm.processing.pictures.resized import (
-    Gemma3Pictures,
-    LlavaPictures,
-    MobileVLMPictures,
-    PaliGemmaPictures,
-)
+from efficient_vlm.processing.pictures.resized import LlavaPictures, MobileVLMPictures
+from efficient_vlm.processing.pictures.siglip import SiglipPictures
+from efficient_vlm.processing.pictures.stretched import Gemma3Pictures, PaliGemmaPictures
 from efficient_vlm.processing.pictures.tiles import InternVLPictures, SmolVLMPictures
 
 SMOL_2B = {"scale_factor": 3, "vision_config": {"image_size": 384, "patch_size": 14}}
@@ -308,8 +307,11 @@ BAD_SETTINGS = [
     ("image_mean", ["a", "b", "c"]),
     ("image_mean", [float("nan")] * 3),
     ("image_std", [0.5, 0.0, 0.5]),
-    ("size", {"height": 336, "width": 224}),
     ("size", {}),
+    ("size", {"shortest": 336}),
+    ("size", {"max_height": 336, "max_width": 336}),
+    ("size", {"height": 336, "width": 336, "shortest_edge": 336}),
+    ("size", {"shortest_edge": 10**9}),
     ("size", {"height": [1], "width": {}}),
     ("size", -5),
     ("size", 10**9),
@@ -319,6 +321,9 @@ BAD_SETTINGS = [
     ("rescale_factor", "x"),
     ("do_rescale", False),
     ("do_resize", False),
+    ("do_resize", 0),
+    ("pad_size", {"height": 400, "width": 400}),
+    ("image_mean", True),
 ]
 
 
@@ -334,8 +339,26 @@ def test_bad_settings_are_user_errors(name, field, value):
 @pytest.mark.parametrize(
     ("family", "preprocessor", "config"),
     [
-        (LlavaPictures, {"size": 224, "crop_size": 336}, {}),
         (LlavaPictures, {"do_center_crop": False}, {}),
+        (LlavaPictures, {"size": {"longest_edge": 336}}, {}),
+        (LlavaPictures, {"size": {"height": 336, "width": 224}}, {}),
+        (LlavaPictures, {"size": {"shortest_edge": 336}, "do_center_crop": False}, {}),
+        (LlavaPictures, {"crop_size": {"shortest_edge": 336}}, {}),
+        (LlavaPictures, {"crop_size": {"height": 336, "width": 224}}, {}),
+        (SiglipPictures, {"size": 384}, {}),
+        (SiglipPictures, {"size": {"shortest_edge": 384}}, {}),
+        (SiglipPictures, {"do_center_crop": True, "crop_size": 224}, {}),
+        (PaliGemmaPictures, {"size": {"shortest_edge": 224}}, {}),
+        (PaliGemmaPictures, {"size": {"height": 224, "width": 448}}, {}),
+        (PaliGemmaPictures, {"do_center_crop": True, "crop_size": 112}, {}),
+        (Gemma3Pictures, {"size": {"longest_edge": 896}}, {}),
+        (InternVLPictures, {"size": {"shortest_edge": 448}}, {}),
+        (InternVLPictures, {"size": {"height": 448, "width": 224}}, {}),
+        (SmolVLMPictures, {"size": {"shortest_edge": 2048}}, {}),
+        (SmolVLMPictures, {"max_image_size": {"height": 512, "width": 512}}, {}),
+        (Qwen2VLPictures, {"size": {"height": 400, "width": 400}}, {}),
+        (Qwen2VLPictures, {"size": {"longest_edge": 10**6}}, {}),
+        (Molmo2, {"size": {"shortest_edge": 378}}, {}),
         (LlavaPictures, {}, {"vision_feature_select_strategy": "cls"}),
         (LlavaPictures, {}, {"vision_config": {"patch_size": 0}}),
         (LlavaPictures, {}, {"vision_config": {"image_size": 10}}),
@@ -345,8 +368,6 @@ def test_bad_settings_are_user_errors(name, field, value):
         (Gemma3Pictures, {}, {"mm_tokens_per_image": 200}),
         (Gemma3Pictures, {}, {"mm_tokens_per_image": 25}),
         (MobileVLMPictures, {"size": 350}, {}),
-        (Gemma3Pictures, {"pan_and_scan_min_ratio_to_activate": 0.5}, {}),
-        (Gemma3Pictures, {"pan_and_scan_min_crop_size": 3}, {}),
         (SmolVLMPictures, {"size": 9000}, {}),
         (SmolVLMPictures, {}, {"scale_factor": 5}),
         (InternVLPictures, {"max_patches": 0}, {}),
@@ -363,6 +384,112 @@ def test_bad_settings_are_user_errors(name, field, value):
 def test_settings_of_one_family(family, preprocessor, config):
     with pytest.raises(UserError):
         family.from_hf(preprocessor, config)
+
+
+# A row of pixels, 96 x 24: white, black in the middle quarter.
+ROW = np.full((24, 96, 3), 255, np.uint8)
+ROW[:, 36:60] = 0
+WIDE = {"vision_config": {"image_size": 24, "patch_size": 4}}
+# What the CLIP processor of transformers makes of it when it stretches.
+STRETCHED = [1] * 8 + [0.9, 0.1, 0, 0, 0, 0, 0.1, 0.9] + [1] * 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "row"),
+    [
+        ({"size": {"height": 24, "width": 24}, "crop_size": 24}, STRETCHED),
+        ({"size": [24, 24], "do_center_crop": False, "crop_size": 24}, STRETCHED),
+        ({"size": {"height": 24, "width": 24, "shortest_edge": None}}, STRETCHED),
+        ({"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}}, [0] * 24),
+        ({"size": 24}, [0] * 24),
+        # 6 x 24 in the middle of black.
+        ({"size": {"shortest_edge": 24, "longest_edge": 24}, "crop_size": 24}, STRETCHED),
+        # 24 x 96 stretched to 24 x 48, of which the middle is shown.
+        ({"size": {"height": 24, "width": 48}, "crop_size": 24}, None),
+    ],
+)
+def test_a_size_is_read_by_its_keys(settings, row):
+    reader = LlavaPictures.from_hf({"resample": 3, **settings}, WIDE)
+    image = reader(Image.fromarray(ROW)).images[0, :, :, 0]
+    if row is None:  # Black is a quarter of 48 pixels, in the middle of 24.
+        assert image[12, :5].min() > 0.9 and image[12, 8:16].max() < 0.1
+        return
+    np.testing.assert_allclose(image[12], row, atol=0.06)
+    if settings["size"] == {"shortest_edge": 24, "longest_edge": 24}:
+        assert not image[:9].any() and not image[15:].any()
+
+
+def test_sizes_of_other_families():
+    """Stretched where the published processor stretches; an integer as its class takes it."""
+    smol = SmolVLMPictures.from_hf({"size": {"height": 512, "width": 1024}}, {})
+    assert smol.views(300, 300) == smol.views(30, 3000) == (3, 512, 512)
+    assert SmolVLMPictures.from_hf({"size": 1024}, {}).views(30, 3000)[0] == 5
+    longest = {"shortest_edge": 7, "longest_edge": 1024}
+    assert SmolVLMPictures.from_hf({"size": longest}, {}) == SmolVLMPictures(longest=1024)
+    assert InternVLPictures.from_hf({"size": 448}, {}) == InternVLPictures()
+    assert Gemma3Pictures.from_hf({"size": 896}, {}) == Gemma3Pictures()
+    areas = {"min_pixels": 100**2, "max_pixels": 200**2}
+    wanted = Qwen2VLPictures(min_pixels=100**2, max_pixels=200**2)
+    assert wanted == Qwen2VLPictures.from_hf({"size": areas}, {})
+    assert wanted == Qwen2VLPictures.from_hf({"size": {"shortest_edge": 1}, **areas}, {})
+    crop = {"do_center_crop": True, "crop_size": {"height": 224, "width": 224}}
+    assert PaliGemmaPictures.from_hf(crop, {}) == PaliGemmaPictures()
+
+
+def test_what_padding_to_a_square_looks_like():
+    """The mean colour, also where nothing is normalised; CLIP's do_pad is another padding."""
+    settings = {"do_pad": True, "do_normalize": False, "image_mean": [0.2, 0.4, 0.6]}
+    reader = LlavaPictures.from_hf(settings, {})
+    assert reader.mean == (0, 0, 0)
+    corner = reader(Image.fromarray(ROW)).images[0, 0, 0]
+    np.testing.assert_array_equal(corner * 255, [51, 102, 153])
+    clip = {"do_pad": True, "image_processor_type": "CLIPImageProcessor"}
+    assert not LlavaPictures.from_hf(clip, {}).pad
+    assert MobileVLMPictures.from_hf(clip | {"do_pad": False}, {}).pad
+
+
+def test_gemma3_scans_only_for_a_caller_who_asks():
+    """transformers' processor puts its class's values in place of those of the file."""
+    saved = dict(do_pan_and_scan=True, pan_and_scan_min_crop_size=32, pan_and_scan_max_num_crops=9)
+    reader = Gemma3Pictures.from_hf(saved, {})
+    assert reader.views(300, 900)[0] == len(reader(noise(300, 900)).images) == 1
+    assert Gemma3Pictures.from_hf(saved, {}, pan_and_scan=True).views(300, 900)[0] == 4
+    with pytest.raises(UserError, match="pan_and_scan"):
+        Gemma3Pictures.from_hf({}, {}, pan_and_scan=1)
+
+
+# ---- resizing ------------------------------------------------------------------------------------
+
+
+def page(height, width):
+    """An upright page of text: lines of letters made of strokes, in two colours."""
+    rows, columns = np.mgrid[:height, :width]
+    letter = (rows // 14 * 131 + columns // 7 * 71) % 97
+    stroke = (letter * (rows % 14 // 2 * 5 + columns % 7 + 1) * 37 % 101) < 45
+    ink = stroke & (rows % 14 < 10) & (columns % 7 < 6) & (rows > 20) & (columns > 20)
+    return np.where(ink[..., None], (0, 20, 60), (255, 250, 240)).astype(np.uint8)
+
+
+def test_pixels_do_not_depend_on_pillow():
+    """The digest is of Pillow's own resize, 11.0.0 and 12.3.0; that of 13 differs by 29 levels."""
+    digest = hashlib.sha256()
+    for height, width, rows, columns, resample in (
+        *((640, 480, 448, 448, 3), (1400, 333, 224, 224, 2), (900, 700, 96, 640, 1)),
+        *((50, 40, 448, 448, 3), (480, 640, 448, 448, 3)),
+    ):
+        image = Image.fromarray(page(height, width))
+        digest.update(np.asarray(base.resize(image, rows, columns, resample)).tobytes())
+    expected = "1da87f296250c9eb4e955fa76cbf126f745f21af1066f1dc75d267061c65d1ab"
+    assert digest.hexdigest() == expected
+
+
+def test_a_strip_is_made_shorter_first(monkeypatch):
+    """Where the rows in between would not fit into memory."""
+    monkeypatch.setattr(base, "MAX_WORK_PIXELS", 2000)
+    image = Image.fromarray(noise(400, 3))
+    found = np.asarray(base.resize(image, 20, 20, Image.Resampling.BICUBIC))
+    down = image.resize((3, 20), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(found, down.resize((20, 20), Image.Resampling.BICUBIC))
 
 
 def test_nothing_heavy_is_imported():

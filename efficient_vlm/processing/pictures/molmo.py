@@ -14,6 +14,7 @@ from PIL import Image
 
 from efficient_vlm.errors import UserError
 from efficient_vlm.processing.pictures import base, overlap
+from efficient_vlm.processing.pictures import settings as reading
 
 PATCH, COLUMN, START, LOW_RES_START, END = (
     "<im_patch>",
@@ -68,26 +69,26 @@ class Molmo(overlap.Overlapping):
         Raises:
           UserError: an unknown value of a setting, or another crop mode.
         """
-        settings = base.image_settings(preprocessor)
+        settings = reading.image_settings(preprocessor)
         for name, known in (("crop_mode", "overlap-and-resize-c2"), ("resize", "default")):
             value = settings.get(name, config.get(name)) or known
             if value != known:
                 raise UserError(f"preprocessor: {name} {value!r}", allowed=known)
         crop = overlap.square("base_image_input_size", settings, cls.crop)
-        patch = base.whole("image_patch_size", settings.get("image_patch_size", cls.patch))
+        patch = reading.whole("image_patch_size", settings.get("image_patch_size", cls.patch))
         lengths = {settings.get(f"image_token_length_{axis}", crop // patch // 2) for axis in "hw"}
-        tokens = base.whole("image_token_length", lengths.pop())
+        tokens = reading.whole("image_token_length", lengths.pop())
         if lengths or crop // patch % tokens:
             raise UserError(
                 f"preprocessor: image_token_length {tokens} for {crop // patch} patches",
                 allowed="the same length down and across, a divisor of the patches",
             )
-        mean, std = base.mean_std(settings, cls.mean, cls.std)
+        mean, std = reading.mean_std(settings, cls.mean, cls.std)
         return cls(
             crop=crop,
             patch=patch,
             pool=crop // patch // tokens,
-            max_crops=base.whole("max_crops", settings.get("max_crops", cls.max_crops), 1, 256),
+            max_crops=reading.whole("max_crops", settings.get("max_crops", cls.max_crops), 1, 256),
             margins=overlap.margins_of(settings),
             mean=mean,
             std=std,
@@ -163,7 +164,7 @@ def resize_and_pad(
     real[area] = 1
     for channel in range(3):
         plane = Image.fromarray(np.ascontiguousarray(pixels[..., channel]))
-        plane = plane.resize((inner[1], inner[0]), Image.Resampling.BILINEAR)
+        plane = base.resize(plane, *inner, Image.Resampling.BILINEAR)
         canvas[*area, channel] = np.clip(np.asarray(plane), 0, 1)
     return canvas, real, (top, left, *inner)
 
@@ -216,17 +217,17 @@ class Molmo2(overlap.Overlapping):
         Raises:
           UserError: an unknown value of a setting.
         """
-        settings = base.image_settings(preprocessor)
+        settings = reading.image_settings(preprocessor)
         if settings.get("resample", 2) != 2:
             raise UserError(f"preprocessor: resample {settings['resample']!r}", allowed="2")
-        mean, std = base.mean_std(settings, cls.mean, cls.std)
+        mean, std = reading.mean_std(settings, cls.mean, cls.std)
         columns = bool(preprocessor.get("image_use_col_tokens", True))
         whole = preprocessor.get("use_single_crop_col_tokens", cls.whole_column_tokens)
         return cls(
-            crop=base.edge("size", settings.get("size", cls.crop)),
-            patch=base.whole("patch_size", settings.get("patch_size", cls.patch)),
+            crop=reading.edge("size", settings.get("size", cls.crop)),
+            patch=reading.whole("patch_size", settings.get("patch_size", cls.patch)),
             pool=overlap.square("pooling_size", settings, cls.pool),
-            max_crops=base.whole("max_crops", settings.get("max_crops", cls.max_crops), 1, 256),
+            max_crops=reading.whole("max_crops", settings.get("max_crops", cls.max_crops), 1, 256),
             margins=overlap.margins_of(settings),
             mean=mean,
             std=std,

@@ -15,6 +15,7 @@ from PIL import Image
 from efficient_vlm.errors import UserError
 from efficient_vlm.processing.decode_image import MAX_PIXELS
 from efficient_vlm.processing.pictures import base
+from efficient_vlm.processing.pictures import settings as reading
 from efficient_vlm.processing.pictures.base import Pictured, Triple
 
 # The published limit on the longer over the shorter edge.
@@ -105,19 +106,28 @@ class Qwen2VLPictures:
         Raises:
           UserError: a setting out of range.
         """
-        settings = base.image_settings(preprocessor)
-        mean, std = base.mean_std(settings, cls.mean, cls.std)
-        size = settings.get("size", {})
-        if not isinstance(size, Mapping):
+        settings = reading.image_settings(preprocessor)
+        mean, std = reading.mean_std(settings, cls.mean, cls.std)
+        size = settings.get("size")
+        names = {"shortest_edge", "longest_edge", "min_pixels", "max_pixels"}
+        if not isinstance(size, Mapping | None) or set(size or ()) - names:
             raise UserError(
-                f"preprocessor: size {size!r}",
+                f"preprocessor: size {size!r:.80}",
                 allowed="a mapping with shortest_edge and longest_edge, both areas in pixels",
             )
 
         def area(argument: int | None, name: str, edge: str, default: int) -> int:
             if argument is None:
-                argument = settings.get(name, size.get(edge))
-            return base.whole(name, default if argument is None else argument, high=MAX_PIXELS)
+                argument = settings.get(name)
+            if argument is None and size is not None:
+                argument = size.get(edge, size.get(name))
+                if argument is None:  # The class's default is that of a size as a whole.
+                    raise UserError(
+                        f"preprocessor: size {dict(size)!r:.80}, no {edge}",
+                        allowed="a mapping with shortest_edge and longest_edge",
+                        fix=f"add {edge} or {name}, an area in pixels",
+                    )
+            return reading.whole(name, default if argument is None else argument, high=MAX_PIXELS)
 
         least = area(min_pixels, "min_pixels", "shortest_edge", cls.min_pixels)
         most = area(max_pixels, "max_pixels", "longest_edge", cls.max_pixels)
@@ -127,14 +137,14 @@ class Qwen2VLPictures:
                 allowed=f"min_pixels ({least}) or more",
                 fix="raise max_pixels or lower min_pixels",
             )
-        patch = base.config_setting(config, "vision_config.patch_size", cls.patch)
-        merge = base.config_setting(config, "vision_config.spatial_merge_size", cls.merge)
+        patch = reading.config_setting(config, "vision_config.patch_size", cls.patch)
+        merge = reading.config_setting(config, "vision_config.spatial_merge_size", cls.merge)
         return cls(
-            patch=base.whole("patch_size", settings.get("patch_size", patch)),
-            merge=base.whole("merge_size", settings.get("merge_size", merge)),
+            patch=reading.whole("patch_size", settings.get("patch_size", patch)),
+            merge=reading.whole("merge_size", settings.get("merge_size", merge)),
             min_pixels=least,
             max_pixels=most,
-            resample=base.resample_of(settings, cls.resample),
+            resample=reading.resample_of(settings, cls.resample),
             mean=mean,
             std=std,
         )

@@ -17,6 +17,7 @@ import numpy as np
 
 from efficient_vlm.errors import UserError
 from efficient_vlm.processing.pictures import base
+from efficient_vlm.processing.pictures import settings as reading
 
 
 def select_tiling(height: int, width: int, window: int, most: int) -> tuple[int, int]:
@@ -179,7 +180,7 @@ def square(name: str, settings: Mapping[str, Any], default: int) -> int:
         if len(value) != 2 or value[0] != value[1]:
             raise UserError(f"preprocessor: {name} {list(value)}", allowed="a square")
         value = value[0]
-    return base.whole(name, value)
+    return reading.whole(name, value)
 
 
 def margins_of(settings: Mapping[str, Any]) -> tuple[int, int]:
@@ -187,5 +188,5 @@ def margins_of(settings: Mapping[str, Any]) -> tuple[int, int]:
     value = settings.get("overlap_margins", (4, 4))
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise UserError(f"preprocessor: overlap_margins {value!r}", allowed="two whole numbers")
-    before, after = (base.whole("overlap_margins", margin, 0) for margin in value)
+    before, after = (reading.whole("overlap_margins", margin, 0) for margin in value)
     return before, after

@@ -7,6 +7,7 @@ from typing import Any, Self
 from PIL import Image
 
 from efficient_vlm.processing.pictures import base
+from efficient_vlm.processing.pictures import settings as reading
 from efficient_vlm.processing.pictures.base import Pictured, Triple
 from efficient_vlm.processing.pictures.resized import pad_square
 
@@ -21,7 +22,8 @@ class SiglipPictures:
     Attributes:
       size: edge in pixels of the square that the picture is stretched to.
       patch: edge of an encoder patch in pixels.
-      pad: pad to a square with the mean colour before stretching.
+      pad: pad to a square before stretching.
+      fill: per channel, the colour of that padding in [0, 1], which is the mean.
       resample: Pillow filter code.
       mean: per channel, subtracted by the encoder from pixels in [0, 1].
       std: per channel, what the encoder divides by.
@@ -33,6 +35,7 @@ class SiglipPictures:
     resample: int = Image.Resampling.BICUBIC
     mean: Triple = base.HALF
     std: Triple = base.HALF
+    fill: Triple = base.HALF
 
     @classmethod
     def from_hf(cls, preprocessor: Mapping[str, Any], config: Mapping[str, Any]) -> Self:
@@ -47,17 +50,21 @@ class SiglipPictures:
         Raises:
           UserError: a setting out of range.
         """
-        settings = base.image_settings(preprocessor)
-        mean, std = base.mean_std(settings, cls.mean, cls.std)
-        default = base.config_setting(config, "vision_config.image_size", cls.size)
-        size = base.edge("size", settings.get("size", default))
-        patch = base.config_setting(config, "vision_config.patch_size", cls.patch)
-        base.patches_along(size, patch)
+        settings = reading.image_settings(preprocessor)
+        mean, std = reading.mean_std(settings, cls.mean, cls.std)
+        default = reading.config_setting(config, "vision_config.image_size", cls.size)
+        # An integer is a shortest edge here: the picture would keep its aspect ratio.
+        size = settings.get("size", dict(height=default, width=default))
+        size = reading.edge("size", size, square=False)
+        reading.refuse_crop(settings, size)
+        patch = reading.config_setting(config, "vision_config.patch_size", cls.patch)
+        reading.patches_along(size, patch)
         return cls(
             size=size,
             patch=patch,
             pad=config.get("image_aspect_ratio") == "pad",
-            resample=base.resample_of(settings, cls.resample),
+            fill=reading.mean_std({**settings, "do_normalize": True}, cls.mean, cls.std)[0],
+            resample=reading.resample_of(settings, cls.resample),
             mean=mean,
             std=std,
         )
@@ -87,7 +94,7 @@ class SiglipPictures:
         height, width = image.height, image.width
         above = left = 0  # Of padding, in pixels of the original.
         if self.pad:
-            image, above, left = pad_square(image, self.mean)
+            image, above, left = pad_square(image, self.fill)
         grid = self.size // self.patch
         edge = grid * self.patch
         resized = base.resize(image, self.size, self.size, self.resample)

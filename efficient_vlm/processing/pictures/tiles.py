@@ -16,6 +16,7 @@ from PIL import Image
 from efficient_vlm import checks
 from efficient_vlm.errors import UserError
 from efficient_vlm.processing.pictures import base
+from efficient_vlm.processing.pictures import settings as reading
 from efficient_vlm.processing.pictures.base import Pictured, Triple
 
 # No resized edge exceeds this, whatever size.longest_edge says.
@@ -44,12 +45,21 @@ def _boxes(rows: int, columns: int) -> list[tuple[float, float, float, float]]:
     ]
 
 
+def _longest(field: str, value: Any) -> int:
+    """The longest edge of a size, beside which a shortest one counts for nothing."""
+    found = reading.lengths(field, value, square=False)
+    if "longest_edge" not in found and isinstance(value, Mapping):
+        raise UserError(f"config: {field} {found}", allowed="longest_edge")
+    return found.get("longest_edge") or found["shortest_edge"]
+
+
 @dataclasses.dataclass(frozen=True)
 class SmolVLMPictures:
     """SmolVLM, SmolVLM2 and Idefics3: tiles row by row, then the whole picture as one tile.
 
     Attributes:
       longest: length in pixels that the longer edge is scaled to, up or down.
+      stretch: height and width that every picture is stretched to instead; None keeps the aspect.
       tile: edge of a tile in pixels; at most 6 tiles along an edge.
       patch: edge of an encoder patch in pixels.
       shuffle: edge of the square of patches that makes one visual token (pixel shuffle).
@@ -67,6 +77,7 @@ class SmolVLMPictures:
     resample: int = Image.Resampling.LANCZOS
     mean: Triple = base.HALF
     std: Triple = base.HALF
+    stretch: tuple[int, int] | None = None
 
     @classmethod
     def from_hf(
@@ -88,31 +99,37 @@ class SmolVLMPictures:
           UserError: a setting out of range, more tiles than the tokenizer can name, or tiles that
             do not make whole visual tokens.
         """
-        settings = base.image_settings(preprocessor)
-        mean, std = base.mean_std(settings, cls.mean, cls.std)
-        default = base.config_setting(config, "vision_config.image_size", cls.tile)
-        tile = base.edge("max_image_size", settings.get("max_image_size", default))
-        longest = base.edge("size", settings.get("size", 4 * tile))
+        settings = reading.image_settings(preprocessor)
+        mean, std = reading.mean_std(settings, cls.mean, cls.std)
+        default = reading.config_setting(config, "vision_config.image_size", cls.tile)
+        tile = _longest(
+            "max_image_size", settings.get("max_image_size", dict(longest_edge=default))
+        )
+        size = settings.get("size", dict(longest_edge=4 * tile))
+        size = reading.lengths("size", size)
+        stretch = (size["height"], size["width"]) if "height" in size else None
+        longest = max(stretch) if stretch else _longest("size", size)
         if math.ceil(min(longest, SMOLVLM_MAX_EDGE) / tile) > SMOLVLM_MAX_TILES:
             raise UserError(
-                f"preprocessor: size.longest_edge {longest} with tiles of {tile}",
+                f"preprocessor: size {size} with tiles of {tile}",
                 allowed=f"{SMOLVLM_MAX_TILES * tile} or less: the tokenizer names "
                 f"{SMOLVLM_MAX_TILES} tiles along an edge",
             )
-        patch = base.config_setting(config, "vision_config.patch_size", cls.patch)
+        patch = reading.config_setting(config, "vision_config.patch_size", cls.patch)
         # The default of the configuration class, which files omit.
-        shuffle = base.config_setting(config, "scale_factor", 2 if config else cls.shuffle)
-        base.patches_along(tile, patch, multiple=shuffle)
+        shuffle = reading.config_setting(config, "scale_factor", 2 if config else cls.shuffle)
+        reading.patches_along(tile, patch, multiple=shuffle)
         if split is None:
             split = bool(settings.get("do_image_splitting", cls.split))
         checks.flag("split", split)
         return cls(
             longest=longest,
+            stretch=stretch,
             tile=tile,
             patch=patch,
             shuffle=shuffle,
             split=split,
-            resample=base.resample_of(settings, cls.resample),
+            resample=reading.resample_of(settings, cls.resample),
             mean=mean,
             std=std,
         )
@@ -124,6 +141,8 @@ class SmolVLMPictures:
 
     def _scaled(self, height: int, width: int) -> tuple[int, int]:
         """Size after scaling the longer edge; the shorter is rounded down, then up to even."""
+        if self.stretch is not None:
+            return self.stretch
         # Another order of divisions would round differently from the published code by a pixel.
         aspect = width / height
         if width >= height:
@@ -251,27 +270,27 @@ class InternVLPictures:
         Raises:
           UserError: a setting out of range, or tiles that do not make whole visual tokens.
         """
-        settings = base.image_settings(preprocessor)
-        mean, std = base.mean_std(settings, cls.mean, cls.std)
-        default = base.config_setting(config, "vision_config.image_size", cls.tile)
-        tile = base.edge("size", settings.get("size", default))
-        patch = base.config_setting(config, "vision_config.patch_size", cls.patch)
+        settings = reading.image_settings(preprocessor)
+        mean, std = reading.mean_std(settings, cls.mean, cls.std)
+        default = reading.config_setting(config, "vision_config.image_size", cls.tile)
+        tile = reading.edge("size", settings.get("size", default))
+        patch = reading.config_setting(config, "vision_config.patch_size", cls.patch)
         ratio = config.get("downsample_ratio", 1 / cls.shuffle)
         shuffle = round(1 / ratio) if isinstance(ratio, int | float) and 0 < ratio <= 1 else 0
         if not shuffle or abs(shuffle * ratio - 1) > 1e-6:
             raise UserError(f"config: downsample_ratio {ratio!r}", allowed="0.5, or another 1/n")
-        base.patches_along(tile, patch, multiple=shuffle)
+        reading.patches_along(tile, patch, multiple=shuffle)
         if max_tiles is None:
             max_tiles = settings.get("max_patches", cls.max_tiles)
-        max_tiles = base.whole("max_patches", max_tiles, high=256)
+        max_tiles = reading.whole("max_patches", max_tiles, high=256)
         least = settings.get("min_patches", cls.min_tiles)
         return cls(
             tile=tile,
             patch=patch,
             shuffle=shuffle,
-            min_tiles=base.whole("min_patches", least, high=max_tiles),
+            min_tiles=reading.whole("min_patches", least, high=max_tiles),
             max_tiles=max_tiles,
-            resample=base.resample_of(settings, cls.resample),
+            resample=reading.resample_of(settings, cls.resample),
             mean=mean,
             std=std,
         )

@@ -1,0 +1,218 @@
+"""Families that stretch the whole picture to one square: PaliGemma and Gemma 3.
+
+PaliGemma (arXiv 2407.07726, 2412.03555), Gemma 3 (arXiv 2503.19786).
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Self
+
+from PIL import Image
+
+from efficient_vlm import checks
+from efficient_vlm.errors import UserError
+from efficient_vlm.processing.pictures import base
+from efficient_vlm.processing.pictures import settings as reading
+from efficient_vlm.processing.pictures.base import Pictured, Triple
+
+
+@dataclasses.dataclass(frozen=True)
+class PaliGemmaPictures:
+    """PaliGemma 1 and 2: the whole picture stretched to 224, 448 or 896, one token per patch.
+
+    Attributes:
+      size: edge in pixels of the square that the encoder sees.
+      patch: edge of an encoder patch in pixels.
+      resample: Pillow filter code.
+      mean: per channel, subtracted by the encoder from pixels in [0, 1].
+      std: per channel, what the encoder divides by.
+    """
+
+    size: int = 224
+    patch: int = 14
+    resample: int = Image.Resampling.BICUBIC
+    mean: Triple = base.HALF
+    std: Triple = base.HALF
+
+    @classmethod
+    def from_hf(cls, preprocessor: Mapping[str, Any], config: Mapping[str, Any]) -> Self:
+        """Reads `preprocessor_config.json` and `config.json`; {} means the published 224 pixels.
+
+        Raises:
+          UserError: a setting out of range.
+        """
+        return cls(**_stretched(cls, preprocessor, config))
+
+    def count(self, height: int, width: int) -> int:
+        """Visual tokens of a picture of this size, whatever it is.
+
+        Raises:
+          UserError: no pixels or too many.
+        """
+        base.check_size(height, width)
+        return (self.size // self.patch) ** 2
+
+    def views(self, height: int, width: int) -> tuple[int, int, int]:
+        """How many images a picture of this size becomes, and their height and width in pixels.
+
+        Raises:
+          UserError: no pixels or too many.
+        """
+        base.check_size(height, width)
+        return 1, self.size, self.size
+
+    def __call__(self, picture: Any) -> Pictured:
+        """One image [size, size]. For `picture` and errors see `base.load_picture`.
+
+        `text` has the visual slots only: the prompt puts them before `<bos>`.
+        """
+        image = base.load_picture(picture)
+        grid = self.size // self.patch
+        return base.pictured(
+            [base.resize(image, self.size, self.size, self.resample)],
+            patch=self.patch,
+            grid=(grid, grid),
+            text="<image>" * grid**2,
+            boxes=[base.WHOLE_PICTURE],
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemma3Pictures:
+    """Gemma 3: the picture stretched to 896, 64 x 64 patches averaged to 16 x 16 tokens.
+
+    With pan and scan (section 2.1 of the report), an elongated picture is followed by up to
+    `max_crops` non-overlapping cuts along its longer edge, each stretched in the same way. The
+    published processor does that only for a caller who asks for it.
+
+    Attributes:
+      size: edge in pixels of the square that the encoder sees.
+      patch: edge of an encoder patch in pixels.
+      grid: edge of the square of visual tokens.
+      pan_and_scan: add cuts of elongated pictures.
+      min_crop: smallest edge in pixels of a cut; a picture with smaller cuts is not cut.
+      max_crops: most cuts of a picture; at most `min_crop`.
+      min_ratio: longer over shorter edge from which a picture is cut.
+      resample: Pillow filter code.
+      mean: per channel, subtracted by the encoder from pixels in [0, 1].
+      std: per channel, what the encoder divides by.
+    """
+
+    size: int = 896
+    patch: int = 14
+    grid: int = 16
+    pan_and_scan: bool = False
+    min_crop: int = 256
+    max_crops: int = 4
+    min_ratio: float = 1.2
+    resample: int = Image.Resampling.BILINEAR
+    mean: Triple = base.HALF
+    std: Triple = base.HALF
+
+    @classmethod
+    def from_hf(
+        cls,
+        preprocessor: Mapping[str, Any],
+        config: Mapping[str, Any],
+        *,
+        pan_and_scan: bool = False,
+    ) -> Self:
+        """Reads `preprocessor_config.json` and `config.json`; {} means the published 896 pixels.
+
+        Raises:
+          UserError: a setting out of range, or a number of tokens that is not a square.
+        """
+        checks.flag("pan_and_scan", pan_and_scan)
+        tokens = reading.config_setting(config, "mm_tokens_per_image", cls.grid**2)
+        grid = math.isqrt(tokens)
+        if grid**2 != tokens:
+            raise UserError(f"config: mm_tokens_per_image {tokens}", allowed="a square number")
+        shared = _stretched(cls, preprocessor, config)
+        reading.patches_along(shared["size"], shared["patch"], multiple=grid)
+        # "do_pan_and_scan" and the limits beside it are not read: whatever an image processor was
+        # saved with, transformers' Gemma3Processor puts its class's own values (off, 256 pixels, 4
+        # cuts, ratio 1.2) in their place, so that no caller of AutoProcessor has seen the file's.
+        return cls(**shared, grid=grid, pan_and_scan=pan_and_scan)
+
+    def count(self, height: int, width: int) -> int:
+        """Visual tokens of a picture of this size.
+
+        Raises:
+          UserError: no pixels or too many.
+        """
+        base.check_size(height, width)
+        return (1 + self._cuts(height, width)) * self.grid**2
+
+    def _cuts(self, height: int, width: int) -> int:
+        """How many cuts pan and scan makes along the longer edge; 0 for none."""
+        long, short = max(height, width), min(height, width)
+        if not self.pan_and_scan or long / short < self.min_ratio:
+            return 0
+        wanted = min(math.floor(long / short + 0.5), long // self.min_crop)
+        cuts = min(max(wanted, 2), self.max_crops)
+        return cuts if min(math.ceil(long / cuts), short) >= self.min_crop else 0
+
+    def views(self, height: int, width: int) -> tuple[int, int, int]:
+        """How many images a picture of this size becomes, and their height and width in pixels.
+
+        Raises:
+          UserError: no pixels or too many.
+        """
+        base.check_size(height, width)
+        return 1 + self._cuts(height, width), self.size, self.size
+
+    def __call__(self, picture: Any) -> Pictured:
+        """The whole picture, then its cuts, each [size, size]. See `base.load_picture`.
+
+        `text` replaces `<start_of_image>` in the prompt.
+        """
+        image = base.load_picture(picture)
+        height, width = image.height, image.width
+        cuts = self._cuts(height, width)
+        step = math.ceil(max(height, width) / max(cuts, 1))
+        edges = [(0, 0, height, width)]
+        for start in range(0, cuts * step, step):
+            end = min(start + step, max(height, width))
+            edges.append((0, start, height, end) if width >= height else (start, 0, end, width))
+        views = [image.crop((left, top, right, low)) for top, left, low, right in edges]
+        one = "<image_soft_token>" * self.grid**2
+        one = f"\n\n<start_of_image>{one}<end_of_image>\n\n"
+        text = one
+        if cuts:
+            crops = " ".join([one] * cuts)
+            text = f"Here is the original image {one} and here are some crops "
+            text += f"to help you see better {crops}"
+        return base.pictured(
+            [base.resize(view, self.size, self.size, self.resample) for view in views],
+            patch=self.patch,
+            grid=(self.grid, self.grid),
+            text=text,
+            boxes=[
+                (top / height, left / width, low / height, right / width)
+                for top, left, low, right in edges
+            ],
+        )
+
+
+def _stretched(
+    family: Any, preprocessor: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Fields that PaliGemma and Gemma 3 share, with the defaults of `family`."""
+    settings = reading.image_settings(preprocessor)
+    mean, std = reading.mean_std(settings, family.mean, family.std)
+    default = reading.config_setting(config, "vision_config.image_size", family.size)
+    # Where an integer is a shortest edge, the picture would keep its aspect ratio: refused.
+    size = settings.get("size", dict(height=default, width=default))
+    size = reading.edge("size", size, square=family is Gemma3Pictures)
+    if family is not Gemma3Pictures:
+        reading.refuse_crop(settings, size)
+    patch = reading.config_setting(config, "vision_config.patch_size", family.patch)
+    reading.patches_along(size, patch)
+    return dict(
+        size=size,
+        patch=patch,
+        resample=reading.resample_of(settings, family.resample),
+        mean=mean,
+        std=std,
+    )

@@ -129,7 +129,12 @@ class Template:
                 "messages: the last one is the assistant's, and the chat template changes its text",
                 fix="end with a message of the user",
             )
-        return prompt[: prompt.index(mark)]
+        prompt = prompt[: prompt.index(mark)]
+        # The mark has kept the white space in front of it, which many templates trim.
+        if prompt[-1:].isspace():
+            ended = self.render(messages, add_generation_prompt=False, **options)
+            prompt = prompt if ended.startswith(prompt) else prompt.rstrip()
+        return prompt
 
     def _written(self, messages, add_generation_prompt, tools, variables) -> str:
         import jinja2

@@ -109,7 +109,7 @@ def test_templates(pair, source, answering, extra):
 
 
 @pytest.mark.parametrize("source", [LINE_PER_TURN, NUMBERED, ALTERNATING])
-@pytest.mark.parametrize("text", ["It is a", "It is a dog,", "assistant"])
+@pytest.mark.parametrize("text", ["It is a", "assistant", " a \n"])
 def test_an_answer_that_was_begun(pair, source, text):
     """What ends with the assistant's turn: `continue_final_message` of transformers."""
     if source == ALTERNATING:  # Writes the text a second time, as JSON, behind the first.

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from efficient_vlm.data.llava_rows import pictures_of, read_row
+from efficient_vlm.data.llava_rows import absent, pictures_of, read_row
 from efficient_vlm.data.records import Conversation, Record
 from efficient_vlm.errors import UserError, first_line, short
 from efficient_vlm.processing import decode_image as images
@@ -81,7 +81,8 @@ class LlavaSource:
     def __getitem__(self, index: int) -> Record:
         row = _parse(self._rows[index])
         found = read_row(row)
-        name = str(row.get("id", self._numbers[index]))
+        name = row.get("id")
+        name = str(self._numbers[index] if absent(name) else name)
         conversation = Conversation(found.turns, _task(row), found.places)
         data = [self._picture(picture) for picture in found.pictures]
         return Record(name, tuple(data), (conversation,), {"row": self._numbers[index]})

@@ -12,10 +12,10 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.processing.decode_image import BadRecord
 
 
-def told(counts: Mapping[str, int]) -> str:
-    """Counts by reason in words: "3 (markers 2, missing 1)"."""
+def told(counts: Mapping[str, int], total: int, what: str) -> str:
+    """Counts by reason in words: "3 of 90 training samples skipped (markers 2, missing 1)"."""
     parts = ", ".join(f"{reason} {number}" for reason, number in counts.items())
-    return f"{sum(counts.values())} ({parts})"
+    return f"{sum(counts.values())} of {total} {what} ({parts})"
 
 
 class SkipCounter:
@@ -103,7 +103,7 @@ class SkipCounter:
             "media": "take these rows out",
         }.get(error.reason, "correct these samples")
         return UserError(
-            f"data: {told(self.counts)} of {self._read_count} samples read cannot be used; last: "
+            f"data: {told(self.counts, self._read_count, 'samples read cannot be used')}; last: "
             f"{error}",
             allowed=f"data.max_skip_fraction={self._max_fraction:g} of {self._total} samples",
             fix=f"{fix}, or raise data.max_skip_fraction",

@@ -107,7 +107,7 @@ def evaluate_trained(
     rows = sum(len(answers) for answers in test.answers)
     say(f"Evaluation: {rows} questions about unseen test images")
     if test.skipped:
-        say(f"Evaluation: {told(test.skipped)} of {len(test.source)} test samples skipped")
+        say(f"Evaluation: {told(test.skipped, len(test.source), 'test samples skipped')}")
     with sharding.active(trained.mesh):
         results = evaluate(
             trained.model,

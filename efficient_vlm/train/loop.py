@@ -89,7 +89,7 @@ def train(
     # 5. What results.json says of it.
     skipped = skipped_by_any(pipeline.skips)
     if skipped:
-        say(f"Data: {told(skipped)} of {len(pipeline.source)} training samples skipped")
+        say(f"Data: {told(skipped, len(pipeline.source), 'training samples skipped')}")
     summary = {
         "steps": settings.steps,
         "seconds": round(total, 1),

@@ -48,7 +48,7 @@ def config(tmp_path):
 def test_skipped_rows_are_in_results_and_report_of_every_call(config, tmp_path):
     said = []
     first = commands.fit(config, tmp_path / "run", say=said.append)
-    assert any("Data: 2 (markers 1, missing 1) of 4 training samples skipped" in s for s in said)
+    assert any("Data: 2 of 4 training samples skipped (markers 1, missing 1)" in s for s in said)
     # Nothing is trained again, and nothing is forgotten.
     again = commands.fit(config, tmp_path / "run", say=said.append)
     stored = json.loads((tmp_path / "run" / "results.json").read_text())

@@ -108,8 +108,7 @@ def test_all_of_them_in_one_data_set(tmp_path):
 def test_text_makes_no_token_that_is_not_text(tmp_path):
     """Markers, templates and names of special tokens in what a user wrote stay letters."""
     path = tmp_path / "rows.json"
-    names = ("marker inside a marker", "template", "special tokens")
-    (tmp_path / "good.png").write_bytes(IMAGES["picture_and_zip.png"][0])
+    names = ("only markers", "template", "special tokens")
     path.write_text(json.dumps([RECORDS[name][0] for name in names]))
     pipeline = make_train(config(path, batch_size=3, max_length=200))
     batch, tokenizer = next(iter(pipeline)), pipeline.tokenizer
@@ -118,10 +117,8 @@ def test_text_makes_no_token_that_is_not_text(tmp_path):
         inside = set(tokens[1 : prompt - 1].tolist())
         assert not inside & special
     texts = [tokenizer.decode(tokens[:190]) for tokens in batch["tokens"][:, 0]]
-    # The two ends of a word around a marker come together, and are two pieces of text.
-    texts = [text.replace("<image>", "", text == "<image> what?\nYes.") for text in texts]
     assert any("{{ ''.__class__.__mro__ }}" in text for text in texts)
-    assert not any("<image>" in text for text in texts)
+    assert any("<image><image>" in text for text in texts)  # In an answer it is text.
 
 
 @pytest.mark.parametrize("name", hostile_files.data_files())

@@ -3,7 +3,7 @@
     efficient-vlm train --config=configs/llava.py --config.data.path=my.json --workdir=runs/mine
 
 Rows are {"id", "image": a path or a list of paths, "conversations": [{"from", "value"}, ...]};
-paths are relative to the file. See the README for what is skipped and counted.
+paths are relative to the file. See docs/data.md for what is read, skipped and counted.
 """
 
 import ml_collections

@@ -1,7 +1,9 @@
 """The one exception for a user's mistake, and its "did you mean"."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -47,3 +49,22 @@ def unknown(field: str, value: str, options: Iterable[str], *, hint: str = "") -
 def first_line(error: BaseException) -> str:
     """The first line of an error's message (or its type), at most 200 characters."""
     return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+def short(value: Any, limit: int = 80) -> str:
+    """How a value that somebody gave is named in an error: its repr, at most `limit` characters.
+
+    Only the beginning of a long one is written out, so that a picture in a text costs nothing.
+    """
+    if isinstance(value, str | bytes | bytearray):
+        cut = bytes(value[:limit]) if isinstance(value, bytearray) else value[:limit]
+        text = repr(cut)
+    elif isinstance(value, memoryview):
+        text = f"<memoryview of {value.nbytes} bytes>"
+    else:
+        text = _SHORT.repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80

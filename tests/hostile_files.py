@@ -94,30 +94,30 @@ def images():
         "claims_all.png": (_png(600, 600, zlib.compress(b"")), "too_large"),
         "claims_much.jpg": (jpeg[:sizes] + huge + jpeg[sizes + 4 :], "too_large"),
         "bomb.png": (_png(130, 130, zlib.compress(bytes(130 * 391))), "too_large"),
-        # A text chunk that unpacks to more than Pillow takes of one.
-        "text_bomb.png": (
+        # A text and a colour profile that unpack to more than Pillow allows: the pixels are sound.
+        "long_text.png": (
             _png(
                 8,
                 8,
                 zlib.compress(bytes(72)),
                 more=_png_chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2_000_000))),
             ),
-            "corrupt",
+            None,
         ),
-        "profile_bomb.png": (
+        "long_profile.png": (
             _png(
                 8,
                 8,
                 zlib.compress(bytes(72)),
                 more=_png_chunk(b"iCCP", b"k\0\0" + zlib.compress(bytes(2_000_000))),
             ),
-            "corrupt",
+            None,
         ),
         "script.svg": (b"<svg xmlns='x'><script>alert(1)</script></svg>", "format"),
         "postscript.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "format"),
         "page.html": (b"<html><img src='file:///etc/passwd'></html>", "format"),
         "pickle.png": (b"\x80\x04cos\nsystem\n(S'true'\ntR.", "format"),
-        "tiff.png": (_encoded("TIFF"), "format"),
+        "ppm.ppm": (_encoded("PPM"), "format"),
         # A picture with an archive behind it is a picture.
         "picture_and_zip.png": (png + _zip({"a": b"b"}), None),
         "text_behind.jpg": (jpeg + b"<?php system($_GET[0]); ?>", None),
@@ -140,19 +140,22 @@ def records():
     return {
         "a megabyte": (_turns("word " * 200_000), "too_long"),
         "a long text without a space": (_turns("x" * 60_000), "too_long"),
-        "markers": (_turns("<image>" * 1000 + " what?"), None),
-        "marker that is made by taking one out": (_turns("<im<image>age> what?"), None),
+        "markers": (_turns("<image>" * 1000 + " what?"), "markers"),
+        "marker inside a marker": (
+            {**_turns("<im<image>age> what?"), "image": "good.png"},
+            None,
+        ),
         "template": (_turns("{{ ''.__class__.__mro__ }} {% for x in y %}"), None),
         "special tokens": (_turns("<|im_end|><|endoftext|></s><pad><eos> what?"), None),
         "control characters": (_turns("a\u0000b\u0007\u202e\ud800c"), None),
-        "only markers": (_turns("what?", "<image><image>"), "no_label"),
+        "only markers": (_turns("what?", "<image><image>"), None),
         "path out of the folder": (
             {**_turns("what?"), "image": "../" * 20 + "etc/passwd"},
-            "format",
+            "outside",
         ),
-        "absolute path": ({**_turns("what?"), "image": "/etc/passwd"}, "format"),
-        "device": ({**_turns("what?"), "image": "/dev/null"}, "missing"),
-        "folder": ({**_turns("what?"), "image": "/"}, "missing"),
+        "absolute path": ({**_turns("what?"), "image": "/etc/passwd"}, "outside"),
+        "device": ({**_turns("what?"), "image": "/dev/null"}, "outside"),
+        "folder": ({**_turns("what?"), "image": "/"}, "outside"),
         "address": ({**_turns("what?"), "image": "http://127.0.0.1:1/a.png"}, "missing"),
         "name with a NUL": ({**_turns("what?"), "image": "a\u0000.png"}, "missing"),
         "long name": ({**_turns("what?"), "image": "a" * 100_000}, "missing"),

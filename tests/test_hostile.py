@@ -39,7 +39,7 @@ def quick_and_contained():
         # So that what is too large here is small anywhere else.
         patch.setattr(Image, "MAX_IMAGE_PIXELS", hostile_files.MOST_PIXELS)
         yield
-    assert time.monotonic() - start < 20  # The whole corpus; one file is timed in the test.
+    assert time.monotonic() - start < 60  # The whole corpus; one file is timed in the test.
     assert not LANDED.exists()
 
 
@@ -63,13 +63,13 @@ def test_images(name):
     try:
         if reason is None:
             assert images.decode(data).shape == (8, 8, 3)
-            return
-        with pytest.raises(BadRecord) as caught:
-            images.decode(data)
+        else:
+            with pytest.raises(BadRecord) as caught:
+                images.decode(data)
+            assert caught.value.reason == reason
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert caught.value.reason == reason
     assert peak < 8 * 2**20
     assert time.monotonic() - start < 2
 
@@ -111,7 +111,7 @@ def test_all_of_them_in_one_data_set(tmp_path):
 def test_text_makes_no_token_that_is_not_text(tmp_path):
     """Markers, templates and names of special tokens in what a user wrote stay letters."""
     path = tmp_path / "rows.json"
-    names = ("markers", "template", "special tokens")
+    names = ("only markers", "template", "special tokens")
     path.write_text(json.dumps([RECORDS[name][0] for name in names]))
     pipeline = make_train(config(path, batch_size=3, max_length=200))
     batch, tokenizer = next(iter(pipeline)), pipeline.tokenizer
@@ -121,7 +121,7 @@ def test_text_makes_no_token_that_is_not_text(tmp_path):
         assert not inside & special
     texts = [tokenizer.decode(tokens[:190]) for tokens in batch["tokens"][:, 0]]
     assert any("{{ ''.__class__.__mro__ }}" in text for text in texts)
-    assert not any("<image>" in text for text in texts)
+    assert any("<image><image>" in text for text in texts)  # In an answer it is text.
 
 
 @pytest.mark.parametrize("name", hostile_files.data_files())

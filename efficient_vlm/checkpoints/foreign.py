@@ -4,6 +4,7 @@ Adapters, pickles, quantised weights, and the files of other runtimes and of ori
 Such things are chosen by name, not mistyped: "did you mean" would mislead.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -119,10 +120,9 @@ def _adapter(path: Path, folder: Path) -> CheckpointError:
 def adapter_of(folder: Path) -> tuple[str, str]:
     """Kind of the adapter in a folder ("LoRA") and name of its base model, as far as it says so."""
     settings: Any = {}
-    try:
+    # Without settings the file's name alone says what it is.
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        pass  # The file's name alone says what it is.
     settings = settings if isinstance(settings, dict) else {}
     kind, base = settings.get("peft_type"), settings.get("base_model_name_or_path")
     kind = "LoRA" if not isinstance(kind, str) or kind == "LORA" else show(kind[:40]).strip("'")

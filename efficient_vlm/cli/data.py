@@ -84,7 +84,7 @@ def inspect(
     source = open_source(config, split)
     _print_counts(split, source, scan)
     title = f"{config.source}, {split}: {len(source)} samples, tasks {', '.join(source.tasks)}"
-    spec = make_spec(config, source.tasks)
+    spec = make_spec(config, source.tasks, source.placed)
     shown = contact_sheet(source, spec, output, title=title, images=images, seed=seed)
     if not shown:
         raise UserError(f"data: no {split} sample can be shown", fix="see the reasons above")

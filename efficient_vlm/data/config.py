@@ -17,7 +17,9 @@ class DataConfig:
 
     Attributes:
       source: "token_bench" (generated) or "llava_json" (your own images).
-      path: llava_json: the JSON or JSONL file; image paths are relative to its folder.
+      path: llava_json: the JSON or JSONL file.
+      images: llava_json: folder that image paths are relative to, and which they may not leave;
+        empty: that of the file.
       eval_path: llava_json: another such file for evaluation; without it, `test_fraction`.
       test_fraction: llava_json: share of the images held out (at least one).
       tokenizer: a tokenizer.json; empty: words for token_bench, a BPE trained on the texts for
@@ -58,6 +60,7 @@ class DataConfig:
 
     source: str = "token_bench"
     path: str = ""
+    images: str = ""
     eval_path: str = ""
     test_fraction: float = 0.05
     tokenizer: str = ""

@@ -98,6 +98,7 @@ def make_eval(
     limit: int = 0,
     workdir: str | Path | None = None,
     tokenizer: Tokenizer | None = None,
+    placed: bool = False,
 ) -> EvalSet:
     """Data for evaluation, held in memory (uint8 images), in the order of the source.
 
@@ -109,6 +110,7 @@ def make_eval(
       limit: number of records; 0 takes all.
       workdir: where `make_train` keeps a trained tokenizer.
       tokenizer: of the training data; None makes it.
+      placed: whether the model was trained with pictures among the text, see `transforms.Spec`.
 
     Raises:
       UserError: as `make_train`.
@@ -123,5 +125,5 @@ def make_eval(
     if tokenizer is None:
         trained_on = source if split == "train" else open_source(config, "train")
         tokenizer = make_tokenizer(config, trained_on, workdir)
-    spec = make_spec(config, source.tasks)
+    spec = make_spec(config, source.tasks, placed or source.placed)
     return EvalSet(source, tokenizer, spec, config.batch_size, limit, config.max_skip_fraction)

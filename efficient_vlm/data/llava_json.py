@@ -1,27 +1,26 @@
 """LLaVA-style files: rows {"id", "image", "conversations": [{"from": "human", "value": ...}, ...]}.
 
-A file is a JSON list or JSON lines. "image" is a path, a list of paths, or absent; paths are
-relative to the folder of the file. "<image>" markers are removed from the text: images always come
-before the text. The fingerprint covers the file only: pictures are read when they are needed, so a
-picture that is replaced under its old name is not noticed.
+A file is a JSON list or JSON lines; what a row may hold: `llava_rows`. The fingerprint covers the
+file only: pictures are read when they are needed, so a picture that is replaced under its old name
+is not noticed.
 """
 
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from efficient_vlm.data.llava_rows import absent, pictures_of, read_row
 from efficient_vlm.data.records import Conversation, Record
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, first_line, short
 from efficient_vlm.processing import decode_image as images
 from efficient_vlm.processing.decode_image import BadRecord
+from efficient_vlm.processing.picture_bytes import is_address, picture_bytes
 
-MARKER = "<image>"
 DEFAULT_TASK = "conversation"
-_USER = ("human", "user")
-_ASSISTANT = ("gpt", "assistant")
 _MAX_TRAINING_TEXTS = 50_000  # Rows that the tokenizer learns from.
 
 
@@ -35,10 +34,14 @@ class LlavaSource:
       path: the JSON or JSONL file.
       split: "train" or "test"; only matters with a `test_fraction`.
       test_fraction: share of the images held out; 0 takes all rows for either split.
+      pictures: folder of the pictures, which no path may leave; None for that of the file.
       max_bytes: largest image file.
 
+    Attributes:
+      placed: whether any row of the file has a picture behind some of its text.
+
     Raises:
-      UserError: no such file, not JSON, or no rows.
+      UserError: no such file or folder, not JSON, or no rows.
     """
 
     def __init__(
@@ -47,11 +50,18 @@ class LlavaSource:
         *,
         split: str = "train",
         test_fraction: float = 0.0,
+        pictures: str | Path | None = None,
         max_bytes: int = images.MAX_BYTES,
     ):
         self.path = Path(path).expanduser()
+        self._folder = Path(pictures).expanduser() if pictures else self.path.parent
+        if not self._folder.is_dir():
+            raise UserError(
+                f"data.images: no folder {self._folder}", fix="--config.data.images=DIR"
+            )
         self._max_bytes = max_bytes
         rows, digest = _read(self.path)
+        self.placed = any(map(_placed, rows))
         self.tasks = tuple(sorted({_task(_parse(row)) for row in rows}))
         self._numbers = list(range(len(rows)))
         if test_fraction:
@@ -60,7 +70,7 @@ class LlavaSource:
             self._numbers = [i for i in self._numbers if (keys[i] in held_out) == (split == "test")]
         self._rows = [rows[i] for i in self._numbers]
         self.fingerprint = {
-            "dataset": "llava_json 1",
+            "dataset": "llava_json 2",
             "content": digest,
             "split": f"{split} {test_fraction:g}" if test_fraction else "all",
         }
@@ -70,22 +80,42 @@ class LlavaSource:
 
     def __getitem__(self, index: int) -> Record:
         row = _parse(self._rows[index])
-        name = str(row.get("id", self._numbers[index])) if isinstance(row, dict) else ""
-        conversation = Conversation(_turns(row), _task(row))
-        folder = self.path.parent
-        data = [images.read(folder / p, max_bytes=self._max_bytes) for p in _paths(row)]
-        meta = {"row": self._numbers[index]}
-        return Record(name, tuple(data), (conversation,), meta)
+        found = read_row(row)
+        name = row.get("id")
+        name = str(self._numbers[index] if absent(name) else name)
+        conversation = Conversation(found.turns, _task(row), found.places)
+        data = [self._picture(picture) for picture in found.pictures]
+        return Record(name, tuple(data), (conversation,), {"row": self._numbers[index]})
+
+    def _picture(self, given: str) -> bytes:
+        """Bytes of a picture that a row names."""
+        if is_address(given) and not given.lower().startswith("file:"):
+            return picture_bytes(given, max_bytes=self._max_bytes)
+        if "\0" in given:
+            raise images.BadImage("missing", short(given))
+        # By the letters of the path: what links in the folder point at is up to its owner.
+        folder = os.path.abspath(self._folder)
+        path = Path(os.path.normpath(os.path.join(folder, given)))
+        if not path.is_relative_to(folder):
+            raise images.BadImage("outside", short(given))
+        return images.read(path, max_bytes=self._max_bytes)
 
     def texts(self) -> Iterator[str]:
         """Questions and answers, for training a tokenizer."""
         for row in self._rows[:_MAX_TRAINING_TEXTS]:
             try:
-                for user, assistant in _turns(_parse(row)):
+                for user, assistant in read_row(_parse(row)).turns:
                     yield user
                     yield assistant
             except BadRecord:
                 continue
+
+
+def _placed(row: bytes) -> bool:
+    try:
+        return bool(read_row(_parse(row)).places)
+    except BadRecord:
+        return False
 
 
 def _read(path: Path) -> tuple[list[bytes], str]:
@@ -104,7 +134,7 @@ def _read(path: Path) -> tuple[list[bytes], str]:
             items = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise UserError(
-                f"data.path: {path} is not valid JSON ({error})",
+                f"data.path: {path} is not valid JSON ({first_line(error)})",
                 allowed="a JSON list of rows, or one JSON object a line",
                 fix="correct the file there",
             ) from error
@@ -135,51 +165,6 @@ def _task(row: dict[str, Any] | None) -> str:
     return task if isinstance(task, str) and task else DEFAULT_TASK
 
 
-def _paths(row: dict[str, Any]) -> list[str]:
-    """Image paths of a row: "image" (or "images") is a string, a list of strings, or absent."""
-    value = row.get("image", row.get("images"))
-    if value is None or value == "":
-        return []
-    paths = [value] if isinstance(value, str) else value
-    if not isinstance(paths, list) or not all(isinstance(p, str) and p for p in paths):
-        raise BadRecord("malformed", f"image is {value!r:.80}")
-    return paths
-
-
-def _turns(row: dict[str, Any] | None) -> tuple[tuple[str, str], ...]:
-    """Pairs of (user, assistant) text; system text goes before the first question.
-
-    Raises:
-      BadRecord: "malformed" for another structure, "no_label" without any answer.
-    """
-    turns = row.get("conversations") if row else None
-    if not isinstance(turns, list) or not turns:
-        raise BadRecord("malformed", "no list of conversations")
-    pairs, asked = [], []
-    for turn in turns:
-        who = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
-        said = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
-        if not isinstance(who, str) or not isinstance(said, str):
-            raise BadRecord("malformed", f"turn is {turn!r:.80}")
-        if who in _ASSISTANT:
-            pairs.append(("\n".join(asked), without_markers(said)))
-            asked = []
-        elif who in _USER or who == "system":
-            asked.append(without_markers(said))
-        else:
-            raise BadRecord("malformed", f"turn from {who!r:.80}")
-    if not any(answer for _, answer in pairs):
-        raise BadRecord("no_label")
-    return tuple(pairs)
-
-
-def without_markers(text: str) -> str:
-    """Text without "<image>" (even if removing one forms another) and surrounding white space."""
-    while MARKER in text:
-        text = text.replace(MARKER, "")
-    return text.strip()
-
-
 def _groups(rows: Iterable[bytes]) -> list[bytes]:
     """A hash per row, equal for rows that are connected by shared images.
 
@@ -196,7 +181,7 @@ def _groups(rows: Iterable[bytes]) -> list[bytes]:
     for raw in rows:
         row = _parse(raw)
         try:
-            paths = _paths(row) if row else []
+            paths = pictures_of(row)[0] if row else []
         except BadRecord:
             paths = []
         for path in paths[1:]:

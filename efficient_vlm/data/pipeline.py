@@ -50,7 +50,7 @@ class Pipeline:
         self.source = source
         self.tokenizer = tokenizer
         self.tasks = source.tasks
-        self.spec = make_spec(config, source.tasks)
+        self.spec = make_spec(config, source.tasks, source.placed)
         self.fingerprint = make_fingerprint(config, source, tokenizer, self.spec)
         self._skips = SkipCounter(len(source), config.max_skip_fraction)
         self._cache: dict[int, tuple] = {}
@@ -58,8 +58,13 @@ class Pipeline:
         self._rows = range(config.batch_size) if rows is None else rows
 
     @property
+    def skips(self) -> SkipCounter:
+        """What is known of unusable records; a checkpoint carries its state."""
+        return self._skips
+
+    @property
     def skipped(self) -> dict[str, int]:
-        """Records of this process found unusable so far, by reason."""
+        """Records found unusable so far by this process, and those before it, by reason."""
         return self._skips.counts
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
@@ -175,8 +180,13 @@ def preview(config: DataConfig) -> tuple[transforms.Spec, Tokenizer] | None:
     return make_spec(config, config.tasks), make_tokenizer(config, None)
 
 
-def make_spec(config: DataConfig, tasks: tuple[str, ...]) -> transforms.Spec:
-    """Shapes and limits, with the automatic values filled in."""
+def make_spec(config: DataConfig, tasks: tuple[str, ...], placed: bool = False) -> transforms.Spec:
+    """Shapes and limits, with the automatic values filled in.
+
+    Args:
+      config: of the data.
+      tasks, placed: of the source.
+    """
     bench = config.source == "token_bench"
     length = config.max_length or (max(8, longest_words(config) + 1) if bench else 256)
     questions = config.questions_per_image or (8 if bench else 1)
@@ -185,6 +195,13 @@ def make_spec(config: DataConfig, tasks: tuple[str, ...]) -> transforms.Spec:
             f"data.questions_per_image: {questions} of a pool of {config.question_pool}",
             allowed=f"up to data.question_pool={config.question_pool}",
             fix=f"data.question_pool={questions}",
+        )
+    if placed and questions > 1:
+        # Conversations of a row share one copy of its pictures, which then have one place.
+        raise UserError(
+            f"data.questions_per_image: {questions}, but some rows have pictures among their text",
+            allowed="1 for such data",
+            fix="data.questions_per_image=1",
         )
     return transforms.Spec(
         image_size=config.size,
@@ -195,6 +212,7 @@ def make_spec(config: DataConfig, tasks: tuple[str, ...]) -> transforms.Spec:
         max_pixels=config.max_pixels,
         max_bytes=config.max_image_bytes,
         tasks=tasks,
+        placed=placed,
     )
 
 
@@ -204,6 +222,8 @@ def make_fingerprint(
     """What defines the content and the order of the batches, as plain JSON values."""
     # Lists, not tuples, so that it equals a fingerprint that was stored as JSON.
     shapes = {k: list(v) if isinstance(v, tuple) else v for k, v in spec._asdict().items()}
+    if not spec.placed:  # Checkpoints of before know no such field.
+        del shapes["placed"]
     return {
         "format": FORMAT,
         "preprocessing": images.STANDARD,

@@ -4,12 +4,20 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from efficient_vlm.processing.decode_image import BadRecord
+
+__all__ = ["REASONS", "BadRecord", "Conversation", "Record"]
+
+# Why a `BadRecord` is skipped.
 REASONS = {
-    "malformed": "row without usable conversations",
+    "malformed": "no list of turns, a turn of an unknown role or without text, or no paths",
+    "markers": "<image> in the questions and pictures that do not match",
+    "media": "video, audio, or pictures under a key that is not read",
+    "outside": "image path that leaves the folder of the pictures",
     "missing": "image file not found or not readable",
     "corrupt": "image damaged or truncated",
     "too_large": "image above the pixel or byte limit",
-    "format": "not a PNG, JPEG, WEBP, GIF or BMP image",
+    "format": "not an image, or of a kind or a range of values that is not read",
     "too_many_images": "more images than data.max_images",
     "too_long": "conversation longer than data.max_length tokens",
     "no_label": "no answer to learn from",
@@ -23,10 +31,13 @@ class Conversation:
     Attributes:
       turns: at least one pair.
       task: name under which results are grouped.
+      places: for each image of the record, where it stands: (turn, characters of that user text in
+        front of it), in order; () for all images in front of everything.
     """
 
     turns: tuple[tuple[str, str], ...]
     task: str = "conversation"
+    places: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def single(cls, prompt: str, answer: str, task: str = "conversation") -> "Conversation":

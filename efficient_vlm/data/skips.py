@@ -3,9 +3,19 @@
 import collections
 import math
 import threading
+from collections.abc import Iterable, Mapping
 
+import numpy as np
+
+from efficient_vlm.data.records import REASONS
 from efficient_vlm.errors import UserError
 from efficient_vlm.processing.decode_image import BadRecord
+
+
+def told(counts: Mapping[str, int], total: int, what: str) -> str:
+    """Counts by reason in words: "3 of 90 training samples skipped (markers 2, missing 1)"."""
+    parts = ", ".join(f"{reason} {number}" for reason, number in counts.items())
+    return f"{sum(counts.values())} of {total} {what} ({parts})"
 
 
 class SkipCounter:
@@ -30,6 +40,33 @@ class SkipCounter:
         """Unusable records by reason."""
         with self._lock:
             return dict(sorted(collections.Counter(self._bad.values()).items()))
+
+    def state(self) -> dict[str, list[int]]:
+        """Unusable records, as JSON for a checkpoint: their numbers by reason."""
+        with self._lock:
+            found: dict[str, list[int]] = {}
+            for index, reason in sorted(self._bad.items()):
+                found.setdefault(reason, []).append(index)
+            return found
+
+    def codes(self) -> np.ndarray:
+        """uint8 [total], 0 for a record that is not known to be unusable, else 1 + the place of its
+        reason among all of them in order."""
+        order = {reason: 1 + k for k, reason in enumerate(sorted(REASONS))}
+        codes = np.zeros(self._total, np.uint8)
+        with self._lock:
+            for index, reason in self._bad.items():
+                codes[index] = order[reason]
+        return codes
+
+    def load(self, state: Mapping[str, Iterable[int]]) -> None:
+        """Goes on from `state`: what was found unusable before stays counted."""
+        with self._lock:
+            for reason, numbers in state.items():
+                self._bad |= {n: reason for n in numbers if 0 <= n < self._total}
+            for index in self._bad:
+                self._read_count += not self._read[index]
+                self._read[index] = 1
 
     def known_bad(self, index: int) -> bool:
         """Whether the record was counted as unusable before."""
@@ -56,15 +93,18 @@ class SkipCounter:
             raise self._stop(error)
 
     def _stop(self, error: BadRecord) -> UserError:
-        counts = ", ".join(f"{reason} {n}" for reason, n in self.counts.items())
         fix = {
             "too_long": "raise data.max_length",
             "too_many_images": "raise data.max_images",
             "too_large": "raise data.max_pixels or data.max_image_bytes",
+            "missing": "set data.images to the folder of the pictures",
+            "outside": "set data.images to a folder that holds all pictures",
+            "markers": "write <image> once for each picture of a row, in its questions",
+            "media": "take these rows out",
         }.get(error.reason, "correct these samples")
         return UserError(
-            f"data: {len(self._bad)} of {self._read_count} samples read cannot be used ({counts});"
-            f" last: {error}",
+            f"data: {told(self.counts, self._read_count, 'samples read cannot be used')}; last: "
+            f"{error}",
             allowed=f"data.max_skip_fraction={self._max_fraction:g} of {self._total} samples",
             fix=f"{fix}, or raise data.max_skip_fraction",
         )

@@ -18,9 +18,11 @@ class Source(Protocol):
     Attributes:
       tasks: names of the tasks.
       fingerprint: identifies the content; part of the pipeline's fingerprint.
+      placed: whether pictures of some records stand behind some of their text.
     """
 
     tasks: tuple[str, ...]
+    placed: bool
     fingerprint: dict[str, Any]
 
     def __len__(self) -> int: ...
@@ -42,6 +44,7 @@ class TokenBenchSource:
     def __init__(self, folder: Path, split: str, tasks: tuple[str, ...]):
         self.folder = folder
         self.tasks = tasks
+        self.placed = False
         self._split = split
         self._data = store.data_source(folder, split)
         built = store.manifest(folder)
@@ -88,12 +91,11 @@ def open_source(config: DataConfig, split: str) -> Source:
     """The records of `split`, "train" or "test"."""
     if config.source == "token_bench":
         return TokenBenchSource(build_token_bench(config), split, config.tasks)
+    shared = dict(pictures=config.images, max_bytes=config.max_image_bytes)
     if split == "test" and config.eval_path:
-        return LlavaSource(config.eval_path, max_bytes=config.max_image_bytes)
+        return LlavaSource(config.eval_path, **shared)
     fraction = 0.0 if config.eval_path else config.test_fraction
-    return LlavaSource(
-        config.path, split=split, test_fraction=fraction, max_bytes=config.max_image_bytes
-    )
+    return LlavaSource(config.path, split=split, test_fraction=fraction, **shared)
 
 
 def longest_words(config: DataConfig) -> int:

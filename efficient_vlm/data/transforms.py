@@ -22,6 +22,7 @@ class Spec(NamedTuple):
       max_length: L, tokens per conversation.
       max_pixels, max_bytes: limits of one image file.
       tasks: names; `task` is an index into them.
+      placed: whether pictures may stand behind some of the text.
     """
 
     image_size: tuple[int, int]
@@ -32,30 +33,49 @@ class Spec(NamedTuple):
     max_pixels: int
     max_bytes: int
     tasks: tuple[str, ...]
+    placed: bool = False
 
 
-def tokenize(conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[bool], int]:
+class Tokens(NamedTuple):
     """One conversation as ids.
 
-    Returns:
-      (ids, target, prompt_length): `target[i]` is True where ids[i] is to be predicted (every
-      assistant turn with its end token); `prompt_length` counts the ids before the first answer.
+    Attributes:
+      ids: of all turns.
+      target: target[i] is True where ids[i] is to be predicted: every assistant turn, as it is
+        written, with its end token.
+      prompt_length: how many ids are in front of the first answer.
+      places: for each picture, how many ids are in front of it; [] for all pictures in front.
+    """
+
+    ids: list[int]
+    target: list[bool]
+    prompt_length: int
+    places: list[int]
+
+
+def tokenize(conversation: Conversation, tokenizer: Tokenizer) -> Tokens:
+    """One conversation as ids. Text on the two sides of a picture is tokenised by itself.
 
     Raises:
       BadRecord: "no_label" when no turn has an answer.
     """
-    ids, target, prompt_length = [], [], 0
-    for user, assistant in conversation.turns:
-        answer = tokenizer.encode(assistant.strip())
+    ids, target, places, prompt_length = [], [], [], 0
+    for number, (user, assistant) in enumerate(conversation.turns):
+        answer = tokenizer.encode(assistant) if assistant.strip() else []
         if not answer:
             continue
-        prompt = tokenizer.encode_prompt(user)
+        prompt, start = [], 0
+        for mark in (at for turn, at in conversation.places if turn == number):
+            prompt += tokenizer.encode(user[start:mark])
+            places.append(len(ids) + len(prompt))
+            start = mark
+        prompt += tokenizer.encode_prompt(user[start:])
         prompt_length = prompt_length or len(prompt)
         ids += [*prompt, *answer, tokenizer.eos_id]
         target += [False] * len(prompt) + [True] * (len(answer) + 1)
     if not ids:
         raise BadRecord("no_label")
-    return ids, target, prompt_length
+    return Tokens(ids, target, prompt_length, places)
 
 
 def text_arrays(record: Record, spec: Spec, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
@@ -65,7 +85,8 @@ def text_arrays(record: Record, spec: Spec, tokenizer: Tokenizer) -> dict[str, n
 
     Returns:
       tokens int32 [P, L], lengths int32 [P], prompt_lengths int32 [P], loss_mask bool [P, L],
-      task int32 [P].
+      task int32 [P]; where `spec.placed` also image_places int32 [P, M], the tokens in front of
+      each picture.
 
     Raises:
       BadRecord: "no_label" or "too_long".
@@ -73,15 +94,18 @@ def text_arrays(record: Record, spec: Spec, tokenizer: Tokenizer) -> dict[str, n
     if not record.conversations:
         raise BadRecord("no_label")
     rows = [tokenize(conversation, tokenizer) for conversation in record.conversations]
-    longest = max(len(ids) for ids, _, _ in rows)
+    longest = max(len(row.ids) for row in rows)
     if longest > spec.max_length:
         raise BadRecord("too_long", f"{longest} tokens, data.max_length={spec.max_length}")
-    arrays = _empty_text(len(rows), spec.max_length, tokenizer.pad_id)
-    for number, (ids, target, prompt_length) in enumerate(rows):
-        arrays["tokens"][number, : len(ids)] = ids
-        arrays["loss_mask"][number, : len(ids)] = target
-        arrays["lengths"][number] = len(ids)
-        arrays["prompt_lengths"][number] = prompt_length
+    arrays = _empty_text(len(rows), spec, tokenizer.pad_id)
+    for number, row in enumerate(rows):
+        arrays["tokens"][number, : len(row.ids)] = row.ids
+        arrays["loss_mask"][number, : len(row.ids)] = row.target
+        arrays["lengths"][number] = len(row.ids)
+        arrays["prompt_lengths"][number] = row.prompt_length
+        if spec.placed:  # More pictures than `max_images` are refused with the pictures.
+            kept = row.places[: spec.max_images]
+            arrays["image_places"][number, : len(kept)] = kept
         arrays["task"][number] = spec.tasks.index(record.conversations[number].task)
     return arrays
 
@@ -92,14 +116,17 @@ def choose(
     """The arrays of `text_arrays` for at most Q chosen conversations; free slots stay empty."""
     if len(choice) == spec.questions:
         return {key: value[choice] for key, value in arrays.items()}
-    chosen = _empty_text(spec.questions, spec.max_length, pad_id)
+    chosen = _empty_text(spec.questions, spec, pad_id)
     for key, value in arrays.items():
         chosen[key][: len(choice)] = value[choice]
     return chosen
 
 
-def _empty_text(number: int, length: int, pad_id: int) -> dict[str, np.ndarray]:
+def _empty_text(number: int, spec: Spec, pad_id: int) -> dict[str, np.ndarray]:
+    length = spec.max_length
+    places = {"image_places": np.zeros((number, spec.max_images), np.int32)}
     return {
+        **(places if spec.placed else {}),
         "tokens": np.full((number, length), pad_id, np.int32),
         "lengths": np.zeros(number, np.int32),
         "prompt_lengths": np.zeros(number, np.int32),
@@ -135,7 +162,7 @@ def image_arrays(record: Record, spec: Spec) -> dict[str, np.ndarray]:
 
 def empty(spec: Spec, pad_id: int) -> dict[str, np.ndarray]:
     """An example without images and conversations; it fills up the last batch of an evaluation."""
-    return _empty_text(spec.questions, spec.max_length, pad_id) | {
+    return _empty_text(spec.questions, spec, pad_id) | {
         "images": np.zeros((spec.max_images, *spec.image_size, 3), np.uint8),
         "image_mask": np.zeros(spec.max_images, bool),
         "index": np.int64(-1),

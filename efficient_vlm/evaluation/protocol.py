@@ -117,7 +117,7 @@ def _run_method(variant, label, params, data, references, config, control, cells
         for number, batch in enumerate(data.batches):
             check_stop()
             images = np.full_like(batch["images"], 128) if control == "blank" else batch["images"]
-            inputs = question_inputs({**batch, "images": images})
+            inputs = question_inputs({**batch, "images": images}, variant)
             lengths = inputs.lengths.reshape(batch["lengths"].shape)
             answer = functools.partial(
                 generate,

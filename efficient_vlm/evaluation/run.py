@@ -14,6 +14,7 @@ from efficient_vlm import sharding
 from efficient_vlm.data.config import DataConfig
 from efficient_vlm.data.evalset import EvalSet, make_eval
 from efficient_vlm.data.pipeline import make_train
+from efficient_vlm.data.skips import told
 from efficient_vlm.errors import UserError
 from efficient_vlm.evaluation.protocol import CONTROLS, evaluate
 from efficient_vlm.evaluation.settings import EvalConfig, settings_of
@@ -51,7 +52,7 @@ def evaluate_run(
       check_stop: called between batches; may raise.
 
     Returns:
-      {"eval": rows, "cost": rows, "protocol": text}.
+      As `evaluate_trained`.
 
     Raises:
       UserError: no run, no checkpoint, or a mesh of another number of devices.
@@ -89,7 +90,8 @@ def evaluate_trained(
     method "random" then draws others, and times are of all rows.
 
     Returns:
-      {"eval": rows, "cost": rows, "protocol": text} and, with `workdir`, "controls": rows.
+      {"eval": rows, "cost": rows, "protocol": text, "test_samples": {"samples": number, "skipped":
+      {reason: number}}} and, with `workdir`, "controls": rows.
     """
     start = time.monotonic()
     parts = 1 if trained.mesh is None else sharding.row_parts(trained.mesh)
@@ -100,9 +102,12 @@ def evaluate_trained(
         limit=evaluation.images,
         workdir=workdir,
         tokenizer=trained.pipeline.tokenizer,
+        placed=trained.pipeline.spec.placed,
     )
     rows = sum(len(answers) for answers in test.answers)
     say(f"Evaluation: {rows} questions about unseen test images")
+    if test.skipped:
+        say(f"Evaluation: {told(test.skipped, len(test.source), 'test samples skipped')}")
     with sharding.active(trained.mesh):
         results = evaluate(
             trained.model,
@@ -114,6 +119,7 @@ def evaluate_trained(
             say=say,
             check_stop=check_stop,
         )
+        results["test_samples"] = {"samples": len(test.source), "skipped": test.skipped}
         if workdir is not None:
             results["controls"] = _controls(trained, test, evaluation, check_stop)
     say(f"Evaluation: {time.monotonic() - start:.1f} s")

@@ -1,7 +1,7 @@
 """Imported models: a published checkpoint as one of ours, complete enough to be exported again.
 
 A folder with config.json and the other settings as published, the parameters under checkpoints/
-(step 0, layers stacked, as training needs them), dtypes.json (parameters keep their dtypes), and
+(step 0, layers stacked), dtypes.json (parameters keep their dtypes), and
 carried/: tensors that our model does not use, kept for the export.
 """
 

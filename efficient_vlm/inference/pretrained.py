@@ -32,6 +32,7 @@ from efficient_vlm.nn.kv_cache import CacheOptions
 from efficient_vlm.processing.chat_template import Template
 from efficient_vlm.processing.conversation import Conversation, is_one, prompt_ids
 from efficient_vlm.processing.hub_tokenizer import HubTokenizer, read_json
+from efficient_vlm.processing.messages import pictures_in_order, read_messages
 from efficient_vlm.processing.pictures.base import Pictured
 from efficient_vlm.processing.request import Example, Request, make_request
 from efficient_vlm.runtime import paused_collection
@@ -152,11 +153,12 @@ class Pretrained:
 
         Args:
           prompt: a question, or a conversation: [{"role": "user", "content": [{"type": "image"},
-            {"type": "text", "text": ...}]}, ...], the last message being the user's; or a list of
-            questions and conversations.
-          images: for one prompt a picture (a path, a Pillow image, a uint8 array [H, W, 3]) or a
-            list of them, in the order of the conversation; for several a list of lists. None for
-            none.
+            {"type": "text", "text": ...}]}, ...], see `messages.read_messages`; or a list of
+            questions and conversations. A conversation that ends with the assistant's turn is
+            continued: the answer goes on from its text.
+          images: for one prompt a picture (a path, bytes, a Pillow image, a uint8 array [H, W, 3];
+            see `pictures.base.load_picture`) or a list of them, in the order of the conversation;
+            for several a list of lists. None for none, or where messages name them.
           max_new_tokens: the most tokens of an answer.
           stream: called with pieces of the answer to a single prompt as they come, never with a
             part of a stop string.
@@ -296,15 +298,19 @@ class Pretrained:
                 f"images: {len(images)} lists for {len(questions)} questions",
                 fix="give one list of pictures for each question",
             )
-        pictured = []
-        for row in images:
+        asked, pictured = [], []
+        for question, row in zip(questions, images, strict=True):
             if not isinstance(row, list | tuple):
                 raise UserError(
                     f"images: a {type(row).__name__}, not a list", fix="images=[picture]"
                 )
+            if not isinstance(question, str):
+                question, named = read_messages(question)
+                row = pictures_in_order(named, row)
+            asked.append(question)
             pictured.append(tuple(self.pictures(picture) for picture in row))
         how = (self.family.prompt_style(self.config), self.template, self.tokenizer)
-        ids = [prompt_ids(*how, *row) for row in zip(questions, pictured, strict=True)]
+        ids = [prompt_ids(*how, *row) for row in zip(asked, pictured, strict=True)]
         return self.place(ids, pictured)
 
     def place(

@@ -21,6 +21,7 @@ from typing import Any
 
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.processing.hub_tokenizer import HubTokenizer, read_json, special_tokens
+from efficient_vlm.processing.messages import Message, parts_of, without_nulls
 
 __all__ = ["PROMPT_FAMILIES", "HubTokenizer", "Template", "expand", "render"]
 
@@ -36,8 +37,8 @@ TEMPLATE_FILES = (
     "chat_template.jinja",
     "tokenizer_config.json",
 )
-
-Message = Mapping[str, Any]
+# Whose turn an answer is, in templates and in the conversations of their users.
+ANSWERING = ("assistant", "model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Template:
         self,
         messages: Sequence[Message],
         *,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
@@ -107,8 +108,11 @@ class Template:
 
         Args:
           messages: {"role": ..., "content": text, or a list of {"type": "text", "text": ...} and
-            {"type": "image"}}, in the order of the conversation.
-          add_generation_prompt: end with the beginning of the answer.
+            {"type": "image"}}, in the order of the conversation. Fields that are null are left out.
+          add_generation_prompt: True ends with the beginning of an answer, False with the end of
+            the last message. None is True, but a conversation that ends with the assistant's turn
+            ends with its text, for the answer to go on from there (`continue_final_message` of
+            transformers).
           tools: JSON schemas of functions, for templates that know them.
           **variables: further ones; `strftime_now` replaces the clock.
 
@@ -116,10 +120,44 @@ class Template:
           UserError: the template is damaged, refuses the conversation, does what the sandbox
             forbids, or exceeds a limit.
         """
+        messages = [without_nulls(message) for message in messages]
+        if add_generation_prompt is None and messages and ends_with_answer(messages):
+            return self._continued(messages, tools=tools, **variables)
+        return self._written(messages, add_generation_prompt is not False, tools, variables)
+
+    def _continued(self, messages: list[Message], **options: Any) -> str:
+        """The prompt up to the end of the last message's text."""
+        last = dict(messages[-1])
+        content = last.get("content")
+        # What a template writes behind the text, or trims from it, is found by a mark at its end.
+        mark = f"end-of-text-{id(messages)}"
+        if isinstance(content, str):
+            last["content"] = content + mark
+        elif content and isinstance(content[-1], Mapping) and "text" in content[-1]:
+            last["content"] = [*content[:-1], {**content[-1], "text": content[-1]["text"] + mark}]
+        else:
+            raise UserError(
+                "messages: the last one is the assistant's and has no text to go on from",
+                fix="end with a message of the user",
+            )
+        prompt = self.render([*messages[:-1], last], add_generation_prompt=False, **options)
+        if prompt.count(mark) != 1:
+            raise UserError(
+                "messages: the last one is the assistant's, and the chat template changes its text",
+                fix="end with a message of the user",
+            )
+        prompt = prompt[: prompt.index(mark)]
+        # The mark has kept the white space in front of it, which many templates trim.
+        if prompt[-1:].isspace():
+            ended = self.render(messages, add_generation_prompt=False, **options)
+            prompt = prompt if ended.startswith(prompt) else prompt.rstrip()
+        return prompt
+
+    def _written(self, messages, add_generation_prompt, tools, variables) -> str:
         import jinja2
 
         given = {**self.tokens, **variables}
-        given |= {"messages": list(messages), "tools": tools, "documents": None}
+        given |= {"messages": messages, "tools": tools, "documents": None}
         try:
             compiled = _compile(self.source)
             compiled.environment.begin()
@@ -195,6 +233,12 @@ def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
     )
 
 
+def ends_with_answer(messages: Sequence[Message]) -> bool:
+    """Whether the last message is the assistant's."""
+    last = messages[-1]
+    return isinstance(last, Mapping) and last.get("role") in ANSWERING
+
+
 # ---- families without a template -----------------------------------------------------------------
 
 VICUNA_SYSTEM = (
@@ -214,7 +258,8 @@ def llava(messages: Sequence[Message], system: str = "") -> str:
     """LLaVA-1.5: "USER: <image>\\n{question} ASSISTANT:", for several turns too.
 
     Args:
-      messages: user and assistant in turn; a system message takes precedence over `system`.
+      messages: user and assistant in turn; a system message takes precedence over `system`. One
+        that ends with the assistant's turn ends with its text, for the answer to go on from there.
       system: sentence in front, such as `VICUNA_SYSTEM`, which training used; the released
         processor's template has none.
     """
@@ -227,8 +272,9 @@ def llava(messages: Sequence[Message], system: str = "") -> str:
             prompt += "USER: " + "<image>\n" * parts.count(None) + text + " "
         else:
             prompt += f"ASSISTANT: {text}</s>"
-    ending = "ASSISTANT:" if not prompt.endswith("</s>") else ""
-    return (system + " " if system else "") + prompt + ending
+    answered = bool(messages) and ends_with_answer(messages)
+    prompt = prompt.removesuffix("</s>") if answered else prompt + "ASSISTANT:"
+    return (system + " " if system else "") + prompt
 
 
 def paligemma(messages: Sequence[Message], bos: str = "<bos>") -> str:
@@ -308,30 +354,6 @@ def _turns(
             raise unknown(f"messages: role of number {number}", str(role), roles)
         turns.append((role, parts))
     return turns
-
-
-def parts_of(message: Any, number: int) -> list[str | None]:
-    """The parts of one message: texts, and None for pictures; UserError if it is of another form.
-
-    Args:
-      message: see `Template.render`.
-      number: of the message, for the error.
-    """
-    content = message.get("content") if isinstance(message, Mapping) else None
-    if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
-    content = content if isinstance(content, list | tuple) else ()
-    kinds = [str(part.get("type")) if isinstance(part, Mapping) else None for part in content]
-    texts = [part.get("text") for part, kind in zip(content, kinds, strict=True) if kind == "text"]
-    right = content and set(kinds) <= {"text", "image"} and "role" in message
-    if not right or not all(isinstance(text, str) for text in texts):
-        raise UserError(
-            f"messages: number {number} is {str(message)[:80]!r}",
-            allowed='{"role": ..., "content": text, or a list of {"type": "text", "text": ...} '
-            'and {"type": "image"}}',
-        )
-    given = iter(texts)
-    return [next(given) if kind == "text" else None for kind in kinds]
 
 
 def _text(parts: Sequence[str | None]) -> str:

@@ -6,10 +6,11 @@ from typing import Any
 
 from efficient_vlm.errors import UserError
 from efficient_vlm.processing import chat_template as prompts
+from efficient_vlm.processing.messages import Message, parts_of, read_messages
 from efficient_vlm.processing.pictures.base import Pictured
 from efficient_vlm.processing.tokenizer import Tokenizer
 
-Conversation = str | Sequence[prompts.Message]
+Conversation = str | Sequence[Message]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +66,9 @@ def prompt_ids(
       style: of the model.
       template: of the checkpoint, or the name of a function of `prompts`.
       tokenizer: of the checkpoint.
-      asked: a question, which comes behind all pictures; or messages, see `Template.render`, which
-        say with {"type": "image"} where each picture stands.
+      asked: a question, which comes behind all pictures; or messages, see `read_messages`, which
+        say with parts of type "image" where each picture stands. Messages that end with the
+        assistant's turn end with its text: an answer goes on from there.
       pictured: the pictures.
 
     Raises:
@@ -77,6 +79,7 @@ def prompt_ids(
         if style.pictures:
             content = [{"type": "image"}] * len(pictured) + [{"type": "text", "text": asked}]
         asked = [{"role": "user", "content": content}]
+    asked, _ = read_messages(asked)
     options: dict[str, Any] = {}
     if isinstance(template, str):
         options = dict(style.options)
@@ -92,11 +95,10 @@ def _rendered(asked, template, style, options) -> str:
     picture, and the form of text that it does not expect."""
     if isinstance(template, str):
         return prompts.render(asked, template, **options)
-    asked = list(asked)
     for number, message in enumerate(asked):
-        if message.get("content") is None:  # Calls of tools.
+        if message["content"] is None:  # Calls of tools.
             continue
-        parts = prompts.parts_of(message, number)
+        parts = parts_of(message, number)
         if not style.pictures and None in parts:
             raise UserError(f"messages: a picture, but {style.family} is a language model")
         if not style.pictures:
@@ -124,7 +126,8 @@ def _as_expected(asked, texts, template, options) -> list[Any]:
         return found
 
     def lost(in_parts: set[int]) -> set[int]:
-        prompt = prompts.render(formed(marks, in_parts), template, **options)
+        given = formed(marks, in_parts)
+        prompt = template.render(given, add_generation_prompt=False, **options)
         return {i for i in texts if marks[i] not in prompt.lower()}
 
     in_parts: set[int] = set()

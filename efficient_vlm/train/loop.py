@@ -13,6 +13,7 @@ import numpy as np
 from efficient_vlm.checkpoints.run import Checkpoints
 from efficient_vlm.data.pipeline import check_fingerprint
 from efficient_vlm.data.reader import Reader
+from efficient_vlm.data.skips import told
 from efficient_vlm.processing.batch import training_inputs
 from efficient_vlm.terminal import Progress
 from efficient_vlm.train.arms import Arm, draw_arm, make_arms, make_model
@@ -21,7 +22,7 @@ from efficient_vlm.train.guards import NonFiniteGuard, StopSignal
 from efficient_vlm.train.metrics import MetricsWriter
 from efficient_vlm.train.optimizer import schedule
 from efficient_vlm.train.parameters import start_from
-from efficient_vlm.train.processes import is_first, largest
+from efficient_vlm.train.processes import is_first, largest, skipped_by_any
 from efficient_vlm.train.saving import save_state
 from efficient_vlm.train.setup import Setup, prepare
 from efficient_vlm.train.trained import Trained, digests
@@ -86,6 +87,9 @@ def train(
         total = run.finish(first)
 
     # 5. What results.json says of it.
+    skipped = skipped_by_any(pipeline.skips)
+    if skipped:
+        say(f"Data: {told(skipped, len(pipeline.source), 'training samples skipped')}")
     summary = {
         "steps": settings.steps,
         "seconds": round(total, 1),
@@ -96,7 +100,8 @@ def train(
             "dataset": setup.data.dataset_seed,
         },
         "skipped_steps": run.guard.total,
-        "skipped_samples": pipeline.skipped,
+        "samples": len(pipeline.source),
+        "skipped_samples": skipped,
         "compilations": setup.compilations,
     }
     summary |= digests(run.state, settings.steps, workdir, warn)
@@ -158,6 +163,8 @@ class _Run:
             self.guard.load(metadata["guard"])
             self.earlier_seconds = metadata["seconds"]
             self.goodput.resume(metadata.get("goodput"))
+            # Checkpoints of before do not say.
+            setup.pipeline.skips.load(metadata.get("skipped_samples", {}))
             say(
                 f"Resuming from step {first} of {settings.steps}"
                 if first < settings.steps
@@ -197,7 +204,7 @@ class _Run:
                 index = draw_arm(setup.arms, settings.seed, step, settings.steps)
                 program = setup.programs[index]
                 programs, before = program._cache_size(), time.monotonic()
-                self.state, metrics = program(self.state, training_inputs(batch))
+                self.state, metrics = program(self.state, training_inputs(batch, setup.model))
                 compiled = time.monotonic() - before if program._cache_size() > programs else 0.0
                 # 4. Log the step before: its metrics are ready, so the host does not wait for this
                 # one.
@@ -258,6 +265,7 @@ class _Run:
             "data": self.setup.pipeline.fingerprint,
             "guard": self.guard.state(),
             "goodput": self.goodput.state(),
+            "skipped_samples": self.setup.pipeline.skips.state(),
             "seconds": self._seconds(),
             "params": self.setup.num_params,
         }

@@ -17,6 +17,7 @@ from efficient_vlm.train import step as steps
 from efficient_vlm.train.arms import Arm
 from efficient_vlm.train.optimizer import OptimizerConfig, make_optimizer
 from efficient_vlm.train.state_layout import StateLayout, state_shardings
+from efficient_vlm.train.workdir_config import refuse_published
 
 
 class Start(NamedTuple):
@@ -83,6 +84,7 @@ def initialise(
 
 def start_from(state: steps.State, workdir: Path) -> steps.State:
     """A fresh state with the newest parameters of another run."""
+    refuse_published(workdir, "train.init_from")
     params = load_params(workdir, state["params"])
     average = {"ema": jax.tree.map(jnp.copy, params)} if "ema" in state else {}
     return {**state, "params": params, **average}

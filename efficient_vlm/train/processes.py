@@ -10,9 +10,19 @@ from typing import Any
 import jax
 import numpy as np
 
+from efficient_vlm.data.records import REASONS
+from efficient_vlm.data.skips import SkipCounter
 from efficient_vlm.errors import UserError, first_line
 
-__all__ = ["agreed", "first_then_all", "is_first", "largest", "start", "whole"]
+__all__ = [
+    "agreed",
+    "first_then_all",
+    "is_first",
+    "largest",
+    "skipped_by_any",
+    "start",
+    "whole",
+]
 
 _ALLOWED = "auto (Slurm, TPU pods, MPI), or ADDRESS:PORT,PROCESSES,NUMBER"
 
@@ -64,6 +74,18 @@ def largest(value: int) -> int:
     from jax.experimental import multihost_utils
 
     return int(np.max(multihost_utils.process_allgather(np.array(value))))
+
+
+def skipped_by_any(skips: SkipCounter) -> dict[str, int]:
+    """Records that any process found unusable, by reason; a collective call."""
+    if jax.process_count() == 1:
+        return skips.counts
+    from jax.experimental import multihost_utils
+
+    # Each reads rows of its own, and the rows of one epoch are another's in the next.
+    found = multihost_utils.process_allgather(skips.codes()).max(axis=0)
+    named = zip(sorted(REASONS), np.bincount(found, minlength=len(REASONS) + 1)[1:], strict=True)
+    return {reason: int(count) for reason, count in named if count}
 
 
 def first_then_all(action: Callable[[], Any]) -> Any:

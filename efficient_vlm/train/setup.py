@@ -91,7 +91,7 @@ def prepare(config: Mapping[str, Any], workdir: Path, say: Callable[[str], None]
     arms = make_arms(model, settings.elastic)
     example = transforms.empty(spec, tokenizer.pad_id)
     own_count = data_config.batch_size if rows is None else len(rows)
-    shapes = training_inputs(transforms.stack([example] * own_count))
+    shapes = training_inputs(transforms.stack([example] * own_count), model)
     start = initialise(arms, settings, optimizer, mesh)
     programs = [_program(arm, settings, start) for arm in arms]
 

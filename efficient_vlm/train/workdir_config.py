@@ -68,6 +68,26 @@ def _short(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def refuse_published(folder: Path, field: str) -> None:
+    """Raises UserError for the folder of a published model, imported or not: a run trains a model
+    that its own config describes, on tokens of its own.
+
+    Args:
+      folder: that a run is to be in, or to start from.
+      field: what named it.
+    """
+    try:
+        published = "model_type" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, TypeError, RecursionError):
+        return
+    if published:
+        raise UserError(
+            f"{field}={folder}: a published model, which training does not start from",
+            allowed="the --workdir of a run of efficient-vlm train",
+            fix="fine-tune it in Python: evlm.from_pretrained(...), see docs/published_models.md",
+        )
+
+
 def check_workdir_config(
     workdir: str | os.PathLike[str], config: Mapping[str, Any], *, ignore: Iterable[str] = ()
 ) -> bool:
@@ -88,6 +108,7 @@ def check_workdir_config(
       UserError: names the differing fields, or config.json cannot be read or written.
     """
     path = Path(workdir) / "config.json"
+    refuse_published(path.parent, "--workdir")
     try:
         stored = json.loads(path.read_text())
         if not isinstance(stored, dict):
@@ -141,6 +162,7 @@ def _write(path: Path, config: Mapping[str, Any]) -> None:
 def read_run_config(workdir: Path) -> ml_collections.ConfigDict:
     """The config that a run was made with; its own methods are imported (`import_of_run`)."""
     path = workdir / "config.json"
+    refuse_published(workdir, "--workdir")
     if not path.is_file():
         raise UserError(
             f"--workdir={workdir}: no run there", fix="train first: efficient-vlm train"

@@ -48,7 +48,7 @@ def test_images_as_text_list_or_absent(write_rows, lines):
 def test_unicode_markers_and_turns(tmp_path):
     turns = [
         {"from": "system", "value": "Be brief."},
-        {"from": "human", "value": "<image>\nWas ist das? ☃ <im<image>age>"},
+        {"from": "human", "value": "Was ist das? ☃ "},
         {"from": "gpt", "value": "Ein Schneemann, 雪だるま <image>"},
         {"from": "human", "value": "Sicher?"},
         {"from": "gpt", "value": "Ja."},
@@ -59,17 +59,17 @@ def test_unicode_markers_and_turns(tmp_path):
     path.write_text("\ufeff" + text + "\r\n\n", encoding="utf-8")
     (conversation,) = llava_json.LlavaSource(path)[0].conversations
     assert conversation.turns == (
-        ("Be brief.\nWas ist das? ☃", "Ein Schneemann, 雪だるま"),
+        ("Be brief.\nWas ist das? ☃", "Ein Schneemann, 雪だるま <image>"),
         ("Sicher?", "Ja."),
     )
     pipeline = make_train(config(path, batch_size=1, max_length=200))
     batch = next(iter(pipeline))
     (tokens,), (mask,) = batch["tokens"][0], batch["loss_mask"][0]
     split = batch["prompt_lengths"][0, 0]
-    assert pipeline.tokenizer.answer(tokens[split:]) == "Ein Schneemann, 雪だるま"
+    assert pipeline.tokenizer.answer(tokens[split:]) == "Ein Schneemann, 雪だるま <image>"
     assert (tokens[mask] == pipeline.tokenizer.eos_id).sum() == 2
     data = make_eval(config(path, batch_size=1, max_length=200), split="train")
-    assert data.answers == [["Ein Schneemann, 雪だるま"]]
+    assert data.answers == [["Ein Schneemann, 雪だるま <image>"]]
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -83,16 +83,19 @@ def test_reasons(write_rows, tmp_path):
         "corrupt": row(0, "cut.png"),
         "format": row(0, "note.txt"),
         "too_large": row(0, "bomb.png"),
-        "no_label": row(0, "good0.png", answer=" <image> "),
+        "no_label": row(0, "good0.png", answer="  "),
         "too_long": row(0, "good0.png", answer="word " * 500),
         "too_many_images": row(0, ["good0.png", "good1.png", "good2.png"]),
         "malformed": {"id": "x", "conversations": "hello"},
+        "markers": row(0, "good0.png", question="<image> or <image>?"),
+        "media": row(0, "good0.png") | {"video": "a.mp4"},
+        "outside": row(0, "../good0.png"),
     }
     path = write_rows([*good_rows(20), *cases.values(), {"image": 3, "conversations": []}])
     pipeline = make_train(config(path, max_skip_fraction=1.0))
     seen = set()
     iterator = iter(pipeline)
-    for _ in range(8):
+    for _ in range(9):
         seen |= set(next(iterator)["index"].tolist())
     assert seen == set(range(20))
     assert pipeline.skipped == dict.fromkeys(cases, 1) | {"malformed": 2}

@@ -1,6 +1,8 @@
 """A published directory asked in words: the tiny SmolVLM of tests/samples, tokenizer and all."""
 
+import base64
 import functools
+import io
 import json
 import os
 import shutil
@@ -11,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from PIL import Image
 
 import efficient_vlm as evlm
 from efficient_vlm.checkpoints.safetensors_read import Checkpoint
@@ -47,6 +50,44 @@ def test_a_batch_answers_as_each_alone(vlm):
         for question, row in zip(questions, photos, strict=True)
     ]
     assert together == alone
+
+
+def test_pictures_named_in_messages(vlm):
+    """In any form, beside some that are given; and what has nothing to name them with says so."""
+    data = PHOTOS[0].read_bytes()
+    address = "data:image/jpeg;base64," + base64.b64encode(data).decode()
+    text = {"type": "text", "text": "Which?", "image": None, "image_url": {"url": None}}
+
+    def asked(*parts, images=()):
+        messages = [{"role": "user", "content": [*parts, text], "name": None}]
+        return vlm.request([messages], [list(images)])
+
+    given = asked({"type": "image"}, {"type": "image"}, images=PHOTOS).inputs
+    named = [
+        asked({"type": "image", "image": PHOTOS[0]}, {"type": "image", "path": str(PHOTOS[1])}),
+        asked({"type": "image", "image": data}, {"type": "image"}, images=[PHOTOS[1].open("rb")]),
+        asked({"type": "image"}, {"type": "image", "image": PHOTOS[1]}, images=[io.BytesIO(data)]),
+        asked({"type": "image_url", "image_url": {"url": address}}, {"image": str(PHOTOS[1])}),
+        asked({"type": "input_image", "image_url": address}, {"image": Image.open(PHOTOS[1])}),
+    ]
+    for request in named:
+        jax.tree.map(np.testing.assert_array_equal, request.inputs, given)
+    for parts, images, words in (
+        ([{"type": "image", "image": PHOTOS[0]}], PHOTOS[:1], "not named"),
+        ([{"type": "image"}, {"type": "image"}], PHOTOS[:1], "images: 1 for 2"),
+        ([{"type": "image", "url": "https://example.org/a.png"}], [], "nothing is fetched"),
+        ([{"type": "image_url", "image_url": {"url": address[:-9] + "!"}}], [], "damaged base64"),
+    ):
+        with pytest.raises(UserError, match=words) as caught:
+            asked(*parts, images=images)
+        assert len(str(caught.value)) < 500 and len(str(caught.value).splitlines()) <= 3
+
+
+def test_an_answer_that_was_begun_goes_on(vlm):
+    """No second header, and no end of the turn."""
+    asked = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "It is"}]
+    begun = vlm.request([asked]).inputs
+    assert vlm.tokenizer.decode(begun.text[0, : begun.lengths[0]]) == "User: Why?\nAssistant: It is"
 
 
 def test_a_stream_is_the_answer(vlm):

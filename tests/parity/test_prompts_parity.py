@@ -112,6 +112,24 @@ def test_templates(pair, source, answering, extra):
     assert rendered.count("<image>") == 2
 
 
+@pytest.mark.parametrize("source", [LINE_PER_TURN, NUMBERED, ALTERNATING])
+@pytest.mark.parametrize("text", ["It is a", "assistant", " a \n"])
+def test_an_answer_that_was_begun(pair, source, text):
+    """What ends with the assistant's turn: `continue_final_message` of transformers."""
+    if source == ALTERNATING:  # Writes the text a second time, as JSON, behind the first.
+        source = source.replace("(message | tojson(indent=1)) + ", "")
+    theirs, ours, _ = pair
+    messages = [*MESSAGES, {"role": "assistant", "content": [{"type": "text", "text": text}]}]
+    expected = theirs.apply_chat_template(
+        messages, chat_template=source, tokenize=False, continue_final_message=True
+    )
+    assert Template(source, ours.special).render(messages) == expected
+    # Asked for a header, both write one.
+    header = dict(add_generation_prompt=True)
+    expected = theirs.apply_chat_template(messages, chat_template=source, tokenize=False, **header)
+    assert Template(source, ours.special).render(messages, **header) == expected
+
+
 def test_saved_template_is_found(pair):
     theirs, _, directory = pair
     found = Template.from_hf(directory)

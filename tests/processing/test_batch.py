@@ -1,5 +1,6 @@
 """From the arrays of our data, and from token ids with slots, to `ModelInputs`."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -146,3 +147,70 @@ def test_prompts_that_cannot_be_placed(row, words):
     with pytest.raises(UserError, match=words) as caught:
         place([[prompt("1 # # 2")], [row]], IMAGE, 2)
     assert len(str(caught.value).splitlines()) <= 3
+
+
+# --- pictures among the text of our own data ------------------------------------------------------
+
+
+def placed_batch(make_batch, places, masks, length=6):
+    """Rows of one conversation with pictures [2, 2] patches each."""
+    batch = make_batch(len(places), 1, length, images=2, side=16)
+    batch["image_places"] = np.array(places, np.int32)[:, None]
+    batch["image_mask"] = np.array(masks, bool)
+    return batch
+
+
+def test_places_of_pictures_by_a_loop(make_batch, make_model):
+    """Every token in sequence, as written; missing pictures have no place."""
+    model, patches = make_model(encoder=dict(image_size=16)), 4
+    batch = placed_batch(
+        make_batch,
+        [[0, 0], [0, 2], [1, 1], [2, 0], [1, 3]],
+        [[1, 1], [1, 1], [1, 1], [1, 0], [1, 1]],
+    )
+    batch["lengths"][:], batch["prompt_lengths"][:] = 6, 3
+    inputs = training_inputs(batch, model)
+    inputs.check(model.layout(inputs.pictures))
+    for row in range(5):
+        at, place = 0, inputs.placement
+        for token in range(6):
+            for k in range(2):
+                if batch["image_mask"][row, k] and batch["image_places"][row, 0, k] == token:
+                    slots = place.visual_index[row, k * patches : (k + 1) * patches]
+                    assert slots.tolist() == list(range(at, at + patches))
+                    at += patches
+            if token < 5:  # The last is only ever predicted.
+                assert place.text_index[row, token] == at
+                at += 1
+        assert place.next_index[row] == at
+    asked = question_inputs(batch, model)
+    asked.check(model.layout(asked.pictures))
+    # The second picture of the last row belongs to a later turn.
+    assert asked.pictures.mask.tolist() == [[1, 1], [1, 1], [1, 1], [1, 0], [1, 0]]
+    assert asked.placement.next_index.tolist() == [11, 11, 11, 7, 7]
+    # A row is what it is beside any other: alone, its arrays are the same.
+    for row in range(5):
+        alone = training_inputs({name: x[row : row + 1] for name, x in batch.items()}, model)
+        for mine, of_all in zip(*map(jax.tree.leaves, (alone, inputs)), strict=True):
+            np.testing.assert_array_equal(mine[0], of_all[row])
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_place_in_front_is_what_pictures_have_without_a_place(
+    bidirectional, make_batch, make_model, init
+):
+    """And text in front of a picture does not see it, while text behind it does."""
+    decoder = dict(bidirectional_visual=bidirectional, segments=[dict(layers=1)])
+    model = make_model(budget=None, decoder=decoder, encoder=dict(image_size=16, depth=1))
+    batch = placed_batch(make_batch, [[0, 0], [0, 3]], [[1, 1], [1, 1]], length=7)
+    batch["lengths"][:], batch["prompt_lengths"][:] = 7, 5
+    params = init(model)
+    apply = jax.jit(lambda inputs: model.apply({"params": params}, inputs).logits)
+    usual = {name: x for name, x in batch.items() if name != "image_places"}
+    found, plain = apply(training_inputs(batch, model)), apply(training_inputs(usual))
+    np.testing.assert_allclose(found[0], plain[0], atol=1e-5)
+    other = {**batch, "images": batch["images"].copy()}
+    other["images"][:, 1] = 255 - other["images"][:, 1]
+    changed = np.abs(np.asarray(apply(training_inputs(other, model)) - found)).max(axis=-1)
+    assert (changed[0] > 1e-6).all()
+    assert (changed[1, :3] == 0).all() and (changed[1, 3:] > 1e-6).all()

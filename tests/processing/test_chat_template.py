@@ -311,7 +311,8 @@ def test_llava_conversation():
         "gives helpful, detailed, and polite answers to the user's questions. "
         "USER: <image>\nHow many? ASSISTANT: Two.</s>USER: Sure? ASSISTANT:"
     )
-    assert render(messages[:2], "llava").endswith("Two.</s>")
+    # What ends with an answer goes on from it.
+    assert render(messages[:2], "llava") == "USER: <image>\nHow many? ASSISTANT: Two."
 
 
 @pytest.mark.parametrize(

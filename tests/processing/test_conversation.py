@@ -146,7 +146,7 @@ def test_texts_are_not_lost_in_templates_of_parts():
     turns = (hi, answer, more)
     assert asked("llava", LLAVA, *turns) == "USER: Hi ASSISTANT: Yes? USER: More ASSISTANT:"
     assert asked("llama", MOLMO, *turns) == "User: HiAssistant: Yes?User: More"
-    for part in ({"type": "image_url", "image_url": "x"}, "Hi", {"type": "text"}):
+    for part in ({"type": "video", "video": "x"}, 3, {"type": "text"}):
         with pytest.raises(UserError, match="messages: number 0"):
             asked("llava", LLAVA, {"role": "user", "content": [part]})
     with pytest.raises(UserError, match="language model"):
@@ -189,6 +189,52 @@ def test_a_conversation_says_where_its_pictures_stand(tmp_path):
     )
     with pytest.raises(UserError, match="2 <|image_pad|> in the prompt, 1 picture"):
         ask("qwen2_vl", tok, asked, [one])
+
+
+ANSWERED = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi"}]},
+    {"role": "assistant", "content": " It is a "},
+]
+
+
+@pytest.mark.parametrize("kind", [k for k in CASES if k not in ("paligemma", "molmo", "mobilevlm")])
+def test_what_ends_with_an_answer_goes_on_from_it(kind, tmp_path):
+    """No second header, no end of the turn, and not a space of its text lost."""
+    _, bos, adds, text, _ = CASES[kind]
+    tok = tokenizer(tmp_path, bos, adds)
+    asked, pictures = (ANSWERED, [Picture(text)]) if text else (ANSWERED[1:], [])
+
+    def prompt(asked):
+        return tok.decode(ask(kind, tok, asked, pictures), skip_special=False)
+
+    begun = prompt(asked)
+    assert begun.endswith(" It is a ") and begun.lower().count("assistant") == 1
+    parts = [*asked[:-1], {**asked[-1], "content": [{"type": "text", "text": " It is a "}]}]
+    assert prompt(parts) == begun
+    for last in (None, [{"type": "image"}]):
+        with pytest.raises(UserError) as caught:
+            prompt([*asked[:-1], {"role": "assistant", "content": last, "tool_calls": [1]}])
+        assert len(str(caught.value).splitlines()) <= 3
+    # What a template makes of the text does not matter, unless it is lost: then follow the advice.
+    loud = Template("{% for m in messages %}{{ m.content | upper }}{% endfor %}", tok.special)
+    with pytest.raises(UserError, match="end with a message of the user"):
+        loud.render([{"role": "assistant", "content": "a"}])
+    assert loud.render([{"role": "user", "content": "a"}]) == "A"
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_unused_fields_change_nothing(kind, tmp_path):
+    """As typed clients and tables write messages: every field, null or NaN where it is unused."""
+    _, bos, adds, text, _ = CASES[kind]
+    tok = tokenizer(tmp_path, bos, adds)
+    nothing = {"image": None, "image_url": {"url": None, "detail": None}, "video": float("nan")}
+    content = [{"type": "text", "text": "Hi", **nothing}]
+    if text:
+        content.insert(0, {"type": "image", "text": None, **nothing})
+    message = {"role": "user", "content": content, "name": None, "tool_calls": None}
+    plain = [{k: v for k, v in part.items() if k in ("type", "text") and v} for part in content]
+    expected = ask(kind, tok, [{"role": "user", "content": plain}], [Picture(text)] if text else [])
+    assert ask(kind, tok, [message], [Picture(text)] if text else []) == expected
 
 
 def test_a_placeholder_that_is_no_token(tmp_path):

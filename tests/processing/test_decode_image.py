@@ -2,12 +2,14 @@
 
 import io
 import struct
+import sys
 import tracemalloc
+import types
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile, PngImagePlugin
 
 from efficient_vlm.processing import decode_image as images
 from efficient_vlm.processing.decode_image import BadImage
@@ -27,7 +29,7 @@ def noise(height=12, width=20, channels=3, seed=0):
 def test_formats(format):
     pixels = images.decode(encode(Image.fromarray(noise()), format))
     assert pixels.shape == (12, 20, 3) and pixels.dtype == np.uint8
-    if format in ("PNG", "BMP"):
+    if format in ("PNG", "BMP", "TIFF"):
         np.testing.assert_array_equal(pixels, noise())
 
 
@@ -66,6 +68,98 @@ def test_sixteen_bit_grey_is_rescaled():
     np.testing.assert_array_equal(pixels[0, :, 0], [0, 156, 255, 1])
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0, 1, 128, 255], [0, 1, 128, 255]),  # 8 bits in 32
+        ([0, 257, 40000, 65535], [0, 1, 156, 255]),  # 16 bits in 32
+        ([0, 0, 0, 0], [0, 0, 0, 0]),
+        ([0, 65536, 1, 1], None),
+        ([-1, 1, 1, 1], None),
+    ],
+)
+def test_grey_of_32_bits_says_its_scale_by_its_values(values, expected):
+    image = Image.fromarray(np.array([values], np.int32))
+    assert image.mode == "I"
+    tiff = encode(image, "TIFF")
+    if expected is None:
+        with pytest.raises(BadImage, match=r"grey values of .* to ") as caught:
+            images.decode(tiff)
+        assert caught.value.reason == "format"
+        return
+    for picture in (images.decode(tiff), np.asarray(images.to_rgb(image))):
+        np.testing.assert_array_equal(picture[0], np.array([expected] * 3).T)
+
+
+def test_sixteen_bits_of_either_byte_order_are_sixteen_bits():
+    """Also where all are small: the mode says so."""
+    for dtype, mode in (("<u2", "I;16"), (">u2", "I;16B")):
+        image = Image.frombytes(mode, (3, 1), np.array([0, 100, 255 * 257], dtype).tobytes())
+        assert np.asarray(images.to_rgb(image))[0, :, 0].tolist() == [0, 0, 255]
+    dark = Image.frombytes("I;16", (2, 1), np.array([100, 200], "<u2").tobytes())
+    assert np.asarray(images.to_rgb(dark)).max() == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "behind"),
+    [
+        *((kind, False) for kind in ("text", "compressed", "international", "profile", "many")),
+        *((kind, True) for kind in ("text", "compressed", "international", "many")),
+    ],
+)
+def test_long_texts_of_a_png_do_not_matter(kind, behind, monkeypatch):
+    """In front of the pixels and behind them; short ones, which may say how it lies, are read."""
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", 1000)
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_MEMORY", 3000)
+    body, packed = b"x" * 2000, zlib.compress(b"x" * 2000)
+    chunks = {
+        "text": [(b"tEXt", b"k\0" + body * 40)],
+        "compressed": [(b"zTXt", b"k\0\0" + packed)],
+        "international": [(b"iTXt", b"k\0\1\0\0\0" + packed)],
+        "profile": [(b"iCCP", b"k\0\0" + packed)],
+        "many": [(b"zTXt", b"k%d\0\0" % i + zlib.compress(b"x" * 900)) for i in range(5)],
+    }[kind]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(Image.fromarray(noise()), exif=exif)
+    at = data.index(b"IEND") - 4 if behind else 33
+    more = b"".join(png_chunk(*parts) for parts in chunks)
+    spoilt = data[:at] + more + data[at:]
+    np.testing.assert_array_equal(images.decode(spoilt), np.rot90(noise(), -1))
+    with pytest.raises(BadImage, match="corrupt"):
+        images.decode(spoilt[:60] + spoilt[90:])  # Damaged pixels stay damaged.
+    short_text = png_chunk(b"tEXt", b"k\0short")
+    kept = images.without_texts(data[:33] + short_text + more + data[33:])
+    assert short_text in kept and len(kept) == len(data) + len(short_text)
+
+
+def test_heic_is_named_and_read_with_its_plugin(monkeypatch):
+    heic = b"\0\0\0\x18ftypheic" + bytes(40)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(BadImage, match="pip install pillow-heif") as caught:
+        images.decode(heic)
+    assert caught.value.reason == "format"
+
+    class Plugin(ImageFile.ImageFile):
+        format = "HEIF"
+
+        def _open(self):
+            self._size, self._mode, self.tile = (3, 2), "RGB", []
+
+        def load(self):
+            self._im = Image.new("RGB", self.size, "red").im
+
+    def register():
+        Image.register_open("HEIF", Plugin, lambda head: head[4:8] == b"ftyp")
+
+    # What that package does; the advice is followed.
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    plugin = types.SimpleNamespace(register_heif_opener=register)
+    monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
+    assert (images.decode(heic) == [255, 0, 0]).all()
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "CMYK"])
 def test_other_modes_become_rgb(mode):
     format = "JPEG" if mode == "CMYK" else "PNG"
@@ -82,18 +176,20 @@ def test_first_frame_of_an_animation():
     np.testing.assert_array_equal(images.decode(data)[0, 0], [255, 0, 0])
 
 
+def png_chunk(name, data):
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
 def header_bomb(width, height, ratio=1000):
     """A small PNG that claims (and would decode to) width x height grey pixels."""
-
-    def chunk(name, data):
-        return (
-            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     body = zlib.compress(bytes(ratio))
     return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + png_chunk(b"IHDR", header)
+        + png_chunk(b"IDAT", body)
+        + png_chunk(b"IEND", b"")
     )
 
 
@@ -137,7 +233,9 @@ good_png, good_jpeg = encode(Image.fromarray(noise())), encode(Image.fromarray(n
         (good_jpeg[: len(good_jpeg) // 2], "corrupt"),
         (good_png[:60] + b"\0" * 40 + good_png[100:], "corrupt"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "format"),
-        (encode(Image.fromarray(noise()), "TIFF"), "format"),
+        (encode(Image.fromarray(noise()), "PPM"), "format"),
+        (encode(Image.fromarray(noise()), "TIFF")[:100], "corrupt"),
+        (encode(Image.new("F", (3, 3), 0.5), "TIFF"), "format"),
         (b"\x80\x04\x95 not an image", "format"),
     ],
 )

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -11,10 +12,13 @@ import numpy as np
 import pytest
 from tiny_models import make_tiny_config
 
+import efficient_vlm as evlm
 from efficient_vlm.checkpoints.leaves import state_sha256
 from efficient_vlm.checkpoints.run import Checkpoints
 from efficient_vlm.cli import run as commands
 from efficient_vlm.errors import UserError
+from efficient_vlm.evaluation.run import evaluate_run
+from efficient_vlm.families.imported import import_model
 from efficient_vlm.fields import to_dict
 from efficient_vlm.files import write_index
 from efficient_vlm.train import loop
@@ -355,6 +359,26 @@ def test_starting_from_nothing_or_from_another_shape_is_an_error(reference, tiny
     with pytest.raises(UserError, match="vit") as caught:
         run(tiny_config, tmp_path / "b")
     assert len(str(caught.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize("kind", ["published", "imported"])
+def test_published_models_are_no_runs(kind, tiny_config, tmp_path):
+    """What training takes is said at once; what the advice names works."""
+    folder = Path(__file__).parents[1] / "samples" / "smolvlm"
+    if kind == "imported":
+        import_model(folder, tmp_path / "imported")
+        folder = tmp_path / "imported"
+    tiny_config.train.init_from = str(folder)
+    wrong = [
+        lambda: run(tiny_config, tmp_path / "a"),
+        lambda: check_workdir_config(folder, to_dict(tiny_config)),
+        lambda: evaluate_run(folder),
+    ]
+    for action in wrong:
+        with pytest.raises(UserError, match="a published model") as caught:
+            action()
+        assert len(str(caught.value).splitlines()) == 3
+    assert evlm.from_pretrained(folder).params
 
 
 def test_a_diverging_run_ends_and_keeps_its_weights_finite(tiny_config, tmp_path):

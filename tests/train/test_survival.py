@@ -113,9 +113,9 @@ def poison(monkeypatch, kind, records):
     """Makes the loss, or only its gradient, NaN for batches that hold one of some records."""
     real, inputs_of = steps.loss_fn, loop.training_inputs
 
-    def marked(batch):
+    def marked(batch, model):
         """The inputs of a batch; another number for "no label" says that it holds a record."""
-        inputs = inputs_of(batch)
+        inputs = inputs_of(batch, model)
         assert inputs.labels[0, 0] == NO_LABEL  # The first token of a prompt predicts none.
         if np.isin(batch["index"], records).any():
             inputs.labels[0, 0] = NO_LABEL - 1

@@ -7,13 +7,14 @@ subtraction of the mean: the encoder normalises by the processor's `mean` and `s
 import dataclasses
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, first_line
 from efficient_vlm.processing import decode_image as images
+from efficient_vlm.processing.picture_bytes import KINDS, picture_bytes
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -57,15 +58,16 @@ class Pictured:
     padding_share: np.ndarray | None = None
 
 
-def load_picture(picture: Image.Image | np.ndarray | str | os.PathLike) -> Image.Image:
+def load_picture(picture: Any) -> Image.Image:
     """The picture as 8-bit RGB: EXIF orientation applied, alpha composited over white.
 
     16-bit grey is scaled (not clipped) to 8 bit; CMYK, palette and 1-bit are converted; the first
     frame of an animation is used. Files must be within the limits of `processing.decode_image`.
 
     Args:
-      picture: a Pillow image, the path of a PNG, JPEG, WEBP, GIF or BMP file, or an array: uint8
-        or uint16 [height, width], uint8 [height, width, 1, 3 or 4].
+      picture: a Pillow image; an array: uint8 or uint16 [height, width], uint8 [height, width, 1, 3
+        or 4]; or an encoded file in any form that `picture_bytes` reads: a path, bytes, a binary
+        file, base64 text, a data: URL.
 
     Returns:
       A Pillow image of mode RGB with at least one pixel.
@@ -73,35 +75,48 @@ def load_picture(picture: Image.Image | np.ndarray | str | os.PathLike) -> Image
     Raises:
       UserError: the picture is missing, damaged, empty, too large or of an unknown kind.
     """
-    if isinstance(picture, str | os.PathLike):
-        try:
-            return Image.fromarray(images.decode(images.read(Path(picture))))
-        except images.BadImage as error:
-            raise UserError(
-                f"picture: cannot use {os.fspath(picture)!r} ({error})",
-                allowed=f"{', '.join(images.FORMATS)} up to {images.MAX_PIXELS:,} pixels",
-                fix="convert or shrink the file, or pass a Pillow image",
-            ) from error
-    if isinstance(picture, np.ndarray):
-        picture = _from_array(picture)
+    # What has pixels, and is neither an image of Pillow nor bytes: JAX's and torch's arrays.
+    if hasattr(picture, "__array__") and not isinstance(picture, Image.Image):
+        picture = _from_array(np.asarray(picture))
     if not isinstance(picture, Image.Image):
-        raise UserError(
-            f"picture: got {type(picture).__name__}",
-            allowed="a path, a Pillow image, or a uint8 array [height, width, 3]",
-        )
+        return _from_file(picture)
     check_size(picture.height, picture.width)
-    if picture.mode == "F":
-        raise UserError(
-            "picture: a Pillow image of mode F (floats of unknown scale)",
-            fix="scale it to 0..255 and convert it to mode L",
-        )
     try:
         picture.load()
         return images.to_rgb(picture)
+    except images.BadImage as error:
+        raise UserError(
+            f"picture: a Pillow image of mode {picture.mode}: {error.detail}",
+            allowed="modes of 8 or 16 bits",
+        ) from error
     except Exception as error:  # Decoders of lazily opened files raise exceptions of any type.
         raise UserError(
-            f"picture: cannot read a Pillow image of mode {picture.mode} ({error})",
+            f"picture: cannot read a Pillow image of mode {picture.mode} ({first_line(error)})",
             fix="pass an undamaged image of mode RGB",
+        ) from error
+
+
+# What to do about a file, by the reason of a `BadImage`.
+_FIXES = {
+    "missing": "give the path of a file that is here, or its bytes; download it first if need be",
+    "corrupt": "get the file again, undamaged",
+    "too_large": "shrink the picture",
+    "format": "convert it to PNG or JPEG, or pass a Pillow image",
+}
+
+
+def _from_file(picture: Any) -> Image.Image:
+    try:
+        return Image.fromarray(images.decode(picture_bytes(picture)))
+    except images.BadImage as error:
+        name = os.fspath(picture) if isinstance(picture, str | os.PathLike) else ""
+        # Named once, and not at all where it is a whole picture.
+        named = f" {name!r}" if 0 < len(name) <= 80 and name not in error.detail else ""
+        raise UserError(
+            f"picture: cannot use{named} ({error})",
+            allowed=f"{KINDS} ({', '.join(images.FORMATS)}, up to {images.MAX_PIXELS:,} pixels); "
+            "a Pillow image; a uint8 array [height, width, 3]",
+            fix=_FIXES[error.reason],
         ) from error
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from efficient_vlm.data.records import REASONS
 from efficient_vlm.report import marks, page, plots, records
 from efficient_vlm.report.records import Run
 
@@ -92,7 +93,49 @@ def curves(run: Run) -> str:
 
 
 def pipeline(run: Run) -> str:
-    """Images per second, and the share of each step spent waiting for data."""
+    """Skipped samples, images per second, and the share of each step spent waiting for data."""
+    return _skipped(run) + _throughput(run)
+
+
+def _skipped(run: Run) -> str:
+    """Samples that were left out of training and evaluation, by reason; "" where nothing says."""
+    train, test = (run.results.get(name) for name in ("train", "test_samples"))
+    given = {
+        "training": (train, "skipped_samples"),
+        "test": (test, "skipped"),
+    }
+    rows, sizes = [], []
+    for split, (part, name) in given.items():
+        counts = part.get(name) if isinstance(part, Mapping) else None
+        if not isinstance(counts, Mapping):
+            continue
+        size = records.number(part.get("samples"))
+        sizes.append(f"{size:,.0f} {split}" if size > 0 else split)
+        rows += [
+            (
+                str(reason),
+                [
+                    page.cell(split),
+                    page.cell(f"{number:,.0f}", sort=number),
+                    page.cell(REASONS.get(reason, "")),
+                ],
+            )
+            for reason, number in ((r, records.number(n)) for r, n in counts.items())
+        ]
+    if not sizes:
+        return ""
+    among = " and ".join(sizes)
+    if not rows:
+        return f"<p>No sample was skipped ({page.esc(among)}).</p>"
+    return page.table(
+        ["skipped", "split", "samples", "why"],
+        rows,
+        caption=f"Samples that could not be used, counted once each ({among}); nothing of them was "
+        "trained on or asked.",
+    )
+
+
+def _throughput(run: Run) -> str:
     train = run.split("train")
     speed = [records.number(m.get("images_per_second")) for m in train]
     wait = [records.number(m.get("data_wait_fraction")) for m in train]

@@ -15,6 +15,7 @@ from efficient_vlm.compressors.between.cls_attention import (
 )
 from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, merge, take
 from efficient_vlm.errors import unknown
+from efficient_vlm.kernels import ordering
 from efficient_vlm.shapes import Array
 
 WEIGHTS = ("published", "normalised")
@@ -108,6 +109,8 @@ class PruMerge(AttentionGuided):
         keep = self.keep(row, tokens.mask, count)
         selection = as_selection(keep, count)
         out = take(tokens, *selection)
+        # Rows within the budget stay as they are: alone they would have no padding to compress.
+        whole = tokens.mask.sum(axis=1) <= (0 if self.adaptive else self.budget)
         embed = jnp.where(tokens.mask[..., None], tokens.embed, 0).astype(jnp.float32)
         near = min(self.neighbours, num_tokens - 1)
         if near:
@@ -115,7 +118,7 @@ class PruMerge(AttentionGuided):
             keys = jax.lax.stop_gradient(keys.reshape(*keys.shape[:2], -1))
             weight = cluster_weights(keys, row, tokens.mask, selection, near)
             own = jnp.take_along_axis(embed, selection[0][..., None], axis=1)
-            value = own + self._weighted_sums(weight, embed)
+            value = own + jnp.where(whole[:, None, None], 0, self._weighted_sums(weight, embed))
             value = jnp.where(out.mask[..., None], value, 0).astype(out.embed.dtype)
             out = out.replace(embed=value)
         if not self.num_extra():
@@ -123,6 +126,7 @@ class PruMerge(AttentionGuided):
         rest = tokens.mask & ~keep
         last = merge(tokens, jnp.where(rest, 0, -1), 1)
         value = self._weighted_sums(jnp.where(rest, row, 0)[:, None], embed)
+        value = jnp.where(whole[:, None, None], last.embed, value)  # One token is the rest.
         return append(out, last.replace(embed=value.astype(out.embed.dtype)), rest, tokens.source)
 
     @nn.nowrap
@@ -191,6 +195,7 @@ def outliers(row: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Bool[Array, 
     Returns:
       bool [B, T].
     """
+    row = ordering.comparable(row)
     rising = jnp.sort(jnp.where(mask, row, jnp.inf), axis=1)
     last = jnp.maximum(mask.sum(axis=1, keepdims=True) - 1, 0)
 

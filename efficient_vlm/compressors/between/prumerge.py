@@ -13,7 +13,7 @@ from efficient_vlm.compressors.between.cls_attention import (
     as_selection,
     cosine_to,
 )
-from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, merge, take
+from efficient_vlm.compressors.tokens import NO_SIGNALS, Signals, VisualTokens, merge, take
 from efficient_vlm.errors import unknown
 from efficient_vlm.kernels import ordering
 from efficient_vlm.shapes import Array
@@ -105,12 +105,26 @@ class PruMerge(AttentionGuided):
         num_tokens = tokens.mask.shape[1]
         if self.budget == num_tokens and not self.adaptive:
             return tokens
+        out = self._merged(tokens, signals)
+        if self.adaptive:
+            return out
+        # Rows within the budget stay as they are, as all do at the full budget.
+        whole = tokens.mask.sum(axis=1) <= self.budget
+        same = take(tokens, *as_selection(tokens.mask, self.budget))
+
+        def pick(same, out):
+            return jnp.where(whole.reshape(-1, *(1,) * (out.ndim - 1)), same, out)
+
+        return jax.tree.map(pick, same, out)
+
+    @nn.nowrap
+    def _merged(self, tokens: VisualTokens, signals: Signals) -> VisualTokens:
+        """Kept tokens with the sums of their neighbours, and the extra token."""
+        num_tokens = tokens.mask.shape[1]
         row, count = self.row(tokens, signals), self.budget - self.num_extra()
         keep = self.keep(row, tokens.mask, count)
         selection = as_selection(keep, count)
         out = take(tokens, *selection)
-        # Rows within the budget stay as they are: alone they would have no padding to compress.
-        whole = tokens.mask.sum(axis=1) <= (0 if self.adaptive else self.budget)
         embed = jnp.where(tokens.mask[..., None], tokens.embed, 0).astype(jnp.float32)
         near = min(self.neighbours, num_tokens - 1)
         if near:
@@ -118,7 +132,7 @@ class PruMerge(AttentionGuided):
             keys = jax.lax.stop_gradient(keys.reshape(*keys.shape[:2], -1))
             weight = cluster_weights(keys, row, tokens.mask, selection, near)
             own = jnp.take_along_axis(embed, selection[0][..., None], axis=1)
-            value = own + jnp.where(whole[:, None, None], 0, self._weighted_sums(weight, embed))
+            value = own + self._weighted_sums(weight, embed)
             value = jnp.where(out.mask[..., None], value, 0).astype(out.embed.dtype)
             out = out.replace(embed=value)
         if not self.num_extra():
@@ -126,7 +140,6 @@ class PruMerge(AttentionGuided):
         rest = tokens.mask & ~keep
         last = merge(tokens, jnp.where(rest, 0, -1), 1)
         value = self._weighted_sums(jnp.where(rest, row, 0)[:, None], embed)
-        value = jnp.where(whole[:, None, None], last.embed, value)  # One token is the rest.
         return append(out, last.replace(embed=value.astype(out.embed.dtype)), rest, tokens.source)
 
     @nn.nowrap

@@ -160,7 +160,7 @@ class SparseVLM(InDecoder):
                 f"compressor.keep: {self.keep[0]}, but only {num_tokens} visual tokens",
                 allowed=f"1 to {num_tokens}, or a fraction",
             )
-        keeps_of = functools.partial(self._keeps, num_layers)
+        keeps_of = functools.cache(functools.partial(self._keeps, num_layers))
 
         def counts(total):
             return plan.counts_after(keeps_of(total), total, self._recycle())

@@ -230,3 +230,60 @@ def test_each_violation_is_found(tmp_path, changed, words):
         path.write_text(text)
     problems = layout_problems(root, rooms=("low", "high"), hidden=LATE)
     assert any(words in each for each in problems) if words else problems == []
+
+
+# Functions of JAX that order floats by themselves, and where they may stand: "module" or
+# "module: what", with the reason that NaN, -0.0 and ties are settled there.
+RAW_ORDER = {
+    "top_k",
+    "approx_max_k",
+    "argmax",
+    "argmin",
+    "argsort",
+    "sort",
+    "sort_key_val",
+    "unique",
+}
+WHOLE = "orders whole numbers or truth values"
+MAY_ORDER = {
+    "kernels.ordering": "the one door",
+    "compressors.between.divprune": WHOLE,
+    "compressors.between.prumerge": "quartiles: values of `comparable` scores, no indices",
+    "compressors.in_decoder.clusters": WHOLE,
+    "compressors.in_encoder.tome": "truth values, and `comparable` cosines",
+    "compressors.projectors.gather_pool": WHOLE,
+    "compressors.select": WHOLE,
+    "compressors.tokens": WHOLE,
+    "inference.sampling": "tokens of `cleaned` logits, whose rules are those of published samplers",
+    "inference.stages": "the likeliest token; logits of NaN mean nothing",
+    "kernels.attention.blocks": WHOLE,
+    "kernels.attention.compact": WHOLE,
+    "kernels.grouped_matmul": WHOLE,
+    "models.inputs": WHOLE,
+    "models.prompt_layout": "positions: values, no indices",
+    "nn.experts": WHOLE,
+    "nn.moe": "a softmax: no -0.0, and all of a row is NaN or nothing",
+    "train.losses": "a metric",
+}
+
+
+def raw_orders(root: Path) -> dict[str, list[int]]:
+    """Module -> lines that call `jax.lax` or `jax.numpy` to order something."""
+    found = {}
+    for name, path in modules_of(root).items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr in RAW_ORDER:
+                source = ast.unparse(node.value)
+                if source in ("jnp", "jax.numpy", "lax", "jax.lax"):
+                    found.setdefault(name, []).append(node.lineno)
+    return found
+
+
+def test_selections_go_through_one_door(tmp_path):
+    """`kernels.ordering` (or `select.top_k`) says what NaN, zeros and ties are."""
+    found = raw_orders(Path(efficient_vlm.__file__).parent)
+    new = {name: lines for name, lines in found.items() if name not in MAY_ORDER}
+    assert not new, f"use kernels.ordering, or add the reason to MAY_ORDER: {new}"
+    assert set(MAY_ORDER) == set(found), "MAY_ORDER names modules that order nothing"
+    (tmp_path / "x.py").write_text("import jax\n\ndef f(s):\n    return jax.lax.top_k(s, 2)\n")
+    assert raw_orders(tmp_path) == {"x": [4]}

@@ -1,17 +1,27 @@
 """Folds: turn tokens and a selection or a grid into fewer tokens. Pure functions.
 
 `drop` discards what was not selected; `pool` merges the cells of a regular grid, `area_pool` any
-static areas. `tokens.merge` merges by an assignment that depends on the data.
+static areas, `pool_each` cells of images that have unlike sizes. `tokens.merge` merges by an
+assignment that depends on the data.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from efficient_vlm.compressors import grids
 from efficient_vlm.compressors.select import Selection
-from efficient_vlm.compressors.tokens import VisualTokens, remap, take, weighted_means
+from efficient_vlm.compressors.tokens import (
+    VisualTokens,
+    remap,
+    take,
+    weighted_means,
+    zero_padding,
+)
+from efficient_vlm.kernels import ordering
 
 
 def drop(tokens: VisualTokens, selection: Selection) -> VisualTokens:
@@ -70,3 +80,57 @@ def area_pool(tokens: VisualTokens, shares: Float[np.ndarray, "K T"]) -> VisualT
 
     holder = jnp.broadcast_to(jnp.asarray(grids.most(shares)), tokens.mask.shape)
     return VisualTokens(**weighted_means(tokens, sums), source=remap(tokens.source, holder))
+
+
+def pool_each(tokens: VisualTokens, grid: grids.Grid, budget: int) -> VisualTokens:
+    """Size-weighted means over the cells into which `grids.bands` cuts each image alone.
+
+    Args:
+      tokens: h*w tokens per row, in raster order of `grid`; the image of a row lies in its upper
+        left corner.
+      grid: (h, w), in which the largest image fits.
+      budget: static, at most h*w. An image of no more tokens keeps them, padding last.
+    """
+    tokens = zero_padding(tokens)
+    rows, columns = tokens.extent(grid)
+    count = jnp.minimum(rows * columns, budget)[:, None]
+    bands = jnp.asarray(_numbers_of_bands(grid, budget))[rows - 1, columns - 1][:, None]
+    # Cells in front of each band, and for each cell its band and its place in it.
+    before = jnp.arange(grid[0] + 1) * count // bands
+    cell = jnp.arange(budget)
+    inner = (jnp.arange(grid[0] + 1) < bands)[:, None]
+    band = jnp.sum((before[:, None] <= cell[:, None]) & inner, axis=2) - 1
+    first = jnp.take_along_axis(before, band, axis=1)
+    wide = jnp.maximum(jnp.take_along_axis(before, band + 1, axis=1) - first, 1)
+
+    def overlap(start, stop, side, length):
+        """Of cells [B, K] and unit intervals of `length`, both stretched by `side`."""
+        unit = jnp.arange(side) * length[..., None]
+        stop = jnp.minimum(stop[..., None], unit + length[..., None])
+        return jnp.maximum(stop - jnp.maximum(start[..., None], unit), 0)
+
+    # Integers as long as possible: shares that are equal have to stay so, see `grids.most`.
+    rows, columns = rows[:, None], columns[:, None]
+    down = overlap(first * rows, (first + wide) * rows, grid[0], count)
+    place = cell - first
+    across = overlap(place * columns, (place + 1) * columns, grid[1], wide)
+    area = down[..., :, None] * across[..., None, :] * (cell < count)[..., None, None]
+    area = area.reshape(*area.shape[:2], -1).astype(jnp.float32) / wide[..., None]
+    shares = area / count[..., None]
+    real = tokens.mask[:, None]
+
+    def sums(x):
+        exact = jax.lax.Precision.HIGHEST
+        return jnp.einsum("bkt,btc->bkc", jnp.where(real, shares, 0), x, precision=exact)
+
+    holder = jnp.where(tokens.mask, ordering.best(area, axis=1), -1)
+    return VisualTokens(**weighted_means(tokens, sums), source=remap(tokens.source, holder))
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers_of_bands(grid: grids.Grid, budget: int) -> Int[np.ndarray, "h w"]:
+    """For images of 1 x 1 up to `grid` patches the bands that `grids.bands` cuts them into."""
+    sides = [range(1, side + 1) for side in grid]
+    return np.array(
+        [[len(grids.bands((h, w), min(budget, h * w))) for w in sides[1]] for h in sides[0]]
+    )

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
+from efficient_vlm.kernels import ordering
 from efficient_vlm.shapes import Array
 
 # Indices of the kept tokens, int32, and which of these slots are valid.
@@ -24,21 +25,24 @@ TIE = 1e-5
 NEAREST_BLOCK = 512  # Rows of the similarity matrix that `max_min` holds at a time.
 
 
-def top_k(scores: Float[Array, "B T"], mask: Bool[Array, "B T"], k: int) -> Selection:
-    """The k best real tokens; ties go to the lowest index, NaN counts as the worst score.
+def top_k(
+    scores: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    k: int,
+    count: Int[Array, " B"] | None = None,
+) -> Selection:
+    """The k best real tokens; ties go to the lowest index, -0.0 equals 0.0, and NaN of either sign
+    counts as the worst score (`kernels.ordering`).
 
     Args:
       scores: float32 [B, T].
       mask: bool [B, T].
       k: static, at most T.
+      count: int [B], for rows that keep fewer than k; None for k.
     """
-    worst = jnp.finfo(jnp.float32).min
-    # Only padding is -inf: a real token comes before it even with the worst score. -0.0 becomes
-    # 0.0 because a sort may distinguish them.
-    scores = jnp.where(jnp.isnan(scores), worst, jnp.maximum(scores, worst))
-    scores = jnp.where(scores == 0, 0.0, scores)
-    values, indices = jax.lax.top_k(jnp.where(mask, scores, -jnp.inf), k)
-    return indices.astype(jnp.int32), values > -jnp.inf
+    values, indices = ordering.top_k(scores, k, mask)
+    valid = values > -jnp.inf
+    return indices, valid if count is None else valid & (jnp.arange(k) < count[:, None])
 
 
 def stride(mask: Bool[Array, "B T"], k: int) -> Selection:
@@ -186,9 +190,7 @@ def _greedy(
 
     def step(t, carry):
         state, free, indices, valid = carry
-        value = scores(state)
-        value = jnp.where(jnp.isnan(value), jnp.finfo(jnp.float32).min, value)
-        value = jnp.where(free, value, -jnp.inf)
+        value = ordering.comparable(scores(state), free)
         best = jnp.max(value, axis=1, keepdims=True)
         tied = free & (value >= best - absolute - relative * jnp.abs(best))
         index = jnp.argmax(tied, axis=1).astype(jnp.int32)

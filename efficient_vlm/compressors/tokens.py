@@ -30,6 +30,8 @@ class VisualTokens:
       source: int32 [B, N], for each patch the index of the token that holds it; -1 for a patch that
         was dropped or is padding.
       bias: float32 [B, T], added to the attention logits of these tokens as keys, or None.
+      uneven: static, whether images of unlike sizes share the grid, each in its upper left corner:
+        methods with cells then look at the grid of each image, not at the padded one.
     """
 
     embed: Float[Array, "B T D"]
@@ -38,6 +40,7 @@ class VisualTokens:
     mask: Bool[Array, "B T"]
     source: Int[Array, "B N"]
     bias: Float[Array, "B T"] | None = None
+    uneven: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
     def from_grid(
@@ -46,6 +49,7 @@ class VisualTokens:
         grid: grids.Grid,
         source_grid: grids.Grid | None = None,
         mask: Bool[Array, "B T"] | None = None,
+        uneven: bool = False,
     ) -> "VisualTokens":
         """Tokens of an encoder that ran on `grid`.
 
@@ -57,6 +61,7 @@ class VisualTokens:
             weighted by the covered area, and each patch belongs to the token that covers most of
             it.
           mask: bool [B, h*w]; None if all tokens are real.
+          uneven: see the class.
 
         Raises:
           ValueError: shapes that do not match.
@@ -83,7 +88,25 @@ class VisualTokens:
             size=jnp.where(mask, jnp.float32(covered), 0.0),
             mask=mask,
             source=jnp.where(held, holder, -1),
+            uneven=uneven,
         )
+
+    def log_sizes(self) -> Float[Array, "B T"]:
+        """The logarithm of each size, the bias of a key that stands for that many patches.
+
+        0 for padding, whose logarithm of 0 would make gradients NaN although masks hide it, and for
+        tokens of less than one patch (cells finer than patches).
+        """
+        return jnp.log(jnp.maximum(self.size, 1.0))
+
+    def extent(self, grid: grids.Grid) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+        """Rows and columns of each image, at least 1, where the tokens fill a padded `grid`."""
+        mask = self.mask.reshape(-1, *grid)
+        sides = []
+        for axis, size in enumerate(grid):
+            used = jnp.any(mask, axis=2 - axis)
+            sides.append(jnp.max(jnp.where(used, jnp.arange(1, size + 1), 1), axis=1))
+        return sides[0], sides[1]
 
 
 @flax.struct.dataclass

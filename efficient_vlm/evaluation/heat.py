@@ -4,15 +4,14 @@ A method shows the signal that it ranks patches by where it has one of its own, 
 it did with them: decoder layers that a patch lives through, patches that its token stands for.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from efficient_vlm import sharding
+from efficient_vlm.inference.programs import bounded_jit
 from efficient_vlm.models.inputs import ModelInputs
 from efficient_vlm.models.variants import tokens_of_image
 from efficient_vlm.models.vlm import VisionLanguageModel
@@ -137,7 +136,7 @@ def attention_meaning(intermediate: str) -> str:
     return f"{_WHOSE[name]}, layer {layer}"
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@bounded_jit(2)
 def _row(plain: VisionLanguageModel, asked: str, params, pictures):
     """float32 [M, N] of the model without a method: those that read the same row share this."""
     row = {"attention_row": asked}
@@ -145,7 +144,7 @@ def _row(plain: VisionLanguageModel, asked: str, params, pictures):
     return sharding.replicated(signals.attention_row)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@bounded_jit(1)
 def _relevance(model: VisionLanguageModel, params, inputs: ModelInputs):
     def scores(model):
         tokens, _ = model.encode(inputs.pictures)

@@ -26,6 +26,7 @@ from efficient_vlm.inference import answers
 from efficient_vlm.inference.generate import Generated, generate
 from efficient_vlm.inference.options import SamplingOptions, one_each
 from efficient_vlm.inference.prepare import prepare
+from efficient_vlm.inference.programs import bounded_jit
 from efficient_vlm.inference.sampling import Sampling
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.nn.kv_cache import CacheOptions
@@ -341,7 +342,7 @@ class Pretrained:
         return np.concatenate([seen, np.array(slot, seen.dtype)[:, None]], axis=1)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@bounded_jit(1)
 def _logits(model, params, inputs, rng):
     return model.apply({"params": params}, inputs, rng=rng).logits
 

@@ -4,7 +4,6 @@ They are separate because they are measured separately, and because they are sha
 with one budget use the same prefill and decode, all use the same encoder.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from efficient_vlm import sharding
+from efficient_vlm.inference.programs import bounded_jit
 from efficient_vlm.inference.sampling import (
     History,
     Sampling,
@@ -120,13 +120,13 @@ def programs_of(model: VisionLanguageModel, layout: Layout) -> Programs:
     return Programs(encode, model, prefill, plain)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@bounded_jit(3)
 def encode_stage(model: VisionLanguageModel, grid, asked, params, pictures):
     options = {"grid": grid, "asked": None if asked is None else dict(asked)}
     return model.apply({"params": params}, pictures, method="encode", **options)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@bounded_jit(2)
 def compress_stage(
     model: VisionLanguageModel, layout: Layout, params, visual, signals, text: ModelInputs, rng
 ):
@@ -134,7 +134,7 @@ def compress_stage(
     return model.apply({"params": params}, *given, method="compress")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), static_argnames=("logprobs", "cache_options"))
+@bounded_jit(3, static_argnames=("logprobs", "cache_options"))
 def prefill_stage(
     model: VisionLanguageModel,
     layout: Layout,
@@ -161,7 +161,7 @@ def prefill_stage(
     return _choose(logits, draws, logprobs), constrained(cache), sources
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(3, 4), static_argnames="logprobs")
+@bounded_jit(1, donate=(3, 4), static_argnames="logprobs")
 def decode_stage(
     model: VisionLanguageModel,
     params,

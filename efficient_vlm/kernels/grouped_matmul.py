@@ -158,7 +158,7 @@ def _tiled_outer(lhs, cotangent, group_sizes, dtype=jnp.float32, room=1):
         *(lhs.T, cotangent, group_sizes),
         preferred_element_type=sums,
         tiling=(rows, *wide),
-        interpret=bool(interpretation()),
+        interpret=interpretation(),
     ).astype(dtype)
 
 

@@ -112,6 +112,7 @@ class Decoder(DecoderFields):
         longest: int | None = None,
         probe: jax.Array | None = None,
         placement: Placement | None = None,
+        uneven: bool = False,
     ) -> tuple[jax.Array, dict, tuple[SegmentCache, ...], tuple[jax.Array, ...]]:
         """Runs visual tokens and, behind them, text through all layers.
 
@@ -134,6 +135,7 @@ class Decoder(DecoderFields):
           placement: where in the text the visual tokens belong, over the slots that `source` of
             `visual` counts; then `positions`, `columns` and `bidirectional_visual` do not matter.
             None for all in front of the text.
+          uneven: static, see `ModelInputs.uneven`.
 
         Returns:
           text hidden states [B, S, width] before the final norm; statistics of the layers, each a
@@ -143,7 +145,7 @@ class Decoder(DecoderFields):
         """
         policy = position_policy or self.position_policy
         prompt = segments != PADDING_SEGMENT if prompt is None else prompt
-        runs = self.runs(visual.embed.shape[1])
+        runs = self.runs(visual.embed.shape[1], uneven)
         deep, slots = None, visual
         if self.deepstack:
             deep = visual.embed.reshape(*visual.embed.shape[:2], self.deepstack + 1, self.width)
@@ -376,7 +378,7 @@ class Decoder(DecoderFields):
         """float32 [B, T + text], added to the attention logits of each key."""
         bias = jnp.zeros(visual.mask.shape, jnp.float32)
         if self.proportional_attention:
-            bias += jnp.log(jnp.maximum(visual.size, 1.0))
+            bias += visual.log_sizes()
         if visual.bias is not None:
             bias += visual.bias
         return jnp.pad(jnp.where(visual.mask, bias, 0.0), ((0, 0), (0, text)))

@@ -211,11 +211,18 @@ class DecoderFields(nn.Module):
         return self.head_dim or self.width // self.num_heads
 
     @nn.nowrap
-    def runs(self, visual: int) -> list[Run]:
-        """The stretches of layers at one length, for `visual` tokens that enter the first."""
+    def runs(self, visual: int, uneven: bool = False) -> list[Run]:
+        """The stretches of layers at one length.
+
+        Args:
+          visual: tokens that enter the first layer.
+          uneven: whether rows have different numbers of them, see `ModelInputs.uneven`.
+        """
         total = self.num_layers
         if self.compressor is not None:
             module = compressors.build(**self.compressor, parent=None)
+            if uneven and hasattr(module, "uneven"):
+                module = module.clone(uneven=True)
             stages = module.stages(total, visual)
             starts = [0, *(stage.layer for stage in stages)]
             reducers = [None, *(stage.module for stage in stages)]

@@ -122,8 +122,7 @@ class EncoderStack:
         patches = self.tokens.replace(embed=x[:, self.extra :])
         self.tokens = self.compressors[index](patches, Signals(keys=keys))
         if getattr(self.compressors[index], "proportional", False):
-            bias = jnp.log(jnp.maximum(self.tokens.size, 1.0))
-            self.bias = jnp.pad(bias, ((0, 0), (self.extra, 0)))
+            self.bias = jnp.pad(self.tokens.log_sizes(), ((0, 0), (self.extra, 0)))
         return jnp.concatenate([x[:, : self.extra], self.tokens.embed], axis=1)
 
     def _places(self, layer: int) -> dict[str, Any]:

@@ -39,6 +39,9 @@ class ModelInputs:
         training.
       questions: static, the most conversations of a row, Q.
       longest: static, the most tokens that one conversation sees of its row; None for S.
+      uneven: static, whether rows have different numbers of visual tokens, so that methods inside
+        the decoder leave room for what the shorter ones keep; without it such a row may keep less
+        than alone where a schedule gives it more than a full row (`in_decoder.base.InDecoder`).
     """
 
     text: Int[Array, "R S"]
@@ -49,6 +52,7 @@ class ModelInputs:
     labels: Int[Array, "R S"] | None = None
     questions: int = struct.field(pytree_node=False, default=1)
     longest: int | None = struct.field(pytree_node=False, default=None)
+    uneven: bool = struct.field(pytree_node=False, default=False)
 
     @classmethod
     def of_rows(cls, text: Any, lengths: Any, **fields: Any) -> "ModelInputs":

@@ -107,7 +107,8 @@ class VisualStages(VisionLanguageFields):
             real = pictures.slot_mask.reshape(real.shape)
         if pictures.pool_index is None:
             real &= given
-        tokens = VisualTokens.from_grid(features, grid, tuple(source_grid), real)
+        uneven = valid is not None or pictures.pool_index is not None
+        tokens = VisualTokens.from_grid(features, grid, tuple(source_grid), real, uneven)
         return tokens, Signals(**signals)
 
     def _projected(self, features, real, signals, patches, pictures: Pictures):

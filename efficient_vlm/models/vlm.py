@@ -136,6 +136,7 @@ class VisionLanguageModel(VisualStages):
             longest=inputs.longest,
             probe=probe,
             placement=inputs.placement,
+            uneven=inputs.uneven,
         )
 
     def prefill(

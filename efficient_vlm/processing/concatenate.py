@@ -43,6 +43,8 @@ def concatenate(model: VisionLanguageModel, parts: Sequence[ModelInputs]) -> Mod
         labels=_below(rows, "labels", keep=any(p.labels is not None for p in parts)),
         questions=questions,
         longest=longest if questions > 1 else None,
+        uneven=model.make_compressor().in_decoder
+        and (len(set(layouts)) > 1 or any(part.uneven for part in parts)),
     )
 
 

@@ -79,7 +79,9 @@ def make_request(
     visual = math.prod(model.layout(pictures))
     inputs = place(rows, visual=visual, multiple=multiple, **rules)
     check_tables(model, inputs)
-    return Request(model, inputs.replace(pictures=pictures), pictured)
+    # Of methods inside the decoder alone, as programs are compiled for either.
+    uneven = any(len(own) != visual for own in slots) and model.make_compressor().in_decoder
+    return Request(model, inputs.replace(pictures=pictures, uneven=uneven), pictured)
 
 
 def gather(

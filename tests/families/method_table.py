@@ -37,8 +37,8 @@ NOTES = f"""
 * `vtw` drops all tokens, so it has no setting that changes nothing.
 * Budgets are per picture, or per tile or crop where the model cuts pictures up; for Molmo2 they are
   of all pictures of a row, whose tokens are one row of a grid (`pool`, `hiprune` and the grid of
-  `feather` then work along it). Counts of methods inside the decoder are of all visual tokens of a
-  row, padding of rows with fewer pictures included.
+  `feather` then work along it). Counts and shares of methods inside the decoder are of all visual
+  tokens of a row, its own: rows with fewer pictures, or smaller ones, keep what they keep alone.
 * Methods inside the decoder compute attention again, without a soft cap (Gemma 2), local windows
   (Gemma 3) and blocks of tokens that see each other (PaliGemma, Gemma 3, Molmo2). Text judges from
   behind all pictures, so it sees them all in any case; in the rows of visual tokens (`fitprune`,

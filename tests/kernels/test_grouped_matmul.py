@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.megablox.gmm import make_group_metadata
 
 from efficient_vlm.costs.compiled import hlo
@@ -37,8 +38,8 @@ def by_hand(lhs, rhs, sizes):
 
 
 def tiled(lhs, cotangent, sizes, dtype):
-    """The TPU's kernel in Pallas' interpreter."""
-    with interpreted():
+    """The TPU's kernel in Pallas' interpreter, the one that raises for reads out of range."""
+    with interpreted(pltpu.InterpretParams(out_of_bounds_reads="raise")):
         return gm._tiled_outer(lhs, cotangent, sizes, dtype)
 
 

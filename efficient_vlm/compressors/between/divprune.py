@@ -57,7 +57,13 @@ class DivPrune(Compressor):
         embed = jax.lax.stop_gradient(zero_padding(tokens).embed)
         selection = select.max_min(score.unit(embed), tokens.mask, self.budget)
         kept = fold.drop(tokens, selection)
-        return kept if self.order == "sorted" else in_selection_order(kept, *selection)
+        if self.order == "sorted":
+            return kept
+        indices, valid = selection
+        # Rows within the budget stay as they are, as at the full budget.
+        whole = tokens.mask.sum(axis=1, keepdims=True) <= self.budget
+        in_source = jnp.sort(jnp.where(valid, indices, tokens.mask.shape[1]), axis=1)
+        return in_selection_order(kept, jnp.where(whole, in_source, indices), valid)
 
 
 def in_selection_order(

@@ -16,6 +16,7 @@ from efficient_vlm.compressors.between.cls_attention import (
 from efficient_vlm.compressors.grids import Grid
 from efficient_vlm.compressors.tokens import NO_SIGNALS
 from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.kernels import ordering
 from efficient_vlm.shapes import Array
 
 BORDERS = ("wrap", "stop")
@@ -91,24 +92,34 @@ class HiPrune(AttentionGuided):
         middle = jax.lax.stop_gradient(middle)
         best = select.top_k(middle, tokens.mask, anchors)
         anchor = as_mask(best, num_tokens)
-        buffer = neighbours(best, grid, self.border) & tokens.mask & ~anchor
+        extent = tokens.extent(grid) if tokens.uneven else grid
+        buffer = neighbours(best, grid, self.border, extent) & tokens.mask & ~anchor
         # Anchors, buffers, registers, padding; each by falling score.
         group = jnp.where(anchor, 0, jnp.where(buffer, 1, jnp.where(tokens.mask, 2, 3)))
-        score = jnp.where(group < 2, middle, deep)
-        falling = jnp.where(score == 0, 0.0, -score)
-        index = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32), group.shape)
-        group, _, index = jax.lax.sort((group, falling, index), num_keys=3)
-        return fold.drop(tokens, (index[:, : self.budget], group[:, : self.budget] < 3))
+        index = ordering.by_group(group, jnp.where(group < 2, middle, deep))[:, : self.budget]
+        return fold.drop(tokens, (index, jnp.take_along_axis(group, index, axis=1) < 3))
 
 
-def neighbours(selection: select.Selection, grid: Grid, border: str) -> Bool[Array, "B N"]:
-    """The four neighbours of each selected patch, which may be selected patches themselves."""
+def neighbours(
+    selection: select.Selection, grid: Grid, border: str, extent: tuple | None = None
+) -> Bool[Array, "B N"]:
+    """The four neighbours of each selected patch, which may be selected patches themselves.
+
+    Args:
+      selection: indices on the grid.
+      grid: (rows, columns).
+      border: see `HiPrune`.
+      extent: rows and columns of the image of each row in the corner of the grid, int [B]; None for
+        the whole grid.
+    """
     indices, valid = selection
-    rows, columns = grid
+    rows, columns = (jnp.reshape(side, (-1, 1)) for side in extent or grid)
+    own_row, own_column = indices // grid[1], indices % grid[1]
     patches, inside = [], []
     for down, right in ((-1, 0), (1, 0), (0, -1), (0, 1)):
-        row, column = indices // columns + down, indices % columns + right
+        row, column = own_row + down, own_column + right
         inside.append((row >= 0) & (row < rows) & (column >= 0) & (column < columns))
-        patches.append(jnp.clip(indices + down * columns + right, 0, rows * columns - 1))
+        patch = jnp.clip(row * columns + column, 0, rows * columns - 1)
+        patches.append(patch // columns * grid[1] + patch % columns)
     valid = jnp.concatenate([valid & (i | (border == "wrap")) for i in inside], axis=1)
-    return as_mask((jnp.concatenate(patches, axis=1), valid), rows * columns)
+    return as_mask((jnp.concatenate(patches, axis=1), valid), grid[0] * grid[1])

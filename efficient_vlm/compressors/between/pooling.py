@@ -16,7 +16,8 @@ from efficient_vlm.shapes import Array
 class AveragePool(Compressor):
     """`average_pool`: the mean of each cell of a coarser grid (DeCo, arXiv 2405.20985; Gemma 3).
 
-    Budgets: those of `grids.pooled_grids` (8 x 8: 64, 16, 4, 1). `pool` reaches all others.
+    Budgets: those of `grids.pooled_grids` (8 x 8: 64, 16, 4, 1). `pool` reaches all others. Where
+    images of unlike sizes share a padded grid, each has the cells that `pool` gives it alone.
     """
 
     label = "average_pool"
@@ -26,6 +27,10 @@ class AveragePool(Compressor):
         return tuple(grids.pooled_grids(grid))
 
     def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
+        if tokens.uneven:
+            return fold.pool_each(
+                tokens, grids.resolve(self.grid, tokens.mask.shape[1]), self.budget
+            )
         grid = self.check_call(tokens, signals, needs_grid=True)
         if self.budget == tokens.mask.shape[1]:
             return tokens
@@ -42,7 +47,8 @@ class Pool(Compressor):
     share. At the budgets of `average_pool` the result is that of `average_pool`; with equal bands
     it is area resampling to a grid; otherwise (T prime, say) the bands differ by one column.
 
-    A cell without real patches is padding at its own index.
+    A cell without real patches is padding at its own index. Where images of unlike sizes share a
+    padded grid, each is cut as it would be alone, and one of no more than T patches keeps them all.
     """
 
     label = "pool"
@@ -63,6 +69,8 @@ class Pool(Compressor):
         grid = self.check_call(tokens, signals, needs_grid=True)
         if self.budget == tokens.mask.shape[1]:
             return tokens
+        if tokens.uneven:
+            return fold.pool_each(tokens, grid, self.budget)
         columns = grids.bands(grid, self.budget)
         if len(set(columns)) == 1:
             return fold.pool(tokens, grid, (len(columns), columns[0]))

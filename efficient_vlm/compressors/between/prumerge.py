@@ -13,8 +13,9 @@ from efficient_vlm.compressors.between.cls_attention import (
     as_selection,
     cosine_to,
 )
-from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, merge, take
+from efficient_vlm.compressors.tokens import NO_SIGNALS, Signals, VisualTokens, merge, take
 from efficient_vlm.errors import unknown
+from efficient_vlm.kernels import ordering
 from efficient_vlm.shapes import Array
 
 WEIGHTS = ("published", "normalised")
@@ -104,6 +105,22 @@ class PruMerge(AttentionGuided):
         num_tokens = tokens.mask.shape[1]
         if self.budget == num_tokens and not self.adaptive:
             return tokens
+        out = self._merged(tokens, signals)
+        if self.adaptive:
+            return out
+        # Rows within the budget stay as they are, as all do at the full budget.
+        whole = tokens.mask.sum(axis=1) <= self.budget
+        same = take(tokens, *as_selection(tokens.mask, self.budget))
+
+        def pick(same, out):
+            return jnp.where(whole.reshape(-1, *(1,) * (out.ndim - 1)), same, out)
+
+        return jax.tree.map(pick, same, out)
+
+    @nn.nowrap
+    def _merged(self, tokens: VisualTokens, signals: Signals) -> VisualTokens:
+        """Kept tokens with the sums of their neighbours, and the extra token."""
+        num_tokens = tokens.mask.shape[1]
         row, count = self.row(tokens, signals), self.budget - self.num_extra()
         keep = self.keep(row, tokens.mask, count)
         selection = as_selection(keep, count)
@@ -191,6 +208,7 @@ def outliers(row: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Bool[Array, 
     Returns:
       bool [B, T].
     """
+    row = ordering.comparable(row)
     rising = jnp.sort(jnp.where(mask, row, jnp.inf), axis=1)
     last = jnp.maximum(mask.sum(axis=1, keepdims=True) - 1, 0)
 

@@ -205,7 +205,11 @@ class TextTopK(Compressor):
         if self.bias == "none":
             bias = tokens.bias
         else:
-            bias = scores if self.bias == "add" and not full else straight_through(scores)
+            bias = straight_through(scores)
+            if self.bias == "add" and not full:
+                # Rows within the budget keep all, as at the full budget.
+                whole = tokens.mask.sum(axis=1, keepdims=True) <= self.budget
+                bias = jnp.where(whole, bias, scores)
             bias = bias if tokens.bias is None else tokens.bias + bias
         tokens = tokens.replace(bias=bias)
         if full:

@@ -15,6 +15,7 @@ from efficient_vlm.compressors.between.cls_attention import (
 )
 from efficient_vlm.compressors.tokens import NO_SIGNALS, merge
 from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.kernels import ordering
 from efficient_vlm.shapes import Array
 
 MERGES = ("published", "mean")
@@ -116,8 +117,7 @@ class VisionZip(AttentionGuided):
         keys = jnp.where(tokens.mask[..., None, None], signals.keys, 0).astype(jnp.float32)
         keys = jax.lax.stop_gradient(keys.mean(axis=2))
         near = cosine_to(keys, jnp.take_along_axis(keys, target[..., None], axis=1))
-        near = jnp.where(valid[:, None], near, -jnp.inf)
-        joined = jnp.argmax(near, axis=2)  # [B, T], index among the targets.
+        joined = ordering.best(near, valid[:, None])  # [B, T], index among the targets.
 
         slot = jnp.cumsum(dominant | targets, axis=1, dtype=jnp.int32) - 1
         target_slot = jnp.take_along_axis(slot, target, axis=1)

@@ -14,6 +14,7 @@ from efficient_vlm.compressors.between.cls_attention import (
     cosine_to,
 )
 from efficient_vlm.compressors.tokens import NO_SIGNALS
+from efficient_vlm.kernels import ordering
 from efficient_vlm.shapes import Array
 
 
@@ -104,6 +105,7 @@ def drop_duplicates(
     rows = jnp.arange(similarity.shape[0])[:, None]
     slots = jnp.broadcast_to(jnp.arange(num_listed, dtype=jnp.int32), similarity.shape[:2])
     count = count.astype(jnp.int32)[:, None]
+    similarity = ordering.comparable(similarity)  # A NaN would be the highest of its row.
 
     def one_round(_, state):
         rank, left = state  # Index of each token in the current list; num_listed once removed.
@@ -114,8 +116,7 @@ def drop_duplicates(
         removed = jnp.maximum(removed, 0)
         # One sort makes the next list: even ones by score, odd ones in order, removed ones.
         group = jnp.where(even, 0, jnp.where(odd, 1, 2))
-        falling = jnp.where(even & (duplicate != 0), -duplicate, 0.0)
-        *_, token = jax.lax.sort((group, falling, rank, slots), num_keys=3)
+        token = ordering.by_group(group, jnp.where(even, duplicate, 0.0), rank)
         following = slots - removed
         following = jnp.where((following >= 0) & (slots < left), following, num_listed)
         rank = jnp.full_like(rank, num_listed).at[rows, token].set(following)

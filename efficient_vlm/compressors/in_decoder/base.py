@@ -5,13 +5,15 @@ how many visual tokens remain. Each stage holds the one-cut form, the same modul
 set, which performs a single cut.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+import numpy as np
+from jaxtyping import Float, Int
 
 from efficient_vlm.compressors import fold, select
 from efficient_vlm.compressors.base import Compressor, Stage
@@ -68,6 +70,15 @@ class InDecoder(Compressor):
     `budget`, `keep` or `counts`) are therefore of the visual tokens of ALL images of a row, and
     fractions refer to that total; budgets of methods before the decoder are per image.
 
+    The total is the row's own, not that of the padded batch: stages have the length of a full row,
+    and rows with fewer tokens keep what they would keep alone; the other slots are padding.
+
+    Attributes:
+      uneven: set by models: rows have different numbers of tokens, of which a shorter one may keep
+        more than a full one (a schedule for a mean of 192 drops none of 192 tokens).
+      row_counts: set by `cuts`: `row_counts(N)[n]` is what this cut leaves of a row with n of at
+        most N tokens; None for `budget`.
+
     Class attributes:
       knob: name of the field that sets the number of tokens, for error messages.
       looks: the layer whose queries and keys `signals.decoder` holds: "previous", the one before
@@ -75,6 +86,8 @@ class InDecoder(Compressor):
     """
 
     budget: int | None = None
+    uneven: bool = False
+    row_counts: Callable[[int], np.ndarray] | None = None
 
     needs = frozenset({"decoder"})
     where = "decoder"
@@ -82,6 +95,7 @@ class InDecoder(Compressor):
     optional_budget = True
     looks = "previous"
     knob = "keep"
+    internal = frozenset({"uneven", "row_counts"})
 
     @nn.nowrap
     def reachable(self, grid):
@@ -126,18 +140,32 @@ class InDecoder(Compressor):
             )
 
     @nn.nowrap
-    def cuts(self, layers: Sequence[int], counts: Sequence[int], num_tokens: int, /, **fields):
+    def cuts(
+        self,
+        layers: Sequence[int],
+        counts: Sequence[int],
+        num_tokens: int,
+        /,
+        *,
+        rows: Callable[[int], Sequence[int]] | None = None,
+        **fields,
+    ):
         """Stages that leave `counts` tokens; stages that drop nothing are omitted.
 
         Args:
           layers: number of layers before each cut.
           counts: visual tokens after each cut.
           num_tokens: visual tokens before the first cut.
+          rows: `counts` for any number of tokens, for rows with fewer of them; more than there are
+            means all. None for `counts` in all rows.
           **fields: lists with one value per stage for fields of the one-cut form.
 
         Raises:
           UserError: a count above the number of remaining tokens.
         """
+        table = None if rows is None else row_table(rows)
+        if self.uneven and table is not None:
+            return self._uneven_cuts(layers, num_tokens, table, fields)
         stages, now = [], num_tokens
         for i, (layer, count) in enumerate(zip(layers, counts, strict=True)):
             if count > now:
@@ -148,11 +176,27 @@ class InDecoder(Compressor):
                     fix=f"compressor.budget={now}" if field == "budget" else "a smaller count",
                 )
             if count < now:
-                chosen = {name: values[i] for name, values in fields.items()}
-                module = self.clone(parent=None, name=None, budget=count, **chosen)
-                stages.append(Stage(layer, module))
+                stages.append(Stage(layer, self._one_cut(i, count, table, fields)))
             now = count
         return tuple(stages)
+
+    @nn.nowrap
+    def _uneven_cuts(self, layers, num_tokens, table, fields) -> tuple[Stage, ...]:
+        """Stages with room for what rows of any number of tokens keep."""
+        left = table(num_tokens)
+        before = np.concatenate([np.arange(num_tokens + 1)[:, None], left[:, :-1]], axis=1)
+        return tuple(
+            Stage(layer, self._one_cut(i, int(left[:, i].max()), table, fields))
+            for i, layer in enumerate(layers)
+            if (left[:, i] < before[:, i]).any()
+        )
+
+    @nn.nowrap
+    def _one_cut(self, index: int, count: int, table, fields) -> "InDecoder":
+        chosen = {name: values[index] for name, values in fields.items()}
+        if table is not None:
+            chosen["row_counts"] = functools.partial(_column, table, index)
+        return self.clone(parent=None, name=None, budget=count, **chosen)
 
     @nn.nowrap
     def flops(self, num_tokens, width, text_width=0, *, num_text=0):
@@ -182,9 +226,22 @@ class InDecoder(Compressor):
     def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
         """The one-cut form: the `budget` tokens with the highest scores, in source order."""
         self.check_cut(tokens, signals)
-        if self.budget == tokens.mask.shape[1]:
+        if self.keeps_all(tokens):
             return tokens
         return fold.drop(tokens, self.selection(tokens, signals))
+
+    @nn.nowrap
+    def keeps_all(self, tokens: VisualTokens) -> bool:
+        """Whether the cut leaves every row as it is."""
+        return self.budget == tokens.mask.shape[1] and self.row_counts is None
+
+    @nn.nowrap
+    def row_budget(self, tokens: VisualTokens, state: DecoderState) -> Int[Array, " B"] | None:
+        """int [B], tokens that each row keeps, at most `budget`; None for `budget` in all."""
+        if self.row_counts is None:
+            return None
+        counts = jnp.asarray(self.row_counts(state.first_live.shape[1]), jnp.int32)
+        return jnp.minimum(counts[jnp.sum(state.first_live, axis=1)], self.budget)
 
     @nn.nowrap
     def check_cut(self, tokens: VisualTokens, signals: Signals) -> None:
@@ -202,4 +259,24 @@ class InDecoder(Compressor):
         if self.budget == 0:
             return select.top_k(jnp.zeros(tokens.mask.shape), tokens.mask, 0)
         state = jax.lax.stop_gradient(signals.decoder)
-        return select.top_k(self.scores(tokens, state), tokens.mask, self.budget)
+        count = self.row_budget(tokens, state)
+        return select.top_k(self.scores(tokens, state), tokens.mask, self.budget, count)
+
+
+def row_table(rows: Callable[[int], Sequence[int]]) -> Callable[[int], np.ndarray]:
+    """N -> int [N + 1, cuts]: `rows(n)` for all n up to N, none above what the cut before leaves.
+
+    It is computed where a program is traced, once for all cuts.
+    """
+
+    @functools.lru_cache(maxsize=2)
+    def table(most: int) -> np.ndarray:
+        counts = np.array([rows(n) for n in range(1, most + 1)]).reshape(most, -1)
+        counts = np.minimum(np.minimum.accumulate(counts, axis=1), np.arange(1, most + 1)[:, None])
+        return np.concatenate([np.zeros_like(counts[:1]), counts])
+
+    return table
+
+
+def _column(table: Callable[[int], np.ndarray], index: int, most: int) -> np.ndarray:
+    return table(most)[:, index]

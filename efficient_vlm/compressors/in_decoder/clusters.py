@@ -8,11 +8,15 @@ from jaxtyping import Bool, Float, Int
 
 from efficient_vlm.compressors import select
 from efficient_vlm.compressors.tokens import VisualTokens, remap, weighted_means, zero_padding
+from efficient_vlm.kernels import ordering
 from efficient_vlm.shapes import Array
 
 
 def dpc_knn(
-    x: Float[Array, "B M D"], mask: Bool[Array, "B M"], num_clusters: int
+    x: Float[Array, "B M D"],
+    mask: Bool[Array, "B M"],
+    num_clusters: int,
+    clusters: Int[Array, " B"] | None = None,
 ) -> tuple[Int[Array, "B C"], Bool[Array, "B C"], Int[Array, "B M"]]:
     """Density peaks (Rodriguez & Laio, Science 2014) with k nearest neighbours (Du et al., 2016).
 
@@ -31,6 +35,7 @@ def dpc_knn(
       x: [B, M, D].
       mask: bool [B, M], real tokens; the values of the others are ignored.
       num_clusters: static, at most M.
+      clusters: int [B], k of rows with fewer than `num_clusters`; None for that many in all.
 
     Returns:
       centre: int32 [B, num_clusters], ascending where valid.
@@ -49,8 +54,10 @@ def dpc_knn(
     index = jnp.arange(count)
     square = jnp.where(index[:, None] == index, 0.0, square)
 
-    nearest = -jax.lax.top_k(jnp.where(both, -square, -jnp.inf), num_clusters)[0]
+    nearest = -ordering.top_k(-square, num_clusters, both)[0]
     real = jnp.isfinite(nearest)
+    if clusters is not None:
+        real &= jnp.arange(num_clusters) < clusters[:, None, None]
     number = jnp.maximum(jnp.sum(real, axis=-1), 1)
     density = jnp.exp(-jnp.sum(jnp.where(real, nearest, 0.0), axis=-1) / number)
 
@@ -61,12 +68,12 @@ def dpc_knn(
     gap = jnp.min(jnp.where(denser & both, distance, jnp.inf), axis=-1)
     gap = jnp.where(jnp.isfinite(gap), gap, widest[:, None])
 
-    chosen, valid = select.top_k(density * gap, mask, num_clusters)
+    chosen, valid = select.top_k(density * gap, mask, num_clusters, clusters)
     centre = jnp.sort(jnp.where(valid, chosen, count), axis=1).astype(jnp.int32)
     valid = centre < count
     centre = jnp.minimum(centre, count - 1)
     away = jnp.take_along_axis(distance, centre[:, None, :], axis=2)
-    cluster = jnp.argmin(jnp.where(valid[:, None, :], away, jnp.inf), axis=-1)
+    cluster = ordering.best(-away, valid[:, None, :])
     # A centre belongs to its own cluster even if it equals an earlier one.
     own = (index[:, None] == centre[:, None, :]) & valid[:, None, :]
     cluster = jnp.where(jnp.any(own, axis=-1), jnp.argmax(own, axis=-1), cluster)
@@ -79,6 +86,8 @@ def keep_and_cluster(
     kept: int,
     places: int,
     table: Sequence[int],
+    each: tuple[Int[Array, " B"], Int[Array, " B"]] | None = None,
+    slots: int | None = None,
 ) -> VisualTokens:
     """Keeps the best tokens and merges the best of the others into clusters (`dpc_knn`).
 
@@ -89,25 +98,41 @@ def keep_and_cluster(
       scores: float32 [B, T].
       kept: static, number of tokens that are kept unchanged.
       places: static, number of clusters.
-      table: static; of p losers (real tokens not among the best), p = 0..T - kept, the table[p]
-        with the best scores are clustered. At least min(p, places), and not decreasing.
+      table: static; of p losers (real tokens not among the best), the last entry being for all p
+        from there on, the table[p] with the best scores are clustered, and at least min(p, places).
+        Not decreasing.
+      each: int [B] twice, kept tokens and clusters of each row, at most `kept` and `places`; None
+        for as many in all rows.
+      slots: static, the most tokens that a row is left with; None for kept + places.
 
     Returns:
-      kept + places tokens per row in source order; a row with fewer real tokens keeps all of them
+      `slots` tokens per row in source order; a row with fewer real tokens keeps all of them
       unchanged, padding last.
     """
-    tokens, num_tokens, count = zero_padding(tokens), tokens.mask.shape[1], max(table)
-    best, valid = select.top_k(scores, tokens.mask, kept + count)
-    winners = jnp.where(valid, best, num_tokens)[:, :kept]
+    tokens, num_tokens = zero_padding(tokens), tokens.mask.shape[1]
+    count, slots = max(*table, places), slots or kept + places
+    count = min(count, num_tokens)
+    own_kept, own_places = (jnp.full(len(scores), n) for n in (kept, places))
+    if each is not None:
+        own_kept, own_places = each
+    most = min(kept + count, num_tokens)
+    best, valid = select.top_k(scores, tokens.mask, most)
+    best = jnp.where(valid, best, num_tokens)
+    winners = jnp.where(jnp.arange(kept) < own_kept[:, None], best[:, :kept], num_tokens)
 
-    losers = jnp.maximum(jnp.sum(tokens.mask, axis=1) - kept, 0)
-    number = jnp.asarray(table)[losers]
-    chosen = valid[:, kept:] & (jnp.arange(count) < number[:, None])
-    pool = jnp.sort(jnp.where(chosen, best[:, kept:], num_tokens), axis=1)
+    losers = jnp.maximum(jnp.sum(tokens.mask, axis=1) - own_kept, 0)
+    number = jnp.asarray(table)[jnp.minimum(losers, len(table) - 1)]
+    number = jnp.maximum(number, jnp.minimum(losers, own_places))
+    number = jnp.where(own_places > 0, number, 0)
+    behind = own_kept[:, None] + jnp.arange(count)
+    pool = jnp.take_along_axis(best, jnp.minimum(behind, most - 1), axis=1)
+    chosen = (behind < most) & (jnp.arange(count) < number[:, None])
+    pool = jnp.sort(jnp.where(chosen, pool, num_tokens), axis=1)
     chosen = pool < num_tokens
 
     part = gather(tokens, pool)
-    centre, real, cluster = dpc_knn(jax.lax.stop_gradient(part.embed), chosen, places)
+    embed = jax.lax.stop_gradient(part.embed)
+    centre, real, cluster = dpc_knn(embed, chosen, places, None if each is None else own_places)
     member = jax.nn.one_hot(cluster, places, dtype=jnp.float32, axis=1)
 
     def sums(x):
@@ -119,6 +144,7 @@ def keep_and_cluster(
     stay = gather(tokens, winners)
     index = jnp.concatenate([winners, peaks], axis=1)
     order = jnp.argsort(index, axis=1)  # Source order; padding, at T, comes last.
+    kept_order = order[:, :slots]
 
     def joined(name):
         if (mean := means[name]) is None:
@@ -127,7 +153,7 @@ def keep_and_cluster(
         mean = jnp.where(lone, getattr(alone, name), mean)  # A lone member is exact.
         fields = jnp.concatenate([getattr(stay, name), mean], axis=1)
         return jnp.take_along_axis(
-            fields, order.reshape(order.shape + (1,) * (mean.ndim - 2)), axis=1
+            fields, kept_order.reshape(kept_order.shape + (1,) * (mean.ndim - 2)), axis=1
         )
 
     slot = jnp.argsort(order, axis=1).astype(jnp.int32)
@@ -139,7 +165,7 @@ def keep_and_cluster(
     return zero_padding(
         VisualTokens(
             **{name: joined(name) for name in ("embed", "position", "size", "bias")},
-            mask=jnp.take_along_axis(index, order, axis=1) < num_tokens,
+            mask=jnp.take_along_axis(index, kept_order, axis=1) < num_tokens,
             source=remap(tokens.source, holder),
         )
     )

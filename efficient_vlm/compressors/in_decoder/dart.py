@@ -9,6 +9,7 @@ from efficient_vlm.compressors import select
 from efficient_vlm.compressors.in_decoder.base import InDecoder, Keep, check_keep, count_of
 from efficient_vlm.compressors.in_decoder.rows import judges
 from efficient_vlm.errors import UserError
+from efficient_vlm.kernels import ordering
 
 DEFAULT_KEEP = 0.222
 
@@ -79,8 +80,12 @@ class Dart(InDecoder):
     def stages(self, num_layers, num_tokens, *, class_token=False):
         layers = self.check_layers("compressor.layer", (self.layer,), num_layers)
         keep = DEFAULT_KEEP if self.keep is None else self.keep
-        count = count_of(keep, num_tokens) if self.budget is None else self.budget
-        return self.cuts(layers, (count,), num_tokens, keep=(None,))
+        keep = keep if self.budget is None else self.budget
+
+        def counts(total):
+            return (count_of(keep, total),)
+
+        return self.cuts(layers, counts(num_tokens), num_tokens, rows=counts, keep=(None,))
 
     @nn.nowrap
     def knobs(self, num_layers, num_tokens):
@@ -111,7 +116,11 @@ class Dart(InDecoder):
             index, valid = select.top_k(norm[:, part], candidates[:, part], number)
             return index + part.start, valid
 
-        visual = pivots(slice(0, count), min(self.visual_pivots, self.budget))
+        real = jnp.sum(tokens.mask, axis=1)
+        kept_of_row = self.row_budget(tokens, state)
+        kept_of_row = jnp.minimum(self.budget if kept_of_row is None else kept_of_row, real)
+        index, valid = pivots(slice(0, count), min(self.visual_pivots, self.budget))
+        visual = index, valid & (jnp.arange(index.shape[1]) < kept_of_row[:, None])
         text = pivots(slice(count, candidates.shape[1]), self.text_pivots)
         index, valid = (jnp.concatenate(pair, axis=1) for pair in zip(visual, text, strict=True))
         pivot = jnp.take_along_axis(unit, index[..., None], axis=1)
@@ -121,8 +130,7 @@ class Dart(InDecoder):
 
         rows = jnp.arange(count)
         kept = jnp.any((rows == visual[0][..., None]) & visual[1][..., None], axis=1)
-        real = jnp.sum(tokens.mask, axis=1)
-        wanted = jnp.minimum(self.budget, real) - jnp.sum(kept, axis=1)
+        wanted = kept_of_row - jnp.sum(kept, axis=1)
         parts = jnp.maximum(jnp.sum(valid, axis=1), 1)
         # The first valid pivots take the remainder.
         turn = jnp.cumsum(valid, axis=1) - 1
@@ -132,11 +140,10 @@ class Dart(InDecoder):
         def take(kept, step):
             similarity, share = step
             free = tokens.mask & ~kept
-            order = jnp.argsort(jnp.where(free, similarity, jnp.inf), axis=1, stable=True)
-            rank = jnp.argsort(order, axis=1)
+            rank = ordering.ranks(-similarity, free)
             return kept | (free & (rank < share[:, None])), None
 
         steps = (jnp.moveaxis(alike, 1, 0), jnp.moveaxis(share, 1, 0))
         kept, _ = jax.lax.scan(take, kept, steps)
         # A row without pivots (no prompt, and `visual_pivots` 0) keeps its first tokens.
-        return select.top_k(kept.astype(jnp.float32), tokens.mask, self.budget)
+        return select.top_k(kept.astype(jnp.float32), tokens.mask, self.budget, kept_of_row)

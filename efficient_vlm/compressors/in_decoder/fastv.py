@@ -58,8 +58,12 @@ class FastV(InDecoder):
             )
         layers = self.check_layers("compressor.layer", (self.layer,), num_layers)
         keep = 0.5 if self.keep is None else self.keep
-        count = self.budget if self.budget is not None else count_of(keep, num_tokens)
-        return self.cuts(layers, (count,), num_tokens, keep=(None,))
+        keep = keep if self.budget is None else self.budget
+
+        def counts(total):
+            return (count_of(keep, total),)
+
+        return self.cuts(layers, counts(num_tokens), num_tokens, rows=counts, keep=(None,))
 
     @nn.nowrap
     def knobs(self, num_layers, num_tokens):

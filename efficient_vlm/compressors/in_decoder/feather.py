@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jaxtyping import Bool
 
 from efficient_vlm import checks
 from efficient_vlm.compressors import grids
@@ -12,6 +13,8 @@ from efficient_vlm.compressors.base import as_tuple
 from efficient_vlm.compressors.in_decoder import rows
 from efficient_vlm.compressors.in_decoder.base import InDecoder, Keep, check_keep, count_of
 from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.kernels import ordering
+from efficient_vlm.shapes import Array
 
 SOFTMAX = ("visual", "all")
 DEPTH, LAYERS = 32, (8, 16)  # as published
@@ -47,6 +50,7 @@ class Feather(InDecoder):
       stride: step of the grid; 0 for no grid.
       softmax: "visual", over the visual keys (the official code); "all", over all keys that the
         last prompt token attends to, as in FastV.
+      second: whether a one-cut form is the second cut; set by `stages`.
     """
 
     layers: Sequence[int] | None = None
@@ -54,9 +58,11 @@ class Feather(InDecoder):
     stride: int = 3
     softmax: str = "visual"
     position_policy: str | None = "retain"
+    second: bool = False
 
     label = "feather"
     text_guided = True
+    internal = InDecoder.internal | {"second"}
 
     @nn.nowrap
     def check_options(self):
@@ -99,21 +105,61 @@ class Feather(InDecoder):
             if self.layers is None
             else self.check_layers("compressor.layers", self.layers, num_layers)
         )
-        keep = 0.3 if self.keep is None else self.keep
-        best = count_of(keep, num_tokens)
+        best = count_of(self._keep, num_tokens)
         if best > num_tokens:
             raise UserError(
                 f"compressor.keep: feather cannot keep {best} of {num_tokens} tokens",
                 allowed=f"1 to {num_tokens}, or a fraction",
             )
-        share = best / num_tokens if isinstance(keep, int) else keep
-        first = min(num_tokens, len(self._grid_tokens(num_tokens)) + best)
-        second = max(1, math.floor(first * share**2 + 1e-9))
-        none = (None, None)
-        strides = (self.stride, 0)
+        spaced = len(self._grid_tokens(num_tokens))
+
+        def counts(total):  # For rows at most: those with padding may have a smaller grid.
+            first = min(total, spaced + count_of(self._keep, total))
+            return first, max(1, math.floor(first * self._share(total) ** 2 + 1e-9))
+
         return self.cuts(
-            layers, (first, second), num_tokens, stride=strides, layers=none, keep=none
+            layers,
+            counts(num_tokens),
+            num_tokens,
+            rows=counts,
+            stride=(self.stride, 0),
+            layers=(None, None),
+            second=(False, True),
         )
+
+    @property
+    def _keep(self) -> Keep:
+        return 0.3 if self.keep is None else self.keep
+
+    @nn.nowrap
+    def _share(self, total: int) -> float:
+        """1 - R, for N = `total`."""
+        return min(self._keep / total, 1.0) if isinstance(self._keep, int) else self._keep
+
+    @nn.nowrap
+    def row_budget(self, tokens, state):
+        """int [B]: the grid in the picture of a row, and the best of all that it had."""
+        if self.row_counts is None:
+            return None
+        now, had = jnp.sum(tokens.mask, axis=1), jnp.sum(state.first_live, axis=1)
+        totals = range(1, state.first_live.shape[1] + 1)
+        if not self.second:
+            best = jnp.array([0, *(count_of(self._keep, total) for total in totals)])
+            spaced = jnp.sum(tokens.mask & self._spaced(tokens.mask.shape[1]), axis=1)
+            count = spaced + best[had]
+        elif isinstance(self._keep, int):
+            square = jnp.array([0, *(self._share(total) ** 2 for total in totals)], jnp.float32)
+            count = jnp.maximum(1, jnp.floor(now * square[had] + 1e-4).astype(jnp.int32))
+        else:
+            kept = range(1, tokens.mask.shape[1] + 1)
+            kept = [max(1, math.floor(n * self._keep**2 + 1e-9)) for n in kept]
+            count = jnp.array([0, *kept])[now]
+        return jnp.minimum(count, self.budget)
+
+    @nn.nowrap
+    def _spaced(self, num_tokens: int) -> Bool[Array, " T"]:
+        index = jnp.array(self._grid_tokens(num_tokens), int)
+        return jnp.zeros(num_tokens, bool).at[index].set(True)
 
     @nn.nowrap
     def knobs(self, num_layers, num_tokens):
@@ -134,6 +180,5 @@ class Feather(InDecoder):
         if not self.stride:
             return score
         # The grid comes first. Ranks are exact; adding a bonus to the scores would round them.
-        rank = jnp.argsort(jnp.argsort(-score, axis=1, stable=True), axis=1)
-        spaced = jnp.zeros(count, bool).at[jnp.array(self._grid_tokens(count), int)].set(True)
-        return jnp.where(spaced, count - rank, -rank).astype(jnp.float32)
+        rank = ordering.ranks(score, tokens.mask)
+        return jnp.where(self._spaced(count), count - rank, -rank).astype(jnp.float32)

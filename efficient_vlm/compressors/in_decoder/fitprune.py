@@ -156,20 +156,24 @@ class FitPrune(InDecoder):
                 f"compressor.name: {self.label} cuts between layers, the decoder has {num_layers}",
                 allowed="2 layers and more",
             )
-        if self.counts is None:
-            plan = published if self.schedule == "published" else geometric
-            left = plan(float(self.rate), num_layers, num_tokens)
-            kept = [max(1, math.floor(count + 0.5)) for count in left]
-        else:
-            if len(self.counts) not in (num_layers - 1, num_layers):
-                raise UserError(
-                    f"compressor.counts: {len(self.counts)} numbers for {num_layers} layers",
-                    allowed=f"{num_layers - 1} numbers, tokens left after each layer",
-                )
-            kept = [count_of(count, num_tokens) for count in self.counts]
+        if self.counts is not None and len(self.counts) not in (num_layers - 1, num_layers):
+            raise UserError(
+                f"compressor.counts: {len(self.counts)} numbers for {num_layers} layers",
+                allowed=f"{num_layers - 1} numbers, tokens left after each layer",
+            )
         cuts = range(1, num_layers)
-        none = (None,) * len(cuts)
-        return self.cuts(cuts, kept[: len(cuts)], num_tokens, counts=none)
+
+        def counts(total):
+            if self.counts is not None:
+                kept = [count_of(count, total) for count in self.counts]
+            else:
+                plan = published if self.schedule == "published" else geometric
+                left = plan(float(self.rate), num_layers, total)
+                kept = [max(1, math.floor(count + 0.5)) for count in left]
+            return kept[: len(cuts)]
+
+        fields = dict(rows=counts, counts=(None,) * len(cuts))
+        return self.cuts(cuts, counts(num_tokens), num_tokens, **fields)
 
     @nn.nowrap
     def knobs(self, num_layers, num_tokens):

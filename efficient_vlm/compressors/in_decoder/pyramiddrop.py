@@ -78,9 +78,13 @@ class PyramidDrop(InDecoder):
         layers = self.layers or [num_layers // (number + 1) * (i + 1) for i in range(number)]
         layers = self.check_layers("compressor.layers", layers, num_layers)
         keep = self.keep or [0.5 ** (i + 1) for i in range(number)]
-        counts = [count_of(k, num_tokens) for k in keep]
         none = (None,) * number
-        return self.cuts(layers, counts, num_tokens, layers=none, keep=none)
+
+        def counts(total):
+            return [count_of(k, total) for k in keep]
+
+        fields = dict(rows=counts, layers=none, keep=none)
+        return self.cuts(layers, counts(num_tokens), num_tokens, **fields)
 
     @nn.nowrap
     def knobs(self, num_layers, num_tokens):

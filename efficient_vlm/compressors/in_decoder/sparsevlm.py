@@ -1,11 +1,12 @@
 """sparsevlm: words that relate to the image rate its tokens; some of the losers are merged."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from efficient_vlm import checks
 from efficient_vlm.compressors import fold, select
@@ -17,6 +18,7 @@ from efficient_vlm.compressors.in_decoder.base import (
     check_falling,
     check_keep,
     count_of,
+    row_table,
 )
 from efficient_vlm.compressors.in_decoder.clusters import keep_and_cluster
 from efficient_vlm.compressors.in_decoder.rows import range_flops, range_sums
@@ -71,6 +73,8 @@ class SparseVLM(InDecoder):
       num_heads: number of heads that are averaged (2.0); all if the decoder has fewer.
       rope_fraction: the decoder's; which channels of queries and keys rotate together (2.0).
       entering: visual tokens before the first layer, for `flops`; set by `stages`.
+      row_plan: `row_counts` with three columns, tokens before the cut, kept, and after it; set by
+        `stages`.
     """
 
     keep: Sequence[Keep] | None = None
@@ -80,10 +84,11 @@ class SparseVLM(InDecoder):
     num_heads: int = 14
     rope_fraction: float = 1.0
     entering: int | None = None
+    row_plan: Callable[[int], np.ndarray] | None = None
 
     label = "sparsevlm"
     text_guided = True
-    internal = frozenset({"entering"})
+    internal = InDecoder.internal | {"entering", "row_plan"}
 
     def __post_init__(self):
         if isinstance(self.version, int | float) and not isinstance(self.version, bool):
@@ -146,26 +151,54 @@ class SparseVLM(InDecoder):
             )
         cuts = self._cuts(num_layers)
         if self.keep is None:
-            budget = self.budget or max(1, round(num_tokens / 3))
-            keeps = plan.named(budget, self.version, num_tokens)
-            if keeps is None or len(keeps) != len(cuts):
-                keeps = self._solve(budget, num_layers, num_tokens)
+            budget = self._budget_of(num_tokens)
+            if (plan.named(budget, self.version, num_tokens) is None) or len(cuts) != 3:
+                self._solve(budget, num_layers, num_tokens)
                 plan.check_reached(budget, cuts, num_layers, num_tokens, self._recycle())
-        else:
-            keeps = [count_of(keep, num_tokens) for keep in self.keep]
-            if keeps[0] > num_tokens:
-                raise UserError(
-                    f"compressor.keep: {self.keep[0]}, but only {num_tokens} visual tokens",
-                    allowed=f"1 to {num_tokens}, or a fraction",
-                )
+        elif count_of(self.keep[0], num_tokens) > num_tokens:
+            raise UserError(
+                f"compressor.keep: {self.keep[0]}, but only {num_tokens} visual tokens",
+                allowed=f"1 to {num_tokens}, or a fraction",
+            )
+        keeps_of = functools.cache(functools.partial(self._keeps, num_layers))
+
+        def counts(total):
+            return plan.counts_after(keeps_of(total), total, self._recycle())
+
+        keeps = row_table(keeps_of)
+        left = row_table(counts)
+
+        def row_plan(index, most):
+            after = left(most)
+            before = after[:, index - 1] if index else np.arange(most + 1)
+            kept = np.minimum(keeps(most)[:, index], after[:, index])
+            return np.stack([before, kept, after[:, index]], axis=1)
+
+        places = range(len(cuts))
         return self.cuts(
             cuts,
-            plan.counts_after(keeps, num_tokens, self._recycle()),
+            counts(num_tokens),
             num_tokens,
+            rows=counts,
             layers=(None,) * len(cuts),
-            keep=[(keep,) for keep in keeps],
+            keep=[(keep,) for keep in keeps_of(num_tokens)],
             entering=(num_tokens,) * len(cuts),
+            row_plan=[functools.partial(row_plan, index) for index in places],
         )
+
+    @nn.nowrap
+    def _budget_of(self, total: int) -> int:
+        return self.budget or max(1, round(total / 3))
+
+    @nn.nowrap
+    def _keeps(self, num_layers: int, total: int) -> tuple[int, ...]:
+        """Tokens kept at each cut of a row of `total` tokens, without merged ones."""
+        if self.keep is not None:
+            return tuple(count_of(keep, total) for keep in self.keep)
+        budget, cuts = min(self._budget_of(total), total), self._cuts(num_layers)
+        if total == plan.TOKENS and budget in plan.SCHEDULES[self.version] and len(cuts) == 3:
+            return plan.SCHEDULES[self.version][budget]
+        return self._solve(budget, num_layers, total)
 
     @nn.nowrap
     def knobs(self, num_layers, num_tokens):
@@ -204,19 +237,25 @@ class SparseVLM(InDecoder):
         """The one-cut form: `budget` tokens, some of which may be merged."""
         self.check_cut(tokens, signals)
         num_tokens = tokens.mask.shape[1]
-        if self.budget == num_tokens:
+        if self.keeps_all(tokens):
             return tokens
-        scores = self.scores(tokens, jax.lax.stop_gradient(signals.decoder))
-        kept = self._kept(num_tokens)
-        if kept == self.budget:
-            return fold.drop(tokens, select.top_k(scores, tokens.mask, kept))
+        state = jax.lax.stop_gradient(signals.decoder)
+        scores, kept = self.scores(tokens, state), self._kept(num_tokens)
+        places, losers, each = self.budget - kept, num_tokens - kept, None
+        if self.row_plan is not None:
+            before, own, left = self.row_plan(state.first_live.shape[1]).T
+            if self.uneven:
+                kept, places = int(own.max()), int((left - own).max())
+                losers = int((before - own).max())
+            live = jnp.sum(state.first_live, axis=1)
+            each = np.minimum(own, kept), np.minimum(left - own, places)
+            each = tuple(jnp.asarray(numbers, jnp.int32)[live] for numbers in each)
+        if not places:
+            count = None if each is None else each[0]
+            return fold.drop(tokens, select.top_k(scores, tokens.mask, self.budget, count))
         # How many of p real losers are clustered: never fewer than there are clusters.
-        places = self.budget - kept
-        table = [
-            max(plan.candidates(p, self.recycle), min(p, places))
-            for p in range(num_tokens - kept + 1)
-        ]
-        return keep_and_cluster(tokens, scores, kept, places, table)
+        table = [plan.candidates(p, self.recycle) for p in range(losers + 1)]
+        return keep_and_cluster(tokens, scores, kept, places, table, each, self.budget)
 
     @nn.nowrap
     def scores(self, tokens, state):

@@ -70,12 +70,17 @@ class V2Drop(InDecoder):
             if self.layers is None
             else self.check_layers("compressor.layers", self.layers, num_layers)
         )
-        counts, now = [], num_tokens
-        for keep in self.keep or (0.5,) * (len(layers) - 1) + (0,):
-            now = count_of(keep, now) if now else 0
-            counts.append(now)
         none = (None,) * len(layers)
-        return self.cuts(layers, counts, num_tokens, layers=none, keep=none)
+
+        def counts(now):
+            left = []
+            for keep in self.keep or (0.5,) * (len(layers) - 1) + (0,):
+                now = count_of(keep, now) if now else 0
+                left.append(now)
+            return left
+
+        fields = dict(rows=counts, layers=none, keep=none)
+        return self.cuts(layers, counts(num_tokens), num_tokens, **fields)
 
     @nn.nowrap
     def knobs(self, num_layers, num_tokens):

@@ -18,6 +18,7 @@ from efficient_vlm.compressors.tokens import (
     zero_padding,
 )
 from efficient_vlm.errors import UserError
+from efficient_vlm.kernels import ordering
 from efficient_vlm.shapes import Array
 
 # Cosines are rounded to this step, so that equal tokens tie for any order of summation.
@@ -183,11 +184,10 @@ def bipartite_merge(
     b_index = 1 - in_a + 2 * jnp.arange(b.shape[1], dtype=jnp.int32)
 
     cosine = jnp.einsum("bxc,byc->bxy", a, b, precision=jax.lax.Precision.HIGHEST)
-    cosine = jnp.round(cosine / STEP) * STEP
-    cosine = jnp.where((b_index < real)[:, None, :], cosine, -jnp.inf)
+    cosine = jnp.round(cosine / STEP) * STEP  # Small negative ones become -0.0.
+    cosine = ordering.comparable(cosine, (b_index < real)[:, None, :])
     partner = jnp.argmax(cosine, axis=2)
-    best = jnp.where(a_index < real, jnp.max(cosine, axis=2), -jnp.inf)
-    _, pairs = jax.lax.top_k(best, r)
+    _, pairs = ordering.top_k(jnp.max(cosine, axis=2), r, a_index < real)
     live = jnp.arange(r)[None, :] < real - kept  # Never more pairs than real tokens in A.
     moved = a_index[pairs]
     target = b_index[jnp.take_along_axis(partner, pairs, axis=1)]

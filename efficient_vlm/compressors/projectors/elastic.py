@@ -85,6 +85,10 @@ class M3(Compressor):
         return tuple(self.pools(tuple(grid)))
 
     def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
+        if tokens.uneven:  # As `average_pool`, whose cells are those of each scale.
+            return fold.pool_each(
+                tokens, grids.resolve(self.grid, tokens.mask.shape[1]), self.budget
+            )
         grid = self.check_call(tokens, signals, needs_grid=True)
         if self.budget == tokens.mask.shape[1]:
             return tokens

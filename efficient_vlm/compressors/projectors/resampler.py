@@ -9,6 +9,7 @@ from efficient_vlm import checks
 from efficient_vlm.compressors.base import Compressor
 from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, remap, zero_padding
 from efficient_vlm.errors import UserError
+from efficient_vlm.kernels import ordering
 from efficient_vlm.nn.cross_attention import cross_attention
 from efficient_vlm.nn.linear import product, weight_of
 from efficient_vlm.nn.norms import rms_normalised
@@ -118,7 +119,7 @@ def query_tokens(
     mask = jnp.arange(embed.shape[1])[None, :] < real
     tiny = jnp.finfo(jnp.float32).tiny  # A patch without attention is shared equally.
     share = jnp.where(mask[..., None], jnp.maximum(attention, tiny), 0.0)
-    holder = jnp.argmax(share, axis=1).astype(jnp.int32)
+    holder = ordering.best(share, axis=1)
     share = share / jnp.maximum(share.sum(axis=1, keepdims=True), tiny)
     position = jnp.einsum(
         "bkt,btc->bkc", attention, tokens.position, precision=jax.lax.Precision.HIGHEST

@@ -90,21 +90,25 @@ def attention(
     key; s = -inf where the mask hides the key. Logits, softmax and sums are float32 (float64 for
     float64). The backward pass recomputes the logits: memory is O(N + M), plus a map of at most
     16 MiB, or of one query, where that is faster (under `vmap` one for each call). Gradients flow
-    through `out`, `lse` and `importance` to q, k, v, key_bias and the weights; second derivatives
-    need "reference".
+    through `out`, `lse` and `importance` to q, k, v, key_bias and the weights, in reverse mode.
+    Forward mode (`jax.jvp`, `jax.jacfwd`, `jax.linearize`) and second derivatives need
+    implementation="reference", whatever the number of tokens: JAX refuses them for the others with
+    a TypeError or this package with a UserError.
 
     Args:
-      q: [B, H, N, D], bfloat16, float16, float32 or float64.
+      q: [B, H, N, D], heads before tokens (unlike `jax.nn.dot_product_attention`); bfloat16,
+        float16, float32 or float64.
       k, v: [B, Hk, M, D] and [B, Hk, M, Dv] in the dtype of q; H a multiple of Hk. Padding keys may
         hold any values whose products with q and the cotangent of `out` are finite.
       scale: multiplies the logits; None for D ** -0.5.
       causal, q_positions, kv_positions, q_segments, kv_segments, prefix_length, window, q_lengths,
         kv_lengths: the mask, see `mask.make_mask`.
       softcap: see above (arXiv 2408.00118), above 0.
-      key_bias: float [B, M], or [1, M]. log n lets a merged token count as n tokens (ToMe,
+      key_bias: float [B, M], or [1, M], finite. log n lets a merged token count as n tokens (ToMe,
         arXiv 2210.09461, equation 1), exactly like n copies of its key and value. Must be above
         -1e4: in a row that sees only keys of bias -1e9, a float32 lse lacks the digits that
-        gradients and importance need. Hide dropped tokens (log 0) by `kv_live` of `make_mask`.
+        gradients and importance need. Hide dropped tokens by `kv_live` of `make_mask`, and give
+        them the bias 0: log 0 is hidden as well, but its gradient is NaN (`tokens.log_sizes`).
       importance_weights: float [B, N], not negative, one per query row; requests
         importance[b, j] = mean over heads of sum_i weights[b, i] P[b, h, i, j].
       importance_rows: int [B, R], the query rows of `importance_weights`, which is [B, R] then:
@@ -113,7 +117,9 @@ def attention(
       implementation: one of IMPLEMENTATIONS; None for the best one where the program runs.
 
     Raises:
-      UserError: shapes that do not fit, an unknown implementation, or one that cannot serve this.
+      UserError: shapes that do not fit, or give away [B, N, H, D] (more heads than any model has
+        and fewer tokens), lengths beyond the tokens, an unknown implementation, or one that cannot
+        serve this.
     """
     q, k, v = (checks.arrays(x)[0] if isinstance(x, list) else x for x in (q, k, v))
     key_bias, importance_weights, importance_rows = checks.arrays(
@@ -131,6 +137,8 @@ def attention(
         q_lengths=q_lengths,
         kv_lengths=kv_lengths,
     )
+    checks.check_tokens("attention", "q_lengths", q_lengths, q.shape[2])
+    checks.check_tokens("attention", "kv_lengths", kv_lengths, k.shape[2])
     mask_args = [name for name, x in shapes.items() if x is not None and x is not False]
     if mask is not None and mask_args:
         raise UserError(f"attention: mask together with {mask_args[0]}", fix="leave one out")
@@ -140,6 +148,7 @@ def attention(
         key_bias = jnp.broadcast_to(key_bias, (q.shape[0], k.shape[2]))
     features = dict(softcap=softcap, key_bias=key_bias, weights=importance_weights)
     features["given"] = shapes if mask is None else {"mask": mask}
+    by_name = implementation is not None
     implementation = _choice(implementation, q, k, v, **features)
     if implementation == "cudnn":
         names = ("causal", "window", "q_lengths", "kv_lengths")
@@ -161,6 +170,8 @@ def attention(
     function = functools.partial(_attend, call)
     if call.implementation == "reference":
         function = functools.partial(reference.attend, scale=scale, softcap=softcap)
+        if not by_name:
+            function = functools.partial(_attend_whole, call)
     # The compiler partitions the whole map by itself, unless axes are explicit.
     whole = call.implementation == "reference" and not is_explicit(q)
     args = (q, k, v, key_bias, mask, every)
@@ -320,6 +331,34 @@ def _refuse(call, pass_name, saved, cotangents):
 
 
 _once.defvjp(lambda *args: (_once(*args), None), _refuse)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend_whole(call, *args):
+    """The reference where nobody asked for it: its gradients, but no derivatives that the other
+    implementations lack, or whether a program can be differentiated would depend on its lengths."""
+    return reference.attend(*args, scale=call.scale, softcap=call.softcap)
+
+
+def _forward_whole(call, q, k, v, key_bias, mask, weights):
+    def function(*args):
+        return reference.attend(*args[:4], mask, args[4], scale=call.scale, softcap=call.softcap)
+
+    return jax.vjp(function, q, k, v, key_bias, weights)
+
+
+def _backward_whole(call, pull, cotangents):
+    dq, dk, dv, d_bias, d_weights = _pulled(pull, cotangents)
+    return dq, dk, dv, d_bias, None, d_weights
+
+
+@jax.custom_vjp
+def _pulled(pull, cotangents):
+    return pull(cotangents)
+
+
+_pulled.defvjp(lambda *args: (_pulled(*args), None), lambda *_: _refuse(None, None, None, None))
+_attend_whole.defvjp(_forward_whole, _backward_whole)
 
 
 def _forward(call, *args):

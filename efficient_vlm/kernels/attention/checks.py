@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from efficient_vlm.errors import UserError
 
@@ -38,23 +39,29 @@ def number(name: str, x, op: str = "attention") -> float:
         ) from None
 
 
+# Unlike in `jax.nn.dot_product_attention`. Shapes cannot always tell, so every error says it.
+LAYOUT = (
+    "q [B, H, N, D], k [B, Hk, M, D], v [B, Hk, M, Dv]: heads before tokens, H a multiple of Hk"
+)
+SWAP = "x.swapaxes(1, 2) if yours are [B, N, H, D], tokens before heads"
+# More than any model has (128), and than it has tokens: heads and tokens have changed places.
+MOST_HEADS = 256
+
+
 def attention(q, k, v, key_bias, weights, rows, lse=None) -> None:
     """Checks the arrays of `attention` and `attention_importance`."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if jnp.ndim(x) != 4:
-            raise UserError(f"attention: {name} has shape {jnp.shape(x)}", allowed="four axes")
-        if 0 in x.shape:
-            raise UserError(f"attention: {name} has shape {x.shape}", allowed="no empty axis")
+        if jnp.ndim(x) != 4 or 0 in x.shape:
+            what = "four axes" if jnp.ndim(x) != 4 else "no empty axis"
+            raise UserError(
+                f"attention: {name} has shape {jnp.shape(x)}", allowed=f"{what}, {LAYOUT}"
+            )
     batch, heads, queries, dim = q.shape
     if k.shape[:3] != v.shape[:3] or k.shape[0] != batch or k.shape[3] != dim:
-        raise UserError(
-            f"attention: q {q.shape}, k {k.shape} and v {v.shape} do not fit",
-            allowed="q [B, H, N, D], k [B, Hk, M, D], v [B, Hk, M, Dv]",
-        )
+        raise _layout("attention", f"q {q.shape}, k {k.shape} and v {v.shape} do not fit")
     if heads % k.shape[1]:
-        raise UserError(
-            f"attention: {heads} heads of q over {k.shape[1]} of k", allowed="a multiple"
-        )
+        raise _layout("attention", f"{heads} heads of q over {k.shape[1]} of k, q {q.shape}")
+    check_heads("attention", q, k)
     if not q.dtype == k.dtype == v.dtype:
         raise UserError(
             f"attention: dtypes {q.dtype}, {k.dtype} and {v.dtype} of q, k and v",
@@ -64,7 +71,11 @@ def attention(q, k, v, key_bias, weights, rows, lse=None) -> None:
         raise UserError(f"attention: q, k and v of {q.dtype}", allowed=", ".join(_KINDS))
     bias = None if key_bias is None else jnp.shape(key_bias)
     if bias not in (None, (batch, k.shape[2]), (1, k.shape[2])):
-        raise UserError(f"attention: key_bias has shape {bias}", allowed=f"[{batch}, {k.shape[2]}]")
+        raise UserError(
+            f"attention: key_bias has shape {bias}",
+            allowed=f"[{batch}, {k.shape[2]}], one for each token of k {k.shape}",
+            fix=SWAP if bias in ((batch, k.shape[1]), (1, k.shape[1])) else None,
+        )
     if rows is not None and weights is None:
         raise UserError("attention: importance_rows without importance_weights")
     if rows is not None:
@@ -78,19 +89,42 @@ def attention(q, k, v, key_bias, weights, rows, lse=None) -> None:
     if weights is not None and jnp.shape(weights) != asked:
         raise UserError(
             f"attention: importance_weights has shape {jnp.shape(weights)}",
-            allowed=str(list(asked)),
+            allowed=f"{list(asked)}, one for each " + ("row of q" if rows is None else "row asked"),
+            fix=SWAP if rows is None and jnp.shape(weights) == (batch, heads) else None,
         )
     if lse is not None and jnp.shape(lse) != q.shape[:3]:
         raise UserError(
-            f"attention: lse has shape {jnp.shape(lse)}", allowed=f"{list(q.shape[:3])}, float32"
+            f"attention: lse has shape {jnp.shape(lse)}",
+            allowed=f"{list(q.shape[:3])}, float32, [B, H, N] of the q of that call",
         )
+
+
+def check_heads(op: str, q, k) -> None:
+    """UserError where a head count gives away that tokens stand before heads."""
+    for name, x in (("q", q), ("k", k)):
+        if x.shape[1] > max(MOST_HEADS, x.shape[2]):
+            raise _layout(op, f"{name} {x.shape} has {x.shape[1]} heads of {x.shape[2]} tokens")
+
+
+def check_tokens(op: str, name: str, lengths, tokens: int) -> None:
+    """UserError for lengths beyond the tokens that there are, where that costs no transfer."""
+    if not isinstance(lengths, np.ndarray | list | tuple):
+        return
+    longest = np.max(lengths, initial=0)
+    if longest > tokens:
+        raise _layout(op, f"{name} up to {longest}, but there are {tokens} tokens")
+
+
+def _layout(op: str, problem: str) -> UserError:
+    return UserError(f"{op}: {problem}", allowed=LAYOUT, fix=SWAP)
 
 
 def decode(q, k, v, lengths, pages, k_scale, v_scale) -> None:
     """Checks the arrays of `attention_decode`, except those of `columns`."""
     if jnp.ndim(q) != 4 or 0 in q.shape:
         raise UserError(
-            f"attention_decode: q has shape {jnp.shape(q)}", allowed="[B, H, R, D], no empty axis"
+            f"attention_decode: q has shape {jnp.shape(q)}",
+            allowed="[B, H, R, D], heads before tokens, no empty axis",
         )
     batch, heads, _, dim = q.shape
     if (
@@ -102,8 +136,13 @@ def decode(q, k, v, lengths, pages, k_scale, v_scale) -> None:
     ):
         raise UserError(
             f"attention_decode: q {q.shape}, k {k.shape} and v {v.shape} do not fit",
-            allowed="q [B, H, R, D], k and v [B, Hk, M, D], or pages [P, Hk, S, D]",
+            allowed="q [B, H, R, D], k and v [B, Hk, M, D], or pages [P, Hk, S, D]: heads before "
+            "tokens, H a multiple of Hk",
+            fix=SWAP,
         )
+    check_heads("attention_decode", q, q)
+    if pages is None:
+        check_heads("attention_decode", q, k)
     for name, x in (("k", k), ("v", v)):
         if 0 in x.shape:
             raise UserError(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_vlm.errors import UserError
+from efficient_vlm.kernels import ordering
 from efficient_vlm.kernels.attention import checks
 
 __all__ = ["Compacted", "compact", "keep_blocks"]
@@ -90,7 +91,8 @@ def keep_blocks(scores: jax.Array, block: int, count: int) -> jax.Array:
     blocks, as far as blocks of its kernels lie inside them.
 
     Args:
-      scores: float [B, M]; a block counts as the sum of its scores.
+      scores: float [B, M]; a block counts as the sum of its scores, and with NaN of either sign
+        among them as the lowest; of equal blocks the first are kept.
       block: keys in a block; the last one may be shorter.
       count: how many blocks are kept, static.
 
@@ -116,7 +118,7 @@ def keep_blocks(scores: jax.Array, block: int, count: int) -> jax.Array:
         )
     padded = jnp.pad(scores, ((0, 0), (0, blocks * block - keys)))
     total = padded.reshape(len(scores), blocks, block).sum(axis=-1)
-    _, best = jax.lax.top_k(total, count)
+    _, best = ordering.top_k(total, count)
     kept = (
         jnp.zeros((len(scores), blocks), bool).at[jnp.arange(len(scores))[:, None], best].set(True)
     )

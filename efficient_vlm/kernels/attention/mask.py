@@ -275,7 +275,8 @@ def check_mask(mask: Mask, batch: int, queries: int, keys: int) -> None:
             if x is not None and x.shape not in ((batch, count), (1, count)):
                 raise UserError(
                     f"attention: the mask is for {name} {x.shape}, the call has {(batch, count)}",
-                    fix="give positions, segments and lengths of the rows and tokens of q and k",
+                    allowed="[B, N] for q [B, H, N, D] and [B, M] for k [B, Hk, M, D]",
+                    fix="x.swapaxes(1, 2) if q and k are [B, N, H, D], or a mask of their tokens",
                 )
 
 

@@ -138,6 +138,8 @@ def prumerge(
 ):
     embed, row, real = np.float64(case["embed"]), np.float64(case["row"]), real_tokens(case["mask"])
     keys = case["keys"].reshape(len(case["mask"]), -1)
+    if not adaptive and len(real) <= budget:
+        return alone(embed, real)  # Nothing is dropped, so nothing merges.
     extra = extra and budget > 1
     count = budget - extra
     if plus:

@@ -366,9 +366,15 @@ def test_sparsevlm_ledger(version, budget, behind, written, processed):
     assert stages[0].module.position_policy == ("reindex" if version == "1.5" else "retain")
 
 
+def cut(stage):
+    """What a cut does to full rows; shorter ones have a third of their own tokens, or 192."""
+    return stage.layer, stage.module.budget, stage.module.keep
+
+
 def test_sparsevlm_default_is_a_third():
     default = build("sparsevlm").stages(32, 576)
-    assert default == build("sparsevlm", budget=192).stages(32, 576)
+    named = build("sparsevlm", budget=192).stages(32, 576)
+    assert [cut(stage) for stage in default] == [cut(stage) for stage in named]
 
 
 @pytest.mark.parametrize(("tokens", "layers"), [(64, 8), (64, 6), (144, 24), (100, 12)])

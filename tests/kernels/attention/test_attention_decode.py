@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from efficient_vlm.errors import UserError
 from efficient_vlm.kernels.attention import attention, platforms
@@ -19,11 +20,11 @@ SHAPE = (3, 4, 2, 2, 3 * PAGE, 64, 64)
 
 @pytest.fixture(params=["xla", "tpu"])
 def implementation(request):
-    """The kernel runs in Pallas' interpreter."""
+    """The kernel runs in Pallas' interpreter, the one that raises for reads out of range."""
     if request.param == "xla":
         yield "xla"
         return
-    with platforms.interpreted(True):
+    with platforms.interpreted(pltpu.InterpretParams(out_of_bounds_reads="raise")):
         yield "tpu"
 
 
@@ -292,5 +293,8 @@ def test_mistakes_are_named(change, words):
 
 def test_mistakes_in_shapes_are_named():
     q, k, v = cases.arrays(SHAPE)
-    with pytest.raises(UserError, match="do not fit"):
+    with pytest.raises(UserError, match="(?s)do not fit.*heads before tokens"):
         attention_decode(q, k, v[..., 0], LENGTHS)
+    turned = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    with pytest.raises(UserError, match=r"(?s)\[B, H, R, D\].*x.swapaxes"):
+        attention_decode(*turned, LENGTHS)

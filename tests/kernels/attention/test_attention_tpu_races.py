@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_contract import AttentionContract
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
@@ -95,3 +96,15 @@ def test_drafts_in_a_window():
     plain = attention_decode(q, k, v, lengths, implementation="xla", **given)
     np.testing.assert_allclose(found.out, plain.out, atol=2e-5)
     np.testing.assert_allclose(found.lse, plain.lse, atol=2e-5)
+
+
+class Contract(AttentionContract):
+    """Collected by nothing: all of it takes minutes here, see `test_attention_tpu`."""
+
+    implementation = "tpu"
+
+
+def test_the_contract_reads_nothing_out_of_range():
+    """Lengths that no block divides, under a mask of models, and rows that see nothing."""
+    Contract().test_masks_of_models()
+    Contract().test_nothing_to_see()

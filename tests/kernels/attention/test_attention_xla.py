@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from efficient_vlm.errors import UserError
 from efficient_vlm.kernels.attention import api as op
-from efficient_vlm.kernels.attention import attention, attention_importance, xla
+from efficient_vlm.kernels.attention import attention, attention_importance, make_mask, xla
 
 
 @pytest.fixture(autouse=True)
@@ -217,10 +217,48 @@ def test_second_derivatives_are_refused_and_first_ones_of_gradients_are_not():
     def behind_a_step(q, implementation, keep=jax.lax.stop_gradient):
         return loss(q - keep(jax.grad(loss)(q, implementation)), implementation)
 
-    ours, reference = (jax.grad(behind_a_step)(q, name) for name in ("xla", "reference"))
-    np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=1e-3)
-    with pytest.raises(UserError, match="a second derivative\n.*reference"):
-        jax.grad(behind_a_step)(q, "xla", keep=lambda x: x)
+    *ours, reference = (jax.grad(behind_a_step)(q, name) for name in ("xla", None, "reference"))
+    for name, found in zip(("xla", None), ours, strict=True):  # None: the whole map, for so few.
+        np.testing.assert_allclose(found, reference, rtol=1e-4, atol=1e-3)
+        with pytest.raises(UserError, match="a second derivative\n.*reference"):
+            jax.grad(behind_a_step)(q, name, keep=lambda x: x)
+    assert np.isfinite(jax.grad(behind_a_step)(q, "reference", keep=lambda x: x)).all()
+
+
+@pytest.mark.parametrize("tokens", [8, 1200])
+def test_forward_mode_needs_the_reference_at_any_length(tokens):
+    """Else a program that runs on a short prompt would fail on a long one."""
+    q, k, v = map(jnp.asarray, cases.arrays((1, 1, 1, tokens, tokens, 4, 4)))
+    way = jnp.cos(q)
+
+    def loss(q, implementation=None):
+        return jnp.sum(attention(q, k, v, implementation=implementation).out ** 2)
+
+    for function in (lambda: jax.jvp(loss, (q,), (way,)), lambda: jax.linearize(loss, q)[1](way)):
+        with pytest.raises(TypeError, match="forward-mode"):
+            function()
+    _, along = jax.jvp(lambda q: loss(q, "reference"), (q,), (way,))
+    np.testing.assert_allclose(along, jnp.vdot(jax.grad(loss)(q), way), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "given"),
+    [
+        (((1, 300, 4, 8),) * 3, {}),
+        (((1, 12, 4, 8), (1, 8, 4, 8), (1, 8, 4, 8)), {}),  # Cross attention: 12 over 8 "heads".
+        (((1, 12, 4, 8), (1, 12, 2, 8), (1, 12, 2, 8)), dict(key_bias=np.zeros((1, 12)))),
+        (((1, 12, 4, 8),) * 3, dict(importance_weights=np.zeros((1, 12)))),
+        (((1, 12, 4, 8),) * 3, dict(kv_lengths=np.array([12]))),
+        (((1, 12, 4, 8),) * 3, dict(mask=make_mask(12, 12, causal=True))),
+    ],
+)
+def test_tokens_before_heads_are_refused_where_anything_tells(shapes, given):
+    x = [jnp.ones(shape) for shape in shapes]
+    with pytest.raises(UserError) as error:
+        attention(*x, **given)
+    lines = str(error.value).splitlines()
+    assert len(lines) <= 3 and "[B, N, H, D]" in lines[-1] and "x.swapaxes(1, 2)" in lines[-1]
+    attention(*(x.swapaxes(1, 2) for x in x), **given)  # The advice is followed.
 
 
 def test_small_cotangents_of_importance():

@@ -33,7 +33,7 @@ def train(seed: int, runs: Path) -> dict[str, Any]:
     """results.json of one seed; the run may have been finished before."""
     workdir = runs / str(seed)
     command = ["efficient-vlm", "train", "--config=configs/quickstart.py", f"--workdir={workdir}"]
-    command.append(f"--config.train.seed={seed}")
+    command.append(f"--config.seed={seed}")  # Of parameters and of the order of the data.
     path = workdir / "results.json"
     if not path.exists():
         print(f"$ {shlex.join(command)}", flush=True)

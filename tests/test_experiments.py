@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -17,20 +18,67 @@ from efficient_vlm.train import loop
 ROOT = Path(__file__).resolve().parents[1]
 # Modules of published methods that need no training; the others of the room are simple pools.
 PUBLISHED = re.compile(r"\.between\.(?!pooling|selectors)|\.tome$")
-TRAINING_FREE = ROOT / "experiments" / "training_free"
+QUICKSTART = ROOT / "configs" / "quickstart.py"
+
+
+def imported(folder):
+    """experiments/`folder`/run.py as a module, as `python experiments/folder/run.py` has it."""
+    name, folder = f"experiments_{folder}_run", ROOT / "experiments" / folder
+    spec = importlib.util.spec_from_file_location(name, folder / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        patch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        yield module
 
 
 @pytest.fixture(scope="module")
 def script():
-    """experiments/training_free/run.py as a module."""
-    name = "experiments_training_free_run"
-    spec = importlib.util.spec_from_file_location(name, TRAINING_FREE / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(TRAINING_FREE)  # As `python experiments/training_free/run.py` has it.
-        patch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        yield module
+    """experiments/training_free/run.py."""
+    yield from imported("training_free")
+
+
+@pytest.fixture(scope="module")
+def quickstart():
+    """experiments/quickstart/run.py."""
+    yield from imported("quickstart")
+
+
+# ---- the quickstart over seeds -------------------------------------------------------------------
+
+
+def test_every_seed_of_the_quickstart_keeps_what_is_promised(quickstart):
+    results = json.loads(quickstart.RESULTS.read_text())
+    assert [seed["seed"] for seed in results["seeds"]] == list(range(10))
+    assert len({seed["train"]["params_sha256"] for seed in results["seeds"]}) == 10
+    for seed in results["seeds"]:
+        assert quickstart.below(seed["eval"]) == [], seed["seed"]
+        assert seed["train"]["seconds"] < quickstart.MOST_SECONDS
+        assert seed["train"]["steps"] == configs.load(str(QUICKSTART)).train.steps
+    low = [{**row, "accuracy": 0.5} for row in results["seeds"][0]["eval"]]
+    assert len(quickstart.below(low)) == len(quickstart.PROMISED)
+
+
+def test_the_readme_shows_the_table_of_the_seeds(quickstart):
+    table = quickstart.markdown(json.loads(quickstart.RESULTS.read_text()))
+    assert table in (ROOT / "README.md").read_text()
+    cells = table.splitlines()[2].split("|")
+    needle = [
+        row["accuracy"]
+        for seed in json.loads(quickstart.RESULTS.read_text())["seeds"]
+        for row in seed["eval"]
+        if (row["compressor"], row["budget"], row["task"]) == ("none", 64, "needle")
+    ]
+    middle, lowest, highest = (100 * f(needle) for f in (statistics.median, min, max))
+    assert cells[3].strip() == f"{middle:.1f} ({lowest:.1f}-{highest:.1f})"
+
+
+@pytest.mark.parametrize(("text", "seeds"), [("0-3", [0, 1, 2, 3]), ("7", [7]), ("0,5", [0, 5])])
+def test_seeds_as_text(quickstart, text, seeds):
+    assert quickstart.parse_seeds(text) == seeds
+    with pytest.raises(SystemExit, match="0-9"):
+        quickstart.parse_seeds(f"{text},x")
 
 
 # ---- what is evaluated ---------------------------------------------------------------------------

@@ -7,8 +7,8 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.texts import decoder_fields, text_of
 from efficient_vlm.families.vision import clip, clip_tensors, embedding_refused
-from efficient_vlm.processing.chat_template import VICUNA_SYSTEM
 from efficient_vlm.processing.pictures.resized import MobileVLMPictures
+from efficient_vlm.processing.prompt_families import VICUNA_SYSTEM
 
 # The released files name this tower but do not describe it.
 _TOWER = "clip-vit-large-patch14-336"

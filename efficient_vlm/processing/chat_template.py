@@ -15,15 +15,16 @@ import itertools
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.processing.hub_tokenizer import HubTokenizer, read_json, special_tokens
-from efficient_vlm.processing.messages import Message, parts_of, without_nulls
+from efficient_vlm.processing.messages import Message, ends_with_answer, without_nulls
+from efficient_vlm.processing.prompt_families import PROMPT_FAMILIES
 
-__all__ = ["PROMPT_FAMILIES", "HubTokenizer", "Template", "expand", "render"]
+__all__ = ["HubTokenizer", "Template", "expand", "render"]
 
 MAX_SOURCE = 2**20  # Characters of a template; the longest released ones have some 20,000.
 MAX_OUTPUT = 2**22  # Characters of a prompt, and of any value repeated by a template.
@@ -37,8 +38,6 @@ TEMPLATE_FILES = (
     "chat_template.jinja",
     "tokenizer_config.json",
 )
-# Whose turn an answer is, in templates and in the conversations of their users.
-ANSWERING = ("assistant", "model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,72 +232,6 @@ def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
     )
 
 
-def ends_with_answer(messages: Sequence[Message]) -> bool:
-    """Whether the last message is the assistant's."""
-    last = messages[-1]
-    return isinstance(last, Mapping) and last.get("role") in ANSWERING
-
-
-# ---- families without a template -----------------------------------------------------------------
-
-VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
-    "helpful, detailed, and polite answers to the user's questions."
-)
-
-
-def plain(messages: Sequence[Message], placeholder: str = "<image>") -> str:
-    """Placeholders and texts of all messages, nothing added."""
-    return "".join(
-        part if part is not None else placeholder for _, parts in _turns(messages) for part in parts
-    )
-
-
-def llava(messages: Sequence[Message], system: str = "") -> str:
-    """LLaVA-1.5: "USER: <image>\\n{question} ASSISTANT:", for several turns too.
-
-    Args:
-      messages: user and assistant in turn; a system message takes precedence over `system`. One
-        that ends with the assistant's turn ends with its text, for the answer to go on from there.
-      system: sentence in front, such as `VICUNA_SYSTEM`, which training used; the released
-        processor's template has none.
-    """
-    prompt = ""
-    for role, parts in _turns(messages, ("system", "user", "assistant")):
-        text = _text(parts)
-        if role == "system":
-            system = text
-        elif role == "user":
-            prompt += "USER: " + "<image>\n" * parts.count(None) + text + " "
-        else:
-            prompt += f"ASSISTANT: {text}</s>"
-    answered = bool(messages) and ends_with_answer(messages)
-    prompt = prompt.removesuffix("</s>") if answered else prompt + "ASSISTANT:"
-    return (system + " " if system else "") + prompt
-
-
-def paligemma(messages: Sequence[Message], bos: str = "<bos>") -> str:
-    """PaliGemma 1 and 2: the pictures, <bos>, the question and a line break; one question."""
-    images, text = _question("paligemma", messages)
-    return "<image>" * images + bos + text + "\n"
-
-
-def molmo(messages: Sequence[Message], bos: str = "<|endoftext|>", style: str = "") -> str:
-    """Molmo: the pictures right behind the beginning token, " User: {question} Assistant:".
-
-    Args:
-      messages: one question. The placeholder of its pictures is <|image|>.
-      bos: the beginning token; Qwen2 and OLMo have none, and Molmo takes their <|endoftext|>.
-      style: answer style of training, such as "vqa2:"; "" for free answers.
-    """
-    images, text = _question("molmo", messages)
-    question = " ".join(filter(None, (style, text)))
-    return f"{bos}{'<|image|>' * images} User: {question} Assistant:"
-
-
-PROMPT_FAMILIES = {"llava": llava, "molmo": molmo, "paligemma": paligemma, "plain": plain}
-
-
 def render(messages: Sequence[Message], template: Template | str, **options: Any) -> str:
     """The prompt of a conversation by a template or by the name of a family.
 
@@ -336,34 +269,3 @@ def expand(prompt: str, image_texts: Sequence[str], placeholder: str = "<image>"
             fix=f"write {placeholder} once for every picture, and nowhere else",
         )
     return "".join(itertools.chain(*zip(parts, [*image_texts, ""], strict=True)))
-
-
-def _turns(
-    messages: Sequence[Message], roles: Iterable[str] | None = None
-) -> list[tuple[str, list[str | None]]]:
-    """(role, parts) of each message; a part is a text, or None for a picture.
-
-    Raises:
-      UserError: a message of another form or role.
-    """
-    turns = []
-    for number, message in enumerate(messages):
-        parts = parts_of(message, number)
-        role = message["role"]
-        if roles is not None and role not in roles:
-            raise unknown(f"messages: role of number {number}", str(role), roles)
-        turns.append((role, parts))
-    return turns
-
-
-def _text(parts: Sequence[str | None]) -> str:
-    return "".join(part for part in parts if part is not None)
-
-
-def _question(family: str, messages: Sequence[Message]) -> tuple[int, str]:
-    """Pictures and text of a conversation of one question."""
-    turns = _turns(messages, ("user",))
-    if len(turns) != 1:
-        raise UserError(f"{family}: {len(turns)} messages", allowed="one question of the user")
-    ((_, parts),) = turns
-    return parts.count(None), _text(parts)

@@ -20,6 +20,8 @@ _PICTURE = ("image", "image_url", "input_image")
 _NAMED = ("image", "image_url", "url", "path", "base64", "data")
 # Keys that say how a picture is to be treated elsewhere, and have no meaning here.
 _HINTS = ("type", "detail", "cache_control", "annotations", "id", "index", "logprobs")
+# Whose turn an answer is, in templates and in the conversations of their users.
+ANSWERING = ("assistant", "model")
 FORM = (
     '{"role": ..., "content": text, or a list of {"type": "text", "text": ...} and '
     '{"type": "image"}, which may name its picture under "image", "url" or "image_url"}'
@@ -134,6 +136,12 @@ def _named(picture: Any) -> Any:
         picture = picture["url"]
     unused = absent(picture) or (isinstance(picture, str) and not picture)
     return None if unused else picture
+
+
+def ends_with_answer(messages: Sequence[Message]) -> bool:
+    """Whether the last message is the assistant's."""
+    last = messages[-1]
+    return isinstance(last, Mapping) and last.get("role") in ANSWERING
 
 
 def _refused(number: int, message: Any, part: Any = None) -> UserError:

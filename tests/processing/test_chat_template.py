@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from efficient_vlm.errors import UserError
 from efficient_vlm.processing import chat_template as prompts
-from efficient_vlm.processing import sandbox
+from efficient_vlm.processing import prompt_families, sandbox
 from efficient_vlm.processing.chat_template import HubTokenizer, Template, expand, render
 from efficient_vlm.processing.hub_tokenizer import special_id
 
@@ -305,7 +305,7 @@ def test_llava_conversation():
         {"role": "assistant", "content": "Two."},
         {"role": "user", "content": "Sure?"},
     ]
-    rendered = render(messages, "llava", system=prompts.VICUNA_SYSTEM)
+    rendered = render(messages, "llava", system=prompt_families.VICUNA_SYSTEM)
     assert rendered == (
         "A chat between a curious user and an artificial intelligence assistant. The assistant "
         "gives helpful, detailed, and polite answers to the user's questions. "

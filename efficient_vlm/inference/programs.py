@@ -1,6 +1,6 @@
 """Compiled programs of many models in one process: bounded, and given back to the system.
 
-A program for a CPU holds nine and more memory maps, and Linux allows a process 65530 of them.
+A program of a model for a CPU holds some 170 memory maps, and Linux allows a process 65530.
 `jax.jit` keeps the programs of thousands of static arguments for ever, models among them, so that
 a process that goes through some sixty models and methods ends in LLVM's "cannot allocate memory".
 Here each set of static arguments has a `jax.jit` of its own; the least recently used are dropped,
@@ -17,8 +17,8 @@ import jax
 
 __all__ = ["MOST_PROGRAMS", "BoundedJit", "bounded_jit"]
 
-# Of all functions together: some 10,000 memory maps. One model has four programs for each shape.
-MOST_PROGRAMS = 256
+# Of all functions together: some 20,000 memory maps. One model has three programs for each shape.
+MOST_PROGRAMS = 128
 
 # (function, static arguments) -> [its `jax.jit`, how many programs that holds], the newest last.
 _kept: collections.OrderedDict[tuple, list] = collections.OrderedDict()

@@ -21,7 +21,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from efficient_vlm import checks
 from efficient_vlm.errors import UserError
 
-
 # Format of checkpoint.json, and what parts of paths had other names in earlier ones.
 FORMAT = 2
 _NAMES_OF_FORMAT_1 = {"segment_0": "layers"}
@@ -265,7 +264,9 @@ def load_leaves(folder: Path, stored: list[dict], abstract_state: Any) -> Any:
         if path not in wanted:
             request[row["stored"]] = ...  # Orbax's placeholder: not read
         elif row["kind"] == "array" and _sharding(target) is not None:
-            request[row["stored"]] = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=target.sharding)
+            request[row["stored"]] = jax.ShapeDtypeStruct(
+                shape, jnp.dtype(dtype), sharding=target.sharding
+            )
         else:
             request[row["stored"]] = np.empty(shape, jnp.dtype(dtype))
     loaded = {}

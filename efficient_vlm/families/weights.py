@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,6 +16,7 @@ from efficient_vlm.families.load import FamilyCheckpoint, aligned, may_overflow
 from efficient_vlm.nn.fuse import fuse, groups, unfuse
 from efficient_vlm.nn.linear import Joined
 
+DECODER = "language"  # Name of its parameters at the top of the tree.
 # Reading is limited by memory, not by arithmetic.
 _MOST_THREADS = 4
 
@@ -22,7 +24,8 @@ _MOST_THREADS = 4
 class FusedReader:
     """Reads a checkpoint on a CPU straight into the form of `nn.fuse`, by threads.
 
-    There is never a second copy of a weight, and the caller can trace programs meanwhile.
+    There is never a second copy of a weight. The caller can trace programs meanwhile, and use what
+    the encoder needs, which is read first, while the rest is still being read.
 
     Args:
       source: the checkpoint.
@@ -49,7 +52,8 @@ class FusedReader:
             source.read(path, dtype, targets[path], finite=check)
 
         self._pool = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1))
-        self._reads = [self._pool.submit(read, path) for path in kinds]
+        order = sorted(kinds, key=lambda path: path.startswith(f"{DECODER}/"))
+        self._reads = {path: self._pool.submit(read, path) for path in order}
 
     def _side_by_side(self, parts: tuple[str, ...], kind: np.dtype, targets: dict[str, Any]) -> Any:
         """Room for a group of parameters; adds the room of each part to `targets`."""
@@ -67,6 +71,16 @@ class FusedReader:
         shape = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype))
         return unflatten_dict(shape(self._flat), sep="/")
 
+    def part(self, name: str) -> Any:
+        """The parameters under one name at the top, once these are read; errors as in `result`."""
+        mine = {path for path in self._reads if path.split("/")[0] == name}
+        for path in mine:
+            self._reads[path].result()
+        self._flat |= jax.device_put(
+            {path: self._flat[path] for path in mine if path in self._flat}
+        )
+        return unflatten_dict(self._flat, sep="/")[name]
+
     def result(self) -> Any:
         """The parameters, once all are read.
 
@@ -74,12 +88,12 @@ class FusedReader:
           CheckpointError: see `FamilyCheckpoint.read`.
         """
         try:
-            for _, read in zip(self._source.paths(), self._reads, strict=True):
-                read.result()
+            for path in self._source.paths():
+                self._reads[path].result()
         finally:
             self._pool.shutdown(wait=False, cancel_futures=True)
-        flat, self._flat = self._flat, {}
-        return unflatten_dict(jax.device_put(flat), sep="/")
+        self._flat = jax.device_put(self._flat)
+        return unflatten_dict(self._flat, sep="/")
 
 
 def _of_one_dtype(kinds: dict[str, np.dtype]) -> dict[str, tuple[str, ...]]:
@@ -91,6 +105,24 @@ def _of_one_dtype(kinds: dict[str, np.dtype]) -> dict[str, tuple[str, ...]]:
         for part in parts
     }
     return groups(kinds.keys() - mixed)
+
+
+class Arriving(Mapping):
+    """The parameters of a model by their names at the top; each is waited for when it is used."""
+
+    def __init__(self, reader: FusedReader):
+        self._reader, self._names = reader, tuple(reader.abstract)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._reader.part(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class Weights:
@@ -120,6 +152,10 @@ class Weights:
         # A second copy of most weights, worth it where reading them is all that decoding does.
         on_cpu = all(device.platform == "cpu" for device in jnp.asarray(leaf).devices())
         return fuse(self.split) if on_cpu else self.split
+
+    def finish(self) -> None:
+        """Waits until all is read."""
+        _ = self.fused
 
     def _read(self) -> Any:
         params = self.reader.result()

@@ -70,12 +70,14 @@ def generate(
     seen: Any = None,
     logprobs: int | None = None,
     cache: CacheOptions | Mapping[str, Any] | None = None,
+    ready: Callable[[str], None] | None = None,
 ) -> Generated:
     """An answer to each question, token by token: by default the most likely one.
 
     Args:
       model: the model at one budget.
-      params: its parameters; faster on a CPU when split by `nn.stack.unstack`. They may lie on
+      params: its parameters, of which those outside the decoder ("language") are needed first;
+        faster on a CPU when split by `nn.stack.unstack`. They may lie on
         a mesh that is active (`sharding.active`), also of several processes, which then call this
         alike and each get all answers, and parts of `visual` and `sources`.
       inputs: R = B*Q prompts, one a row, padded on the right, about B rows of pictures (each about
@@ -90,6 +92,7 @@ def generate(
       logprobs: the number of alternatives to list for each token, with log-probabilities; None for
         no log-probabilities.
       cache: how keys and values are stored, see `kv_cache.CacheOptions`.
+      ready: called before a stage up to the first token, with its name; see `prepare.prepared`.
 
     Raises:
       UserError: inputs that do not belong together, several prompts in a row, a prompt that ends
@@ -100,11 +103,11 @@ def generate(
     seconds: dict[str, Any] = {"encode": 0.0, "compress": 0.0, "decode": []}
     options = dict(logprobs=logprobs, cache_options=cache_options)
     visual, (chosen, cache, sources), decoder = until_first_token(
-        functools.partial(_timed, seconds),
+        functools.partial(_timed, seconds, ready=ready),
         *(model, params, inputs, new_tokens, rng, sampling, seen),
         **options,
     )
-    kv_bytes = cache.nbytes
+    kv_bytes, params = cache.nbytes, dict(params)
     answers = _Answers(np.atleast_1d(np.asarray(eos_id)), inputs.lengths, new_tokens, on_token)
     while not answers.add(chosen):
         given = (decoder, params, answers.last, cache, chosen.draws)
@@ -143,14 +146,16 @@ def until_first_token(
         visual = model.no_pictures(len(text.text))
     else:
         static = programs_of(model, layout)
-        visual, signals = call("encode", encode_stage, *static.encode, params, pictures)
+        visible = {name: params[name] for name in params if name != "language"}
+        visual, signals = call("encode", encode_stage, *static.encode, visible, pictures)
         given = (visual, signals, text.replace(placement=None), rng)
+        params = dict(params)
         visual = call("compress", compress_stage, model, layout, params, *given)
     if sampling is None or not sampling.needs_history:
         seen = None
     elif seen is None:
         seen = np.where(text.live, text.text, -1)
-    given = (layout, new_tokens, params, visual, text, rng, sampling, seen)
+    given = (layout, new_tokens, dict(params), visual, text, rng, sampling, seen)
     return visual, call("prefill", prefill_stage, static.prefill, *given, **options), static.decode
 
 
@@ -248,8 +253,15 @@ def _check_room(room: int, new_tokens: int, what: str, more: str = "") -> None:
 
 
 def _timed(
-    seconds: dict[str, Any], stage: str, function: Callable, *args: Any, **options: Any
+    seconds: dict[str, Any],
+    stage: str,
+    function: Callable,
+    *args: Any,
+    ready: Callable[[str], None] | None = None,
+    **options: Any,
 ) -> Any:
+    if ready is not None:
+        ready(stage)
     start = time.perf_counter()
     result = jax.block_until_ready(function(*args, **options))
     elapsed = time.perf_counter() - start

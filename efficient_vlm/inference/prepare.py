@@ -1,7 +1,8 @@
-"""Programs prepared while weights are read."""
+"""Programs prepared while weights are read and earlier programs run."""
 
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
@@ -14,7 +15,8 @@ from efficient_vlm.nn.kv_cache import CacheOptions
 from efficient_vlm.runtime import paused_collection
 
 
-def prepare(
+@contextlib.contextmanager
+def prepared(
     model: VisionLanguageModel,
     params: Any,
     inputs: ModelInputs,
@@ -25,28 +27,41 @@ def prepare(
     seen: Any = None,
     logprobs: int | None = None,
     cache: CacheOptions | Mapping[str, Any] | None = None,
-) -> None:
+) -> Iterator[Callable[[str], None]]:
     """Traces and compiles, or loads, the programs that `generate` runs up to the first token.
 
-    A thread compiles or loads each program while the next one is traced; `generate` then finds them
-    in JAX's caches. Arguments as in `generate`, but `params` may be shapes and dtypes.
+    One thread traces them in their order, others compile or load each while the next one is traced;
+    `generate` then finds them in JAX's caches. Arguments as in `generate`, but `params` may be
+    shapes and dtypes.
 
-    Raises:
-      UserError: as `generate`.
+    Yields:
+      A function that waits until the program of a stage ("encode", "compress", "prefill") is there.
+      What goes wrong with a program is told when `generate` runs it.
     """
-    loading: list[Future] = []
+    traced = {stage: Future() for stage in ("encode", "compress", "prefill")}
+    options = dict(logprobs=logprobs, cache_options=CacheOptions.of(cache))
+    given = (model, params, inputs, new_tokens, rng, sampling, seen)
+
+    def lower(stage: str, program: Callable, *args: Any, **options: Any) -> Any:
+        lowered = program.lower(*args, **options)
+        traced[stage].set_result(pool.submit(lowered.compile))
+        return jax.tree.map(_shape, lowered.out_info)
+
+    def trace() -> None:
+        try:
+            until_first_token(lower, *given, **options)
+        finally:
+            for program in traced.values():
+                if not program.done():
+                    program.set_result(None)
+
+    def ready(stage: str) -> None:
+        program = traced[stage].result()
+        wait([program] if program else [])
+
     with ThreadPoolExecutor() as pool, paused_collection():
-
-        def lower(stage: str, program: Callable, *args: Any, **options: Any) -> Any:
-            lowered = program.lower(*args, **options)
-            loading.append(pool.submit(lowered.compile))
-            return jax.tree.map(_shape, lowered.out_info)
-
-        given = (model, params, inputs, new_tokens, rng, sampling, seen)
-        options = dict(logprobs=logprobs, cache_options=CacheOptions.of(cache))
-        until_first_token(lower, *given, **options)
-        for program in loading:
-            program.result()
+        pool.submit(trace)
+        yield ready
 
 
 def _shape(array: Any) -> jax.ShapeDtypeStruct:

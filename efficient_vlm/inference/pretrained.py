@@ -21,11 +21,11 @@ from efficient_vlm.families.imported import open_weights
 from efficient_vlm.families.load import known_dtype
 from efficient_vlm.families.save import copy_settings, export
 from efficient_vlm.families.table import family_of
-from efficient_vlm.families.weights import Weights
+from efficient_vlm.families.weights import Arriving, Weights
 from efficient_vlm.inference import answers
 from efficient_vlm.inference.generate import Generated, generate
 from efficient_vlm.inference.options import SamplingOptions, one_each
-from efficient_vlm.inference.prepare import prepare
+from efficient_vlm.inference.prepare import prepared
 from efficient_vlm.inference.programs import bounded_jit
 from efficient_vlm.inference.sampling import Sampling
 from efficient_vlm.models.vlm import VisionLanguageModel
@@ -249,12 +249,14 @@ class Pretrained:
             logprobs=max((o.logprobs for o in options if o.logprobs is not None), default=None),
             cache=cache,
         )
-        if self.weights.reader is not None:
-            prepare(request.model, self.weights.reader.abstract, request.inputs, **given)
-        ends = self.tokenizer.eos_ids or (-1,)
-        out = generate(
-            request.model, self.fused, request.inputs, eos_id=ends, on_token=watch, **given
-        )
+        model, inputs, reader = request.model, request.inputs, self.weights.reader
+        ends = dict(eos_id=self.tokenizer.eos_ids or (-1,), on_token=watch)
+        if reader is None:
+            return watch.finish(generate(model, self.fused, inputs, **given, **ends))
+        # The encoder runs while the decoder is read and its programs are prepared.
+        with prepared(model, reader.abstract, inputs, **given) as ready:
+            out = generate(model, Arriving(reader), inputs, ready=ready, **given, **ends)
+        self.weights.finish()
         return watch.finish(out)
 
     def logits(self, request: Request, rng: jax.Array | None = None) -> jax.Array:

@@ -15,6 +15,9 @@ from efficient_vlm.cli import run as commands
 from efficient_vlm.runtime import enable_compilation_cache
 
 enable_compilation_cache()
+# Tracing makes millions of objects that live on: searching them for cycles again and again takes a
+# quarter of the time. `forget_programs` searches once for each file.
+gc.disable()
 # Thousands of small programs that run once or twice: compiling them is nearly all of the time.
 # Processes that tests start, which train and time, compile as users' do: flags are read once, when
 # the first device is asked for.

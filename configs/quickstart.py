@@ -69,17 +69,17 @@ def train() -> dict:
         seed=0,
         # Smaller budgets join when the full one has learned what to look at.
         elastic=[
-            dict(name="text_topk", budget=64, weight=0.5),
-            dict(name="text_topk", budget=16, weight=0.25, start=0.74),
-            dict(name="text_topk", budget=4, weight=0.15, start=0.74),
-            dict(name="text_topk", budget=1, weight=0.1, start=0.74),
+            dict(name="text_topk", budget=64, weight=0.7),
+            dict(name="text_topk", budget=16, weight=0.15, start=0.74),
+            dict(name="text_topk", budget=4, weight=0.1, start=0.74),
+            dict(name="text_topk", budget=1, weight=0.05, start=0.74),
         ],
         optimizer=dict(
             name="muon",
             learning_rate=1e-2,
             adam_learning_rate=6e-3,
             warmup_steps=100,
-            decay_steps=2_800,
+            decay_steps=2_600,
             # 1,400 digits are few: without it fewer unseen ones are read.
             weight_decay=0.1,
         ),

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from efficient_vlm.errors import UserError, closest
+from efficient_vlm.errors import UserError, closest, short
 from efficient_vlm.processing.tokenizer import Tokenizer, utf8
 
 # Roles whose tokens every file may name; further roles end in "_token".
@@ -69,7 +69,7 @@ def special_id(directory: str | os.PathLike, token: str) -> int | None:
         return None if found is None else int(found)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{directory}: the added tokens of its tokenizer are damaged ({error!r})",
+            f"{directory}: the added tokens of its tokenizer are damaged ({short(error)})",
             fix="download its files again",
         ) from None
 
@@ -147,7 +147,7 @@ class HubTokenizer(Tokenizer):
             added = self._backend.get_added_tokens_decoder().values()
             guess = closest(token, [*self.special, *(str(t.content) for t in added)])
             raise UserError(
-                f"special token: the tokenizer has no {token!r}",
+                f"special token: the tokenizer has no {short(token)}",
                 allowed=f"{len(added)} added tokens, or {', '.join(self.special) or 'no role'}",
                 fix=f"did you mean {guess!r}?" if guess else "check that it is this model's own",
             )
@@ -187,7 +187,7 @@ def _add_tokens(backend: Any, directory: Path, special: Mapping[str, str]) -> No
             wanted[entry["content"]] = (int(number), AddedToken(entry["content"], **given))
         except (TypeError, KeyError, ValueError):
             raise UserError(
-                f"tokenizer_config.json: added token {number!r} is {entry!r}",
+                f"tokenizer_config.json: added token {short(number)} is {short(entry)}",
                 allowed='{"content": TEXT, "special": true or false, ...}',
             ) from None
     for token, (number, entry) in sorted(wanted.items(), key=lambda item: str(item[1][0]).zfill(9)):
@@ -195,7 +195,7 @@ def _add_tokens(backend: Any, directory: Path, special: Mapping[str, str]) -> No
             (backend.add_special_tokens if entry.special else backend.add_tokens)([entry])
         if backend.token_to_id(token) != number:
             raise UserError(
-                f"tokenizer: {token!r} has id {backend.token_to_id(token)} in tokenizer.json, "
+                f"tokenizer: {short(token)} has id {backend.token_to_id(token)} in tokenizer.json, "
                 f"{number} beside it",
                 fix="take all tokenizer files from one revision of the model",
             )

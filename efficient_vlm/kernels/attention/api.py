@@ -23,7 +23,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Float, Int, Real
 
-from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.errors import UserError, short, unknown
 from efficient_vlm.kernels.attention import checks, reference, xla
 from efficient_vlm.kernels.attention.mask import Mask, check_mask, make_mask, mask_rows
 from efficient_vlm.kernels.attention.parts import (
@@ -419,7 +419,7 @@ def _choice(implementation, q, k, v, **features) -> str | None:
     if problem := _unserved(implementation, q, k, v, **features):
         able = [name for name in IMPLEMENTATIONS if not _unserved(name, q, k, v, **features)]
         raise UserError(
-            f"attention: implementation {implementation!r} has no {problem}",
+            f"attention: implementation {short(implementation)} has no {problem}",
             allowed=", ".join(able),
             fix="implementation=None for the best one where the program runs",
         )

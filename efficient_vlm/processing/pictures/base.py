@@ -66,8 +66,8 @@ def load_picture(picture: Any) -> Image.Image:
 
     Args:
       picture: a Pillow image; an array: uint8 or uint16 [height, width], uint8 [height, width, 1, 3
-        or 4], or the uint8 [bytes] of a file; or an encoded file in any form that `picture_bytes` reads: a path, bytes, a binary
-        file, base64 text, a data: URL.
+        or 4]; or an encoded file in any form that `picture_bytes` reads (a path, bytes, a binary
+        file, base64 text, a data: URL), or as a uint8 array [bytes].
 
     Returns:
       A Pillow image of mode RGB with at least one pixel.

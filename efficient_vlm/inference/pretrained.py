@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from efficient_vlm.checkpoints.safetensors_index import locate
 from efficient_vlm.checkpoints.safetensors_write import writing
-from efficient_vlm.errors import UserError, short, unknown
+from efficient_vlm.errors import UserError, first_line, short, unknown
 from efficient_vlm.families import generation_config
 from efficient_vlm.families.architecture import build_model, read_config
 from efficient_vlm.families.base import Family
@@ -224,8 +224,16 @@ class Pretrained:
             raise UserError(f"do_sample: {do_sample!r:.40}", allowed="True, False")
         given = {name: value for name, value in given.items() if value is not None}
         files = generation_config.sampling(self.directory) if do_sample else {}
+        files = {name: value for name, value in files.items() if name not in given}
         if "stop" not in given:
             files["stop"] = generation_config.stop_strings(self.directory)
+        try:
+            SamplingOptions(**files)
+        except UserError as error:
+            raise UserError(
+                f"{self.directory / 'generation_config.json'}: {first_line(error)}",
+                fix="correct it there, or give a value here, which comes first",
+            ) from None
         options = one_each(count, {"repetition_penalty": self._penalty, **files, **given})
         if do_sample is False and any(option.temperature > 0 for option in options):
             raise UserError("do_sample: False, but a temperature is given", fix="leave one out")

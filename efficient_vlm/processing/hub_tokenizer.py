@@ -161,15 +161,24 @@ class HubTokenizer(Tokenizer):
 def _ends(directory: Path, own: tuple[int, ...]) -> list[int]:
     """Ids that end an answer, by the first file that names any; `own` of the tokenizer."""
 
-    def named(found: Any) -> list[int]:
+    def named(found: Any, file: str = "config.json") -> list[int]:
         eos = found.get("eos_token_id") if isinstance(found, dict) else None
-        return [i for i in (eos if isinstance(eos, list) else [eos]) if type(i) is int]
+        ids = [i for i in (eos if isinstance(eos, list) else [eos]) if i is not None]
+        if not all(type(i) in (int, float) and i == int(i) for i in ids):
+            raise UserError(
+                f"{directory / file}: eos_token_id {short(eos)}",
+                allowed="an id, a list of ids, null",
+                fix="correct it there",
+            )
+        return list(map(int, ids))
 
     # transformers goes on at an end token of the tokenizer that this file does not name.
-    if ids := named(read_json(directory / "generation_config.json")):
-        return ids
-    config = read_json(directory / "config.json")
-    return [*own, *(named(config) or named(config.get("text_config")))]
+    file = "generation_config.json"
+    ids = named(read_json(directory / file), file)
+    if not ids:
+        config = read_json(directory / "config.json")
+        ids = [*own, *(named(config) or named(config.get("text_config")))]
+    return [i for i in ids if 0 <= i < 2**31]  # Others are the ids of no token.
 
 
 def _add_tokens(backend: Any, directory: Path, special: Mapping[str, str]) -> None:

@@ -33,7 +33,7 @@ _PICTURE_FILE = re.compile(r"\S+\.(png|jpe?g|webp|gif|bmp|tiff?|avif|heic)", re.
 _ENDS = r"([ _:-]?(\d|pad|(soft_)?token|placeholder|here|context|start|end|bos|eos))*"
 _PLACEHOLDER = r"[<\[][\s|/]*(vila/|(start|end|begin|boi|eoi)_of_)?(%s)" + _ENDS + r"[\s|/]*[>\]]"
 _MEDIA_MARKER = re.compile(_PLACEHOLDER % _MEDIA, re.I)
-_PICTURE_MARKER = re.compile(_PLACEHOLDER % (_PICTURE + "|vision|im(?=_)"), re.I)
+_PICTURE_MARKER = re.compile(_PLACEHOLDER % (_PICTURE + "|vision"), re.I)
 _LONGEST = 4096  # Of a file's name; data: URLs are longer.
 # Keys whose values are read, or name the row.
 _READ = ("id", "task", "image", "images", "conversations", "messages", "from", "role", "value",

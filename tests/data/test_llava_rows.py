@@ -42,6 +42,7 @@ TAKEN = [
     (row("<image> What?", image="a", images=[{"path": "a", "bytes": None}, None]), ["a"], "What?",
      ()),
     (row(image={"path": None, "bytes": NAN}, audio={"path": None}, videos=[None]), [], "What?", ()),
+    (row("<|im_end|> What?"), [], "<|im_end|> What?", ()),  # Of a chat, not of a picture.
     (row("What do <img src='a'> and a < b do?"), [], "What do <img src='a'> and a < b do?", ()),
     # A marker stands where it stands.
     (row("Is <image> darker than <image>?", images=["a", "b"]), ["a", "b"],
@@ -89,7 +90,7 @@ def test_turns_with_keys_of_either_kind():
 QUESTION, ANSWER = {"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}
 PICTURES = (
     "< image >", "<image/>", "<image>1</image>", "<img>", "[IMG]", "<images>", "<vila/image>",
-    "\uff1cimage\uff1e", "<image\u200b>", "&lt;image&gt;", "<image-placeholder>", "<im_start>",
+    "\uff1cimage\uff1e", "<image\u200b>", "&lt;image&gt;", "<image-placeholder>",
 )  # fmt: skip
 
 

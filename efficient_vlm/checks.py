@@ -10,7 +10,7 @@ import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.errors import UserError, short, unknown
 
 __all__ = [
     "flag",
@@ -107,7 +107,7 @@ def number_fields(settings: Any, where: str, *names: str, **limits: Any) -> None
 def flag(field: str, value: Any) -> bool:
     """True or False; UserError for any other value."""
     if not isinstance(value, bool):
-        raise UserError(f"{field}: {value!r}", allowed="True, False")
+        raise UserError(f"{field}: {short(value)}", allowed="True, False")
     return value
 
 
@@ -148,4 +148,4 @@ def _refused(
     field: str, value: Any, kind: str, limits: str, none: bool, fix: str | None
 ) -> UserError:
     allowed = ", ".join(text for text in (kind, limits) if text) + (", or None" if none else "")
-    return UserError(f"{field}: {value!r}", allowed=allowed, fix=fix)
+    return UserError(f"{field}: {short(value)}", allowed=allowed, fix=fix)

@@ -1,6 +1,7 @@
 """The one exception for a user's mistake, and its "did you mean"."""
 
 import difflib
+import os
 import reprlib
 from collections.abc import Iterable
 from typing import Any
@@ -30,6 +31,8 @@ class UserError(Exception):
 
 def closest(name: str, options: Iterable[str]) -> str | None:
     """The option that `name` was most likely meant to be, or None."""
+    if len(name) > 80:  # No name is as long, and comparing takes its square.
+        return None
     matches = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
     return matches[0] if matches else None
 
@@ -40,7 +43,7 @@ def unknown(field: str, value: str, options: Iterable[str], *, hint: str = "") -
     guess = closest(value, options)
     fix = f"did you mean {guess!r}?" if guess else f"choose one of the names above for {field}"
     return UserError(
-        f"{field}: unknown name {value!r}",
+        f"{field}: unknown name {short(value)}",
         allowed=", ".join(options),
         fix=f"{fix} ({hint})" if hint else fix,
     )
@@ -64,6 +67,15 @@ def short(value: Any, limit: int = 80) -> str:
     else:
         text = _SHORT.repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def short_path(path: Any, limit: int = 80) -> str:
+    """How a path that leads nowhere is named: its last `limit` characters, which say which it is.
+
+    One that leads somewhere is written out, for the advice to be followed.
+    """
+    name = os.fspath(path)
+    return name if len(name) <= limit else f"...{name[3 - limit :]}"
 
 
 _SHORT = reprlib.Repr()

@@ -19,7 +19,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from efficient_vlm import checks
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, short
 
 __all__ = [
     "AXES",
@@ -167,8 +167,8 @@ def spec_of(
         for axis in axes:
             if axis in taken:
                 raise UserError(
-                    f"sharding: axes {taken[axis]!r} and {name!r} of {what} are both sharded over "
-                    f"{axis!r}",
+                    f"sharding: axes {short(taken[axis])} and {short(name)} of {what} are both "
+                    f"sharded over {short(axis)}",
                     fix="change the rule of one of the two",
                 )
             taken[axis] = name or ""

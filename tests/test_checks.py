@@ -6,8 +6,11 @@ import math
 import numpy as np
 import pytest
 
-from efficient_vlm import checks
+from efficient_vlm import checks, errors
+from efficient_vlm.checkpoints.safetensors_index import locate
+from efficient_vlm.compressors import build
 from efficient_vlm.errors import UserError
+from efficient_vlm.families.load import known_dtype
 
 
 @pytest.mark.parametrize("value", [1, 7, np.int64(3), np.uint8(2)])
@@ -118,3 +121,22 @@ def test_flags(value):
     assert checks.flag("a", False) is False
     with pytest.raises(UserError, match="allowed: True, False"):
         checks.flag("a", value)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda long: errors.unknown("compressor.name", long, ("divprune", "fastv")),
+        lambda long: checks.whole("train.steps", long),
+        lambda long: checks.number("temperature", [long] * 9, 0, 1),
+        lambda long: checks.flag("train.resume", long),
+        lambda long: locate(long),
+        lambda long: build("divprune", budget=4, grid=long),
+        lambda long: known_dtype("dtype", long),
+    ],
+)
+def test_no_error_repeats_a_long_input(ask):
+    """A picture that lands in the wrong field is not printed: at most 80 characters are."""
+    with pytest.raises(UserError) as caught:
+        raise ask("x" * 10_000)
+    assert "x" * 81 not in str(caught.value) and len(str(caught.value).splitlines()) <= 3

@@ -36,6 +36,7 @@ _MERGE = (
 # Part of a tensor's name -> what holds such tensors, and what to do. The first that matches counts.
 _TENSORS = (
     (r"\.(lora_\w+|base_layer|modules_to_save|hada_\w+|lokr_\w+)\b", "an unmerged adapter", _MERGE),
+    (r"^base_model\.model\.", "names with the prefix of a PEFT wrapper", _MERGE),
     (r"\.(qweight|qzeros|g_idx)$", "weights quantised with GPTQ or AWQ", _WHOLE),
     (r"\.(absmax|quant_map|quant_state\b.*|SCB)$", "weights quantised by bitsandbytes", _WHOLE),
     (r"\.weight_(packed|scale|scale_inv|zero_point)$", "quantised weights with scales", _WHOLE),

@@ -17,7 +17,7 @@ from efficient_vlm.checkpoints.safetensors_format import (
     refuse_pointer,
     show,
 )
-from efficient_vlm.errors import first_line
+from efficient_vlm.errors import first_line, short_path
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -43,7 +43,7 @@ def locate(path: str | os.PathLike[str]) -> tuple[Path, Path]:
         return path, path
     if not os.path.lexists(path):
         raise CheckpointError(
-            f"{path}: no such directory",
+            f"{short_path(path)}: no such directory",
             fix="download the model's files first; names on a hub are not resolved",
         )
     if find_index(path) is None:

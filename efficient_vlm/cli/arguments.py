@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from efficient_vlm.errors import UserError, closest, unknown
+from efficient_vlm.errors import UserError, closest, short, unknown
 
 PROGRAM = "efficient-vlm"
 # Dotted options, --config.FIELD=VALUE and others: prefix -> its text in the help of a verb.
@@ -264,7 +264,7 @@ def _unknown_option(word: str, parser: Parser, everything: Parser) -> UserError:
         )
     guess = closest(name, [*own, "--help"])
     fix = f"did you mean {guess}?" if guess else f"see {parser.prog} --help"
-    return UserError(f"unknown option {word!r}", fix=fix)
+    return UserError(f"unknown option {short(word)}", fix=fix)
 
 
 def _not_taken(key: str, text: str, parser: Parser) -> UserError:

@@ -18,7 +18,7 @@ import ml_collections
 
 from efficient_vlm.compressors.methods import METHODS
 from efficient_vlm.data.config import DataConfig
-from efficient_vlm.errors import UserError, closest, unknown
+from efficient_vlm.errors import UserError, closest, short, unknown
 from efficient_vlm.evaluation.settings import EvalConfig
 from efficient_vlm.models import connector, decoder, vlm
 from efficient_vlm.models import encoder as vit
@@ -58,14 +58,14 @@ def load(spec: str, overrides: Iterable[str] = ()) -> ml_collections.ConfigDict:
     path, _, arg = spec.partition(":")
     if not Path(path).is_file():
         raise UserError(
-            f"--config: there is no file {path!r} (from {Path.cwd()})",
+            f"--config: there is no file {short(path)} (from {Path.cwd()})",
             fix=f"try {_nearest_file(path)}"
             if _nearest_file(path)
             else "give a path to a .py file",
         )
     module_spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
     if module_spec is None:
-        raise UserError(f"--config: {path!r} is not a Python file", allowed="*.py")
+        raise UserError(f"--config: {short(path)} is not a Python file", allowed="*.py")
     module = importlib.util.module_from_spec(module_spec)
     # A config may build on its neighbours: `import quickstart`.
     sys.path.insert(0, str(Path(path).resolve().parent))
@@ -85,7 +85,7 @@ def load(spec: str, overrides: Iterable[str] = ()) -> ml_collections.ConfigDict:
     takes_arg = bool(parameters)
     needs_arg = any(p.default is inspect.Parameter.empty for p in parameters)
     if arg and not takes_arg:
-        raise UserError(f"--config: {path} takes no argument, got {arg!r}", fix=f"use {path}")
+        raise UserError(f"--config: {path} takes no argument, got {short(arg)}", fix=f"use {path}")
     try:
         config = module.get_config(arg) if arg or needs_arg else module.get_config()
     except ValueError as error:
@@ -149,8 +149,8 @@ def _parse(name: str, text: str, wanted: Any, old: Any) -> Any:
             return float(value) if whole and not _fits(value, wanted, exact=True) else value
     plain = old is not None and isinstance(old, bool | int | float | str | list | tuple)
     raise UserError(
-        f"--config.{name}: {text!r} is not of type {spell(wanted)}",
-        allowed=spell(wanted) + (f", such as {old!r}" if plain else ""),
+        f"--config.{name}: {short(text)} is not of type {spell(wanted)}",
+        allowed=spell(wanted) + (f", such as {short(old)}" if plain else ""),
     )
 
 
@@ -211,7 +211,7 @@ def _check_types(config: ml_collections.ConfigDict) -> None:
         for name, field in _fields(where, config).items():
             if name in node and not _fits(node[name], field.type):
                 raise UserError(
-                    f"{where}.{name}: {node[name]!r} has the wrong type",
+                    f"{where}.{name}: {short(node[name])} has the wrong type",
                     allowed=spell(field.type),
                     fix=f"--config.{where}.{name}=VALUE, or change the config file",
                 )

@@ -10,7 +10,7 @@ from efficient_vlm.cli.run import check_stop
 from efficient_vlm.compressors.imports import import_methods
 from efficient_vlm.compressors.methods import find
 from efficient_vlm.costs.compiled.options import parse_mesh
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, short
 from efficient_vlm.evaluation.run import evaluate_run
 from efficient_vlm.report.summary import print_summary
 from efficient_vlm.train import guards, loop, processes
@@ -90,5 +90,5 @@ def _read_methods(
 
 def _positive(field: str, text: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
-        raise UserError(f"{field}: {text!r} is not a positive number", allowed="1, 2, 3, ...")
+        raise UserError(f"{field}: {short(text)} is not a positive number", allowed="1, 2, 3, ...")
     return int(text)

@@ -13,7 +13,7 @@ from efficient_vlm.compressors import methods
 from efficient_vlm.costs.dry_run import dry_run
 from efficient_vlm.costs.ledger import Ledger
 from efficient_vlm.costs.match import Match, Target, solve
-from efficient_vlm.errors import UserError, closest
+from efficient_vlm.errors import UserError, closest, short
 from efficient_vlm.train.workdir_config import read_run_config
 
 _OPTION, _FIELD = "--compressor.", "--config.model.compressor."
@@ -72,7 +72,7 @@ class Chosen:
             problem, *more = str(error).replace(_FIELD, _OPTION).splitlines()
             parts = dict(line.strip().split(": ", 1) for line in more)
             if "Sequence[" in parts.get("allowed", ""):
-                problem = f"{_OPTION}{field}: {value!r} is not a list of numbers"
+                problem = f"{_OPTION}{field}: {short(value)} is not a list of numbers"
                 parts["allowed"] = "numbers with commas, such as 8,16"
             raise UserError(problem, **parts) from None
         self.fields[field] = config.model.compressor.to_dict()[field]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, short
 
 _WORDS = {"true": True, "false": False}
 
@@ -22,4 +22,4 @@ def _literal(option: str, text: str) -> int | bool:
         return _WORDS[text.lower()]
     if text.isascii() and text.isdigit() and len(text) < 20:
         return int(text)
-    raise UserError(f"{option}: {text!r}", allowed="a whole number, true or false")
+    raise UserError(f"{option}: {short(text)}", allowed="a whole number, true or false")

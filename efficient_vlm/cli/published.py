@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from PIL import Image
 from efficient_vlm.cli import verify
 from efficient_vlm.cli.methods import method_fields
 from efficient_vlm.cli.pictures import picture_options
-from efficient_vlm.errors import UserError, first_line
+from efficient_vlm.errors import UserError, first_line, short
 from efficient_vlm.families.architecture import build_model, read_config
 from efficient_vlm.families.imported import import_model, read_carried
 from efficient_vlm.families.table import family_of
@@ -122,7 +123,7 @@ def generate(
 
     out = vlm.run(
         [question],
-        [list(images)],
+        [[_at_home(image) for image in images]],
         max_new_tokens=max_new_tokens,
         stream=stream,
         rng=jax.random.key(sampling.get("seed", 0)),
@@ -219,6 +220,11 @@ def _draw_points(answer: str, image: str, out: str) -> None:
     print(f"{len(parsed.points)} points: {out}", file=sys.stderr)
 
 
+def _at_home(image: str) -> str:
+    """Shells leave "~" as it is in --image=~/a.png."""
+    return os.path.expanduser(image) if image.startswith("~/") else image
+
+
 def read_npz(path: str) -> dict[str, np.ndarray]:
     """Arrays of an npz file; UserError if it is none, or holds Python objects."""
     try:
@@ -241,6 +247,8 @@ def read_sha256(path: str) -> dict[str, str]:
     for line in filter(str.strip, lines):
         digest, _, name = line.strip().partition(" ")
         if len(digest) != 64 or not name.strip():
-            raise UserError(f"--sha256: {line!r}", allowed="lines of sha256sum: digest, file name")
+            raise UserError(
+                f"--sha256: {short(line)}", allowed="lines of sha256sum: digest, file name"
+            )
         digests[Path(name.strip().lstrip("*")).name] = digest
     return digests

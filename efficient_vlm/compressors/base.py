@@ -18,7 +18,7 @@ from jaxtyping import PRNGKeyArray
 from efficient_vlm import checks
 from efficient_vlm.compressors import grids
 from efficient_vlm.compressors.tokens import NO_SIGNALS, Signals, VisualTokens
-from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.errors import UserError, short, unknown
 
 POLICIES = ("retain", "reindex")
 PLACES = ("between", "encoder", "decoder")
@@ -28,7 +28,9 @@ def as_tuple(field: str, value: Any) -> tuple:
     """A list from a config, or one number, as a tuple; UserError if it is empty or a text."""
     items = (value,) if isinstance(value, int | float) else value
     if isinstance(items, str) or not isinstance(items, Sequence):
-        raise UserError(f"{field}: {value!r} is not a list of numbers", allowed="(1,2,3), or 1")
+        raise UserError(
+            f"{field}: {short(value)} is not a list of numbers", allowed="(1,2,3), or 1"
+        )
     if not items:
         raise UserError(f"{field}: empty", allowed="one number or more; None for the default")
     return tuple(items)

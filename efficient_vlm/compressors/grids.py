@@ -9,7 +9,7 @@ import math
 import numpy as np
 from jaxtyping import Float, Int
 
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, short
 
 Grid = tuple[int, int]
 
@@ -22,7 +22,7 @@ def as_grid(field: str, value) -> Grid:
         rows = columns = 0
     if rows < 1 or columns < 1:
         raise UserError(
-            f"{field}: {value!r} is not a grid",
+            f"{field}: {short(value)} is not a grid",
             allowed="a pair of positive integers (rows, columns)",
             fix=f"for example {field}=(8, 8)",
         )

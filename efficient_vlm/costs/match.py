@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from efficient_vlm.costs.ledger import Ledger
-from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.errors import UserError, short, unknown
 
 MEASURES: dict[str, Callable[[Ledger], float]] = {
     "mean_processed": lambda ledger: ledger.mean_processed,
@@ -87,7 +87,7 @@ def parse_target(text: str) -> Target:
         value = math.nan
     if not (value > 0 and math.isfinite(value)):
         raise UserError(
-            f"--match={text}: {number!r} is not a number above 0",
+            f"--match={text}: {short(number)} is not a number above 0",
             allowed="mean_processed:TOKENS, flops:SHARE up to 1, flops:COUNT",
             fix="for example --match=mean_processed:128",
         )

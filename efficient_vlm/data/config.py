@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from efficient_vlm import checks
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, short
 
 SOURCES = ("token_bench", "llava_json")
 RESIZES = ("stretch", "letterbox")
@@ -141,7 +141,7 @@ def validate(config: DataConfig) -> None:
         isinstance(side, int) and 1 <= side <= 4096 for side in config.size
     ):
         raise UserError(
-            f"data.image_size: {config.image_size!r}",
+            f"data.image_size: {short(config.image_size)}",
             allowed="a number or (height, width), 1 to 4096",
             fix="data.image_size=64",
         )
@@ -153,7 +153,7 @@ def validate(config: DataConfig) -> None:
 
 def _check_field(name: str, value: Any, default: Any) -> None:
     """The default shows the type; a whole number is accepted where the default is a fraction."""
-    field, fix = f"data.{name}", f"data.{name}={default!r}"
+    field, fix = f"data.{name}", f"data.{name}={short(default)}"
     if name == "image_size":
         good, wanted = isinstance(value, int | tuple) and not isinstance(value, bool), "int or pair"
     elif isinstance(default, bool):
@@ -173,4 +173,4 @@ def _check_field(name: str, value: Any, default: Any) -> None:
     else:
         good, wanted = isinstance(value, str), "text"
     if not good:
-        raise UserError(f"{field}: {value!r} has the wrong type", allowed=wanted, fix=fix)
+        raise UserError(f"{field}: {short(value)} has the wrong type", allowed=wanted, fix=fix)

@@ -5,6 +5,7 @@ file only: pictures are read when they are needed, so a picture that is replaced
 is not noticed.
 """
 
+import codecs
 import hashlib
 import json
 import math
@@ -128,7 +129,9 @@ def _read(path: Path) -> tuple[list[bytes], str]:
             fix="give a JSON or JSONL file: --config.data.path=my.json",
         ) from error
     digest = hashlib.sha256(data).hexdigest()
-    text = data.removeprefix(b"\xef\xbb\xbf").strip()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # PowerShell's ">".
+        data = data.decode("utf-16", "replace").encode("utf-8", "replace")
+    text = data.removeprefix(codecs.BOM_UTF8).strip()
     if text.startswith(b"["):
         try:
             items = json.loads(text)
@@ -184,6 +187,8 @@ def _groups(rows: Iterable[bytes]) -> list[bytes]:
             paths = pictures_of(row)[0] if row else []
         except BadRecord:
             paths = []
+        # One picture in two spellings ("a.png", "./a.png") is one.
+        paths = [path if is_address(path) else os.path.normpath(path) for path in paths]
         for path in paths[1:]:
             first, other = sorted((root(paths[0]), root(path)))
             parent[other] = first

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from efficient_vlm.compressors.methods import METHODS, OWN_HINT
-from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.errors import UserError, short, unknown
 from efficient_vlm.models.init import abstract_parameters
 from efficient_vlm.models.variants import Setting, setting_of
 from efficient_vlm.models.vlm import VisionLanguageModel
@@ -52,7 +52,7 @@ def settings_of(config: EvalConfig, model: VisionLanguageModel) -> list[VisionLa
     found = []
     for i, method in enumerate(config.methods or [{**model.compressor, "budgets": None}]):
         if not isinstance(method, Mapping):
-            raise UserError(f"eval.methods[{i}]: {method!r}", allowed="name, budgets, options")
+            raise UserError(f"eval.methods[{i}]: {short(method)}", allowed="name, budgets, options")
         options = dict(method)
         name = options.pop("name", None)
         if name not in METHODS:
@@ -118,14 +118,14 @@ def check_trained(
         missing = [path for path in needed if path not in given]
         if missing:
             raise UserError(
-                f"compressor {name!r} at {budget}: no trained parameters ({missing[0]}, ...)",
+                f"compressor {short(name)} at {budget}: no trained parameters ({missing[0]}, ...)",
                 allowed="methods without parameters, or those of train.elastic",
-                fix=f"add dict(name={name!r}, budget={budget}) to train.elastic and train",
+                fix=f"add dict(name={short(name)}, budget={budget}) to train.elastic and train",
             )
         other = [path for path, shape in needed.items() if given[path] != shape]
         if other:
             raise UserError(
-                f"compressor {name!r} at {budget}: {other[0]} has shape {needed[other[0]]}, "
+                f"compressor {short(name)} at {budget}: {other[0]} has shape {needed[other[0]]}, "
                 f"trained was {given[other[0]]}",
                 fix="give the options and budgets that it was trained with",
             )

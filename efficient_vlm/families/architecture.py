@@ -12,8 +12,9 @@ from flax.traverse_util import flatten_dict
 
 from efficient_vlm.checkpoints.foreign import ADAPTER_CONFIG, adapter_of
 from efficient_vlm.checkpoints.names import NameMap
+from efficient_vlm.checkpoints.safetensors_format import refuse_pointer
 from efficient_vlm.checkpoints.safetensors_index import locate
-from efficient_vlm.errors import UserError, first_line
+from efficient_vlm.errors import UserError, first_line, short
 from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.defaults import complete
 from efficient_vlm.families.heads import with_head
@@ -42,8 +43,10 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
         raise UserError(
             f"{directory}: no config.json", fix="give a directory with config.json and safetensors"
         )
+    text = path.read_bytes()
+    refuse_pointer(text, path)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: {error}", fix="download it again") from None
     if not isinstance(config, dict):
@@ -81,7 +84,7 @@ def build_model(
         abstract_parameters(VisionLanguageModel(**fields))
     except KeyError as error:
         raise UserError(
-            f"config.json: no {error.args[0]!r}, which every {config['model_type']} model has",
+            f"config.json: no {short(error.args[0])}, which every {config['model_type']} model has",
             fix=fix,
         ) from None
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:

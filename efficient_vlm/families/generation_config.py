@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, short
 from efficient_vlm.processing.hub_tokenizer import read_json
 
 __all__ = ["repetition_penalty", "sampling", "stop_strings"]
@@ -26,6 +26,8 @@ _NOT_APPLIED: dict[str, tuple[Any, ...]] = {
     "forced_eos_token_id": (None,),
     "force_words_ids": (None, []),
     "guidance_scale": (None, 1.0),
+    "max_length": (None, 20),
+    "max_new_tokens": (None,),
     "max_time": (None,),
     "min_length": (None, 0),
     "min_new_tokens": (None, 0),
@@ -59,7 +61,7 @@ def repetition_penalty(directory: Path) -> float:
     """
     settings = read_json(directory / _FILE)
     _warn(directory, settings, _NOT_APPLIED)
-    if settings.get("stop_strings"):
+    if settings.get("stop_strings") not in (None, "", [], [""]):
         warnings.warn(
             f"{directory / _FILE}: stop_strings: they end answers, and are cut off (stop=[] keeps "
             "answers whole)",
@@ -76,9 +78,23 @@ def _warn(directory: Path, settings: dict[str, Any], plain: dict[str, tuple[Any,
         warnings.warn(f"{directory / _FILE}: {', '.join(others)}: not applied", stacklevel=3)
 
 
-def stop_strings(directory: Path) -> Any:
-    """The strings that end an answer by a model's directory: as written, () by default."""
-    return read_json(directory / _FILE).get("stop_strings") or ()
+def stop_strings(directory: Path) -> tuple[str, ...]:
+    """The strings that end an answer by a model's directory, () by default; empty ones end none.
+
+    Their lengths and their number are checked where they are used.
+
+    Raises:
+      UserError: no string, and no list of strings.
+    """
+    found = read_json(directory / _FILE).get("stop_strings")
+    strings = [found] if isinstance(found, str | None) else found
+    if not isinstance(strings, list) or not all(isinstance(s, str | None) for s in strings):
+        raise UserError(
+            f"{directory / _FILE}: stop_strings: {short(found)}",
+            allowed="a string, a list of strings, null",
+            fix="correct it there, or give stop ([] for none)",
+        )
+    return tuple(string for string in strings if string)
 
 
 def sampling(directory: Path) -> dict[str, Any]:

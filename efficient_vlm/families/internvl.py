@@ -3,7 +3,7 @@
 from typing import Any
 
 from efficient_vlm.checkpoints.names import NameMap, Piece
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, short
 from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.texts import decoder_fields, text_of
 from efficient_vlm.families.vision import activation, embedding_refused
@@ -22,14 +22,14 @@ def internvit(vision: Config, feature_layer: int = -1) -> dict[str, Any]:
     """
     kind = vision.get("norm_type", "layer_norm")
     if kind not in NORMS:
-        raise UserError(f"config.json: norm_type={kind!r}", allowed=", ".join(NORMS))
+        raise UserError(f"config.json: norm_type={short(kind)}", allowed=", ".join(NORMS))
     if feature_layer == 0:
         raise embedding_refused("vision_feature_layer")
     last = feature_layer == -1
     final_norm = last and not vision.get("use_mean_pooling", True)
     if final_norm and kind != "layer_norm":
         raise UserError(
-            f"config.json: use_mean_pooling=False with norm_type={kind!r}",
+            f"config.json: use_mean_pooling=False with norm_type={short(kind)}",
             allowed="norm_type=layer_norm, the type of the last norm",
         )
     placed = vision.get("use_absolute_position_embeddings", True)
@@ -97,7 +97,7 @@ def _model(config: Config) -> dict[str, Any]:
     select = config.get("vision_feature_select_strategy", "default")
     if select != "default":
         raise UserError(
-            f"config.json: vision_feature_select_strategy={select!r}",
+            f"config.json: vision_feature_select_strategy={short(select)}",
             allowed="default (the CLS token is left out)",
         )
     ratio = config.get("downsample_ratio", 0.5)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from efficient_vlm.checkpoints.names import NameMap
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, short
 from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.texts import decoder_fields, text_of
 from efficient_vlm.families.vision import (
@@ -30,7 +30,7 @@ def _model(config: Config) -> dict[str, Any]:
     is_clip = vision.get("model_type", "clip_vision_model").startswith("clip")
     if select != "full" and not (is_clip and select == "default"):
         raise UserError(
-            f"config.json: vision_feature_select_strategy={select!r} with a "
+            f"config.json: vision_feature_select_strategy={short(select)} with a "
             f"{vision.get('model_type')}",
             allowed="full, or for CLIP default (the CLS token is left out)",
         )

@@ -16,7 +16,7 @@ from efficient_vlm.checkpoints.names import NameMap
 from efficient_vlm.checkpoints.safetensors_format import CheckpointError, show
 from efficient_vlm.checkpoints.safetensors_read import Checkpoint
 from efficient_vlm.checkpoints.staging import StagingArea
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, short
 from efficient_vlm.families.architecture import name_map
 from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.heads import equal
@@ -173,7 +173,7 @@ def known_dtype(name: str, value: Any) -> np.dtype:
     except TypeError:
         dtype = None
     if str(dtype) not in DTYPES:
-        raise UserError(f"{name}: {value!r}", allowed=", ".join(DTYPES))
+        raise UserError(f"{name}: {short(value)}", allowed=", ".join(DTYPES))
     return dtype
 
 

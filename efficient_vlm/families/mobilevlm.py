@@ -3,7 +3,7 @@
 from typing import Any
 
 from efficient_vlm.checkpoints.names import NameMap, Piece
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, short
 from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.texts import decoder_fields, text_of
 from efficient_vlm.families.vision import clip, clip_tensors, embedding_refused
@@ -34,7 +34,7 @@ def _vision(config: Config) -> Config:
     vision, tower = config.get("vision_config"), str(config.get("mm_vision_tower", _TOWER))
     if vision is None and not tower.rstrip("/").endswith(_TOWER):
         raise UserError(
-            f"config.json: mm_vision_tower={tower!r}",
+            f"config.json: mm_vision_tower={short(tower)}",
             allowed=_TOWER,
             fix="add the tower's config as vision_config",
         )
@@ -44,7 +44,9 @@ def _vision(config: Config) -> Config:
 def _method(config: Config) -> str:
     kind = config["mm_projector_type"]
     if kind not in _METHODS:
-        raise UserError(f"config.json: mm_projector_type={kind!r}", allowed=", ".join(_METHODS))
+        raise UserError(
+            f"config.json: mm_projector_type={short(kind)}", allowed=", ".join(_METHODS)
+        )
     return _METHODS[kind]
 
 
@@ -55,7 +57,7 @@ def _model(config: Config) -> dict[str, Any]:
         raise embedding_refused("mm_vision_select_layer")
     if config.get("mm_vision_select_feature", "patch") != "patch":
         raise UserError(
-            f"config.json: mm_vision_select_feature={config['mm_vision_select_feature']!r}",
+            f"config.json: mm_vision_select_feature={short(config['mm_vision_select_feature'])}",
             allowed="patch (the CLS token is left out)",
         )
     return dict(

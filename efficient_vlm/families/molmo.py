@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from efficient_vlm.checkpoints.names import NameMap, Piece
-from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.errors import UserError, short, unknown
 from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.moe_text import OTHERS, experts, mixture
 from efficient_vlm.families.text import PATH, fused_rows
@@ -59,8 +59,8 @@ def fixed(config: Config, allowed: Mapping[str, tuple[Any, ...]]) -> None:
     for name, values in allowed.items():
         if config.get(name, values[0]) not in values:
             raise UserError(
-                f"config.json: {name}={config[name]!r}",
-                allowed=f"{values[0]!r}, as in the released models",
+                f"config.json: {name}={short(config[name])}",
+                allowed=f"{short(values[0])}, as in the released models",
             )
 
 

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from efficient_vlm.checkpoints.safetensors_index import locate
 from efficient_vlm.checkpoints.safetensors_write import writing
-from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.errors import UserError, first_line, short, unknown
 from efficient_vlm.families import generation_config
 from efficient_vlm.families.architecture import build_model, read_config
 from efficient_vlm.families.base import Family
@@ -98,10 +98,10 @@ class Pretrained:
         """The picture processor of the directory."""
         if self.family.processor is None:
             raise UserError(f"images: {self.family.name} is a language model without images")
-        settings = {
-            **read_json(self.directory / "processor_config.json"),
-            **read_json(self.directory / "preprocessor_config.json"),
-        }
+        # As in transformers 5: a nested mapping of the newer file replaces all of the older one.
+        settings = read_json(self.directory / "processor_config.json").get("image_processor")
+        if settings is None:
+            settings = read_json(self.directory / "preprocessor_config.json")
         return self.family.processor(settings, self.config, **self._picture_options)
 
     @functools.cached_property
@@ -224,8 +224,16 @@ class Pretrained:
             raise UserError(f"do_sample: {do_sample!r:.40}", allowed="True, False")
         given = {name: value for name, value in given.items() if value is not None}
         files = generation_config.sampling(self.directory) if do_sample else {}
+        files = {name: value for name, value in files.items() if name not in given}
         if "stop" not in given:
             files["stop"] = generation_config.stop_strings(self.directory)
+        try:
+            SamplingOptions(**files)
+        except UserError as error:
+            raise UserError(
+                f"{self.directory / 'generation_config.json'}: {first_line(error)}",
+                fix="correct it there, or give a value here, which comes first",
+            ) from None
         options = one_each(count, {"repetition_penalty": self._penalty, **files, **given})
         if do_sample is False and any(option.temperature > 0 for option in options):
             raise UserError("do_sample: False, but a temperature is given", fix="leave one out")
@@ -234,7 +242,7 @@ class Pretrained:
     def _run(self, questions, images, options, *, max_new_tokens, stream, rng, cache) -> Generated:
         whole = isinstance(max_new_tokens, int | np.integer) and max_new_tokens is not True
         if not whole or max_new_tokens < 1:
-            raise UserError(f"max_new_tokens: {max_new_tokens!r}", allowed="1, 2, 3, ...")
+            raise UserError(f"max_new_tokens: {short(max_new_tokens)}", allowed="1, 2, 3, ...")
         cache = CacheOptions.of(cache)
         request = self.request(questions, images)
         vocabulary = self.model.decoder.get("head_size") or self.model.vocab_size
@@ -387,7 +395,8 @@ def from_pretrained(
         kind = dtype if param_dtype is None else known_dtype("param_dtype", param_dtype)
     if compressor is not None and not isinstance(compressor, Mapping):
         raise UserError(
-            f"compressor: {compressor!r} is not a mapping", fix='dict(name="visionzip", budget=64)'
+            f"compressor: {short(compressor)} is not a mapping",
+            fix='dict(name="visionzip", budget=64)',
         )
     config = read_config(files)
     family = family_of(config)

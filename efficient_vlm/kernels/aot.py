@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.errors import UserError, short, unknown
 from efficient_vlm.kernels.topologies import TOPOLOGIES, check_size, topology_of
 
 __all__ = ["compile_for", "compile_for_tpu", "options_for", "tpu_devices"]
@@ -53,7 +53,7 @@ def tpu_devices(topology: str) -> tuple[Any, ...]:
         described = topologies.get_topology_desc(topology_name=topology, platform="tpu", **options)
     except Exception as error:
         raise UserError(
-            f"topology: {topology!r}, unknown to libtpu: {str(error).splitlines()[0][:120]}",
+            f"topology: {short(topology)}, unknown to libtpu: {str(error).splitlines()[0][:120]}",
             allowed="v5e:2x2, v5e:16x16, v6e:2x2, v5p:2x2x1, tpu7x:2x2x1, ...",
         ) from error
     return tuple(described.devices)

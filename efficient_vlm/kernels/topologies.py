@@ -3,7 +3,7 @@
 import math
 import re
 
-from efficient_vlm.errors import UserError, closest
+from efficient_vlm.errors import UserError, closest, short
 
 __all__ = ["TOPOLOGIES", "check_size", "topology_of"]
 
@@ -78,7 +78,7 @@ def check_size(topology: str) -> None:
     generation, _, shape = topology.partition(":")
     if not _SHAPE.fullmatch(shape):
         raise UserError(
-            f"topology: {topology[:60]!r} has no shape",
+            f"topology: {short(topology[:60])} has no shape",
             allowed="two or three sides, in chips: v5e:2x4, v5p:4x4x4",
             fix=f"for example {_example(generation)}",
         )
@@ -86,7 +86,7 @@ def check_size(topology: str) -> None:
     chips, longest = _PODS[generation]
     if math.prod(sides) > chips or max(sides) > longest:
         raise UserError(
-            f"topology: {topology!r} is larger than a pod",
+            f"topology: {short(topology)} is larger than a pod",
             allowed=f"{chips} chips of {generation}, no side longer than {longest}",
         )
 

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from efficient_vlm import checks, compressors
 from efficient_vlm.compressors import POLICIES, Compressor
-from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.errors import UserError, short, unknown
 from efficient_vlm.fields import frozen
 from efficient_vlm.models.decoder_stack import DENSE, LAYERS
 from efficient_vlm.nn.decoder_block import NORM_LAYOUTS
@@ -146,7 +146,7 @@ class DecoderFields(nn.Module):
             if self.compressor is not None and segment.get("compressor"):
                 raise UserError(
                     f"model.decoder.segments[{i}].compressor: set beside "
-                    f"{self.compressor['name']!r}, which places its own cuts",
+                    f"{short(self.compressor['name'])}, which places its own cuts",
                     fix="leave one of the two out",
                 )
         if self.position_policy not in POLICIES:

@@ -10,7 +10,7 @@ from flax import linen as nn
 from efficient_vlm import compressors
 from efficient_vlm.checks import number_fields, whole
 from efficient_vlm.compressors.methods import METHODS, find
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, short
 from efficient_vlm.fields import construct, frozen
 from efficient_vlm.models.decoder import Decoder
 from efficient_vlm.models.encoder import ViT
@@ -55,7 +55,7 @@ class VisionLanguageFields(nn.Module):
             jnp.dtype(self.dtype)
         except TypeError:
             raise UserError(
-                f"model.dtype: {self.dtype!r}", allowed="float32, bfloat16, float16"
+                f"model.dtype: {short(self.dtype)}", allowed="float32, bfloat16, float16"
             ) from None
         super().__post_init__()
 

@@ -14,7 +14,7 @@ from flax import struct
 from jaxtyping import Float, Int, Shaped
 
 from efficient_vlm import checks
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, short
 from efficient_vlm.kernels.attention import Mask, attention
 from efficient_vlm.kernels.paged_attention import attention_decode, quantise
 from efficient_vlm.nn.linear import Dtype
@@ -67,7 +67,7 @@ class CacheOptions:
             checks.one_of("cache.dtype", self.dtype, DTYPES)
         if self.page is not None and self.kind != "paged":
             raise UserError(
-                f"cache.page: {self.page!r}, but kind={self.kind!r}", fix="kind='paged'"
+                f"cache.page: {short(self.page)}, but kind={short(self.kind)}", fix="kind='paged'"
             )
         page = checks.whole("cache.page", self.page, high=_LARGEST_PAGE, none=True)
         if self.kind == "paged":

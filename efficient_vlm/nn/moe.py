@@ -8,7 +8,7 @@ from flax import linen as nn
 from jaxtyping import Bool, Float
 
 from efficient_vlm import checks
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, short
 from efficient_vlm.nn.experts import Kernels, dispatch
 from efficient_vlm.nn.linear import Dtype, Linear, weight_of
 from efficient_vlm.nn.mlp import FeedForward, activate
@@ -141,7 +141,9 @@ def check_moe(moe: Mapping | None) -> None:
         f"{where}.capacity", moe.get("capacity"), above=0, none=True, fix="None for dropless"
     )
     if moe.get("normalize", True) not in (True, False, "always"):
-        raise UserError(f"{where}.normalize: {moe['normalize']!r}", allowed="True, False, 'always'")
+        raise UserError(
+            f"{where}.normalize: {short(moe['normalize'])}", allowed="True, False, 'always'"
+        )
 
 
 def moe_fields() -> tuple[str, ...]:

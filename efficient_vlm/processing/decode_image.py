@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
-from efficient_vlm.errors import first_line
+from efficient_vlm.errors import first_line, short_path
 
 STANDARD = "exif,white,rgb8,bicubic-1"
 # AVIF is a part of Pillow from 11.3 on, of most of its wheels.
@@ -60,8 +60,7 @@ def read(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> bytes:
     Raises:
       BadImage: "missing" (absent, a folder, not readable) or "too_large".
     """
-    name = os.fspath(path)
-    name = name if len(name) <= 80 else f"...{name[-77:]}"  # The end says which file it is.
+    name = short_path(path)
     try:
         path = Path(path)
         if not path.is_file():

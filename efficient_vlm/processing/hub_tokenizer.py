@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from efficient_vlm.errors import UserError, closest
+from efficient_vlm.errors import UserError, closest, short
 from efficient_vlm.processing.tokenizer import Tokenizer, utf8
 
 # Roles whose tokens every file may name; further roles end in "_token".
@@ -69,7 +69,7 @@ def special_id(directory: str | os.PathLike, token: str) -> int | None:
         return None if found is None else int(found)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{directory}: the added tokens of its tokenizer are damaged ({error!r})",
+            f"{directory}: the added tokens of its tokenizer are damaged ({short(error)})",
             fix="download its files again",
         ) from None
 
@@ -147,7 +147,7 @@ class HubTokenizer(Tokenizer):
             added = self._backend.get_added_tokens_decoder().values()
             guess = closest(token, [*self.special, *(str(t.content) for t in added)])
             raise UserError(
-                f"special token: the tokenizer has no {token!r}",
+                f"special token: the tokenizer has no {short(token)}",
                 allowed=f"{len(added)} added tokens, or {', '.join(self.special) or 'no role'}",
                 fix=f"did you mean {guess!r}?" if guess else "check that it is this model's own",
             )
@@ -161,15 +161,24 @@ class HubTokenizer(Tokenizer):
 def _ends(directory: Path, own: tuple[int, ...]) -> list[int]:
     """Ids that end an answer, by the first file that names any; `own` of the tokenizer."""
 
-    def named(found: Any) -> list[int]:
+    def named(found: Any, file: str = "config.json") -> list[int]:
         eos = found.get("eos_token_id") if isinstance(found, dict) else None
-        return [i for i in (eos if isinstance(eos, list) else [eos]) if type(i) is int]
+        ids = [i for i in (eos if isinstance(eos, list) else [eos]) if i is not None]
+        if not all(type(i) in (int, float) and i == int(i) for i in ids):
+            raise UserError(
+                f"{directory / file}: eos_token_id {short(eos)}",
+                allowed="an id, a list of ids, null",
+                fix="correct it there",
+            )
+        return list(map(int, ids))
 
     # transformers goes on at an end token of the tokenizer that this file does not name.
-    if ids := named(read_json(directory / "generation_config.json")):
-        return ids
-    config = read_json(directory / "config.json")
-    return [*own, *(named(config) or named(config.get("text_config")))]
+    file = "generation_config.json"
+    ids = named(read_json(directory / file), file)
+    if not ids:
+        config = read_json(directory / "config.json")
+        ids = [*own, *(named(config) or named(config.get("text_config")))]
+    return [i for i in ids if 0 <= i < 2**31]  # Others are the ids of no token.
 
 
 def _add_tokens(backend: Any, directory: Path, special: Mapping[str, str]) -> None:
@@ -187,7 +196,7 @@ def _add_tokens(backend: Any, directory: Path, special: Mapping[str, str]) -> No
             wanted[entry["content"]] = (int(number), AddedToken(entry["content"], **given))
         except (TypeError, KeyError, ValueError):
             raise UserError(
-                f"tokenizer_config.json: added token {number!r} is {entry!r}",
+                f"tokenizer_config.json: added token {short(number)} is {short(entry)}",
                 allowed='{"content": TEXT, "special": true or false, ...}',
             ) from None
     for token, (number, entry) in sorted(wanted.items(), key=lambda item: str(item[1][0]).zfill(9)):
@@ -195,7 +204,7 @@ def _add_tokens(backend: Any, directory: Path, special: Mapping[str, str]) -> No
             (backend.add_special_tokens if entry.special else backend.add_tokens)([entry])
         if backend.token_to_id(token) != number:
             raise UserError(
-                f"tokenizer: {token!r} has id {backend.token_to_id(token)} in tokenizer.json, "
+                f"tokenizer: {short(token)} has id {backend.token_to_id(token)} in tokenizer.json, "
                 f"{number} beside it",
                 fix="take all tokenizer files from one revision of the model",
             )

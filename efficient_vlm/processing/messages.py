@@ -20,6 +20,8 @@ _PICTURE = ("image", "image_url", "input_image")
 _NAMED = ("image", "image_url", "url", "path", "base64", "data")
 # Keys that say how a picture is to be treated elsewhere, and have no meaning here.
 _HINTS = ("type", "detail", "cache_control", "annotations", "id", "index", "logprobs")
+# Keys of a message under which some clients put what belongs into its content.
+_OUTSIDE = ("image", "images", "video", "videos", "audio", "audios")
 # Whose turn an answer is, in templates and in the conversations of their users.
 ANSWERING = ("assistant", "model")
 FORM = (
@@ -45,11 +47,13 @@ def without_nulls(message: Any) -> Any:
         return message
     kept = {k: v for k, v in message.items() if k == "content" or not absent(v)}
     content = kept.get("content")
-    if absent(content) and "content" in kept:
+    if "content" in kept and (absent(content) or (content == [] and kept.get("tool_calls"))):
         kept["content"] = None
-    if isinstance(content, list | tuple):
+    elif isinstance(content, list | tuple):
         kept["content"] = [
-            {k: v for k, v in part.items() if not absent(v)} if isinstance(part, Mapping) else part
+            {k: v for k, v in part.items() if not (absent(v) or v == [])}
+            if isinstance(part, Mapping)
+            else part
             for part in content
         ]
     return kept
@@ -79,7 +83,12 @@ def read_messages(
     read, pictures = [], []
     for number, message in enumerate(messages, first):
         message = without_nulls(message)
-        right = isinstance(message, Mapping) and "role" in message
+        right = isinstance(message, Mapping) and isinstance(message.get("role"), str)
+        if right and any(message.get(name) not in (None, [], "") for name in _OUTSIDE):
+            raise UserError(
+                f"messages: number {number}, {short(message)}: media outside of its content",
+                allowed=FORM,
+            )
         content = message.get("content") if right else None
         if isinstance(content, list | tuple) and content:
             parts = [_part(part, number, message) for part in content]

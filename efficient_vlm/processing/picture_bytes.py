@@ -30,8 +30,9 @@ def picture_bytes(picture: Any, *, max_bytes: int = MAX_BYTES) -> bytes:
 
     Args:
       picture: a path; bytes, bytearray or memoryview; a binary file or BytesIO, which is read from
-        its beginning; a text that is a path, base64, a data: or a file: URL; or a mapping as tables
-        store pictures, {"bytes": ..., "path": ...}, of which bytes come first.
+        its beginning; a text that is a path, base64, a data: or a file: URL; base64 or a data: URL
+        as bytes, as `base64.b64encode` gives them; or a mapping as tables and clients write
+        pictures, {"bytes": ..., "path": ..., "url": ...}, the first of these that is used.
       max_bytes: largest size.
 
     Raises:
@@ -39,21 +40,37 @@ def picture_bytes(picture: Any, *, max_bytes: int = MAX_BYTES) -> bytes:
         "corrupt" (damaged base64) or "format" (none of these forms).
     """
     if isinstance(picture, Mapping):
-        given = [picture.get(name) for name in ("bytes", "path")]
-        picture = next((value for value in given if value is not None), None)
+        given = [picture.get(name) for name in ("bytes", "path", "url")]
+        # Tables write NaN where nothing is.
+        picture = next((value for value in given if value is not None and value == value), None)
     if isinstance(picture, str):
         return _of_text(picture, max_bytes)
     if isinstance(picture, os.PathLike):
         return read(Path(picture), max_bytes=max_bytes)
     if isinstance(picture, bytes | bytearray | memoryview):
-        _check_size(memoryview(picture).nbytes, max_bytes)
-        return bytes(picture)
+        return _of_bytes(memoryview(picture).cast("B"), max_bytes)
     if hasattr(picture, "read"):
-        return _of_file(picture, max_bytes)
+        return _of_bytes(_of_file(picture, max_bytes), max_bytes)
     raise BadImage("format", f"a picture of type {type(picture).__name__}")
 
 
+def _of_bytes(data: memoryview | bytes, max_bytes: int) -> bytes:
+    """A file, or its text in base64 or a data: URL."""
+    head = bytes(data[:64])
+    if head.isascii() and not known_start(head):
+        text = head.decode().lstrip()
+        if text[:5].lower() == "data:":
+            _check_size(len(data) // 3, max_bytes)  # As the longest data: URL, before it is copied.
+            return _of_text(bytes(data).decode("latin-1"), max_bytes)
+        if _BASE64.fullmatch(text) and known_start(_first_bytes(text)):
+            return _decoded(data, max_bytes)
+    _check_size(len(data), max_bytes)
+    return bytes(data)
+
+
 def _of_text(text: str, max_bytes: int) -> bytes:
+    if text[:1].isspace() and text.lstrip()[:5].lower() == "data:":
+        text = text.lstrip()
     found = _ADDRESS.match(text)
     scheme = found[0].rstrip("/:").lower() if found else ""
     if scheme == "data":
@@ -90,10 +107,11 @@ def _of_data_url(text: str, max_bytes: int) -> bytes:
     return data
 
 
-def _decoded(text: str, max_bytes: int) -> bytes:
+def _decoded(text: str | bytes | memoryview, max_bytes: int) -> bytes:
     """Base64 with either alphabet, with or without line breaks and padding."""
     # Lines of 76 characters and their breaks are the longest form: 78 / 76 of four thirds.
     _check_size(len(text) * 3 // 4 * 76 // 78, max_bytes)
+    text = text if isinstance(text, str) else bytes(text).decode("latin-1")
     text = "".join(text.split()).translate(_URL_SAFE).rstrip("=")
     try:
         data = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
@@ -113,17 +131,20 @@ def _first_bytes(text: str) -> bytes:
 
 
 def _of_file(file: Any, max_bytes: int) -> bytes:
+    if isinstance(file, io.TextIOBase):
+        raise BadImage("format", f"a text file ({type(file).__name__}); open it with mode 'rb'")
+    longest = max_bytes * 3 + 4096  # A quoted data: URL, and its head.
     try:
-        if file.seekable():  # As Pillow does: one that was just written stands at its end.
+        # As Pillow does: one that was just written stands at its end.
+        if hasattr(file, "seekable") and file.seekable():
             file.seek(0)
-        data = file.read(max_bytes + 1)
+        data = file.read(longest)
     except (OSError, ValueError, AttributeError, io.UnsupportedOperation) as error:
         raise BadImage("missing", f"a file ({type(file).__name__}): {error}") from error
     if not isinstance(data, bytes | bytearray | memoryview):
         raise BadImage(
             "format", f"a file ({type(file).__name__}) that gives {type(data).__name__}, not bytes"
         )
-    _check_size(len(data), max_bytes)
     return bytes(data)
 
 

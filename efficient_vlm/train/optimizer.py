@@ -9,7 +9,7 @@ import jax
 import optax
 
 from efficient_vlm.checks import number_fields
-from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.errors import UserError, short, unknown
 from efficient_vlm.fields import construct
 from efficient_vlm.sharding import is_box, logical_axes, path_of
 
@@ -178,7 +178,7 @@ def _labels(groups: Sequence[Group], axes: Mapping[str, Any]) -> dict[str, str]:
     for i, group in enumerate(groups):
         if i not in used:
             raise UserError(
-                f"train.optimizer.groups[{i}].pattern: {group.pattern!r} matches no parameter",
+                f"train.optimizer.groups[{i}].pattern: {short(group.pattern)} matches no parameter",
                 allowed=f"parts of paths such as {', '.join(sorted(axes)[:3])}",
             )
     return labels
@@ -189,7 +189,7 @@ def _pattern(text: str, number: int) -> re.Pattern[str]:
         return re.compile(text)
     except re.error as error:
         raise UserError(
-            f"train.optimizer.groups[{number}].pattern: {text!r}: {error}",
+            f"train.optimizer.groups[{number}].pattern: {short(text)}: {error}",
             allowed="a regular expression",
             fix="write special characters as \\(, \\* and so on",
         ) from None

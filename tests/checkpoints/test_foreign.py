@@ -71,6 +71,7 @@ def test_other_formats(names, message, tmp_path):
 @pytest.mark.parametrize(
     ("tensor", "config", "message"),
     [
+        ("base_model.model.lm_head.weight", {}, "PEFT.*merge"),
         ("base_model.model.layers.0.q_proj.lora_A.weight", {}, "unmerged adapter.*merge"),
         ("model.layers.0.q_proj.base_layer.weight", {}, "unmerged adapter"),
         ("model.layers.0.q_proj.qweight", {}, "GPTQ or AWQ.*dequantise"),

@@ -5,6 +5,7 @@ import textwrap
 import pytest
 
 from efficient_vlm.cli import config_file as configs
+from efficient_vlm.cli import published
 from efficient_vlm.errors import UserError
 from efficient_vlm.fields import to_dict
 
@@ -198,3 +199,10 @@ def test_a_file_may_have_a_seed_of_its_own(tmp_path):
     file.write_text(FILE.replace("    config.notes", "    config.seed = 3\n    config.notes"))
     config = configs.load(str(file), ["seed=7"])
     assert config.seed == 7 and "seed" not in config.train
+
+
+def test_a_picture_at_home(monkeypatch):
+    """Shells leave "~" as it is in --image=~/a.png; a picture as text stays as it is."""
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert published._at_home("~/a.png") == "/somewhere/a.png"
+    assert published._at_home("data:,~/a") == "data:,~/a"

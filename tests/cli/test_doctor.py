@@ -20,7 +20,7 @@ from efficient_vlm.errors import UserError
 
 PACKAGE = Path(efficient_vlm.__file__).parent
 # Imported only where they are there, or by an option of an extra.
-OPTIONAL = {"ipython", "tensorboardx"}
+OPTIONAL = {"ipython", "pillow-heif", "tensorboardx"}
 # What only `audit aot` and `audit kernels` look for is no import.
 MODULES = {
     **{

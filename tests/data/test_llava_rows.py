@@ -37,6 +37,13 @@ TAKEN = [
     (row(images=["a", "b"]), ["a", "b"], "What?", ()),
     (row(image=""), [], "What?", ()),
     (row(images=[], image=NAN, image_id="7", video_id="8"), [], "What?", ()),
+    (row("<image> What?", image="c/a.jpg", file_name="a.jpg", coco_url="http://x/y.jpg"),
+     ["c/a.jpg"], "What?", ()),
+    (row("<image> What?", image="a", images=[{"path": "a", "bytes": None}, None]), ["a"], "What?",
+     ()),
+    (row(image={"path": None, "bytes": NAN}, audio={"path": None}, videos=[None]), [], "What?", ()),
+    (row("<|im_end|> What?"), [], "<|im_end|> What?", ()),  # Of a chat, not of a picture.
+    (row("What do <img src='a'> and a < b do?"), [], "What do <img src='a'> and a < b do?", ()),
     # A marker stands where it stands.
     (row("Is <image> darker than <image>?", images=["a", "b"]), ["a", "b"],
      "Is  darker than ?", ((0, 3), (0, 16))),
@@ -45,6 +52,7 @@ TAKEN = [
     # System text comes first, under a key or as a turn.
     (row("<image> What?", image="a", system="Be brief."), ["a"], "Be brief.\nWhat?", ((0, 10),)),
     (row(system=NAN), [], "What?", ()),
+    (row(system_prompt="Be brief.", system=None), [], "Be brief.\nWhat?", ()),
     (said(("system", "Be brief."), ("Human", "What?"), ("assistant", "A")), [],
      "Be brief.\nWhat?", ()),
     (said(("system", ""), ("human", "<image>"), ("user", "What?"), ("gpt", "A"), image="a"), ["a"],
@@ -79,6 +87,13 @@ def test_turns_with_keys_of_either_kind():
     assert read_row(second).places == ((1, 0),)
 
 
+QUESTION, ANSWER = {"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}
+PICTURES = (
+    "< image >", "<image/>", "<image>1</image>", "<img>", "[IMG]", "<images>", "<vila/image>",
+    "\uff1cimage\uff1e", "<image\u200b>", "&lt;image&gt;", "<image-placeholder>",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
@@ -90,6 +105,9 @@ def test_turns_with_keys_of_either_kind():
         (row("<Image> What?", image="a"), "markers"),
         (row("<image_1> and <image_2>", images=["a", "b"]), "markers"),
         (row("<|vision_start|><|image_pad|><|vision_end|>What?", image="a"), "markers"),
+        *((row(f"{mark} What?", image="a"), "markers") for mark in PICTURES),
+        *((row(f"{mark} What?"), "media") for mark in ("<video/>", "&lt;video&gt;", "<frames>",
+          "<video\u200b>", "<vila/video>", "[audio]", "<|audio_bos|>", "<point_cloud>")),
         (row("Draw it.", "<image>", image="a"), "markers"),
         (said(("human", "Q"), ("gpt", "A"), ("human", "<image>?"), image="a"), "markers"),
         (row(system="<image>"), "markers"),
@@ -98,6 +116,20 @@ def test_turns_with_keys_of_either_kind():
         (row("<video>\nWhat?"), "media"),
         (row("<AUDIO> and <image>", image="a"), "media"),
         (row(image_path="a"), "media"),
+        (row(videoPath="a"), "media"),
+        (row(clip="a.mp4", image="a"), "media"),
+        (row(file_name="a.png"), "media"),
+        (row(imagePath="a"), "media"),
+        (row(image_2="b", image="a"), "media"),
+        (row(depth=[{"path": "b.png"}], image="a.png"), "media"),
+        ({"conversations": [{"from": "human", "value": "Q", "image": "a"}, ANSWER]}, "media"),
+        ({"conversations": [{"from": "human", "value": "Q", "video": "a"}, ANSWER]}, "media"),
+        ({"conversations": [QUESTION, {**ANSWER, "weight": 0}]}, "malformed"),
+        ({"conversations": [QUESTION, {**ANSWER, "train": False}]}, "malformed"),
+        ({"conversations": [QUESTION, ANSWER, ANSWER]}, "malformed"),
+        ({"conversations": [QUESTION, ANSWER], "messages": [QUESTION, ANSWER] * 2}, "malformed"),
+        (row(answer=5), "malformed"),
+        (row(system="A", system_prompt="B"), "malformed"),
         (row(images=["a", None]), "malformed"),
         (row(images=[["a"], ["b"]]), "malformed"),
         (row(image=3), "malformed"),
@@ -125,6 +157,22 @@ def test_rows_that_are_refused(given, reason):
         read_row(json.loads(json.dumps(given)))
     assert caught.value.reason == reason and reason in REASONS
     assert len(caught.value.detail) < 200
+
+
+def test_placeholders_are_found_in_linear_time():
+    for text in ("<image" + "1" * 10**5, "<" * 10**5, "< " * 10**5, "<image" + "_1" * 10**5):
+        assert read_row(row(text)).turns[0][0] == text.strip()
+
+
+def test_rows_in_utf_16_and_one_picture_in_two_spellings(tmp_path):
+    """PowerShell writes UTF-16; and a split must not share a picture, however it is spelt."""
+    rows = [row(image=f"{dots}{name}.png") for name in "abcdefgh" for dots in ("", "./", "x/../")]
+    (tmp_path / "rows.jsonl").write_text("\r\n".join(map(json.dumps, rows)), encoding="utf-16")
+    parts = [
+        llava_json.LlavaSource(tmp_path / "rows.jsonl", split=split, test_fraction=0.3)
+        for split in ("train", "test")
+    ]
+    assert sum(map(len, parts)) == 24 and all(len(part) % 3 == 0 for part in parts)
 
 
 def settings(path, **changes):

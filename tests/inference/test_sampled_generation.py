@@ -11,6 +11,7 @@ import pytest
 import efficient_vlm as evlm
 from efficient_vlm.cli import main as cli
 from efficient_vlm.errors import UserError
+from efficient_vlm.families import generation_config
 from efficient_vlm.inference import generate as module
 from efficient_vlm.inference.options import SamplingOptions
 from efficient_vlm.inference.sampling import Sampling, draw, history
@@ -144,8 +145,25 @@ def test_generation_config_says_how_to_sample_where_that_is_asked(vlm, tmp_path)
     given = own.generate("Why?", do_sample=True, temperature=0.5, top_k=0, seed=3, **ASK)
     assert given == vlm.generate("Why?", temperature=0.5, top_p=0.8, seed=3, **ASK)
     file.write_text(json.dumps({"temperature": "hot"}))
-    with pytest.raises(UserError, match="temperature: 'hot'"):
-        evlm.from_pretrained(tmp_path / "own").generate("Why?", do_sample=True, **ASK)
+    own = evlm.from_pretrained(tmp_path / "own")
+    with pytest.raises(UserError, match="generation_config.json: temperature: 'hot'"):
+        own.sampling_options(1, True, {})
+    assert own.sampling_options(1, True, {"temperature": 0.5})[0].temperature == 0.5
+
+
+@pytest.mark.parametrize(
+    ("strings", "stop"), [("", ()), (["", None], ()), ("a", ("a",)), ([["a"]], None), (5, None)]
+)
+@pytest.mark.filterwarnings("ignore:.*they end answers")
+def test_stop_strings_of_a_file(strings, stop, tmp_path):
+    """Empty ones end nothing; what is no string is named, and the advice can be followed."""
+    (tmp_path / "generation_config.json").write_text(json.dumps({"stop_strings": strings}))
+    if stop is not None:
+        assert generation_config.stop_strings(tmp_path) == stop
+        return
+    with pytest.raises(UserError, match=r"generation_config.json: stop_strings: "):
+        generation_config.stop_strings(tmp_path)
+    assert generation_config.repetition_penalty(tmp_path) == 1.0  # With stop=[] it is not asked.
 
 
 def test_generation_config_says_where_answers_end(vlm, tmp_path):

@@ -277,6 +277,8 @@ def test_what_is_no_prompt(prompt):
         ({"generation_config": 5, "config": 6}, {5}),
         ({"generation_config": [5, 7]}, {5, 7}),
         ({"generation_config": [], "config": 6}, {6}),
+        ({"generation_config": [None, 5.0]}, {5}),
+        ({"generation_config": [-1, 10**12]}, set()),  # No token ends an answer.
         ({"config": [6, 7]}, {6, 7}),
         ({"text_config": 8}, {8}),
         ({}, set()),
@@ -294,3 +296,10 @@ def test_ids_that_end_an_answer(files, ends, tmp_path):
     tok = tokenizer(tmp_path, None, False)
     own = set() if files.get("generation_config") else {tok.id_of("<|im_end|>")}
     assert set(tok.eos_ids) == own | ends
+
+
+@pytest.mark.parametrize("eos", ["5", True, [[5]], {"a": 5}])
+def test_an_end_token_that_is_no_id_is_named(eos, tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(UserError, match=r"generation_config.json: eos_token_id"):
+        tokenizer(tmp_path, None, False)

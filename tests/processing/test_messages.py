@@ -33,6 +33,7 @@ IMAGE, HI = {"type": "image"}, {"type": "text", "text": "Hi"}
         # Unused fields, the structure in one too.
         ([{**HI, "image": None, "image_url": {"url": None, "detail": None}}], [HI], []),
         ([{**HI, "image": math.nan, "detail": "auto"}], [HI], []),
+        ([{**HI, "image": [], "videos": []}], [HI], []),
         ([{**IMAGE, "text": None, "image": "", "image_url": {"url": None}}], [IMAGE], [None]),
         (
             [{**IMAGE, "image": {"bytes": b"x", "path": None}}],
@@ -51,7 +52,8 @@ def test_contents(content, read, pictures):
 
 def test_calls_of_tools_have_no_text():
     calls = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
-    assert read_messages([{**calls, "refusal": None}]) == ([calls], [])
+    for content in (None, []):
+        assert read_messages([{**calls, "content": content, "refusal": None}]) == ([calls], [])
     assert without_nulls({"role": "x", "content": math.nan}) == {"role": "x", "content": None}
 
 
@@ -62,6 +64,9 @@ def test_calls_of_tools_have_no_text():
         {"role": "user"},
         {"content": "Hi"},
         {"role": None, "content": "Hi"},
+        {"role": 5, "content": "Hi"},
+        {"role": "user", "content": "Hi", "images": ["a.png"]},
+        {"role": "user", "content": [HI], "video": "x" * 1000},
         {"role": "user", "content": None},
         {"role": "user", "content": []},
         {"role": "user", "content": 3},

@@ -289,6 +289,19 @@ def test_extreme_aspects():
 # ---- settings ------------------------------------------------------------------------------------
 
 
+def test_a_null_switches_a_step_off():
+    """As in transformers 5.24; of other settings it is their absence."""
+    size = {"size": {"height": 56, "width": 56}, "resample": None}
+    assert PaliGemmaPictures.from_hf({**size, "do_normalize": None}, {}).std == (1.0, 1.0, 1.0)
+    for step in ("do_resize", "do_rescale"):
+        with pytest.raises(UserError, match=f"{step} None"):
+            PaliGemmaPictures.from_hf({**size, step: None}, {})
+    with pytest.raises(UserError, match="do_center_crop None"):
+        LlavaPictures.from_hf({"size": {"shortest_edge": 56}, "do_center_crop": None}, {})
+    qwen = Qwen2VLPictures.from_hf({"min_pixels": 3136, "max_pixels": 1e6}, {})
+    assert qwen.max_pixels == 1_000_000
+
+
 def test_nested_settings_and_nulls():
     plain = {"size": {"height": 448, "width": 448}, "resample": 2, "image_mean": [0.1, 0.2, 0.3]}
     nested = {"image_processor": {**plain, "do_pad": None, "image_std": None}, "image_seq_len": 9}

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from efficient_vlm.compressors import fold, select
 from efficient_vlm.compressors.base import Compressor
 from efficient_vlm.compressors.tokens import NO_SIGNALS, Signals, VisualTokens
-from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.errors import UserError, short, unknown
 from efficient_vlm.shapes import Array
 
 ATTENTION = {"cls": "cls_row", "mean_query": "mean_query_row", "column_mean": "column_mean"}
@@ -22,7 +22,7 @@ def check_layer(field: str, value) -> None:
     """UserError unless `value` is an integer; the encoder checks that it has such a layer."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise UserError(
-            f"compressor.{field}: {value!r} is not a layer of the encoder",
+            f"compressor.{field}: {short(value)} is not a layer of the encoder",
             allowed="0, 1, 2, ... from the first, or -1, -2, ... from the last",
         )
 

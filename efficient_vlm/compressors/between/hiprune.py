@@ -15,7 +15,7 @@ from efficient_vlm.compressors.between.cls_attention import (
 )
 from efficient_vlm.compressors.grids import Grid
 from efficient_vlm.compressors.tokens import NO_SIGNALS
-from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.errors import UserError, short, unknown
 from efficient_vlm.kernels import ordering
 from efficient_vlm.shapes import Array
 
@@ -65,7 +65,7 @@ class HiPrune(AttentionGuided):
         if isinstance(self.middle_layer, float):
             if not 0 < self.middle_layer < 1:
                 raise UserError(
-                    f"compressor.middle_layer: {self.middle_layer!r} is not a layer",
+                    f"compressor.middle_layer: {short(self.middle_layer)} is not a layer",
                     allowed="a layer of the encoder, or a fraction of its depth between 0 and 1",
                 )
         else:

@@ -8,7 +8,7 @@ from efficient_vlm import checks
 from efficient_vlm.compressors import fold, grids
 from efficient_vlm.compressors.base import Compressor, as_tuple, describe
 from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, zero_padding
-from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.errors import UserError, short, unknown
 from efficient_vlm.nn.linear import product, weight_of
 from efficient_vlm.shapes import Array
 
@@ -248,7 +248,7 @@ class PixelShuffle(Compressor):
     def _kernel(self, name, shape, dtype):
         if not self.is_initializing() and not self.has_variable("params", name):
             raise UserError(
-                f"compressor.budget: this checkpoint holds no pixel_shuffle matrix {name!r}",
+                f"compressor.budget: this checkpoint holds no pixel_shuffle matrix {short(name)}",
                 allowed="the budgets it was trained at",
                 fix="train with compressor.budgets=(...) naming all the budgets to be used",
             )

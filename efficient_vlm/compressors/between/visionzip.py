@@ -14,7 +14,7 @@ from efficient_vlm.compressors.between.cls_attention import (
     cosine_to,
 )
 from efficient_vlm.compressors.tokens import NO_SIGNALS, merge
-from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.errors import UserError, short, unknown
 from efficient_vlm.kernels import ordering
 from efficient_vlm.shapes import Array
 
@@ -68,7 +68,7 @@ class VisionZip(AttentionGuided):
         fraction = isinstance(value, float) and 0 <= value < 1
         if not (value is None or count or fraction):
             raise UserError(
-                f"compressor.contextual: {value!r} is not a number of merged tokens",
+                f"compressor.contextual: {short(value)} is not a number of merged tokens",
                 allowed="a count 0, 1, 2, ..., a fraction of the budget in [0, 1), or None",
                 fix="omit it for the published 10 of 64",
             )

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from efficient_vlm.compressors import fold, select
 from efficient_vlm.compressors.base import Compressor, Stage
 from efficient_vlm.compressors.tokens import NO_SIGNALS, DecoderState, Signals, VisualTokens
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, short
 from efficient_vlm.shapes import Array
 
 Keep = int | float  # A count, or a fraction up to 1.0, which keeps all tokens.
@@ -30,7 +30,7 @@ def check_keep(field: str, keep: Keep, *, zero: bool = False) -> Keep:
     whole = isinstance(keep, int) and keep >= 1
     if not (number and (whole or 0 < keep <= 1 or (zero and keep == 0))):
         raise UserError(
-            f"{field}: {keep!r} is neither a fraction nor a count of tokens",
+            f"{field}: {short(keep)} is neither a fraction nor a count of tokens",
             allowed="a fraction up to 1.0, or a count from 1 (1.0 keeps all; 1 is one token)"
             + ("; 0 keeps none" if zero else ""),
             fix=f"for example {field}=0.5",

@@ -8,7 +8,7 @@ from efficient_vlm import checks
 from efficient_vlm.compressors import select
 from efficient_vlm.compressors.in_decoder.base import InDecoder, Keep, check_keep, count_of
 from efficient_vlm.compressors.in_decoder.rows import judges
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, short
 from efficient_vlm.kernels import ordering
 
 DEFAULT_KEEP = 0.222
@@ -71,7 +71,7 @@ class Dart(InDecoder):
         whole = all(isinstance(c, int) and not isinstance(c, bool) and c >= 0 for c in counts)
         if not whole or not any(counts):
             raise UserError(
-                f"compressor.visual_pivots and text_pivots: {counts[0]!r} and {counts[1]!r}",
+                f"compressor.visual_pivots and text_pivots: {short(counts)}",
                 allowed="integers from 0, not both 0",
                 fix="compressor.visual_pivots=4 compressor.text_pivots=4",
             )

@@ -9,7 +9,7 @@ import flax.linen as nn
 from efficient_vlm.compressors.base import as_tuple
 from efficient_vlm.compressors.in_decoder.base import InDecoder, check_falling, check_keep, count_of
 from efficient_vlm.compressors.in_decoder.rows import judges, range_flops, range_sums
-from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.errors import UserError, short, unknown
 
 SCHEDULES = ("published", "geometric")
 DEPTH, TOKENS = 32, 576
@@ -137,7 +137,7 @@ class FitPrune(InDecoder):
         most = 0.9 if self.schedule == "published" else 0.99
         if not (number and 0 < self.rate <= most):
             raise UserError(
-                f"compressor.rate: {self.rate!r} is not a share of FLOPs to save",
+                f"compressor.rate: {short(self.rate)} is not a share of FLOPs to save",
                 allowed=f"above 0, at most {most} with compressor.schedule={self.schedule}",
                 fix="compressor.rate=0.6",
             )

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.errors import UserError, short, unknown
 from efficient_vlm.kernels import aot, aot_gpu, topologies
 
 __all__ = ["CHIPS", "Chip", "chip_of", "devices_of", "has_compiler", "topology_of"]
@@ -91,7 +91,9 @@ def devices_of(topology: str) -> tuple[Any, ...]:
     topology = topology_of(topology)
     name, _, count = topology.partition(":")
     if not count.isdecimal() or int(count) < 1:
-        raise UserError(f"--topology={topology}: {count!r} is no number of GPUs", allowed=_EXAMPLES)
+        raise UserError(
+            f"--topology={topology}: {short(count)} is no number of GPUs", allowed=_EXAMPLES
+        )
     if has_compiler(chip_of(topology)):
         return aot_gpu.gpu_devices(name, int(count))
     with contextlib.suppress(RuntimeError):  # JAX has asked for its devices before.

@@ -1,7 +1,7 @@
 """Options of the command line that several audits of meshes take."""
 
 from efficient_vlm import sharding
-from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.errors import UserError, short, unknown
 
 __all__ = ["batches_of", "parse_mesh"]
 
@@ -15,10 +15,10 @@ def parse_mesh(text: str) -> dict[str, int]:
             raise unknown("--mesh", name, sharding.AXES)
         if not colon or not size.isdecimal() or int(size) < 1:
             raise UserError(
-                f"--mesh: {part!r}", allowed="AXIS:DEVICES", fix="--mesh=fsdp:64,tensor:4"
+                f"--mesh: {short(part)}", allowed="AXIS:DEVICES", fix="--mesh=fsdp:64,tensor:4"
             )
         if name in given:
-            raise UserError(f"--mesh={text}: {name!r} twice", fix="give each axis once")
+            raise UserError(f"--mesh={text}: {short(name)} twice", fix="give each axis once")
         given.add(name)
         sizes[name] = int(size)
     return sizes

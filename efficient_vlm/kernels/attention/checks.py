@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, short
 
 
 def arrays(*values) -> tuple:
@@ -20,7 +20,7 @@ def cap(softcap, op: str = "attention") -> float | None:
         return None
     value = number("softcap", softcap, op)
     if not 0 < value < math.inf:
-        raise UserError(f"{op}: softcap={softcap!r}", allowed="above 0, or None for no cap")
+        raise UserError(f"{op}: softcap={short(softcap)}", allowed="above 0, or None for no cap")
     return value
 
 

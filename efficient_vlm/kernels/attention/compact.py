@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, short
 from efficient_vlm.kernels import ordering
 from efficient_vlm.kernels.attention import checks
 
@@ -108,7 +108,7 @@ def keep_blocks(scores: jax.Array, block: int, count: int) -> jax.Array:
     keys = scores.shape[1]
     for name, x in (("block", block), ("count", count)):
         if not isinstance(x, int | np.integer):
-            raise UserError(f"keep_blocks: {name}={x!r}", allowed="a whole number")
+            raise UserError(f"keep_blocks: {name}={short(x)}", allowed="a whole number")
     block, count = int(block), int(count)
     blocks = -(-keys // block) if block > 0 else 0
     if not 1 <= count <= blocks:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.errors import UserError, short, unknown
 from efficient_vlm.kernels.attention import xla
 from efficient_vlm.kernels.attention.parts import devices_of
 from efficient_vlm.kernels.attention.platforms import only_on
@@ -106,7 +106,7 @@ def choose(implementation, q, k, v, **features) -> str | None:
     if problem := unserved(implementation, q, k, v, **features):
         able = [name for name in IMPLEMENTATIONS if not unserved(name, q, k, v, **features)]
         raise UserError(
-            f"attention: implementation {implementation!r} has no {problem}",
+            f"attention: implementation {short(implementation)} has no {problem}",
             allowed=", ".join(able),
             fix="implementation=None for the best one where the program runs",
         )

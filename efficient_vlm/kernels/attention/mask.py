@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, short
 
 __all__ = [
     "Mask",
@@ -183,8 +183,8 @@ def make_mask(
             q_blocks = None  # The window alone decides.
         elif right is not None:
             raise UserError(
-                f"attention: window {window!r} within blocks, and causal: its right side would not "
-                "hold there",
+                f"attention: window {short(window)} within blocks, and causal: its right side "
+                "would not hold there",
                 allowed="(left, None), or window_spares_blocks=True",
             )
     if right is not None:
@@ -333,7 +333,7 @@ def _checked(window):
     good = all(p is None or (isinstance(p, int) and p >= 0) for p in parts)
     if not good or len(parts) > 2 or (isinstance(window, int) and window < 1):
         raise UserError(
-            f"attention: window {window!r}",
+            f"attention: window {short(window)}",
             allowed="a number of keys from 1, or (left, right) of numbers from 0 or None",
         )
     return window

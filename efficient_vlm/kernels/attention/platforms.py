@@ -12,7 +12,7 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, short
 
 __all__ = ["interpretation", "interpreted", "only_on"]
 
@@ -52,7 +52,7 @@ def _marker(implementation: str, platform: str) -> Primitive:
 
     def refuse(*_):
         raise UserError(
-            f"attention: implementation {implementation!r} in a program that is not for "
+            f"attention: implementation {short(implementation)} in a program that is not for "
             f"{platform.upper()}",
             allowed="reference, xla",
             fix="implementation=None for the best one where the program runs",

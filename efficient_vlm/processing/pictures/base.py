@@ -66,8 +66,8 @@ def load_picture(picture: Any) -> Image.Image:
 
     Args:
       picture: a Pillow image; an array: uint8 or uint16 [height, width], uint8 [height, width, 1, 3
-        or 4]; or an encoded file in any form that `picture_bytes` reads: a path, bytes, a binary
-        file, base64 text, a data: URL.
+        or 4]; or an encoded file in any form that `picture_bytes` reads (a path, bytes, a binary
+        file, base64 text, a data: URL), or as a uint8 array [bytes].
 
     Returns:
       A Pillow image of mode RGB with at least one pixel.
@@ -76,8 +76,8 @@ def load_picture(picture: Any) -> Image.Image:
       UserError: the picture is missing, damaged, empty, too large or of an unknown kind.
     """
     # What has pixels, and is neither an image of Pillow nor bytes: JAX's and torch's arrays.
-    if hasattr(picture, "__array__") and not isinstance(picture, Image.Image):
-        picture = _from_array(np.asarray(picture))
+    if hasattr(picture, "__array__") and not isinstance(picture, Image.Image | str | bytes):
+        picture = _from_array(_as_numpy(picture))
     if not isinstance(picture, Image.Image):
         return _from_file(picture)
     check_size(picture.height, picture.width)
@@ -101,7 +101,7 @@ _FIXES = {
     "missing": "give the path of a file that is here, or its bytes; download it first if need be",
     "corrupt": "get the file again, undamaged",
     "too_large": "shrink the picture",
-    "format": "convert it to PNG or JPEG, or pass a Pillow image",
+    "format": "pass one picture in one of these forms; convert other files to PNG or JPEG",
 }
 
 
@@ -120,18 +120,43 @@ def _from_file(picture: Any) -> Image.Image:
         ) from error
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
-    """A Pillow image of an array; see `load_picture` for the accepted ones."""
+def _as_numpy(array: Any) -> np.ndarray:
+    try:
+        return np.asarray(array)
+    except Exception as error:  # torch's own types, gradients and devices.
+        raise UserError(
+            f"picture: {type(array).__name__} that is no NumPy array ({first_line(error)})",
+            fix="pass NumPy's uint8 [height, width, 3]; of a torch tensor .detach().cpu().numpy()",
+        ) from error
+
+
+def _from_array(array: np.ndarray) -> Image.Image | bytes:
+    """A Pillow image of an array, or the bytes of a file; see `load_picture`."""
+    if array.dtype == np.uint8 and array.ndim == 1 and array.size:
+        return array.tobytes()
     shape = array.shape[:2] if array.ndim == 3 and array.shape[2] == 1 else array.shape
     colour = len(shape) == 3 and shape[2] in (3, 4) and array.dtype == np.uint8
-    grey = len(shape) == 2 and array.dtype in (np.uint8, np.uint16)
+    grey = len(shape) == 2 and array.dtype.newbyteorder("=") in (np.uint8, np.uint16)
     if not (colour or grey) or 0 in shape:
         raise UserError(
             f"picture: array of {array.dtype} {list(array.shape)}",
             allowed="uint8 [height, width, 3 or 4], or uint8 or uint16 [height, width]; not empty",
-            fix="scale floats in [0, 1] by 255, round, and cast to uint8",
+            fix=_array_fix(array),
         )
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     return Image.fromarray(np.ascontiguousarray(array.reshape(shape)))
+
+
+def _array_fix(array: np.ndarray) -> str:
+    if array.ndim == 4:
+        return "pass the pictures of a batch one by one, in a list"
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
+        return "put channels last: array.transpose(1, 2, 0)"
+    if np.issubdtype(array.dtype, np.floating):
+        return "scale floats in [0, 1] by 255, round, and cast to uint8"
+    if array.dtype == bool:
+        return "multiply by 255 and cast to uint8"
+    return "scale values to 0..255 and cast to uint8" if array.size else "pass one with pixels"
 
 
 def check_size(height: int, width: int) -> None:

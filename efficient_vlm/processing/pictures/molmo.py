@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, short
 from efficient_vlm.processing.pictures import base, overlap
 from efficient_vlm.processing.pictures import settings as reading
 
@@ -73,7 +73,7 @@ class Molmo(overlap.Overlapping):
         for name, known in (("crop_mode", "overlap-and-resize-c2"), ("resize", "default")):
             value = settings.get(name, config.get(name)) or known
             if value != known:
-                raise UserError(f"preprocessor: {name} {value!r}", allowed=known)
+                raise UserError(f"preprocessor: {name} {short(value)}", allowed=known)
         crop = overlap.square("base_image_input_size", settings, cls.crop)
         patch = reading.whole("image_patch_size", settings.get("image_patch_size", cls.patch))
         lengths = {settings.get(f"image_token_length_{axis}", crop // patch // 2) for axis in "hw"}
@@ -219,7 +219,7 @@ class Molmo2(overlap.Overlapping):
         """
         settings = reading.image_settings(preprocessor)
         if settings.get("resample", 2) != 2:
-            raise UserError(f"preprocessor: resample {settings['resample']!r}", allowed="2")
+            raise UserError(f"preprocessor: resample {short(settings['resample'])}", allowed="2")
         mean, std = reading.mean_std(settings, cls.mean, cls.std)
         columns = bool(preprocessor.get("image_use_col_tokens", True))
         whole = preprocessor.get("use_single_crop_col_tokens", cls.whole_column_tokens)

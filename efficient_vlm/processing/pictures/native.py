@@ -127,6 +127,8 @@ class Qwen2VLPictures:
                         allowed="a mapping with shortest_edge and longest_edge",
                         fix=f"add {edge} or {name}, an area in pixels",
                     )
+            if isinstance(argument, float) and argument.is_integer():  # JSON's 1e6.
+                argument = int(argument)
             return reading.whole(name, default if argument is None else argument, high=MAX_PIXELS)
 
         least = area(min_pixels, "min_pixels", "shortest_edge", cls.min_pixels)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, short
 from efficient_vlm.processing.pictures import base
 from efficient_vlm.processing.pictures import settings as reading
 
@@ -187,6 +187,8 @@ def margins_of(settings: Mapping[str, Any]) -> tuple[int, int]:
     """`overlap_margins`, in patches."""
     value = settings.get("overlap_margins", (4, 4))
     if not isinstance(value, list | tuple) or len(value) != 2:
-        raise UserError(f"preprocessor: overlap_margins {value!r}", allowed="two whole numbers")
+        raise UserError(
+            f"preprocessor: overlap_margins {short(value)}", allowed="two whole numbers"
+        )
     before, after = (reading.whole("overlap_margins", margin, 0) for margin in value)
     return before, after

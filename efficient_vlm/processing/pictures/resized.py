@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 
 from PIL import Image
 
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, short
 from efficient_vlm.processing.pictures import base
 from efficient_vlm.processing.pictures import settings as reading
 from efficient_vlm.processing.pictures.base import Pictured, Triple
@@ -89,7 +89,7 @@ class LlavaPictures:
         select = config.get("vision_feature_select_strategy", "default")
         if select not in ("default", "full"):
             raise UserError(
-                f"config: vision_feature_select_strategy {select!r}",
+                f"config: vision_feature_select_strategy {short(select)}",
                 allowed="default (one visual token per patch), full (and one of CLS)",
             )
         patch = reading.config_setting(config, "vision_config.patch_size", cls.patch)

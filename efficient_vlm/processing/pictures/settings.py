@@ -15,6 +15,7 @@ from efficient_vlm.processing.pictures.base import Triple
 
 # Settings come from untrusted files; no released processor has an edge near this limit.
 MAX_EDGE = 16384
+_STEPS = ("do_resize", "do_rescale", "do_normalize", "do_center_crop")
 # Sets of keys of a size.
 _KEYS = (
     {"height", "width"},
@@ -27,7 +28,8 @@ _KEYS = (
 def image_settings(preprocessor: Mapping[str, Any]) -> dict[str, Any]:
     """The image settings of a `preprocessor_config.json` or a `processor_config.json`.
 
-    A null counts as absent. `do_convert_rgb` is not read: every picture is RGB here.
+    A null counts as absent, but switches a step of `_STEPS` off, as in transformers 5.24.
+    `do_convert_rgb` is not read: every picture is RGB here.
 
     Raises:
       UserError: not a mapping, another pixel scale than 1/255, resizing switched off, or padding to
@@ -37,7 +39,7 @@ def image_settings(preprocessor: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"preprocessor: got {type(preprocessor).__name__}", allowed="a mapping")
     nested = preprocessor.get("image_processor")
     settings = nested if isinstance(nested, Mapping) else preprocessor
-    settings = {name: value for name, value in settings.items() if value is not None}
+    settings = {n: value for n, value in settings.items() if value is not None or n in _STEPS}
     factor = settings.get("rescale_factor")
     usual = factor is None or (isinstance(factor, float) and abs(factor * 255 - 1) < 1e-6)
     if not usual or not settings.get("do_rescale", True):
@@ -47,7 +49,10 @@ def image_settings(preprocessor: Mapping[str, Any]) -> dict[str, Any]:
             allowed="pixels scaled by 1/255",
         )
     if not settings.get("do_resize", True):
-        raise UserError("preprocessor: do_resize False", allowed="True: encoders have fixed sizes")
+        raise UserError(
+            f"preprocessor: do_resize {settings['do_resize']!r:.40}",
+            allowed="True: encoders have fixed sizes",
+        )
     if "pad_size" in settings:
         raise UserError(
             f"preprocessor: pad_size {settings['pad_size']!r:.60}", allowed="none: not supported"
@@ -62,7 +67,7 @@ def resample_of(settings: Mapping[str, Any], default: int) -> int:
       UserError: a code that is not one of Pillow's.
     """
     code = settings.get("resample", default)
-    if type(code) is bool or code not in list(Image.Resampling):
+    if isinstance(code, bool) or not isinstance(code, int) or code not in list(Image.Resampling):
         raise UserError(
             f"preprocessor: resample {code!r:.60}",
             allowed=", ".join(f"{filter.value} ({filter.name})" for filter in Image.Resampling),

@@ -14,7 +14,7 @@ from typing import Any, Self
 from PIL import Image
 
 from efficient_vlm import checks
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, short
 from efficient_vlm.processing.pictures import base
 from efficient_vlm.processing.pictures import settings as reading
 from efficient_vlm.processing.pictures.base import Pictured, Triple
@@ -278,7 +278,9 @@ class InternVLPictures:
         ratio = config.get("downsample_ratio", 1 / cls.shuffle)
         shuffle = round(1 / ratio) if isinstance(ratio, int | float) and 0 < ratio <= 1 else 0
         if not shuffle or abs(shuffle * ratio - 1) > 1e-6:
-            raise UserError(f"config: downsample_ratio {ratio!r}", allowed="0.5, or another 1/n")
+            raise UserError(
+                f"config: downsample_ratio {short(ratio)}", allowed="0.5, or another 1/n"
+            )
         reading.patches_along(tile, patch, multiple=shuffle)
         if max_tiles is None:
             max_tiles = settings.get("max_patches", cls.max_tiles)

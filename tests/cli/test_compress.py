@@ -285,7 +285,7 @@ def test_files_that_are_no_image(photo, tmp_path):
     text, half = tmp_path / "a.txt", tmp_path / "half.jpg"
     text.write_text("not an image")
     half.write_bytes(Path(photo).read_bytes()[:300])
-    for path, word in ((text, "not a PNG"), (half, "damaged"), (tmp_path, "not found")):
+    for path, word in ((text, "not an image"), (half, "damaged"), (tmp_path, "not found")):
         refused(str(path), "--compressor=none", words=[path.name, word])
 
 

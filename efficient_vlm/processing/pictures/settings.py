@@ -200,3 +200,34 @@ def patches_along(size: int, patch: int, *, multiple: int = 1) -> int:
             fix="use the preprocessor and model configuration of the same checkpoint",
         )
     return patches
+
+
+def stretched(
+    family: Any,
+    preprocessor: Mapping[str, Any],
+    config: Mapping[str, Any],
+    *,
+    square: bool = False,
+) -> dict[str, Any]:
+    """Fields of a family that stretches the whole picture to one square.
+
+    Args:
+      family: the class of its pictures, with the defaults of size, patch, resample, mean and std.
+      preprocessor, config: contents of `preprocessor_config.json` and `config.json`.
+      square: what an integer size means, see `lengths`: where it is the shortest edge, the picture
+        would keep its aspect ratio, which is refused, as is a centre crop, which only such
+        processors have.
+
+    Raises:
+      UserError: a setting out of range.
+    """
+    settings = image_settings(preprocessor)
+    mean, std = mean_std(settings, family.mean, family.std)
+    default = config_setting(config, "vision_config.image_size", family.size)
+    size = edge("size", settings.get("size", dict(height=default, width=default)), square=square)
+    if not square:
+        refuse_crop(settings, size)
+    patch = config_setting(config, "vision_config.patch_size", family.patch)
+    patches_along(size, patch)
+    resample = resample_of(settings, family.resample)
+    return dict(size=size, patch=patch, resample=resample, mean=mean, std=std)

@@ -51,22 +51,10 @@ class SiglipPictures:
           UserError: a setting out of range.
         """
         settings = reading.image_settings(preprocessor)
-        mean, std = reading.mean_std(settings, cls.mean, cls.std)
-        default = reading.config_setting(config, "vision_config.image_size", cls.size)
-        # An integer is a shortest edge here: the picture would keep its aspect ratio.
-        size = settings.get("size", dict(height=default, width=default))
-        size = reading.edge("size", size, square=False)
-        reading.refuse_crop(settings, size)
-        patch = reading.config_setting(config, "vision_config.patch_size", cls.patch)
-        reading.patches_along(size, patch)
         return cls(
-            size=size,
-            patch=patch,
+            **reading.stretched(cls, preprocessor, config),
             pad=config.get("image_aspect_ratio") == "pad",
             fill=reading.mean_std({**settings, "do_normalize": True}, cls.mean, cls.std)[0],
-            resample=reading.resample_of(settings, cls.resample),
-            mean=mean,
-            std=std,
         )
 
     def count(self, height: int, width: int) -> int:

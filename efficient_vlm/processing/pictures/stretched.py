@@ -42,7 +42,7 @@ class PaliGemmaPictures:
         Raises:
           UserError: a setting out of range.
         """
-        return cls(**_stretched(cls, preprocessor, config))
+        return cls(**reading.stretched(cls, preprocessor, config))
 
     def count(self, height: int, width: int) -> int:
         """Visual tokens of a picture of this size, whatever it is.
@@ -128,7 +128,7 @@ class Gemma3Pictures:
         grid = math.isqrt(tokens)
         if grid**2 != tokens:
             raise UserError(f"config: mm_tokens_per_image {tokens}", allowed="a square number")
-        shared = _stretched(cls, preprocessor, config)
+        shared = reading.stretched(cls, preprocessor, config, square=True)
         reading.patches_along(shared["size"], shared["patch"], multiple=grid)
         # "do_pan_and_scan" and the limits beside it are not read: whatever an image processor was
         # saved with, transformers' Gemma3Processor puts its class's own values (off, 256 pixels, 4
@@ -193,26 +193,3 @@ class Gemma3Pictures:
                 for top, left, low, right in edges
             ],
         )
-
-
-def _stretched(
-    family: Any, preprocessor: Mapping[str, Any], config: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Fields that PaliGemma and Gemma 3 share, with the defaults of `family`."""
-    settings = reading.image_settings(preprocessor)
-    mean, std = reading.mean_std(settings, family.mean, family.std)
-    default = reading.config_setting(config, "vision_config.image_size", family.size)
-    # Where an integer is a shortest edge, the picture would keep its aspect ratio: refused.
-    size = settings.get("size", dict(height=default, width=default))
-    size = reading.edge("size", size, square=family is Gemma3Pictures)
-    if family is not Gemma3Pictures:
-        reading.refuse_crop(settings, size)
-    patch = reading.config_setting(config, "vision_config.patch_size", family.patch)
-    reading.patches_along(size, patch)
-    return dict(
-        size=size,
-        patch=patch,
-        resample=reading.resample_of(settings, family.resample),
-        mean=mean,
-        std=std,
-    )

@@ -17,7 +17,7 @@ from efficient_vlm.cli.one_image import Marked, WithoutWeights, WithRun
 from efficient_vlm.compressors import methods
 from efficient_vlm.compressors.grids import Grid
 from efficient_vlm.data.records import REASONS
-from efficient_vlm.errors import UserError, short
+from efficient_vlm.errors import UserError, short_path
 from efficient_vlm.evaluation import heat
 from efficient_vlm.processing import decode_image as images
 from efficient_vlm.processing.decode_image import BadRecord
@@ -127,7 +127,7 @@ def read_image(path: str) -> np.ndarray:
         return images.decode(images.read(path))
     except BadRecord as error:
         raise UserError(
-            f"image {short(path)}: {REASONS.get(error.reason, error.reason)}",
+            f"image {short_path(path)}: {REASONS.get(error.reason, error.reason)}",
             allowed=f"{', '.join(images.FORMATS)} up to {images.MAX_PIXELS // 10**6} megapixels",
             fix="give the path of such a file",
         ) from None

@@ -18,7 +18,7 @@ import ml_collections
 
 from efficient_vlm.compressors.methods import METHODS
 from efficient_vlm.data.config import DataConfig
-from efficient_vlm.errors import UserError, closest, short, unknown
+from efficient_vlm.errors import UserError, closest, short, short_path, unknown
 from efficient_vlm.evaluation.settings import EvalConfig
 from efficient_vlm.models import connector, decoder, vlm
 from efficient_vlm.models import encoder as vit
@@ -58,14 +58,14 @@ def load(spec: str, overrides: Iterable[str] = ()) -> ml_collections.ConfigDict:
     path, _, arg = spec.partition(":")
     if not Path(path).is_file():
         raise UserError(
-            f"--config: there is no file {short(path)} (from {Path.cwd()})",
+            f"--config: there is no file {short_path(path)} (from {Path.cwd()})",
             fix=f"try {_nearest_file(path)}"
             if _nearest_file(path)
             else "give a path to a .py file",
         )
     module_spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
     if module_spec is None:
-        raise UserError(f"--config: {short(path)} is not a Python file", allowed="*.py")
+        raise UserError(f"--config: {short_path(path)} is not a Python file", allowed="*.py")
     module = importlib.util.module_from_spec(module_spec)
     # A config may build on its neighbours: `import quickstart`.
     sys.path.insert(0, str(Path(path).resolve().parent))

@@ -11,13 +11,12 @@ from jax import lax
 from jaxtyping import Float, Int, Real
 
 from efficient_vlm.errors import UserError
-from efficient_vlm.kernels.attention import checks, gradients, reference
+from efficient_vlm.kernels.attention import checks, dispatch, gradients, reference
 from efficient_vlm.kernels.attention.dispatch import (
     IMPLEMENTATIONS,
     Call,
     choose,
     module_of,
-    on_hopper,
     unserved,
 )
 from efficient_vlm.kernels.attention.mask import Mask, check_mask, make_mask, mask_rows
@@ -162,7 +161,7 @@ def attention(
     whole = call.implementation == "reference" and not is_explicit(q)
     args = (q, k, v, key_bias, mask, every)
     out, lse, importance = function(*args) if whole else on_mesh(function, *args)
-    cudnn = dense and on_hopper() and not unserved("cudnn", q, k, v)
+    cudnn = dense and dispatch.on_hopper() and not unserved("cudnn", q, k, v)
     if cudnn and module_of("cudnn").available():
         # Without sparsity cuDNN is about as fast forward and faster in training (docs/kernels.md).
         # It returns no float32 lse: ours is used, and removed from programs that do not use it.

@@ -8,8 +8,7 @@ import pytest
 from attention_contract import AttentionContract
 
 from efficient_vlm.errors import UserError
-from efficient_vlm.kernels.attention import api as op
-from efficient_vlm.kernels.attention import attention, cudnn, platforms
+from efficient_vlm.kernels.attention import attention, cudnn, dispatch, platforms
 
 
 def is_hopper() -> bool:
@@ -43,7 +42,7 @@ def test_what_a_hopper_gets_by_default(asked, backward, monkeypatch):
         taken.append(options)
         return attention(q, k, v, implementation="reference", **options).out
 
-    monkeypatch.setattr(op, "_on_hopper", lambda: True)
+    monkeypatch.setattr(dispatch, "on_hopper", lambda: True)
     monkeypatch.setattr(cudnn, "attend", stand_in)
     monkeypatch.setattr(cudnn, "available", lambda: asked != "none there")
     # cuDNN has no gradients for odd lengths, such as 577 of an encoder with a class token.

@@ -15,10 +15,10 @@ from efficient_vlm.checkpoints.safetensors_write import writing
 from efficient_vlm.errors import UserError, first_line, short, unknown
 from efficient_vlm.families import generation_config
 from efficient_vlm.families.architecture import build_model, read_config
-from efficient_vlm.families.base import Family
 from efficient_vlm.families.checks import check_compressor, check_parameters
 from efficient_vlm.families.imported import open_weights
 from efficient_vlm.families.load import known_dtype
+from efficient_vlm.families.processor import Processor
 from efficient_vlm.families.save import copy_settings, export
 from efficient_vlm.families.table import family_of
 from efficient_vlm.families.weights import Arriving, Weights
@@ -48,24 +48,20 @@ class Pretrained:
     Attributes:
       model: a `VisionLanguageModel`; its compressor is the one in use.
       weights: its parameters, see `families.weights.Weights`.
-      family, config: what it is, and its config.json.
-      tokenizer: a `hub_tokenizer.HubTokenizer`, or None if the directory has none.
-      directory: where it came from.
+      processor: tokenizer, chat template and pictures.
+      family, config, directory: what it is, its config.json, and where it came from.
     """
 
     def __init__(
         self,
         model: VisionLanguageModel,
         weights: Weights,
-        family: Family,
-        config: Mapping[str, Any],
-        directory: Path,
-        picture_options: Mapping[str, Any],
+        processor: Processor,
         carried: Mapping[str, np.ndarray],
     ):
-        self.model, self.weights, self.family, self.config = model, weights, family, dict(config)
-        self.directory, self._carried = directory, carried
-        self._picture_options = dict(picture_options)
+        self.model, self.weights, self.processor, self._carried = model, weights, processor, carried
+        self.family, self.config = processor.family, processor.config
+        self.directory = processor.directory
 
     # --- parts that are read when they are needed ------------------------------------------------
 
@@ -82,27 +78,20 @@ class Pretrained:
         """Parameters as `generate` uses them: products of one input joined (`nn.fuse`)."""
         return self.weights.fused
 
-    @functools.cached_property
+    @property
     def tokenizer(self) -> HubTokenizer:
         """The tokenizer; UserError if the directory has none."""
-        return HubTokenizer.from_hf(self.directory)
+        return self.processor.tokenizer
 
-    @functools.cached_property
+    @property
     def template(self) -> Template | str:
         """The chat template of the directory, or the name of the family's own prompt."""
-        found = None if self.family.own_prompt else Template.find(self.directory)
-        return found or self.family.prompt
+        return self.processor.template
 
-    @functools.cached_property
+    @property
     def pictures(self) -> Any:
         """The picture processor of the directory."""
-        if self.family.processor is None:
-            raise UserError(f"images: {self.family.name} is a language model without images")
-        # As in transformers 5: a nested mapping of the newer file replaces all of the older one.
-        settings = read_json(self.directory / "processor_config.json").get("image_processor")
-        if settings is None:
-            settings = read_json(self.directory / "preprocessor_config.json")
-        return self.family.processor(settings, self.config, **self._picture_options)
+        return self.processor.pictures
 
     @functools.cached_property
     def _penalty(self) -> float:
@@ -117,12 +106,7 @@ class Pretrained:
             compressor["budget"] = budget
         model = self.model.clone(compressor=compressor)
         check_compressor(model, self.family.variable)
-        parts = (self.family, self.config, self.directory, self._picture_options, self._carried)
-        other = Pretrained(model, self.weights, *parts)
-        for name in ("tokenizer", "template", "pictures", "_penalty"):
-            if name in self.__dict__:
-                setattr(other, name, self.__dict__[name])
-        return other
+        return Pretrained(model, self.weights, self.processor, self._carried)
 
     def with_params(self, params: Any) -> "Pretrained":
         """The same model with other weights, for example after fine-tuning.
@@ -135,8 +119,7 @@ class Pretrained:
         """
         params = nn.unbox(params)
         check_parameters(self.model, params)
-        parts = (self.family, self.config, self.directory, self._picture_options, self._carried)
-        return Pretrained(self.model, Weights(params), *parts)
+        return Pretrained(self.model, Weights(params), self.processor, self._carried)
 
     def generate(
         self,
@@ -320,7 +303,7 @@ class Pretrained:
                 row = pictures_in_order(named, row)
             asked.append(question)
             pictured.append(tuple(self.pictures(picture) for picture in row))
-        how = (self.family.prompt_style(self.config), self.template, self.tokenizer)
+        how = (self.processor.style, self.template, self.tokenizer)
         ids = [prompt_ids(*how, *row) for row in zip(asked, pictured, strict=True)]
         return self.place(ids, pictured)
 
@@ -336,12 +319,10 @@ class Pretrained:
 
         With targets they have labels, for `train.step`.
         """
-        model, family = self.model, self.family
-        if any(example.pictured for example in examples):
-            seen = dict(pixel_mean=self.pictures.mean, pixel_std=self.pictures.std)
-            model = model.clone(encoder={**model.encoder, **seen})
-        options = dict(variable=family.variable, multiple=BUCKET)
-        return make_request(model, examples, family.rules(self.config), **options)
+        pictured = [picture for example in examples for picture in example.pictured]
+        model = self.processor.seeing(self.model, pictured)
+        options = dict(variable=self.family.variable, multiple=BUCKET)
+        return make_request(model, examples, self.processor.rules, **options)
 
     def _seen(self, request: Request) -> np.ndarray:
         """Ids of each prompt, as published code counts them: with one for its pictures."""
@@ -409,4 +390,5 @@ def from_pretrained(
     weights, carried = open_weights(
         files, family, config, model, dtype=kind, sharding=sharding, check=check, sha256=sha256
     )
-    return Pretrained(model, weights, family, config, directory, picture_options, carried)
+    processor = Processor(family, config, directory, picture_options)
+    return Pretrained(model, weights, processor, carried)

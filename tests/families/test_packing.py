@@ -32,9 +32,9 @@ def opened(name):
     vlm = evlm.from_pretrained(GOLDEN / name, **SMALL.get(name, {}))
     # Crops of the tiny encoders, which no preprocessor_config.json beside them asks for.
     if name.startswith("molmo2"):
-        vlm.__dict__["pictures"] = Molmo2(crop=12, patch=4, max_crops=3, margins=(1, 1))
+        vlm.processor.__dict__["pictures"] = Molmo2(crop=12, patch=4, max_crops=3, margins=(1, 1))
     elif name.startswith("molmo"):
-        vlm.__dict__["pictures"] = Molmo(crop=48, patch=8, max_crops=3, margins=(2, 2))
+        vlm.processor.__dict__["pictures"] = Molmo(crop=48, patch=8, max_crops=3, margins=(2, 2))
     return vlm
 
 

@@ -54,9 +54,7 @@ def family(name):
     """A model of at least three decoder layers, and its rows."""
     jax.clear_caches()
     vlm, one = opened(name), Subject(name)
-    parts = (vlm.family, vlm.config, vlm.directory, vlm._picture_options, vlm._carried)
-    deep = Pretrained(one.model, Weights(one.params), *parts)
-    deep.__dict__["pictures"] = vlm.pictures
+    deep = Pretrained(one.model, Weights(one.params), vlm.processor, vlm._carried)
     rows = [Example(example.ids[:1], example.pictured) for example in examples(vlm)]
     return deep, [*rows, Example([[2, 3, 4, 5, 7]])]
 

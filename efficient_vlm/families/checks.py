@@ -10,7 +10,7 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.families.architecture import parameter_shapes
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.nn.stack import unstack
-from efficient_vlm.processing.request import capped
+from efficient_vlm.processing.gather import capped
 
 
 def check_parameters(model: VisionLanguageModel, params: Any) -> None:
@@ -37,7 +37,7 @@ def check_compressor(model: VisionLanguageModel, variable: bool = False) -> None
 
     Args:
       model: at its nominal image size.
-      variable: see `request.capped`; where the prompt decides the number of tokens, a larger budget
+      variable: see `gather.capped`; where the prompt decides the number of tokens, a larger budget
         is not an error yet.
     """
     if model.encoder is None:

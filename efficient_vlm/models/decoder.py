@@ -227,8 +227,9 @@ class Decoder(DecoderFields):
 
     def _inputs(self, visual, place: Placement, segments) -> LayerInputs:
         """What the layers of a run get."""
-        shared = jnp.where(visual.mask, SHARED_SEGMENT, PADDING_SEGMENT)
-        marks = jnp.concatenate([shared, segments], axis=1)
+        own = SHARED_SEGMENT if place.visual_segment is None else place.visual_segment
+        own = jnp.where(visual.mask, own, PADDING_SEGMENT)
+        marks = jnp.concatenate([own, segments], axis=1)
         index, positions, blocks = (
             jnp.concatenate(
                 [getattr(place, f"{part}_{name}") for part in ("visual", "text")], axis=1

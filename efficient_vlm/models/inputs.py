@@ -25,12 +25,14 @@ class ModelInputs:
 
     A row is one conversation, or several about the same pictures packed behind one copy of their
     tokens: each then sees the pictures, what all share, and itself. Pictures have B rows; where R
-    is a multiple of B, text rows r*R/B to (r+1)*R/B - 1 are about picture row r.
+    is a multiple of B, text rows r*R/B to (r+1)*R/B - 1 are about picture row r. Or a row holds
+    several conversations about pictures of their own (`Placement.visual_segment`, with `questions`
+    1): each sees its pictures and itself.
 
     Attributes:
       text: int32 [R, S], text tokens; visual tokens have no place among them.
-      segments: int32 [R, S], -1 for padding, 0 for text that everything sees, 1 to `questions` for
-        that of one of several conversations.
+      segments: int32 [R, S], -1 for padding, 0 for text that everything sees, 1 and above for that
+        of one of several conversations.
       pictures: see `Pictures`; None for text alone.
       placement: where tokens stand, see `Placement`; None for pictures in front of all text.
       prompt: bool [R, S], text in front of the first answer, which alone may choose visual tokens;
@@ -42,6 +44,8 @@ class ModelInputs:
       uneven: static, whether rows have different numbers of visual tokens, so that methods inside
         the decoder leave room for what the shorter ones keep; without it such a row may keep less
         than alone where a schedule gives it more than a full row (`in_decoder.base.InDecoder`).
+      visual_room: static, the most visual tokens of a row that are real once they are compressed:
+        those of padding are left out in front of the decoder. None where there is little padding.
     """
 
     text: Int[Array, "R S"]
@@ -53,6 +57,7 @@ class ModelInputs:
     questions: int = struct.field(pytree_node=False, default=1)
     longest: int | None = struct.field(pytree_node=False, default=None)
     uneven: bool = struct.field(pytree_node=False, default=False)
+    visual_room: int | None = struct.field(pytree_node=False, default=None)
 
     @classmethod
     def of_rows(cls, text: Any, lengths: Any, **fields: Any) -> "ModelInputs":

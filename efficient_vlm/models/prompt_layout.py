@@ -25,6 +25,9 @@ class Placement:
       visual_block, text_block: int32 [R, V] and [R, S], 0 for tokens of no block, see
         `kernels.attention.make_mask`.
       next_index, next_position: int32 [R], of the first token to be generated.
+      visual_segment: int32 [R, V], the conversation of each slot where a row holds several about
+        pictures of their own (`ModelInputs.segments`); None where all text sees all pictures. A
+        compressor must not merge tokens of two conversations.
     """
 
     visual_index: jax.Array
@@ -35,6 +38,7 @@ class Placement:
     text_block: jax.Array
     next_index: jax.Array
     next_position: jax.Array
+    visual_segment: jax.Array | None = None
 
 
 def held_mean(visual: VisualTokens, values: jax.Array) -> jax.Array:
@@ -92,6 +96,9 @@ def place_tokens(
     )
     square = held_mean(visual, jnp.square(placement.visual_block.astype(jnp.float32)))
     of_one = jnp.abs(square - jnp.square(block)) < 1e-3
+    segment = placement.visual_segment
+    if segment is not None:
+        segment = jnp.round(held_mean(visual, segment)).astype(jnp.int32)
     text, after = placement.text_position, placement.next_position
     if policy == "reindex":
         position, text, after = _close_gaps(position, text, after, visual.mask, text_live)
@@ -102,6 +109,7 @@ def place_tokens(
         visual_block=jnp.where(of_one, jnp.round(block), 0).astype(jnp.int32),
         text_position=text,
         next_position=after,
+        visual_segment=segment,
     )
 
 

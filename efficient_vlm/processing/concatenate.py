@@ -107,7 +107,7 @@ def _texts(part: ModelInputs, old: Layout, layout: Layout, length: int) -> Model
         arrays = {
             name: longer(x) if name.startswith("text") else _grown(x, old, layout)
             for name, x in vars(placement).items()
-            if not name.startswith("next")
+            if not (name.startswith("next") or x is None)
         }
         placement = placement.replace(**arrays)
     return part.replace(
@@ -122,7 +122,8 @@ def _texts(part: ModelInputs, old: Layout, layout: Layout, length: int) -> Model
 def _placements(parts: Sequence[Placement | None]) -> Placement | None:
     if parts[0] is None:
         return None
-    return Placement(**{name: _below(parts, name) for name in vars(parts[0])})
+    given = {name for name, value in vars(parts[0]).items() if value is not None}
+    return Placement(**{name: _below(parts, name) for name in given})
 
 
 def _pictures(model, parts: Sequence[ModelInputs], layouts, layout: Layout) -> Pictures | None:

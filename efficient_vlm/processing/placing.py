@@ -57,6 +57,7 @@ def place(
     blocks: str | None = None,
     block_ids: Collection[int] = (),
     positions: str = "sequence",
+    apart: bool = False,
 ) -> ModelInputs:
     """Splits prompts into text and slots.
 
@@ -74,6 +75,8 @@ def place(
         front of the first target).
       block_ids: ids of the tokens beside the slots that belong to images ("images").
       positions: "sequence" or "mrope".
+      apart: whether the prompts of a row are about pictures of their own, whose slots are theirs
+        alone. They then lie in one row whatever pictures see, as many as there are.
 
     Returns:
       B rows of text, or B*Q with Q prompts in the longest row (missing ones are empty), their
@@ -90,14 +93,20 @@ def place(
             options = (image_token, blocks, block_ids, positions)
             placed[-1].append(_placed(prompt, number, *options))
             number += 1
-    questions = max(map(len, placed))
-    if not all(map(_packs, placed)):
+    questions = 1 if apart else max(map(len, placed))
+    if not (apart or all(map(_packs, placed))):
         placed = [row[i : i + 1] for row in placed for i in range(questions)]
         questions = 1
-    parts = [_parts(row, questions) for row in placed]
+    parts = [_parts_apart(row) if apart else _parts(row, questions) for row in placed]
     longest = max(sum(len(index) for *_, index in row) for row in parts)
     size = -(-longest // multiple) * multiple if length is None else length
     inputs = _arrays(parts, size, visual)
+    if apart:
+        segment = np.zeros((len(parts), visual), np.int32)
+        for row, own in enumerate(parts):
+            for number, each, _ in own:
+                segment[row, each.prompt.slots] = number
+        inputs = inputs.replace(placement=inputs.placement.replace(visual_segment=segment))
     if not any(each.prompt.targets is not None for row in placed for each in row):
         inputs = inputs.replace(labels=None, prompt=None)
     if questions > 1:
@@ -156,6 +165,11 @@ def _parts(row: Sequence[_Placed], questions: int) -> list[tuple[int, _Placed, n
     ]
     own = [(1 + q, each, np.arange(each.seen, len(each.is_slot))) for q, each in enumerate(row)]
     return shared + own
+
+
+def _parts_apart(row: Sequence[_Placed]) -> list[tuple[int, _Placed, np.ndarray]]:
+    """As `_parts`, of prompts that share nothing."""
+    return [(1 + number, each, np.flatnonzero(~each.is_slot)) for number, each in enumerate(row)]
 
 
 def _arrays(parts: Sequence[Sequence[tuple]], size: int, visual: int) -> ModelInputs:

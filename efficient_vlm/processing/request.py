@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from efficient_vlm.errors import UserError
-from efficient_vlm.models.inputs import ModelInputs, Pictures
+from efficient_vlm.models.inputs import ModelInputs
 from efficient_vlm.models.vlm import VisionLanguageModel
+from efficient_vlm.processing.gather import Room, gather
 from efficient_vlm.processing.pictures.base import Pictured
 from efficient_vlm.processing.placing import Prompt, place
 
@@ -84,138 +85,65 @@ def make_request(
     return Request(model, inputs.replace(pictures=pictures, uneven=uneven), pictured)
 
 
-def gather(
-    model: VisionLanguageModel, pictured: Sequence[Sequence[Pictured]], variable: bool = False
-):
-    """Pictures of R rows as arrays of one shape.
+def pack_request(
+    model: VisionLanguageModel,
+    packs: Sequence[Sequence[Example]],
+    rules: Mapping[str, Any],
+    room: Room,
+    *,
+    variable: bool = False,
+) -> Request:
+    """Arrays of rows of a given size, each with any number of unrelated examples.
+
+    Every example sees its own pictures and itself, and what it makes of them is what it would alone
+    (`Placement.visual_segment`). Compressors must treat each picture by itself: see `packs`.
 
     Args:
-      model, pictured: see `Request`.
-      variable: see `capped`.
+      model, rules, variable: see `make_request`.
+      packs: R rows of examples, each of one conversation; a row may be empty.
+      room: of a row.
 
-    Returns:
-      The model at that size; the pictures, None for none; for each row its slots and the grids of
-      its images (`placing.Prompt`).
+    Raises:
+      UserError: see `make_request`; and examples that the room does not hold.
     """
-    rows = len(pictured)
-    nothing = [np.zeros(0, np.int64)] * rows
-    most = max(sum(len(p.images) for p in row) for row in pictured)
-    if most == 0:
-        return fitted(model, None), None, nothing, [None] * rows
-    patch = model.encoder["patch_size"]
-    every = [p for row in pictured for p in row]
-    size = [max(p.images.shape[axis] for p in every) for axis in (1, 2)]
-    images = np.zeros((rows, most, *size, 3), np.float32)
-    mask = np.zeros((rows, most), bool)
-    valid = np.tile(np.array(size) // patch, (rows, most, 1)).astype(np.int32)
-    for row, each in enumerate(pictured):
-        at = 0
-        for p in each:
-            count, height, width = p.images.shape[:3]
-            images[row, at : at + count, :height, :width] = p.images
-            mask[row, at : at + count] = True
-            valid[row, at : at + count] = p.valid
-            at += count
-    padded = (valid[mask] != np.array(size) // patch).any()
-    pictures = Pictures(images, mask, valid=valid if padded else None)
-    if every[0].pool_index is not None:
-        pictures, slots = _gather_pooled(patch, pictured, pictures)
-        return fitted(model, pictures, variable), pictures, slots, [None] * rows
-    model = fitted(model, pictures, variable)
-    if every[0].padding_share is not None:
-        share = np.zeros((rows, most, every[0].padding_share.shape[1]), np.float32)
-        for row, each in enumerate(pictured):
-            if each:
-                whole = np.concatenate([p.padding_share for p in each])
-                share[row, : len(whole)] = whole
-        pictures = pictures.replace(padding_share=share)
-    grid = np.array(model.slot_grid)
-    index = np.arange(grid.prod()).reshape(grid)
-    slots, grids = [], []
-    for each in pictured:
-        own, start = [np.zeros(0, np.int64)], 0
-        for p in each:
-            tokens = np.concatenate(
-                [
-                    index[:h, :w].reshape(-1) + (start + i) * grid.prod()
-                    for i, (h, w) in enumerate(p.grids)
-                ]
-            )
-            if p.slots is not None:
-                tokens = p.slots + start * grid.prod()
-            own.append(tokens)
-            start += len(p.images)
-        slots.append(np.concatenate(own))
-        grids.append(np.concatenate([p.grids for p in each]) if each else None)
-    if every[0].slots is not None or padded:
-        has_slot = np.zeros((rows, most * grid.prod()), bool)
-        for row, at in enumerate(slots):
-            has_slot[row, at] = True
-        pictures = pictures.replace(slot_mask=has_slot.reshape(rows, most, -1))
-    return model, pictures, slots, grids
+    pictured = tuple(tuple(p for example in pack for p in example.pictured) for pack in packs)
+    model, pictures, slots, grids = gather(model, pictured, variable, room)
+    token, rows = rules["image_token"] if room.images else None, []
+    for pack, own, grid in zip(packs, slots, grids, strict=True):
+        rows.append([])
+        slot = image = 0
+        for example in pack:
+            (ids,) = map(np.asarray, example.ids)
+            targets = None if example.targets is None else example.targets[0]
+            count = 0 if token is None else int((ids == token).sum())
+            if count == len(ids):
+                raise UserError("prompt: no text", fix="ask something about the picture")
+            images = sum(len(p.images) for p in example.pictured)
+            its = None if grid is None else grid[image : image + images]
+            rows[-1].append(Prompt(ids, own[slot : slot + count], its, targets=targets))
+            slot, image = slot + count, image + images
+    visual = math.prod(model.layout(pictures))
+    given = dict(visual=visual, length=room.text, apart=True)
+    inputs = place(rows, **given, **{**rules, "image_token": token})
+    check_tables(model, inputs)
+    fields = dict(pictures=pictures, uneven=model.make_compressor().in_decoder)
+    if room.visual and not room.pooled:
+        fields["visual_room"] = room.visual
+    return Request(model, inputs.replace(**fields), pictured)
 
 
-def fitted(
-    model: VisionLanguageModel, pictures: Pictures | None, variable: bool = False
-) -> VisionLanguageModel:
-    """A model at the size of some pictures.
-
-    Args:
-      model: of any picture size.
-      pictures: None for none: there is nothing to compress, which methods inside the decoder
-        refuse.
-      variable: see `capped`.
-    """
-    if pictures is None:
-        return model.clone(compressor={"name": "none"})
-    model = model.sized(*pictures.pixels.shape[-3:-1])
-    if pictures.pool_index is None:
-        return capped(model, math.prod(model.slot_grid), pictures.mask.shape[1], variable)
-    count = pictures.pool_index.shape[1]
-    model = model.clone(compressor={**model.compressor, "grid": (1, count)})
-    return capped(model, count, 1, True)
-
-
-def capped(
-    model: VisionLanguageModel, tokens: int, images: int, variable: bool
-) -> VisionLanguageModel:
-    """A model whose compressor keeps all tokens where it asks for more than there are.
+def packs(model: VisionLanguageModel, pooled: bool = False) -> bool:
+    """Whether unrelated examples may share a row of this model: its compressor looks at one picture
+    at a time, and positions are those of the prompt.
 
     Args:
       model: with any compressor.
-      tokens, images: tokens of an image, and most images of a prompt.
-      variable: whether pictures have sizes of their own (`families.base.Family`). Else only methods
-        inside the decoder meet different numbers of tokens, those of all images of a prompt.
+      pooled: whether tokens read patches of all pictures of a row (`Pictured.pool_index`).
     """
-    inside = model.make_compressor().in_decoder
-    if not (variable or inside):
-        return model
-    most = tokens * images if inside else tokens
-
-    def fewer(value):
-        if isinstance(value, (list, tuple)):
-            return tuple(map(fewer, value))
-        return min(value, most) if isinstance(value, int) else value
-
-    counts = {"budget", "keep", "counts"} & set(model.compressor)
-    return model.clone(
-        compressor={**model.compressor, **{name: fewer(model.compressor[name]) for name in counts}}
-    )
-
-
-def _gather_pooled(patch: int, pictured, pictures: Pictures):
-    """Pictures whose tokens read patches across crops (Molmo2), and the slots of each row."""
-    patches = math.prod(side // patch for side in pictures.pixels.shape[2:4])
-    counts = [sum(len(p.pool_index) for p in each) for each in pictured]
-    width = max(p.pool_index.shape[1] for each in pictured for p in each)
-    index = np.full((len(pictured), max(counts), width), -1, np.int32)
-    for row, each in enumerate(pictured):
-        at = start = 0
-        for p in each:
-            moved = np.where(p.pool_index >= 0, p.pool_index + start * patches, -1)
-            index[row, at : at + len(moved), : moved.shape[1]] = moved
-            at, start = at + len(moved), start + len(p.images)
-    return pictures.replace(pool_index=index), [np.arange(count) for count in counts]
+    method = model.make_compressor()
+    policy = method.position_policy or model.make_decoder().position_policy
+    alone = model.selects_by_text or method.in_decoder or policy == "reindex"
+    return not alone and not (pooled and model.compressor["name"] != "none")
 
 
 def check_tables(model: VisionLanguageModel, inputs: ModelInputs) -> None:

@@ -17,8 +17,9 @@ import efficient_vlm as evlm
 from efficient_vlm.errors import UserError
 from efficient_vlm.processing.batch import question_inputs, training_inputs
 from efficient_vlm.processing.concatenate import concatenate
+from efficient_vlm.processing.gather import fitted
 from efficient_vlm.processing.pictures.molmo import Molmo, Molmo2
-from efficient_vlm.processing.request import Example, fitted
+from efficient_vlm.processing.request import Example
 from efficient_vlm.train import step as steps
 
 SMALL = {name: dict(min_pixels=64, max_pixels=4000) for name in ("qwen2_vl", "qwen2_5_vl")}

@@ -17,7 +17,8 @@ from efficient_vlm.compressors.methods import METHODS, reachable
 from efficient_vlm.families.weights import Weights
 from efficient_vlm.inference.generate import generate
 from efficient_vlm.inference.pretrained import Pretrained
-from efficient_vlm.processing.request import Example, gather
+from efficient_vlm.processing.gather import gather
+from efficient_vlm.processing.request import Example
 
 MODELS = golden_models()
 BETWEEN = [dict(budget=4), dict(budget=6)]

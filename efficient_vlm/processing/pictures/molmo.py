@@ -105,6 +105,11 @@ class Molmo(overlap.Overlapping):
         side = self.side // self.pool
         return 2 + side * (side + 1) + 2 + rows * (columns + 1)
 
+    def text(self, height: int, width: int) -> str:
+        """`Pictured.text` of a picture of this size; see `views` for errors."""
+        side = self.side // self.pool
+        return _layout(side, side) + _layout(*self.grid(height, width))
+
     def __call__(self, picture: Any) -> base.Pictured:
         """One picture; see `base.load_picture` for what it can be, `base.Pictured` for the result.
 
@@ -125,7 +130,7 @@ class Molmo(overlap.Overlapping):
         return base.Pictured(
             images=np.concatenate([whole[None], self.crops(canvas, tiling)]),
             valid=np.full((1 + crops, 2), self.side, np.int32),
-            text=_layout(side, side) + _layout(*order.shape),
+            text=self.text(image.height, image.width),
             grids=np.full((1 + crops, 2), side, np.int32),
             boxes=np.float32(boxes),
             slots=np.concatenate([np.arange(side**2), side**2 + order.ravel()]).astype(np.int32),
@@ -247,6 +252,14 @@ class Molmo2(overlap.Overlapping):
         whole = 2 + side * (side + self.whole_column_tokens)
         return whole + 2 + rows * (columns + self.column_tokens)
 
+    def text(self, height: int, width: int) -> str:
+        """`Pictured.text` of a picture of this size; see `views` for errors."""
+        side = math.ceil(self.side / self.pool)
+        start = LOW_RES_START if self.whole_start_token else START
+        whole = _layout(side, side, start=start, column_token=self.whole_column_tokens)
+        grid = self.grid(height, width)
+        return whole + _layout(*grid, column_token=self.column_tokens)
+
     def __call__(self, picture: Any) -> base.Pictured:
         """One picture; see `base.load_picture` for what it can be, `base.Pictured` for the result.
 
@@ -273,16 +286,11 @@ class Molmo2(overlap.Overlapping):
             np.divide((top, left, top + self.crop, left + self.crop), size)
             for top, left in self.corners(tiling)
         ]
-        text = _layout(
-            *whole_windows.shape[:2],
-            start=LOW_RES_START if self.whole_start_token else START,
-            column_token=self.whole_column_tokens,
-        )
         flat = (-1, self.pool**2)
         return base.Pictured(
             images=np.concatenate([whole[None], crops]),
             valid=np.full((1 + len(crops), 2), side, np.int32),
-            text=text + _layout(*windows.shape[:2], column_token=self.column_tokens),
+            text=self.text(*image.shape[:2]),
             grids=np.array(grids, np.int32),
             boxes=np.float32(boxes),
             pool_index=np.concatenate([whole_windows.reshape(flat), windows.reshape(flat)]),

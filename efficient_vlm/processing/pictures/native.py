@@ -170,6 +170,10 @@ class Qwen2VLPictures:
         """One image of its resized height and width; see `smart_resize` for errors."""
         return 1, *self.size(height, width)
 
+    def text(self, height: int, width: int) -> str:
+        """`Pictured.text` of a picture of this size; see `views` for errors."""
+        return "<|image_pad|>" * self.count(height, width)
+
     def __call__(self, picture: Any) -> Pictured:
         """One image. For `picture` and errors see `base.load_picture` and `smart_resize`.
 

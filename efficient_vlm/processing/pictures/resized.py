@@ -130,6 +130,10 @@ class LlavaPictures:
         base.check_size(height, width)
         return 1, self.crop, self.crop
 
+    def text(self, height: int, width: int) -> str:
+        """`Pictured.text` of a picture of this size; see `views` for errors."""
+        return "<image>" * self.count(height, width)
+
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """Height and width that a picture of this size is resized to, before the crop."""
         if self.stretch is not None:

@@ -76,6 +76,10 @@ class SiglipPictures:
         edge = self.size // self.patch * self.patch
         return 1, edge, edge
 
+    def text(self, height: int, width: int) -> str:
+        """`Pictured.text` of a picture of this size; see `views` for errors."""
+        return "<image>" * self.count(height, width)
+
     def __call__(self, picture: Any) -> Pictured:
         """One image of whole patches. For `picture` and errors see `base.load_picture`."""
         image = base.load_picture(picture)

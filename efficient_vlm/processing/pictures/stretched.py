@@ -62,6 +62,10 @@ class PaliGemmaPictures:
         base.check_size(height, width)
         return 1, self.size, self.size
 
+    def text(self, height: int, width: int) -> str:
+        """`Pictured.text` of a picture of this size; see `views` for errors."""
+        return "<image>" * self.count(height, width)
+
     def __call__(self, picture: Any) -> Pictured:
         """One image [size, size]. For `picture` and errors see `base.load_picture`.
 
@@ -162,6 +166,18 @@ class Gemma3Pictures:
         base.check_size(height, width)
         return 1 + self._cuts(height, width), self.size, self.size
 
+    def text(self, height: int, width: int) -> str:
+        """`Pictured.text` of a picture of this size; see `views` for errors."""
+        base.check_size(height, width)
+        one = "<image_soft_token>" * self.grid**2
+        one = f"\n\n<start_of_image>{one}<end_of_image>\n\n"
+        cuts = self._cuts(height, width)
+        if not cuts:
+            return one
+        crops = " ".join([one] * cuts)
+        seen = f"Here is the original image {one} and here are some crops "
+        return f"{seen}to help you see better {crops}"
+
     def __call__(self, picture: Any) -> Pictured:
         """The whole picture, then its cuts, each [size, size]. See `base.load_picture`.
 
@@ -176,18 +192,11 @@ class Gemma3Pictures:
             end = min(start + step, max(height, width))
             edges.append((0, start, height, end) if width >= height else (start, 0, end, width))
         views = [image.crop((left, top, right, low)) for top, left, low, right in edges]
-        one = "<image_soft_token>" * self.grid**2
-        one = f"\n\n<start_of_image>{one}<end_of_image>\n\n"
-        text = one
-        if cuts:
-            crops = " ".join([one] * cuts)
-            text = f"Here is the original image {one} and here are some crops "
-            text += f"to help you see better {crops}"
         return base.pictured(
             [base.resize(view, self.size, self.size, self.resample) for view in views],
             patch=self.patch,
             grid=(self.grid, self.grid),
-            text=text,
+            text=self.text(height, width),
             boxes=[
                 (top / height, left / width, low / height, right / width)
                 for top, left, low, right in edges

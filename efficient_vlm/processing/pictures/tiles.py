@@ -211,6 +211,12 @@ class SmolVLMPictures:
             boxes=boxes,
         )
 
+    def text(self, height: int, width: int) -> str:
+        """`Pictured.text` of a picture of this size; see `views` for errors."""
+        base.check_size(height, width)
+        tiles = self._tiles(*self._scaled(height, width)) if self.split else (1, 1)
+        return self._text(*tiles)
+
     def _text(self, rows: int, columns: int) -> str:
         slots = "<image>" * self.grid**2
         whole = f"<fake_token_around_image><global-img>{slots}<fake_token_around_image>"
@@ -339,6 +345,10 @@ class InternVLPictures:
         rows, columns = self.arrangement(height, width)
         return rows * columns + (rows * columns > 1), self.tile, self.tile
 
+    def text(self, height: int, width: int) -> str:
+        """`Pictured.text` of a picture of this size; see `views` for errors."""
+        return f"<img>{'<IMG_CONTEXT>' * self.count(height, width)}</img>"
+
     def __call__(self, picture: Any) -> Pictured:
         """Tiles [tile, tile] row by row, the whole picture last. See `base.load_picture`.
 
@@ -355,6 +365,6 @@ class InternVLPictures:
             views,
             patch=self.patch,
             grid=(self.grid, self.grid),
-            text=f"<img>{'<IMG_CONTEXT>' * (self.grid**2 * len(views))}</img>",
+            text=self.text(image.height, image.width),
             boxes=boxes,
         )

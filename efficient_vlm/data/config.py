@@ -35,6 +35,8 @@ class DataConfig:
       max_length: L, tokens per conversation with its answer; 0: as many as token_bench needs (8
         or more), 256 for llava_json. Longer samples are skipped, never cut.
       max_images: M, images per sample.
+      pack: published models: several samples share a row where that changes nothing.
+      pack_tokens: published models: token places of such a row, about.
       max_pixels: largest image (width x height) that is decoded.
       max_image_bytes: largest image file.
       max_skip_fraction: the run stops when clearly more than this share of samples is unusable.
@@ -73,6 +75,8 @@ class DataConfig:
     questions_per_image: int = 0
     max_length: int = 0
     max_images: int = 1
+    pack: bool = True
+    pack_tokens: int = 2048
     max_pixels: int = 50_000_000
     max_image_bytes: int = 64 * 2**20
     max_skip_fraction: float = 0.01
@@ -125,6 +129,7 @@ class DataConfig:
 # Limits of number fields; a field that is in neither table takes any number of its type.
 _LOWEST = {
     **dict.fromkeys(("batch_size", "max_images", "max_pixels", "max_image_bytes", "prefetch"), 1),
+    "pack_tokens": 32,
     **dict.fromkeys(("seed", "dataset_seed", "num_threads", "cache_mb"), 0),
     **dict.fromkeys(("questions_per_image", "max_length", "canvas"), 0),
 }

@@ -21,6 +21,7 @@ REASONS = {
     "too_many_images": "more images than data.max_images",
     "too_long": "conversation longer than data.max_length tokens",
     "no_label": "no answer to learn from",
+    "refused": "a conversation that the model's chat template or picture processor refuses",
 }
 
 

@@ -75,7 +75,7 @@ def open_weights(
         if check:
             source.check_finite()
         return Weights(load_parameters(source, dtype=dtype, sharding=sharding)), carried
-    stacks, params = flatten_dict(_restore(files, model), sep="/"), {}
+    stacks, params = flatten_dict(restore_stacked(files, model), sep="/"), {}
     for path in list(stacks):
         # One stack at a time is converted and freed: there are never two copies of the model.
         for name, value in flatten_dict(
@@ -89,7 +89,7 @@ def open_weights(
     return Weights(unflatten_dict(params, sep="/")), read_carried(files)
 
 
-def _restore(directory: Path, model: VisionLanguageModel) -> Any:
+def restore_stacked(directory: Path, model: VisionLanguageModel) -> Any:
     kinds = read_json(directory / DTYPES)
     try:
         abstract = {

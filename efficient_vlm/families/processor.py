@@ -1,7 +1,7 @@
 """From words and pictures to the inputs of a published model, for questions and for training."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,9 @@ class Processor:
         """How prompts are placed: keyword arguments of `processing.placing.place`."""
         return self.family.rules(self.config)
 
-    def seeing(self, model: Any, pictured: Sequence[Any]) -> Any:
-        """The model with the pixel statistics of this processor, where there are pictures."""
-        if not pictured:
+    def seeing(self, model: Any) -> Any:
+        """The model with the pixel statistics of this processor."""
+        if self.family.processor is None:
             return model
         seen = dict(pixel_mean=self.pictures.mean, pixel_std=self.pictures.std)
         return model.clone(encoder={**model.encoder, **seen})

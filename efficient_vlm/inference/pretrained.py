@@ -319,8 +319,9 @@ class Pretrained:
 
         With targets they have labels, for `train.step`.
         """
-        pictured = [picture for example in examples for picture in example.pictured]
-        model = self.processor.seeing(self.model, pictured)
+        model = self.model
+        if any(example.pictured for example in examples):
+            model = self.processor.seeing(model)
         options = dict(variable=self.family.variable, multiple=BUCKET)
         return make_request(model, examples, self.processor.rules, **options)
 

@@ -10,10 +10,12 @@ import io
 import os
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 
 from efficient_vlm.errors import first_line, short_path
 
@@ -92,8 +94,24 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BY
     return np.asarray(_decode(data, max_pixels, max_bytes))
 
 
-def _decode(data: bytes, max_pixels: int, max_bytes: int) -> Image.Image:
-    """`decode` before the last copy: a Pillow image of mode RGB."""
+def picture_size(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES
+) -> tuple[int, int]:
+    """Height and width that `decode` would give, from the header alone.
+
+    Args and errors: see `decode`; damage behind the header is not seen.
+    """
+    return _decode(data, max_pixels, max_bytes, _oriented_size)
+
+
+def _oriented_size(image: Image.Image) -> tuple[int, int]:
+    turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def _decode(data: bytes, max_pixels: int, max_bytes: int, read: Callable | None = None) -> Any:
+    """`decode` before the last copy: a Pillow image of mode RGB; or what `read` finds in an image
+    that has only been opened."""
     if len(data) > max_bytes:
         raise BadImage("too_large", f"{len(data)} bytes, limit {max_bytes}")
     # Pillow's own bomb limit stays in force: a caller can tighten it here but not lift it.
@@ -103,14 +121,14 @@ def _decode(data: bytes, max_pixels: int, max_bytes: int) -> Image.Image:
         formats = (*FORMATS, _heif())
     try:
         try:
-            return _opened(data, formats, limit)
+            return _opened(data, formats, limit, read)
         except ValueError:
             # Pillow refuses long texts and colour profiles of a PNG, whatever its pixels: without
             # them they are decoded, and in no more memory.
             bare = without_texts(data)
             if len(bare) == len(data):
                 raise
-            return _opened(bare, formats, limit)
+            return _opened(bare, formats, limit, read)
     except BadImage:
         raise
     except UnidentifiedImageError as error:
@@ -126,11 +144,13 @@ def _decode(data: bytes, max_pixels: int, max_bytes: int) -> Image.Image:
         raise BadImage("corrupt", f"{type(error).__name__}: {first_line(error)}") from error
 
 
-def _opened(data: bytes, formats: tuple[str, ...], limit: int) -> Image.Image:
+def _opened(data: bytes, formats: tuple[str, ...], limit: int, read: Callable | None) -> Any:
     image = Image.open(io.BytesIO(data), formats=formats)
     width, height = image.size
     if width * height > limit:
         raise BadImage("too_large", f"{width} x {height} pixels, limit {limit}")
+    if read is not None:
+        return read(image)
     image.load()
     return to_rgb(image)
 

@@ -8,15 +8,17 @@ import jax
 from jax.sharding import Mesh
 
 from efficient_vlm import sharding
+from efficient_vlm.adapt.config import AdaptConfig
 from efficient_vlm.checks import number_fields, whole
 from efficient_vlm.data.config import DataConfig
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.fields import construct, section
 from efficient_vlm.train.arms import make_arms, make_model
+from efficient_vlm.train.base import PretrainedFields
 from efficient_vlm.train.metrics import summary_writer
 from efficient_vlm.train.optimizer import OPTIMIZERS, OptimizerConfig, schedule
 
-__all__ = ["TrainConfig", "make_mesh", "read_config"]
+__all__ = ["TrainConfig", "is_published", "make_mesh", "read_config"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,14 +89,18 @@ def read_config(config: Mapping[str, Any]) -> tuple[TrainConfig, DataConfig, Opt
             f"train.accumulate: {settings.accumulate}",
             allowed=f"divisors of data.batch_size={data_config.batch_size}",
         )
+    schedule(optimizer, settings.steps, optimizer.learning_rate)
+    if optimizer.name not in OPTIMIZERS:
+        raise unknown("train.optimizer.name", optimizer.name, OPTIMIZERS)
+    if is_published(config):
+        construct(PretrainedFields, section(config, "model"), "model")
+        construct(AdaptConfig, section(config, "adapt"), "adapt")
+        return settings, data_config, optimizer
     # Wrong names and budgets are reported before data are built.
     model = make_model(config, vocab_size=2)
     for each in (model, *(arm.model for arm in make_arms(model, settings.elastic))):
         each.make_compressor()
         each.make_decoder()
-    schedule(optimizer, settings.steps, optimizer.learning_rate)
-    if optimizer.name not in OPTIMIZERS:
-        raise unknown("train.optimizer.name", optimizer.name, OPTIMIZERS)
     size = model.make_encoder().image_size
     if data_config.size != ((size, size) if isinstance(size, int) else tuple(size)):
         raise UserError(
@@ -103,6 +109,11 @@ def read_config(config: Mapping[str, Any]) -> tuple[TrainConfig, DataConfig, Opt
             fix="set both to the same",
         )
     return settings, data_config, optimizer
+
+
+def is_published(config: Mapping[str, Any]) -> bool:
+    """Whether the run starts from a published model."""
+    return "pretrained" in section(config, "model")
 
 
 def make_mesh(settings: TrainConfig, batch_size: int) -> Mesh | None:

@@ -14,7 +14,6 @@ from efficient_vlm.checkpoints.run import Checkpoints
 from efficient_vlm.data.pipeline import check_fingerprint
 from efficient_vlm.data.reader import Reader
 from efficient_vlm.data.skips import told
-from efficient_vlm.processing.batch import training_inputs
 from efficient_vlm.terminal import Progress
 from efficient_vlm.train.arms import Arm, draw_arm, make_arms, make_model
 from efficient_vlm.train.goodput import Goodput
@@ -22,9 +21,10 @@ from efficient_vlm.train.guards import NonFiniteGuard, StopSignal
 from efficient_vlm.train.metrics import MetricsWriter
 from efficient_vlm.train.optimizer import schedule
 from efficient_vlm.train.parameters import start_from
+from efficient_vlm.train.prepare import prepare
 from efficient_vlm.train.processes import is_first, largest, skipped_by_any
 from efficient_vlm.train.saving import save_state
-from efficient_vlm.train.setup import Setup, prepare
+from efficient_vlm.train.setup import Setup
 from efficient_vlm.train.trained import Trained, digests
 
 __all__ = ["Arm", "Stopped", "draw_arm", "make_arms", "make_model", "train"]
@@ -105,8 +105,8 @@ def train(
         "compilations": setup.compilations,
     }
     summary |= digests(run.state, settings.steps, workdir, warn)
-    params = run.state.get("ema", run.state["params"])
-    return Trained(setup.model, params, setup.mesh, pipeline, summary)
+    params = setup.whole(run.state.get("ema", run.state["params"]))
+    return Trained(setup.model, params, setup.mesh, pipeline, summary, setup.processor)
 
 
 @dataclasses.dataclass
@@ -204,7 +204,7 @@ class _Run:
                 index = draw_arm(setup.arms, settings.seed, step, settings.steps)
                 program = setup.programs[index]
                 programs, before = program._cache_size(), time.monotonic()
-                self.state, metrics = program(self.state, training_inputs(batch, setup.model))
+                self.state, metrics = program(self.state, setup.inputs(batch))
                 compiled = time.monotonic() - before if program._cache_size() > programs else 0.0
                 # 4. Log the step before: its metrics are ready, so the host does not wait for this
                 # one.
@@ -290,13 +290,14 @@ class _Run:
         step: int,
         arm: Arm,
         metrics: Mapping[str, Any],
-        batch: Mapping[str, np.ndarray],
+        batch: Any,
         wall: float,
         waited: float,
     ) -> None:
         """Waits for a step's metrics; writes and shows them; ends a run that has diverged."""
         last = max(self.checkpoints.committed(), default=None)
-        ok = self.guard.update(step, metrics["ok"], batch, last_checkpoint=last)
+        arrays = batch if isinstance(batch, Mapping) else batch.arrays()
+        ok = self.guard.update(step, metrics["ok"], arrays, last_checkpoint=last)
         values = {name: np.asarray(value) for name, value in metrics.items() if name != "ok"}
         values |= {
             "lr": float(self.rate(step - 1)),

@@ -1,5 +1,6 @@
 """The training state, and one jitted step around a readable loss."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -112,6 +113,7 @@ def make_train_step(
     aux: Mapping[str, float] | None = None,
     ema: float | None = None,
     layout: StateLayout | None = None,
+    tuning: tuple[Callable, Any] | None = None,
 ) -> Callable[[State, ModelInputs], tuple[State, dict[str, jax.Array]]]:
     """A jitted step(state, inputs) -> (state, metrics) for one budget; the state is donated.
 
@@ -128,15 +130,23 @@ def make_train_step(
       aux: weights of router losses.
       ema: decay of an average of the parameters kept in state["ema"]; None for none.
       layout: where the state lies; batches are then those of all devices. None for one device.
+      tuning: (from the trained parameters of a state and the frozen ones to the model's, the frozen
+        ones), where only a part is trained. The frozen ones are no part of the state.
 
     Returns:
       The step. Like a jitted function it has `lower(state, inputs)`, of shapes with their
       shardings.
     """
     aux = dict(aux or {})
-    gradient = jax.value_and_grad(functools.partial(loss_fn, model, aux=aux), has_aux=True)
+    whole, frozen = tuning or ((lambda params, _: params), None)
 
-    def accumulated(params, inputs, rng):
+    def loss(params, frozen, inputs, rng):
+        return loss_fn(model, whole(params, frozen), inputs, rng, aux)
+
+    def accumulated(params, frozen, inputs, rng):
+        def gradient(params, inputs, rng):
+            return jax.value_and_grad(loss, has_aux=True)(params, frozen, inputs, rng)
+
         if accumulate == 1:
             return gradient(params, inputs, rng)
         parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), inputs)
@@ -152,9 +162,9 @@ def make_train_step(
         )
         return jax.lax.scan(add, zeros, (parts, keys))[0]
 
-    def step(state, inputs):
+    def step(state, inputs, frozen):
         rng = jax.random.fold_in(jax.random.key(seed), state["step"])
-        (_, metrics), grads = accumulated(state["params"], inputs, rng)
+        (_, metrics), grads = accumulated(state["params"], frozen, inputs, rng)
         targets = jnp.maximum(metrics["loss"][1], 1)
         grads = jax.tree.map(lambda g: g / targets, grads)
         norm = optax.tree.norm(grads)
@@ -173,20 +183,35 @@ def make_train_step(
             scalars["expert_load"] = load[0] / jnp.maximum(load[1], 1)[:, None]
         return new, {**scalars, "grad_norm": norm, "ok": ok}
 
+    if layout is None and tuning is None:
+        return jax.jit(lambda state, inputs: step(state, inputs, None), donate_argnums=0)
     if layout is None:
-        return jax.jit(step, donate_argnums=0)
+        compiled = jax.jit(step, donate_argnums=0)
+        return _Bound(compiled, frozen, contextlib.nullcontext, lambda inputs: inputs)
     everywhere = NamedSharding(layout.mesh, PartitionSpec())
     # Without them the state of the second step would lie elsewhere, and be compiled for again.
     shardings = (layout.state, everywhere)
     compiled = jax.jit(step, donate_argnums=0, out_shardings=shardings)
+    return _Bound(
+        compiled,
+        frozen,
+        functools.partial(sharding.active, layout.mesh),
+        functools.partial(sharding.global_batch, mesh=layout.mesh),
+    )
 
-    def placed(state, inputs):
-        with sharding.active(layout.mesh):
-            return compiled(state, sharding.global_batch(inputs, layout.mesh))
 
-    def lower(state, inputs):
-        with sharding.active(layout.mesh):
-            return compiled.lower(state, inputs)
+class _Bound:
+    """A jitted step(state, inputs, frozen) as one of (state, inputs), on the devices of a mesh."""
 
-    placed._cache_size, placed.lower = compiled._cache_size, lower
-    return placed
+    def __init__(self, compiled: Any, frozen: Any, active: Callable, placed: Callable):
+        self._compiled, self._frozen, self._active, self._placed = compiled, frozen, active, placed
+        self._cache_size = compiled._cache_size
+
+    def __call__(self, state: State, inputs: ModelInputs) -> tuple:
+        with self._active():
+            return self._compiled(state, self._placed(inputs), self._frozen)
+
+    def lower(self, state: State, inputs: ModelInputs) -> Any:
+        """As of a jitted function."""
+        with self._active():
+            return self._compiled.lower(state, inputs, self._frozen)

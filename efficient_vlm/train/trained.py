@@ -11,7 +11,9 @@ from jax.sharding import Mesh
 
 from efficient_vlm.checkpoints.leaves import state_sha256
 from efficient_vlm.checkpoints.run import Checkpoints
+from efficient_vlm.data.chat import ChatPipeline
 from efficient_vlm.data.pipeline import Pipeline
+from efficient_vlm.families.processor import Processor
 from efficient_vlm.fields import construct, section
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.sharding import param_shardings
@@ -33,13 +35,15 @@ class Trained:
       mesh: that the parameters lie on, of the devices of all processes; None for one device.
       pipeline: the training data, for tokenizer and tasks.
       summary: the "train" part of results.json.
+      processor: of a published model; None for one of our own.
     """
 
     model: VisionLanguageModel
     params: Any
     mesh: Mesh | None
-    pipeline: Pipeline
+    pipeline: Pipeline | ChatPipeline
     summary: dict[str, Any]
+    processor: Processor | None = None
 
 
 def digests(

@@ -1,0 +1,351 @@
+"""Training batches of a published model: conversations about pictures of any size, packed.
+
+    shuffle -> repeat -> windows of samples -> plan of each window -> batches -> decode, tokenise
+
+A window's plan, which samples share a row and which rows a batch, is a function of the seed and of
+the sizes of its samples, so every process makes the same one and reads its own rows of it alone.
+The state of the iterator is the window and the batch in it.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from efficient_vlm.data.config import DataConfig
+from efficient_vlm.data.packing import Size, choose_rooms, holds, pack
+from efficient_vlm.data.record_messages import record_messages
+from efficient_vlm.data.records import Record
+from efficient_vlm.data.skips import SkipCounter
+from efficient_vlm.data.sources import Source
+from efficient_vlm.errors import UserError, first_line
+from efficient_vlm.families.processor import Processor
+from efficient_vlm.models.inputs import ModelInputs
+from efficient_vlm.models.vlm import VisionLanguageModel
+from efficient_vlm.processing.decode_image import STANDARD, BadRecord, picture_size
+from efficient_vlm.processing.gather import Room
+from efficient_vlm.processing.labels import labelled
+from efficient_vlm.processing.request import Example, pack_request, packs
+
+# Part of the fingerprint: raise it when the same config gives other batches.
+FORMAT = 1
+# Samples of which the shapes of rows are chosen, and samples that are packed together.
+_PLANNED, _WINDOW = 2_000, 2_048
+
+
+class Batch(NamedTuple):
+    """Rows of one shape.
+
+    Attributes:
+      inputs: NumPy, with labels.
+      index: int64 [samples], the samples of this process in it.
+    """
+
+    inputs: ModelInputs
+    index: np.ndarray
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything by name, for a dump."""
+        import jax
+
+        leaves = jax.tree_util.tree_leaves_with_path(self.inputs)
+        named = {jax.tree_util.keystr(path).lstrip("."): leaf for path, leaf in leaves}
+        return {**named, "index": self.index}
+
+
+class _Plan(NamedTuple):
+    """One batch before anything is decoded: the room of its rows, the samples of each."""
+
+    room: Room
+    rows: tuple[tuple[int, ...], ...]
+
+
+class _Text(NamedTuple):
+    """A picture of which only the text is known."""
+
+    text: str
+
+
+class ChatPipeline:
+    """Endless training batches of a published model.
+
+    Args:
+      config: of the data.
+      source: the samples.
+      processor: of the published model.
+      models: it with every compressor of the run, which say how many visual tokens reach the
+        decoder.
+      rows: those of every batch that this process reads; None for all.
+      programs: the most shapes of rows.
+
+    Attributes:
+      fingerprint: everything that defines content and order.
+      rooms: the shapes of rows.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        source: Source,
+        processor: Processor,
+        models: Sequence[VisionLanguageModel],
+        *,
+        rows: Sequence[int] | None = None,
+        programs: int = 8,
+    ):
+        self.config, self.source, self.processor = config, source, processor
+        self.model, self._models = models[0], tuple(models)
+        self.tasks, self.tokenizer = source.tasks, processor.tokenizer
+        self._rows = range(config.batch_size) if rows is None else rows
+        self.skips = SkipCounter(len(source), config.max_skip_fraction)
+        self._sizes: dict[int, Size | None] = {}
+        self._cache: dict[int, list[Example]] = {}
+        self._cache_left = config.cache_mb * 2**20
+        self._pooled = self._pools()
+        self._alone = not (config.pack and all(packs(m, self._pooled) for m in models))
+        self.rooms = self._choose_rooms(programs)
+        self.fingerprint = self._make_fingerprint()
+
+    # --- sizes ------------------------------------------------------------------------------------
+
+    def _pools(self) -> bool:
+        if self.processor.family.processor is None:
+            return False
+        blank = np.zeros((64, 64, 3), np.uint8)
+        return self.processor.pictures(blank).pool_index is not None
+
+    def _choose_rooms(self, programs: int) -> list[Room]:
+        config, count = self.config, len(self.source)
+        rng = np.random.default_rng(config.seed)
+        chosen = np.sort(rng.permutation(count)[:_PLANNED])
+        sizes = [size for size in map(self._size, chosen.tolist()) if size is not None]
+        if not sizes:
+            raise UserError(
+                f"data: none of {len(chosen)} samples can be used",
+                fix="see `efficient-vlm data inspect` for the reasons",
+            )
+        uneven = self.processor.family.variable and not self._pooled
+        limits = Size(
+            max(s.text for s in sizes),
+            max(s.images for s in sizes),
+            tuple(max(s.pixels[axis] for s in sizes) for axis in (0, 1)),
+            max(s.visual for s in sizes),
+        )
+        if count > len(chosen):  # Those that were not seen may need more.
+            limits = limits._replace(text=max(limits.text, self._max_length - limits.visual))
+        return choose_rooms(
+            sizes,
+            self._each,
+            tokens=config.pack_tokens,
+            limits=limits,
+            most=programs,
+            alone=self._alone,
+            uneven=uneven,
+            pooled=self._pooled,
+        )
+
+    @property
+    def _max_length(self) -> int:
+        return self.config.max_length or 4096
+
+    @functools.cached_property
+    def _budget(self) -> int | None:
+        """The most visual tokens of an image in the decoder; None for all there are."""
+        budgets = [
+            None if model.make_compressor().in_decoder else model.compressor.get("budget")
+            for model in self._models
+        ]
+        return None if None in budgets else max(map(int, budgets))
+
+    @functools.cached_property
+    def _each(self) -> int:
+        """The same of an image of the model's own size."""
+        if self.model.encoder is None:
+            return 0
+        whole = math.prod(self.model.slot_grid)
+        return whole if self._budget is None else min(whole, self._budget)
+
+    def _visual(self, tokens: Sequence[int]) -> int:
+        """Visual tokens in the decoder of images with so many each."""
+        if self._pooled:
+            return sum(tokens)
+        if not self.processor.family.variable:
+            return self._each * len(tokens)
+        return sum(n if self._budget is None else min(n, self._budget) for n in tokens)
+
+    def _size(self, index: int) -> Size | None:
+        """What a sample needs; None for one that cannot be used."""
+        if index in self._sizes:
+            return self._sizes[index]
+        # What is known of unusable samples from elsewhere is not asked: a plan is a function of the
+        # data alone, so that a resumed run makes the same.
+        size = None
+        try:
+            size = self._measured(self.source[index])
+            self.skips.add(index, None)
+        except BadRecord as error:
+            self.skips.add(index, error)
+        self._sizes[index] = size
+        return size
+
+    def _measured(self, record: Record) -> Size:
+        if len(record.images) > self.config.max_images:
+            raise BadRecord("too_many_images", f"{record.id}: {len(record.images)}")
+        limit = dict(max_pixels=self.config.max_pixels, max_bytes=self.config.max_image_bytes)
+        given = [picture_size(data, **limit) for data in record.images]
+        pictures = self.processor.pictures if given else None
+        with _refusals(record):
+            texts = [_Text(pictures.text(*size)) for size in given]
+            views = [pictures.views(*size) for size in given]
+            tokens = [pictures.count(*size) // view[0] for size, view in zip(given, views)]
+            total = [self._ids(record, texts, n)[0] for n in range(len(record.conversations))]
+        slots = sum(pictures.count(*size) for size in given)
+        longest = max(len(ids) for ids in total)
+        if longest > self._max_length:
+            raise BadRecord("too_long", f"{record.id}: {longest} tokens")
+        each = [count for count, view in zip(tokens, views) for _ in range(view[0])]
+        return Size(
+            text=sum(len(ids) - slots for ids in total),
+            images=len(each) * len(total),
+            pixels=tuple(max((view[axis] for view in views), default=0) for axis in (1, 2)),
+            visual=(slots if self._pooled else self._visual(each)) * len(total),
+        )
+
+    def _ids(self, record: Record, pictured: Sequence[Any], number: int) -> tuple:
+        conversation = record.conversations[number]
+        messages = record_messages(conversation, record.images)
+        how = (self.processor.style, self.processor.template, self.processor.tokenizer)
+        return labelled(*how, messages, pictured, end=True)
+
+    # --- batches ----------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Batch]:
+        """A Grain iterator over batches: `next`, `get_state`, `set_state`."""
+        import grain
+
+        count, size = len(self.source), self._window
+        order = grain.MapDataset.range(count).shuffle(seed=self.config.seed % 2**32)
+        windows = order.repeat(2**40 // count).batch(size).map_with_index(self._plan)
+        flat = grain.experimental.FlatMapIterDataset(
+            windows.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)),
+            _Plans(),
+        )
+        batches = flat.map(self._load)
+        if self.config.num_threads:
+            batches = grain.experimental.ThreadPrefetchIterDataset(
+                batches, prefetch_buffer_size=self.config.prefetch
+            )
+        return iter(batches)
+
+    @property
+    def _window(self) -> int:
+        """Samples that are packed together: all, where they are few, so that an epoch is one."""
+        least = self.config.batch_size * 8
+        return len(self.source) if least <= len(self.source) <= _WINDOW else max(_WINDOW, least)
+
+    def _plan(self, number: int, samples: np.ndarray) -> list[_Plan]:
+        """The batches of one window."""
+        usable = [self._usable(int(index)) for index in samples]
+        sizes = [self._sizes[index] for index in usable]
+        packed = pack(sizes, self.rooms, self._each, alone=self._alone)
+        rng = np.random.default_rng((self.config.seed, number))
+        plans, rows = [], self.config.batch_size
+        for room in self.rooms:
+            own = [tuple(usable[m] for m in row.members) for row in packed if row.room == room]
+            own = [own[i] for i in rng.permutation(len(own))]
+            own += [()] * (-len(own) % rows)
+            plans += [_Plan(room, tuple(own[i : i + rows])) for i in range(0, len(own), rows)]
+        return [plans[i] for i in rng.permutation(len(plans))]
+
+    def _usable(self, index: int) -> int:
+        """The sample, or the next one of the source that can be used."""
+        count = len(self.source)
+        for step in range(count):
+            candidate = (index + step) % count
+            size = self._size(candidate)
+            if size is None:
+                continue
+            if any(holds(room, size) for room in self.rooms):
+                return candidate
+            self.skips.add(candidate, BadRecord("too_large", "larger than the shapes of rows"))
+        raise UserError(
+            f"data: none of the {count} samples can be used",
+            fix="see `efficient-vlm data inspect` for the reasons",
+        )
+
+    def _load(self, plan: _Plan) -> Batch:
+        """This process's rows of a batch."""
+        wanted = [plan.rows[row] for row in self._rows]
+        flat = [index for row in wanted for index in row]
+        with ThreadPoolExecutor(max(self.config.num_threads, 1)) as pool:
+            read = dict(zip(flat, pool.map(self._examples, flat), strict=True))
+        examples = [[e for index in row for e in read[index]] for row in wanted]
+        how = dict(variable=self.processor.family.variable)
+        request = pack_request(self.model, examples, self.processor.rules, plan.room, **how)
+        return Batch(request.inputs, np.asarray(flat, np.int64))
+
+    def _examples(self, index: int) -> list[Example]:
+        """A sample's conversations, each with its pictures; none if a picture is damaged.
+
+        Its room then stays empty: another sample would have another size.
+        """
+        if index in self._cache:
+            return self._cache[index]
+        try:
+            record = self.source[index]
+            pictured = [_pictured(self.processor.pictures, data) for data in record.images]
+        except BadRecord as error:
+            self.skips.add(index, error)
+            return []
+        found = []
+        for number in range(len(record.conversations)):
+            ids, targets = self._ids(record, pictured, number)
+            found.append(Example([ids], pictured, [targets]))
+        size = sum(p.images.nbytes for p in pictured)
+        if size <= self._cache_left:
+            self._cache_left -= size
+            self._cache[index] = found
+        return found
+
+    def _make_fingerprint(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "format": f"chat {FORMAT}",
+            "preprocessing": STANDARD,
+            "source": config.source,
+            **self.source.fingerprint,
+            "records": len(self.source),
+            "seed": config.seed,
+            "batch_size": config.batch_size,
+            "tokenizer": self.tokenizer.fingerprint,
+            "rooms": [list(map(str, vars(room).values())) for room in self.rooms],
+        }
+
+
+@contextlib.contextmanager
+def _refusals(record: Record) -> Iterator[None]:
+    """Turns what a processor or a template refuses into a skipped sample."""
+    try:
+        yield
+    except UserError as error:
+        raise BadRecord("refused", f"{record.id}: {first_line(error)}") from error
+
+
+def _pictured(processor: Any, data: bytes) -> Any:
+    try:
+        return processor(data)
+    except UserError as error:
+        raise BadRecord("corrupt", first_line(error)) from error
+
+
+class _Plans:
+    """Grain's transformation of a window's plan into batches."""
+
+    max_fan_out = 2**16
+
+    def flat_map(self, plans: list[_Plan]) -> list[_Plan]:
+        return plans

@@ -1,0 +1,161 @@
+"""A published model that a run starts from: its files, its model and its parameters."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from efficient_vlm.checkpoints.safetensors_index import locate
+from efficient_vlm.checkpoints.safetensors_read import Checkpoint
+from efficient_vlm.errors import UserError, short
+from efficient_vlm.families.architecture import build_model, read_config
+from efficient_vlm.families.imported import CHECKPOINTS, restore_stacked
+from efficient_vlm.families.load import FamilyCheckpoint, known_dtype, stacked
+from efficient_vlm.families.processor import Processor
+from efficient_vlm.families.table import family_of
+from efficient_vlm.files import write_atomic
+from efficient_vlm.models.vlm import VisionLanguageModel
+from efficient_vlm.nn.stack import rematerialised
+
+__all__ = ["Base", "PretrainedFields", "check_base", "open_base"]
+
+RECORD = "base.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainedFields:
+    """The section "model" of a run that starts from a published model.
+
+    Attributes:
+      pretrained: its directory.
+      compressor: name, budget and options; all visual tokens by default.
+      dtype: of activations, "float32" or "bfloat16".
+      param_dtype: of parameters; None for float32.
+      pictures: options of its picture processor, see `from_pretrained`.
+      remat: what the backward pass recomputes in encoder and decoder: "none", "dots" or "full".
+    """
+
+    pretrained: str
+    compressor: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "none"})
+    dtype: str = "float32"
+    param_dtype: str | None = None
+    pictures: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    remat: str = "none"
+
+    def __post_init__(self):
+        if not isinstance(self.pretrained, str) or not self.pretrained:
+            raise UserError(
+                f"model.pretrained: {short(self.pretrained)}",
+                allowed="the directory of a published model",
+            )
+        known_dtype("model.dtype", self.dtype)
+        if self.param_dtype is not None:
+            known_dtype("model.param_dtype", self.param_dtype)
+        rematerialised(lambda: None, self.remat)
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A published model without its weights.
+
+    Attributes:
+      model: with the compressor of the run.
+      processor: tokenizer, template and pictures.
+      files: where its weights are.
+      dtype: of its parameters in the run.
+    """
+
+    model: VisionLanguageModel
+    processor: Processor
+    files: Path
+    dtype: np.dtype
+
+    def parameters(self) -> dict[str, Any]:
+        """Its parameters, layers stacked, on the host: path -> array."""
+        plain = self.model.clone(compressor={"name": "none"})
+        if (self.files / CHECKPOINTS).is_dir():
+            flat = flatten_dict(restore_stacked(self.files, plain), sep="/")
+            return {path: np.asarray(value).astype(self.dtype) for path, value in flat.items()}
+        family, config = self.processor.family, self.processor.config
+        source = FamilyCheckpoint(Checkpoint.open(self.files), family, config, plain)
+        source.check_finite()
+        return flatten_dict(stacked(source, dtype=self.dtype), sep="/")
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of each weight file."""
+        if (self.files / CHECKPOINTS).is_dir():
+            paths = sorted(p for p in (self.files / CHECKPOINTS).rglob("*") if p.is_file())
+        else:
+            paths = list(Checkpoint.open(self.files).files)
+        found = {}
+        for path in paths:
+            with path.open("rb") as file:
+                name = path.name if path.parent == self.files else str(path.relative_to(self.files))
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        return found
+
+
+def open_base(fields: PretrainedFields) -> Base:
+    """Reads what a published model is; its weights are not read yet.
+
+    Raises:
+      UserError: no such model, or a compressor that it cannot have.
+    """
+    directory, files = locate(fields.pretrained)
+    config = read_config(files)
+    family = family_of(config)
+    model = build_model(config, dtype=known_dtype("model.dtype", fields.dtype))
+    model = model.clone(compressor=dict(fields.compressor))
+    if fields.remat != "none":
+        parts = {"decoder": {**model.decoder, "remat": fields.remat}}
+        if model.encoder is not None:
+            parts["encoder"] = {**model.encoder, "remat": fields.remat}
+        model = model.clone(**parts)
+    processor = Processor(family, config, directory, dict(fields.pictures))
+    dtype = known_dtype("model.param_dtype", fields.param_dtype or "float32")
+    return Base(model, processor, files, dtype)
+
+
+def check_base(workdir: Path, base: Base) -> dict[str, str]:
+    """Records the weights that a run starts from, or compares them with the record.
+
+    Raises:
+      UserError: they are not those of the record.
+    """
+    path, digests = workdir / RECORD, base.digests()
+    if not path.is_file():
+        write_atomic(path, (json.dumps(digests, indent=1, sort_keys=True) + "\n").encode())
+        return digests
+    stored = json.loads(path.read_text())
+    changed = sorted(n for n in {*stored, *digests} if stored.get(n) != digests.get(n))
+    if changed:
+        raise UserError(
+            f"model.pretrained: {changed[0]} is not the file that this run started from",
+            allowed=f"SHA-256 {stored.get(changed[0], 'of none')}",
+            fix="restore it, or start again with another --workdir",
+        )
+    return digests
+
+
+def with_values(shapes: Any, values: Mapping[str, Any], fresh: Any) -> Any:
+    """A tree like `shapes` of the values, and of `fresh()` where there are none (trained
+    compressors, which no published model has)."""
+    flat = flatten_dict(shapes, sep="/")
+    lacking = flat.keys() - values.keys()
+    made = flatten_dict(fresh(), sep="/") if lacking else {}
+    return unflatten_dict(
+        {path: made[path] if path in lacking else values[path] for path in flat}, sep="/"
+    )
+
+
+def placed(leaf: Any, sharding: Any) -> jax.Array:
+    """An array where it belongs; each device gets its part."""
+    if sharding is None:
+        return jax.device_put(leaf)
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: np.asarray(leaf[index]))

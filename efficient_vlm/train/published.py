@@ -1,0 +1,219 @@
+"""What a run that starts from a published model is made of before its first step."""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+
+from efficient_vlm import sharding
+from efficient_vlm.adapt.build import Adapted, combine, partition
+from efficient_vlm.adapt.build import prepare as adapt
+from efficient_vlm.adapt.config import AdaptConfig
+from efficient_vlm.data.chat import ChatPipeline
+from efficient_vlm.data.config import DataConfig
+from efficient_vlm.data.sources import open_source
+from efficient_vlm.errors import UserError
+from efficient_vlm.fields import construct, section
+from efficient_vlm.models.inputs import ModelInputs
+from efficient_vlm.models.vlm import VisionLanguageModel
+from efficient_vlm.processing.gather import fitted
+from efficient_vlm.train import step as steps
+from efficient_vlm.train.arms import Arm, make_arms
+from efficient_vlm.train.base import (
+    Base,
+    PretrainedFields,
+    check_base,
+    open_base,
+    placed,
+    with_values,
+)
+from efficient_vlm.train.config import TrainConfig, make_mesh
+from efficient_vlm.train.optimizer import OptimizerConfig, make_optimizer
+from efficient_vlm.train.parameters import Start
+from efficient_vlm.train.processes import first_then_all
+from efficient_vlm.train.setup import Setup
+from efficient_vlm.train.state_layout import StateLayout, state_shardings
+
+# Programs that a run may compile: for each shape of rows and each compressor one.
+MOST_PROGRAMS = 8
+
+
+class Tuning:
+    """Parameters of a published model, of which some are trained.
+
+    Args:
+      base: the model.
+      arms: its compressors and budgets in this run.
+      config: how it is adapted.
+      mesh: of the devices; None for one device.
+
+    Attributes:
+      like: shapes of the model's parameters.
+      trained, frozen: shapes of both parts with their logical axes, by path.
+    """
+
+    def __init__(self, base: Base, arms: list[Arm], config: AdaptConfig, mesh: Mesh | None):
+        self.base, self.config, self.mesh = base, config, mesh
+        models = {str(sorted_options(arm.model)): arm.model for arm in arms}
+        self._init = steps.make_init(list(models.values()))
+        boxed = jax.eval_shape(self._init, jax.random.key(0))
+        kind = base.dtype
+        self._plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, kind), boxed)
+        shapes = adapt(self._plain, config, base.model)
+        self.trained, self.frozen = partition(shapes.params, shapes.trainable)
+        self.like = nn.unbox(shapes.params)
+
+    def values(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Initial values of what is trained, nested, and of what is frozen, by path; placed."""
+        known = self.base.parameters()
+        fresh = functools.partial(self._fresh, jax.random.key(self.config.seed))
+        whole = with_values(nn.unbox(self._plain), known, fresh)
+        adapted: Adapted = adapt(whole, self.config, self.base.model)
+        trained, frozen = partition(adapted.params, adapted.trainable)
+        return nested(self._place(trained, self.trained)), self._place(frozen, self.frozen)
+
+    def _fresh(self, key: jax.Array) -> Any:
+        return nn.unbox(self._init(key))
+
+    def _place(self, values: Mapping[str, Any], boxed: Mapping[str, Any]) -> dict[str, Any]:
+        where = dict.fromkeys(values)
+        if self.mesh is not None:
+            where = sharding.param_shardings(boxed, self.mesh)
+        return {path: placed(values[path], where[path]) for path in values}
+
+    def whole(self, trained: Any, frozen: Mapping[str, Any]) -> Any:
+        """The parameters of the model."""
+        return combine(flatten_dict(trained, sep="/"), frozen, self.like)
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a/b": leaf} -> {"a": {"b": leaf}}."""
+    return unflatten_dict(dict(flat), sep="/")
+
+
+def sorted_options(model: VisionLanguageModel) -> list[tuple[str, str]]:
+    """Options of the compressor but its budget, which parameters do not depend on."""
+    options = model.compressor.items()
+    return sorted((name, str(value)) for name, value in options if name != "budget")
+
+
+def make_start(
+    tuning: Tuning, settings: TrainConfig, optimizer: OptimizerConfig
+) -> tuple[Start, dict[str, Any]]:
+    """The first state, of what is trained alone, and the frozen parameters."""
+    boxed = nested(tuning.trained)
+    if not boxed:
+        raise UserError("adapt: nothing is trained", fix="set adapt.train or adapt.name")
+    tx = make_optimizer(optimizer, settings.steps, boxed)
+    rest = functools.partial(steps.init_state, tx=tx, ema=settings.ema is not None)
+    first, frozen = tuning.values()
+    kept = [first]
+
+    def trained():
+        # The state's buffers are donated: a second state reads the weights again.
+        return kept.pop() if kept else tuning.values()[0]
+
+    shapes = jax.eval_shape(rest, boxed)
+    if tuning.mesh is None:
+        return Start(lambda: rest(trained()), shapes, tx, None), frozen
+    shardings = state_shardings(
+        shapes,
+        sharding.param_shardings(boxed, tuning.mesh),
+        tx,
+        tuning.mesh,
+        zero=bool(settings.mesh.get("zero")),
+    )
+    like = jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, shardings
+    )
+    make = jax.jit(rest, out_shardings=shardings)
+    return Start(lambda: make(trained()), like, tx, StateLayout(tuning.mesh, shardings)), frozen
+
+
+class ShapedStep:
+    """A training step that has a program for each shape of pictures and text.
+
+    Args:
+      make: from a model at the size of some pictures to its step.
+      model: at one budget.
+      variable: see `gather.capped`.
+    """
+
+    def __init__(self, make: Callable, model: VisionLanguageModel, variable: bool):
+        self._make, self._model, self._variable = make, model, variable
+        self._steps: dict[VisionLanguageModel, Callable] = {}
+
+    def __call__(self, state: steps.State, inputs: ModelInputs) -> tuple:
+        model = fitted(self._model, inputs.pictures, self._variable)
+        if model not in self._steps:
+            self._steps[model] = self._make(model)
+        uneven = model.make_compressor().in_decoder
+        return self._steps[model](state, inputs.replace(uneven=uneven))
+
+    def _cache_size(self) -> int:
+        return sum(step._cache_size() for step in self._steps.values())
+
+
+def prepare_published(
+    config: Mapping[str, Any],
+    workdir: Path,
+    say: Callable[[str], None],
+    settings: TrainConfig,
+    data_config: DataConfig,
+    optimizer: OptimizerConfig,
+) -> Setup:
+    """As `setup.prepare`, for a run whose config names a published model."""
+    fields = construct(PretrainedFields, section(config, "model"), "model")
+    adapting = construct(AdaptConfig, {"name": "full", **section(config, "adapt")}, "adapt")
+    mesh = make_mesh(settings, data_config.batch_size)
+    rows = None if mesh is None else sharding.own_rows(mesh, data_config.batch_size)
+    base = open_base(fields)
+    first_then_all(lambda: check_base(workdir, base))
+    say(f"Model: {fields.pretrained} ({base.processor.family.name})")
+    arms = make_arms(base.model, settings.elastic)
+    arms = [Arm(base.processor.seeing(a.model), a.weight, a.start) for a in arms]
+    source = open_source(data_config, "train")
+    pipeline = ChatPipeline(
+        data_config,
+        source,
+        base.processor,
+        [arm.model for arm in arms],
+        rows=rows,
+        programs=max(1, MOST_PROGRAMS // len(arms)),
+    )
+    tuning = Tuning(base, arms, adapting, mesh)
+    start, frozen = make_start(tuning, settings, optimizer)
+
+    def make(model: VisionLanguageModel) -> Callable:
+        return steps.make_train_step(
+            model,
+            start.tx,
+            seed=settings.seed,
+            accumulate=settings.accumulate,
+            aux={name: getattr(settings, name) for name in ("load_balance", "router_z")},
+            ema=settings.ema,
+            layout=start.layout,
+            tuning=(tuning.whole, frozen),
+        )
+
+    variable = base.processor.family.variable
+    return Setup(
+        settings=settings,
+        data=data_config,
+        optimizer=optimizer,
+        mesh=mesh,
+        pipeline=pipeline,
+        model=base.processor.seeing(base.model),
+        arms=arms,
+        start=start,
+        programs=[ShapedStep(make, arm.model, variable) for arm in arms],
+        compile_seconds=0.0,
+        inputs=lambda batch: batch.inputs,
+        whole=functools.partial(tuning.whole, frozen=frozen),
+        processor=base.processor,
+    )

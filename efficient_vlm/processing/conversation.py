@@ -22,7 +22,7 @@ class PromptStyle:
       pictures: whether it takes pictures; without them a template gets plain texts.
       options: of the prompt function that stands in for a chat template.
       placeholder, begin: see `Family`.
-      image_token: gives the id of a visual token; asked only where `placeholder` is no token.
+      image_token: gives the id of a visual token.
     """
 
     family: str

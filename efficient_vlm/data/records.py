@@ -34,11 +34,13 @@ class Conversation:
       task: name under which results are grouped.
       places: for each image of the record, where it stands: (turn, characters of that user text in
         front of it), in order; () for all images in front of everything.
+      system: system prompt; "" for none.
     """
 
     turns: tuple[tuple[str, str], ...]
     task: str = "conversation"
     places: tuple[tuple[int, int], ...] = ()
+    system: str = ""
 
     @classmethod
     def single(cls, prompt: str, answer: str, task: str = "conversation") -> "Conversation":

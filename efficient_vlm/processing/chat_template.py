@@ -21,7 +21,12 @@ from typing import Any
 
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.processing.hub_tokenizer import HubTokenizer, read_json, special_tokens
-from efficient_vlm.processing.messages import Message, ends_with_answer, without_nulls
+from efficient_vlm.processing.messages import (
+    Message,
+    ends_with_answer,
+    with_mark,
+    without_nulls,
+)
 from efficient_vlm.processing.prompt_families import PROMPT_FAMILIES
 
 __all__ = ["HubTokenizer", "Template", "expand", "render"]
@@ -126,15 +131,10 @@ class Template:
 
     def _continued(self, messages: list[Message], **options: Any) -> str:
         """The prompt up to the end of the last message's text."""
-        last = dict(messages[-1])
-        content = last.get("content")
         # What a template writes behind the text, or trims from it, is found by a mark at its end.
         mark = f"end-of-text-{id(messages)}"
-        if isinstance(content, str):
-            last["content"] = content + mark
-        elif content and isinstance(content[-1], Mapping) and "text" in content[-1]:
-            last["content"] = [*content[:-1], {**content[-1], "text": content[-1]["text"] + mark}]
-        else:
+        last = with_mark(messages[-1], mark)
+        if last is None:
             raise UserError(
                 "messages: the last one is the assistant's and has no text to go on from",
                 fix="end with a message of the user",

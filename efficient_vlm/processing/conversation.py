@@ -22,7 +22,7 @@ class PromptStyle:
       pictures: whether it takes pictures; without them a template gets plain texts.
       options: of the prompt function that stands in for a chat template.
       placeholder, begin: see `Family`.
-      image_token: gives the id of a visual token; asked only where `placeholder` is no token.
+      image_token: gives the id of a visual token.
     """
 
     family: str
@@ -80,21 +80,25 @@ def prompt_ids(
             content = [{"type": "image"}] * len(pictured) + [{"type": "text", "text": asked}]
         asked = [{"role": "user", "content": content}]
     asked, _ = read_messages(asked)
-    options: dict[str, Any] = {}
-    if isinstance(template, str):
-        options = dict(style.options)
-        if template == "plain":
-            options["placeholder"] = style.placeholder
-    text = _rendered(asked, template, style, options)
+    options = prompt_options(style, template)
+    text = prompts.render(expected_form(asked, template, style, options), template, **options)
     text = prompts.expand(text, [p.text for p in pictured], style.placeholder)
     return _encode(style, template, tokenizer, text)
 
 
-def _rendered(asked, template, style, options) -> str:
-    """The prompt of messages that a template might leave out without a word: what is no text and no
-    picture, and the form of text that it does not expect."""
+def prompt_options(style: PromptStyle, template: prompts.Template | str) -> dict[str, Any]:
+    """Options of the function that stands in for a chat template; none of a template."""
+    if not isinstance(template, str):
+        return {}
+    plain = {"placeholder": style.placeholder} if template == "plain" else {}
+    return {**style.options, **plain}
+
+
+def expected_form(asked, template, style, options) -> list[Any]:
+    """Messages as a template writes them, which it might leave out without a word: what is no text
+    and no picture, and the form of text that it does not expect."""
     if isinstance(template, str):
-        return prompts.render(asked, template, **options)
+        return asked
     for number, message in enumerate(asked):
         if message["content"] is None:  # Calls of tools.
             continue
@@ -104,9 +108,7 @@ def _rendered(asked, template, style, options) -> str:
         if not style.pictures:
             asked[number] = {**message, "content": "".join(filter(None, parts))}
     texts = [i for i, m in enumerate(asked) if isinstance(m.get("content"), str)]
-    if not style.pictures or not texts:
-        return prompts.render(asked, template, **options)
-    return prompts.render(_as_expected(asked, texts, template, options), template, **options)
+    return _as_expected(asked, texts, template, options) if style.pictures and texts else asked
 
 
 def _as_expected(asked, texts, template, options) -> list[Any]:
@@ -150,16 +152,23 @@ def _as_expected(asked, texts, template, options) -> list[Any]:
     return formed({i: asked[i]["content"] for i in texts}, in_parts)
 
 
-def _encode(style, template, tokenizer, text: str) -> list[int]:
+def beginning(style, template, tokenizer, text: str) -> tuple[str, bool | None]:
+    """What comes in front of a prompt's text, and `bos` of `Tokenizer.encode` for both."""
     first = tokenizer.special.get("bos_token", "")
+    added = ""
     if style.begin == "bos_or_eos":
         first = first or tokenizer.special.get("eos_token", "")
-        text = text if text.startswith(first) else first + text
+        added = "" if text.startswith(first) else first
     written = {
         "tokenizer": bool(first) and text.startswith(first),
         "template": isinstance(template, prompts.Template),
     }
-    bos = False if written.get(style.begin, True) else None
+    return added, False if written.get(style.begin, True) else None
+
+
+def _encode(style, template, tokenizer, text: str) -> list[int]:
+    added, bos = beginning(style, template, tokenizer, text)
+    text = added + text
     if tokenizer.knows(style.placeholder) or style.placeholder not in text:
         return tokenizer.encode(text, bos=bos)
     # A placeholder that is no token (LLaVA's and MobileVLM's own code): the parts between are

@@ -126,6 +126,43 @@ class HubTokenizer(Tokenizer):
         ids = self._backend.encode(utf8(text), add_special_tokens=bos is None).ids
         return [self.bos_id, *ids] if bos and ids[:1] != [self.bos_id] else ids
 
+    def encode_with_offsets(
+        self, text: str, bos: bool | None = None
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """As `encode` for None and False, with the characters (first, behind the last) of each id.
+
+        What the tokenizer adds by itself has (0, 0). Some tokenizers leave white space out of the
+        characters of a token (`trim_offsets`).
+        """
+        encoded = self._backend.encode(utf8(text), add_special_tokens=bos is None)
+        return encoded.ids, encoded.offsets
+
+    def renamed(self, names: Mapping[str, str]) -> "HubTokenizer":
+        """This tokenizer with other texts for some of its tokens: the old ones are ordinary text.
+
+        Raises:
+          UserError: a token that cannot be renamed, as the vocabulary builds others from it.
+        """
+        from tokenizers import Tokenizer as Backend
+
+        definition = json.loads(self._backend.to_str())
+        for entry in definition["added_tokens"]:
+            entry["content"] = names.get(entry["content"], entry["content"])
+        vocab = definition["model"]["vocab"]
+        if isinstance(vocab, dict):
+            vocab = {names.get(piece, piece): number for piece, number in vocab.items()}
+        else:  # Unigram: pieces with scores.
+            vocab = [[names.get(piece, piece), score] for piece, score in vocab]
+        definition["model"]["vocab"] = vocab
+        try:
+            backend = Backend.from_str(json.dumps(definition))
+            same = {old: backend.token_to_id(new) for old, new in names.items()}
+        except Exception:  # The library raises plain Exception.
+            same = {}
+        if any(same.get(old) != self._backend.token_to_id(old) for old in names):
+            raise UserError(f"tokenizer: {short(' '.join(names))} cannot be read as ordinary text")
+        return HubTokenizer(backend, self.special, self.eos_ids)
+
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a prompt that a chat template has written; an end token for no text."""
         return self.encode(text) or [self.pad_id]

@@ -153,6 +153,17 @@ def ends_with_answer(messages: Sequence[Message]) -> bool:
     return isinstance(last, Mapping) and last.get("role") in ANSWERING
 
 
+def with_mark(message: Message, mark: str) -> dict[str, Any] | None:
+    """The message with a mark behind its text; None where it does not end with a text."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return {**message, "content": content + mark}
+    if content and isinstance(content[-1], Mapping) and "text" in content[-1]:
+        last = {**content[-1], "text": content[-1]["text"] + mark}
+        return {**message, "content": [*content[:-1], last]}
+    return None
+
+
 def _refused(number: int, message: Any, part: Any = None) -> UserError:
     what = f"message {short(message)}" if part is None else f"part {short(part)}"
     return UserError(f"messages: number {number}, {what}", allowed=FORM)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from efficient_vlm.errors import UserError, unknown
-from efficient_vlm.processing.messages import Message, ends_with_answer, parts_of
+from efficient_vlm.processing.messages import ANSWERING, Message, ends_with_answer, parts_of
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
@@ -61,6 +61,59 @@ def molmo(messages: Sequence[Message], bos: str = "<|endoftext|>", style: str = 
 
 
 PROMPT_FAMILIES = {"llava": llava, "molmo": molmo, "paligemma": paligemma, "plain": plain}
+
+
+Pieces = list[tuple[str, bool]]
+
+
+def answered(
+    family: str, messages: Sequence[Message], end: str, **options: str
+) -> tuple[Pieces, ...]:
+    """A conversation with its answers, in pieces: (text, whether the model is to write it).
+
+    Args:
+      family: of `PROMPT_FAMILIES`.
+      messages: with answers of the assistant; one question and one answer for "paligemma" and
+        "molmo".
+      end: end token of the tokenizer; "" for none. It follows on every answer ("<STOP>" in the
+        loss of LLaVA, arXiv 2304.08485, table 2), in LLaVA as "</s>".
+      **options: of the family's function.
+
+    Returns:
+      Texts that are tokenised by themselves: PaliGemma (arXiv 2407.07726, section 3.2.2: prefix and
+      suffix) and Molmo (question and answer, which begins with a space) tokenise answers apart.
+
+    Raises:
+      UserError: unknown family, or a conversation that it cannot express.
+    """
+    if family not in PROMPT_FAMILIES:
+        raise unknown("prompt family", family, PROMPT_FAMILIES)
+    write, turns = PROMPT_FAMILIES[family], _turns(messages)
+    if family in ("paligemma", "molmo"):
+        if [role in ANSWERING for role, _ in turns] != [False, True]:
+            raise UserError(
+                f"{family}: {len(turns)} messages", allowed="one question, and one answer to it"
+            )
+        answer = (" " if family == "molmo" else "") + _text(turns[1][1])
+        return [(write(messages[:1], **options), False)], [(answer + end, True)]
+    front, back = (" ", "</s>") if family == "llava" else ("", "")
+    pieces: Pieces = []
+    at = 0
+    for number, (role, parts) in enumerate(turns):
+        if role not in ANSWERING:
+            continue
+        if family == "llava" and number and turns[number - 1][0] in ANSWERING:
+            raise UserError(
+                f"llava: messages {number - 1} and {number} are both the assistant's",
+                fix="join them to one",
+            )
+        # With the header of the turn; earlier answers stand in it as they were written.
+        begun = write(messages[:number], **options)
+        answer = front + _text(parts) + back
+        pieces += [(begun[at:], False), (answer + ("" if back else end), True)]
+        at = len(begun) + len(answer)
+    pieces.append((write(messages, **options)[at:], False))
+    return (pieces,)
 
 
 def _turns(

@@ -40,6 +40,10 @@ def wide(digits: int) -> re.Pattern:
 _WIDE = wide(7)
 
 
+# Variables that are written around {% generation %} blocks; nothing where they are not given.
+GENERATION_MARKS = ("generation_begins", "generation_ends")
+
+
 class _Generation(ext.Extension):
     """{% generation %} marks what an assistant wrote, for training; the text stays as it is."""
 
@@ -48,7 +52,11 @@ class _Generation(ext.Extension):
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
+        begin, end = (
+            nodes.Output([nodes.Name(name, "load", lineno=line)], lineno=line)
+            for name in GENERATION_MARKS
+        )
+        return nodes.Scope([begin, *body, end], lineno=line)
 
 
 class _PublicNamespace(Namespace):

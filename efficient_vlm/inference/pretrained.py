@@ -1,5 +1,6 @@
 """A published model ready to be asked: weights, tokenizer, pictures and prompt in one object."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from flax import linen as nn
 from efficient_vlm.checkpoints.safetensors_index import locate
 from efficient_vlm.checkpoints.safetensors_write import writing
 from efficient_vlm.errors import UserError, first_line, short, unknown
-from efficient_vlm.families import generation_config
+from efficient_vlm.families import generation_config, hub
 from efficient_vlm.families.architecture import build_model, read_config
 from efficient_vlm.families.base import Family
 from efficient_vlm.families.checks import check_compressor, check_parameters
@@ -50,7 +51,8 @@ class Pretrained:
       weights: its parameters, see `families.weights.Weights`.
       family, config: what it is, and its config.json.
       tokenizer: a `hub_tokenizer.HubTokenizer`, or None if the directory has none.
-      directory: where it came from.
+      directory: where its files are.
+      source: where they came from; see `hub.Source`.
     """
 
     def __init__(
@@ -62,9 +64,11 @@ class Pretrained:
         directory: Path,
         picture_options: Mapping[str, Any],
         carried: Mapping[str, np.ndarray],
+        source: hub.Source | None = None,
     ):
         self.model, self.weights, self.family, self.config = model, weights, family, dict(config)
         self.directory, self._carried = directory, carried
+        self.source = source or hub.of_folder(directory)
         self._picture_options = dict(picture_options)
 
     # --- parts that are read when they are needed ------------------------------------------------
@@ -118,7 +122,7 @@ class Pretrained:
         model = self.model.clone(compressor=compressor)
         check_compressor(model, self.family.variable)
         parts = (self.family, self.config, self.directory, self._picture_options, self._carried)
-        other = Pretrained(model, self.weights, *parts)
+        other = Pretrained(model, self.weights, *parts, self.source)
         for name in ("tokenizer", "template", "pictures", "_penalty"):
             if name in self.__dict__:
                 setattr(other, name, self.__dict__[name])
@@ -136,7 +140,7 @@ class Pretrained:
         params = nn.unbox(params)
         check_parameters(self.model, params)
         parts = (self.family, self.config, self.directory, self._picture_options, self._carried)
-        return Pretrained(self.model, Weights(params), *parts)
+        return Pretrained(self.model, Weights(params), *parts, self.source)
 
     def generate(
         self,
@@ -361,6 +365,7 @@ def _logits(model, params, inputs, rng):
 def from_pretrained(
     path: str | os.PathLike,
     *,
+    revision: str | None = None,
     compressor: Mapping[str, Any] | None = None,
     dtype: Any = "float32",
     param_dtype: Any = None,
@@ -373,7 +378,9 @@ def from_pretrained(
 
     Args:
       path: a directory with config.json and safetensors (one file, or shards with an index), the
-        file or the index itself where there are several, or what `efficient-vlm import` wrote.
+        file or the index itself where there are several, or what `efficient-vlm import` wrote; or
+        "org/name" of a model on a hub, unless there is a folder of that name, see `hub.find`.
+      revision: of a model on a hub: a branch, a tag or a commit; None for the default branch.
       compressor: name, budget and options, such as dict(name="visionzip", budget=64); None for all
         visual tokens.
       dtype: of activations, "float32" or "bfloat16".
@@ -388,7 +395,8 @@ def from_pretrained(
     Raises:
       UserError: no such model, a damaged file, or a compressor that this model cannot have.
     """
-    directory, files = locate(path)
+    source = hub.find(path, revision)
+    directory, files = locate(source.directory)
     dtype = known_dtype("dtype", dtype)
     kind = None
     if param_dtype != "stored":
@@ -409,4 +417,5 @@ def from_pretrained(
     weights, carried = open_weights(
         files, family, config, model, dtype=kind, sharding=sharding, check=check, sha256=sha256
     )
-    return Pretrained(model, weights, family, config, directory, picture_options, carried)
+    source = dataclasses.replace(source, directory=directory)
+    return Pretrained(model, weights, family, config, directory, picture_options, carried, source)

@@ -44,7 +44,7 @@ def locate(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     if not os.path.lexists(path):
         raise CheckpointError(
             f"{short_path(path)}: no such directory",
-            fix="download the model's files first; names on a hub are not resolved",
+            fix='give a directory with the model\'s files, or "org/name" of a model on a hub',
         )
     if find_index(path) is None:
         _refuse_shard(path)

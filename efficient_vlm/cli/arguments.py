@@ -124,6 +124,14 @@ def add_workdir(parser: Parser) -> None:
     parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
 
 
+def add_revision(parser: Parser) -> None:
+    parser.add_argument(
+        "--revision",
+        metavar="NAME",
+        help="branch, tag or commit of a model on a hub (default: its main one)",
+    )
+
+
 def add_json(parser: Parser, text: str = "print as JSON") -> None:
     parser.add_argument("--json", action="store_true", help=text)
 

@@ -21,7 +21,7 @@ _DATA = (
     *(*_MODEL, "pillow", "grain", "tokenizers", "tensorflow-datasets", "absl-py"),
     *("array-record", "importlib-resources"),
 )
-_PUBLISHED = (*_DATA, "jinja2", "orbax-checkpoint", "ml-dtypes")
+_PUBLISHED = (*_DATA, "jinja2", "orbax-checkpoint", "ml-dtypes", "huggingface-hub")
 # Verb -> the packages that its modules import; the fonts of generated text are matplotlib's.
 NEEDS = {
     "train": (*_DATA, "orbax-checkpoint", "scipy", "matplotlib"),

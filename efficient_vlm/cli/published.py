@@ -31,12 +31,17 @@ from efficient_vlm.runtime import enable_compilation_cache
 
 
 def import_checkpoint(
-    source: str, out: str, *, verify_with: str | None = None, sha256: str | None = None
+    source: str,
+    out: str,
+    *,
+    revision: str | None = None,
+    verify_with: str | None = None,
+    sha256: str | None = None,
 ) -> int:
     """`efficient-vlm import HF_DIR OUT [--verify=io.npz]`: 1 if the comparison fails."""
     io = None if verify_with is None else read_npz(verify_with)
     digests = None if sha256 is None else read_sha256(sha256)
-    model, params = import_model(source, out, sha256=digests)
+    model, params = import_model(source, out, revision=revision, sha256=digests)
     config = read_config(out)
     family = family_of(config)
     used = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
@@ -62,7 +67,9 @@ def import_checkpoint(
     return 0 if ok else 1
 
 
-def export_checkpoint(checkpoint: str, out: str, *, dtype: str | None = None) -> int:
+def export_checkpoint(
+    checkpoint: str, out: str, *, revision: str | None = None, dtype: str | None = None
+) -> int:
     """`efficient-vlm export CKPT HF_DIR`: the way back."""
     folder = Path(checkpoint)
     if (folder / "checkpoints").is_dir() and not (folder / "dtypes.json").is_file():
@@ -70,7 +77,7 @@ def export_checkpoint(checkpoint: str, out: str, *, dtype: str | None = None) ->
             f"{folder}: a run of efficient-vlm train, whose model has no published layout",
             allowed="what efficient-vlm import wrote, fine-tuned or not",
         )
-    vlm = pretrained.from_pretrained(checkpoint, param_dtype=dtype or "stored")
+    vlm = pretrained.from_pretrained(checkpoint, revision=revision, param_dtype=dtype or "stored")
     for path in vlm.save(out):
         print(path)
     return 0
@@ -81,6 +88,7 @@ def generate(
     question: str,
     images: Sequence[str],
     *,
+    revision: str | None = None,
     method: str | None = None,
     options: Sequence[str] = (),
     pictures: Sequence[str] = (),
@@ -95,9 +103,10 @@ def generate(
     """`efficient-vlm generate MODEL QUESTION --image=FILE`.
 
     Args:
-      model: folder with config.json and weights.
+      model: folder with config.json and weights, or "org/name" on a hub.
       question: what to ask.
       images: files.
+      revision: of a model on a hub.
       method, options: name of a method, and "option=value" of it.
       pictures: "option=value" of the picture processor.
       max_new_tokens, do_sample, cache: see `Pretrained.generate`.
@@ -111,6 +120,7 @@ def generate(
     _check(sampling, cache, points, images)
     vlm = pretrained.from_pretrained(
         model,
+        revision=revision,
         compressor=_one_method(method, options),
         dtype=dtype,
         **picture_options(pictures),

@@ -2,7 +2,8 @@
 
 A folder with config.json and the other settings as published, the parameters under checkpoints/
 (step 0, layers stacked), dtypes.json (parameters keep their dtypes), and
-carried/: tensors that our model does not use, kept for the export.
+carried/: tensors that our model does not use, kept for the export. source.json: the name on a hub
+and the commit, where it came from one.
 """
 
 import json
@@ -23,6 +24,7 @@ from efficient_vlm.checkpoints.safetensors_read import Checkpoint
 from efficient_vlm.checkpoints.safetensors_write import writing
 from efficient_vlm.checkpoints.staging import StagingArea, identity
 from efficient_vlm.errors import UserError
+from efficient_vlm.families import hub
 from efficient_vlm.families.architecture import build_model, read_config
 from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.load import FamilyCheckpoint, check_overflow, load_parameters, stacked
@@ -119,6 +121,7 @@ def import_model(
     source: str | os.PathLike,
     target: str | os.PathLike,
     *,
+    revision: str | None = None,
     sha256: Mapping[str, str] | None = None,
 ) -> tuple[VisionLanguageModel, Any]:
     """Writes a published checkpoint as one of ours; parameters keep their dtype.
@@ -128,9 +131,10 @@ def import_model(
     parameters: the converted ones, the checkpoint, and the spare room that every save requires.
 
     Args:
-      source: directory with config.json and safetensors, or its weights by name.
+      source: directory with config.json and safetensors, or its weights by name; or "org/name" of a
+        model on a hub, see `hub.find`.
       target: folder to write.
-      sha256: see `Checkpoint.open`.
+      revision, sha256: see `hub.find` and `Checkpoint.open`.
 
     Returns:
       The model and its parameters, stacked, memory-mapped.
@@ -138,7 +142,8 @@ def import_model(
     Raises:
       UserError: see `from_pretrained`; or the target holds something else.
     """
-    (source, weights), target = locate(source), Path(target)
+    origin, target = hub.find(source, revision), Path(target)
+    source, weights = locate(origin.directory)
     config = read_config(weights)
     if (target / DTYPES).is_file() and _committed(target):
         # An import that was killed after its very last step.
@@ -156,13 +161,13 @@ def import_model(
     reader.check_finite()
     try:
         with writing(target):
-            params = _write(source, target, reader)
+            params = _write(source, target, reader, origin)
     except SaveFailed as error:
         raise UserError(f"{target}: {error}", fix="solve that and import again") from None
     return model, params
 
 
-def _write(source: Path, target: Path, reader: FamilyCheckpoint) -> Any:
+def _write(source: Path, target: Path, reader: FamilyCheckpoint, origin: hub.Source) -> Any:
     files = reader.checkpoint.files
     stage = StagingArea(target / STAGE, identity((source / "config.json", *files)))
     for leftover in target.iterdir():  # Of an import that was killed, perhaps of another model.
@@ -173,6 +178,9 @@ def _write(source: Path, target: Path, reader: FamilyCheckpoint) -> Any:
     params = stacked(reader, stage=stage)
     copy_settings(source, target)
     (target / "config.json").write_bytes((source / "config.json").read_bytes())
+    if (source / hub.README).is_file():
+        (target / hub.README).write_bytes((source / hub.README).read_bytes())
+    origin.record(target)
     kinds = {path: str(value.dtype) for path, value in flatten_dict(params, sep="/").items()}
     (target / DTYPES).write_text(json.dumps(kinds, indent=0, sort_keys=True) + "\n")
     if reader.carried:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from efficient_vlm.errors import UserError
+from efficient_vlm.families import hub
 from efficient_vlm.families.base import Config, Family
 from efficient_vlm.processing.chat_template import Template
 from efficient_vlm.processing.conversation import PromptStyle
@@ -19,6 +20,7 @@ class Processor:
       family, config: what the model is, and its config.json.
       directory: where its files are.
       picture_options: of the family's picture processor.
+      source: where the files came from; None for what the directory says.
     """
 
     def __init__(
@@ -27,9 +29,11 @@ class Processor:
         config: Config,
         directory: Path,
         picture_options: Mapping[str, Any] | None = None,
+        source: hub.Source | None = None,
     ):
         self.family, self.config, self.directory = family, dict(config), directory
         self.picture_options = dict(picture_options or {})
+        self.source = source or hub.of_folder(directory)
 
     @functools.cached_property
     def tokenizer(self) -> HubTokenizer:

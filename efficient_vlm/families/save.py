@@ -16,6 +16,7 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.families.architecture import name_map
 from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.heads import with_flags
+from efficient_vlm.families.hub import RECORD
 from efficient_vlm.families.load import check_overflow, in_stack, known_dtype
 from efficient_vlm.files import write_atomic
 from efficient_vlm.models.vlm import VisionLanguageModel
@@ -128,7 +129,7 @@ def copy_settings(source: Path, target: Path) -> None:
         # Code is copied, never run: config.json of models outside transformers refers to it.
         is_text = path.suffix in (".json", ".jinja", ".txt", ".model", ".py")
         # An adapter's settings would make an adapter's directory of the other one.
-        ours = path.name in ("config.json", "dtypes.json", ADAPTER_CONFIG)
+        ours = path.name in ("config.json", "dtypes.json", RECORD, ADAPTER_CONFIG)
         ours |= path.name.endswith(".index.json")
         if path.is_file() and is_text and not ours:
             (target / path.name).write_bytes(path.read_bytes())

@@ -1,5 +1,6 @@
 """A published model ready to be asked: weights, tokenizer, pictures and prompt in one object."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from flax import linen as nn
 from efficient_vlm.checkpoints.safetensors_index import locate
 from efficient_vlm.checkpoints.safetensors_write import writing
 from efficient_vlm.errors import UserError, first_line, short, unknown
-from efficient_vlm.families import generation_config
+from efficient_vlm.families import generation_config, hub
 from efficient_vlm.families.architecture import build_model, read_config
 from efficient_vlm.families.checks import check_compressor, check_parameters
 from efficient_vlm.families.imported import open_weights
@@ -50,6 +51,7 @@ class Pretrained:
       weights: its parameters, see `families.weights.Weights`.
       processor: tokenizer, chat template and pictures.
       family, config, directory: what it is, its config.json, and where it came from.
+      source: where its files came from; see `hub.Source`.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Pretrained:
         self.model, self.weights, self.processor, self._carried = model, weights, processor, carried
         self.family, self.config = processor.family, processor.config
         self.directory = processor.directory
+        self.source = processor.source
 
     # --- parts that are read when they are needed ------------------------------------------------
 
@@ -343,6 +346,7 @@ def _logits(model, params, inputs, rng):
 def from_pretrained(
     path: str | os.PathLike,
     *,
+    revision: str | None = None,
     compressor: Mapping[str, Any] | None = None,
     dtype: Any = "float32",
     param_dtype: Any = None,
@@ -355,7 +359,9 @@ def from_pretrained(
 
     Args:
       path: a directory with config.json and safetensors (one file, or shards with an index), the
-        file or the index itself where there are several, or what `efficient-vlm import` wrote.
+        file or the index itself where there are several, or what `efficient-vlm import` wrote; or
+        "org/name" of a model on a hub, unless there is a folder of that name, see `hub.find`.
+      revision: of a model on a hub: a branch, a tag or a commit; None for the default branch.
       compressor: name, budget and options, such as dict(name="visionzip", budget=64); None for all
         visual tokens.
       dtype: of activations, "float32" or "bfloat16".
@@ -370,7 +376,8 @@ def from_pretrained(
     Raises:
       UserError: no such model, a damaged file, or a compressor that this model cannot have.
     """
-    directory, files = locate(path)
+    source = hub.find(path, revision)
+    directory, files = locate(source.directory)
     dtype = known_dtype("dtype", dtype)
     kind = None
     if param_dtype != "stored":
@@ -391,5 +398,6 @@ def from_pretrained(
     weights, carried = open_weights(
         files, family, config, model, dtype=kind, sharding=sharding, check=check, sha256=sha256
     )
-    processor = Processor(family, config, directory, picture_options)
+    source = dataclasses.replace(source, directory=directory)
+    processor = Processor(family, config, directory, picture_options, source)
     return Pretrained(model, weights, processor, carried)

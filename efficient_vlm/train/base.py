@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from efficient_vlm.checkpoints.safetensors_index import locate
 from efficient_vlm.checkpoints.safetensors_read import Checkpoint
 from efficient_vlm.errors import UserError, short
+from efficient_vlm.families import hub
 from efficient_vlm.families.architecture import build_model, read_config
 from efficient_vlm.families.imported import CHECKPOINTS, restore_stacked
 from efficient_vlm.families.load import FamilyCheckpoint, known_dtype, stacked
@@ -33,7 +34,8 @@ class PretrainedFields:
     """The section "model" of a run that starts from a published model.
 
     Attributes:
-      pretrained: its directory.
+      pretrained: its directory, or its name on a hub.
+      revision: on the hub: a branch, a tag or a commit.
       compressor: name, budget and options; all visual tokens by default.
       dtype: of activations, "float32" or "bfloat16".
       param_dtype: of parameters; None for float32.
@@ -42,6 +44,7 @@ class PretrainedFields:
     """
 
     pretrained: str
+    revision: str | None = None
     compressor: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "none"})
     dtype: str = "float32"
     param_dtype: str | None = None
@@ -52,7 +55,7 @@ class PretrainedFields:
         if not isinstance(self.pretrained, str) or not self.pretrained:
             raise UserError(
                 f"model.pretrained: {short(self.pretrained)}",
-                allowed="the directory of a published model",
+                allowed="the directory of a published model, or its name on a hub",
             )
         known_dtype("model.dtype", self.dtype)
         if self.param_dtype is not None:
@@ -107,7 +110,9 @@ def open_base(fields: PretrainedFields) -> Base:
     Raises:
       UserError: no such model, or a compressor that it cannot have.
     """
-    directory, files = locate(fields.pretrained)
+    source = hub.find(fields.pretrained, fields.revision)
+    directory, files = locate(source.directory)
+    source = dataclasses.replace(source, directory=directory)
     config = read_config(files)
     family = family_of(config)
     model = build_model(config, dtype=known_dtype("model.dtype", fields.dtype))
@@ -117,7 +122,7 @@ def open_base(fields: PretrainedFields) -> Base:
         if model.encoder is not None:
             parts["encoder"] = {**model.encoder, "remat": fields.remat}
         model = model.clone(**parts)
-    processor = Processor(family, config, directory, dict(fields.pictures))
+    processor = Processor(family, config, directory, dict(fields.pictures), source)
     dtype = known_dtype("model.param_dtype", fields.param_dtype or "float32")
     return Base(model, processor, files, dtype)
 

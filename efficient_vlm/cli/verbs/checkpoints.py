@@ -20,7 +20,12 @@ def _add_import(verbs: Any) -> None:
         run_import,
         examples=("import tests/golden/llava runs/llava --verify=tests/golden/llava/io.npz",),
     )
-    parser.add_argument("source", metavar="HF_DIR", help="folder with config.json and safetensors")
+    parser.add_argument(
+        "source",
+        metavar="HF_DIR",
+        help="folder with config.json and safetensors, or org/name on a hub",
+    )
+    arguments.add_revision(parser)
     parser.add_argument("out", metavar="OUT", help="folder to write")
     parser.add_argument(
         "--verify",
@@ -38,7 +43,10 @@ def _add_export(verbs: Any) -> None:
         run_export,
         examples=("export runs/llava runs/llava_hf",),
     )
-    parser.add_argument("checkpoint", metavar="CKPT", help="what import wrote")
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", help="what import wrote, or a published model"
+    )
+    arguments.add_revision(parser)
     parser.add_argument("out", metavar="HF_DIR", help="folder to write")
     parser.add_argument(
         "--dtype",
@@ -51,11 +59,12 @@ def run_import(args: argparse.Namespace, given: Given) -> int:
     from efficient_vlm.cli.published import import_checkpoint
 
     del given
-    return import_checkpoint(args.source, args.out, verify_with=args.verify, sha256=args.sha256)
+    given = dict(revision=args.revision, verify_with=args.verify, sha256=args.sha256)
+    return import_checkpoint(args.source, args.out, **given)
 
 
 def run_export(args: argparse.Namespace, given: Given) -> int:
     from efficient_vlm.cli.published import export_checkpoint
 
     del given
-    return export_checkpoint(args.checkpoint, args.out, dtype=args.dtype)
+    return export_checkpoint(args.checkpoint, args.out, revision=args.revision, dtype=args.dtype)

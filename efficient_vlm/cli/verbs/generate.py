@@ -24,7 +24,10 @@ def add(verbs: Any) -> None:
         ),
         dotted=("compressor", "pictures"),
     )
-    parser.add_argument("model", metavar="MODEL", help="folder with config.json and weights")
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder with config.json and weights, or org/name on a hub"
+    )
+    arguments.add_revision(parser)
     parser.add_argument("question", metavar="QUESTION", help="what to ask")
     parser.add_argument(
         "--image", action="append", metavar="FILE", help="a picture; may be repeated"
@@ -137,6 +140,7 @@ def run(args: argparse.Namespace, given: Given) -> int:
         args.model,
         args.question,
         args.image or (),
+        revision=args.revision,
         method=args.compressor,
         options=given.compressor,
         pictures=given.pictures,

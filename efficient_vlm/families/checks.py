@@ -9,6 +9,7 @@ from flax.traverse_util import flatten_dict
 from efficient_vlm.errors import UserError
 from efficient_vlm.families.architecture import parameter_shapes
 from efficient_vlm.models.vlm import VisionLanguageModel
+from efficient_vlm.nn.attention import PREFIX
 from efficient_vlm.nn.stack import unstack
 from efficient_vlm.processing.gather import capped
 
@@ -18,7 +19,11 @@ def check_parameters(model: VisionLanguageModel, params: Any) -> None:
     wanted = {path: leaf.shape for path, leaf in parameter_shapes(model).items()}
     try:
         leaves = flatten_dict(jax.eval_shape(unstack, params), sep="/")
-        shapes = {path: leaf.shape for path, leaf in leaves.items()}
+        shapes = {
+            path: leaf.shape
+            for path, leaf in leaves.items()
+            if path.rpartition("/")[2] not in PREFIX
+        }
     except (AssertionError, AttributeError, IndexError, TypeError, ValueError):  # Not such a tree.
         shapes = {}
     wrong = [path for path in wanted if path not in shapes]

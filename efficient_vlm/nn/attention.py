@@ -21,6 +21,9 @@ from efficient_vlm.shapes import Array
 SHARED_SEGMENT = 0
 PADDING_SEGMENT = -1
 
+# Parameters that prefix tuning adds: keys and values [n, Hkv, Dh] that every query sees.
+PREFIX = ("prefix_key", "prefix_value")
+
 _NEGATIVE = -1e30  # Finite: a row without live keys gives a mean instead of NaN.
 
 
@@ -227,10 +230,36 @@ class Attention(nn.Module):
         if slots is not None:
             inner["cache"] = cache = kv_cache.write(cache, k, v, slots)
             q = q.swapaxes(1, 2).astype(self.dtype)
-            out, inner["lse"] = kv_cache.attend(cache, q, slots, **options)
+            out, lse = kv_cache.attend(cache, q, slots, **options)
         else:
             if cache is not None:
                 inner["cache"] = kv_cache.fill(cache, k, v)
             q, k, v = (x.swapaxes(1, 2).astype(self.dtype) for x in (q, k, v))
-            out, inner["lse"], _ = dot_product_attention(q, k, v, **options)
+            out, lse, _ = dot_product_attention(q, k, v, **options)
+        out, inner["lse"] = self._prefixed(q, out, lse)
         return self.out(out.swapaxes(1, 2)), inner
+
+    def _prefixed(
+        self, q: jax.Array, out: jax.Array, lse: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Attention [B, H, S, Dh] and its lse [B, H, S] as if PREFIX stood among the keys.
+
+        A softmax over two groups is a mean of theirs, weighted by their sums (arXiv 2110.04366,
+        section 3.1). The prefix has no positions.
+        """
+        keys, values = (self.get_variable("params", name) for name in PREFIX)
+        if keys is None:
+            return out, lse
+        keys, values = (
+            jnp.repeat(part.astype(jnp.float32), self.num_heads // self.num_kv_heads, axis=1)
+            for part in (keys, values)
+        )
+        logits = self.scale * jnp.einsum("bhsd,nhd->bhsn", q.astype(jnp.float32), keys)
+        if self.softcap is not None:
+            logits = self.softcap * jnp.tanh(logits / self.softcap)
+        own = jax.nn.logsumexp(logits, axis=-1)
+        lse = jnp.where(jnp.isfinite(lse), lse, _NEGATIVE)
+        total = jnp.logaddexp(lse, own)
+        prefix = jnp.einsum("bhsn,nhd->bhsd", jax.nn.softmax(logits, axis=-1), values)
+        mixed = out * jnp.exp(lse - total)[..., None] + prefix * jnp.exp(own - total)[..., None]
+        return mixed.astype(out.dtype), total

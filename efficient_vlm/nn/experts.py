@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from efficient_vlm.kernels import hints
-from efficient_vlm.nn.linear import Weight, batched, beside, grouped
+from efficient_vlm.nn.linear import Pair, Weight, batched, beside, grouped, specs_of
 from efficient_vlm.shapes import Array
 from efficient_vlm.sharding import BATCH, auto_axes
 
@@ -70,8 +70,8 @@ def dispatch(
         # gradients are reduced and scattered in one step; outside, every device would hold all.
         both = beside(gate, up)
         if stored:
-            both = lax.all_gather(both, stored, axis=1, tiled=True)
-            down = lax.all_gather(down, stored, axis=2, tiled=True)
+            each = Pair(*specs[:2]) if isinstance(both, Pair) else specs[0]
+            both, down = _gathered(both, each), _gathered(down, specs[2])
         kernels = both, down
         if room < x.shape[1]:
             y, served = _limited(x, chosen, weights, valid, kernels, act, across, room)
@@ -87,12 +87,25 @@ def dispatch(
     spread = AXIS if across > 1 else None
     wide = PartitionSpec(spread, stored, width)
     cut = PartitionSpec(rows)
+    narrow = PartitionSpec(spread, width, stored)
+    specs = tuple(map(specs_of, kernels, (wide, wide, narrow)))
     return jax.shard_map(
         part,
-        in_specs=(cut, cut, cut, cut, wide, wide, PartitionSpec(spread, width, stored)),
+        in_specs=(cut, cut, cut, cut, *specs),
         out_specs=(cut, cut),
         check_vma=False,
     )(x, chosen, weights, valid, *kernels)
+
+
+def _gathered(kernel, specs):
+    """The whole of a kernel, of which each device along "fsdp" has a part."""
+
+    def gather(array, spec):
+        if "fsdp" not in spec:
+            return array
+        return lax.all_gather(array, "fsdp", axis=tuple(spec).index("fsdp"), tiled=True)
+
+    return jax.tree.map(gather, kernel, specs)
 
 
 def _gated(rows, sizes, kernels, act, room=1):

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from efficient_vlm.nn.linear import Joined
+from efficient_vlm.nn.linear import Joined, WeightForm
 from efficient_vlm.nn.stack import STACKS, unstack
 
 # Products of one input, whose weights are joined under the name of the first.
@@ -17,12 +17,16 @@ def fuse(params: Any) -> Any:
     """`unstack`, with the kernels of products of the same input concatenated (`Joined`).
 
     Products of a few tokens then read weights in fewer and larger pieces: a fifth faster on a CPU.
+    Groups with a weight in another form (an adapter, codes) are left as they are.
 
     Args:
       params: as from `init` or `unstack`, without logical axes.
     """
     flat = flatten_dict(unstack(params), sep="/")
+    changed = {_above(path) for path, leaf in flat.items() if isinstance(leaf, WeightForm)}
     for whole, parts in groups(flat).items():
+        if changed & set(map(_above, parts)):
+            continue
         weights = [flat.pop(part) for part in parts]
         if whole.endswith("kernel"):
             matrix = jnp.concatenate([w.reshape(w.shape[0], -1) for w in weights], axis=-1)
@@ -45,6 +49,10 @@ def unfuse(params: Any) -> Any:
             for name, part in zip(names, [] if value is None else joined.split(value)):
                 flat[f"{above}/{name}/{leaf}"] = part
     return unflatten_dict(flat, sep="/")
+
+
+def _above(path: str) -> str:
+    return path.rpartition("/")[0]
 
 
 def groups(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:

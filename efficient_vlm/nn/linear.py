@@ -16,10 +16,12 @@ from flax import linen as nn
 from flax import struct
 from flax.linen import module as linen_module
 from jax import lax
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from efficient_vlm.kernels.grouped_matmul import grouped_matmul
+from efficient_vlm.nn.weight_form import WeightForm
 from efficient_vlm.shapes import Array
 
 Dtype = DTypeLike
@@ -31,44 +33,6 @@ def logical(init, *axes: str | None):
 
 
 # --- forms of weights ----------------------------------------------------------------------------
-
-
-class WeightForm:
-    """Base of pytrees that replace a weight array.
-
-    A form is a `flax.struct.dataclass` derived from this class. Only `dot` is required; the other
-    methods serve embedding tables (`take`, `transposed`) and experts (`grouped`, `batched`,
-    `beside`).
-    """
-
-    def dot(
-        self, x: Float[Array, "*rows_inputs"], contracted: int, dtype: Dtype
-    ) -> Float[Array, "*rows_outputs"]:
-        """x [..., *inputs] times the weight [*inputs, *outputs], `contracted` axes being inputs:
-        [..., *outputs] in `dtype`."""
-        raise NotImplementedError(f"{type(self).__name__}: no product")
-
-    def take(self, rows: Int[Array, "*rows"], dtype: Dtype) -> Float[Array, "*rows D"]:
-        """Rows of a table [V, D]: int [...] -> [..., D] in `dtype`."""
-        raise NotImplementedError(f"{type(self).__name__}: not for embedding tables")
-
-    def transposed(self, rows: int | None) -> "WeightForm":
-        """A table [V, D], its first `rows`, as the weight [D, rows] of the head."""
-        raise NotImplementedError(f"{type(self).__name__}: not for embedding tables")
-
-    def grouped(
-        self, x: Float[Array, "M D"], sizes: Int[Array, " E"], room: int
-    ) -> Float[Array, "M F"]:
-        """Rows [M, D] sorted by expert, each times the weight of its expert: [M, F]."""
-        raise NotImplementedError(f"{type(self).__name__}: not for experts")
-
-    def batched(self, x: Float[Array, "B E C D"]) -> Float[Array, "B E C F"]:
-        """Slots [B, E, C, D] of each expert times its weight: [B, E, C, F]."""
-        raise NotImplementedError(f"{type(self).__name__}: not for experts")
-
-    def beside(self, other: Any) -> "WeightForm":
-        """Concatenates this weight and another one of the same form on the last axis."""
-        raise NotImplementedError(f"{type(self).__name__}: not for experts")
 
 
 # Any: qwix replaces arrays by types of its own.
@@ -105,6 +69,35 @@ class Joined(WeightForm):
             part.reshape(*y.shape[:-1], *shape)
             for part, shape in zip(parts, self.outputs, strict=True)
         ]
+
+
+@struct.dataclass
+class Pair(WeightForm):
+    """Two weights of experts, in any forms, side by side: [E, D, F + G]. Each has its product.
+
+    Attributes:
+      first, second: [E, D, F] and [E, D, G].
+    """
+
+    first: Weight
+    second: Weight
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[E, D, F + G]."""
+        return (*self.first.shape[:-1], self.first.shape[-1] + self.second.shape[-1])
+
+    def grouped(
+        self, x: Float[Array, "M D"], sizes: Int[Array, " E"], room: int
+    ) -> Float[Array, "M FG"]:
+        """[M, D] -> [M, F + G]."""
+        parts = (grouped(x, weight, sizes, room) for weight in (self.first, self.second))
+        return jnp.concatenate(list(parts), axis=-1)
+
+    def batched(self, x: Float[Array, "B E C D"]) -> Float[Array, "B E C FG"]:
+        """[B, E, C, D] -> [B, E, C, F + G]."""
+        parts = (batched(x, weight) for weight in (self.first, self.second))
+        return jnp.concatenate(list(parts), axis=-1)
 
 
 # --- products ------------------------------------------------------------------------------------
@@ -206,10 +199,15 @@ def batched(x: Float[Array, "B E C D"], weight: Weight) -> Float[Array, "B E C F
 
 
 def beside(first: Weight, second: Weight) -> Weight:
-    """Concatenates two weights of the same form on the last axis."""
-    if isinstance(first, WeightForm):
-        return first.beside(second)
+    """Concatenates two weights of experts on the last axis."""
+    if isinstance(first, WeightForm) or isinstance(second, WeightForm):
+        return Pair(first, second)
     return jnp.concatenate([first, second], axis=-1)
+
+
+def specs_of(weight: Weight, spec: PartitionSpec) -> Any:
+    """The sharding of a weight as a tree of its arrays, see `WeightForm.specs`."""
+    return weight.specs(spec) if isinstance(weight, WeightForm) else spec
 
 
 def weight_of(

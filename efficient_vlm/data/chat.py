@@ -241,6 +241,12 @@ class ChatPipeline:
             )
         return iter(batches)
 
+    def epoch(self) -> Iterator[Batch]:
+        """Batches in which every sample that can be used is once."""
+        samples = [i for i in range(len(self.source)) if self._size(i) is not None]
+        for plan in self._planned(samples, 0):
+            yield self._load(plan)
+
     @property
     def _window(self) -> int:
         """Samples that are packed together: all, where they are few, so that an epoch is one."""
@@ -249,7 +255,9 @@ class ChatPipeline:
 
     def _plan(self, number: int, samples: np.ndarray) -> list[_Plan]:
         """The batches of one window."""
-        usable = [self._usable(int(index)) for index in samples]
+        return self._planned([self._usable(int(index)) for index in samples], number)
+
+    def _planned(self, usable: Sequence[int], number: int) -> list[_Plan]:
         sizes = [self._sizes[index] for index in usable]
         packed = pack(sizes, self.rooms, self._each, alone=self._alone)
         rng = np.random.default_rng((self.config.seed, number))

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from efficient_vlm.adapt.build import merge
 from efficient_vlm.checkpoints.safetensors_index import locate
 from efficient_vlm.checkpoints.safetensors_write import writing
 from efficient_vlm.errors import UserError, first_line, short, unknown
@@ -24,6 +26,7 @@ from efficient_vlm.families.save import copy_settings, export
 from efficient_vlm.families.table import family_of
 from efficient_vlm.families.weights import Arriving, Weights
 from efficient_vlm.inference import answers
+from efficient_vlm.inference import finetune as finetuning
 from efficient_vlm.inference.generate import Generated, generate
 from efficient_vlm.inference.options import SamplingOptions, one_each
 from efficient_vlm.inference.prepare import prepared
@@ -95,6 +98,12 @@ class Pretrained:
     def pictures(self) -> Any:
         """The picture processor of the directory."""
         return self.processor.pictures
+
+    @property
+    def _dtype(self) -> Any:
+        """Of the parameters."""
+        floating = (x.dtype for x in jax.tree.leaves(self.params))
+        return next(kind for kind in floating if jnp.issubdtype(kind, jnp.floating))
 
     @functools.cached_property
     def _penalty(self) -> float:
@@ -201,6 +210,63 @@ class Pretrained:
         options = self.sampling_options(len(questions), do_sample, sampling)
         shared = dict(max_new_tokens=max_new_tokens, stream=stream, rng=rng, cache=cache)
         return self._run(questions, images, options, **shared)
+
+    # --- training --------------------------------------------------------------------------------
+
+    def finetune(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        steps: int,
+        learning_rate: float = 1e-4,
+        adapt: Mapping[str, Any] | None = None,
+        batch_size: int = 1,
+        seed: int = 0,
+        data: Mapping[str, Any] | None = None,
+        optimizer: Mapping[str, Any] | None = None,
+        log: Callable[[int, Mapping[str, float]], None] | None = None,
+    ) -> "Pretrained":
+        """A copy of this model that has learnt from conversations, with the compressor in use.
+
+        Runs that are kept in files, resumed and spread over devices: `efficient-vlm train`.
+
+        Args:
+          rows: {"images": [...], "messages": [{"role", "content"}, ...]}, with "<image>" in the
+            text or parts of type "image"; pictures as in `generate`. Several rows share a row of a
+            batch where that changes nothing.
+          steps: optimizer steps.
+          learning_rate: its peak, after a warm-up of a tenth of the steps; then a cosine to 0.
+          adapt: fields of `adapt.config.AdaptConfig`, such as dict(name="lora", rank=8); None
+            trains all parameters.
+          batch_size: rows of a batch, of about `pack_tokens` tokens each.
+          seed: of initial values and of the order of the rows.
+          data: fields of `data.config.DataConfig`: max_length, max_images, pack, pack_tokens.
+          optimizer: fields of `train.optimizer.OptimizerConfig`.
+          log: called with each step's number and metrics in place of a progress bar.
+
+        Returns:
+          The trained model; with adapters, which `merge` makes part of the weights.
+
+        Raises:
+          UserError: rows or settings that cannot be used, or a loss that is not finite.
+        """
+        given = dict(data=data or {}, optimizer=optimizer or {}, log=log, seed=seed)
+        given |= dict(steps=steps, learning_rate=learning_rate, batch_size=batch_size, adapt=adapt)
+        params = finetuning.finetune(self, rows, **given)
+        return Pretrained(self.model, Weights(params), self.processor, self._carried)
+
+    def merge(self) -> "Pretrained":
+        """The same model with its adapters as part of the weights, and quantised weights plain."""
+        return self.with_params(merge(self.params, self._dtype))
+
+    def loss(self, rows: Sequence[Mapping[str, Any]], **data: Any) -> float:
+        """Mean loss per target token, in nats.
+
+        Args:
+          rows: see `finetune`; a row that cannot be used is an error.
+          **data: fields of `data.config.DataConfig`: batch_size, max_length, pack_tokens.
+        """
+        return finetuning.loss(self, rows, data)
 
     def sampling_options(
         self, count: int, do_sample: bool | None, given: Mapping[str, Any]

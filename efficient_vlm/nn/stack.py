@@ -99,6 +99,18 @@ def unstack(params: Any) -> Any:
     return split
 
 
+def restack(params: Any) -> Any:
+    """The inverse of `unstack`; stacked parameters are returned unchanged."""
+    if not isinstance(params, Mapping):
+        return params
+    whole = {name: restack(value) for name, value in params.items()}
+    for name in STACKS & set(whole):
+        if is_split(whole[name]):
+            layers = [whole[name][str(i)] for i in range(len(whole[name]))]
+            whole[name] = jax.tree.map(lambda *each: jnp.stack(each), *layers)
+    return whole
+
+
 def is_split(layers: Any) -> bool:
     """Whether parameters of layers are split (`unstack`), not stacked."""
     return "0" in layers

@@ -135,6 +135,30 @@ def make_start(
     return Start(lambda: make(trained()), like, tx, StateLayout(tuning.mesh, shardings)), frozen
 
 
+def make_step(
+    model: VisionLanguageModel,
+    tuning: Tuning,
+    start: Start,
+    frozen: Mapping[str, Any],
+    settings: TrainConfig,
+) -> Callable:
+    """The training step of one budget, with a program for each shape of rows."""
+
+    def make(model: VisionLanguageModel) -> Callable:
+        return steps.make_train_step(
+            model,
+            start.tx,
+            seed=settings.seed,
+            accumulate=settings.accumulate,
+            aux={name: getattr(settings, name) for name in ("load_balance", "router_z")},
+            ema=settings.ema,
+            layout=start.layout,
+            tuning=(tuning.whole, frozen),
+        )
+
+    return ShapedStep(make, model, tuning.base.processor.family.variable)
+
+
 class ShapedStep:
     """A training step that has a program for each shape of pictures and text.
 
@@ -189,19 +213,6 @@ def prepare_published(
     tuning = Tuning(base, arms, adapting, mesh)
     start, frozen = make_start(tuning, settings, optimizer)
 
-    def make(model: VisionLanguageModel) -> Callable:
-        return steps.make_train_step(
-            model,
-            start.tx,
-            seed=settings.seed,
-            accumulate=settings.accumulate,
-            aux={name: getattr(settings, name) for name in ("load_balance", "router_z")},
-            ema=settings.ema,
-            layout=start.layout,
-            tuning=(tuning.whole, frozen),
-        )
-
-    variable = base.processor.family.variable
     return Setup(
         settings=settings,
         data=data_config,
@@ -211,7 +222,7 @@ def prepare_published(
         model=base.processor.seeing(base.model),
         arms=arms,
         start=start,
-        programs=[ShapedStep(make, arm.model, variable) for arm in arms],
+        programs=[make_step(arm.model, tuning, start, frozen, settings) for arm in arms],
         compile_seconds=0.0,
         inputs=lambda batch: batch.inputs,
         whole=functools.partial(tuning.whole, frozen=frozen),

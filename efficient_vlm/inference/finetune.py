@@ -1,0 +1,111 @@
+"""Fine-tuning of a loaded model in a notebook, and its loss on rows; files: `efficient-vlm train`."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from efficient_vlm.adapt.build import is_adapted
+from efficient_vlm.adapt.config import AdaptConfig
+from efficient_vlm.data.chat import ChatPipeline
+from efficient_vlm.data.config import DataConfig
+from efficient_vlm.data.memory import MemorySource
+from efficient_vlm.errors import UserError
+from efficient_vlm.families.processor import Processor
+from efficient_vlm.fields import construct
+from efficient_vlm.inference.programs import bounded_jit
+from efficient_vlm.models.vlm import VisionLanguageModel
+from efficient_vlm.nn.stack import restack
+from efficient_vlm.processing.gather import fitted
+from efficient_vlm.terminal import Progress
+from efficient_vlm.train.arms import Arm
+from efficient_vlm.train.config import TrainConfig
+from efficient_vlm.train.losses import token_cross_entropy
+from efficient_vlm.train.optimizer import OptimizerConfig
+from efficient_vlm.train.published import Tuning, make_start, make_step
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loaded:
+    """A loaded model as what a run starts from; see `train.base.Base`."""
+
+    model: VisionLanguageModel
+    processor: Processor
+    params: Any
+
+    @property
+    def dtype(self) -> np.dtype:
+        return jax.tree.leaves(self.params)[0].dtype
+
+    def parameters(self) -> dict[str, Any]:
+        return flatten_dict(restack(self.params), sep="/")
+
+
+def finetune(
+    vlm: Any,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    steps: int,
+    learning_rate: float,
+    adapt: Mapping[str, Any] | None,
+    batch_size: int,
+    seed: int,
+    data: Mapping[str, Any],
+    optimizer: Mapping[str, Any],
+    log: Callable[[int, Mapping[str, float]], None] | None,
+) -> Any:
+    """The trained parameters of a `Pretrained`; see `Pretrained.finetune`."""
+    adapting = construct(AdaptConfig, {"seed": seed, **(adapt or {"name": "full"})}, "adapt")
+    settings = TrainConfig(steps=steps, seed=seed)
+    given = {"learning_rate": learning_rate, "warmup_steps": min(steps // 10, 100), **optimizer}
+    update = construct(OptimizerConfig, given, "optimizer")
+    if is_adapted(vlm.params):
+        raise UserError("finetune: this model has adapters", fix="start from vlm.merge()")
+    pipeline = _pipeline(vlm, rows, dict(batch_size=batch_size, seed=seed, **data))
+    loaded = _Loaded(vlm.model, vlm.processor, vlm.params)
+    arm = Arm(vlm.processor.seeing(vlm.model))
+    tuning = Tuning(loaded, [arm], adapting, None)
+    start, frozen = make_start(tuning, settings, update)
+    step = make_step(arm.model, tuning, start, frozen, settings)
+    state, batches = start.state(), iter(pipeline)
+    with Progress(steps, quiet=log is not None) as progress:
+        for number in range(1, steps + 1):
+            state, metrics = step(state, next(batches).inputs)
+            values = {name: np.asarray(value) for name, value in metrics.items()}
+            if not values["ok"]:
+                raise UserError(
+                    f"finetune: the loss of step {number} is not finite",
+                    fix="a smaller learning_rate, or dtype='float32'",
+                )
+            progress.update(number, values)
+            if log is not None:
+                log(number, {n: float(v) for n, v in values.items() if v.ndim == 0})
+    return tuning.whole(state["params"], frozen)
+
+
+def loss(vlm: Any, rows: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> float:
+    """Mean loss per target token of each row once; see `Pretrained.loss`."""
+    pipeline = _pipeline(vlm, rows, dict(data))
+    total = count = 0.0
+    for batch in pipeline.epoch():
+        model = fitted(pipeline.model, batch.inputs.pictures, vlm.family.variable)
+        part, number = _sums(model, vlm.fused, batch.inputs)
+        total, count = total + float(part), count + float(number)
+    return total / count
+
+
+@bounded_jit(1)
+def _sums(model, params, inputs):
+    """Sum of the losses of all targets, and their number."""
+    logits = model.apply({"params": params}, inputs, rng=jax.random.key(0)).logits
+    return token_cross_entropy(logits, inputs.labels)["loss"]
+
+
+def _pipeline(vlm: Any, rows: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> ChatPipeline:
+    fields = {"max_images": 64, "num_threads": 0, "max_skip_fraction": 0.0, **data}
+    config = DataConfig.from_mapping({"source": "llava_json", "path": "rows", **fields})
+    source = MemorySource(rows, config.max_image_bytes)
+    return ChatPipeline(config, source, vlm.processor, [vlm.processor.seeing(vlm.model)])

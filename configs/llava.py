@@ -1,9 +1,10 @@
-"""Your own images, from a LLaVA-style JSON or JSONL file.
+"""Your own images, from a JSON, Parquet, CSV, tar or TensorFlow Datasets file.
 
     efficient-vlm train --config=configs/llava.py --config.data.path=my.json --workdir=runs/mine
 
-Rows are {"id", "image": a path or a list of paths, "conversations": [{"from", "value"}, ...]};
-paths are relative to the file. See docs/data.md for what is read, skipped and counted.
+Rows of JSON are {"id", "image": a path or a list of paths, "conversations": [{"from", "value"}]} or
+{"images", "messages"}; paths are relative to the file. See docs/data.md for all layouts, and for
+what is read, skipped and counted.
 """
 
 import ml_collections
@@ -14,7 +15,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """Args: arg: as for the quickstart."""
     config = quickstart.get_config(arg)
     config.data = dict(
-        source="llava_json",
+        source="auto",
         path="",
         image_size=128,
         resize="letterbox",

@@ -83,7 +83,7 @@ def test_a_hundred_steps(path, arg, data_dir, tmp_path):
     ]
     overrides += ["eval.images=8", "eval.batch_size=8", "eval.new_tokens=2", "eval.map_questions=1"]
     config = configs.load(spec)
-    if config.data.source == "llava_json":
+    if config.data.source == "auto":
         overrides += [f"data.path={own_images(tmp_path)}", "data.test_fraction=0.3"]
         overrides += ["data.vocab_size=300"]
     else:

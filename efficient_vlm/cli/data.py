@@ -7,9 +7,10 @@ from pathlib import Path
 from efficient_vlm.cli import config_file
 from efficient_vlm.data.config import DataConfig, validate
 from efficient_vlm.data.inspect import contact_sheet
+from efficient_vlm.data.mixture import MixtureSource
 from efficient_vlm.data.pipeline import make_spec
 from efficient_vlm.data.records import REASONS
-from efficient_vlm.data.sources import build_token_bench, open_source
+from efficient_vlm.data.sources import build_token_bench, layout_of, open_source
 from efficient_vlm.data.token_bench import store
 from efficient_vlm.errors import UserError
 from efficient_vlm.fields import section
@@ -29,15 +30,15 @@ def build(config: DataConfig, *, full: bool = True) -> Path:
       full: compare the SHA-256 of every file, not only its size.
 
     Returns:
-      The manifest of the build; for llava_json the file itself, as nothing is built.
+      The manifest of the build; for your own images their path, as nothing is built.
 
     Raises:
       UserError: bad config or damaged data.
     """
     validate(config)
-    if config.source != "token_bench":
+    if not config.generated:
         _print_counts("train", open_source(config, "train"))
-        print("llava_json is read as it is: nothing to build")
+        print(f"{layout_of(config)} is read as it is: nothing to build")
         return Path(config.path)
     folder = build_token_bench(config, full=full)
     manifest = store.manifest(folder)
@@ -83,7 +84,9 @@ def inspect(
     validate(config)
     source = open_source(config, split)
     _print_counts(split, source, scan)
-    title = f"{config.source}, {split}: {len(source)} samples, tasks {', '.join(source.tasks)}"
+    if isinstance(source, MixtureSource):
+        _print_parts(source)
+    title = f"{layout_of(config)}, {split}: {len(source)} samples, tasks {', '.join(source.tasks)}"
     spec = make_spec(config, source.tasks, source.placed)
     shown = contact_sheet(source, spec, output, title=title, images=images, seed=seed)
     if not shown:
@@ -113,6 +116,16 @@ def _print_counts(split: str, source, scan: int = 0) -> None:
     _print_table(f"{split}: {number} of {len(source)} samples", columns, rows)
     for reason, count in sorted(bad.items()):
         print(f"unusable: {count} {reason} ({REASONS[reason]})")
+
+
+def _print_parts(source: MixtureSource) -> None:
+    """What each source gives to as many examples as there are samples."""
+    rows = [
+        [part["source"], part["samples"], part["drawn"], f"{part['epochs']:g}"]
+        for part in source.summary(len(source))
+    ]
+    columns = ["source", "samples", "drawn", "epochs"]
+    _print_table(f"{len(source)} examples of the mixture", columns, rows)
 
 
 def _most(counter: collections.Counter) -> str:

@@ -287,7 +287,7 @@ def _at_size(image: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
 
 def _tokenizer(data, workdir: Path):
     """The run's tokenizer, without its data."""
-    known = data.tokenizer or data.source == "token_bench"
+    known = data.tokenizer or data.generated
     if not known and not (workdir / "tokenizer.json").is_file():
         raise UserError(
             f"--workdir={workdir}: it holds no tokenizer.json",
@@ -297,6 +297,6 @@ def _tokenizer(data, workdir: Path):
 
 
 def _question(data) -> str:
-    if data.source != "token_bench":
+    if not data.generated:
         return "What is in this image?"
     return f"which digit is {COLOURS[0]}" if "needle" in data.tasks else "what background colour"

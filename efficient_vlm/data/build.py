@@ -22,7 +22,7 @@ def start(config: DataConfig) -> subprocess.Popen | None:
     Opening the data afterwards uses the build; if the process failed, it builds them itself and
     reports what is wrong.
     """
-    if config.source != "token_bench" or config.train_images < WORTH_A_PROCESS:
+    if not config.generated or config.train_images < WORTH_A_PROCESS:
         return None
     fields = json.dumps(dataclasses.asdict(config))
     command = [sys.executable, "-m", "efficient_vlm.data.build", fields]

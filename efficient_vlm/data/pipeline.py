@@ -1,10 +1,10 @@
 """Records to batches: shuffled, resumable, and in an order that no number of processes changes.
 
-    shuffle -> repeat -> batch (of record numbers) -> this process's rows -> decode and tokenize
+    shuffle -> repeat -> mix -> batch (of record numbers) -> own rows -> decode and tokenize
 
 The state of the iterator is the number of the next batch. Everything random is a function of
 (seed, position in the global order), so a resumed run continues exactly. A record that cannot be
-used is replaced by the next usable one of the source, which depends on the data alone.
+used is replaced by the next usable one of its source, which depends on the data alone.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,9 +15,10 @@ import numpy as np
 
 from efficient_vlm.data import questions, transforms
 from efficient_vlm.data.config import DataConfig, validate
+from efficient_vlm.data.mixture import MixtureSource, neighbours_of, order_of
 from efficient_vlm.data.skips import SkipCounter
-from efficient_vlm.data.sources import Source, longest_words, open_source
-from efficient_vlm.errors import UserError
+from efficient_vlm.data.sources import Source, layout_of, longest_words, open_source
+from efficient_vlm.errors import UserError, short
 from efficient_vlm.processing import decode_image as images
 from efficient_vlm.processing import plain_tokenizer as tokenizing
 from efficient_vlm.processing.decode_image import BadRecord
@@ -67,13 +68,21 @@ class Pipeline:
         """Records found unusable so far by this process, and those before it, by reason."""
         return self._skips.counts
 
+    def by_source(self, steps: int) -> list[dict[str, Any]]:
+        """What each source of a mixture gave to `steps` steps; see `MixtureSource.summary`.
+
+        Skipped records are those that this process knows of. [] for a single source.
+        """
+        if not isinstance(self.source, MixtureSource):
+            return []
+        bad = [index for numbers in self._skips.state().values() for index in numbers]
+        return self.source.summary(steps * self.config.batch_size, bad)
+
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         """A Grain iterator over batches: `next`, `get_state`, `set_state`; Orbax saves it."""
         import grain
 
-        order = grain.MapDataset.range(len(self.source)).shuffle(seed=self.config.seed % 2**32)
-        # Practically endless, yet small enough for Grain to divide without rounding.
-        order = order.repeat(2**52 // len(self.source))
+        order = order_of(self.source, self.config.seed)
         batches = order.batch(self.config.batch_size).map_with_index(self._load)
         options = grain.ReadOptions(
             num_threads=self.config.num_threads,
@@ -89,9 +98,9 @@ class Pipeline:
 
     def _example(self, position: int, index: int) -> dict[str, np.ndarray]:
         """Example at `position` of the global order: record `index`, or the next usable one."""
-        size = len(self.source)
-        for step in range(size):
-            candidate = (index + step) % size
+        among = neighbours_of(self.source, index)
+        for step in range(len(among)):
+            candidate = among[(index - among.start + step) % len(among)]
             if self._skips.known_bad(candidate):
                 continue
             try:
@@ -104,7 +113,7 @@ class Pipeline:
             chosen = transforms.choose(texts, choice, self.spec, self.tokenizer.pad_id)
             return chosen | pictures | {"index": np.int64(candidate)}
         raise UserError(
-            f"data: none of the {size} samples can be used",
+            f"data: none of the {len(among)} samples can be used",
             fix="see `efficient-vlm data inspect` for the reasons",
         )
 
@@ -146,7 +155,7 @@ def make_train(
     source = open_source(config, "train")
     if not len(source):
         raise UserError(
-            f"data: {config.path or config.source} has no training samples",
+            f"data: {short(config.path or config.source)} has no training samples",
             fix="add samples, or set data.eval_path (or a smaller data.test_fraction)",
         )
     tokenizer = make_tokenizer(config, source, workdir)
@@ -159,7 +168,7 @@ def make_tokenizer(
     """The tokenizer of `config`; one that is trained on the data is stored in `workdir`."""
     if config.tokenizer:
         return tokenizing.load(config.tokenizer)
-    if config.source == "token_bench":
+    if config.generated:
         return tokenizing.word_level(questions.vocabulary())
     path = Path(workdir) / "tokenizer.json" if workdir else None
     if path and path.is_file():
@@ -175,7 +184,7 @@ def preview(config: DataConfig) -> tuple[transforms.Spec, Tokenizer] | None:
 
     A program can then be compiled while the data are being built.
     """
-    if config.source != "token_bench":
+    if not config.generated:
         return None
     return make_spec(config, config.tasks), make_tokenizer(config, None)
 
@@ -187,7 +196,7 @@ def make_spec(config: DataConfig, tasks: tuple[str, ...], placed: bool = False) 
       config: of the data.
       tasks, placed: of the source.
     """
-    bench = config.source == "token_bench"
+    bench = config.generated
     length = config.max_length or (max(8, longest_words(config) + 1) if bench else 256)
     questions = config.questions_per_image or (8 if bench else 1)
     if bench and questions > config.question_pool:
@@ -227,7 +236,7 @@ def make_fingerprint(
     return {
         "format": FORMAT,
         "preprocessing": images.STANDARD,
-        "source": config.source,
+        "source": layout_of(config),
         **source.fingerprint,
         "records": len(source),
         "seed": config.seed,

@@ -10,7 +10,8 @@ __all__ = ["REASONS", "BadRecord", "Conversation", "Record"]
 
 # Why a `BadRecord` is skipped.
 REASONS = {
-    "malformed": "no list of turns, a turn of an unknown role or without text, or no paths",
+    "malformed": "no list of turns, a turn of an unknown role or without text, or no picture where "
+    "one should be",
     "markers": "<image> in the questions and pictures that do not match",
     "media": "video, audio, or pictures under a key that is not read",
     "outside": "image path that leaves the folder of the pictures",
@@ -33,8 +34,9 @@ class Conversation:
       turns: at least one pair.
       task: name under which results are grouped.
       places: for each image of the record, where it stands: (turn, characters of that user text in
-        front of it), in order; () for all images in front of everything.
-      system: system prompt; "" for none.
+        front of it), in order; () for all images in front of everything, `system` included.
+      system: system prompt, "" for none; a chat template has a place for it, `flat` puts it in
+        front of the first question.
     """
 
     turns: tuple[tuple[str, str], ...]
@@ -47,10 +49,19 @@ class Conversation:
         """One question and one answer."""
         return cls(turns=((prompt, answer),), task=task)
 
+    def flat(self) -> "Conversation":
+        """The same words without a system prompt: it is the first line of the first question."""
+        if not self.system:
+            return self
+        (question, answer), *others = self.turns
+        head = self.system + ("\n" if question else "")
+        places = tuple((turn, at + len(head) * (turn == 0)) for turn, at in self.places)
+        return Conversation(((head + question, answer), *others), self.task, places)
+
     @property
     def prompt(self) -> str:
-        """Text of the first question."""
-        return self.turns[0][0]
+        """Text of the first question, with the system prompt in front of it."""
+        return self.flat().turns[0][0]
 
     @property
     def answer(self) -> str:

@@ -1,14 +1,24 @@
 """Sources of records: random access, and a fingerprint of the content."""
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from efficient_vlm.data import questions
+from efficient_vlm.data import layouts, questions
+from efficient_vlm.data.columns import Columns
 from efficient_vlm.data.config import DataConfig
-from efficient_vlm.data.llava_json import LlavaSource
+from efficient_vlm.data.llava_json import JsonSource, JsonTable
+from efficient_vlm.data.mixture import MixtureSource, Part
 from efficient_vlm.data.records import Conversation, Record
+from efficient_vlm.data.row_source import MAX_TRAINING_TEXTS, Reading, RowSource
 from efficient_vlm.data.scenes import SceneConfig
+from efficient_vlm.data.tables import tfds
+from efficient_vlm.data.tables.base import Table
+from efficient_vlm.data.tables.parquet import ParquetTable
+from efficient_vlm.data.tables.text import TextTable
+from efficient_vlm.data.tables.webdataset import WebDatasetTable
 from efficient_vlm.data.token_bench import store
 
 
@@ -29,6 +39,10 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> Record:
         """Record `index`; raises `BadRecord` when it cannot be used."""
+        ...
+
+    def texts(self) -> Iterator[str]:
+        """Questions and answers, for training a tokenizer."""
         ...
 
 
@@ -71,6 +85,13 @@ class TokenBenchSource:
         }
         return Record(f"{self._split}-{index}", (row["image"],), conversations, meta)
 
+    def texts(self) -> Iterator[str]:
+        """Questions and answers, for a tokenizer that other sources share."""
+        for row in itertools.islice(self._data, MAX_TRAINING_TEXTS):
+            for prompt, answer in zip(row["prompts"], row["answers"], strict=True):
+                yield prompt.decode()
+                yield answer.decode()
+
 
 def scene_config(config: DataConfig) -> SceneConfig:
     """The settings of token_bench in a `DataConfig`."""
@@ -88,14 +109,69 @@ def build_token_bench(config: DataConfig, *, full: bool = False) -> Path:
 
 
 def open_source(config: DataConfig, split: str) -> Source:
-    """The records of `split`, "train" or "test"."""
-    if config.source == "token_bench":
+    """The records of `split`, "train" or "test", in any layout; see `DataConfig`."""
+    own = split == "test" and config.eval_path
+    if config.mixture and not own:
+        parts = [
+            Part(name, open_source(part, split), weight, epochs)
+            for name, part, weight, epochs in config.parts()
+        ]
+        return MixtureSource(parts)
+    if config.source == "token_bench" and not config.mixture:
         return TokenBenchSource(build_token_bench(config), split, config.tasks)
-    shared = dict(pictures=config.images, max_bytes=config.max_image_bytes)
-    if split == "test" and config.eval_path:
-        return LlavaSource(config.eval_path, **shared)
-    fraction = 0.0 if config.eval_path else config.test_fraction
-    return LlavaSource(config.path, split=split, test_fraction=fraction, **shared)
+    layout = "auto" if config.mixture else config.source
+    found = layouts.find(config.eval_path if own else config.path, layout)
+    files, has_own_test = layouts.of_split(found, split)
+    if found.layout == layouts.TFDS:
+        table, has_own_test = _tfds(config, split)
+    else:
+        table = _table(found.layout, files, config.max_image_bytes)
+    fraction = 0.0 if config.eval_path or has_own_test else config.test_fraction
+    reading = Reading(
+        split=split,
+        test_fraction=fraction,
+        pictures=config.images,
+        max_bytes=config.max_image_bytes,
+        held_out=config.held_out,
+        separate_turns=config.separate_turns,
+    )
+    if isinstance(table, JsonTable):
+        return JsonSource(table, reading, _columns(config, table) if _chosen(config) else None)
+    return RowSource(table, reading, _columns(config, table))
+
+
+def layout_of(config: DataConfig) -> str:
+    """What the fingerprint calls the source: its layout, whether it was named or seen."""
+    if config.mixture:
+        return "mixture"
+    return layouts.find(config.path).layout if config.source == "auto" else config.source
+
+
+def _chosen(config: DataConfig) -> bool:
+    return bool(config.columns or config.template)
+
+
+def _columns(config: DataConfig, table: Table) -> Columns:
+    return Columns(table.names, config.columns, config.template, table.labels)
+
+
+def _table(layout: str, files: tuple[Path, ...], max_bytes: int) -> Table:
+    if layout == layouts.PARQUET:
+        return ParquetTable(files)
+    if layout == layouts.TAR:
+        return WebDatasetTable(files, max_bytes)
+    return TextTable(files[0]) if layout == layouts.CSV else JsonTable(files[0])
+
+
+def _tfds(config: DataConfig, split: str) -> tuple[Table, bool]:
+    """(the table of a split, whether there is a split for testing)."""
+    own = split == "test" and config.eval_path
+    folder = tfds.folder_of(config.eval_path if own else config.path, config.dir)
+    splits = tfds.splits_of(folder)
+    usual = (name for name in ("test", "validation", "val") if name in splits)
+    test = config.eval_split or next(usual, "")
+    name = test if split == "test" and test else config.train_split
+    return tfds.TfdsTable(str(folder), name), bool(test)
 
 
 def longest_words(config: DataConfig) -> int:

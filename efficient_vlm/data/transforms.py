@@ -59,6 +59,7 @@ def tokenize(conversation: Conversation, tokenizer: Tokenizer) -> Tokens:
     Raises:
       BadRecord: "no_label" when no turn has an answer.
     """
+    conversation = conversation.flat()
     ids, target, places, prompt_length = [], [], [], 0
     for number, (user, assistant) in enumerate(conversation.turns):
         answer = tokenizer.encode(assistant) if assistant.strip() else []

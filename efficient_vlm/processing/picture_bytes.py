@@ -25,6 +25,14 @@ def is_address(text: str) -> bool:
     return bool(_ADDRESS.match(text))
 
 
+def is_base64_picture(text: str) -> bool:
+    """Whether a text is base64 of a file that begins as a picture does."""
+    try:
+        return bool(_BASE64.fullmatch(text)) and known_start(_first_bytes(text))
+    except BadImage:  # Not base64 from its first characters on.
+        return False
+
+
 def picture_bytes(picture: Any, *, max_bytes: int = MAX_BYTES) -> bytes:
     """The bytes of an encoded picture, within a limit that is checked before they are copied.
 

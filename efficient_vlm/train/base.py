@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -160,7 +161,13 @@ def with_values(shapes: Any, values: Mapping[str, Any], fresh: Any) -> Any:
 
 
 def placed(leaf: Any, sharding: Any) -> jax.Array:
-    """An array where it belongs; each device gets its part."""
+    """A copy of an array where it belongs; each device gets its part.
+
+    A copy because a step donates what it trains, and on a CPU an array of JAX may share the memory
+    of the one that it was made of.
+    """
     if sharding is None:
-        return jax.device_put(leaf)
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: np.asarray(leaf[index]))
+        return jnp.array(leaf, copy=True)
+    return jax.make_array_from_callback(
+        leaf.shape, sharding, lambda index: np.array(leaf[index], copy=True)
+    )

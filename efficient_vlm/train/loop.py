@@ -104,6 +104,8 @@ def train(
         "skipped_samples": skipped,
         "compilations": setup.compilations,
     }
+    if by_source := pipeline.by_source(settings.steps):
+        summary["sources"] = by_source
     summary |= digests(run.state, settings.steps, workdir, warn)
     params = setup.whole(run.state.get("ema", run.state["params"]))
     return Trained(setup.model, params, setup.mesh, pipeline, summary, setup.processor)

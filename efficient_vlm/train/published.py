@@ -75,7 +75,11 @@ class Tuning:
         whole = with_values(nn.unbox(self._plain), known, fresh)
         adapted: Adapted = adapt(whole, self.config, self.base.model)
         trained, frozen = partition(adapted.params, adapted.trainable)
-        return nested(self._place(trained, self.trained)), self._place(frozen, self.frozen)
+        if self.mesh is None:  # What is frozen may be used elsewhere as well.
+            frozen = jax.device_put(frozen)
+        else:
+            frozen = self._place(frozen, self.frozen)
+        return nested(self._place(trained, self.trained)), frozen
 
     def _fresh(self, key: jax.Array) -> Any:
         return nn.unbox(self._init(key))

@@ -58,7 +58,8 @@ def test_unicode_markers_and_turns(tmp_path):
     text = json.dumps({"id": 7, "conversations": turns}, ensure_ascii=False)
     path.write_text("\ufeff" + text + "\r\n\n", encoding="utf-8")
     (conversation,) = llava_json.LlavaSource(path)[0].conversations
-    assert conversation.turns == (
+    assert conversation.system == "Be brief."
+    assert conversation.flat().turns == (
         ("Be brief.\nWas ist das? ☃", "Ein Schneemann, 雪だるま <image>"),
         ("Sicher?", "Ja."),
     )

@@ -9,7 +9,7 @@ from data_samples import image_bytes
 
 from efficient_vlm.data import DataConfig, llava_json, make_train
 from efficient_vlm.data.llava_rows import read_row
-from efficient_vlm.data.records import REASONS, BadRecord
+from efficient_vlm.data.records import REASONS, BadRecord, Conversation
 from efficient_vlm.errors import UserError
 
 
@@ -63,8 +63,10 @@ TAKEN = [
 @pytest.mark.parametrize(("given", "pictures", "question", "places"), TAKEN)
 def test_rows_that_are_taken(given, pictures, question, places):
     found = read_row(json.loads(json.dumps(given)))  # NaN is what json writes of a NaN.
-    assert (list(found.pictures), found.places) == (pictures, places)
-    assert found.turns[0][0] == question
+    flat = Conversation(found.turns, places=found.places, system=found.system).flat()
+    assert (list(found.pictures), flat.places) == (pictures, places)
+    assert flat.turns[0][0] == question
+    assert found.system == ("Be brief." if question.startswith("Be brief.") else "")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from efficient_vlm.data.config import DataConfig
+from efficient_vlm.data.mixture import MixtureSource, neighbours_of, order_of
 from efficient_vlm.data.packing import Size, choose_rooms, holds, pack
 from efficient_vlm.data.record_messages import record_messages
 from efficient_vlm.data.records import Record
@@ -105,6 +106,7 @@ class ChatPipeline:
         self._sizes: dict[int, Size | None] = {}
         self._cache: dict[int, list[Example]] = {}
         self._cache_left = config.cache_mb * 2**20
+        self._windows = 0
         self._pooled = self._pools()
         self._alone = not (config.pack and all(packs(m, self._pooled) for m in models))
         self.rooms = self._choose_rooms(programs)
@@ -227,9 +229,8 @@ class ChatPipeline:
         """A Grain iterator over batches: `next`, `get_state`, `set_state`."""
         import grain
 
-        count, size = len(self.source), self._window
-        order = grain.MapDataset.range(count).shuffle(seed=self.config.seed % 2**32)
-        windows = order.repeat(2**40 // count).batch(size).map_with_index(self._plan)
+        order = order_of(self.source, self.config.seed)
+        windows = order.batch(self._window).map_with_index(self._plan)
         flat = grain.experimental.FlatMapIterDataset(
             windows.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)),
             _Plans(),
@@ -255,6 +256,7 @@ class ChatPipeline:
 
     def _plan(self, number: int, samples: np.ndarray) -> list[_Plan]:
         """The batches of one window."""
+        self._windows = max(self._windows, number + 1)
         return self._planned([self._usable(int(index)) for index in samples], number)
 
     def _planned(self, usable: Sequence[int], number: int) -> list[_Plan]:
@@ -271,9 +273,9 @@ class ChatPipeline:
 
     def _usable(self, index: int) -> int:
         """The sample, or the next one of the source that can be used."""
-        count = len(self.source)
-        for step in range(count):
-            candidate = (index + step) % count
+        among = neighbours_of(self.source, index)
+        for step in range(len(among)):
+            candidate = among[(index - among.start + step) % len(among)]
             size = self._size(candidate)
             if size is None:
                 continue
@@ -281,9 +283,16 @@ class ChatPipeline:
                 return candidate
             self.skips.add(candidate, BadRecord("too_large", "larger than the shapes of rows"))
         raise UserError(
-            f"data: none of the {count} samples can be used",
+            f"data: none of the {len(among)} samples can be used",
             fix="see `efficient-vlm data inspect` for the reasons",
         )
+
+    def by_source(self, steps: int) -> list[dict[str, Any]]:
+        """What each source of a mixture gave to the windows that were begun; [] for no mixture."""
+        if not isinstance(self.source, MixtureSource):
+            return []
+        bad = [n for numbers in self.skips.state().values() for n in numbers]
+        return self.source.summary(self._windows * self._window, bad)
 
     def _load(self, plan: _Plan) -> Batch:
         """This process's rows of a batch."""
@@ -324,7 +333,6 @@ class ChatPipeline:
         return {
             "format": f"chat {FORMAT}",
             "preprocessing": STANDARD,
-            "source": config.source,
             **self.source.fingerprint,
             "records": len(self.source),
             "seed": config.seed,

@@ -1,4 +1,4 @@
-"""Fine-tuning of a loaded model in a notebook, and its loss on rows; files: `efficient-vlm train`."""
+"""Fine-tuning of a loaded model in a notebook, and its loss; in files: `efficient-vlm train`."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,8 @@ from efficient_vlm.adapt.build import is_adapted
 from efficient_vlm.adapt.config import AdaptConfig
 from efficient_vlm.data.chat import ChatPipeline
 from efficient_vlm.data.config import DataConfig
-from efficient_vlm.data.memory import MemorySource
+from efficient_vlm.data.row_source import Reading, RowSource
+from efficient_vlm.data.tables.memory import MemoryTable
 from efficient_vlm.errors import UserError
 from efficient_vlm.families.processor import Processor
 from efficient_vlm.fields import construct
@@ -106,6 +107,7 @@ def _sums(model, params, inputs):
 
 def _pipeline(vlm: Any, rows: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> ChatPipeline:
     fields = {"max_images": 64, "num_threads": 0, "max_skip_fraction": 0.0, **data}
-    config = DataConfig.from_mapping({"source": "llava_json", "path": "rows", **fields})
-    source = MemorySource(rows, config.max_image_bytes)
+    config = DataConfig.from_mapping({"path": "rows.json", **fields})
+    table = MemoryTable(rows, config.max_image_bytes)
+    source = RowSource(table, Reading(max_bytes=config.max_image_bytes))
     return ChatPipeline(config, source, vlm.processor, [vlm.processor.seeing(vlm.model)])

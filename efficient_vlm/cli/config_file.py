@@ -16,6 +16,7 @@ from typing import Any
 
 import ml_collections
 
+from efficient_vlm.adapt.config import AdaptConfig
 from efficient_vlm.compressors.methods import METHODS
 from efficient_vlm.data.config import DataConfig
 from efficient_vlm.errors import UserError, closest, short, short_path, unknown
@@ -24,7 +25,8 @@ from efficient_vlm.models import connector, decoder, vlm
 from efficient_vlm.models import encoder as vit
 from efficient_vlm.nn import moe
 from efficient_vlm.sharding import MeshConfig
-from efficient_vlm.train.config import TrainConfig
+from efficient_vlm.train.base import PretrainedFields
+from efficient_vlm.train.config import TrainConfig, is_published
 from efficient_vlm.train.optimizer import OptimizerConfig
 
 # `--config.seed=N` sets both: with another train.seed alone, a run sees the same data in one order.
@@ -40,6 +42,7 @@ SECTIONS = (
     "train",
     "train.optimizer",
     "train.mesh",
+    "adapt",
     "eval",
 )
 
@@ -253,7 +256,7 @@ def class_of(where: str, config: ml_collections.ConfigDict) -> type | None:
     if where == "model.compressor":
         return METHODS.get(config.model.compressor.get("name"))
     return {
-        "model": vlm.VisionLanguageModel,
+        "model": PretrainedFields if is_published(config) else vlm.VisionLanguageModel,
         "model.encoder": vit.ViT,
         "model.connector": connector.Connector,
         "model.decoder": decoder.Decoder,
@@ -261,6 +264,7 @@ def class_of(where: str, config: ml_collections.ConfigDict) -> type | None:
         "train": TrainConfig,
         "train.optimizer": OptimizerConfig,
         "train.mesh": MeshConfig,
+        "adapt": AdaptConfig,
         "eval": EvalConfig,
     }[where]
 

@@ -19,7 +19,7 @@ from efficient_vlm.cli.methods import method_fields
 from efficient_vlm.cli.pictures import picture_options
 from efficient_vlm.errors import UserError, first_line, short
 from efficient_vlm.families.architecture import build_model, read_config
-from efficient_vlm.families.imported import import_model, read_carried
+from efficient_vlm.families.imported import import_model, is_tuned, read_carried
 from efficient_vlm.families.table import family_of
 from efficient_vlm.inference import answers, pretrained
 from efficient_vlm.inference.options import SamplingOptions
@@ -72,13 +72,14 @@ def export_checkpoint(
 ) -> int:
     """`efficient-vlm export CKPT HF_DIR`: the way back."""
     folder = Path(checkpoint)
-    if (folder / "checkpoints").is_dir() and not (folder / "dtypes.json").is_file():
+    ours = (folder / "checkpoints").is_dir() and not (folder / "dtypes.json").is_file()
+    if ours and not is_tuned(folder):
         raise UserError(
             f"{folder}: a run of efficient-vlm train, whose model has no published layout",
-            allowed="what efficient-vlm import wrote, fine-tuned or not",
+            allowed="a run that started from a published model, or what efficient-vlm import wrote",
         )
     vlm = pretrained.from_pretrained(checkpoint, revision=revision, param_dtype=dtype or "stored")
-    for path in vlm.save(out):
+    for path in vlm.merge().save(out):
         print(path)
     return 0
 

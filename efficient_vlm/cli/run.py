@@ -21,6 +21,7 @@ from efficient_vlm.evaluation.settings import (
     parameter_shapes,
     settings_of,
 )
+from efficient_vlm.evaluation.tuned import evaluate_tuned
 from efficient_vlm.fields import construct, section, to_dict
 from efficient_vlm.files import write_atomic
 from efficient_vlm.models.init import abstract_parameters
@@ -28,7 +29,8 @@ from efficient_vlm.report.report import write_report
 from efficient_vlm.report.summary import print_summary
 from efficient_vlm.runtime import enable_compilation_cache, environment
 from efficient_vlm.train import guards, loop, processes
-from efficient_vlm.train.config import read_config
+from efficient_vlm.train.base import PretrainedFields, open_base
+from efficient_vlm.train.config import is_published, read_config
 from efficient_vlm.train.goodput import Goodput
 from efficient_vlm.train.workdir_config import has_steps
 
@@ -139,14 +141,12 @@ def fit(
             clock = Goodput(workdir, warn=say, keep=processes.is_first())
             try:
                 with clock.timed("eval"):
-                    found = evaluate_trained(
-                        trained,
-                        config,
-                        evaluation,
-                        workdir=workdir,
-                        say=say,
-                        check_stop=check_stop(stop, trained.summary["steps"]),
-                    )
+                    given = dict(say=say, check_stop=check_stop(stop, trained.summary["steps"]))
+                    if is_published(config):
+                        found = evaluate_tuned(workdir, config, evaluation, **given)
+                    else:
+                        given["workdir"] = workdir
+                        found = evaluate_trained(trained, config, evaluation, **given)
             finally:
                 clock.write()
 
@@ -167,6 +167,10 @@ def fit(
 def _check_methods(config: Mapping[str, Any], evaluation: EvalConfig, *, started: bool) -> None:
     """Methods that cannot be evaluated are told now, not after the training."""
     settings = read_config(config)[0]
+    if is_published(config):
+        base = open_base(construct(PretrainedFields, section(config, "model"), "model"))
+        labels_of(settings_of(evaluation, base.model))
+        return
     model = loop.make_model(config, vocab_size=2)
     trained_at = [arm.model for arm in loop.make_arms(model, settings.elastic)]
     names = {each.compressor["name"] for each in trained_at}

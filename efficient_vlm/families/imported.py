@@ -91,7 +91,17 @@ def open_weights(
     return Weights(unflatten_dict(params, sep="/")), read_carried(files)
 
 
+def is_tuned(path: Any) -> bool:
+    """Whether a path is the workdir of a run that started from a published model."""
+    try:
+        config = json.loads((Path(path) / "config.json").read_text())
+        return "pretrained" in config["model"] and "train" in config
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return False
+
+
 def restore_stacked(directory: Path, model: VisionLanguageModel) -> Any:
+    """Parameters of an imported directory, layers stacked."""
     kinds = read_json(directory / DTYPES)
     try:
         abstract = {

@@ -89,13 +89,21 @@ def finetune(
 
 def loss(vlm: Any, rows: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> float:
     """Mean loss per target token of each row once; see `Pretrained.loss`."""
-    pipeline = _pipeline(vlm, rows, dict(data))
+    total, count = mean_loss(vlm, _pipeline(vlm, rows, dict(data)))
+    return total / count
+
+
+def mean_loss(
+    vlm: Any, pipeline: ChatPipeline, check_stop: Callable[[], None] = lambda: None
+) -> tuple[float, float]:
+    """The sum of the losses of all targets of a pipeline's samples, each once, and their number."""
     total = count = 0.0
     for batch in pipeline.epoch():
+        check_stop()
         model = fitted(pipeline.model, batch.inputs.pictures, vlm.family.variable)
         part, number = _sums(model, vlm.fused, batch.inputs)
         total, count = total + float(part), count + float(number)
-    return total / count
+    return total, count
 
 
 @bounded_jit(1)

@@ -12,21 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from efficient_vlm.adapt.build import merge
+from efficient_vlm.adapt.build import is_adapted, merge
 from efficient_vlm.checkpoints.safetensors_index import locate
 from efficient_vlm.checkpoints.safetensors_write import writing
 from efficient_vlm.errors import UserError, first_line, short, unknown
 from efficient_vlm.families import generation_config, hub
 from efficient_vlm.families.architecture import build_model, read_config
 from efficient_vlm.families.checks import check_compressor, check_parameters
-from efficient_vlm.families.imported import open_weights
+from efficient_vlm.families.imported import is_tuned, open_weights
 from efficient_vlm.families.load import known_dtype
 from efficient_vlm.families.processor import Processor
 from efficient_vlm.families.save import copy_settings, export
 from efficient_vlm.families.table import family_of
 from efficient_vlm.families.weights import Arriving, Weights
 from efficient_vlm.inference import answers
-from efficient_vlm.inference import finetune as finetuning
 from efficient_vlm.inference.generate import Generated, generate
 from efficient_vlm.inference.options import SamplingOptions, one_each
 from efficient_vlm.inference.prepare import prepared
@@ -118,6 +117,10 @@ class Pretrained:
             compressor["budget"] = budget
         model = self.model.clone(compressor=compressor)
         check_compressor(model, self.family.variable)
+        return self.with_model(model)
+
+    def with_model(self, model: VisionLanguageModel) -> "Pretrained":
+        """The same weights in a model with another compressor or dtype."""
         return Pretrained(model, self.weights, self.processor, self._carried)
 
     def with_params(self, params: Any) -> "Pretrained":
@@ -252,11 +255,15 @@ class Pretrained:
         """
         given = dict(data=data or {}, optimizer=optimizer or {}, log=log, seed=seed)
         given |= dict(steps=steps, learning_rate=learning_rate, batch_size=batch_size, adapt=adapt)
-        params = finetuning.finetune(self, rows, **given)
+        from efficient_vlm.inference.finetune import finetune
+
+        params = finetune(self, rows, **given)
         return Pretrained(self.model, Weights(params), self.processor, self._carried)
 
     def merge(self) -> "Pretrained":
         """The same model with its adapters as part of the weights, and quantised weights plain."""
+        if not is_adapted(self.params):
+            return self
         return self.with_params(merge(self.params, self._dtype))
 
     def loss(self, rows: Sequence[Mapping[str, Any]], **data: Any) -> float:
@@ -266,7 +273,9 @@ class Pretrained:
           rows: see `finetune`; a row that cannot be used is an error.
           **data: fields of `data.config.DataConfig`: batch_size, max_length, pack_tokens.
         """
-        return finetuning.loss(self, rows, data)
+        from efficient_vlm.inference.finetune import loss
+
+        return loss(self, rows, data)
 
     def sampling_options(
         self, count: int, do_sample: bool | None, given: Mapping[str, Any]
@@ -426,7 +435,8 @@ def from_pretrained(
     Args:
       path: a directory with config.json and safetensors (one file, or shards with an index), the
         file or the index itself where there are several, or what `efficient-vlm import` wrote; or
-        "org/name" of a model on a hub, unless there is a folder of that name, see `hub.find`.
+        "org/name" of a model on a hub, unless there is a folder of that name, see `hub.find`; or
+        the workdir of a fine-tuned run, whose model has its compressor and its adapters.
       revision: of a model on a hub: a branch, a tag or a commit; None for the default branch.
       compressor: name, budget and options, such as dict(name="visionzip", budget=64); None for all
         visual tokens.
@@ -442,6 +452,10 @@ def from_pretrained(
     Raises:
       UserError: no such model, a damaged file, or a compressor that this model cannot have.
     """
+    if is_tuned(path):
+        from efficient_vlm.inference.tuned import load_run
+
+        return load_run(Path(path), compressor=compressor, dtype=dtype, **picture_options)
     source = hub.find(path, revision)
     directory, files = locate(source.directory)
     dtype = known_dtype("dtype", dtype)

@@ -17,7 +17,7 @@ from efficient_vlm.checkpoints.safetensors_read import Checkpoint
 from efficient_vlm.errors import UserError, short
 from efficient_vlm.families import hub
 from efficient_vlm.families.architecture import build_model, read_config
-from efficient_vlm.families.imported import CHECKPOINTS, restore_stacked
+from efficient_vlm.families.imported import CHECKPOINTS, read_carried, restore_stacked
 from efficient_vlm.families.load import FamilyCheckpoint, known_dtype, stacked
 from efficient_vlm.families.processor import Processor
 from efficient_vlm.families.table import family_of
@@ -82,14 +82,25 @@ class Base:
 
     def parameters(self) -> dict[str, Any]:
         """Its parameters, layers stacked, on the host: path -> array."""
-        plain = self.model.clone(compressor={"name": "none"})
         if (self.files / CHECKPOINTS).is_dir():
+            plain = self.model.clone(compressor={"name": "none"})
             flat = flatten_dict(restore_stacked(self.files, plain), sep="/")
             return {path: np.asarray(value).astype(self.dtype) for path, value in flat.items()}
-        family, config = self.processor.family, self.processor.config
-        source = FamilyCheckpoint(Checkpoint.open(self.files), family, config, plain)
+        source = self._source()
         source.check_finite()
         return flatten_dict(stacked(source, dtype=self.dtype), sep="/")
+
+    def carried(self) -> dict[str, np.ndarray]:
+        """Tensors of its files that the model does not use, by hub name."""
+        if (self.files / CHECKPOINTS).is_dir():
+            return read_carried(self.files)
+        source = self._source()
+        return {name: source.tensor(name) for name in source.carried}
+
+    def _source(self) -> FamilyCheckpoint:
+        plain = self.model.clone(compressor={"name": "none"})
+        family, config = self.processor.family, self.processor.config
+        return FamilyCheckpoint(Checkpoint.open(self.files), family, config, plain)
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of each weight file."""

@@ -1,0 +1,100 @@
+"""Evaluation of a fine-tuned run on the rows that it held out."""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from efficient_vlm.data.chat import ChatPipeline
+from efficient_vlm.data.config import DataConfig
+from efficient_vlm.data.sources import Source, open_source
+from efficient_vlm.errors import UserError
+from efficient_vlm.evaluation.settings import EvalConfig, labels_of, settings_of
+from efficient_vlm.fields import section
+from efficient_vlm.inference.finetune import mean_loss
+from efficient_vlm.inference.pretrained import Pretrained
+from efficient_vlm.inference.tuned import load_run
+
+__all__ = ["evaluate_tuned"]
+
+
+def evaluate_tuned(
+    workdir: Path,
+    config: Mapping[str, Any],
+    evaluation: EvalConfig,
+    *,
+    say: Callable[[str], None] = print,
+    check_stop: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """The newest parameters of a run on its held-out rows, with every method at every budget.
+
+    Returns:
+      {"losses": rows of compressor, budget, loss (mean per target token, in nats) and targets,
+      "eval": [], "cost": [], "test_samples": {"samples", "skipped"}}.
+    """
+    began = time.monotonic()
+    vlm = load_run(workdir)
+    data = DataConfig.from_mapping(section(config, "data"))
+    found: dict[str, Any] = {"losses": [], "eval": [], "cost": []}
+    source = held_out(data, evaluation.images)
+    if source is None:
+        say("Evaluation: no rows are held out (data.eval_path, data.test_fraction)")
+        return found
+    variants = settings_of(evaluation, vlm.model)
+    for variant, (name, budget) in zip(variants, labels_of(variants), strict=True):
+        check_stop()
+        loss, targets, skips = _loss(vlm.with_model(variant), source, data, check_stop)
+        row = {"compressor": name, "budget": budget, "loss": loss, "targets": targets}
+        found["losses"].append(row)
+        found["test_samples"] = {"samples": len(source), "skipped": skips}
+        say(f"  {f'{name} at {budget}':<22}loss {loss:.4f} over {targets:,} tokens")
+    say(f"Evaluation: {time.monotonic() - began:.1f} s")
+    return found
+
+
+def held_out(data: DataConfig, most: int) -> Source | None:
+    """The rows for evaluation, at most `most` of them (0 for all); None if there are none."""
+    if not data.eval_path and not data.test_fraction:
+        return None
+    source = open_source(data, "test")
+    if not len(source):
+        return None
+    return First(source, most) if 0 < most < len(source) else source
+
+
+class First:
+    """The first records of a source; a `sources.Source`."""
+
+    def __init__(self, source: Source, count: int):
+        self._source, self._count = source, count
+        self.tasks, self.placed = source.tasks, source.placed
+        self.fingerprint = {**source.fingerprint, "first": count}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        return self._source[index]
+
+    def texts(self) -> Any:
+        """Questions and answers."""
+        return itertools.islice(self._source.texts(), self._count)
+
+
+def _loss(
+    vlm: Pretrained, source: Source, data: DataConfig, check_stop: Callable[[], None]
+) -> tuple[float, int, dict[str, int]]:
+    model = vlm.processor.seeing(vlm.model)
+    pipeline = ChatPipeline(data, source, vlm.processor, [model])
+    total, count = mean_loss(vlm, pipeline, check_stop)
+    if not count:
+        raise UserError(
+            "eval: no held-out row has an answer that fits",
+            fix="see `efficient-vlm data inspect` for the reasons",
+        )
+    loss = total / count
+    return (loss if math.isfinite(loss) else math.nan), int(count), pipeline.skips.counts

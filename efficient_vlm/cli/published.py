@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -78,7 +79,7 @@ def export_checkpoint(
             allowed="what efficient-vlm import wrote, fine-tuned or not",
         )
     vlm = pretrained.from_pretrained(checkpoint, revision=revision, param_dtype=dtype or "stored")
-    for path in vlm.save(out):
+    for path in vlm.save(out, command=shlex.join(["efficient-vlm", *sys.argv[1:]])):
         print(path)
     return 0
 

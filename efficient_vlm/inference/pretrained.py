@@ -17,6 +17,8 @@ from efficient_vlm.errors import UserError, first_line, short, unknown
 from efficient_vlm.families import generation_config, hub
 from efficient_vlm.families.architecture import build_model, read_config
 from efficient_vlm.families.base import Family
+from efficient_vlm.families.card import Card, copy_terms
+from efficient_vlm.families.card_facts import of_model
 from efficient_vlm.families.checks import check_compressor, check_parameters
 from efficient_vlm.families.imported import open_weights
 from efficient_vlm.families.load import known_dtype
@@ -69,6 +71,7 @@ class Pretrained:
         self.model, self.weights, self.family, self.config = model, weights, family, dict(config)
         self.directory, self._carried = directory, carried
         self.source = source or hub.of_folder(directory)
+        self._changed = False  # By `with_params`.
         self._picture_options = dict(picture_options)
 
     # --- parts that are read when they are needed ------------------------------------------------
@@ -123,6 +126,7 @@ class Pretrained:
         check_compressor(model, self.family.variable)
         parts = (self.family, self.config, self.directory, self._picture_options, self._carried)
         other = Pretrained(model, self.weights, *parts, self.source)
+        other._changed = self._changed
         for name in ("tokenizer", "template", "pictures", "_penalty"):
             if name in self.__dict__:
                 setattr(other, name, self.__dict__[name])
@@ -140,7 +144,9 @@ class Pretrained:
         params = nn.unbox(params)
         check_parameters(self.model, params)
         parts = (self.family, self.config, self.directory, self._picture_options, self._carried)
-        return Pretrained(self.model, Weights(params), *parts, self.source)
+        other = Pretrained(self.model, Weights(params), *parts, self.source)
+        other._changed = True
+        return other
 
     def generate(
         self,
@@ -275,11 +281,22 @@ class Pretrained:
         """Next-token logits behind each text token of a request: float32 [R, S, vocab]."""
         return _logits(request.model, self.fused, request.inputs, rng)
 
-    def save(self, directory: str | os.PathLike, **options: Any) -> tuple[Path, ...]:
+    def save(
+        self,
+        directory: str | os.PathLike,
+        *,
+        card: Card | None = None,
+        command: str | None = None,
+        **options: Any,
+    ) -> tuple[Path, ...]:
         """Writes the model in Hugging Face's layout, with tokenizer and settings beside it.
+
+        README.md is its model card; that of the base becomes README_base.md.
 
         Args:
           directory: to write to, not the one it came from.
+          card: what is known of the model; None for what the model itself knows.
+          command: that made it, for a card of its own.
           **options: dtype and max_shard_bytes of `save.export`.
         """
         directory = Path(directory)
@@ -297,7 +314,22 @@ class Pretrained:
         )
         with writing(directory):
             copy_settings(self.directory, directory)
+            copy_terms(self.directory, directory)
+            (card or self._card(command, options.get("dtype"))).write(directory)
         return files
+
+    def _card(self, command: str | None, dtype: Any) -> Card:
+        leaves = jax.tree.leaves(self.params)
+        kinds = sorted({str(leaf.dtype) for leaf in leaves})
+        return of_model(
+            self.source,
+            self.family,
+            self.model,
+            changed=self._changed,
+            params=sum(leaf.size for leaf in [*leaves, *self._carried.values()]),
+            dtype=", ".join(kinds) if dtype is None else str(known_dtype("dtype", dtype)),
+            command=command,
+        )
 
     # --- from words and pictures to arrays -------------------------------------------------------
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -79,7 +80,7 @@ def export_checkpoint(
             allowed="a run that started from a published model, or what efficient-vlm import wrote",
         )
     vlm = pretrained.from_pretrained(checkpoint, revision=revision, param_dtype=dtype or "stored")
-    for path in vlm.merge().save(out):
+    for path in vlm.merge().save(out, command=shlex.join(["efficient-vlm", *sys.argv[1:]])):
         print(path)
     return 0
 

@@ -27,6 +27,7 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.families import hub
 from efficient_vlm.families.architecture import build_model, read_config
 from efficient_vlm.families.base import Config, Family
+from efficient_vlm.families.card import BASE_README
 from efficient_vlm.families.load import FamilyCheckpoint, check_overflow, load_parameters, stacked
 from efficient_vlm.families.save import copy_settings
 from efficient_vlm.families.table import family_of
@@ -188,8 +189,9 @@ def _write(source: Path, target: Path, reader: FamilyCheckpoint, origin: hub.Sou
     params = stacked(reader, stage=stage)
     copy_settings(source, target)
     (target / "config.json").write_bytes((source / "config.json").read_bytes())
-    if (source / hub.README).is_file():
-        (target / hub.README).write_bytes((source / hub.README).read_bytes())
+    for name in (hub.README, BASE_README):  # As they are: an export makes a card of them.
+        if (source / name).is_file():
+            (target / name).write_bytes((source / name).read_bytes())
     origin.record(target)
     kinds = {path: str(value.dtype) for path, value in flatten_dict(params, sep="/").items()}
     (target / DTYPES).write_text(json.dumps(kinds, indent=0, sort_keys=True) + "\n")

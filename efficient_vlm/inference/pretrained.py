@@ -18,6 +18,8 @@ from efficient_vlm.checkpoints.safetensors_write import writing
 from efficient_vlm.errors import UserError, first_line, short, unknown
 from efficient_vlm.families import generation_config, hub
 from efficient_vlm.families.architecture import build_model, read_config
+from efficient_vlm.families.card import Card, copy_terms
+from efficient_vlm.families.card_facts import of_model
 from efficient_vlm.families.checks import check_compressor, check_parameters
 from efficient_vlm.families.imported import is_tuned, open_weights
 from efficient_vlm.families.load import known_dtype
@@ -62,11 +64,13 @@ class Pretrained:
         weights: Weights,
         processor: Processor,
         carried: Mapping[str, np.ndarray],
+        changed: bool = False,
     ):
         self.model, self.weights, self.processor, self._carried = model, weights, processor, carried
         self.family, self.config = processor.family, processor.config
         self.directory = processor.directory
         self.source = processor.source
+        self._changed = changed
 
     # --- parts that are read when they are needed ------------------------------------------------
 
@@ -121,7 +125,7 @@ class Pretrained:
 
     def with_model(self, model: VisionLanguageModel) -> "Pretrained":
         """The same weights in a model with another compressor or dtype."""
-        return Pretrained(model, self.weights, self.processor, self._carried)
+        return Pretrained(model, self.weights, self.processor, self._carried, self._changed)
 
     def with_params(self, params: Any) -> "Pretrained":
         """The same model with other weights, for example after fine-tuning.
@@ -134,7 +138,7 @@ class Pretrained:
         """
         params = nn.unbox(params)
         check_parameters(self.model, params)
-        return Pretrained(self.model, Weights(params), self.processor, self._carried)
+        return Pretrained(self.model, Weights(params), self.processor, self._carried, True)
 
     def generate(
         self,
@@ -258,7 +262,7 @@ class Pretrained:
         from efficient_vlm.inference.finetune import finetune
 
         params = finetune(self, rows, **given)
-        return Pretrained(self.model, Weights(params), self.processor, self._carried)
+        return Pretrained(self.model, Weights(params), self.processor, self._carried, True)
 
     def merge(self) -> "Pretrained":
         """The same model with its adapters as part of the weights, and quantised weights plain."""
@@ -332,11 +336,22 @@ class Pretrained:
         """Next-token logits behind each text token of a request: float32 [R, S, vocab]."""
         return _logits(request.model, self.fused, request.inputs, rng)
 
-    def save(self, directory: str | os.PathLike, **options: Any) -> tuple[Path, ...]:
+    def save(
+        self,
+        directory: str | os.PathLike,
+        *,
+        card: Card | None = None,
+        command: str | None = None,
+        **options: Any,
+    ) -> tuple[Path, ...]:
         """Writes the model in Hugging Face's layout, with tokenizer and settings beside it.
+
+        README.md is its model card; that of the base becomes README_base.md.
 
         Args:
           directory: to write to, not the one it came from.
+          card: what is known of the model; None for what the model itself knows.
+          command: that made it, for a card of its own.
           **options: dtype and max_shard_bytes of `save.export`.
         """
         directory = Path(directory)
@@ -354,7 +369,22 @@ class Pretrained:
         )
         with writing(directory):
             copy_settings(self.directory, directory)
+            copy_terms(self.directory, directory)
+            (card or self._card(command, options.get("dtype"))).write(directory)
         return files
+
+    def _card(self, command: str | None, dtype: Any) -> Card:
+        leaves = jax.tree.leaves(self.params)
+        kinds = sorted({str(leaf.dtype) for leaf in leaves})
+        return of_model(
+            self.source,
+            self.family,
+            self.model,
+            changed=self._changed,
+            params=sum(leaf.size for leaf in [*leaves, *self._carried.values()]),
+            dtype=", ".join(kinds) if dtype is None else str(known_dtype("dtype", dtype)),
+            command=command,
+        )
 
     # --- from words and pictures to arrays -------------------------------------------------------
 

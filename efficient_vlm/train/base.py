@@ -50,7 +50,7 @@ class PretrainedFields:
     dtype: str = "float32"
     param_dtype: str | None = None
     pictures: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    remat: str = "none"
+    remat: str = "dots"
 
     def __post_init__(self):
         if not isinstance(self.pretrained, str) or not self.pretrained:

@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from efficient_vlm import checks
@@ -29,10 +27,8 @@ __all__ = [
     "StopSignal",
     "TrainingDiverged",
     "WorkdirLock",
-    "all_finite",
     "check_workdir_config",
     "compare_config",
-    "select_finite",
 ]
 
 
@@ -266,21 +262,3 @@ class NonFiniteGuard:
             self._warn(f"batch of step {step} was not written to {path}: {error}")
             return None
         return path
-
-
-def all_finite(tree: Any) -> jax.Array:
-    """bool []: no floating-point leaf of `tree` holds NaN or Inf. Can be jitted."""
-    flags = [
-        jnp.isfinite(leaf).all()
-        for leaf in jax.tree.leaves(tree)
-        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
-    ]
-    return jnp.stack(flags).all() if flags else jnp.array(True)
-
-
-def select_finite(ok: jax.Array, new_tree: Any, old_tree: Any) -> Any:
-    """`new_tree` where `ok` (bool []), else `old_tree`, leaf by leaf; can be jitted and donated.
-
-    A select, not a multiplication by zero: NaN times zero is NaN. Typed PRNG keys are allowed.
-    """
-    return jax.tree.map(lambda new, old: jnp.where(ok, new, old), new_tree, old_tree)

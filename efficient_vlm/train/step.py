@@ -16,7 +16,6 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.models import init as initial
 from efficient_vlm.models.inputs import ModelInputs
 from efficient_vlm.models.vlm import VisionLanguageModel
-from efficient_vlm.train.guards import select_finite
 from efficient_vlm.train.losses import ratio, token_cross_entropy
 from efficient_vlm.train.state_layout import StateLayout
 
@@ -168,13 +167,18 @@ def make_train_step(
         targets = jnp.maximum(metrics["loss"][1], 1)
         grads = jax.tree.map(lambda g: g / targets, grads)
         norm = optax.tree.norm(grads)
-        updates, opt = tx.update(grads, state["opt"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
-        new = {"params": params, "opt": opt}
-        if ema is not None:
-            new["ema"] = optax.incremental_update(params, state["ema"], 1 - ema)
         ok = jnp.isfinite(norm) & jnp.isfinite(ratio(metrics["loss"]))
-        new = select_finite(ok, new, {k: state[k] for k in new})
+
+        # A branch, not a select: XLA would copy all moments before it overwrites them.
+        def updated(held, grads):
+            updates, opt = tx.update(grads, held["opt"], held["params"])
+            new = {"params": optax.apply_updates(held["params"], updates), "opt": opt}
+            if ema is not None:
+                new["ema"] = optax.incremental_update(new["params"], held["ema"], 1 - ema)
+            return new
+
+        held = {k: state[k] for k in ("params", "opt", "ema") if k in state}
+        new = jax.lax.cond(ok, updated, lambda held, grads: held, held, grads)
         new["step"] = state["step"] + 1
         new["skipped"] = state["skipped"] + jnp.where(ok, 0, 1)
         load = metrics.pop("expert_load", None)

@@ -19,6 +19,7 @@ from efficient_vlm.data.pipeline import Pipeline
 from efficient_vlm.errors import UserError
 from efficient_vlm.models.inputs import NO_LABEL
 from efficient_vlm.train import loop
+from efficient_vlm.train import prepare as preparing
 from efficient_vlm.train import step as steps
 from efficient_vlm.train.guards import TrainingDiverged
 from efficient_vlm.train.metrics import read_metrics
@@ -111,7 +112,7 @@ def test_writing_that_fails_in_the_background_counts(config, tmp_path, monkeypat
 
 def poison(monkeypatch, kind, records):
     """Makes the loss, or only its gradient, NaN for batches that hold one of some records."""
-    real, inputs_of = steps.loss_fn, loop.training_inputs
+    real, inputs_of = steps.loss_fn, preparing.training_inputs
 
     def marked(batch, model):
         """The inputs of a batch; another number for "no label" says that it holds a record."""
@@ -133,7 +134,7 @@ def poison(monkeypatch, kind, records):
         zero = jax.lax.cond(hit, lambda x: jnp.sqrt(0.0 * x.sum()), lambda x: 0.0, leaf)
         return total + zero, metrics
 
-    monkeypatch.setattr(loop, "training_inputs", marked)
+    monkeypatch.setattr(preparing, "training_inputs", marked)
     monkeypatch.setattr(steps, "loss_fn", loss_fn)
 
 

@@ -106,7 +106,7 @@ def _number(text: str) -> float | None:
 # ---- OCRBench ------------------------------------------------------------------------------------
 
 # Of handwritten formulas, where case matters and spaces do not.
-_FORMULAS = "HME100k"
+_FORMULAS = ("HME100k", "Handwritten Mathematical Expression Recognition")
 
 
 def ocrbench(
@@ -115,7 +115,8 @@ def ocrbench(
     """1 for an answer that contains a reference, in any case (arXiv 2305.07895).
 
     Args:
-      category: "HME100k" for formulas, compared with case and without spaces.
+      category: dataset or type of question; "HME100k" and "Handwritten Mathematical Expression
+        Recognition" are formulas, compared with case and without spaces.
     """
     return _contains(prediction, references, category, str.lower)
 
@@ -131,7 +132,7 @@ _FOLD = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: 0x20}
 
 
 def _contains(prediction, references, category, fold) -> Measured:
-    if category == _FORMULAS:
+    if category in _FORMULAS:
         parsed = _one_line(prediction).replace(" ", "")
         wanted = [_one_line(reference).replace(" ", "") for reference in references]
     else:

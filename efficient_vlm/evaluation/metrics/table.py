@@ -9,14 +9,17 @@ _POPE = "POPE, arXiv 2305.10355"
 
 
 def _boxes(rows):
+    """Also the share of answers whose box has 0.5 or more."""
     return {"share_with_iou_at_50": mean([row["more"]["iou_at_50"] for row in rows])}
 
 
 def _points(rows):
+    """Also mean precision and recall."""
     return {name: mean([row["more"][name] for row in rows]) for name in ("precision", "recall")}
 
 
 def _ocrbench(rows: list[Row]) -> dict[str, float]:
+    """Also the number of right answers, which OCRBench's total of 1000 counts."""
     return {"right_answers": sum(row["score"] for row in rows)}
 
 

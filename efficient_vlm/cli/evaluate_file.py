@@ -146,7 +146,7 @@ def read_columns(texts: Sequence[str]) -> dict[str, str]:
             found[field] = column.strip()
         elif field is not None:
             found[field] += f",{name.strip()}"
-        if not equals and field is None or not found[field]:
+        if not field or not found[field]:
             raise UserError(
                 f"--columns: {short(word)}",
                 allowed=f"FIELD=COLUMN; fields: {', '.join(FIELDS)}",

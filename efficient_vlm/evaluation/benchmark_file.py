@@ -156,7 +156,7 @@ def find_columns(names: list[str], given: Mapping[str, str]) -> dict[str, str]:
     lettered = [letter for letter in LETTERS if letter in names]
     if "options" not in found and lettered[:2] == ["A", "B"]:
         found["options"] = ",".join(lettered)
-    if "texts" in found or ("messages" in found and "messages" not in given):
+    if "texts" in found or "messages" in found:
         found = _of_conversations(found, given)
     return found
 

@@ -4,6 +4,7 @@ import codecs
 import csv
 import io
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ def read_table(path: Path) -> tuple[list[str], Iterator[Any]]:
         raise UserError(
             f"benchmark: {short_path(path)} is of no known kind", allowed=", ".join(KINDS)
         )
-    if not path.is_file():
+    # Unlike that of Path, it says no to names that no system has.
+    if not os.path.isfile(path):
         raise UserError(f"benchmark: no file {short_path(path)}", fix="give the path of a file")
     if kind == ".parquet":
         return _parquet(path)

@@ -134,21 +134,13 @@ def test_answers_are_scored_again(done, odd):
     again = rescore(path, odd)
     assert again.pop("summary")["score"] == pytest.approx(again["accuracy"], abs=1e-4)
     assert again == {k: results["eval"][0][k] for k in ("task", "n", "accuracy", "ci95")}
-    expected = np.mean(
-        [
-            metrics.score("anls", row["prediction"], row["references"])
-            for row in stored(*_none(done))
-        ]
-    )
+    answers = [(row["prediction"], row["references"]) for row in stored(workdir, "none-4")]
+    expected = np.mean([metrics.score("anls", *answer) for answer in answers])
     assert rescore(path, "anls")["accuracy"] == round(expected, 4)
     with pytest.raises(UserError, match="one of yes and no"):
         rescore(path, "yes_no")
     with pytest.raises(UserError, match="holds no predictions"):
         rescore(workdir / "results.json", odd)
-
-
-def _none(done):
-    return done[1], "none-4"
 
 
 def test_blank_pictures(vlm, benchmark, odd, tmp_path):

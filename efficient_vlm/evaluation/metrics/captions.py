@@ -43,7 +43,7 @@ def _sacrebleu() -> Any:
     except ImportError:
         raise UserError(
             "bleu: the package sacrebleu is not installed",
-            fix="pip install 'sacrebleu>=2.4,<3'; or take cider, which needs no package",
+            fix="pip install 'efficient_vlm[captions]'; or take cider, which needs no package",
         ) from None
     return sacrebleu
 
@@ -64,7 +64,14 @@ def tokens(text: str) -> list[str]:
 
 
 def cider(prediction: str, references: Sequence[str]) -> Measured:
-    """Raises UserError: a caption alone has no CIDEr-D; see `cider_scores`."""
+    """CIDEr-D, divided by 10, which only many captions together have: see `cider_scores`.
+
+    A mean over n = 1..4 of how alike the n-grams of a caption and its references are, rare ones
+    counting more. Words are compared in small letters, without punctuation.
+
+    Raises:
+      UserError: always.
+    """
     raise UserError(
         "cider: its weights come from the references of all captions together",
         fix="metrics.scores('cider', predictions, references) of a whole file",

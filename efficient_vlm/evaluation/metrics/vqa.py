@@ -69,8 +69,11 @@ def in_one_form(text: str, dot: re.Pattern[str] = _DOT) -> str:
 
 
 def vqa_accuracy(prediction: str, references: Sequence[str]) -> Measured:
-    """The official accuracy; see the module. Every answer is brought into one form, as lmms-eval
-    does for VQAv2."""
+    """The mean over the subsets that leave one person out of min(1, people who agree / 3).
+
+    All answers are first brought into one form, as lmms-eval does for VQAv2: without punctuation
+    and articles, number words as digits, contractions with their apostrophes.
+    """
     return _left_out(prediction, references, in_one_form)
 
 

@@ -33,6 +33,7 @@ _ADD = (
     generate.add,
     checkpoints.add,
     lists.add_methods,
+    lists.add_metrics,
     lists.add_presets,
     report.add,
     data.add,

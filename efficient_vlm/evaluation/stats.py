@@ -225,12 +225,14 @@ def mean_scores(predictions: Iterable[Mapping[str, Any]]) -> dict[tuple, float]:
         several rows for a question.
 
     Returns:
-      (index, slot, task, question) -> share of its rows that are right, in the order of the rows.
+      (index, slot, task, question) -> share of its rows that are right, or their mean score, in the
+      order of the rows.
     """
-    found: dict[tuple, list[bool]] = collections.defaultdict(list)
+    found: dict[tuple, list[float]] = collections.defaultdict(list)
     for row in predictions:
         key = (row["index"], row.get("slot"), str(row.get("task")), str(row.get("question")))
-        found[key].append(bool(row["correct"]))
+        # Answers to benchmarks from files have scores between right and wrong.
+        found[key].append(float(row.get("score", row["correct"])))
     return {key: float(np.mean(each)) for key, each in found.items()}
 
 

@@ -1,4 +1,4 @@
-"""The verbs that only print: methods, presets, doctor."""
+"""The verbs that only print: methods, metrics, presets, doctor."""
 
 import argparse
 from typing import Any
@@ -20,6 +20,18 @@ def add_methods(verbs: Any) -> None:
     )
     action.completer = lambda **_: arguments.method_names()
     arguments.add_imports(parser)
+    arguments.add_json(parser)
+
+
+def add_metrics(verbs: Any) -> None:
+    parser = arguments.add_verb(
+        verbs,
+        "metrics",
+        "list the metrics for benchmarks from files, or what one does and needs",
+        run_metrics,
+        examples=("metrics", "metrics relaxed_accuracy"),
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="metric to describe")
     arguments.add_json(parser)
 
 
@@ -57,6 +69,13 @@ def run_methods(args: argparse.Namespace, given: Given) -> int:
     del given
     arguments.import_methods(args)
     return list_methods(args.name, as_json=args.json)
+
+
+def run_metrics(args: argparse.Namespace, given: Given) -> int:
+    from efficient_vlm.cli.list_metrics import list_metrics
+
+    del given
+    return list_metrics(args.name, as_json=args.json)
 
 
 def run_presets(args: argparse.Namespace, given: Given) -> int:

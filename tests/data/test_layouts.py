@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import io
 import json
 import tarfile
 
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pytest
 from data_samples import image_bytes
 from layout_samples import config
+from PIL import Image
 
 from efficient_vlm.data import layouts, make_eval, make_train
 from efficient_vlm.data.llava_rows import read_row
@@ -409,6 +411,17 @@ def test_parquet_classes_of_the_hub(tmp_path):
     source = open_source(config(tmp_path / "a.parquet", template="Which animal?"), "train")
     assert [source[i].conversations[0].answer for i in (0, 1)] == ["cat", "dog"]
     assert [reason_of(source, i) for i in (2, 3)] == ["malformed", "no_label"]
+
+
+def test_base64_without_a_slash(tmp_path):
+    """What is longer than the names of files may be, and what is longer than paths."""
+    for side in (12, 60):
+        plain = io.BytesIO()
+        Image.new("RGB", (side, side)).save(plain, "BMP")
+        text = base64.b64encode(plain.getvalue()).decode()
+        assert "/" not in text[:300]
+        (tmp_path / "a.csv").write_text(f"image,question,answer\n{text},Q,A\n")
+        assert open_source(config(tmp_path / "a.csv"), "train")[0].images == (plain.getvalue(),)
 
 
 def test_a_template_beside_turns(tmp_path):

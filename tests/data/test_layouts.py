@@ -11,6 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from data_samples import image_bytes
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from layout_samples import config
 from PIL import Image
 
@@ -33,8 +35,12 @@ WRITERS = {
 def reason_of(source, index):
     with pytest.raises(BadRecord) as caught:
         source[index]
-    assert caught.value.reason in REASONS and len(str(caught.value)) < 300
-    return caught.value.reason
+    return told(caught.value)
+
+
+def told(error):
+    assert error.reason in REASONS and len(str(error)) < 300
+    return error.reason
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -207,6 +213,55 @@ def test_rows_of_messages_that_are_refused(row, reason):
     with pytest.raises(BadRecord) as caught:
         read_row(row)
     assert caught.value.reason == reason
+
+
+SCALARS = st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=8)
+JSON = st.recursive(
+    SCALARS | st.sampled_from(["<image>", "a.png", BASE64]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["type", "text", "image", "bytes", "path", "user", "assistant", "answer"]
+            ),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=8,
+)
+TURN = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system"]), "content": JSON}
+)
+PAIR = st.fixed_dictionaries({"user": JSON, "assistant": JSON})
+ROWS = st.fixed_dictionaries(
+    {},
+    optional={
+        "messages": st.lists(TURN, max_size=4) | JSON,
+        "texts": st.lists(PAIR, max_size=3) | JSON,
+        "question": JSON,
+        "answer": JSON,
+        "answers": JSON,
+        "images": JSON,
+        "system": JSON,
+    },
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(row=ROWS)
+def test_any_row_is_taken_or_refused_with_a_reason(row):
+    """What is taken is text and pictures, and as many places as pictures, or none."""
+    try:
+        found = read_row(row)
+    except BadRecord as error:
+        told(error)
+        return
+    assert all(isinstance(text, str) for turn in found.turns for text in turn)
+    assert all(isinstance(picture, str | bytes) for picture in found.pictures)
+    assert len(found.places) in (0, len(found.pictures)) and isinstance(found.system, str)
+    for turn, at in found.places:
+        assert 0 <= at <= len(found.turns[turn][0])
 
 
 def test_answers_of_several_people():

@@ -93,7 +93,7 @@ def curves(run: Run) -> str:
 
 
 def pipeline(run: Run) -> str:
-    """Skipped samples, sources, images per second, and the share of steps spent waiting for data."""
+    """Skipped samples, sources, images per second, and the share of time spent waiting for data."""
     return _skipped(run) + _sources(run) + _throughput(run)
 
 

@@ -62,6 +62,12 @@ class Columns:
         self.used = [*dict.fromkeys([*self._columns.values(), *self._in_template])]
         if "messages" not in self._columns:
             self._check(names)
+        elif template:
+            raise UserError(
+                f"data.template: {short(template)}, but rows have turns under "
+                f"{short(self._columns['messages'])}",
+                fix="take the template away, or name columns: question and answer, not messages",
+            )
 
     def _check(self, names: Sequence[str]) -> None:
         if not self.answer:

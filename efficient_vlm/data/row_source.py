@@ -195,7 +195,8 @@ class RowSource:
         # By the letters of the path: what links in the folder point at is up to its owner.
         folder = os.path.abspath(self._folder)
         path = Path(os.path.normpath(os.path.join(folder, given[:_MAX_PATH])))
-        if is_base64_picture(given) and (len(given) > _MAX_PATH or not path.is_file()):
+        # `os.path`, as `Path` raises for what is too long for a name.
+        if is_base64_picture(given) and (len(given) > _MAX_PATH or not os.path.isfile(path)):
             return picture_bytes(given.encode(), max_bytes=limit)
         if len(given) > _MAX_PATH:
             raise images.BadImage("missing", short(given))

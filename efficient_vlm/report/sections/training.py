@@ -93,8 +93,30 @@ def curves(run: Run) -> str:
 
 
 def pipeline(run: Run) -> str:
-    """Skipped samples, images per second, and the share of each step spent waiting for data."""
-    return _skipped(run) + _throughput(run)
+    """Skipped samples, sources, images per second, and the share of time spent waiting for data."""
+    return _skipped(run) + _sources(run) + _throughput(run)
+
+
+def _sources(run: Run) -> str:
+    """What each source of a mixture gave; "" where there was one source."""
+    train = run.results.get("train")
+    listed = train.get("sources") if isinstance(train, Mapping) else None
+    rows = []
+    for source in listed if isinstance(listed, list) else ():
+        if not isinstance(source, Mapping):
+            continue
+        numbers = [records.number(source.get(key)) for key in ("samples", "drawn", "skipped")]
+        cells = [page.cell(f"{number:,.0f}", sort=number) for number in numbers]
+        epochs = records.number(source.get("epochs"))
+        cells.append(page.cell(f"{epochs:.3g}", sort=epochs))
+        rows.append((str(source.get("source")), cells))
+    if not rows:
+        return ""
+    return page.table(
+        ["source", "samples", "drawn", "skipped", "epochs"],
+        rows,
+        caption="What each source of the mixture gave to the training.",
+    )
 
 
 def _skipped(run: Run) -> str:

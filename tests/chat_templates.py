@@ -47,7 +47,8 @@ GEMMA = """{{ bos_token }}{% set first = '' %}{% set turns = messages %}
     {%- set first = first + '\n\n' %}{% set turns = messages[1:] %}
 {%- endif %}
 {%- for m in turns %}
-    {%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('no turns') }}{% endif %}
+    {%- set users = loop.index0 % 2 == 0 %}
+    {%- if (m.role == 'user') != users %}{{ raise_exception('no turns') }}{% endif %}
     {{- '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' }}
     {{- first if loop.first }}
     {%- if m.content is string %}{{ m.content | trim }}{% else %}{% for c in m.content %}
@@ -81,7 +82,7 @@ PHI3 = (
 )
 # Qwen3: thinking parts stay in what follows on the last question alone, and there is always one.
 QWEN3 = """{% set last = namespace(user=-1) %}
-{%- for m in messages %}{% if m.role == 'user' %}{% set last.user = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages if m.role == 'user' %}{% set last.user = messages.index(m) %}{% endfor %}
 {%- for m in messages %}
     {{- '<|im_start|>' + m.role + '\n' }}
     {%- set text = m.content.split('</think>')[-1].lstrip('\n') %}
@@ -111,7 +112,13 @@ SEEING = {
 READING = {"llama3": LLAMA3, "mistral": MISTRAL, "phi3": PHI3, "qwen3": QWEN3, "r1": R1}
 SPECIAL = [
     *("<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>", "<end_of_utterance>"),
-    *("<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<image_soft_token>"),
+    *(
+        "<start_of_turn>",
+        "<end_of_turn>",
+        "<start_of_image>",
+        "<end_of_image>",
+        "<image_soft_token>",
+    ),
     *("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<IMG_CONTEXT>", "<|image|>"),
     *("<im_patch>", "<|header|>", "<|/header|>", "<|eot|>", "<|end|>", "<|user|>"),
     *("<|assistant|>", "<|system|>", "<think>", "</think>"),

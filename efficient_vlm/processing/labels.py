@@ -208,13 +208,16 @@ def _targets(
         does not, where templates have marks.
     """
     ids, offsets = tokenizer.encode_with_offsets("".join(text for text, _ in pieces), bos)
-    flags = [target for text, target in pieces for _ in text]
+    spans, at = [], 0
+    for text, target in pieces:
+        spans += [(at, at + len(text))] * target
+        at += len(text)
     targets, at = [], 0
     for start, stop in offsets:
         if exact and start > at:  # Never more than white space lies between tokens.
             start = at
         at = max(at, stop)
-        targets.append(any(flags[start:stop]))
+        targets.append(any(start < behind and stop > first for first, behind in spans))
     return ids, targets
 
 

@@ -2,6 +2,7 @@
 
 import types
 
+import numpy as np
 import pytest
 from chat_templates import (
     GEMMA,
@@ -27,6 +28,7 @@ from efficient_vlm.processing.chat_template import Template
 from efficient_vlm.processing.conversation import prompt_ids
 from efficient_vlm.processing.hub_tokenizer import HubTokenizer
 from efficient_vlm.processing.labels import labelled
+from efficient_vlm.processing.placing import Prompt, place
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 
@@ -390,3 +392,23 @@ def test_an_end_token_where_the_template_writes_none(tokenizers):
     assert learnt(tok, "qwen2_vl", outside, READ[:2]).endswith("[[It is a cat.]]<|im_end|>\n")
     got = learnt(tok, "qwen2_vl", outside, READ[:2], end=True)
     assert got.endswith("[[It is a cat.<|im_end|>]]\n")
+
+
+def test_labels_of_a_batch(tokenizers):
+    """In arrays every target is the label of the text token in front of it, past the picture."""
+    tok = tokenizers["bytes"]
+    text = "<image>" * 3
+    for family, template in (("smolvlm", SMOLVLM), ("paligemma", "paligemma")):
+        turns = ASKED if family == "smolvlm" else ASKED[:2]
+        _, _, ids, targets = labels(tok, family, template, turns, [picture(text)])
+        prompt = Prompt(np.array(ids), np.arange(3), targets=targets)
+        blocks = FAMILIES[family].blocks
+        inputs = place([[prompt]], tok.id_of("<image>"), 3, blocks=blocks)
+        wanted = [i for i, target in zip(ids, targets, strict=True) if target]
+        assert inputs.labels[inputs.labels >= 0].tolist() == wanted
+        index = inputs.placement.text_index[inputs.labels >= 0]
+        assert all(targets[i + 1] for i in index)
+        if blocks == "prefix":  # All that is given sees itself, and no answer.
+            assert inputs.placement.text_block[0].tolist() == [
+                int(not targets[i]) for i in inputs.placement.text_index[0]
+            ]

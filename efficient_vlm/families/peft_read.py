@@ -1,6 +1,5 @@
 """Adapters of PEFT as forms of our weights."""
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -22,23 +21,11 @@ from efficient_vlm.errors import UserError, short, short_path
 from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.load import in_stack
 from efficient_vlm.families.peft_names import PREFIX, Modules
+from efficient_vlm.families.peft_settings import pattern_value, read_settings
 from efficient_vlm.families.peft_write import WEIGHTS
 
 __all__ = ["load_adapter"]
 
-# Settings with which the tensors mean something else, and what they may be.
-_PLAIN: Mapping[str, tuple[Any, ...]] = {
-    "alora_invocation_tokens": (None,),
-    "fan_in_fan_out": (None, False),
-    "layer_replication": (None,),
-    "lora_bias": (None, False),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
-    "use_bdlora": (None, False),
-    "use_qalora": (None, False),
-}
-# Ways to start that change the base as well, so that a file alone does not say what it adds.
-_CHANGES_BASE = r"pissa|olora|corda|loftq|lora_ga"
 _FACTOR = re.compile(r"(.*)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?")
 _WRAPPERS = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)")
 
@@ -83,7 +70,7 @@ def load_adapter(
     if is_adapted(params):
         raise UserError("params: adapted already", fix="merge them first: adapt.build.merge")
     folder = Path(directory)
-    settings = _settings(folder)
+    settings = read_settings(folder)
     checkpoint = Checkpoint.of_file(folder / WEIGHTS)
     modules = Modules(family, config, model)
     flat, known = flatten_dict(params, sep="/"), places(params, model)
@@ -93,44 +80,6 @@ def load_adapter(
     for whole, layers in _by_parameter(flat, updates).items():
         flat[whole] = _form(flat[whole], known[whole], layers)
     return unflatten_dict(flat, sep="/")
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    """adapter_config.json, if it is of a kind that is read here."""
-    path = folder / ADAPTER_CONFIG
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(
-            f"{short_path(folder)}: no {ADAPTER_CONFIG}",
-            allowed=f"a folder with {ADAPTER_CONFIG} and {WEIGHTS}, as PEFT writes them",
-        ) from None
-    except (ValueError, RecursionError):
-        settings = None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: not a JSON object", fix="download it again")
-    kind = settings.get("peft_type")
-    if kind != "LORA":
-        raise UserError(f"{path}: peft_type={short(kind)}", allowed="LORA, with DoRA or rsLoRA")
-    for name, plain in _PLAIN.items():
-        if settings.get(name) not in plain:
-            raise UserError(
-                f"{path}: {name}={short(settings[name])}, which is not read here",
-                allowed=f"{plain[-1]}",
-                fix="merge it by PEFT (merge_and_unload) and load the whole model",
-            )
-    start = settings.get("init_lora_weights")
-    if isinstance(start, str) and re.match(_CHANGES_BASE, start.lower()):
-        raise UserError(
-            f"{path}: init_lora_weights={short(start)}, which changes the base as well",
-            allowed="true, false, gaussian, eva, orthogonal",
-            fix="save it by PEFT with path_initial_model_for_weight_conversion",
-        )
-    for name, least in (("r", 1), ("lora_alpha", 0)):
-        value = settings.get(name, 8)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
-            raise UserError(f"{path}: {name}={short(value)}", allowed=f"a number, {least} or more")
-    return settings
 
 
 class _Reader:
@@ -157,6 +106,8 @@ class _Reader:
             match = _FACTOR.fullmatch(name)
             module = name if match is None else f"{match[1]}.weight"
             bare = _WRAPPERS.sub("", module.removeprefix(PREFIX))
+            if ".lora_embedding_" in name:
+                raise self._unread(f"adapts a table of embeddings ({show(name)})")
             tensor = self.modules.find(bare)
             if tensor is None or ".lora_" in bare:
                 raise self._other_base(f"{show(name)} is no part of this model")
@@ -181,17 +132,20 @@ class _Reader:
             fix=f"load it on its base, {short(base) if base else 'which it does not name'}",
         )
 
+    def _unread(self, what: str) -> UserError:
+        return UserError(
+            f"{short_path(self.folder)}: {what}",
+            allowed="adapters of products of attention, MLP, connector and head",
+            fix="merge it by PEFT (merge_and_unload) and load the whole model",
+        )
+
     def _updates(
         self, tensor: str, found: Mapping[str, np.ndarray], module: str
     ) -> dict[str, Update]:
         """The adapters of ours that one of PEFT's is: one for each part of a fused Linear."""
         parts = self.modules.parts[tensor]
         if not all(part.linear for part in parts):
-            raise UserError(
-                f"{short_path(self.folder)}: adapts {tensor}, which is no Linear",
-                allowed="products of attention, MLP, connector and head",
-                fix="merge it by PEFT (merge_and_unload) and load the whole model",
-            )
+            raise self._unread(f"adapts {tensor}, which is no Linear")
         fan_out, fan_in = parts[0].piece.shape
         a, b = found.get("lora_A"), found.get("lora_B")
         if a is None or b is None:
@@ -230,20 +184,8 @@ class _Reader:
         return alpha / (rank**0.5 if self.settings.get("use_rslora") else rank)
 
     def _of_module(self, field: str, module: str, default: Any) -> Any:
-        """The value of the first pattern that matches the end of a module's name."""
-        for pattern, value in (self.settings.get(field) or {}).items():
-            if module == pattern or module.endswith(f".{pattern}"):
-                return value
-            try:
-                matches = re.fullmatch(rf"(.*\.)?({pattern})", module)
-            except re.error:
-                raise UserError(
-                    f"{self.folder / ADAPTER_CONFIG}: {field}: {short(pattern)}",
-                    allowed="regular expressions",
-                ) from None
-            if matches:
-                return value
-        return default
+        where = f"{self.folder / ADAPTER_CONFIG}: {field}"
+        return pattern_value(self.settings.get(field) or {}, module, default, where)
 
     def _values(self, wholes: Mapping[str, str]) -> dict[str, np.ndarray]:
         """Parameters whose tensors are in the file themselves."""
@@ -304,17 +246,18 @@ def _form(base: Any, place: Place, layers: Mapping[int, Update]) -> LoRA | DoRA:
     count = shape[0] if is_stack else 1
     inner, inputs = shape[is_stack:], place.inputs
     rank = max(update.a.shape[-1] for update in layers.values())
+    scale = max(update.scale for update in layers.values()) or 1.0
     a = np.zeros((count, *inner[:inputs], rank), np.float32)
     b = np.zeros((count, rank, *inner[inputs:]), np.float32)
     for layer, update in layers.items():
         own = update.a.shape[-1]
         a[layer, ..., :own] = update.a
         # A form has one scale: those of other layers go into their factors.
-        b[layer, :own] = update.b * (update.scale / first.scale if first.scale else 1.0)
+        b[layer, :own] = update.b * (update.scale / scale)
     a, b = (jnp.asarray(x if is_stack else x[0]) for x in (a, b))
     if first.magnitude is None:
-        return LoRA(base, a, b, first.scale)
-    form = DoRA.of(base, a, b, first.scale)
+        return LoRA(base, a, b, scale)
+    form = DoRA.of(base, a, b, scale)
     magnitude = np.array(form.magnitude)
     for layer, update in layers.items():
         magnitude[layer if is_stack else ...] = update.magnitude

@@ -90,6 +90,18 @@ class Checkpoint:
             _check_sha256(files, sha256)
         return cls(files, tensors)
 
+    @classmethod
+    def of_file(cls, path: str | os.PathLike[str]) -> "Checkpoint":
+        """Maps one safetensors file that is no checkpoint of a model, such as an adapter's.
+
+        Raises:
+          CheckpointError: see `safetensors_format.read_header`.
+        """
+        path = Path(path)
+        data = map_file(path)
+        entries = read_header(data, path)
+        return cls((path,), {name: (path, data, entry) for name, entry in entries.items()})
+
     def release(self, name: str) -> None:
         """Returns to the system the pages that reading a tensor has brought into memory."""
         _, data, entry = self._find(name)

@@ -118,6 +118,22 @@ def write(
     return tuple(directory / name for name in names)
 
 
+def write_file(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes one file whose name is not that of a model's weights; it is there whole or not at all.
+
+    Raises:
+      UserError: it cannot be written, or the disk is full.
+      ValueError: a dtype outside the format.
+    """
+    path = Path(path)
+    declared = [Tensor(n, x.shape, x.dtype, lambda x=x: x) for n, x in tensors.items()]
+    (shard,) = _plan(declared, sum(tensor.nbytes for tensor in declared) + 1)
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    header = build_header([tensor[:3] for tensor in shard], {"format": "pt"})
+    _write_file(path, header, shard, lambda _: None)
+
+
 def _plan(tensors: list[Tensor], max_shard_bytes: int) -> list[list[Tensor]]:
     """Fills shards in order; sorts each by falling item size."""
     if len({tensor.name for tensor in tensors}) != len(tensors):

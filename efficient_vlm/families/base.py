@@ -22,6 +22,8 @@ class Family:
       tensors: fills a name map, given config.json and the spelling of the names in the file.
       spellings: the spellings that are accepted: name -> (pattern, replacement) pairs from the
         names in a file to those that `tensors` uses; the first is that of the hub.
+      memory: (pattern, replacement) pairs from the names of the hub to those of the modules of
+        transformers 5, which adapters are named by; the first that matches counts.
       ignored: patterns of tensors (hub spelling) that the model does not use; they are kept and
         exported again.
       processor: (preprocessor config, config.json) -> a picture processor; None without images.
@@ -52,6 +54,7 @@ class Family:
     spellings: Mapping[str, tuple[tuple[str, str], ...]] = dataclasses.field(
         default_factory=lambda: {"hub": ()}
     )
+    memory: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     processor: Callable[[Config, Config], Any] | None = None
     image_token: Callable[[Config], int] | None = None

@@ -6,7 +6,7 @@ from typing import Any
 from efficient_vlm.checkpoints.names import NameMap
 from efficient_vlm.errors import UserError
 from efficient_vlm.families.base import Config, Family
-from efficient_vlm.families.llava import LLAVA
+from efficient_vlm.families.llava import LLAVA, MEMORY
 from efficient_vlm.families.texts import decoder_fields, text_of
 from efficient_vlm.families.vision import siglip, siglip_tensors
 from efficient_vlm.processing.pictures.stretched import Gemma3Pictures
@@ -57,6 +57,7 @@ GEMMA3 = Family(
     model=_model,
     tensors=_tensors,
     spellings=LLAVA.spellings,
+    memory=MEMORY,
     ignored=(
         r"vision_tower\.vision_model\.head\..*",
         r".*\.position_ids",

@@ -147,6 +147,11 @@ INTERNVL = Family(
             (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
         ),
     },
+    memory=(
+        (r"^language_model\.model\.", "model.language_model."),
+        (r"^language_model\.lm_head\b", "lm_head"),
+        (r"^(vision_tower|multi_modal_projector)\b", r"model.\1"),
+    ),
     ignored=(r"vision_tower\.embeddings\.mask_token", r".*rotary_emb\.inv_freq"),
     processor=_processor,
     image_token=lambda config: config["image_token_id"],

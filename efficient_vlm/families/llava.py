@@ -71,6 +71,13 @@ def _processor(preprocessor: Config, config: Config, **options: Any) -> Any:
     return cls.from_hf(preprocessor, config, **options)
 
 
+MEMORY = (
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^language_model\.lm_head\b", "lm_head"),
+    (r"^vision_tower\.vision_model\.", "model.vision_tower."),
+    (r"^multi_modal_projector\b", "model.multi_modal_projector"),
+)
+
 LLAVA = Family(
     name="llava",
     model_types=("llava",),
@@ -87,6 +94,7 @@ LLAVA = Family(
             (r"^model\.multi_modal_projector", "multi_modal_projector"),
         ),
     },
+    memory=MEMORY,
     ignored=(
         r"vision_tower\.vision_model\.post_layernorm\..*",
         r"vision_tower\.vision_model\.head\..*",

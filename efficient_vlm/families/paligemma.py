@@ -4,7 +4,7 @@ from typing import Any
 
 from efficient_vlm.checkpoints.names import NameMap
 from efficient_vlm.families.base import Config, Family
-from efficient_vlm.families.llava import LLAVA
+from efficient_vlm.families.llava import LLAVA, MEMORY
 from efficient_vlm.families.texts import decoder_fields, text_of
 from efficient_vlm.families.vision import siglip, siglip_tensors
 from efficient_vlm.processing.pictures.stretched import PaliGemmaPictures
@@ -40,6 +40,7 @@ PALIGEMMA = Family(
     model=_model,
     tensors=_tensors,
     spellings=LLAVA.spellings,
+    memory=MEMORY,
     ignored=(
         r"vision_tower\.vision_model\.head\..*",
         r".*\.position_ids",

@@ -156,6 +156,10 @@ QWEN_VL = Family(
             (r"^model\.visual\.", "visual."),
         ),
     },
+    memory=(
+        (r"^model\.(?!visual\.|language_model\.)", "model.language_model."),
+        (r"^visual\.", "model.visual."),
+    ),
     ignored=(r".*rotary_emb\.inv_freq", r".*rotary_pos_emb\.inv_freq"),
     processor=_processor,
     image_token=lambda config: config["image_token_id"],

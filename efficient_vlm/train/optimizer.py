@@ -8,12 +8,14 @@ from typing import Any
 import jax
 import optax
 
-from efficient_vlm.checks import number_fields
+from efficient_vlm.checks import number_fields, one_of
 from efficient_vlm.errors import UserError, short, unknown
 from efficient_vlm.fields import construct
 from efficient_vlm.sharding import is_box, logical_axes, path_of
+from efficient_vlm.train.adam8bit import scale_by_adam8bit
 
 OPTIMIZERS = ("adamw", "muon")
+MOMENTS = ("float32", "int8")
 
 # Axes along which a parameter is a stack of independent matrices.
 _STACKED = ("layers", "experts")
@@ -38,6 +40,7 @@ class OptimizerConfig:
       weight_decay: decoupled, times the learning rate; only for matrices (and stacks of them).
       clip_norm: largest global norm of the gradient; None for no clipping.
       b1, b2: moments of AdamW.
+      moments: how AdamW stores them: "float32", or "int8" (`adam8bit`: 2 bytes a parameter, not 8).
       groups: parameter groups, first match wins: {"pattern": regular expression found in the path,
         "scale": factor on the learning rate, "freeze": True for no update and no optimizer state}.
     """
@@ -53,6 +56,7 @@ class OptimizerConfig:
     clip_norm: float | None = 1.0
     b1: float = 0.9
     b2: float = 0.99
+    moments: str = "float32"
     groups: Sequence[Mapping[str, Any]] = ()
 
     def __post_init__(self):
@@ -62,6 +66,13 @@ class OptimizerConfig:
         number_fields(self, where, "decay_fraction", above=0, high=1)
         number_fields(self, where, "clip_norm", above=0)
         number_fields(self, where, "b1", "b2", low=0, below=1)
+        one_of(f"{where}.moments", self.moments, MOMENTS)
+        if self.moments != "float32" and self.name != "adamw":
+            raise UserError(
+                f"{where}.moments: {self.moments} with name={short(self.name)}",
+                allowed="float32, or any with name=adamw",
+                fix=f"{where}.name=adamw",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,11 +147,13 @@ def _update(config, steps, scale, axes) -> optax.GradientTransformation:
     def decay_mask(params):
         return _by_path(params, {path: _matrix(names) is not None for path, names in axes.items()})
 
-    adamw = optax.adamw(
-        rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=decay_mask
-    )
     if config.name == "adamw":
-        return adamw
+        moments = optax.scale_by_adam if config.moments == "float32" else scale_by_adam8bit
+        return optax.chain(
+            moments(b1=config.b1, b2=config.b2),
+            optax.add_decayed_weights(config.weight_decay, decay_mask),
+            optax.scale_by_learning_rate(rate),
+        )
     if config.name != "muon":
         raise unknown("train.optimizer.name", config.name, OPTIMIZERS)
     peak = config.learning_rate if config.adam_learning_rate is None else config.adam_learning_rate

@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from efficient_vlm.sharding import trimmed
+from efficient_vlm.train.adam8bit import Codes
 
 __all__ = ["StateLayout", "state_shardings"]
 
@@ -39,13 +40,20 @@ def state_shardings(
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
 
-    def masked(leaf):
-        return isinstance(leaf, optax.MaskedNode)
+    def whole(leaf):
+        return isinstance(leaf, optax.MaskedNode | Codes)
 
     def moment(leaf, sharding):
-        if masked(leaf):  # A parameter that another part of the optimizer updates.
+        if isinstance(leaf, optax.MaskedNode):  # Another part of the optimizer updates it.
             return leaf
+        if isinstance(leaf, Codes):
+            return leaf.replace(codes=moment(leaf.codes, sharding), largest=blocks(leaf, sharding))
         return _cut_further(sharding, leaf.shape, mesh) if zero else sharding
+
+    def blocks(leaf, sharding):
+        """Blocks lie along the last axis, which need not divide into them."""
+        parts = sharding.spec[: leaf.codes.ndim - 1]
+        return moment(leaf.largest, NamedSharding(mesh, trimmed(list(parts))))
 
     placed = {name: jax.tree.map(lambda _: everywhere, part) for name, part in state.items()}
     placed["params"] = params
@@ -57,7 +65,7 @@ def state_shardings(
         state["opt"],
         params,
         transform_non_params=lambda _: everywhere,
-        is_leaf=masked,
+        is_leaf=whole,
     )
     return placed
 

@@ -54,7 +54,7 @@ GEMMA = """{{ bos_token }}{% set first = '' %}{% set turns = messages %}
     {%- if m.content is string %}{{ m.content | trim }}{% else %}{% for c in m.content %}
         {{- '<start_of_image>' if c.type == 'image' else c.text | trim }}
     {%- endfor %}{% endif %}{{ '<end_of_turn>\n' }}
-{%- endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"""  # noqa: E501
+{%- endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"""
 # SmolVLM: the space belongs to the turn, not to its header.
 SMOLVLM = (
     "<|im_start|>{% for m in messages %}{{ m['role'] | capitalize }}"
@@ -92,7 +92,7 @@ QWEN3 = """{% set last = namespace(user=-1) %}
         {{- '<think>\n' + thought + '\n</think>\n\n' + text }}
     {%- elif m.role == 'assistant' %}{{ text }}{% else %}{{ m.content }}{% endif %}
     {{- '<|im_end|>\n' }}
-{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""  # noqa: E501
+{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 # DeepSeek-R1: a prompt opens the thinking part that answers go without.
 R1 = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|assistant|>' + "

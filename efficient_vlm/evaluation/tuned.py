@@ -14,8 +14,7 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.evaluation.settings import EvalConfig, labels_of, settings_of
 from efficient_vlm.fields import section
 from efficient_vlm.inference.finetune import mean_loss
-from efficient_vlm.inference.pretrained import Pretrained
-from efficient_vlm.inference.tuned import load_run
+from efficient_vlm.inference.pretrained import Pretrained, from_pretrained
 
 __all__ = ["evaluate_tuned"]
 
@@ -35,7 +34,7 @@ def evaluate_tuned(
       "eval": [], "cost": [], "test_samples": {"samples", "skipped"}}.
     """
     began = time.monotonic()
-    vlm = load_run(workdir)
+    vlm = from_pretrained(workdir)
     data = DataConfig.from_mapping(section(config, "data"))
     found: dict[str, Any] = {"losses": [], "eval": [], "cost": []}
     source = held_out(data, evaluation.images)

@@ -485,7 +485,8 @@ def from_pretrained(
     if is_tuned(path):
         from efficient_vlm.inference.tuned import load_run
 
-        return load_run(Path(path), compressor=compressor, dtype=dtype, **picture_options)
+        parts = load_run(Path(path), compressor=compressor, dtype=dtype, **picture_options)
+        return Pretrained(*parts, changed=True)
     source = hub.find(path, revision)
     directory, files = locate(source.directory)
     dtype = known_dtype("dtype", dtype)

@@ -5,14 +5,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flax import linen as nn
 
 from efficient_vlm.adapt.config import AdaptConfig
 from efficient_vlm.families.checks import check_compressor
 from efficient_vlm.families.load import known_dtype
+from efficient_vlm.families.processor import Processor
 from efficient_vlm.families.weights import Weights
 from efficient_vlm.fields import construct, section
-from efficient_vlm.inference.pretrained import Pretrained
+from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.train.arms import make_arms
 from efficient_vlm.train.base import PretrainedFields, check_base, open_base
 from efficient_vlm.train.config import TrainConfig
@@ -27,8 +29,8 @@ def load_run(
     compressor: Mapping[str, Any] | None = None,
     dtype: Any = None,
     **picture_options: Any,
-) -> Pretrained:
-    """The model of a fine-tuned run with its newest parameters; adapters stay adapters.
+) -> tuple[VisionLanguageModel, Weights, Processor, dict[str, np.ndarray]]:
+    """What a `Pretrained` is made of, from a run's newest parameters; adapters stay adapters.
 
     Args:
       workdir: of the run.
@@ -58,5 +60,4 @@ def load_run(
     if compressor is not None:
         model = model.clone(compressor=dict(compressor))
         check_compressor(model, base.processor.family.variable)
-    params = Weights(tuning.whole(trained, frozen))
-    return Pretrained(model, params, base.processor, base.carried())
+    return model, Weights(tuning.whole(trained, frozen)), base.processor, base.carried()

@@ -9,7 +9,7 @@ from flax import linen as nn
 from efficient_vlm.compressors import Signals, VisualTokens
 from efficient_vlm.compressors.between import selectors
 from efficient_vlm.compressors.projectors.gather_pool import windows
-from efficient_vlm.compressors.tokens import take, zero_padding
+from efficient_vlm.compressors.tokens import without_padding, zero_padding
 from efficient_vlm.errors import UserError
 from efficient_vlm.fields import construct
 from efficient_vlm.models.connector import Connector
@@ -184,8 +184,7 @@ class VisualStages(VisionLanguageFields):
             visual = visual.replace(bias=None)
         room = inputs.visual_room
         if room is not None and room < visual.mask.shape[1]:
-            real = jnp.argsort(~visual.mask, axis=1, stable=True)[:, :room]
-            visual = take(visual, real, jnp.ones(real.shape, bool))
+            visual = without_padding(visual, room)
         return visual if each else repeat_rows(visual, 1, repeats)
 
     def _reduced(self, tokens, signals, instruction, layout: Layout, rng) -> VisualTokens:

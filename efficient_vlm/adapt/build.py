@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from efficient_vlm.adapt.config import AdaptConfig
-from efficient_vlm.adapt.forms import plain
+from efficient_vlm.adapt.forms import Adapter, plain
 from efficient_vlm.adapt.make import changed, extended, with_prefix
 from efficient_vlm.adapt.places import is_form, places
 from efficient_vlm.adapt.prompts import Extended
@@ -20,7 +20,7 @@ from efficient_vlm.nn.attention import PREFIX
 from efficient_vlm.nn.linear import WeightForm
 from efficient_vlm.sharding import is_box, path_of
 
-__all__ = ["Adapted", "combine", "is_adapted", "merge", "partition", "prepare"]
+__all__ = ["Adapted", "combine", "is_adapted", "merge", "partition", "prepare", "without_adapters"]
 
 _TABLE = "language/embedding"
 # Fields of forms that are trained.
@@ -138,6 +138,15 @@ def combine(trained: Mapping[str, Any], frozen: Mapping[str, Any], like: Any) ->
         return trained[name] if name in trained else frozen[name]
 
     return jax.tree_util.tree_map_with_path(find, like, is_leaf=is_box)
+
+
+def without_adapters(params: Any) -> Any:
+    """Parameters of the model that was adapted; nothing is copied."""
+
+    def bare(leaf: Any) -> Any:
+        return leaf.base if isinstance(leaf, Adapter) else leaf
+
+    return jax.tree.map(bare, params, is_leaf=is_form)
 
 
 def merge(params: Any, dtype: DTypeLike | None = None) -> Any:

@@ -27,6 +27,7 @@ from efficient_vlm.nn import moe
 from efficient_vlm.sharding import MeshConfig
 from efficient_vlm.train.base import PretrainedFields
 from efficient_vlm.train.config import TrainConfig, is_published
+from efficient_vlm.train.objective import DistilConfig
 from efficient_vlm.train.optimizer import OptimizerConfig
 
 # `--config.seed=N` sets both: with another train.seed alone, a run sees the same data in one order.
@@ -43,6 +44,7 @@ SECTIONS = (
     "train.optimizer",
     "train.mesh",
     "adapt",
+    "distil",
     "eval",
 )
 
@@ -265,6 +267,7 @@ def class_of(where: str, config: ml_collections.ConfigDict) -> type | None:
         "train.optimizer": OptimizerConfig,
         "train.mesh": MeshConfig,
         "adapt": AdaptConfig,
+        "distil": DistilConfig,
         "eval": EvalConfig,
     }[where]
 

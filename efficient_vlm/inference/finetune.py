@@ -25,6 +25,7 @@ from efficient_vlm.terminal import Progress
 from efficient_vlm.train.arms import Arm
 from efficient_vlm.train.config import TrainConfig
 from efficient_vlm.train.losses import token_cross_entropy
+from efficient_vlm.train.objective import DistilConfig
 from efficient_vlm.train.optimizer import OptimizerConfig
 from efficient_vlm.train.published import Tuning, make_start, make_step
 
@@ -56,6 +57,7 @@ def finetune(
     seed: int,
     data: Mapping[str, Any],
     optimizer: Mapping[str, Any],
+    distil: Mapping[str, Any],
     log: Callable[[int, Mapping[str, float]], None] | None,
 ) -> Any:
     """The trained parameters of a `Pretrained`; see `Pretrained.finetune`."""
@@ -70,7 +72,8 @@ def finetune(
     arm = Arm(vlm.processor.seeing(vlm.model))
     tuning = Tuning(loaded, [arm], adapting, None)
     start, frozen = make_start(tuning, settings, update)
-    step = make_step(arm.model, tuning, start, frozen, settings)
+    taught = construct(DistilConfig, distil, "distil")
+    step = make_step(arm.model, tuning, start, frozen, settings, taught)
     state, batches = start.state(), iter(pipeline)
     with Progress(steps, quiet=log is not None) as progress:
         for number in range(1, steps + 1):

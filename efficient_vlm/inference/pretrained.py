@@ -231,6 +231,7 @@ class Pretrained:
         seed: int = 0,
         data: Mapping[str, Any] | None = None,
         optimizer: Mapping[str, Any] | None = None,
+        distil: Mapping[str, Any] | None = None,
         log: Callable[[int, Mapping[str, float]], None] | None = None,
     ) -> "Pretrained":
         """A copy of this model that has learnt from conversations, with the compressor in use.
@@ -249,6 +250,8 @@ class Pretrained:
           seed: of initial values and of the order of the rows.
           data: fields of `data.config.DataConfig`: max_length, max_images, pack, pack_tokens.
           optimizer: fields of `train.optimizer.OptimizerConfig`.
+          distil: fields of `train.objective.DistilConfig`, such as dict(kind="forward_kl"): with the
+            compressor in use, adapters learn what this model answers with all visual tokens.
           log: called with each step's number and metrics in place of a progress bar.
 
         Returns:
@@ -257,7 +260,8 @@ class Pretrained:
         Raises:
           UserError: rows or settings that cannot be used, or a loss that is not finite.
         """
-        given = dict(data=data or {}, optimizer=optimizer or {}, log=log, seed=seed)
+        given = dict(data=data or {}, optimizer=optimizer or {}, distil=distil or {}, log=log)
+        given["seed"] = seed
         given |= dict(steps=steps, learning_rate=learning_rate, batch_size=batch_size, adapt=adapt)
         from efficient_vlm.inference.finetune import finetune
 

@@ -33,6 +33,7 @@ from efficient_vlm.train.base import (
     with_values,
 )
 from efficient_vlm.train.config import TrainConfig, make_mesh
+from efficient_vlm.train.objective import DistilConfig, check_teacher, make_objective
 from efficient_vlm.train.optimizer import OptimizerConfig, make_optimizer
 from efficient_vlm.train.parameters import Start
 from efficient_vlm.train.processes import first_then_all
@@ -145,8 +146,12 @@ def make_step(
     start: Start,
     frozen: Mapping[str, Any],
     settings: TrainConfig,
+    distil: DistilConfig | None = None,
 ) -> Callable:
     """The training step of one budget, with a program for each shape of rows."""
+    aux = {name: getattr(settings, name) for name in ("load_balance", "router_z")}
+    distil = distil or DistilConfig()
+    check_teacher(distil, tuning.config)
 
     def make(model: VisionLanguageModel) -> Callable:
         return steps.make_train_step(
@@ -154,10 +159,10 @@ def make_step(
             start.tx,
             seed=settings.seed,
             accumulate=settings.accumulate,
-            aux={name: getattr(settings, name) for name in ("load_balance", "router_z")},
             ema=settings.ema,
             layout=start.layout,
-            tuning=(tuning.whole, frozen),
+            objective=make_objective(model, tuning, distil, aux),
+            frozen=frozen,
         )
 
     return ShapedStep(make, model, tuning.base.processor.family.variable)
@@ -198,6 +203,8 @@ def prepare_published(
     """As `setup.prepare`, for a run whose config names a published model."""
     fields = construct(PretrainedFields, section(config, "model"), "model")
     adapting = construct(AdaptConfig, {"name": "full", **section(config, "adapt")}, "adapt")
+    distil = construct(DistilConfig, section(config, "distil"), "distil")
+    check_teacher(distil, adapting)
     mesh = make_mesh(settings, data_config.batch_size)
     rows = None if mesh is None else sharding.own_rows(mesh, data_config.batch_size)
     base = open_base(fields)
@@ -226,7 +233,7 @@ def prepare_published(
         model=base.processor.seeing(base.model),
         arms=arms,
         start=start,
-        programs=[make_step(arm.model, tuning, start, frozen, settings) for arm in arms],
+        programs=[make_step(arm.model, tuning, start, frozen, settings, distil) for arm in arms],
         compile_seconds=0.0,
         inputs=lambda batch: batch.inputs,
         whole=functools.partial(tuning.whole, frozen=frozen),

@@ -15,7 +15,7 @@ from efficient_vlm import sharding
 from efficient_vlm.errors import UserError
 from efficient_vlm.models import init as initial
 from efficient_vlm.models.inputs import ModelInputs
-from efficient_vlm.models.vlm import VisionLanguageModel
+from efficient_vlm.models.vlm import Output, VisionLanguageModel
 from efficient_vlm.train.losses import ratio, token_cross_entropy
 from efficient_vlm.train.state_layout import StateLayout
 
@@ -93,7 +93,13 @@ def loss_fn(
     """
     if inputs.labels is None:
         raise UserError("inputs.labels: None", fix="give the token that each place is to predict")
-    out = model.apply({"params": params}, inputs, rng=rng)
+    return losses_of(model.apply({"params": params}, inputs, rng=rng), inputs, aux)
+
+
+def losses_of(
+    out: Output, inputs: ModelInputs, aux: Mapping[str, float]
+) -> tuple[jax.Array, dict[str, Any]]:
+    """The losses of a forward pass; see `loss_fn`."""
     metrics = token_cross_entropy(out.logits, inputs.labels)
     total, targets = metrics["loss"]
     for name, weight in aux.items():
@@ -112,7 +118,8 @@ def make_train_step(
     aux: Mapping[str, float] | None = None,
     ema: float | None = None,
     layout: StateLayout | None = None,
-    tuning: tuple[Callable, Any] | None = None,
+    objective: Callable | None = None,
+    frozen: Any = None,
 ) -> Callable[[State, ModelInputs], tuple[State, dict[str, jax.Array]]]:
     """A jitted step(state, inputs) -> (state, metrics) for one budget; the state is donated.
 
@@ -129,18 +136,19 @@ def make_train_step(
       aux: weights of router losses.
       ema: decay of an average of the parameters kept in state["ema"]; None for none.
       layout: where the state lies; batches are then those of all devices. None for one device.
-      tuning: (from the trained parameters of a state and the frozen ones to the model's, the frozen
-        ones), where only a part is trained. The frozen ones are no part of the state.
+      objective: (parameters, frozen, inputs, rng) -> what `loss_fn` returns, in its place.
+      frozen: what it reads beside the state: parameters that are not trained.
 
     Returns:
       The step. Like a jitted function it has `lower(state, inputs)`, of shapes with their
       shardings.
     """
     aux = dict(aux or {})
-    whole, frozen = tuning or ((lambda params, _: params), None)
 
-    def loss(params, frozen, inputs, rng):
-        return loss_fn(model, whole(params, frozen), inputs, rng, aux)
+    def of_labels(params, frozen, inputs, rng):
+        return loss_fn(model, params, inputs, rng, aux)
+
+    loss = objective or of_labels
 
     def accumulated(params, frozen, inputs, rng):
         def gradient(params, inputs, rng):
@@ -187,7 +195,7 @@ def make_train_step(
             scalars["expert_load"] = load[0] / jnp.maximum(load[1], 1)[:, None]
         return new, {**scalars, "grad_norm": norm, "ok": ok}
 
-    if layout is None and tuning is None:
+    if layout is None and frozen is None:
         return jax.jit(lambda state, inputs: step(state, inputs, None), donate_argnums=0)
     if layout is None:
         compiled = jax.jit(step, donate_argnums=0)

@@ -1,0 +1,104 @@
+"""What a step of a published model minimises: the loss of labels, and what a teacher knows."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from efficient_vlm import checks
+from efficient_vlm.adapt.build import without_adapters
+from efficient_vlm.errors import UserError
+from efficient_vlm.models.inputs import ModelInputs
+from efficient_vlm.models.vlm import VisionLanguageModel
+from efficient_vlm.train.distil import KINDS, divergence, divergence_of_top, top_tokens
+from efficient_vlm.train.step import losses_of
+
+__all__ = ["DistilConfig", "check_teacher", "make_objective"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DistilConfig:
+    """Self-distillation into fewer visual tokens: the teacher is the model that the run starts
+    from, with all of them, and shares its weights.
+
+    Attributes:
+      kind: "forward_kl", "reverse_kl" or "jensen_shannon", see `distil.divergence`; None for no
+        teacher.
+      weight: of the divergence, per target token.
+      labels: weight of the cross-entropy of the labels beside it.
+      temperature: of both distributions.
+      beta: of the teacher in the mixture of "jensen_shannon".
+      top_k: only the teacher's most likely tokens, and the rest as one; None for all.
+      compressor: of the teacher: name, budget and options.
+    """
+
+    kind: str | None = None
+    weight: float = 1.0
+    labels: float = 0.0
+    temperature: float = 1.0
+    beta: float = 0.5
+    top_k: int | None = None
+    compressor: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "none"})
+
+    def __post_init__(self):
+        if self.kind is not None:
+            checks.one_of("distil.kind", self.kind, KINDS)
+        checks.number_fields(self, "distil", "weight", "labels", low=0)
+        checks.number_fields(self, "distil", "temperature", above=0)
+        checks.number_fields(self, "distil", "beta", above=0, below=1)
+        checks.number_fields(self, "distil", "top_k", low=1)
+
+
+def make_objective(
+    model: VisionLanguageModel,
+    tuning: Any,
+    config: DistilConfig,
+    aux: Mapping[str, float],
+) -> Callable:
+    """What `step.make_train_step` differentiates: (trained, frozen, inputs, rng) -> (sum, metrics).
+
+    Args:
+      model: at one budget and at the size of some pictures.
+      tuning: a `published.Tuning`.
+      config: of the teacher.
+      aux: weights of router losses.
+    """
+
+    def labelled(trained: Any, frozen: Any, inputs: ModelInputs, rng: jax.Array) -> tuple:
+        out = model.apply({"params": tuning.whole(trained, frozen)}, inputs, rng=rng)
+        return losses_of(out, inputs, aux)
+
+    if config.kind is None:
+        return labelled
+    teacher = model.clone(compressor=dict(config.compressor))
+    how = dict(kind=config.kind, temperature=config.temperature, beta=config.beta)
+
+    def distilled(trained: Any, frozen: Any, inputs: ModelInputs, rng: jax.Array) -> tuple:
+        params = tuning.whole(trained, frozen)
+        out = model.apply({"params": params}, inputs, rng=rng)
+        total, metrics = losses_of(out, inputs, aux)
+        # The teacher sees all tokens, so there is no padding to leave out.
+        seen = inputs.replace(visual_room=None, uneven=False)
+        known = teacher.apply({"params": without_adapters(params)}, seen, rng=rng).logits
+        if config.top_k is None:
+            pair = divergence(out.logits, known, inputs.labels, **how)
+        else:
+            most = top_tokens(known, config.top_k, temperature=config.temperature)
+            pair = divergence_of_top(out.logits, most, inputs.labels, **how)
+        loss, targets = metrics["loss"]
+        # What is left of the total are the losses of routers.
+        total = total - loss + config.labels * loss + config.weight * pair[0]
+        return total, {**metrics, "distillation": (pair[0], targets)}
+
+    return distilled
+
+
+def check_teacher(config: DistilConfig, adapt: Any) -> None:
+    """Raises UserError where the model's own weights are no longer there to be the teacher's."""
+    if config.kind is not None and (not adapt.low_rank or adapt.train):
+        raise UserError(
+            f"distil.kind: {config.kind} with adapt.name={adapt.name}, adapt.train={adapt.train!r}",
+            allowed="adapters alone: their base is the teacher, at the price of one copy",
+            fix="adapt.name=lora, adapt.train=()",
+        )

@@ -26,6 +26,7 @@ from efficient_vlm.evaluation.benchmark_file import (
     told,
 )
 from efficient_vlm.evaluation.on_file import evaluate_file
+from efficient_vlm.families.imported import is_tuned
 from efficient_vlm.inference.pretrained import Pretrained, from_pretrained
 from efficient_vlm.report.report import write_report
 from efficient_vlm.runtime import enable_compilation_cache
@@ -35,12 +36,14 @@ _DEFAULT = ("divprune", "downsample")
 
 
 def open_model(path: str, *, dtype: str, pictures: Sequence[str]) -> Pretrained:
-    """The model that a folder holds: a published one, or what `efficient-vlm import` wrote."""
+    """The model that a folder holds: a published one, what `efficient-vlm import` wrote, or that of
+    a fine-tuned run."""
     folder = Path(path)
-    if (folder / "checkpoints").is_dir():
+    ours = (folder / "checkpoints").is_dir() and not (folder / "dtypes.json").is_file()
+    if ours and not is_tuned(folder):
         raise UserError(
             f"{short_path(folder)}: a run of efficient-vlm train, evaluated on its own test data",
-            allowed="with --benchmark, a folder with config.json and weights",
+            allowed="with --benchmark, a published model, or a run that started from one",
             fix=f"efficient-vlm eval --workdir={path}",
         )
     return from_pretrained(path, dtype=dtype, **picture_options(pictures))

@@ -82,6 +82,7 @@ class ChatPipeline:
         decoder.
       rows: those of every batch that this process reads; None for all.
       programs: the most shapes of rows.
+      soft: ids of learned tokens in front of every conversation.
 
     Attributes:
       fingerprint: everything that defines content and order.
@@ -97,6 +98,7 @@ class ChatPipeline:
         *,
         rows: Sequence[int] | None = None,
         programs: int = 8,
+        soft: Sequence[int] = (),
     ):
         self.config, self.source, self.processor = config, source, processor
         self.model, self._models = models[0], tuple(models)
@@ -106,7 +108,7 @@ class ChatPipeline:
         self._sizes: dict[int, Size | None] = {}
         self._cache: dict[int, list[Example]] = {}
         self._cache_left = config.cache_mb * 2**20
-        self._windows = 0
+        self._windows, self._soft = 0, tuple(soft)
         self._pooled = self._pools()
         self._alone = not (config.pack and all(packs(m, self._pooled) for m in models))
         self.rooms = self._choose_rooms(programs)
@@ -221,7 +223,8 @@ class ChatPipeline:
         conversation = record.conversations[number]
         messages = record_messages(conversation, record.images)
         how = (self.processor.style, self.processor.template, self.processor.tokenizer)
-        return labelled(*how, messages, pictured, end=True)
+        ids, targets = labelled(*how, messages, pictured, end=True)
+        return [*self._soft, *ids], [False] * len(self._soft) + targets
 
     # --- batches ----------------------------------------------------------------------------------
 
@@ -301,7 +304,7 @@ class ChatPipeline:
         with ThreadPoolExecutor(max(self.config.num_threads, 1)) as pool:
             read = dict(zip(flat, pool.map(self._examples, flat), strict=True))
         examples = [[e for index in row for e in read[index]] for row in wanted]
-        how = dict(variable=self.processor.family.variable)
+        how = dict(variable=self.processor.family.variable, soft=len(self._soft))
         request = pack_request(self.model, examples, self.processor.rules, plan.room, **how)
         return Batch(request.inputs, np.asarray(flat, np.int64))
 

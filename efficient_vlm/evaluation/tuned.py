@@ -88,7 +88,7 @@ def _loss(
     vlm: Pretrained, source: Source, data: DataConfig, check_stop: Callable[[], None]
 ) -> tuple[float, int, dict[str, int]]:
     model = vlm.processor.seeing(vlm.model)
-    pipeline = ChatPipeline(data, source, vlm.processor, [model])
+    pipeline = ChatPipeline(data, source, vlm.processor, [model], soft=vlm.soft_ids)
     total, count = mean_loss(vlm, pipeline, check_stop)
     if not count:
         raise UserError(

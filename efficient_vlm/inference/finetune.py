@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 
 from efficient_vlm.adapt.build import is_adapted
 from efficient_vlm.adapt.config import AdaptConfig
+from efficient_vlm.adapt.prompts import soft_ids
 from efficient_vlm.data.chat import ChatPipeline
 from efficient_vlm.data.config import DataConfig
 from efficient_vlm.data.row_source import Reading, RowSource
@@ -67,10 +68,11 @@ def finetune(
     update = construct(OptimizerConfig, given, "optimizer")
     if is_adapted(vlm.params):
         raise UserError("finetune: this model has adapters", fix="start from vlm.merge()")
-    pipeline = _pipeline(vlm, rows, dict(batch_size=batch_size, seed=seed, **data))
     loaded = _Loaded(vlm.model, vlm.processor, vlm.params)
     arm = Arm(vlm.processor.seeing(vlm.model))
     tuning = Tuning(loaded, [arm], adapting, None)
+    given = dict(batch_size=batch_size, seed=seed, **data)
+    pipeline = _pipeline(vlm, rows, given, soft_ids(tuning.like))
     start, frozen = make_start(tuning, settings, update)
     taught = construct(DistilConfig, distil, "distil")
     step = make_step(arm.model, tuning, start, frozen, settings, taught)
@@ -92,7 +94,7 @@ def finetune(
 
 def loss(vlm: Any, rows: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> float:
     """Mean loss per target token of each row once; see `Pretrained.loss`."""
-    total, count = mean_loss(vlm, _pipeline(vlm, rows, dict(data)))
+    total, count = mean_loss(vlm, _pipeline(vlm, rows, dict(data), vlm.soft_ids))
     return total / count
 
 
@@ -116,9 +118,10 @@ def _sums(model, params, inputs):
     return token_cross_entropy(logits, inputs.labels)["loss"]
 
 
-def _pipeline(vlm: Any, rows: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> ChatPipeline:
+def _pipeline(vlm: Any, rows: Sequence[Mapping[str, Any]], data: Any, soft: Any) -> ChatPipeline:
     fields = {"max_images": 64, "num_threads": 0, "max_skip_fraction": 0.0, **data}
     config = DataConfig.from_mapping({"path": "rows.json", **fields})
     table = MemoryTable(rows, config.max_image_bytes)
     source = RowSource(table, Reading(max_bytes=config.max_image_bytes))
-    return ChatPipeline(config, source, vlm.processor, [vlm.processor.seeing(vlm.model)])
+    models = [vlm.processor.seeing(vlm.model)]
+    return ChatPipeline(config, source, vlm.processor, models, soft=soft)

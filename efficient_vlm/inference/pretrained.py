@@ -13,6 +13,7 @@ import numpy as np
 from flax import linen as nn
 
 from efficient_vlm.adapt.build import is_adapted, merge
+from efficient_vlm.adapt.prompts import soft_ids
 from efficient_vlm.checkpoints.safetensors_index import locate
 from efficient_vlm.checkpoints.safetensors_write import writing
 from efficient_vlm.errors import UserError, first_line, short, unknown
@@ -101,6 +102,12 @@ class Pretrained:
     def pictures(self) -> Any:
         """The picture processor of the directory."""
         return self.processor.pictures
+
+    @functools.cached_property
+    def soft_ids(self) -> tuple[int, ...]:
+        """Ids of the learned tokens in front of every prompt (prompt tuning); () for none."""
+        reader = self.weights.reader
+        return soft_ids(self.weights.fused if reader is None else reader.abstract)
 
     @property
     def _dtype(self) -> Any:
@@ -250,8 +257,8 @@ class Pretrained:
           seed: of initial values and of the order of the rows.
           data: fields of `data.config.DataConfig`: max_length, max_images, pack, pack_tokens.
           optimizer: fields of `train.optimizer.OptimizerConfig`.
-          distil: fields of `train.objective.DistilConfig`, such as dict(kind="forward_kl"): with the
-            compressor in use, adapters learn what this model answers with all visual tokens.
+          distil: fields of `train.objective.DistilConfig`, such as dict(kind="forward_kl"):
+            with the compressor in use adapters learn what this model says of all visual tokens.
           log: called with each step's number and metrics in place of a progress bar.
 
         Returns:
@@ -416,7 +423,8 @@ class Pretrained:
             asked.append(question)
             pictured.append(tuple(self.pictures(picture) for picture in row))
         how = (self.processor.style, self.template, self.tokenizer)
-        ids = [prompt_ids(*how, *row) for row in zip(asked, pictured, strict=True)]
+        soft = self.soft_ids
+        ids = [[*soft, *prompt_ids(*how, *row)] for row in zip(asked, pictured, strict=True)]
         return self.place(ids, pictured)
 
     def place(
@@ -434,7 +442,7 @@ class Pretrained:
         model = self.model
         if any(example.pictured for example in examples):
             model = self.processor.seeing(model)
-        options = dict(variable=self.family.variable, multiple=BUCKET)
+        options = dict(variable=self.family.variable, multiple=BUCKET, soft=len(self.soft_ids))
         return make_request(model, examples, self.processor.rules, **options)
 
     def _seen(self, request: Request) -> np.ndarray:

@@ -52,6 +52,7 @@ def make_request(
     *,
     variable: bool = False,
     multiple: int = 1,
+    soft: int = 0,
 ) -> Request:
     """Arrays of examples of a published family.
 
@@ -61,6 +62,7 @@ def make_request(
       rules: of the family, see `Family.rules`.
       variable: see `capped`.
       multiple: of which the number of text tokens of a row is to be a multiple.
+      soft: learned tokens that the model has behind its vocabulary (`adapt.prompts.soft_ids`).
 
     Raises:
       UserError: a conversation without text, slots that are not those of the pictures, or token
@@ -79,7 +81,7 @@ def make_request(
         rules = {**rules, "image_token": None}
     visual = math.prod(model.layout(pictures))
     inputs = place(rows, visual=visual, multiple=multiple, **rules)
-    check_tables(model, inputs)
+    check_tables(model, inputs, soft)
     # Of methods inside the decoder alone, as programs are compiled for either.
     uneven = any(len(own) != visual for own in slots) and model.make_compressor().in_decoder
     return Request(model, inputs.replace(pictures=pictures, uneven=uneven), pictured)
@@ -92,6 +94,7 @@ def pack_request(
     room: Room,
     *,
     variable: bool = False,
+    soft: int = 0,
 ) -> Request:
     """Arrays of rows of a given size, each with any number of unrelated examples.
 
@@ -99,7 +102,7 @@ def pack_request(
     (`Placement.visual_segment`). Compressors must treat each picture by itself: see `packs`.
 
     Args:
-      model, rules, variable: see `make_request`.
+      model, rules, variable, soft: see `make_request`.
       packs: R rows of examples, each of one conversation; a row may be empty.
       room: of a row.
 
@@ -125,7 +128,7 @@ def pack_request(
     visual = math.prod(model.layout(pictures))
     given = dict(visual=visual, length=room.text, apart=True)
     inputs = place(rows, **given, **{**rules, "image_token": token})
-    check_tables(model, inputs)
+    check_tables(model, inputs, soft)
     fields = dict(pictures=pictures, uneven=model.make_compressor().in_decoder)
     if room.visual and not room.pooled:
         fields["visual_room"] = room.visual
@@ -146,9 +149,9 @@ def packs(model: VisionLanguageModel, pooled: bool = False) -> bool:
     return not alone and not (pooled and model.compressor["name"] != "none")
 
 
-def check_tables(model: VisionLanguageModel, inputs: ModelInputs) -> None:
+def check_tables(model: VisionLanguageModel, inputs: ModelInputs, soft: int = 0) -> None:
     """JAX reads tables beyond their end without an error."""
-    if inputs.text.max() >= model.vocab_size:
+    if inputs.text.max() >= model.vocab_size + soft:
         raise UserError(
             f"prompt: token {inputs.text.max()}, but the model has {model.vocab_size} tokens",
             fix="take tokenizer and weights from the same release",

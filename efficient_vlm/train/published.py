@@ -14,6 +14,7 @@ from efficient_vlm import sharding
 from efficient_vlm.adapt.build import Adapted, combine, partition
 from efficient_vlm.adapt.build import prepare as adapt
 from efficient_vlm.adapt.config import AdaptConfig
+from efficient_vlm.adapt.prompts import soft_ids
 from efficient_vlm.data.chat import ChatPipeline
 from efficient_vlm.data.config import DataConfig
 from efficient_vlm.data.sources import open_source
@@ -212,6 +213,7 @@ def prepare_published(
     say(f"Model: {fields.pretrained} ({base.processor.family.name})")
     arms = make_arms(base.model, settings.elastic)
     arms = [Arm(base.processor.seeing(a.model), a.weight, a.start) for a in arms]
+    tuning = Tuning(base, arms, adapting, mesh)
     source = open_source(data_config, "train")
     pipeline = ChatPipeline(
         data_config,
@@ -220,8 +222,8 @@ def prepare_published(
         [arm.model for arm in arms],
         rows=rows,
         programs=max(1, MOST_PROGRAMS // len(arms)),
+        soft=soft_ids(tuning.like),
     )
-    tuning = Tuning(base, arms, adapting, mesh)
     start, frozen = make_start(tuning, settings, optimizer)
 
     return Setup(

@@ -105,9 +105,8 @@ class Columns:
         if self._strict:
             row = {key: value for key, value in raw.items() if key not in self.used}
         for role, name in self._columns.items():
-            # "texts" and "images" keep their names: what they hold is read by its name.
             value = values[name]
-            row[name if role == "messages" and name == "texts" else role] = value
+            row["texts" if role == "messages" and _in_pairs(value) else role] = value
         if self._template:
             row["question"] = self._asked(values)
             row = {key: value for key, value in row.items() if key not in _CHOICES}
@@ -173,6 +172,13 @@ def _fields(template: str, names: Sequence[str]) -> list[str]:
         if field not in names:
             raise unknown("data.template", field, names)
     return fields
+
+
+def _in_pairs(turns: Any) -> bool:
+    """Whether turns are written as the_cauldron does, {"user", "assistant"} at once."""
+    return isinstance(turns, list) and any(
+        isinstance(turn, Mapping) and "user" in turn and "role" not in turn for turn in turns
+    )
 
 
 def _inside(value: Any, part: str) -> Any:

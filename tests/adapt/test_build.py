@@ -18,11 +18,14 @@ from efficient_vlm.adapt.places import is_form
 from efficient_vlm.adapt.prompts import Extended, soft_ids
 from efficient_vlm.adapt.quantised import NF4, Int8
 from efficient_vlm.errors import UserError
+from efficient_vlm.families import presets
+from efficient_vlm.families.checks import check_parameters
 from efficient_vlm.fields import construct
 from efficient_vlm.inference.generate import generate
 from efficient_vlm.kernels.attention import make_mask
 from efficient_vlm.models.init import boxed_parameters, init_params
 from efficient_vlm.models.inputs import ModelInputs
+from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.nn.attention import PREFIX, Attention
 from efficient_vlm.nn.fuse import fuse
 from efficient_vlm.nn.linear import Joined
@@ -282,6 +285,32 @@ def test_a_prefix_is_more_keys_and_values(softcap):
     weights /= weights.sum(axis=-1, keepdims=True)
     expected = np.einsum("bhqk,bkhe,hed->bqd", weights, v, kernel("out"))
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("targets", "rank", "count"),
+    [
+        # What PEFT prints for Llama-2-7B with query and value, and with all seven products.
+        (r"language/.*/(query|value)/kernel", 8, 4_194_304),
+        ("decoder", 16, 39_976_960),
+    ],
+)
+def test_published_counts(targets, rank, count):
+    """LLaVA-1.5-7B, planned without memory: an adapter of its decoder, a Llama of 7B."""
+    model = VisionLanguageModel(**presets.get("llava-1.5-7b")["model"])
+    boxed = prepare(boxed_parameters(model), AdaptConfig(targets=targets, rank=rank))
+    trained, frozen = partition(*boxed)
+    sizes = [sum(nn.unbox(leaf).size for leaf in part.values()) for part in (trained, frozen)]
+    assert sizes[0] == count and sizes[1] > 7e9
+
+
+@pytest.mark.parametrize("name", ["lora", "qlora", "prompt", "prefix"])
+def test_adapted_parameters_are_those_of_the_model(model, params, name):
+    """So a published model takes them (`Pretrained.with_params`), and refuses those of others."""
+    adapted = prepare(params, AdaptConfig(name=name, tokens=2), model)
+    check_parameters(model, adapted.params)
+    with pytest.raises(UserError, match="do not fit"):
+        check_parameters(model, {**adapted.params, "connect": {}})
 
 
 # --- errors ---------------------------------------------------------------------------------------

@@ -344,6 +344,21 @@ def test_a_template_spells_out_choices(tmp_path):
     )  # fmt: skip
 
 
+def test_turns_and_pictures_inside_other_columns(tmp_path):
+    """Under any name, in either form, in a column of a column."""
+    turns = {"pairs": [{"user": "Q", "assistant": "A"}], "said": samples.messages("Q", "A")}
+    listed = [{"talk": turns, "shown": {"left": {"bytes": PNG, "path": None}}, "video": "a.mp4"}]
+    path = samples.write_parquet(tmp_path / "a.parquet", listed)
+    for name in turns:
+        columns = {"messages": f"talk/{name}", "image": "shown/left"}
+        record = open_source(config(path, columns=columns), "train")[0]
+        assert record.images == (PNG,) and record.conversations[0].turns == (("Q", "A"),)
+    # What nobody named is looked at as well.
+    listed = [{"image": PNG, "question": "Q", "answer": "A", "video": "a.mp4"}]
+    path = samples.write_parquet(tmp_path / "b.parquet", listed)
+    assert reason_of(open_source(config(path), "train"), 0) == "media"
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

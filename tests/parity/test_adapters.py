@@ -35,7 +35,10 @@ FAMILIES = ["smolvlm", "llava", "qwen2_5_vl", "paligemma", "gemma3", "internvl"]
 EAGER = dict(attn_implementation="eager", dtype=torch.float32)
 # Two roads through float32, as a share of the largest logit.
 TOLERANCE = 1e-5
-LINEARS = r".*\.(q_proj|k_proj|v_proj|o_proj|out_proj|qkv|proj|up_proj|down_proj|fc1|linear_1)"
+LINEARS = (
+    r".*\.(q_proj|k_proj|v_proj|o_proj|out_proj|qkv|attn\.proj|modality_projection\.proj"
+    r"|up_proj|down_proj|fc1|linear_1)"
+)
 
 
 class Base:

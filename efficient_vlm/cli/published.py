@@ -20,6 +20,8 @@ from efficient_vlm.cli.methods import method_fields
 from efficient_vlm.cli.pictures import picture_options
 from efficient_vlm.errors import UserError, first_line, short
 from efficient_vlm.families.architecture import build_model, read_config
+from efficient_vlm.families.card import Card, read_base
+from efficient_vlm.families.card_facts import of_workdir
 from efficient_vlm.families.imported import import_model, is_tuned, read_carried
 from efficient_vlm.families.table import family_of
 from efficient_vlm.inference import answers, pretrained
@@ -69,9 +71,22 @@ def import_checkpoint(
 
 
 def export_checkpoint(
-    checkpoint: str, out: str, *, revision: str | None = None, dtype: str | None = None
+    checkpoint: str,
+    out: str,
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    form: str = "hf",
 ) -> int:
-    """`efficient-vlm export CKPT HF_DIR`: the way back."""
+    """`efficient-vlm export CKPT HF_DIR`: the way back.
+
+    Args:
+      checkpoint: what was imported, a fine-tuned run, or a published model.
+      out: folder to write.
+      revision: of a model on a hub.
+      dtype: of the weights; None for those that are stored.
+      form: "hf" writes the whole model, adapters merged; "peft" the adapters alone.
+    """
     folder = Path(checkpoint)
     ours = (folder / "checkpoints").is_dir() and not (folder / "dtypes.json").is_file()
     if ours and not is_tuned(folder):
@@ -79,10 +94,29 @@ def export_checkpoint(
             f"{folder}: a run of efficient-vlm train, whose model has no published layout",
             allowed="a run that started from a published model, or what efficient-vlm import wrote",
         )
+    if form == "peft" and dtype is not None:
+        raise UserError(f"--dtype={dtype}: adapters are written as they are", fix="leave it out")
     vlm = pretrained.from_pretrained(checkpoint, revision=revision, param_dtype=dtype or "stored")
-    for path in vlm.merge().save(out, command=shlex.join(["efficient-vlm", *sys.argv[1:]])):
+    command = shlex.join(["efficient-vlm", *sys.argv[1:]])
+    if form == "peft":
+        paths = vlm.save_adapter(out)
+        _card(folder, vlm, command).write(Path(out))
+    elif is_tuned(folder):
+        given = {} if dtype is None else {"dtype": dtype}
+        paths = vlm.merge().save(out, card=_card(folder, vlm, command), **given)
+    else:
+        paths = vlm.save(out, command=command)
+    for path in paths:
         print(path)
     return 0
+
+
+def _card(folder: Path, vlm: Any, command: str) -> Card:
+    """The card of a fine-tuned run, or of what else has adapters."""
+    base = read_base(vlm.source)
+    if not is_tuned(folder):
+        return Card(base=base, relation="adapter", command=command)
+    return of_workdir(folder, base)
 
 
 def generate(
@@ -99,6 +133,7 @@ def generate(
     sampling: Mapping[str, Any] | None = None,
     cache: Mapping[str, Any] | None = None,
     dtype: str = "float32",
+    adapter: str | None = None,
     points: str | None = None,
     as_json: bool = False,
 ) -> int:
@@ -113,7 +148,7 @@ def generate(
       pictures: "option=value" of the picture processor.
       max_new_tokens, do_sample, cache: see `Pretrained.generate`.
       sampling: fields of `SamplingOptions`; the seed is that of random compressors as well.
-      dtype: see `from_pretrained`.
+      dtype, adapter: see `from_pretrained`.
       points: picture to write with the points of the answer, or None.
       as_json: print answer, times and tokens as JSON.
     """
@@ -125,6 +160,7 @@ def generate(
         revision=revision,
         compressor=_one_method(method, options),
         dtype=dtype,
+        adapter=adapter,
         **picture_options(pictures),
     )
     stream = None

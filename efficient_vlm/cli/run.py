@@ -144,6 +144,7 @@ def fit(
                     given = dict(say=say, check_stop=check_stop(stop, trained.summary["steps"]))
                     if is_published(config):
                         found = evaluate_tuned(workdir, config, evaluation, **given)
+                        found["data"] = trained.pipeline.described()
                     else:
                         given["workdir"] = workdir
                         found = evaluate_trained(trained, config, evaluation, **given)

@@ -12,6 +12,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -289,6 +290,21 @@ class ChatPipeline:
             f"data: none of the {len(among)} samples can be used",
             fix="see `efficient-vlm data inspect` for the reasons",
         )
+
+    def described(self) -> list[dict[str, Any]]:
+        """What a model card says of the data; see `families.card.Data`."""
+        skipped, config = self.skips.counts, self.config
+        content = self.source.fingerprint.get("content")
+        return [
+            {
+                "name": Path(config.path).name or config.source,
+                "sha256": content if isinstance(content, str) and len(content) == 64 else None,
+                "license": config.license or None,
+                "rows": len(self.source),
+                "used": len(self.source) - sum(skipped.values()),
+                "skipped": skipped,
+            }
+        ]
 
     def by_source(self, steps: int) -> list[dict[str, Any]]:
         """What each source of a mixture gave to the windows that were begun; [] for no mixture."""

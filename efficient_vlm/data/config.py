@@ -64,6 +64,7 @@ class DataConfig:
       vocab_size: of this BPE.
       dir: folder of generated data; empty: $EFFICIENT_VLM_DATA or ~/.cache/efficient_vlm/data.
         tfds: folder of prepared data sets; empty: $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      license: of the data, for model cards; empty: none is stated.
       seed: of the order and of the questions drawn; runs that differ in `train.seed` alone share
         both. `--config.seed=N` sets both seeds.
       image_size: (height, width) or one number, in pixels, as the model sees it.
@@ -113,6 +114,7 @@ class DataConfig:
     tokenizer: str = ""
     vocab_size: int = 4096
     dir: str = ""
+    license: str = ""
     seed: int = 0
     image_size: int | tuple[int, int] = 64
     resize: str = "stretch"

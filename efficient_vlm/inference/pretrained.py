@@ -24,6 +24,8 @@ from efficient_vlm.families.card_facts import of_model
 from efficient_vlm.families.checks import check_compressor, check_parameters
 from efficient_vlm.families.imported import is_tuned, open_weights
 from efficient_vlm.families.load import known_dtype
+from efficient_vlm.families.peft_read import load_adapter
+from efficient_vlm.families.peft_write import save_adapter
 from efficient_vlm.families.processor import Processor
 from efficient_vlm.families.save import copy_settings, export
 from efficient_vlm.families.table import family_of
@@ -281,6 +283,19 @@ class Pretrained:
             return self
         return self.with_params(merge(self.params, self._dtype))
 
+    def with_adapter(self, directory: str | os.PathLike) -> "Pretrained":
+        """The model with an adapter that PEFT has written; see `peft_read.load_adapter`."""
+        parts = (self.family, self.config, self.model, self.params)
+        params = load_adapter(directory, *parts)
+        return Pretrained(self.model, Weights(params), self.processor, self._carried, True)
+
+    def save_adapter(self, directory: str | os.PathLike) -> tuple[Path, ...]:
+        """Writes the adapters alone, as PEFT does; see `peft_write.save_adapter`."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        name = self.source.name or str(self.directory)
+        parts = (self.family, self.config, self.model, self.params)
+        return save_adapter(directory, *parts, base_name=name)
+
     def loss(self, rows: Sequence[Mapping[str, Any]], **data: Any) -> float:
         """Mean loss per target token, in nats.
 
@@ -470,6 +485,7 @@ def from_pretrained(
     sharding: Callable | None = None,
     check: bool = True,
     sha256: Mapping[str, str] | None = None,
+    adapter: str | os.PathLike | None = None,
     **picture_options: Any,
 ) -> Pretrained:
     """Loads a published model.
@@ -488,6 +504,7 @@ def from_pretrained(
       check: refuse NaN and infinity. Without it, on a CPU, threads read the weights while the
         programs of the first request are prepared.
       sha256: file name -> digest of every safetensors file; they are read and compared first.
+      adapter: folder with an adapter of PEFT's, which stays apart from the weights until `merge`.
       **picture_options: of the family's picture processor: min_pixels and max_pixels (Qwen-VL),
         split (SmolVLM), max_tiles (InternVL), max_crops (Molmo), pan_and_scan (Gemma 3).
 
@@ -498,7 +515,8 @@ def from_pretrained(
         from efficient_vlm.inference.tuned import load_run
 
         parts = load_run(Path(path), compressor=compressor, dtype=dtype, **picture_options)
-        return Pretrained(*parts, changed=True)
+        tuned = Pretrained(*parts, changed=True)
+        return tuned if adapter is None else tuned.merge().with_adapter(adapter)
     source = hub.find(path, revision)
     directory, files = locate(source.directory)
     dtype = known_dtype("dtype", dtype)
@@ -523,4 +541,5 @@ def from_pretrained(
     )
     source = dataclasses.replace(source, directory=directory)
     processor = Processor(family, config, directory, picture_options, source)
-    return Pretrained(model, weights, processor, carried)
+    vlm = Pretrained(model, weights, processor, carried)
+    return vlm if adapter is None else vlm.with_adapter(adapter)

@@ -62,7 +62,9 @@ def train(
     setup = prepare(config, workdir, say)
     settings, pipeline, labels = setup.settings, setup.pipeline, [a.label for a in setup.arms]
     say(f"Data: {len(pipeline.source)} training images, tasks {', '.join(pipeline.tasks)}")
-    say(f"Model: {setup.num_params:,} parameters, trained at {', '.join(labels)}")
+    total = setup.total_params or setup.num_params
+    of = f"{setup.num_params:,} of " if total != setup.num_params else ""
+    say(f"Model: {of}{total:,} parameters, trained at {', '.join(labels)}")
 
     # 2. The files of the run.
     progress = Progress(settings.steps, quiet=not is_first())
@@ -84,7 +86,7 @@ def train(
         first = run.restore(say)
         # 4. All steps that are left, then the last checkpoint.
         run.train_steps(first, stop)
-        total = run.finish(first)
+        seconds = run.finish(first)
 
     # 5. What results.json says of it.
     skipped = skipped_by_any(pipeline.skips)
@@ -92,8 +94,8 @@ def train(
         say(f"Data: {told(skipped, len(pipeline.source), 'training samples skipped')}")
     summary = {
         "steps": settings.steps,
-        "seconds": round(total, 1),
-        "params": setup.num_params,
+        "seconds": round(seconds, 1),
+        "params": total,
         "seeds": {
             "train": settings.seed,
             "data": setup.data.seed,
@@ -104,6 +106,8 @@ def train(
         "skipped_samples": skipped,
         "compilations": setup.compilations,
     }
+    if total != setup.num_params:
+        summary["trained_params"] = setup.num_params
     if by_source := pipeline.by_source(settings.steps):
         summary["sources"] = by_source
     summary |= digests(run.state, settings.steps, workdir, warn)

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from efficient_vlm import sharding
-from efficient_vlm.adapt.build import Adapted, combine, partition
+from efficient_vlm.adapt.build import Adapted, combine, merge, partition
 from efficient_vlm.adapt.build import prepare as adapt
 from efficient_vlm.adapt.config import AdaptConfig
 from efficient_vlm.adapt.prompts import soft_ids
@@ -240,4 +240,5 @@ def prepare_published(
         inputs=lambda batch: batch.inputs,
         whole=functools.partial(tuning.whole, frozen=frozen),
         processor=base.processor,
+        total_params=sum(x.size for x in jax.tree.leaves(jax.eval_shape(merge, tuning.like))),
     )

@@ -34,6 +34,7 @@ class Setup(NamedTuple):
       compile_seconds: time spent compiling so far.
       inputs: from a batch of the pipeline to what a program reads.
       whole: from the parameters in a state to those of the model.
+      total_params: parameters of the model; None where all are trained.
       processor: of a published model; None for one of our own.
     """
 
@@ -50,6 +51,7 @@ class Setup(NamedTuple):
     inputs: Callable[[Any], ModelInputs]
     whole: Callable[[Any], Any] = lambda params: params
     processor: Processor | None = None
+    total_params: int | None = None
 
     @property
     def num_params(self) -> int:

@@ -39,12 +39,14 @@ def _add_export(verbs: Any) -> None:
     parser = arguments.add_verb(
         verbs,
         "export",
-        "turn an imported model, fine-tuned or not, back into safetensors",
+        "write a fine-tuned run, or an imported model, in the hub's layout",
         run_export,
-        examples=("export runs/llava runs/llava_hf",),
+        examples=("export runs/llava runs/llava_hf", "export runs/ft adapter --format=peft"),
     )
     parser.add_argument(
-        "checkpoint", metavar="CKPT", help="what import wrote, or a published model"
+        "checkpoint",
+        metavar="CKPT",
+        help="a run that started from a published model, what import wrote, or a published model",
     )
     arguments.add_revision(parser)
     parser.add_argument("out", metavar="HF_DIR", help="folder to write")
@@ -52,6 +54,12 @@ def _add_export(verbs: Any) -> None:
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="of the weights (default: as imported)",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("hf", "peft"),
+        default="hf",
+        help="hf: the whole model, adapters merged; peft: the adapters alone (default: hf)",
     )
 
 
@@ -67,4 +75,5 @@ def run_export(args: argparse.Namespace, given: Given) -> int:
     from efficient_vlm.cli.published import export_checkpoint
 
     del given
-    return export_checkpoint(args.checkpoint, args.out, revision=args.revision, dtype=args.dtype)
+    given = dict(revision=args.revision, dtype=args.dtype, form=args.format)
+    return export_checkpoint(args.checkpoint, args.out, **given)

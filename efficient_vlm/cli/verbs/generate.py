@@ -40,6 +40,7 @@ def add(verbs: Any) -> None:
         metavar="N",
         help="the most tokens of the answer (default: 64)",
     )
+    parser.add_argument("--adapter", metavar="DIR", help="folder with an adapter of PEFT's")
     parser.add_argument(
         "--dtype",
         default="float32",
@@ -149,6 +150,7 @@ def run(args: argparse.Namespace, given: Given) -> int:
         sampling=_sampling(args),
         cache={name: value for name, value in cache.items() if value is not None},
         dtype=args.dtype,
+        adapter=args.adapter,
         points=args.points,
         as_json=args.json,
     )

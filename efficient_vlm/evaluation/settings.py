@@ -24,6 +24,8 @@ class EvalConfig:
       methods: {"name", "budgets", options of the compressor}; methods with knobs of their own
         (fastv: keep, layer) do without budgets.
       seeds: draws of a random compressor, pooled.
+      metric: of answers of a fine-tuned model, see `efficient-vlm metrics`; our own benchmark is
+        scored by exact match.
       map_questions: example questions whose token maps go into the report.
     """
 
@@ -32,6 +34,7 @@ class EvalConfig:
     new_tokens: int = 8
     methods: Sequence[Mapping[str, Any]] = ()
     seeds: int = 3
+    metric: str = "exact_match"
     map_questions: int = 4
 
     def __post_init__(self):

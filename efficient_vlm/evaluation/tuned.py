@@ -1,20 +1,26 @@
 """Evaluation of a fine-tuned run on the rows that it held out."""
 
+import hashlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from efficient_vlm.data.chat import ChatPipeline
 from efficient_vlm.data.config import DataConfig
+from efficient_vlm.data.record_messages import record_messages
 from efficient_vlm.data.sources import Source, open_source
 from efficient_vlm.errors import UserError
+from efficient_vlm.evaluation.benchmark_file import Benchmark
+from efficient_vlm.evaluation.benchmark_rows import BenchmarkRow
+from efficient_vlm.evaluation.on_file import evaluate_file
 from efficient_vlm.evaluation.settings import EvalConfig, labels_of, settings_of
 from efficient_vlm.fields import section
 from efficient_vlm.inference.finetune import mean_loss
 from efficient_vlm.inference.pretrained import Pretrained, from_pretrained
+from efficient_vlm.processing.decode_image import BadRecord
 
 __all__ = ["evaluate_tuned"]
 
@@ -29,9 +35,11 @@ def evaluate_tuned(
 ) -> dict[str, Any]:
     """The newest parameters of a run on its held-out rows, with every method at every budget.
 
+    Answers are generated from the conversation up to the last answer, and scored by `eval.metric`.
+
     Returns:
       {"losses": rows of compressor, budget, loss (mean per target token, in nats) and targets,
-      "eval": [], "cost": [], "test_samples": {"samples", "skipped"}}.
+      "test_samples": {"samples", "skipped"}}, and what `on_file.evaluate_file` returns.
     """
     began = time.monotonic()
     vlm = from_pretrained(workdir)
@@ -49,8 +57,54 @@ def evaluate_tuned(
         found["losses"].append(row)
         found["test_samples"] = {"samples": len(source), "skipped": skips}
         say(f"  {f'{name} at {budget}':<22}loss {loss:.4f} over {targets:,} tokens")
+    rows = list(_questions(source))
+    if rows:
+        given = dict(max_new_tokens=evaluation.new_tokens, batch_size=evaluation.batch_size)
+        methods = evaluation.methods or [_own(vlm)]
+        asked = Benchmark(tuple(rows), {}, {}, len(rows), Path(data.path), "")
+        found |= evaluate_file(
+            vlm,
+            asked,
+            evaluation.metric,
+            methods=methods,
+            seeds=evaluation.seeds,
+            workdir=None,
+            say=say,
+            check_stop=check_stop,
+            **given,
+        )
+        found.pop("benchmark")
     say(f"Evaluation: {time.monotonic() - began:.1f} s")
     return found
+
+
+def _own(vlm: Pretrained) -> dict[str, Any]:
+    """The model's compressor as an entry of `eval.methods`."""
+    options = dict(vlm.model.compressor)
+    budget = options.pop("budget", None)
+    return options | ({} if budget is None else {"budgets": [budget]})
+
+
+def _questions(source: Source) -> Iterator[BenchmarkRow]:
+    """The last question of every conversation that can be read, with its answer."""
+    for index in range(len(source)):
+        try:
+            record = source[index]
+        except BadRecord:
+            continue
+        group = hashlib.sha256(b"".join(record.images) or record.id.encode()).hexdigest()
+        for number, conversation in enumerate(record.conversations):
+            *messages, answer = record_messages(conversation, record.images)
+            for message in messages:
+                if isinstance(message["content"], list):
+                    message["content"] = [
+                        {"type": "image"} if part["type"] == "image" else part
+                        for part in message["content"]
+                    ]
+            name = f"{record.id}-{number}" if number else record.id
+            references = (answer["content"],)
+            given = dict(group=group, category=conversation.task, messages=tuple(messages))
+            yield BenchmarkRow(name, record.images, "", references, **given)
 
 
 def held_out(data: DataConfig, most: int) -> Source | None:

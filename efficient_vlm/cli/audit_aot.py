@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from efficient_vlm.adapt.config import AdaptConfig
 from efficient_vlm.cli import aot_tables
 from efficient_vlm.cli.aot_tables import Planned
 from efficient_vlm.cli.methods import Chosen, make_entry
@@ -34,6 +35,7 @@ class Wanted:
       sizes: of the axes of the mesh.
       batches: pictures on all devices together; several are for a search.
       remat: of a training step.
+      adapt: how the model is adapted in it; None for all parameters.
       search: whether meshes, batches and remat are tried.
     """
 
@@ -43,6 +45,7 @@ class Wanted:
     sizes: dict[str, int]
     batches: list[int]
     remat: str = "full"
+    adapt: AdaptConfig | None = None
     search: bool = False
 
 
@@ -53,6 +56,8 @@ def read_plan(
     mesh: str | None = None,
     batch: str | None = None,
     remat: str | None = None,
+    adapt: str | None = None,
+    rank: int | None = None,
     search: bool = False,
 ) -> Wanted:
     """The options of `audit aot` beside what is audited.
@@ -76,7 +81,12 @@ def read_plan(
         raise UserError(f"--batch={batch}: several, without --search", fix="one number")
     usual = "fsdp" if task == "train" else "data"
     sizes = parse_mesh(mesh or f"{usual}:{devices}")
-    return Wanted(task, topology, devices, sizes, batches, remat or "full", search)
+    adapting = None
+    if adapt is not None or rank is not None:
+        if task != "train":
+            raise UserError(f"--adapt={adapt}: --task={task}", allowed="--task=train")
+        adapting = AdaptConfig(name=adapt or "lora", **({} if rank is None else {"rank": rank}))
+    return Wanted(task, topology, devices, sizes, batches, remat or "full", adapting, search)
 
 
 def audit_aot(
@@ -111,7 +121,8 @@ def audit_aot(
     plans = []
     for ledger in ledgers:
         name = ledger.compressor["name"]
-        work = make_work(subject, ledger.compressor, wanted.task, wanted.batches[0], wanted.remat)
+        given = (wanted.task, wanted.batches[0], wanted.remat, wanted.adapt)
+        work = make_work(subject, ledger.compressor, *given)
         answer = _compile(work, wanted.topology, wanted.sizes, say, name)
         plans.append(Planned(dict(ledger.compressor), ledger.entering, answer))
     say.done()
@@ -126,11 +137,16 @@ def audit_aot(
 
 
 def make_work(
-    subject: Subject, method: Mapping[str, Any], task: str, batch: int, remat: str = "full"
+    subject: Subject,
+    method: Mapping[str, Any],
+    task: str,
+    batch: int,
+    remat: str = "full",
+    adapt: AdaptConfig | None = None,
 ) -> Work:
     """What a subject is to do with a compressor, see `programs.Work`."""
     counts = (subject.images, subject.text_tokens, subject.new_tokens)
-    return Work(subject.model(method), task, batch, *counts, subject.pooled, remat)
+    return Work(subject.model(method), task, batch, *counts, subject.pooled, remat, adapt)
 
 
 def _compile(
@@ -147,7 +163,11 @@ def _compile(
 def _head(subject: Subject, wanted: Wanted, work: Work) -> dict[str, Any]:
     head = {subject.kind: subject.name, "task": wanted.task, "batch": work.batch}
     head |= {"images": work.images, "text": work.text, "new": work.new}
-    return head | ({"remat": work.remat} if wanted.task == "train" else {})
+    if wanted.task == "train":
+        head["remat"] = work.remat
+    if work.adapt is not None:
+        head["adapt"] = work.adapt.name
+    return head
 
 
 def _to_json(head: Mapping[str, Any], plans: Sequence[Planned]) -> dict[str, Any]:
@@ -224,6 +244,7 @@ def _works(
         for each in targets:
             ledger = make_entry(subject, method, each).ledger
             label = f"{ledger.compressor['name']} {round(ledger.entering)}"
-            work = make_work(subject, ledger.compressor, wanted.task, wanted.batches[0])
+            given = (wanted.task, wanted.batches[0], wanted.remat, wanted.adapt)
+            work = make_work(subject, ledger.compressor, *given)
             works.append((label, work))
     return works

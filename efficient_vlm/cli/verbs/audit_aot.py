@@ -53,6 +53,13 @@ def add(verbs: Any) -> None:
         help="what a training step computes again: nothing, all but products, all (default: full)",
     )
     parser.add_argument(
+        "--adapt",
+        metavar="NAME",
+        help="in training: lora, qlora, dora, bias, ...: what is frozen has no moments "
+        "(default: all parameters are trained)",
+    )
+    parser.add_argument("--rank", type=int, metavar="N", help="of adapters (default: 16)")
+    parser.add_argument(
         "--search", action="store_true", help="try meshes, the batches, and in training remat"
     )
     subject_options.add_subject(parser, new=NEW)
@@ -69,6 +76,8 @@ def run(args: argparse.Namespace, given: Given) -> int:
         mesh=args.mesh,
         batch=args.batch,
         remat=args.remat,
+        adapt=args.adapt,
+        rank=args.rank,
         search=args.search,
     )
     subject = subject_options.read_subject(args, given)

@@ -9,9 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
 from efficient_vlm import sharding
+from efficient_vlm.adapt.build import combine, partition, prepare
+from efficient_vlm.adapt.config import AdaptConfig
 from efficient_vlm.inference import stages
 from efficient_vlm.models.cache import cache_shardings
 from efficient_vlm.models.init import boxed_parameters, example_shapes
@@ -46,6 +49,8 @@ class Work:
       new: tokens of an answer: targets in training, room in the cache else.
       pooled: see `cli.subject.Subject`.
       remat: of encoder and decoder layers in training, see `stack.rematerialised`.
+      adapt: how the model is adapted in training; None for all parameters. What is frozen has no
+        gradients and no moments.
     """
 
     model: VisionLanguageModel
@@ -56,6 +61,7 @@ class Work:
     new: int
     pooled: int | None = None
     remat: str = "full"
+    adapt: AdaptConfig | None = None
 
 
 class Program(NamedTuple):
@@ -88,12 +94,22 @@ def _train(work: Work, mesh: Mesh) -> Iterator[Program]:
     inputs = _inputs(work, mesh, work.text + work.new - 1)
     inputs = inputs.replace(labels=inputs.text)
     boxed = _parameters(model, work)
+    adapted = prepare(boxed, work.adapt or AdaptConfig(name="full"), model)
+    trained, frozen = partition(adapted.params, adapted.trainable)
+    boxed, like = unflatten_dict(trained, sep="/"), nn.unbox(adapted.params)
     tx = make_optimizer(OptimizerConfig(), 1000, boxed)
     state = jax.eval_shape(lambda params: steps.init_state(params, tx), nn.unbox(boxed))
     lies = state_shardings(state, sharding.param_shardings(boxed, mesh), tx, mesh)
-    step = steps.make_train_step(model, tx, layout=StateLayout(mesh, lies))
+    frozen = _placed(nn.unbox(frozen), sharding.param_shardings(frozen, mesh))
+
+    def objective(trained, frozen, inputs, rng):
+        params = combine(flatten_dict(trained, sep="/"), frozen, like)
+        return steps.loss_fn(model, params, inputs, rng, {})
+
+    given = dict(layout=StateLayout(mesh, lies), objective=objective, frozen=frozen)
+    step = steps.make_train_step(model, tx, **given)
     state = _placed(state, lies)
-    yield Program("train", step.lower(state, inputs), _bytes((state, inputs)))
+    yield Program("train", step.lower(state, inputs), _bytes((state, frozen, inputs)))
 
 
 def _serve(work: Work, mesh: Mesh) -> Iterator[Program]:

@@ -10,6 +10,7 @@ import itertools
 import json
 from pathlib import Path
 
+from efficient_vlm.adapt.config import AdaptConfig
 from efficient_vlm.cli.audit_aot import make_work
 from efficient_vlm.cli.methods import make_entry, read_methods
 from efficient_vlm.cli.subject import read_subject
@@ -48,6 +49,9 @@ MODELS = {
     "molmo-72b": dict(train=8, serve=(16, 8), pictures=1),
 }
 SHARES = (1, 4, 9)
+# Models and the machine of which the page shows LoRA of the decoder as well.
+ADAPTED = {"smolvlm-256m": "v5e-16", "molmo-7b-d": "v5e-16"}
+LORA = AdaptConfig(name="lora")
 SERVED = 8  # Pictures in an inference batch of each group.
 NEW = 64
 
@@ -58,12 +62,15 @@ def settings():
         for name, machine, share in itertools.product(MODELS, TOPOLOGIES, SHARES):
             if machine not in NEWEST or (name == ONE_MODEL and task in NEWEST[machine]):
                 yield name, machine, task, share
+    for name, machine in ADAPTED.items():
+        for share in SHARES:
+            yield name, machine, "lora", share
 
 
 def shape(name: str, machine: str, task: str, devices: int) -> tuple[str, int]:
     """Mesh and batch of a plan."""
     sizes = MODELS[name]
-    if task == "train":
+    if task in ("train", "lora"):
         groups = devices // sizes["train"]
         return f"fsdp:{groups},tensor:{sizes['train']}", groups * sizes["pictures"]
     tensor = sizes["serve"][not machine.startswith("v5e")]
@@ -78,7 +85,8 @@ def compiled(name: str, machine: str, task: str, share: int) -> dict:
     ledger = make_entry(subject, chosen, target).ledger
     topology = TOPOLOGIES[machine]
     mesh, batch = shape(name, machine, task, len(devices_of(topology)))
-    work = make_work(subject, ledger.compressor, task, batch)
+    given = (task, batch) if task != "lora" else ("train", batch, "full", LORA)
+    work = make_work(subject, ledger.compressor, *given)
     row = dict(model=name, machine=machine, task=task, share=share, tokens=ledger.entering)
     try:
         found = compile_plan(work, topology, parse_mesh(mesh)).to_json()
@@ -94,6 +102,8 @@ def key(row: dict) -> tuple:
 def command(row: dict) -> str:
     """What makes a row by itself: the method's budget is of each image, or of all that it pools."""
     words = [f"--preset={row['model']}", f"--task={row['task']}"]
+    if row["task"] == "lora":
+        words[1:] = ["--task=train", "--adapt=lora"]
     words += [f"--topology={TOPOLOGIES[row['machine']]}", f"--mesh={row['mesh_text']}"]
     words += [f"--batch={row['batch']}"]
     if row["share"] > 1:
@@ -201,7 +211,7 @@ def _inference(rows: list[dict]) -> list[str]:
     # The two programs of a plan share a line; after `--only` there may be one of them.
     pairs = {}
     for row in rows:
-        if row["task"] != "train":
+        if row["task"] in TASKS[:2]:
             pairs.setdefault((row["machine"], row["share"]), {})[row["task"]] = row
     mine = []
     for plans in pairs.values():
@@ -220,8 +230,15 @@ def _training(rows: list[dict]) -> list[str]:
         bound = max(seconds, key=seconds.get)
         return [*found, _ms(row["estimated_seconds"]), bound, _gain(row, rows)]
 
-    mine = [(r, [] if "error" in r else cells(r)) for r in rows if r["task"] == "train"]
-    return _table("Training, a step:", TRAINING, mine)
+    titles = {
+        "train": "Training, a step:",
+        "lora": f"LoRA of rank {LORA.rank} on the decoder's products, a step:",
+    }
+    tables = []
+    for task, title in titles.items():
+        mine = [(r, [] if "error" in r else cells(r)) for r in rows if r["task"] == task]
+        tables += _table(title, TRAINING, mine)
+    return tables
 
 
 def main() -> None:

@@ -57,6 +57,16 @@ told; `--columns=FIELD=NAME` takes another:
 """
 
 METRICS_HEAD = """
+## In lmms-eval
+
+Where lmms-eval is installed, it knows our models; tasks that generate are served, those that
+compare likelihoods are not:
+
+```bash
+lmms-eval --model efficient_vlm --tasks chartqa \\
+  --model_args pretrained=DIR,compressor=divprune,budget=64
+```
+
 ## Metrics
 
 Where programs disagree on valid answers, each reading has a name of its own; the golden table

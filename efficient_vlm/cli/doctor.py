@@ -25,7 +25,7 @@ _PUBLISHED = (*_DATA, "jinja2", "orbax-checkpoint", "ml-dtypes", "huggingface-hu
 # Verb -> the packages that its modules import; the fonts of generated text are matplotlib's.
 NEEDS = {
     "train": (*_DATA, "orbax-checkpoint", "scipy", "matplotlib"),
-    "eval": (*_DATA, "jinja2", "orbax-checkpoint", "scipy", "matplotlib"),
+    "eval": (*_PUBLISHED, "scipy", "matplotlib", "pyarrow"),
     "audit": (*_DATA, "jinja2"),
     "audit aot": (*_DATA, "jinja2"),
     "audit kernels": (*_BASE, "jaxtyping", "rich"),
@@ -35,6 +35,7 @@ NEEDS = {
     "import": _PUBLISHED,
     "export": _PUBLISHED,
     "methods": _MODEL,
+    "metrics": (*_PUBLISHED, "scipy", "pyarrow"),
     "presets": (*_BASE, "rich", "pillow", "tokenizers", "jinja2"),
     "report": (*_BASE, "pillow", "scipy"),
     "data build": (*_DATA, "matplotlib"),
@@ -66,6 +67,7 @@ EXTRAS = (
     Extra(_DESCRIBED, "TPUs that are not here", ("libtpu",), "tpu"),
     Extra(_DESCRIBED, "GPUs that are not here", _GPU, "aot-gpu"),
     Extra(("train",), "train.tensorboard", ("tensorboardX",), "tensorboard"),
+    Extra(("eval",), "--metric=bleu", ("sacrebleu",), "captions"),
 )
 # What the driver of an accelerator leaves in /dev -> (its name, JAX's platform, our extra).
 _DRIVERS = {

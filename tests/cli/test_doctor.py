@@ -20,19 +20,19 @@ from efficient_vlm.errors import UserError
 
 PACKAGE = Path(efficient_vlm.__file__).parent
 # Imported only where they are there, or by an option of an extra.
-OPTIONAL = {"ipython", "pillow-heif", "tensorboardx"}
+OPTIONAL = {"ipython", "lmms-eval", "pillow-heif", "sacrebleu", "tensorboardx"}
 # What only `audit aot` and `audit kernels` look for is no import.
 MODULES = {
     **{
         "train": "cli.run",
-        "eval": "cli.evaluate",
+        "eval": "cli.verbs.eval",
         "audit": "cli.audit",
         "compress": "cli.compress",
     },
     **{"audit aot": "cli.audit_aot", "audit kernels": "cli.audit_kernels"},
     **{"audit sharding": "cli.audit_sharding", "report": "report.report"},
     **dict.fromkeys(("generate", "import", "export"), "cli.published"),
-    **{"methods": "cli.list_methods", "presets": "cli.presets"},
+    **{"methods": "cli.list_methods", "metrics": "cli.list_metrics", "presets": "cli.presets"},
     **dict.fromkeys(("data build", "data inspect"), "cli.data"),
 }
 

@@ -82,8 +82,8 @@ def taken(package, path, *names, **given):
         pytest.skip(f"{package} is not installed")
     file = Path(spec.submodule_search_locations[0]) / path
     space = dict(re=re, string=string, random=random, statistics=statistics, np=np, math=math,
-                 json=json, defaultdict=defaultdict, Any=Any, List=list, Dict=dict,
-                 **given)  # fmt: skip
+                 json=json, defaultdict=defaultdict, Any=Any, List=list, Dict=dict)  # fmt: skip
+    space |= given
     found = []
     for node in ast.parse(file.read_text()).body:
         targets = [t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Float32, Int
 
 from efficient_vlm.errors import UserError, unknown
+from efficient_vlm.kernels import ordering
 from efficient_vlm.models.inputs import NO_LABEL
 from efficient_vlm.shapes import Array
 
@@ -85,7 +86,7 @@ def divergence(
 def top_tokens(teacher: Float[Array, "*rows V"], k: int, *, temperature: float = 1.0) -> TopTokens:
     """The k most likely tokens of a teacher, and what is left for all others."""
     log_probs = jax.nn.log_softmax(teacher.astype(jnp.float32) / temperature)
-    largest, tokens = jax.lax.top_k(log_probs, k)
+    largest, tokens = ordering.top_k(log_probs, k)
     return TopTokens(largest, tokens, _others(log_probs, tokens))
 
 

@@ -17,10 +17,13 @@ from chat_templates import (
     READING,
     SEEING,
     SMOLVLM,
+    SPECIAL,
     byte_level,
     pieces,
     saved,
 )
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
 
 from efficient_vlm.errors import UserError
 from efficient_vlm.families.table import FAMILIES
@@ -257,6 +260,41 @@ def test_a_token_across_the_border_is_learnt(tokenizers):
     assert got == "user: Yes</s>assistant:[[ It is</s>]]"
     got = learnt(tok, "llama", header, [user("Yes"), answer("(")])
     assert got == "user: Yes</s>assistant: [[(</s>]]"
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "trimmed"])
+def test_white_space_at_the_end_of_a_turn_is_learnt(tokenizers, tokenizer):
+    """Also the token of a space to which the tokenizer gives no characters."""
+    plain = LLAVA.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    got = learnt(tokenizers[tokenizer], "llava", plain, READ[:2])
+    assert got == "USER: What is this? ASSISTANT:[[ It is a cat. ]]"
+
+
+def unigram():
+    letters = [(letter, -5.0) for letter in "▁Itisa<mge>"]
+    backend = Backend(models.Unigram([("<unk>", -9.0), *letters, ("▁It", -2.0)], 0, False))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    backend.add_special_tokens([*SPECIAL])
+    return backend
+
+
+@pytest.mark.parametrize("backend", [byte_level, pieces, unigram])
+def test_tokens_under_another_name(tmp_path, backend):
+    tok = HubTokenizer.from_hf(saved(backend(), tmp_path))
+    other = tok.renamed({"<image>": "\ue000"})
+    image = tok.id_of("<image>")
+    assert other.encode("It is\ue000</s>") == tok.encode("It is<image></s>")
+    assert other.encode("\ue000")[-1] == image
+    ids = other.encode("It is <image>")
+    assert image not in ids and other.decode(ids, skip_special=False).strip() == "It is <image>"
+    assert ids[: len(tok.encode("It is"))] == tok.encode("It is")
+    assert tok.encode("<image>")[-1] == image  # The first is as it was.
+    assert (other.eos_ids, other.bos_id, other.vocab_size) == (
+        tok.eos_ids,
+        tok.bos_id,
+        tok.vocab_size,
+    )
 
 
 FUNCTIONS = {

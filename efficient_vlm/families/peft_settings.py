@@ -65,7 +65,20 @@ def read_settings(folder: Path) -> dict[str, Any]:
         value = settings.get(name, 8)
         if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
             raise UserError(f"{path}: {name}={short(value)}", allowed=f"a number, {least} or more")
+    for name in ("rank_pattern", "alpha_pattern"):
+        _check_patterns(path, name, settings.get(name))
     return settings
+
+
+def _check_patterns(path: Path, name: str, patterns: Any) -> None:
+    """Raises UserError for anything but numbers by pattern."""
+    values = (
+        patterns.values() if isinstance(patterns, dict) else () if patterns is None else (None,)
+    )
+    if any(isinstance(v, bool) or not isinstance(v, int | float) or not v >= 0 for v in values):
+        raise UserError(
+            f"{path}: {name}={short(patterns)}", allowed="numbers by pattern, 0 or more"
+        )
 
 
 def pattern_value(patterns: Mapping[str, Any], module: str, default: Any, where: str) -> Any:

@@ -63,7 +63,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         )
     for name, least in (("r", 1), ("lora_alpha", 0)):
         value = settings.get(name, 8)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
+        if not _is_number(value, least):
             raise UserError(f"{path}: {name}={short(value)}", allowed=f"a number, {least} or more")
     for name in ("rank_pattern", "alpha_pattern"):
         _check_patterns(path, name, settings.get(name))
@@ -72,13 +72,17 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def _check_patterns(path: Path, name: str, patterns: Any) -> None:
     """Raises UserError for anything but numbers by pattern."""
-    values = (
-        patterns.values() if isinstance(patterns, dict) else () if patterns is None else (None,)
-    )
-    if any(isinstance(v, bool) or not isinstance(v, int | float) or not v >= 0 for v in values):
-        raise UserError(
-            f"{path}: {name}={short(patterns)}", allowed="numbers by pattern, 0 or more"
-        )
+    if patterns is None:
+        return
+    values = patterns.values() if isinstance(patterns, dict) else [None]
+    if not all(_is_number(value, 0) for value in values):
+        allowed = "numbers by pattern, 0 or more"
+        raise UserError(f"{path}: {name}={short(patterns)}", allowed=allowed)
+
+
+def _is_number(value: Any, least: int) -> bool:
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    return good and least <= value < float("inf")
 
 
 def pattern_value(patterns: Mapping[str, Any], module: str, default: Any, where: str) -> Any:

@@ -63,9 +63,26 @@ def read_settings(folder: Path) -> dict[str, Any]:
         )
     for name, least in (("r", 1), ("lora_alpha", 0)):
         value = settings.get(name, 8)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
+        if not _is_number(value, least):
             raise UserError(f"{path}: {name}={short(value)}", allowed=f"a number, {least} or more")
+    for name in ("rank_pattern", "alpha_pattern"):
+        _check_patterns(path, name, settings.get(name))
     return settings
+
+
+def _check_patterns(path: Path, name: str, patterns: Any) -> None:
+    """Raises UserError for anything but numbers by pattern."""
+    if patterns is None:
+        return
+    values = patterns.values() if isinstance(patterns, dict) else [None]
+    if not all(_is_number(value, 0) for value in values):
+        allowed = "numbers by pattern, 0 or more"
+        raise UserError(f"{path}: {name}={short(patterns)}", allowed=allowed)
+
+
+def _is_number(value: Any, least: int) -> bool:
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    return good and least <= value < float("inf")
 
 
 def pattern_value(patterns: Mapping[str, Any], module: str, default: Any, where: str) -> Any:

@@ -128,6 +128,8 @@ def change(folder, **fields):
         (dict(r="2"), "r='2'"),
         (dict(r=3), "has the rank 2"),
         (dict(target_parameters=["mlp.experts.gate_up_proj"]), "target_parameters"),
+        (dict(rank_pattern=["q_proj"]), "rank_pattern=['q_proj']"),
+        (dict(alpha_pattern={"q_proj": "8"}), "alpha_pattern={'q_proj': '8'}"),
         (dict(alpha_pattern={"q_proj(": 3}), "alpha_pattern: 'q_proj('"),
     ],
 )

@@ -147,7 +147,7 @@ def train(name: str, root: Path) -> Trained:
         optimizer.zero_grad()
         loss = subject.loss()
         loss.backward()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         for parameter in parameters:
             if parameter.grad is None:  # Not part of the loss: with zeros it decays like the rest.
                 parameter.grad = torch.zeros_like(parameter)

@@ -198,9 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", default="0-2", help="a range or a list (default: %(default)s)")
     parser.add_argument("--runs", type=Path, default=Path("runs/grpo"), help="workdirs")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--set", action="append", default=[], help="section.field=value of config.py")
-        "--set", action="append", default=[], help="section.field=value of the base"
-    )
+    parser.add_argument("--set", action="append", default=[], help="section.field=value")
     parser.add_argument("--steps", type=int, default=SETTINGS["steps"])
     parser.add_argument("--price-steps", type=int, default=SETTINGS["price_steps"])
     args = parser.parse_args(argv)

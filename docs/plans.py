@@ -132,7 +132,8 @@ def render(rows: list[dict]) -> str:
         f"{NEW} tokens of answer. Inference: {SERVED} pictures for each group of devices that "
         "share a model, bfloat16 parameters, the stages as `generate` runs them. Training: the "
         "whole model, float32 parameters and moments of AdamW, bfloat16 products, remat of all. "
-        "LoRA: the same, with frozen parameters that have no gradients and no moments. v5p-128 and v5p-512 have 64 and 256 chips; tpu7x-8 has four, each of which is two "
+        "LoRA: the same, but frozen parameters have no gradients and no moments. "
+        "v5p-128 and v5p-512 have 64 and 256 chips; tpu7x-8 has four, each of which is two "
         "devices.",
         "",
         "h100-8 is one host of eight, with our Hopper kernels in encoder and decoder; b200-8 and "

@@ -14,7 +14,7 @@ PAGE = Path(__file__).with_name("compressors.md")
 BASELINES = ("none", "random", "stride", "pool", "downsample")
 OWN = ("text_topk", "resampler")
 # Modules of baselines, pools and selectors, which are trained with.
-SIMPLE = (".pooling", ".selectors")
+SIMPLE = (".pooling", ".selectors", ".visionselector")
 
 HEAD = """# Compressors
 

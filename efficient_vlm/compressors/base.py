@@ -164,6 +164,12 @@ class Compressor(nn.Module):
         raise NotImplementedError(f"{self.label} does not act inside a model")
 
     @nn.nowrap
+    def training_options(self) -> Mapping[str, Any]:
+        """Options that take the place of its own while it is trained, for methods whose training
+        has a form of its own; the trainer sets them (`VisionLanguageModel.in_training`)."""
+        return {}
+
+    @nn.nowrap
     def knobs(self, num_layers: int, num_tokens: int) -> Iterable[Mapping[str, Any]]:
         """Option settings from the fewest tokens to the most, for matching costs."""
         grid = grids.resolve(self.grid, num_tokens)

@@ -12,6 +12,7 @@ from efficient_vlm.compressors.between.divprune import DivPrune
 from efficient_vlm.compressors.between.hiprune import HiPrune
 from efficient_vlm.compressors.between.prumerge import PruMerge, PruMergePlus
 from efficient_vlm.compressors.between.scope import Scope
+from efficient_vlm.compressors.between.visionselector import VisionSelector
 from efficient_vlm.compressors.between.visionzip import VisionZip
 from efficient_vlm.compressors.between.vispruner import VisPruner
 from efficient_vlm.compressors.grids import Grid, as_grid
@@ -59,6 +60,7 @@ METHODS: dict[str, type[Compressor]] = {
         selectors.Random,
         selectors.Stride,
         selectors.TextTopK,
+        VisionSelector,
         PruMerge,
         PruMergePlus,
         VisionZip,

@@ -30,6 +30,7 @@ class VisualTokens:
       source: int32 [B, N], for each patch the index of the token that holds it; -1 for a patch that
         was dropped or is padding.
       bias: float32 [B, T], added to the attention logits of these tokens as keys, or None.
+      penalty: float32 [B, T], what each adds to the loss while a selector is trained, or None.
       uneven: static, whether images of unlike sizes share the grid, each in its upper left corner:
         methods with cells then look at the grid of each image, not at the padded one.
     """
@@ -40,6 +41,7 @@ class VisualTokens:
     mask: Bool[Array, "B T"]
     source: Int[Array, "B N"]
     bias: Float[Array, "B T"] | None = None
+    penalty: Float[Array, "B T"] | None = None
     uneven: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
@@ -177,6 +179,7 @@ class Signals:
 
 
 NO_SIGNALS = Signals()
+_OPTIONAL = ("bias", "penalty")  # Numbers of a token that most tokens do not have.
 
 
 def zero_padding(tokens: VisualTokens) -> VisualTokens:
@@ -186,7 +189,11 @@ def zero_padding(tokens: VisualTokens) -> VisualTokens:
         embed=jnp.where(mask[..., None], tokens.embed, 0),
         position=jnp.where(mask[..., None], tokens.position, 0),
         size=jnp.where(mask, tokens.size, 0),
-        bias=None if tokens.bias is None else jnp.where(mask, tokens.bias, 0),
+        **{
+            name: jnp.where(mask, x, 0)
+            for name in _OPTIONAL
+            if (x := getattr(tokens, name)) is not None
+        },
     )
 
 
@@ -229,15 +236,10 @@ def take(
     def gather(x):
         return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)
 
+    each = {name: getattr(tokens, name) for name in ("embed", "position", "size", *_OPTIONAL)}
+    each = {name: gather(x) for name, x in each.items() if x is not None}
     return zero_padding(
-        VisualTokens(
-            embed=gather(tokens.embed),
-            position=gather(tokens.position),
-            size=gather(tokens.size),
-            mask=slots < num_tokens,
-            source=remap(tokens.source, holder),
-            bias=None if tokens.bias is None else gather(tokens.bias),
-        )
+        VisualTokens(**each, mask=slots < num_tokens, source=remap(tokens.source, holder))
     )
 
 

@@ -1,6 +1,8 @@
 """Checks of the parameters and compressor of a published model, before anything runs."""
 
 import math
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,6 +14,9 @@ from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.nn.attention import PREFIX
 from efficient_vlm.nn.stack import unstack
 from efficient_vlm.processing.gather import capped
+
+# Parameters of a compressor, which no published checkpoint holds.
+OWN = re.compile(r"reduce/|language/reducers_|vit/reducers_")
 
 
 def check_parameters(model: VisionLanguageModel, params: Any) -> None:
@@ -26,6 +31,8 @@ def check_parameters(model: VisionLanguageModel, params: Any) -> None:
         }
     except (AssertionError, AttributeError, IndexError, TypeError, ValueError):  # Not such a tree.
         shapes = {}
+    # Of a compressor that is not in use now.
+    shapes = {path: s for path, s in shapes.items() if path in wanted or not OWN.match(path)}
     wrong = [path for path in wanted if path not in shapes]
     wrong += [path for path, shape in shapes.items() if wanted.get(path) != shape]
     if wrong:
@@ -37,13 +44,16 @@ def check_parameters(model: VisionLanguageModel, params: Any) -> None:
         )
 
 
-def check_compressor(model: VisionLanguageModel, variable: bool = False) -> None:
+def check_compressor(
+    model: VisionLanguageModel, variable: bool = False, params: Mapping[str, Any] | None = None
+) -> None:
     """Raises UserError for a compressor that this model cannot have, before anything runs.
 
     Args:
       model: at its nominal image size.
       variable: see `gather.capped`; where the prompt decides the number of tokens, a larger budget
         is not an error yet.
+      params: that are there, stacked or split; None for those of a published checkpoint.
     """
     if model.encoder is None:
         if model.compressor["name"] != "none":
@@ -52,11 +62,35 @@ def check_compressor(model: VisionLanguageModel, variable: bool = False) -> None
             )
         return
     model = capped(model, math.prod(model.slot_grid), 1, variable)
-    plain = model.clone(compressor={"name": "none"})
-    more = set(parameter_shapes(model)) - set(parameter_shapes(plain))
-    if more:
+    held = flatten_dict(dict(params or {}), sep="/")
+    lacking = [
+        path
+        for path, leaf in sorted(own_weights(model).items())
+        if path not in held or held[path].shape != leaf.shape
+    ]
+    if lacking:
         raise UserError(
-            f"compressor.name: {model.compressor['name']} has weights of its own ({min(more)}), "
-            "which no published checkpoint holds",
+            f"compressor.name: {model.compressor['name']} has weights of its own ({lacking[0]}), "
+            "which this checkpoint does not hold",
             allowed="training-free methods, see docs/compressors.md",
+            fix="train it (configs/finetune.py with this model.compressor) and load that workdir",
+        )
+
+
+def own_weights(model: VisionLanguageModel) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path -> shape of each parameter of the compressor, which no published checkpoint holds."""
+    wanted = parameter_shapes(model)
+    published = parameter_shapes(model.clone(compressor={"name": "none"}))
+    return {path: wanted[path] for path in wanted.keys() - published.keys()}
+
+
+def refuse_own_weights(model: VisionLanguageModel) -> None:
+    """Raises UserError where the compressor in use has weights of its own: no layout of a hub, and
+    none of adapters, has a place for them."""
+    if own := own_weights(model):
+        raise UserError(
+            f"save: the compressor has weights of its own ({min(own)}), for which neither "
+            "Hugging Face's layout nor PEFT's has a place",
+            allowed="models whose compressor is training-free, or none",
+            fix='with_compressor("none") for the rest; or load the workdir of the run, as it is',
         )

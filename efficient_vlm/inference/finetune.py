@@ -44,6 +44,9 @@ class _Loaded:
     def dtype(self) -> np.dtype:
         return jax.tree.leaves(self.params)[0].dtype
 
+    def held(self) -> set[str]:
+        return set(flatten_dict(jax.eval_shape(restack, self.params), sep="/"))
+
     def parameters(self) -> dict[str, Any]:
         return flatten_dict(restack(self.params), sep="/")
 
@@ -61,9 +64,10 @@ def finetune(
     optimizer: Mapping[str, Any],
     distil: Mapping[str, Any],
     preference: Mapping[str, Any],
+    compressor: Mapping[str, Any] | None,
     log: Callable[[int, Mapping[str, float]], None] | None,
-) -> Any:
-    """The trained parameters of a `Pretrained`; see `Pretrained.finetune`."""
+) -> tuple[VisionLanguageModel, Any]:
+    """The model and its trained parameters; see `Pretrained.finetune`."""
     adapting = construct(AdaptConfig, {"seed": seed, **(adapt or {"name": "full"})}, "adapt")
     settings = TrainConfig(steps=steps, seed=seed)
     given = {"learning_rate": learning_rate, "warmup_steps": min(steps // 10, 100), **optimizer}
@@ -73,15 +77,16 @@ def finetune(
     check_aims(taught, preferred, adapting)
     if is_adapted(vlm.params):
         raise UserError("finetune: this model has adapters", fix="start from vlm.merge()")
-    loaded = _Loaded(vlm.model, vlm.processor, vlm.params)
-    arm = Arm(vlm.processor.seeing(vlm.model))
+    model = vlm.model if compressor is None else vlm.model.clone(compressor=dict(compressor))
+    loaded = _Loaded(model, vlm.processor, vlm.params)
+    arm = Arm(vlm.processor.seeing(model))
     tuning = Tuning(loaded, [arm], adapting, None)
     given = dict(batch_size=batch_size, seed=seed, **data)
     pairs = preferred.name is not None
-    pipeline = _pipeline(vlm, rows, given, soft_ids(tuning.like), pairs)
+    pipeline = _pipeline(vlm, rows, given, soft_ids(tuning.like), arm.trained, pairs)
     start, frozen = make_start(tuning, settings, update)
     aims = (taught, preferred, pipeline.apart)
-    step = make_step(arm.model, tuning, start, frozen, settings, *aims)
+    step = make_step(arm, tuning, start, frozen, settings, *aims)
     state, batches = start.state(), iter(pipeline)
     with Progress(steps, quiet=log is not None) as progress:
         for number in range(1, steps + 1):
@@ -95,12 +100,12 @@ def finetune(
             progress.update(number, values)
             if log is not None:
                 log(number, {n: float(v) for n, v in values.items() if v.ndim == 0})
-    return tuning.whole(state["params"], frozen)
+    return model, tuning.whole(state["params"], frozen)
 
 
 def loss(vlm: Any, rows: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> float:
     """Mean loss per target token of each row once; see `Pretrained.loss`."""
-    total, count = mean_loss(vlm, _pipeline(vlm, rows, dict(data), vlm.soft_ids))
+    total, count = mean_loss(vlm, _pipeline(vlm, rows, dict(data), vlm.soft_ids, vlm.model))
     return total / count
 
 
@@ -125,12 +130,17 @@ def _sums(model, params, inputs):
 
 
 def _pipeline(
-    vlm: Any, rows: Sequence[Mapping[str, Any]], data: Any, soft: Any, pairs: bool = False
+    vlm: Any,
+    rows: Sequence[Mapping[str, Any]],
+    data: Any,
+    soft: Any,
+    model: VisionLanguageModel,
+    pairs: bool = False,
 ) -> ChatPipeline:
     fields = {"max_images": 64, "num_threads": 0, "max_skip_fraction": 0.0, **data}
     config = DataConfig.from_mapping({"path": "rows.json", **fields})
     table = MemoryTable(rows, config.max_image_bytes)
     kind = PairSource if pairs else RowSource
     source = kind(table, Reading(max_bytes=config.max_image_bytes))
-    models = [vlm.processor.seeing(vlm.model)]
+    models = [vlm.processor.seeing(model)]
     return ChatPipeline(config, source, vlm.processor, models, soft=soft, pairs=pairs)

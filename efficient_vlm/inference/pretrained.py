@@ -21,7 +21,7 @@ from efficient_vlm.families import generation_config, hub
 from efficient_vlm.families.architecture import build_model, read_config
 from efficient_vlm.families.card import Card, copy_terms
 from efficient_vlm.families.card_facts import of_model
-from efficient_vlm.families.checks import check_compressor, check_parameters
+from efficient_vlm.families.checks import check_compressor, check_parameters, refuse_own_weights
 from efficient_vlm.families.imported import is_tuned, open_weights
 from efficient_vlm.families.load import known_dtype
 from efficient_vlm.families.peft_read import load_adapter
@@ -129,7 +129,9 @@ class Pretrained:
         if budget is not None:
             compressor["budget"] = budget
         model = self.model.clone(compressor=compressor)
-        check_compressor(model, self.family.variable)
+        # Files of a hub, which are read later, hold no weights of compressors.
+        held = self.weights.split if self.weights.reader is None else {}
+        check_compressor(model, self.family.variable, held)
         return self.with_model(model)
 
     def with_model(self, model: VisionLanguageModel) -> "Pretrained":
@@ -242,6 +244,7 @@ class Pretrained:
         optimizer: Mapping[str, Any] | None = None,
         distil: Mapping[str, Any] | None = None,
         preference: Mapping[str, Any] | None = None,
+        compressor: Mapping[str, Any] | None = None,
         log: Callable[[int, Mapping[str, float]], None] | None = None,
     ) -> "Pretrained":
         """A copy of this model that has learnt from conversations, with the compressor in use.
@@ -264,6 +267,8 @@ class Pretrained:
             with the compressor in use adapters learn what this model says of all visual tokens.
           preference: fields of `train.objective.PreferenceConfig`, such as dict(name="dpo"): rows
             are {"images": [...], "prompt", "chosen", "rejected"}, see `data.preference_rows`.
+          compressor: name, budget and options, in place of the one in use; a trained one, such as
+            dict(name="visionselector", budget=64), starts with fresh weights.
           log: called with each step's number and metrics in place of a progress bar.
 
         Returns:
@@ -273,12 +278,12 @@ class Pretrained:
           UserError: rows or settings that cannot be used, or a loss that is not finite.
         """
         given = dict(data=data or {}, optimizer=optimizer or {}, distil=distil or {}, log=log)
-        given |= dict(seed=seed, preference=preference or {})
+        given |= dict(seed=seed, preference=preference or {}, compressor=compressor)
         given |= dict(steps=steps, learning_rate=learning_rate, batch_size=batch_size, adapt=adapt)
         from efficient_vlm.inference.finetune import finetune
 
-        params = finetune(self, rows, **given)
-        return Pretrained(self.model, Weights(params), self.processor, self._carried, True)
+        model, params = finetune(self, rows, **given)
+        return Pretrained(model, Weights(params), self.processor, self._carried, True)
 
     def merge(self) -> "Pretrained":
         """The same model with its adapters as part of the weights, and quantised weights plain."""
@@ -294,6 +299,7 @@ class Pretrained:
 
     def save_adapter(self, directory: str | os.PathLike) -> tuple[Path, ...]:
         """Writes the adapters alone, as PEFT does; see `peft_write.save_adapter`."""
+        refuse_own_weights(self.model)
         Path(directory).mkdir(parents=True, exist_ok=True)
         name = self.source.name or str(self.directory)
         parts = (self.family, self.config, self.model, self.params)
@@ -384,6 +390,7 @@ class Pretrained:
           **options: dtype and max_shard_bytes of `save.export`.
         """
         directory = Path(directory)
+        refuse_own_weights(self.model)
         if directory.resolve() == self.directory.resolve():
             raise UserError(f"{directory}: the checkpoint came from there", fix="name another one")
         files = export(

@@ -56,8 +56,8 @@ def load_run(
     shapes = nn.unbox(nested(tuning.trained))
     trained = load_params(workdir, shapes, "params" if settings.ema is None else "ema")
     _, frozen = tuning.values()
-    model = base.model
+    model, params = base.model, tuning.whole(trained, frozen)
     if compressor is not None:
         model = model.clone(compressor=dict(compressor))
-        check_compressor(model, base.processor.family.variable)
-    return model, Weights(tuning.whole(trained, frozen)), base.processor, base.carried()
+        check_compressor(model, base.processor.family.variable, params)
+    return model, Weights(params), base.processor, base.carried()

@@ -39,6 +39,8 @@ class ModelInputs:
         None for all of it.
       labels: int32 [R, S], the token that each place is to predict, -1 for none; None outside of
         training.
+      penalty_scale: float32 [], what the weight of `VisualTokens.penalty` in the loss is multiplied
+        by at this step of a run (`train.penalty_ramp`); None for 1.
       questions: static, the most conversations of a row, Q.
       longest: static, the most tokens that one conversation sees of its row; None for S.
       uneven: static, whether rows have different numbers of visual tokens, so that methods inside
@@ -54,6 +56,7 @@ class ModelInputs:
     placement: Placement | None = None
     prompt: Bool[Array, "R S"] | None = None
     labels: Int[Array, "R S"] | None = None
+    penalty_scale: Float[Array, ""] | None = None
     questions: int = struct.field(pytree_node=False, default=1)
     longest: int | None = struct.field(pytree_node=False, default=None)
     uneven: bool = struct.field(pytree_node=False, default=False)

@@ -22,7 +22,8 @@ class Output:
     Attributes:
       logits: float32 [R, S, vocab], of the token behind each text token.
       stats: (sum, denominator) pairs: router statistics with a leading axis over the layers (none
-        for a dense decoder), and "selector", see `TextTopK.imitation_loss`.
+        for a dense decoder), "selector", see `TextTopK.imitation_loss`, and "penalty", of the
+        visual tokens that have one.
     """
 
     logits: jax.Array
@@ -41,7 +42,13 @@ class VisionLanguageModel(VisualStages):
         if self.encoder is not None:
             self.setup_encoder()
 
-    def __call__(self, inputs: ModelInputs, *, rng: jax.Array | None = None) -> Output:
+    def __call__(
+        self,
+        inputs: ModelInputs,
+        *,
+        rng: jax.Array | None = None,
+        encoded: tuple[VisualTokens, Signals] | None = None,
+    ) -> Output:
         """Next-token logits of a batch of conversations.
 
         A compressor that looks at the text chooses tokens for each conversation: those that are
@@ -51,6 +58,8 @@ class VisionLanguageModel(VisualStages):
         Args:
           inputs: R rows of S text tokens; see `ModelInputs`.
           rng: key for random compressors.
+          encoded: what `encode` gives for the pictures, where it is known; it depends on the
+            compressor only by the signals that this asks for, and by its size of pictures.
 
         Raises:
           UserError: inputs whose arrays do not belong together.
@@ -64,10 +73,11 @@ class VisionLanguageModel(VisualStages):
         if inputs.pictures is None:
             visual = self.no_pictures(len(inputs.text))
         else:
-            patches, signals = self.encode(inputs.pictures)
+            patches, signals = encoded or self.encode(inputs.pictures)
             visual = self.compress(patches, signals, inputs, layout, rng)
         if self.teaches_selector and inputs.labels is not None and patches is not None:
             probe = _last(inputs.prompts())
+        penalty = visual.penalty
         hidden, stats, *_ = self.read(visual, inputs, layout, rng=rng, probe=probe)
         if probe is not None:
             attention = stats.pop("visual_attention")
@@ -75,6 +85,8 @@ class VisionLanguageModel(VisualStages):
             patches = repeat_rows(patches, layout.images, repeats)
             teach = (patches, self.instruction(inputs), attention, inputs.asked(), layout.images)
             stats["selector"] = self.reduce.imitation_loss(*teach)
+        if penalty is not None:
+            stats["penalty"] = penalty.sum(), visual.mask.sum().astype(jnp.float32)
         if inputs is not packed:
             hidden = packed.packed_again(hidden)
         return Output(self.language.logits(hidden), stats)
@@ -122,7 +134,7 @@ class VisionLanguageModel(VisualStages):
           Hidden states of the text [R, S, width], and the rest of what `Decoder.__call__` returns.
         """
         return self.language(
-            visual,
+            visual.replace(penalty=None),
             self.language.embed(inputs.text),
             inputs.places(),
             inputs.segments,

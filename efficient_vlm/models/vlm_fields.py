@@ -115,6 +115,11 @@ class VisionLanguageFields(nn.Module):
             del options["budget"]
         return self.clone(compressor=options)
 
+    def in_training(self) -> Self:
+        """The same model with the form that its compressor has while it is trained."""
+        options = {} if self.encoder is None else self.make_compressor().training_options()
+        return self.clone(compressor={**self.compressor, **options}) if options else self
+
     def sized(self, height: int, width: int) -> Self:
         """The same model for images of this many pixels; position tables keep their size."""
         vit = self.make_encoder()

@@ -15,15 +15,30 @@ from efficient_vlm.models.vlm import VisionLanguageModel
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One (compressor, budget) that steps are drawn from."""
+    """One (compressor, budget) that steps are drawn from, or several that share every step.
+
+    Attributes:
+      model: at that budget; of several, at the first.
+      weight: of the draw; of the loss, where they share a step.
+      start: see `TrainConfig.elastic`.
+      together: those that share every step; () for one alone.
+    """
 
     model: VisionLanguageModel
     weight: float = 1.0
     start: float = 0.0
+    together: tuple["Arm", ...] = ()
+
+    @property
+    def trained(self) -> VisionLanguageModel:
+        """The model as a step runs it."""
+        return self.model.in_training()
 
     @property
     def label(self) -> str:
-        """name@budget."""
+        """name@budget; of several, joined by +."""
+        if self.together:
+            return "+".join(arm.label for arm in self.together)
         return f"{self.model.compressor['name']}@{self.budget}"
 
     @property
@@ -61,6 +76,26 @@ def make_arms(model: VisionLanguageModel, elastic: Sequence[Mapping[str, Any]]) 
             "train.elastic: no entry starts at 0", fix="leave out start for one of them"
         )
     return arms
+
+
+def joined(arms: Sequence[Arm], settings: Any) -> list[Arm]:
+    """The arms as steps are drawn from them: one of all, where all share every step.
+
+    Args:
+      arms: of `make_arms`.
+      settings: a `TrainConfig`.
+
+    Raises:
+      UserError: an entry that is to start later.
+    """
+    if not settings.elastic_all or len(arms) == 1:
+        return list(arms)
+    if any(arm.start > 0 for arm in arms):
+        raise UserError(
+            "train.elastic: an entry has a start, but with train.elastic_all every step has all",
+            fix="leave out start, or set train.elastic_all=False",
+        )
+    return [Arm(arms[0].model, together=tuple(arms))]
 
 
 def draw_arm(arms: Sequence[Arm], seed: int, step: int, steps: int) -> int:

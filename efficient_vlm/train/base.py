@@ -28,6 +28,7 @@ from efficient_vlm.families.load import FamilyCheckpoint, known_dtype, stacked
 from efficient_vlm.families.processor import Processor
 from efficient_vlm.families.table import family_of
 from efficient_vlm.files import write_atomic
+from efficient_vlm.models.init import abstract_parameters
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.nn.stack import rematerialised
 
@@ -86,11 +87,19 @@ class Base:
     files: Path
     dtype: np.dtype
 
+    @property
+    def _plain(self) -> VisionLanguageModel:
+        """As its files have it."""
+        return self.model.clone(compressor={"name": "none"})
+
+    def held(self) -> set[str]:
+        """Paths of the parameters that its files hold, layers stacked."""
+        return set(flatten_dict(abstract_parameters(self._plain), sep="/"))
+
     def parameters(self) -> dict[str, Any]:
         """Its parameters, layers stacked, on the host: path -> array."""
         if (self.files / CHECKPOINTS).is_dir():
-            plain = self.model.clone(compressor={"name": "none"})
-            flat = flatten_dict(restore_stacked(self.files, plain), sep="/")
+            flat = flatten_dict(restore_stacked(self.files, self._plain), sep="/")
             return {path: np.asarray(value).astype(self.dtype) for path, value in flat.items()}
         source = self._source()
         source.check_finite()
@@ -104,9 +113,8 @@ class Base:
         return {name: source.tensor(name) for name in source.carried}
 
     def _source(self) -> FamilyCheckpoint:
-        plain = self.model.clone(compressor={"name": "none"})
         family, config = self.processor.family, self.processor.config
-        return FamilyCheckpoint(Checkpoint.open(self.files), family, config, plain)
+        return FamilyCheckpoint(Checkpoint.open(self.files), family, config, self._plain)
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of each weight file."""

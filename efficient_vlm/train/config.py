@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from efficient_vlm import sharding
 from efficient_vlm.adapt.config import AdaptConfig
-from efficient_vlm.checks import number_fields, whole
+from efficient_vlm.checks import flag, number_fields, whole
 from efficient_vlm.data.config import DataConfig
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.fields import construct, section
@@ -33,12 +33,18 @@ class TrainConfig:
       elastic: budgets to draw from at every step, as {"name", "budget", "weight", "start"} and
         options of the compressor; empty for the model's own compressor alone. Each is one
         executable. "start" is the share of the run after which it is drawn, 0 by default.
+      elastic_all: whether every step has the mean loss of all entries of `elastic`, by "weight", in
+        one program, in place of a draw: the time of all of them (an encoder that all run alike
+        runs once), and the memory of all of their activations.
       accumulate: micro-batches per step.
       mesh: how many devices share what, fields of `sharding.MeshConfig`; batches are divided over
         all of them. One device needs none.
       load_balance, router_z: weights of the router losses of a mixture of experts.
       selector: weight of teaching a text-guided selector, at the full budget, where the decoder
         looks.
+      penalty: weight of what compressors add to the loss themselves: of `visionselector`, the
+        distance of its soft choice from the one that inference makes.
+      penalty_ramp: share of the run over which that weight grows from 0; 0 for none.
       ema: decay of an average of the parameters that is evaluated in their place; None for none.
       checkpoint_every: steps between checkpoints; one more is written at the end.
       keep, keep_every: newest checkpoints to keep, and steps whose multiples are kept for ever.
@@ -53,11 +59,14 @@ class TrainConfig:
     seed: int = 0
     optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     elastic: Sequence[Mapping[str, Any]] = ()
+    elastic_all: bool = False
     accumulate: int = 1
     mesh: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     load_balance: float = 0.01
     router_z: float = 1e-3
     selector: float = 1.0
+    penalty: float = 1.0
+    penalty_ramp: float = 0.5
     ema: float | None = None
     checkpoint_every: int = 500
     keep: int = 3
@@ -71,9 +80,11 @@ class TrainConfig:
     def __post_init__(self):
         counts = ("steps", "accumulate", "checkpoint_every", "log_every", "keep")
         number_fields(self, "train", *counts, "save_failures", "nonfinite_limit", low=1)
-        weights = ("load_balance", "router_z", "selector")
+        weights = ("load_balance", "router_z", "selector", "penalty")
         number_fields(self, "train", *weights, "keep_every", low=0)
+        number_fields(self, "train", "penalty_ramp", low=0, high=1)
         number_fields(self, "train", "ema", low=0, below=1)
+        flag("train.elastic_all", self.elastic_all)
         whole("train.seed", self.seed, 0, 2**63 - 1)
 
 

@@ -13,8 +13,9 @@ from efficient_vlm.data.pipeline import make_train, preview
 from efficient_vlm.processing.batch import training_inputs
 from efficient_vlm.sharding import own_rows
 from efficient_vlm.train import step as steps
-from efficient_vlm.train.arms import Arm, draw_arm, make_arms, make_model
+from efficient_vlm.train.arms import Arm, draw_arm, joined, make_arms, make_model
 from efficient_vlm.train.config import TrainConfig, is_published, make_mesh, read_config
+from efficient_vlm.train.joint import of_all
 from efficient_vlm.train.parameters import Start, initialise
 from efficient_vlm.train.processes import first_then_all
 from efficient_vlm.train.published import prepare_published
@@ -57,6 +58,7 @@ def prepare(config: Mapping[str, Any], workdir: Path, say: Callable[[str], None]
     own_count = data_config.batch_size if rows is None else len(rows)
     shapes = training_inputs(transforms.stack([example] * own_count), model)
     start = initialise(arms, settings, optimizer, mesh)
+    arms = joined(arms, settings)
     programs = [_program(arm, settings, start) for arm in arms]
 
     # 4. The first program, and the end of the build.
@@ -87,12 +89,19 @@ def prepare(config: Mapping[str, Any], workdir: Path, say: Callable[[str], None]
 
 
 def _program(arm: Arm, settings: TrainConfig, start: Start) -> Callable:
+    names = ("load_balance", "router_z", "selector", "penalty")
+    aux = {name: getattr(settings, name) for name in names}
+    objective = None
+    if arm.together:
+        objective = of_all(arm.together, [each.trained for each in arm.together], aux)
     return steps.make_train_step(
-        arm.model,
+        arm.trained,
         start.tx,
         seed=settings.seed,
         accumulate=settings.accumulate,
-        aux={name: getattr(settings, name) for name in ("load_balance", "router_z", "selector")},
+        aux=aux,
         ema=settings.ema,
         layout=start.layout,
+        objective=objective,
+        penalty_ramp=settings.penalty_ramp * settings.steps,
     )

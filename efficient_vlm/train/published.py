@@ -1,7 +1,9 @@
 """What a run that starts from a published model is made of before its first step."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from efficient_vlm.models.inputs import ModelInputs
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.processing.gather import fitted
 from efficient_vlm.train import step as steps
-from efficient_vlm.train.arms import Arm, make_arms
+from efficient_vlm.train.arms import Arm, joined, make_arms
 from efficient_vlm.train.base import (
     Base,
     PretrainedFields,
@@ -34,6 +36,7 @@ from efficient_vlm.train.base import (
     with_values,
 )
 from efficient_vlm.train.config import TrainConfig, make_mesh
+from efficient_vlm.train.joint import mean_of, of_all
 from efficient_vlm.train.objective import (
     DistilConfig,
     PreferenceConfig,
@@ -71,7 +74,10 @@ class Tuning:
         boxed = jax.eval_shape(self._init, jax.random.key(0))
         kind = base.dtype
         self._plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, kind), boxed)
-        shapes = adapt(self._plain, config, base.model)
+        # Fresh weights that stay as they are would only spoil the tokens.
+        fresh = flatten_dict(nn.unbox(boxed), sep="/").keys() - base.held()
+        self._adapt = functools.partial(adapt, config=with_trained(config, fresh), model=base.model)
+        shapes = self._adapt(self._plain)
         self.trained, self.frozen = partition(shapes.params, shapes.trainable)
         self.like = nn.unbox(shapes.params)
 
@@ -80,7 +86,7 @@ class Tuning:
         known = self.base.parameters()
         fresh = functools.partial(self._fresh, jax.random.key(self.config.seed))
         whole = with_values(nn.unbox(self._plain), known, fresh)
-        adapted: Adapted = adapt(whole, self.config, self.base.model)
+        adapted: Adapted = self._adapt(whole)
         trained, frozen = partition(adapted.params, adapted.trainable)
         if self.mesh is None:  # What is frozen may be used elsewhere as well.
             frozen = jax.device_put(frozen)
@@ -100,6 +106,12 @@ class Tuning:
     def whole(self, trained: Any, frozen: Mapping[str, Any]) -> Any:
         """The parameters of the model."""
         return combine(flatten_dict(trained, sep="/"), frozen, self.like)
+
+
+def with_trained(config: AdaptConfig, paths: Iterable[str]) -> AdaptConfig:
+    """The config with further parameters that are trained themselves."""
+    exact = tuple(f"^{re.escape(path)}$" for path in sorted(paths))
+    return dataclasses.replace(config, train=(*config.trained, *exact)) if exact else config
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,7 +159,7 @@ def make_start(
 
 
 def make_step(
-    model: VisionLanguageModel,
+    arm: Arm,
     tuning: Tuning,
     start: Start,
     frozen: Mapping[str, Any],
@@ -161,44 +173,56 @@ def make_step(
     Args:
       distil, preference, apart: see `objective.make_objective`.
     """
-    aux = {name: getattr(settings, name) for name in ("load_balance", "router_z")}
+    aux = {name: getattr(settings, name) for name in ("load_balance", "router_z", "penalty")}
     distil, preference = distil or DistilConfig(), preference or PreferenceConfig()
     check_aims(distil, preference, tuning.config)
+    arms = arm.together or (arm,)
 
-    def make(model: VisionLanguageModel) -> Callable:
+    def make(models: tuple[VisionLanguageModel, ...]) -> Callable:
         return steps.make_train_step(
-            model,
+            models[0],
             start.tx,
             seed=settings.seed,
             accumulate=settings.accumulate,
             ema=settings.ema,
             layout=start.layout,
-            objective=make_objective(model, tuning, distil, aux, preference, apart),
+            objective=objective(models),
             frozen=frozen,
+            penalty_ramp=settings.penalty_ramp * settings.steps,
         )
 
-    return ShapedStep(make, model, tuning.base.processor.family.variable)
+    def objective(models: tuple[VisionLanguageModel, ...]) -> Callable:
+        if len(arms) == 1:
+            return make_objective(models[0], tuning, distil, aux, preference, apart)
+        if distil.kind is None and preference.name is None:
+            return of_all(arms, models, aux, tuning.whole)
+        given = (preference, apart)
+        each = [make_objective(model, tuning, distil, aux, *given) for model in models]
+        return lambda *given: mean_of(arms, [loss(*given) for loss in each])
+
+    variable = tuning.base.processor.family.variable
+    return ShapedStep(make, [each.trained for each in arms], variable)
 
 
 class ShapedStep:
     """A training step that has a program for each shape of pictures and text.
 
     Args:
-      make: from a model at the size of some pictures to its step.
-      model: at one budget.
+      make: from models at the size of some pictures to their step.
+      models: at one budget, or at several that share the step.
       variable: see `gather.capped`.
     """
 
-    def __init__(self, make: Callable, model: VisionLanguageModel, variable: bool):
-        self._make, self._model, self._variable = make, model, variable
-        self._steps: dict[VisionLanguageModel, Callable] = {}
+    def __init__(self, make: Callable, models: Sequence[VisionLanguageModel], variable: bool):
+        self._make, self._models, self._variable = make, tuple(models), variable
+        self._steps: dict[tuple[VisionLanguageModel, ...], Callable] = {}
 
     def __call__(self, state: steps.State, inputs: ModelInputs) -> tuple:
-        model = fitted(self._model, inputs.pictures, self._variable)
-        if model not in self._steps:
-            self._steps[model] = self._make(model)
-        uneven = model.make_compressor().in_decoder
-        return self._steps[model](state, inputs.replace(uneven=uneven))
+        models = tuple(fitted(model, inputs.pictures, self._variable) for model in self._models)
+        if models not in self._steps:
+            self._steps[models] = self._make(models)
+        uneven = any(model.make_compressor().in_decoder for model in models)
+        return self._steps[models](state, inputs.replace(uneven=uneven))
 
     def _cache_size(self) -> int:
         return sum(step._cache_size() for step in self._steps.values())
@@ -231,14 +255,15 @@ def prepare_published(
         data_config,
         source,
         base.processor,
-        [arm.model for arm in arms],
+        [arm.trained for arm in arms],
         rows=rows,
-        programs=max(1, MOST_PROGRAMS // len(arms)),
+        programs=max(1, MOST_PROGRAMS // len(joined(arms, settings))),
         soft=soft_ids(tuning.like),
         pairs=data_config.pairs,
     )
     aims = (distil, preference, pipeline.apart)
     start, frozen = make_start(tuning, settings, optimizer)
+    arms = joined(arms, settings)
 
     return Setup(
         settings=settings,
@@ -249,7 +274,7 @@ def prepare_published(
         model=base.processor.seeing(base.model),
         arms=arms,
         start=start,
-        programs=[make_step(arm.model, tuning, start, frozen, settings, *aims) for arm in arms],
+        programs=[make_step(arm, tuning, start, frozen, settings, *aims) for arm in arms],
         compile_seconds=0.0,
         inputs=lambda batch: batch.inputs,
         whole=functools.partial(tuning.whole, frozen=frozen),

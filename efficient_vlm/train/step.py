@@ -83,7 +83,7 @@ def loss_fn(
       params: its parameters.
       inputs: with labels.
       rng: key for random compressors.
-      aux: weights of "load_balance", "router_z" and "selector".
+      aux: weights of "load_balance", "router_z", "selector" and "penalty".
 
     Returns:
       A scalar to divide by the number of targets, and metrics as (sum, denominator).
@@ -104,6 +104,8 @@ def losses_of(
     total, targets = metrics["loss"]
     for name, weight in aux.items():
         if name in out.stats:
+            if name == "penalty" and inputs.penalty_scale is not None:
+                weight = weight * inputs.penalty_scale
             # Routing is balanced per micro-batch: a ratio of its own, weighted by its targets.
             total += weight * targets * ratio(out.stats[name]).mean()
     return total, {**metrics, **out.stats}
@@ -120,6 +122,7 @@ def make_train_step(
     layout: StateLayout | None = None,
     objective: Callable | None = None,
     frozen: Any = None,
+    penalty_ramp: float = 0,
 ) -> Callable[[State, ModelInputs], tuple[State, dict[str, jax.Array]]]:
     """A jitted step(state, inputs) -> (state, metrics) for one budget; the state is donated.
 
@@ -138,6 +141,7 @@ def make_train_step(
       layout: where the state lies; batches are then those of all devices. None for one device.
       objective: (parameters, frozen, inputs, rng) -> what `loss_fn` returns, in its place.
       frozen: what it reads beside the state: parameters that are not trained.
+      penalty_ramp: steps over which the weight of "penalty" grows to that in `aux`.
 
     Returns:
       The step. Like a jitted function it has `lower(state, inputs)`, of shapes with their
@@ -150,8 +154,9 @@ def make_train_step(
 
     loss = objective or of_labels
 
-    def accumulated(params, frozen, inputs, rng):
+    def accumulated(params, frozen, inputs, rng, scale):
         def gradient(params, inputs, rng):
+            inputs = inputs.replace(penalty_scale=scale)
             return jax.value_and_grad(loss, has_aux=True)(params, frozen, inputs, rng)
 
         if accumulate == 1:
@@ -171,7 +176,8 @@ def make_train_step(
 
     def step(state, inputs, frozen):
         rng = jax.random.fold_in(jax.random.key(seed), state["step"])
-        (_, metrics), grads = accumulated(state["params"], frozen, inputs, rng)
+        scale = jnp.minimum((state["step"] + 1) / penalty_ramp, 1) if penalty_ramp else None
+        (_, metrics), grads = accumulated(state["params"], frozen, inputs, rng, scale)
         targets = jnp.maximum(metrics["loss"][1], 1)
         grads = jax.tree.map(lambda g: g / targets, grads)
         norm = optax.tree.norm(grads)

@@ -42,6 +42,7 @@ TRAINED = {
     "molmo_pool",
     "minicpm_merger",
     "text_topk",
+    "visionselector",
 }
 TRAINING_FREE = tuple(name for name in METHODS if name not in TRAINED)
 # Part of the plain `pytest` for every family: method -> policy.

@@ -50,7 +50,7 @@ MODELS = {
 }
 SHARES = (1, 4, 9)
 # Models and the machine of which the page shows LoRA of the decoder as well.
-ADAPTED = {"smolvlm-256m": "v5e-16", "molmo-7b-d": "v5e-16"}
+ADAPTED = {"smolvlm-256m": "v5e-16"}
 LORA = AdaptConfig(name="lora")
 SERVED = 8  # Pictures in an inference batch of each group.
 NEW = 64
@@ -132,6 +132,7 @@ def render(rows: list[dict]) -> str:
         f"{NEW} tokens of answer. Inference: {SERVED} pictures for each group of devices that "
         "share a model, bfloat16 parameters, the stages as `generate` runs them. Training: the "
         "whole model, float32 parameters and moments of AdamW, bfloat16 products, remat of all. "
+        "LoRA: the same, but frozen parameters have no gradients and no moments. "
         "v5p-128 and v5p-512 have 64 and 256 chips; tpu7x-8 has four, each of which is two "
         "devices.",
         "",

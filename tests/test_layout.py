@@ -264,7 +264,6 @@ MAY_ORDER = {
     "models.prompt_layout": "positions: values, no indices",
     "nn.experts": WHOLE,
     "nn.moe": "a softmax: no -0.0, and all of a row is NaN or nothing",
-    "train.distil": "the likeliest tokens of a teacher: of equal ones any will do",
     "train.losses": "a metric",
 }
 

@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from efficient_vlm.errors import UserError, short
+from efficient_vlm.errors import UserError, closest, short
 
 __all__ = ["TARGETS", "TRAINED", "Patterns", "as_patterns", "selected"]
 
@@ -60,10 +60,13 @@ def selected(
         expression = _compiled(field, pattern, presets)
         matched = {path for path in paths if expression.search(path)}
         if not matched:
+            guess = closest(pattern, presets)
             raise UserError(
                 f"{field}: {short(pattern)} matches no parameter",
                 allowed=f"{', '.join(sorted(presets))}, or a regular expression for a path",
-                fix=f"the nearest paths are {', '.join(_nearest(pattern, paths))}",
+                fix=f"did you mean {guess}?"
+                if guess
+                else f"the nearest paths are {', '.join(_nearest(pattern, paths))}",
             )
         found |= matched
     return found

@@ -27,7 +27,7 @@ from efficient_vlm.nn import moe
 from efficient_vlm.sharding import MeshConfig
 from efficient_vlm.train.base import PretrainedFields
 from efficient_vlm.train.config import TrainConfig, is_published
-from efficient_vlm.train.objective import DistilConfig
+from efficient_vlm.train.objective import DistilConfig, PreferenceConfig
 from efficient_vlm.train.optimizer import OptimizerConfig
 
 # `--config.seed=N` sets both: with another train.seed alone, a run sees the same data in one order.
@@ -45,6 +45,7 @@ SECTIONS = (
     "train.mesh",
     "adapt",
     "distil",
+    "preference",
     "eval",
 )
 
@@ -268,6 +269,7 @@ def class_of(where: str, config: ml_collections.ConfigDict) -> type | None:
         "train.mesh": MeshConfig,
         "adapt": AdaptConfig,
         "distil": DistilConfig,
+        "preference": PreferenceConfig,
         "eval": EvalConfig,
     }[where]
 

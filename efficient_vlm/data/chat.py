@@ -7,9 +7,6 @@ the sizes of its samples, so every process makes the same one and reads its own 
 The state of the iterator is the window and the batch in it.
 """
 
-import contextlib
-import functools
-import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,21 +14,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from efficient_vlm.data.chat_samples import Samples
 from efficient_vlm.data.config import DataConfig
 from efficient_vlm.data.mixture import MixtureSource, neighbours_of, order_of
 from efficient_vlm.data.packing import Size, choose_rooms, holds, pack
-from efficient_vlm.data.record_messages import record_messages
-from efficient_vlm.data.records import Record
 from efficient_vlm.data.skips import SkipCounter
 from efficient_vlm.data.sources import Source
-from efficient_vlm.errors import UserError, first_line
+from efficient_vlm.errors import UserError
 from efficient_vlm.families.processor import Processor
 from efficient_vlm.models.inputs import ModelInputs
 from efficient_vlm.models.vlm import VisionLanguageModel
-from efficient_vlm.processing.decode_image import STANDARD, BadRecord, picture_size
+from efficient_vlm.processing.decode_image import STANDARD, BadRecord
 from efficient_vlm.processing.gather import Room
-from efficient_vlm.processing.labels import labelled
-from efficient_vlm.processing.request import Example, pack_request, packs
+from efficient_vlm.processing.request import Example, pack_request
 
 # Part of the fingerprint: raise it when the same config gives other batches.
 FORMAT = 1
@@ -66,12 +61,6 @@ class _Plan(NamedTuple):
     rows: tuple[tuple[int, ...], ...]
 
 
-class _Text(NamedTuple):
-    """A picture of which only the text is known."""
-
-    text: str
-
-
 class ChatPipeline:
     """Endless training batches of a published model.
 
@@ -84,6 +73,9 @@ class ChatPipeline:
       rows: those of every batch that this process reads; None for all.
       programs: the most shapes of rows.
       soft: ids of learned tokens in front of every conversation.
+      pairs: whether records are pairs (`preference_rows.PairSource`). The conversations of one
+        then follow each other in a row of text, or have two rows after another where a row may
+        hold one only (`apart`).
 
     Attributes:
       fingerprint: everything that defines content and order.
@@ -100,28 +92,23 @@ class ChatPipeline:
         rows: Sequence[int] | None = None,
         programs: int = 8,
         soft: Sequence[int] = (),
+        pairs: bool = False,
     ):
         self.config, self.source, self.processor = config, source, processor
-        self.model, self._models = models[0], tuple(models)
+        self.model = models[0]
         self.tasks, self.tokenizer = source.tasks, processor.tokenizer
         self._rows = range(config.batch_size) if rows is None else rows
         self.skips = SkipCounter(len(source), config.max_skip_fraction)
         self._sizes: dict[int, Size | None] = {}
         self._cache: dict[int, list[Example]] = {}
         self._cache_left = config.cache_mb * 2**20
-        self._windows, self._soft = 0, tuple(soft)
-        self._pooled = self._pools()
-        self._alone = not (config.pack and all(packs(m, self._pooled) for m in models))
+        self._windows, self._soft = 0, len(soft)
+        self._samples = Samples(config, processor, models, soft, pairs)
+        self.apart = pairs and self._samples.alone
         self.rooms = self._choose_rooms(programs)
         self.fingerprint = self._make_fingerprint()
 
     # --- sizes ------------------------------------------------------------------------------------
-
-    def _pools(self) -> bool:
-        if self.processor.family.processor is None:
-            return False
-        blank = np.zeros((64, 64, 3), np.uint8)
-        return self.processor.pictures(blank).pool_index is not None
 
     def _choose_rooms(self, programs: int) -> list[Room]:
         config, count = self.config, len(self.source)
@@ -133,7 +120,8 @@ class ChatPipeline:
                 f"data: none of {len(chosen)} samples can be used",
                 fix="see `efficient-vlm data inspect` for the reasons",
             )
-        uneven = self.processor.family.variable and not self._pooled
+        samples = self._samples
+        uneven = self.processor.family.variable and not samples.pooled
         limits = Size(
             max(s.text for s in sizes),
             max(s.images for s in sizes),
@@ -141,46 +129,17 @@ class ChatPipeline:
             max(s.visual for s in sizes),
         )
         if count > len(chosen):  # Those that were not seen may need more.
-            limits = limits._replace(text=max(limits.text, self._max_length - limits.visual))
+            limits = limits._replace(text=max(limits.text, samples.max_length - limits.visual))
         return choose_rooms(
             sizes,
-            self._each,
+            samples.each,
             tokens=config.pack_tokens,
             limits=limits,
             most=programs,
-            alone=self._alone,
+            alone=samples.alone,
             uneven=uneven,
-            pooled=self._pooled,
+            pooled=samples.pooled,
         )
-
-    @property
-    def _max_length(self) -> int:
-        return self.config.max_length or 4096
-
-    @functools.cached_property
-    def _budget(self) -> int | None:
-        """The most visual tokens of an image in the decoder; None for all there are."""
-        budgets = [
-            None if model.make_compressor().in_decoder else model.compressor.get("budget")
-            for model in self._models
-        ]
-        return None if None in budgets else max(map(int, budgets))
-
-    @functools.cached_property
-    def _each(self) -> int:
-        """The same of an image of the model's own size."""
-        if self.model.encoder is None:
-            return 0
-        whole = math.prod(self.model.slot_grid)
-        return whole if self._budget is None else min(whole, self._budget)
-
-    def _visual(self, tokens: Sequence[int]) -> int:
-        """Visual tokens in the decoder of images with so many each."""
-        if self._pooled:
-            return sum(tokens)
-        if not self.processor.family.variable:
-            return self._each * len(tokens)
-        return sum(n if self._budget is None else min(n, self._budget) for n in tokens)
 
     def _size(self, index: int) -> Size | None:
         """What a sample needs; None for one that cannot be used."""
@@ -190,42 +149,12 @@ class ChatPipeline:
         # data alone, so that a resumed run makes the same.
         size = None
         try:
-            size = self._measured(self.source[index])
+            size = self._samples.size(self.source[index])
             self.skips.add(index, None)
         except BadRecord as error:
             self.skips.add(index, error)
         self._sizes[index] = size
         return size
-
-    def _measured(self, record: Record) -> Size:
-        if len(record.images) > self.config.max_images:
-            raise BadRecord("too_many_images", f"{record.id}: {len(record.images)}")
-        limit = dict(max_pixels=self.config.max_pixels, max_bytes=self.config.max_image_bytes)
-        given = [picture_size(data, **limit) for data in record.images]
-        pictures = self.processor.pictures if given else None
-        with _refusals(record):
-            texts = [_Text(pictures.text(*size)) for size in given]
-            views = [pictures.views(*size) for size in given]
-            tokens = [pictures.count(*size) // view[0] for size, view in zip(given, views)]
-            total = [self._ids(record, texts, n)[0] for n in range(len(record.conversations))]
-        slots = sum(pictures.count(*size) for size in given)
-        longest = max(len(ids) for ids in total)
-        if longest > self._max_length:
-            raise BadRecord("too_long", f"{record.id}: {longest} tokens")
-        each = [count for count, view in zip(tokens, views) for _ in range(view[0])]
-        return Size(
-            text=sum(len(ids) - slots for ids in total),
-            images=len(each) * len(total),
-            pixels=tuple(max((view[axis] for view in views), default=0) for axis in (1, 2)),
-            visual=(slots if self._pooled else self._visual(each)) * len(total),
-        )
-
-    def _ids(self, record: Record, pictured: Sequence[Any], number: int) -> tuple:
-        conversation = record.conversations[number]
-        messages = record_messages(conversation, record.images)
-        how = (self.processor.style, self.processor.template, self.processor.tokenizer)
-        ids, targets = labelled(*how, messages, pictured, end=True)
-        return [*self._soft, *ids], [False] * len(self._soft) + targets
 
     # --- batches ----------------------------------------------------------------------------------
 
@@ -265,7 +194,8 @@ class ChatPipeline:
 
     def _planned(self, usable: Sequence[int], number: int) -> list[_Plan]:
         sizes = [self._sizes[index] for index in usable]
-        packed = pack(sizes, self.rooms, self._each, alone=self._alone)
+        samples = self._samples
+        packed = pack(sizes, self.rooms, samples.each, alone=samples.alone)
         rng = np.random.default_rng((self.config.seed, number))
         plans, rows = [], self.config.batch_size
         for room in self.rooms:
@@ -319,8 +249,9 @@ class ChatPipeline:
         flat = [index for row in wanted for index in row]
         with ThreadPoolExecutor(max(self.config.num_threads, 1)) as pool:
             read = dict(zip(flat, pool.map(self._examples, flat), strict=True))
-        examples = [[e for index in row for e in read[index]] for row in wanted]
-        how = dict(variable=self.processor.family.variable, soft=len(self._soft))
+        grouped = [self._samples.rows([read[index] for index in row]) for row in wanted]
+        examples = [row for rows in grouped for row in rows]
+        how = dict(variable=self.processor.family.variable, soft=self._soft)
         request = pack_request(self.model, examples, self.processor.rules, plan.room, **how)
         return Batch(request.inputs, np.asarray(flat, np.int64))
 
@@ -332,16 +263,11 @@ class ChatPipeline:
         if index in self._cache:
             return self._cache[index]
         try:
-            record = self.source[index]
-            pictured = [_pictured(self.processor.pictures, data) for data in record.images]
+            found = self._samples.examples(self.source[index])
         except BadRecord as error:
             self.skips.add(index, error)
             return []
-        found = []
-        for number in range(len(record.conversations)):
-            ids, targets = self._ids(record, pictured, number)
-            found.append(Example([ids], pictured, [targets]))
-        size = sum(p.images.nbytes for p in pictured)
+        size = sum(p.images.nbytes for example in found[:1] for p in example.pictured)
         if size <= self._cache_left:
             self._cache_left -= size
             self._cache[index] = found
@@ -359,22 +285,6 @@ class ChatPipeline:
             "tokenizer": self.tokenizer.fingerprint,
             "rooms": [list(map(str, vars(room).values())) for room in self.rooms],
         }
-
-
-@contextlib.contextmanager
-def _refusals(record: Record) -> Iterator[None]:
-    """Turns what a processor or a template refuses into a skipped sample."""
-    try:
-        yield
-    except UserError as error:
-        raise BadRecord("refused", f"{record.id}: {first_line(error)}") from error
-
-
-def _pictured(processor: Any, data: bytes) -> Any:
-    try:
-        return processor(data)
-    except UserError as error:
-        raise BadRecord("corrupt", first_line(error)) from error
 
 
 class _Plans:

@@ -54,6 +54,8 @@ class DataConfig:
         held_out.
       separate_turns: each question is a conversation of its own, where pictures stand in front;
         otherwise those of a row are turns of one.
+      pairs: rows have a chosen and a rejected answer (`preference_rows`); evaluation asks for the
+        chosen one.
       train_split, eval_split: tfds: names of splits; empty: test, else validation, if there is one.
       mixture: several sources, a list of {"path": ..., "weight": 0.7, "epochs": 2, "name": ...}
         with any fields of this section that say what a source is. Weights are shares of the
@@ -108,6 +110,7 @@ class DataConfig:
     template: str = ""
     held_out: tuple[str, ...] = ()
     separate_turns: bool = False
+    pairs: bool = False
     train_split: str = "train"
     eval_split: str = ""
     mixture: tuple[Mapping[str, Any], ...] = ()

@@ -22,6 +22,7 @@ REASONS = {
     "too_many_images": "more images than data.max_images",
     "too_long": "conversation longer than data.max_length tokens",
     "no_label": "no answer to learn from",
+    "no_pair": "no chosen or no rejected answer, or two that differ in more, or in nothing",
     "refused": "a conversation that the model's chat template or picture processor refuses",
 }
 

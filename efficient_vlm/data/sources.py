@@ -11,6 +11,7 @@ from efficient_vlm.data.columns import Columns
 from efficient_vlm.data.config import DataConfig
 from efficient_vlm.data.llava_json import JsonSource, JsonTable
 from efficient_vlm.data.mixture import MixtureSource, Part
+from efficient_vlm.data.preference_rows import PairSource
 from efficient_vlm.data.records import Conversation, Record
 from efficient_vlm.data.row_source import MAX_TRAINING_TEXTS, Reading, RowSource
 from efficient_vlm.data.scenes import SceneConfig
@@ -20,6 +21,7 @@ from efficient_vlm.data.tables.parquet import ParquetTable
 from efficient_vlm.data.tables.text import TextTable
 from efficient_vlm.data.tables.webdataset import WebDatasetTable
 from efficient_vlm.data.token_bench import store
+from efficient_vlm.errors import UserError, short
 
 
 class Source(Protocol):
@@ -111,6 +113,8 @@ def build_token_bench(config: DataConfig, *, full: bool = False) -> Path:
 def open_source(config: DataConfig, split: str) -> Source:
     """The records of `split`, "train" or "test", in any layout; see `DataConfig`."""
     own = split == "test" and config.eval_path
+    if config.pairs:
+        _check_pairs(config)
     if config.mixture and not own:
         parts = [
             Part(name, open_source(part, split), weight, epochs)
@@ -135,9 +139,26 @@ def open_source(config: DataConfig, split: str) -> Source:
         held_out=config.held_out,
         separate_turns=config.separate_turns,
     )
+    if config.pairs:
+        return PairSource(table, reading)
     if isinstance(table, JsonTable):
         return JsonSource(table, reading, _columns(config, table) if _chosen(config) else None)
     return RowSource(table, reading, _columns(config, table))
+
+
+def _check_pairs(config: DataConfig) -> None:
+    for name in ("columns", "template", "separate_turns", "held_out"):
+        if getattr(config, name):
+            raise UserError(
+                f"data.{name}: {short(getattr(config, name))} with data.pairs",
+                allowed="rows of prompt (messages, question), chosen, rejected and images",
+                fix=f"take data.{name} away",
+            )
+    if config.generated:
+        raise UserError(
+            "data.pairs: token_bench has no rejected answers",
+            fix="--config.data.source=auto --config.data.path=my.jsonl",
+        )
 
 
 def layout_of(config: DataConfig) -> str:

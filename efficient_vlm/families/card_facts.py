@@ -90,6 +90,8 @@ def of_workdir(
     trained = {name: settings[name] for name in _TRAINING if settings.get(name) is not None}
     if adapt:
         trained["adapter"] = adapt
+    if preference := _mapping(config.get("preference")):
+        trained["preference"] = preference
     trained |= {name: train[name] for name in ("seconds", "skipped_steps") if name in train}
     budgets = {row["budget"] for row in rows if isinstance(row.get("budget"), int)}
     found = dict(

@@ -13,6 +13,7 @@ from efficient_vlm.adapt.config import AdaptConfig
 from efficient_vlm.adapt.prompts import soft_ids
 from efficient_vlm.data.chat import ChatPipeline
 from efficient_vlm.data.config import DataConfig
+from efficient_vlm.data.preference_rows import PairSource
 from efficient_vlm.data.row_source import Reading, RowSource
 from efficient_vlm.data.tables.memory import MemoryTable
 from efficient_vlm.errors import UserError
@@ -26,7 +27,7 @@ from efficient_vlm.terminal import Progress
 from efficient_vlm.train.arms import Arm
 from efficient_vlm.train.config import TrainConfig
 from efficient_vlm.train.losses import token_cross_entropy
-from efficient_vlm.train.objective import DistilConfig
+from efficient_vlm.train.objective import DistilConfig, PreferenceConfig, check_aims
 from efficient_vlm.train.optimizer import OptimizerConfig
 from efficient_vlm.train.published import Tuning, make_start, make_step
 
@@ -59,6 +60,7 @@ def finetune(
     data: Mapping[str, Any],
     optimizer: Mapping[str, Any],
     distil: Mapping[str, Any],
+    preference: Mapping[str, Any],
     log: Callable[[int, Mapping[str, float]], None] | None,
 ) -> Any:
     """The trained parameters of a `Pretrained`; see `Pretrained.finetune`."""
@@ -66,16 +68,20 @@ def finetune(
     settings = TrainConfig(steps=steps, seed=seed)
     given = {"learning_rate": learning_rate, "warmup_steps": min(steps // 10, 100), **optimizer}
     update = construct(OptimizerConfig, given, "optimizer")
+    taught = construct(DistilConfig, distil, "distil")
+    preferred = construct(PreferenceConfig, preference, "preference")
+    check_aims(taught, preferred, adapting)
     if is_adapted(vlm.params):
         raise UserError("finetune: this model has adapters", fix="start from vlm.merge()")
     loaded = _Loaded(vlm.model, vlm.processor, vlm.params)
     arm = Arm(vlm.processor.seeing(vlm.model))
     tuning = Tuning(loaded, [arm], adapting, None)
     given = dict(batch_size=batch_size, seed=seed, **data)
-    pipeline = _pipeline(vlm, rows, given, soft_ids(tuning.like))
+    pairs = preferred.name is not None
+    pipeline = _pipeline(vlm, rows, given, soft_ids(tuning.like), pairs)
     start, frozen = make_start(tuning, settings, update)
-    taught = construct(DistilConfig, distil, "distil")
-    step = make_step(arm.model, tuning, start, frozen, settings, taught)
+    aims = (taught, preferred, pipeline.apart)
+    step = make_step(arm.model, tuning, start, frozen, settings, *aims)
     state, batches = start.state(), iter(pipeline)
     with Progress(steps, quiet=log is not None) as progress:
         for number in range(1, steps + 1):
@@ -118,10 +124,13 @@ def _sums(model, params, inputs):
     return token_cross_entropy(logits, inputs.labels)["loss"]
 
 
-def _pipeline(vlm: Any, rows: Sequence[Mapping[str, Any]], data: Any, soft: Any) -> ChatPipeline:
+def _pipeline(
+    vlm: Any, rows: Sequence[Mapping[str, Any]], data: Any, soft: Any, pairs: bool = False
+) -> ChatPipeline:
     fields = {"max_images": 64, "num_threads": 0, "max_skip_fraction": 0.0, **data}
     config = DataConfig.from_mapping({"path": "rows.json", **fields})
     table = MemoryTable(rows, config.max_image_bytes)
-    source = RowSource(table, Reading(max_bytes=config.max_image_bytes))
+    kind = PairSource if pairs else RowSource
+    source = kind(table, Reading(max_bytes=config.max_image_bytes))
     models = [vlm.processor.seeing(vlm.model)]
-    return ChatPipeline(config, source, vlm.processor, models, soft=soft)
+    return ChatPipeline(config, source, vlm.processor, models, soft=soft, pairs=pairs)

@@ -241,6 +241,7 @@ class Pretrained:
         data: Mapping[str, Any] | None = None,
         optimizer: Mapping[str, Any] | None = None,
         distil: Mapping[str, Any] | None = None,
+        preference: Mapping[str, Any] | None = None,
         log: Callable[[int, Mapping[str, float]], None] | None = None,
     ) -> "Pretrained":
         """A copy of this model that has learnt from conversations, with the compressor in use.
@@ -261,6 +262,8 @@ class Pretrained:
           optimizer: fields of `train.optimizer.OptimizerConfig`.
           distil: fields of `train.objective.DistilConfig`, such as dict(kind="forward_kl"):
             with the compressor in use adapters learn what this model says of all visual tokens.
+          preference: fields of `train.objective.PreferenceConfig`, such as dict(name="dpo"): rows
+            are {"images": [...], "prompt", "chosen", "rejected"}, see `data.preference_rows`.
           log: called with each step's number and metrics in place of a progress bar.
 
         Returns:
@@ -270,7 +273,7 @@ class Pretrained:
           UserError: rows or settings that cannot be used, or a loss that is not finite.
         """
         given = dict(data=data or {}, optimizer=optimizer or {}, distil=distil or {}, log=log)
-        given["seed"] = seed
+        given |= dict(seed=seed, preference=preference or {})
         given |= dict(steps=steps, learning_rate=learning_rate, batch_size=batch_size, adapt=adapt)
         from efficient_vlm.inference.finetune import finetune
 

@@ -36,6 +36,8 @@ _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b
 # Text of a PNG that is still read where the rest of it exceeds Pillow's limits: EXIF orientation
 # may lie there.
 _MAX_TEXT = 2**16
+# One of these is in a PNG that may have an orientation.
+_ORIENTING = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 
 
 class BadRecord(Exception):
@@ -105,6 +107,9 @@ def picture_size(
 
 
 def _oriented_size(image: Image.Image) -> tuple[int, int]:
+    # Pillow decodes all of a PNG to look for what may stand behind the pixels.
+    if image.format == "PNG" and not any(mark in image.fp.getvalue() for mark in _ORIENTING):
+        return image.height, image.width
     turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     return (image.width, image.height) if turned else (image.height, image.width)
 

@@ -36,6 +36,7 @@ def labelled(
     pictured: Sequence[Pictured],
     *,
     end: bool = False,
+    last: bool = False,
 ) -> tuple[list[int], list[bool]]:
     """Ids of a whole conversation, with one id for each visual token, and which are targets.
 
@@ -55,6 +56,7 @@ def labelled(
       end: whether an end token becomes a target where the last message is an answer and none of
         `tokenizer.eos_ids` is one: that behind its text, or an added one where the template writes
         none (that of LLaVA-1.5). Without it a model does not learn to stop.
+      last: whether the last answer alone is a target.
 
     Returns:
       Ids and targets, of one length.
@@ -68,11 +70,12 @@ def labelled(
     options = prompt_options(style, template)
     messages, tokenizer, names = _plain_answers(style, tokenizer, messages)
     if isinstance(template, str):
-        last = tokenizer.special.get("eos_token", "")
-        parts: Sequence[Pieces] = answered(template, messages, last, **options)
+        mark = tokenizer.special.get("eos_token", "")
+        parts: Sequence[Pieces] = answered(template, messages, mark, **options)
     else:
         formed = expected_form(messages, template, style, options)
         parts = [answer_pieces(template, formed, tokenizer)]
+    parts = _last_alone(parts) if last else parts
     if style.pictures:
         parts = _expanded(parts, [p.text for p in pictured], style.placeholder)
     parts = [[(_swapped(text, names), target) for text, target in part] for part in parts]
@@ -81,6 +84,15 @@ def labelled(
     if end and messages[-1]["role"] in ANSWERING:
         _end(ids, targets, tokenizer)
     return ids, targets
+
+
+def _last_alone(parts: Sequence[Pieces]) -> list[Pieces]:
+    """Pieces of which the last that is a target remains one."""
+    places = [(p, n) for p, part in enumerate(parts) for n, piece in enumerate(part) if piece[1]]
+    return [
+        [(text, (p, n) == places[-1]) for n, (text, _) in enumerate(part)]
+        for p, part in enumerate(parts)
+    ]
 
 
 def _check(messages: Sequence[Message]) -> None:

@@ -100,17 +100,19 @@ def place(
     parts = [_parts_apart(row) if apart else _parts(row, questions) for row in placed]
     longest = max(sum(len(index) for *_, index in row) for row in parts)
     size = -(-longest // multiple) * multiple if length is None else length
-    inputs = _arrays(parts, size, visual)
+    inputs = _arrays(parts, size, visual, axes=(3,) if positions == "mrope" else ())
     if apart:
         segment = np.zeros((len(parts), visual), np.int32)
         for row, own in enumerate(parts):
             for number, each, _ in own:
                 segment[row, each.prompt.slots] = number
         inputs = inputs.replace(placement=inputs.placement.replace(visual_segment=segment))
-    if not any(each.prompt.targets is not None for row in placed for each in row):
+    every = [each for row in placed for each in row]
+    # Rows of one process may all be empty; they are of a batch for training nevertheless.
+    if every and not any(each.prompt.targets is not None for each in every):
         inputs = inputs.replace(labels=None, prompt=None)
     if questions > 1:
-        longest = max(int((~each.is_slot).sum()) for row in placed for each in row)
+        longest = max(int((~each.is_slot).sum()) for each in every)
         inputs = inputs.replace(questions=questions, longest=longest)
     return inputs
 
@@ -172,10 +174,11 @@ def _parts_apart(row: Sequence[_Placed]) -> list[tuple[int, _Placed, np.ndarray]
     return [(1 + number, each, np.flatnonzero(~each.is_slot)) for number, each in enumerate(row)]
 
 
-def _arrays(parts: Sequence[Sequence[tuple]], size: int, visual: int) -> ModelInputs:
-    """Rows of `_parts` as arrays."""
+def _arrays(
+    parts: Sequence[Sequence[tuple]], size: int, visual: int, axes: tuple[int, ...]
+) -> ModelInputs:
+    """Rows of `_parts` as arrays, with positions of these axes."""
     rows = len(parts)
-    axes = next(each.position.shape[1:] for row in parts for _, each, _ in row)
     segments = np.full((rows, size), PADDING_SEGMENT, np.int32)
     tokens, labels = np.zeros((rows, size), np.int32), np.full((rows, size), NO_LABEL, np.int32)
     prompt = np.zeros((rows, size), bool)

@@ -14,10 +14,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from efficient_vlm.checkpoints.safetensors_index import locate
 from efficient_vlm.checkpoints.safetensors_read import Checkpoint
-from efficient_vlm.errors import UserError, short
+from efficient_vlm.errors import UserError, short, short_path
 from efficient_vlm.families import hub
 from efficient_vlm.families.architecture import build_model, read_config
-from efficient_vlm.families.imported import CHECKPOINTS, read_carried, restore_stacked
+from efficient_vlm.families.imported import (
+    CHECKPOINTS,
+    DTYPES,
+    is_tuned,
+    read_carried,
+    restore_stacked,
+)
 from efficient_vlm.families.load import FamilyCheckpoint, known_dtype, stacked
 from efficient_vlm.families.processor import Processor
 from efficient_vlm.families.table import family_of
@@ -122,6 +128,7 @@ def open_base(fields: PretrainedFields) -> Base:
     Raises:
       UserError: no such model, or a compressor that it cannot have.
     """
+    _refuse_run(Path(fields.pretrained))
     source = hub.find(fields.pretrained, fields.revision)
     directory, files = locate(source.directory)
     source = dataclasses.replace(source, directory=directory)
@@ -137,6 +144,17 @@ def open_base(fields: PretrainedFields) -> Base:
     processor = Processor(family, config, directory, dict(fields.pictures), source)
     dtype = known_dtype("model.param_dtype", fields.param_dtype or "float32")
     return Base(model, processor, files, dtype)
+
+
+def _refuse_run(folder: Path) -> None:
+    """Raises UserError for the folder of a run, whose config.json is not that of a model."""
+    if not (folder / CHECKPOINTS).is_dir() or (folder / DTYPES).is_file():
+        return
+    raise UserError(
+        f"model.pretrained: {short_path(folder)} is a run of efficient-vlm train",
+        allowed="the directory of a published model, or its name on a hub",
+        fix="efficient-vlm export RUN OUT, and name OUT here" if is_tuned(folder) else None,
+    )
 
 
 def check_base(workdir: Path, base: Base) -> dict[str, str]:

@@ -12,9 +12,10 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.models.inputs import ModelInputs
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.train.distil import KINDS, divergence, divergence_of_top, top_tokens
+from efficient_vlm.train.preferred import PreferenceConfig, check_reference, make_preferring
 from efficient_vlm.train.step import losses_of
 
-__all__ = ["DistilConfig", "check_teacher", "make_objective"]
+__all__ = ["DistilConfig", "PreferenceConfig", "check_aims", "make_objective"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,8 @@ def make_objective(
     tuning: Any,
     config: DistilConfig,
     aux: Mapping[str, float],
+    preference: PreferenceConfig | None = None,
+    apart: bool = False,
 ) -> Callable:
     """What `step.make_train_step` differentiates: (trained, frozen, inputs, rng) -> (sum, metrics).
 
@@ -63,7 +66,11 @@ def make_objective(
       tuning: a `published.Tuning`.
       config: of the teacher.
       aux: weights of router losses.
+      preference: in place of labels, see `preferred`.
+      apart: how pairs lie in batches, see there.
     """
+    if preference is not None and preference.name is not None:
+        return make_preferring(model, tuning, preference, aux, apart)
 
     def labelled(trained: Any, frozen: Any, inputs: ModelInputs, rng: jax.Array) -> tuple:
         out = model.apply({"params": tuning.whole(trained, frozen)}, inputs, rng=rng)
@@ -94,7 +101,27 @@ def make_objective(
     return distilled
 
 
-def check_teacher(config: DistilConfig, adapt: Any) -> None:
+def check_aims(
+    config: DistilConfig, preference: PreferenceConfig, adapt: Any, pairs: bool | None = None
+) -> None:
+    """Raises UserError for aims that exclude each other or that these settings cannot reach.
+
+    Args:
+      config, preference: what is learnt beside labels, or in their place.
+      adapt: an `AdaptConfig`.
+      pairs: `data.pairs`; None where rows are what `preference` asks for.
+    """
+    if config.kind is not None and preference.name is not None:
+        raise UserError(
+            f"distil.kind: {config.kind} with preference.name={preference.name}",
+            allowed="one of both",
+            fix="distil.kind=None, or preference.name=None",
+        )
+    _check_teacher(config, adapt)
+    check_reference(preference, adapt, pairs)
+
+
+def _check_teacher(config: DistilConfig, adapt: Any) -> None:
     """Raises UserError where the model's own weights are no longer there to be the teacher's."""
     if config.kind is not None and (not adapt.low_rank or adapt.train):
         raise UserError(

@@ -5,7 +5,7 @@ What a policy is compared with (a reference, the policy that drew the samples) g
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Bool, Float, Float32, Int
 
 from efficient_vlm.errors import UserError
 from efficient_vlm.shapes import Array
@@ -40,6 +40,7 @@ def dpo(
     *,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
+    live: Bool[Array, " B"] | None = None,
 ) -> dict[str, Pair]:
     """Direct preference optimisation (arXiv 2305.18290, equation 7).
 
@@ -51,6 +52,7 @@ def dpo(
       reference_chosen, reference_rejected: likewise under the reference.
       beta: strength of the reference.
       label_smoothing: e, how often the other answer is the better one; below 0.5.
+      live: pairs that count; None for all.
 
     Returns:
       "loss"; "accuracy", pairs with x > 0; "margin", x. Each (sum over pairs, pairs).
@@ -60,7 +62,7 @@ def dpo(
     reference = jax.lax.stop_gradient(reference_chosen - reference_rejected)
     x = beta * (chosen - rejected - reference)
     losses = -(1 - label_smoothing) * jax.nn.log_sigmoid(x)
-    return _preferred(losses - label_smoothing * jax.nn.log_sigmoid(-x), x)
+    return _preferred(losses - label_smoothing * jax.nn.log_sigmoid(-x), x, live)
 
 
 def simpo(
@@ -69,6 +71,7 @@ def simpo(
     *,
     beta: float = 2.0,
     gamma: float = 1.0,
+    live: Bool[Array, " B"] | None = None,
 ) -> dict[str, Pair]:
     """Preferences without a reference (SimPO, arXiv 2405.14734, equation 6).
 
@@ -78,13 +81,14 @@ def simpo(
       chosen, rejected: from `sequence_log_probs`.
       beta: scale of the rewards.
       gamma: the margin that is asked for.
+      live: see `dpo`.
 
     Returns:
       As `dpo`; "accuracy" is of x > 0, without the margin.
     """
     (won, long), (lost, short) = chosen, rejected
     x = beta * (won / jnp.maximum(long, 1) - lost / jnp.maximum(short, 1))
-    return _preferred(-jax.nn.log_sigmoid(x - gamma), x)
+    return _preferred(-jax.nn.log_sigmoid(x - gamma), x, live)
 
 
 def group_advantages(rewards: Float[Array, "G K"]) -> Float32[Array, "G K"]:
@@ -155,11 +159,8 @@ def _ratio(difference: jax.Array, live: jax.Array) -> jax.Array:
     return jnp.exp(_bounded(difference, live))
 
 
-def _preferred(losses: jax.Array, x: jax.Array) -> dict[str, Pair]:
-    count = jnp.asarray(x.size, jnp.float32)
-    better = (x > 0).astype(jnp.float32)
-    return {
-        "loss": (losses.sum(), count),
-        "accuracy": (better.sum(), count),
-        "margin": (x.sum(), count),
-    }
+def _preferred(losses: jax.Array, x: jax.Array, live: jax.Array | None) -> dict[str, Pair]:
+    live = jnp.ones(x.shape, bool) if live is None else live
+    count = live.sum(dtype=jnp.float32)
+    named = {"loss": losses, "accuracy": (x > 0).astype(jnp.float32), "margin": x}
+    return {name: (jnp.where(live, values, 0).sum(), count) for name, values in named.items()}

@@ -34,7 +34,12 @@ from efficient_vlm.train.base import (
     with_values,
 )
 from efficient_vlm.train.config import TrainConfig, make_mesh
-from efficient_vlm.train.objective import DistilConfig, check_teacher, make_objective
+from efficient_vlm.train.objective import (
+    DistilConfig,
+    PreferenceConfig,
+    check_aims,
+    make_objective,
+)
 from efficient_vlm.train.optimizer import OptimizerConfig, make_optimizer
 from efficient_vlm.train.parameters import Start
 from efficient_vlm.train.processes import first_then_all
@@ -148,11 +153,17 @@ def make_step(
     frozen: Mapping[str, Any],
     settings: TrainConfig,
     distil: DistilConfig | None = None,
+    preference: PreferenceConfig | None = None,
+    apart: bool = False,
 ) -> Callable:
-    """The training step of one budget, with a program for each shape of rows."""
+    """The training step of one budget, with a program for each shape of rows.
+
+    Args:
+      distil, preference, apart: see `objective.make_objective`.
+    """
     aux = {name: getattr(settings, name) for name in ("load_balance", "router_z")}
-    distil = distil or DistilConfig()
-    check_teacher(distil, tuning.config)
+    distil, preference = distil or DistilConfig(), preference or PreferenceConfig()
+    check_aims(distil, preference, tuning.config)
 
     def make(model: VisionLanguageModel) -> Callable:
         return steps.make_train_step(
@@ -162,7 +173,7 @@ def make_step(
             accumulate=settings.accumulate,
             ema=settings.ema,
             layout=start.layout,
-            objective=make_objective(model, tuning, distil, aux),
+            objective=make_objective(model, tuning, distil, aux, preference, apart),
             frozen=frozen,
         )
 
@@ -205,7 +216,8 @@ def prepare_published(
     fields = construct(PretrainedFields, section(config, "model"), "model")
     adapting = construct(AdaptConfig, {"name": "full", **section(config, "adapt")}, "adapt")
     distil = construct(DistilConfig, section(config, "distil"), "distil")
-    check_teacher(distil, adapting)
+    preference = construct(PreferenceConfig, section(config, "preference"), "preference")
+    check_aims(distil, preference, adapting, data_config.pairs)
     mesh = make_mesh(settings, data_config.batch_size)
     rows = None if mesh is None else sharding.own_rows(mesh, data_config.batch_size)
     base = open_base(fields)
@@ -223,7 +235,9 @@ def prepare_published(
         rows=rows,
         programs=max(1, MOST_PROGRAMS // len(arms)),
         soft=soft_ids(tuning.like),
+        pairs=data_config.pairs,
     )
+    aims = (distil, preference, pipeline.apart)
     start, frozen = make_start(tuning, settings, optimizer)
 
     return Setup(
@@ -235,7 +249,7 @@ def prepare_published(
         model=base.processor.seeing(base.model),
         arms=arms,
         start=start,
-        programs=[make_step(arm.model, tuning, start, frozen, settings, distil) for arm in arms],
+        programs=[make_step(arm.model, tuning, start, frozen, settings, *aims) for arm in arms],
         compile_seconds=0.0,
         inputs=lambda batch: batch.inputs,
         whole=functools.partial(tuning.whole, frozen=frozen),

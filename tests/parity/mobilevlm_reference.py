@@ -7,6 +7,7 @@ python tests/parity/mobilevlm_reference.py tests/golden
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -99,22 +100,61 @@ def project(kind, w, x):
     return x.flatten(2).transpose(1, 2)
 
 
+class Parts(NamedTuple):
+    """The modules of a model.
+
+    Attributes:
+      tower, llama: of the reference library.
+      w: name -> weight of the projector.
+    """
+
+    kind: str
+    tower: nn.Module
+    llama: nn.Module
+    w: dict[str, nn.Parameter]
+
+    @classmethod
+    def new(cls, kind):
+        """With random weights."""
+        vision = T.CLIPVisionConfig(
+            **ODD.vision, **ODD.vision_eps, image_size=SIDE * PATCH, patch_size=PATCH
+        )
+        text = T.LlamaConfig(**ODD.text(tie_word_embeddings=False))
+        w = {name: nn.Parameter(value) for name, value in weights(kind).items()}
+        return cls(kind, build(T.CLIPVisionModel, vision), build(T.LlamaForCausalLM, text), w)
+
+    def named(self):
+        """Published name -> parameter."""
+        named = dict(self.llama.named_parameters())
+        for name, value in self.tower.named_parameters():
+            name = name.removeprefix("vision_model.")
+            named[f"model.vision_tower.vision_tower.vision_model.{name}"] = value
+        return named | {f"model.mm_projector.{name}": value for name, value in self.w.items()}
+
+    def features(self, images):
+        """Visual tokens float32 [M, N, D] of pictures [M, 3, H, W]."""
+        hidden = self.tower(images, output_hidden_states=True).hidden_states[-2][:, 1:]
+        return project(self.kind, self.w, hidden).float()
+
+    def embeds(self, row, images):
+        """What enters the decoder for token ids [L]: float32 [1, L, D]."""
+        embeds = self.llama.get_input_embeddings()(row.clamp_min(0))
+        if not len(images):
+            return embeds[None]
+        at = (row == IMAGE)[:, None].expand_as(embeds)
+        return embeds.masked_scatter(at, self.features(images))[None]
+
+    def logits(self, row, images):
+        """float32 [L, vocab] of one row alone."""
+        return self.llama(inputs_embeds=self.embeds(row, images)).logits[0]
+
+
 def make(kind, folder, flat=False):
     """Writes a checkpoint to `folder`; returns its config, and what the reference computes."""
-    vision = T.CLIPVisionConfig(
-        **ODD.vision, **ODD.vision_eps, image_size=SIDE * PATCH, patch_size=PATCH
-    )
-    text = T.LlamaConfig(**ODD.text(tie_word_embeddings=False))
-    tower, llama = build(T.CLIPVisionModel, vision), build(T.LlamaForCausalLM, text)
-    w = weights(kind)
-    tensors = dict(llama.state_dict())
-    for name, value in tower.state_dict().items():
-        name = name.removeprefix("vision_model.")
-        tensors[f"model.vision_tower.vision_tower.vision_model.{name}"] = value
-    tensors |= {f"model.mm_projector.{name}": value for name, value in w.items()}
-    save_file(
-        {name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors"
-    )
+    parts = Parts.new(kind)
+    vision, text = parts.tower.config, parts.llama.config
+    tensors = {name: value.detach().contiguous() for name, value in parts.named().items()}
+    save_file(tensors, folder / "model.safetensors")
     config = dict(model_type="mobilevlm", mm_projector_type=kind, vision_config=vision.to_dict())
     config |= text.to_dict() | config if flat else dict(text_config=text.to_dict())
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -124,22 +164,21 @@ def make(kind, folder, flat=False):
     longest = max(map(len, ids))
     images = torch.stack([image for row in rows for image in row.images])
     with torch.no_grad():
-        hidden = tower(images, output_hidden_states=True).hidden_states[-2][:, 1:]
-        features = project(kind, w, hidden).float()
         logits = torch.zeros(len(ids), longest, ODD.vocab)
         generated = {}
         for i, row in enumerate(ids):
             row = torch.tensor(row)
-            embeds = llama.get_input_embeddings()(row.clamp_min(0))
-            seen = sum(len(r.images) for r in rows[:i])
-            own = features[seen : seen + len(rows[i].images)].flatten(0, 1)
-            embeds[row == IMAGE] = own
-            logits[i, : len(row)] = llama(inputs_embeds=embeds[None]).logits[0]
-            more = llama.generate(
-                inputs_embeds=embeds[None], max_new_tokens=6, do_sample=False, eos_token_id=None
+            own = images[sum(len(r.images) for r in rows[:i]) :][: len(rows[i].images)]
+            logits[i, : len(row)] = parts.logits(row, own)
+            more = parts.llama.generate(
+                inputs_embeds=parts.embeds(row, own),
+                max_new_tokens=6,
+                do_sample=False,
+                eos_token_id=None,
             )
             key = "gen/tokens" if i == 0 else f"gen/tokens_{i}"
             generated[key] = np.concatenate([row.numpy()[None], more.numpy()], axis=1)
+        features = parts.features(images)
     io = {
         "in/input_ids": np.array([row + [0] * (longest - len(row)) for row in ids]),
         "in/attention_mask": np.array([[1] * len(r) + [0] * (longest - len(r)) for r in ids]),

@@ -47,6 +47,28 @@ def test_exif_orientation_is_applied():
     np.testing.assert_array_equal(images.decode(data), np.rot90(noise(), -1))
 
 
+def test_the_size_of_a_picture_needs_no_pixels():
+    """A PNG that ends in the middle of them, and one that is turned by what stands behind them."""
+    data = encode(Image.fromarray(noise(40, 60)))
+    cut = data[: len(data) // 2]
+    assert images.picture_size(cut) == (40, 60)
+    with pytest.raises(BadImage, match="corrupt"):
+        images.decode(cut)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    body = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    end = data.rindex(b"IEND") - 4
+    xmp = PngImagePlugin.PngInfo()
+    xmp.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>')
+    for turned in (
+        encode(Image.fromarray(noise(40, 60)), exif=exif),
+        data[:end] + chunk + data[end:],
+        encode(Image.fromarray(noise(40, 60)), pnginfo=xmp),
+    ):
+        assert images.picture_size(turned) == images.decode(turned).shape[:2] == (60, 40)
+
+
 def test_alpha_is_composited_on_white():
     rgba = np.zeros((2, 2, 4), np.uint8)
     rgba[..., 0] = 200  # Hidden red.

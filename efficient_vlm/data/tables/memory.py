@@ -10,6 +10,9 @@ from efficient_vlm.processing.decode_image import MAX_BYTES, BadRecord
 from efficient_vlm.processing.picture_bytes import picture_bytes
 from efficient_vlm.processing.pictures.base import load_picture
 
+# Fields that are pictures, or turns with pictures in their parts.
+_HELD = ("image", "images", "messages", "content", "prompt", "chosen", "rejected")
+
 
 class MemoryTable:
     """A `tables.base.Table` of mappings; their pictures may be anything that `load_picture` takes.
@@ -58,9 +61,7 @@ class MemoryTable:
                 data, path = value.get("bytes"), value.get("path")
                 return self._bytes(path if data is None else data)
             return {
-                key: self._held(part, key in ("image", "images"))
-                if key in ("image", "images", "messages", "content")
-                else part
+                key: self._held(part, key in ("image", "images")) if key in _HELD else part
                 for key, part in value.items()
             }
         if isinstance(value, list | tuple):

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ def evaluate_file(
     batch_size: int = 8,
     prompt_suffix: str = "",
     seeds: int = 3,
+    by_category: bool = False,
     workdir: str | os.PathLike | None = None,
     say: Callable[[str], None] = print,
     check_stop: Callable[[], None] = lambda: None,
@@ -61,6 +62,7 @@ def evaluate_file(
       prompt_suffix: behind every question, on a line of its own, such as "Answer the question using
         a single word or phrase."
       seeds: draws of a random compressor, pooled.
+      by_category: whether each category of questions gets rows of its own, beside those of all.
       workdir: where results.json and predictions go; None for nowhere.
       say: receives lines for the user.
       check_stop: called between batches; may raise.
@@ -94,6 +96,8 @@ def evaluate_file(
             row["difference"] = _difference(predictions, baseline)
         baseline = baseline or predictions
         results["eval"].append({**setting, **row})
+        if by_category:
+            results["eval"] += [{**setting, **each} for each in _of_categories(predictions)]
         results["cost"].append({**setting, **cost(variant, asked, config, outputs)})
         results["summary"].append({**setting, **metrics.summary(metric, predictions)})
         if folder is not None:
@@ -212,6 +216,13 @@ def _evaluated(predictions: Sequence[Mapping[str, Any]], metric: str) -> dict[st
     )
     interval = [round(low, 4), round(high, 4)]
     return {"task": metric, "n": len(predictions), "accuracy": round(mean, 4), "ci95": interval}
+
+
+def _of_categories(predictions: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A row for each category, where there are several."""
+    names = sorted({str(row["category"]) for row in predictions})
+    for name in names if len(names) > 1 else ():
+        yield _evaluated([row for row in predictions if str(row["category"]) == name], name)
 
 
 def _difference(predictions: Sequence[Mapping], baseline: Sequence[Mapping]) -> dict[str, Any]:

@@ -18,8 +18,10 @@ from efficient_vlm.data.skips import told
 from efficient_vlm.errors import UserError
 from efficient_vlm.evaluation.protocol import CONTROLS, evaluate
 from efficient_vlm.evaluation.settings import EvalConfig, settings_of
+from efficient_vlm.evaluation.tuned import evaluate_tuned
 from efficient_vlm.fields import construct, section
 from efficient_vlm.runtime import enable_compilation_cache
+from efficient_vlm.train.config import is_published
 from efficient_vlm.train.processes import first_then_all
 from efficient_vlm.train.trained import Trained, restore
 from efficient_vlm.train.workdir_config import read_run_config
@@ -65,6 +67,11 @@ def evaluate_run(
         evaluation = dataclasses.replace(evaluation, methods=methods)
     if images is not None:
         evaluation = dataclasses.replace(evaluation, images=images)
+    if is_published(config):
+        if control == "shuffled":
+            raise UserError("control: shuffled", allowed="blank, of runs of published models")
+        given = dict(control=control, say=say, check_stop=check_stop)
+        return evaluate_tuned(workdir, config, evaluation, **given)
     placed = _mesh(config, mesh)
     data_config = DataConfig.from_mapping(section(config, "data"))
     pipeline = first_then_all(lambda: make_train(data_config, workdir=workdir))

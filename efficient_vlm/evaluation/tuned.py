@@ -30,12 +30,14 @@ def evaluate_tuned(
     config: Mapping[str, Any],
     evaluation: EvalConfig,
     *,
+    control: str | None = None,
     say: Callable[[str], None] = print,
     check_stop: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """The newest parameters of a run on its held-out rows, with every method at every budget.
 
-    Answers are generated from the conversation up to the last answer, and scored by `eval.metric`.
+    Answers are generated from the conversation up to the last answer, and scored by `eval.metric`;
+    with the control "blank" of grey pictures, and without losses.
 
     Returns:
       {"losses": rows of compressor, budget, loss (mean per target token, in nats) and targets,
@@ -50,7 +52,8 @@ def evaluate_tuned(
         say("Evaluation: no rows are held out (data.eval_path, data.test_fraction)")
         return found
     variants = settings_of(evaluation, vlm.model)
-    for variant, (name, budget) in zip(variants, labels_of(variants), strict=True):
+    labelled = [] if control else zip(variants, labels_of(variants), strict=True)
+    for variant, (name, budget) in labelled:
         check_stop()
         loss, targets, skips = _loss(vlm.with_model(variant), source, data, check_stop)
         row = {"compressor": name, "budget": budget, "loss": loss, "targets": targets}
@@ -68,6 +71,8 @@ def evaluate_tuned(
             evaluation.metric,
             methods=methods,
             seeds=evaluation.seeds,
+            by_category=True,
+            control=control,
             workdir=None,
             say=say,
             check_stop=check_stop,

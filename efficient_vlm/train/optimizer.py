@@ -37,6 +37,7 @@ class OptimizerConfig:
         more steps than the run has, its last rate is above 0.
       decay_fraction: share of the run that the decay of "wsd" takes.
       warmup_steps: length of the warm-up.
+      warmup_fraction: the same as a share of the run, in place of `warmup_steps`.
       weight_decay: decoupled, times the learning rate; only for matrices (and stacks of them).
       clip_norm: largest global norm of the gradient; None for no clipping.
       b1, b2: moments of AdamW.
@@ -52,6 +53,7 @@ class OptimizerConfig:
     decay_steps: int | None = None
     decay_fraction: float = 0.4
     warmup_steps: int = 100
+    warmup_fraction: float | None = None
     weight_decay: float = 0.01
     clip_norm: float | None = 1.0
     b1: float = 0.9
@@ -63,6 +65,7 @@ class OptimizerConfig:
         where, rates = "train.optimizer", ("learning_rate", "adam_learning_rate")
         number_fields(self, where, *rates, "warmup_steps", "weight_decay", low=0)
         number_fields(self, where, "decay_steps", low=1)
+        number_fields(self, where, "warmup_fraction", low=0, below=1)
         number_fields(self, where, "decay_fraction", above=0, high=1)
         number_fields(self, where, "clip_norm", above=0)
         number_fields(self, where, "b1", "b2", low=0, below=1)
@@ -89,7 +92,9 @@ class Group:
 
 def schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
     """The learning rate at each step of a run of `steps`."""
-    warmup = min(config.warmup_steps, max(steps - 1, 0))
+    share = config.warmup_fraction
+    warmup = config.warmup_steps if share is None else round(share * steps)
+    warmup = min(warmup, max(steps - 1, 0))
     rest = max(steps - warmup, 1)
     span = max((config.decay_steps or steps) - warmup, 1)
     decay = min(rest, max(1, round(steps * config.decay_fraction)))

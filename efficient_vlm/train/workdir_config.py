@@ -93,8 +93,8 @@ def check_workdir_config(
 ) -> bool:
     """Writes `<workdir>/config.json` on first use; later, refuses a config that differs from it.
 
-    As long as nothing was saved, a corrected config replaces the stored one, and the tokenizer is
-    made again.
+    As long as nothing was saved, a corrected config replaces the stored one; the tokenizer and the
+    record of the base, which may be another's, are made again.
 
     Args:
       workdir: created if needed.
@@ -123,7 +123,8 @@ def check_workdir_config(
         ) from None
     lines = compare_config(stored, config, ignore=ignore)
     if lines and not has_steps(path.parent):
-        (path.parent / "tokenizer.json").unlink(missing_ok=True)
+        for name in ("tokenizer.json", "base.json"):
+            (path.parent / name).unlink(missing_ok=True)
         _write(path, config)
         return True
     if lines:

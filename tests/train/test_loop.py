@@ -234,9 +234,10 @@ def test_a_mistake_does_not_claim_the_workdir(tiny_config, tmp_path):
     tiny_config.data.max_count = 9
     with pytest.raises(UserError, match="data.max_count"):
         commands.fit(tiny_config, tmp_path / "run", say=lambda line: None)
-    (tmp_path / "run" / "tokenizer.json").write_text("of the data of before")
+    for name in ("tokenizer.json", "base.json"):
+        (tmp_path / "run" / name).write_text("of the config of before")
     assert check_workdir_config(tmp_path / "run", to_dict(mended))
-    assert not (tmp_path / "run" / "tokenizer.json").exists()
+    assert not list((tmp_path / "run").glob("[bt]*.json"))
     # A workdir that has saved a step keeps its config, whatever is asked of it later.
     ended = tmp_path / "ended"
     check_workdir_config(ended, {"seed": 1})

@@ -91,6 +91,12 @@ def test_decay_may_take_longer_than_the_run():
     assert [float(short(i)) for i in range(20)] == [float(long(i)) for i in range(20)]
 
 
+def test_a_warm_up_may_be_a_share_of_the_run():
+    given = schedule(config(schedule="cosine", warmup_steps=7, warmup_fraction=0.03), 200, 0.3)
+    same = schedule(config(schedule="cosine", warmup_steps=6), 200, 0.3)
+    assert [float(given(i)) for i in range(200)] == [float(same(i)) for i in range(200)]
+
+
 def test_a_run_of_one_step_learns():
     """With nothing but a warm-up the only step would have a rate of 0."""
     assert float(schedule(config(schedule="cosine", warmup_steps=100), 1, 0.5)(0)) == 0.5

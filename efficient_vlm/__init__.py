@@ -14,7 +14,7 @@ _WHERE = {
     "VisionLanguageModel": "efficient_vlm.models.vlm",
     "evaluate_run": "efficient_vlm.evaluation.run",
     "fit": "efficient_vlm.cli.run",
-    "from_pretrained": "efficient_vlm.inference.pretrained",
+    "from_pretrained": "efficient_vlm.inference.load",
     "generate": "efficient_vlm.inference.generate",
     "load_config": "efficient_vlm.cli.config_file",
 }

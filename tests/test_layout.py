@@ -32,6 +32,7 @@ HIDDEN = {
     "compressors.imports": "--import names the module, which is the user's own",
     "data": "names load their modules when they are first used: `DataConfig` needs no NumPy",
     "data.token_bench.store": "TFDS (0.4 s) is loaded for generated data, not for one's own",
+    "inference.load": "a fine-tuned run brings training (optax, orbax: 1 s), a published model not",
     "inference.pretrained": "training (optax, orbax: 1 s) is loaded for who trains",
     "kernels.attention.dispatch": "Pallas (0.3 s) is loaded for the platform that needs it",
     "kernels.paged_attention": "Pallas (0.3 s) is loaded where a program for TPUs is traced",

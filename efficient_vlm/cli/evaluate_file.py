@@ -27,7 +27,8 @@ from efficient_vlm.evaluation.benchmark_file import (
 )
 from efficient_vlm.evaluation.on_file import evaluate_file
 from efficient_vlm.families.imported import is_tuned
-from efficient_vlm.inference.pretrained import Pretrained, from_pretrained
+from efficient_vlm.inference.load import from_pretrained
+from efficient_vlm.inference.pretrained import Pretrained
 from efficient_vlm.report.report import write_report
 from efficient_vlm.runtime import enable_compilation_cache
 

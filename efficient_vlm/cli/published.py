@@ -24,8 +24,10 @@ from efficient_vlm.families.card import Card, read_base
 from efficient_vlm.families.card_facts import of_workdir
 from efficient_vlm.families.imported import import_model, is_tuned, read_carried
 from efficient_vlm.families.table import family_of
-from efficient_vlm.inference import answers, pretrained
+from efficient_vlm.inference import answers
+from efficient_vlm.inference.load import from_pretrained
 from efficient_vlm.inference.options import SamplingOptions
+from efficient_vlm.inference.pretrained import Pretrained
 from efficient_vlm.nn.kv_cache import CacheOptions
 from efficient_vlm.nn.stack import unstack
 from efficient_vlm.processing import pointing
@@ -96,7 +98,7 @@ def export_checkpoint(
         )
     if form == "peft" and dtype is not None:
         raise UserError(f"--dtype={dtype}: adapters are written as they are", fix="leave it out")
-    vlm = pretrained.from_pretrained(checkpoint, revision=revision, param_dtype=dtype or "stored")
+    vlm = from_pretrained(checkpoint, revision=revision, param_dtype=dtype or "stored")
     command = shlex.join(["efficient-vlm", *sys.argv[1:]])
     if form == "peft":
         paths = vlm.save_adapter(out)
@@ -155,7 +157,7 @@ def generate(
     enable_compilation_cache()
     sampling = sampling or {}
     _check(sampling, cache, points, images)
-    vlm = pretrained.from_pretrained(
+    vlm = from_pretrained(
         model,
         revision=revision,
         compressor=_one_method(method, options),
@@ -238,7 +240,7 @@ def _check(
         raise UserError(f"--points={path}: no directory {path.parent}", fix="make it first")
 
 
-def _report(vlm: pretrained.Pretrained, out: Any, answer: answers.Answer) -> dict[str, Any]:
+def _report(vlm: Pretrained, out: Any, answer: answers.Answer) -> dict[str, Any]:
     decode = out.seconds["decode"]
     seconds = {stage: out.seconds[stage] for stage in ("encode", "compress", "prefill")}
     report = {

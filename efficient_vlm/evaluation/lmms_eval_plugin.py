@@ -15,7 +15,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 
 from efficient_vlm.errors import UserError, short
-from efficient_vlm.inference.pretrained import from_pretrained
+from efficient_vlm.inference.load import from_pretrained
 
 MANIFEST = ModelManifest("efficient_vlm", simple_class_path=f"{__name__}.EfficientVLM")
 # Where a task says nothing, as most models of lmms-eval do.

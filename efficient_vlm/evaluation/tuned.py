@@ -19,7 +19,8 @@ from efficient_vlm.evaluation.on_file import evaluate_file
 from efficient_vlm.evaluation.settings import EvalConfig, labels_of, settings_of
 from efficient_vlm.fields import section
 from efficient_vlm.inference.finetune import mean_loss
-from efficient_vlm.inference.pretrained import Pretrained, from_pretrained
+from efficient_vlm.inference.load import from_pretrained
+from efficient_vlm.inference.pretrained import Pretrained
 from efficient_vlm.processing.decode_image import BadRecord
 
 __all__ = ["evaluate_tuned"]

@@ -63,7 +63,7 @@ def open_weights(
       files: a published or an imported directory, or the weights of one by name.
       family, config, model: of that directory; the compressor of the model does not matter.
       dtype: of the parameters; None for those stored.
-      sharding, check, sha256: see `pretrained.from_pretrained`.
+      sharding, check, sha256: see `inference.load.from_pretrained`.
     """
     model = model.clone(compressor={"name": "none"})
     if not (files / CHECKPOINTS).is_dir():

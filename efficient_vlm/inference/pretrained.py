@@ -1,6 +1,5 @@
 """A published model ready to be asked: weights, tokenizer, pictures and prompt in one object."""
 
-import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,44 +12,33 @@ import numpy as np
 from flax import linen as nn
 
 from efficient_vlm.adapt.build import is_adapted, merge
-from efficient_vlm.adapt.prompts import soft_ids
-from efficient_vlm.checkpoints.safetensors_index import locate
 from efficient_vlm.checkpoints.safetensors_write import writing
-from efficient_vlm.errors import UserError, first_line, short, unknown
-from efficient_vlm.families import generation_config, hub
-from efficient_vlm.families.architecture import build_model, read_config
+from efficient_vlm.errors import UserError, first_line, short
+from efficient_vlm.families import generation_config
 from efficient_vlm.families.card import Card, copy_terms
 from efficient_vlm.families.card_facts import of_model
 from efficient_vlm.families.checks import check_compressor, check_parameters, refuse_own_weights
-from efficient_vlm.families.imported import is_tuned, open_weights
 from efficient_vlm.families.load import known_dtype
 from efficient_vlm.families.peft_read import load_adapter
 from efficient_vlm.families.peft_write import save_adapter
 from efficient_vlm.families.processor import Processor
 from efficient_vlm.families.save import copy_settings, export
-from efficient_vlm.families.table import family_of
 from efficient_vlm.families.weights import Arriving, Weights
 from efficient_vlm.inference import answers
 from efficient_vlm.inference.generate import Generated, generate
 from efficient_vlm.inference.options import SamplingOptions, one_each
 from efficient_vlm.inference.prepare import prepared
 from efficient_vlm.inference.programs import bounded_jit
+from efficient_vlm.inference.requests import Requests
 from efficient_vlm.inference.sampling import Sampling
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.nn.kv_cache import CacheOptions
-from efficient_vlm.processing.chat_template import Template
-from efficient_vlm.processing.conversation import Conversation, is_one, prompt_ids
-from efficient_vlm.processing.hub_tokenizer import HubTokenizer, read_json
-from efficient_vlm.processing.messages import pictures_in_order, read_messages
-from efficient_vlm.processing.pictures.base import Pictured
-from efficient_vlm.processing.request import Example, Request, make_request
-from efficient_vlm.runtime import paused_collection
-
-# Text is padded to a multiple of this: prompts of about one length share a program.
-BUCKET = 32
+from efficient_vlm.processing.conversation import Conversation, is_one
+from efficient_vlm.processing.hub_tokenizer import read_json
+from efficient_vlm.processing.request import Request
 
 
-class Pretrained:
+class Pretrained(Requests):
     """A published model. Made by `from_pretrained`.
 
     Attributes:
@@ -89,27 +77,6 @@ class Pretrained:
     def fused(self) -> Any:
         """Parameters as `generate` uses them: products of one input joined (`nn.fuse`)."""
         return self.weights.fused
-
-    @property
-    def tokenizer(self) -> HubTokenizer:
-        """The tokenizer; UserError if the directory has none."""
-        return self.processor.tokenizer
-
-    @property
-    def template(self) -> Template | str:
-        """The chat template of the directory, or the name of the family's own prompt."""
-        return self.processor.template
-
-    @property
-    def pictures(self) -> Any:
-        """The picture processor of the directory."""
-        return self.processor.pictures
-
-    @functools.cached_property
-    def soft_ids(self) -> tuple[int, ...]:
-        """Ids of the learned tokens in front of every prompt (prompt tuning); () for none."""
-        reader = self.weights.reader
-        return soft_ids(self.weights.fused if reader is None else reader.abstract)
 
     @property
     def _dtype(self) -> Any:
@@ -422,134 +389,7 @@ class Pretrained:
             command=command,
         )
 
-    # --- from words and pictures to arrays -------------------------------------------------------
-
-    def request(
-        self, questions: Sequence[Conversation], images: Sequence[Sequence[Any]] | None = None
-    ) -> Request:
-        """Renders, tokenises and places prompts; see `generate`."""
-        if not questions:
-            raise UserError("prompt: none", fix="ask at least one question")
-        images = [[] for _ in questions] if images is None else list(images)
-        if len(images) != len(questions):
-            raise UserError(
-                f"images: {len(images)} lists for {len(questions)} questions",
-                fix="give one list of pictures for each question",
-            )
-        asked, pictured = [], []
-        for question, row in zip(questions, images, strict=True):
-            if not isinstance(row, list | tuple):
-                raise UserError(
-                    f"images: a {type(row).__name__}, not a list", fix="images=[picture]"
-                )
-            if not isinstance(question, str):
-                question, named = read_messages(question)
-                row = pictures_in_order(named, row)
-            asked.append(question)
-            pictured.append(tuple(self.pictures(picture) for picture in row))
-        how = (self.processor.style, self.template, self.tokenizer)
-        soft = self.soft_ids
-        ids = [[*soft, *prompt_ids(*how, *row)] for row in zip(asked, pictured, strict=True)]
-        return self.place(ids, pictured)
-
-    def place(
-        self, ids: Sequence[Sequence[int]], pictured: Sequence[Sequence[Pictured]]
-    ) -> Request:
-        """Token ids with visual slots among them, and the pictures that go there, as arrays."""
-        rows = zip(ids, pictured, strict=True)
-        return self.batch([Example([row], pictures) for row, pictures in rows])
-
-    def batch(self, examples: Sequence[Example]) -> Request:
-        """Conversations as token ids, several about the same pictures or one, as arrays.
-
-        With targets they have labels, for `train.step`.
-        """
-        model = self.model
-        if any(example.pictured for example in examples):
-            model = self.processor.seeing(model)
-        options = dict(variable=self.family.variable, multiple=BUCKET, soft=len(self.soft_ids))
-        return make_request(model, examples, self.processor.rules, **options)
-
-    def _seen(self, request: Request) -> np.ndarray:
-        """Ids of each prompt, as published code counts them: with one for its pictures."""
-        seen = np.where(request.inputs.live, request.inputs.text, -1)
-        if request.inputs.pictures is None:
-            return seen
-        slot = [self.family.image_token(self.config) if row else -1 for row in request.pictured]
-        return np.concatenate([seen, np.array(slot, seen.dtype)[:, None]], axis=1)
-
 
 @bounded_jit(1)
 def _logits(model, params, inputs, rng):
     return model.apply({"params": params}, inputs, rng=rng).logits
-
-
-@paused_collection()
-def from_pretrained(
-    path: str | os.PathLike,
-    *,
-    revision: str | None = None,
-    compressor: Mapping[str, Any] | None = None,
-    dtype: Any = "float32",
-    param_dtype: Any = None,
-    sharding: Callable | None = None,
-    check: bool = True,
-    sha256: Mapping[str, str] | None = None,
-    adapter: str | os.PathLike | None = None,
-    **picture_options: Any,
-) -> Pretrained:
-    """Loads a published model.
-
-    Args:
-      path: a directory with config.json and safetensors (one file, or shards with an index), the
-        file or the index itself where there are several, or what `efficient-vlm import` wrote; or
-        "org/name" of a model on a hub, unless there is a folder of that name, see `hub.find`; or
-        the workdir of a fine-tuned run, whose model has its compressor and its adapters.
-      revision: of a model on a hub: a branch, a tag or a commit; None for the default branch.
-      compressor: name, budget and options, such as dict(name="visionzip", budget=64); None for all
-        visual tokens.
-      dtype: of activations, "float32" or "bfloat16".
-      param_dtype: of parameters; None for that of activations, "stored" for those of the files.
-      sharding: see `load.load_parameters`.
-      check: refuse NaN and infinity. Without it, on a CPU, threads read the weights while the
-        programs of the first request are prepared.
-      sha256: file name -> digest of every safetensors file; they are read and compared first.
-      adapter: folder with an adapter of PEFT's, which stays apart from the weights until `merge`.
-      **picture_options: of the family's picture processor: min_pixels and max_pixels (Qwen-VL),
-        split (SmolVLM), max_tiles (InternVL), max_crops (Molmo), pan_and_scan (Gemma 3).
-
-    Raises:
-      UserError: no such model, a damaged file, or a compressor that this model cannot have.
-    """
-    if is_tuned(path):
-        from efficient_vlm.inference.tuned import load_run
-
-        parts = load_run(Path(path), compressor=compressor, dtype=dtype, **picture_options)
-        tuned = Pretrained(*parts, changed=True)
-        return tuned if adapter is None else tuned.merge().with_adapter(adapter)
-    source = hub.find(path, revision)
-    directory, files = locate(source.directory)
-    dtype = known_dtype("dtype", dtype)
-    kind = None
-    if param_dtype != "stored":
-        kind = dtype if param_dtype is None else known_dtype("param_dtype", param_dtype)
-    if compressor is not None and not isinstance(compressor, Mapping):
-        raise UserError(
-            f"compressor: {short(compressor)} is not a mapping",
-            fix='dict(name="visionzip", budget=64)',
-        )
-    config = read_config(files)
-    family = family_of(config)
-    for name in picture_options:
-        if name not in family.picture_options:
-            options = family.picture_options or (f"none for {family.name}",)
-            raise unknown("option of from_pretrained or its pictures", name, options)
-    model = build_model(config, dtype=dtype, compressor=compressor)
-    check_compressor(model, family.variable)
-    weights, carried = open_weights(
-        files, family, config, model, dtype=kind, sharding=sharding, check=check, sha256=sha256
-    )
-    source = dataclasses.replace(source, directory=directory)
-    processor = Processor(family, config, directory, picture_options, source)
-    vlm = Pretrained(model, weights, processor, carried)
-    return vlm if adapter is None else vlm.with_adapter(adapter)

@@ -14,7 +14,7 @@ from efficient_vlm.evaluation.metrics import METRICS, Metric
 from efficient_vlm.evaluation.metrics.base import Measured
 from efficient_vlm.evaluation.on_file import evaluate_file, rescore
 from efficient_vlm.evaluation.stats import accuracy_interval
-from efficient_vlm.inference.pretrained import from_pretrained
+from efficient_vlm.inference.load import from_pretrained
 from efficient_vlm.report import records
 from efficient_vlm.report.report import write_report
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from efficient_vlm.errors import UserError
-from efficient_vlm.inference.pretrained import from_pretrained
+from efficient_vlm.inference.load import from_pretrained
 
 pytestmark = pytest.mark.parity
 pytest.importorskip("lmms_eval.api.model")

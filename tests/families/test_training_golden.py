@@ -67,7 +67,9 @@ def test_original_molmo(name, monkeypatch):
         model = golden.model.clone(dtype=jnp.float64)
         precise = jax.jit(mean(model, widened(golden.inputs)))
         leaves, tree = jax.tree.flatten(widened(params))
-        assert float(precise(jax.tree.unflatten(tree, leaves))) == pytest.approx(loss, rel=1e-6)
+        assert float(precise(jax.tree.unflatten(tree, leaves))) == pytest.approx(
+            float(loss), rel=1e-6
+        )
         for i, (path, found) in enumerate(gradient):
             direction = rng.normal(size=found.shape)
             direction /= np.linalg.norm(direction)

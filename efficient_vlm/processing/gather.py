@@ -60,7 +60,7 @@ def gather(
     every = [p for row in pictured for p in row]
     size = [max((p.images.shape[axis] for p in every), default=0) for axis in (1, 2)]
     if room is not None:
-        _check_room(pictured, size, room)
+        _check_room(model, pictured, size, room)
         size = list(room.size)
     images = np.zeros((rows, most, *size, 3), np.float32)
     mask = np.zeros((rows, most), bool)
@@ -165,13 +165,30 @@ def capped(
     )
 
 
-def _check_room(pictured, size: Sequence[int], room: Room) -> None:
+def _check_room(model: VisionLanguageModel, pictured, size: Sequence[int], room: Room) -> None:
     images = max(sum(len(p.images) for p in row) for row in pictured)
     if images > room.images or any(a > b for a, b in zip(size, room.size, strict=True)):
         raise UserError(
             f"pictures: {images} images of {size[0]} x {size[1]} pixels in a row",
             allowed=f"up to {room.images} of {room.size[0]} x {room.size[1]}",
         )
+    visual = max(sum(_kept(model, p) for p in row) for row in pictured)
+    if room.visual and visual > room.visual:
+        raise UserError(
+            f"pictures: {visual} visual tokens in a row",
+            allowed=f"up to {room.visual}",
+            fix="put fewer pictures into it",
+        )
+
+
+def _kept(model: VisionLanguageModel, pictured: Pictured) -> int:
+    """Visual tokens of a picture that may enter the decoder."""
+    if pictured.pool_index is not None:
+        return len(pictured.pool_index)
+    counts = pictured.grids.prod(axis=1)
+    inside = model.make_compressor().in_decoder
+    budget = None if inside else model.compressor.get("budget")
+    return int(counts.sum() if budget is None else np.minimum(counts, budget).sum())
 
 
 def _gather_pooled(patch: int, pictured, pictures: Pictures, width: int, room: Room | None):

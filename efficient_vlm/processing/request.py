@@ -125,6 +125,9 @@ def pack_request(
             its = None if grid is None else grid[image : image + images]
             rows[-1].append(Prompt(ids, own[slot : slot + count], its, targets=targets))
             slot, image = slot + count, image + images
+    longest = max(sum(len(p.ids) - len(p.slots) for p in row) for row in rows)
+    if longest > room.text:
+        raise UserError(f"prompt: {longest} text tokens in a row", allowed=f"up to {room.text}")
     visual = math.prod(model.layout(pictures))
     given = dict(visual=visual, length=room.text, apart=True)
     inputs = place(rows, **given, **{**rules, "image_token": token})

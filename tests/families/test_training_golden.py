@@ -10,6 +10,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from training_steps import CASES, GOLDEN, open_golden, train
@@ -62,10 +63,13 @@ def test_original_molmo(name, monkeypatch):
         patch.setattr(moe, "Linear", functools.partial(Linear, dtype=jnp.float64))
         wide = functools.partial(jnp.matmul, preferred_element_type=jnp.float64)
         patch.setattr(grouped_matmul, "_dot", wide)
+        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # Signatures say float32.
         model = golden.model.clone(dtype=jnp.float64)
         precise = jax.jit(mean(model, widened(golden.inputs)))
         leaves, tree = jax.tree.flatten(widened(params))
-        assert float(precise(jax.tree.unflatten(tree, leaves))) == pytest.approx(loss, rel=1e-6)
+        assert float(precise(jax.tree.unflatten(tree, leaves))) == pytest.approx(
+            float(loss), rel=1e-6
+        )
         for i, (path, found) in enumerate(gradient):
             direction = rng.normal(size=found.shape)
             direction /= np.linalg.norm(direction)

@@ -131,14 +131,15 @@ class ChatPipeline:
                 fix="see `efficient-vlm data inspect` for the reasons",
             )
         uneven = self.processor.family.variable and not self._pooled
-        limits = Size(
-            max(s.text for s in sizes),
-            max(s.images for s in sizes),
-            tuple(max(s.pixels[axis] for s in sizes) for axis in (0, 1)),
-            max(s.visual for s in sizes),
-        )
+        limits = None
         if count > len(chosen):  # Those that were not seen may need more.
-            limits = limits._replace(text=max(limits.text, self._max_length - limits.visual))
+            visual = max(s.visual for s in sizes)
+            limits = Size(
+                max(*(s.text for s in sizes), self._max_length - visual),
+                max(s.images for s in sizes),
+                tuple(max(s.pixels[axis] for s in sizes) for axis in (0, 1)),
+                visual,
+            )
         return choose_rooms(
             sizes,
             self._each,

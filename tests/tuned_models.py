@@ -5,13 +5,19 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import ml_collections
 import numpy as np
 from chat_templates import QWEN_VL
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from efficient_vlm.families.architecture import build_model
 from efficient_vlm.families.processor import Processor
+from efficient_vlm.families.save import export
+from efficient_vlm.families.table import family_of
+from efficient_vlm.models.init import abstract_parameters
+from efficient_vlm.sharding import path_of
 from efficient_vlm.train.base import PretrainedFields, open_base
 
 TESTS = Path(__file__).parent
@@ -124,3 +130,37 @@ def tuning_config(pretrained, path, *, adapt=None, **sections) -> ml_collections
     for name, fields in sections.items():
         config[name].update(fields)
     return config
+
+
+def wide_checkpoint(folder: Path, seed: int = 0) -> Path:
+    """A Qwen2.5-VL of random weights, wide enough to learn 16 rows by heart in any way.
+
+    The parts that are adapted are 64 wide; there are biases in encoder and decoder.
+    """
+    golden_with_words("qwen2_5_vl", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= dict(
+        hidden_size=64, intermediate_size=128, rope_parameters=dict(
+            mrope_section=[2, 3, 3], rope_theta=10000.0, rope_type="default"
+        ), max_position_embeddings=1024,
+    )  # fmt: skip
+    config["vision_config"] |= dict(
+        hidden_size=32, intermediate_size=64, out_hidden_size=64, num_heads=2
+    )
+    (folder / "model.safetensors").unlink()
+    model, rng = build_model(config), np.random.default_rng(seed)
+
+    def drawn(leaf):
+        if len(leaf.shape) == 1:
+            return np.zeros(leaf.shape, np.float32)
+        fan_in = np.prod(leaf.shape[:-1])
+        return (rng.standard_normal(leaf.shape) / np.sqrt(min(fan_in, 256))).astype(np.float32)
+
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (
+            np.ones(leaf.shape, np.float32) if path_of(path).endswith("scale") else drawn(leaf)
+        ),
+        abstract_parameters(model),
+    )
+    export(folder, family_of(config), config, model, params)
+    return folder

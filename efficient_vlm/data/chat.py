@@ -122,14 +122,15 @@ class ChatPipeline:
             )
         samples = self._samples
         uneven = self.processor.family.variable and not samples.pooled
-        limits = Size(
-            max(s.text for s in sizes),
-            max(s.images for s in sizes),
-            tuple(max(s.pixels[axis] for s in sizes) for axis in (0, 1)),
-            max(s.visual for s in sizes),
-        )
+        limits = None
         if count > len(chosen):  # Those that were not seen may need more.
-            limits = limits._replace(text=max(limits.text, samples.max_length - limits.visual))
+            visual = max(s.visual for s in sizes)
+            limits = Size(
+                max(*(s.text for s in sizes), samples.max_length - visual),
+                max(s.images for s in sizes),
+                tuple(max(s.pixels[axis] for s in sizes) for axis in (0, 1)),
+                visual,
+            )
         return choose_rooms(
             sizes,
             samples.each,

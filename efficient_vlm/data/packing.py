@@ -2,14 +2,17 @@
 
 A row of a batch holds several samples (`processing.request.pack_request`), and several things must
 fit: text tokens, images and visual tokens. That is vector bin packing. Rows are filled one after
-the other: first the largest sample that is left, then, as long as one fits, that whose needs are
-most like what is left of the row (the dot-product rule of Panigrahy et al., Heuristics for Vector
-Bin Packing, 2011).
+the other: first the largest sample that is left, then, as long as one fits, that whose needs are in
+proportions most like those of what is left of the row, so that all of it is used up together. (The
+dot product of Panigrahy et al., Heuristics for Vector Bin Packing, 2011, takes the longest texts
+first and so leaves places of images empty.)
 """
 
+import collections
 import itertools
-from collections.abc import Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,8 +24,14 @@ _MULTIPLE = 32
 _MOST_SIZES = 3
 # Text for each image that a row has room for, in units of the average, in trials.
 _SLACKS = (0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.4, 1.8)
-# What an empty patch in the encoder weighs in the choice of shapes, beside a place in the decoder.
+# What an empty patch in the encoder weighs in that choice, beside a place in the decoder.
 _ENCODER_WEIGHT = 0.25
+# Shares of the samples that usual shapes hold, in trials; longer texts have a shape of their own.
+_SHARES = (1.0, 0.995, 0.98)
+# Samples of a trial.
+_TRIED = 400
+# And what the size of a sample weighs beside its proportions, where rows are filled.
+_SIZE_WEIGHT = 0.5
 
 
 class Size(NamedTuple):
@@ -80,7 +89,7 @@ def pack(
         lacking[best] -= sizes[number].text
     packed = []
     for room, members in zip(rooms, of_room, strict=True):
-        rows = [[number] for number in members] if alone else _fill(members, sizes, room)
+        rows = [[n] for n in members] if alone or not members else _fill(members, sizes, room)
         packed += [Packed(room, tuple(sorted(row))) for row in rows]
     return packed
 
@@ -103,14 +112,14 @@ def _lacking(room: Room, members: Sequence[Size]) -> float:
 
 
 def _fill(members: Sequence[int], sizes: Sequence[Size], room: Room) -> list[list[int]]:
-    limits = np.array([room.text, max(room.images, 1), room.visual or np.inf], float)
+    limits = np.array([room.text, room.images or np.inf, room.visual or np.inf], float)
     needs = np.array([(sizes[n].text, sizes[n].images, sizes[n].visual) for n in members], float)
-    if not len(needs):
-        return []
     needs = needs / limits
+    lengths = np.maximum(np.linalg.norm(needs, axis=1), 1e-9)
+    directions = needs / lengths[:, None]
     open_, rows = np.ones(len(members), bool), []
     while open_.any():
-        left, row = np.ones(3), []
+        left, row = np.isfinite(limits).astype(float), []
         score = np.where(open_, needs.max(axis=1), -1)
         while score.max() >= 0:
             best = int(score.argmax())
@@ -118,7 +127,8 @@ def _fill(members: Sequence[int], sizes: Sequence[Size], room: Room) -> list[lis
             open_[best] = False
             left = left - needs[best]
             fits = open_ & (needs <= left + 1e-9).all(axis=1)
-            score = np.where(fits, needs @ left, -1)
+            alike = directions @ (left / max(np.linalg.norm(left), 1e-9))
+            score = np.where(fits, alike + _SIZE_WEIGHT * lengths, -1)
         rows.append(row)
     return rows
 
@@ -149,7 +159,7 @@ def choose_rooms(
     each: int,
     *,
     tokens: int,
-    limits: Size,
+    limits: Size | None = None,
     most: int = 8,
     alone: bool = False,
     uneven: bool = False,
@@ -161,7 +171,7 @@ def choose_rooms(
       sizes: of some samples of the data.
       each: visual tokens of an image in the decoder; the most, for `uneven` images.
       tokens: token places of a row, about; more where one sample needs more.
-      limits: the largest sample there may be; the last shape holds it.
+      limits: the largest sample there may be, which the last shape holds; None if these are all.
       most: shapes; each is a program to compile.
       alone: one sample a row: the shapes then follow the lengths of the samples.
       uneven: whether images have unlike numbers of visual tokens.
@@ -170,23 +180,45 @@ def choose_rooms(
     Returns:
       The shapes, smaller ones first where a sample fits into several.
     """
-    pictured = [size for size in sizes if size.images]
-    texts = [size for size in sizes if not size.images]
-    groups = _pixel_groups(pictured, max(1, min(_MOST_SIZES, most // 2)))
     given = dict(each=each, tokens=tokens, uneven=uneven or pooled, pooled=pooled)
+    every = [*sizes, limits] if limits else sizes
+    if most == 1:
+        return [_largest(every, **given)]
+    options = []
+    for share in (1.0,) if alone else _SHARES:
+        rooms = _shapes(sizes, share, most, alone, given)
+        larger = [s for s in every if not any(holds(room, s) for room in rooms)]
+        if larger:
+            rooms.append(_largest(larger, **given))
+        cost = _cost(pack(sizes, rooms, each, alone=alone), sizes, each)
+        options.append((cost, len(options), rooms))
+    return min(options)[-1]
+
+
+def _shapes(
+    sizes: Sequence[Size], share: float, most: int, alone: bool, given: Mapping[str, Any]
+) -> list[Room]:
+    """Fewer than `most` shapes for this share of the samples, those of the shortest texts."""
+    longest = sorted(s.text for s in sizes)[max(0, math.ceil(share * len(sizes)) - 1)]
+    usual = [s for s in sizes if s.text <= longest]
+    pictured, texts = ([s for s in usual if bool(s.images) is kind] for kind in (True, False))
+    groups = _pixel_groups(pictured, max(1, min(_MOST_SIZES, most // 2)))
     rooms = []
     for pixels in groups or [(0, 0)]:
         own = [s for s in pictured if _group_of(s.pixels, groups) == pixels]
-        share = sum(s.visual for s in own) / max(sum(s.visual for s in pictured), 1)
+        part = sum(s.visual for s in own) / max(sum(s.visual for s in pictured), 1)
         # Text without pictures fills up the rows of every group.
-        every = own + texts[: round(len(texts) * share)] if own else texts
-        rooms += (
-            _ladder(every, pixels, most - 1, **given) if alone else [_room(every, pixels, **given)]
-        )
-    rooms = rooms[: most - 1] if alone else rooms
-    if not all(any(holds(room, size) for room in rooms) for size in (*sizes, limits)):
-        rooms.append(_largest([*sizes, limits], **given))
+        every = own + texts[: round(len(texts) * part)] if own else texts
+        if alone:
+            rooms += _ladder(every, pixels, (most - 1) // max(len(groups), 1), **given)
+        else:
+            rooms.append(_room(every, pixels, **given))
     return rooms
+
+
+def _cost(rows: Sequence[Packed], sizes: Sequence[Size], each: int) -> float:
+    waste = padding(rows, sizes, each)
+    return waste.decoder + _ENCODER_WEIGHT * waste.encoder
 
 
 def _largest(sizes: Sequence[Size], *, uneven: bool, pooled: bool, **_) -> Room:
@@ -205,6 +237,7 @@ def _room(sizes: Sequence[Size], pixels, *, each, tokens, uneven, pooled) -> Roo
     longest = max(s.text for s in sizes)
     if not images:
         return Room(_rounded(max(tokens, longest)), 0)
+    tried = sizes[:: -(-len(sizes) // _TRIED)]
     most, largest = max(s.images for s in sizes), max(s.visual for s in sizes)
     visual, text = (sum(s[i] for s in sizes) / images for i in (3, 0))  # Of an image.
     count = max(most, round(tokens / (visual + text)))
@@ -218,9 +251,8 @@ def _room(sizes: Sequence[Size], pixels, *, each, tokens, uneven, pooled) -> Roo
                 visual=_rounded(max(number * visual, largest)) if uneven else 0,
                 pooled=pooled,
             )
-            waste = padding(pack(sizes, [room], each), sizes, each)
-            total = waste.decoder + _ENCODER_WEIGHT * waste.encoder
-            options.append((total, number, room.text, spare, room))
+            cost = _cost(pack(tried, [room], each), tried, each)
+            options.append((cost, number, room.text, spare, room))
     return min(options)[-1]
 
 
@@ -237,23 +269,20 @@ def _ladder(sizes: Sequence[Size], pixels, steps, **given) -> list[Room]:
 
 def _pixel_groups(sizes: Sequence[Size], most: int) -> list[tuple[int, int]]:
     """At most `most` image sizes that hold all: the two whose union wastes least become one."""
-    groups: dict[tuple[int, int], int] = {}
+    groups = collections.Counter()
     for size in sizes:
-        groups[size.pixels] = groups.get(size.pixels, 0) + size.images
-    step = 1
+        groups[size.pixels] += size.images
     while len(groups) > 64:  # Of very many sizes, those of a coarser grid, which hold them.
-        step *= 2
-        coarse: dict[tuple[int, int], int] = {}
+        coarse = collections.Counter()
         unit = np.gcd.reduce([side for pixels in groups for side in pixels])
         for pixels, count in groups.items():
             key = tuple(int(-(-side // (unit * 2)) * unit * 2) for side in pixels)
-            coarse[key] = coarse.get(key, 0) + count
+            coarse[key] += count
         groups = coarse
     while len(groups) > most:
         a, b = min(itertools.combinations(sorted(groups), 2), key=lambda two: _waste(groups, *two))
         count = groups.pop(a) + groups.pop(b)
-        union = tuple(map(max, a, b))
-        groups[union] = groups.get(union, 0) + count
+        groups[tuple(map(max, a, b))] += count
     return sorted(groups, key=lambda pixels: pixels[0] * pixels[1])
 
 

@@ -16,7 +16,7 @@ from efficient_vlm.nn.stack import unstack
 from efficient_vlm.processing.gather import capped
 
 # Parameters of a compressor, which no published checkpoint holds.
-OWN = re.compile(r"reduce/|language/reducers_|vit/reducers_")
+OWN = re.compile(r"(reduce|start|language/reducers_\d+)/")
 
 
 def check_parameters(model: VisionLanguageModel, params: Any) -> None:

@@ -72,7 +72,9 @@ def finetune(
     update = construct(OptimizerConfig, given, "optimizer")
     if is_adapted(vlm.params):
         raise UserError("finetune: this model has adapters", fix="start from vlm.merge()")
-    model = vlm.model if compressor is None else vlm.model.clone(compressor=dict(compressor))
+    model = vlm.model
+    if compressor is not None:
+        model = model.clone(compressor=dict(compressor), pooled_start=not model.in_place)
     loaded = _Loaded(model, vlm.processor, vlm.params)
     arm = Arm(vlm.processor.seeing(model))
     tuning = Tuning(loaded, [arm], adapting, None)

@@ -80,6 +80,8 @@ def check_compressor(
 def own_weights(model: VisionLanguageModel) -> dict[str, jax.ShapeDtypeStruct]:
     """Path -> shape of each parameter of the compressor, which no published checkpoint holds."""
     wanted = parameter_shapes(model)
+    if model.in_place:  # It has no form without one.
+        return {p: leaf for p, leaf in wanted.items() if p.split("/")[0] in ("connect", "reduce")}
     published = parameter_shapes(model.clone(compressor={"name": "none"}))
     return {path: wanted[path] for path in wanted.keys() - published.keys()}
 

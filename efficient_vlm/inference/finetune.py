@@ -82,7 +82,7 @@ def finetune(
     pipeline = _pipeline(vlm, rows, given, soft_ids(tuning.like), arm.trained)
     start, frozen = make_start(tuning, settings, update)
     taught = construct(DistilConfig, distil, "distil")
-    step = make_step(arm, tuning, start, frozen, settings, taught)
+    step = make_step(arm.model, tuning, start, frozen, settings, taught)
     state, batches = start.state(), iter(pipeline)
     with Progress(steps, quiet=log is not None) as progress:
         for number in range(1, steps + 1):

@@ -39,9 +39,7 @@ class VisualStages(VisionLanguageFields):
         width = self.language.width * (1 + self.language.deepstack)
         fields = dict(features=width, dtype=self.dtype)
         self.connect = construct(Connector, self.connector, "model.connector", **fields)
-        if self.in_place:
-            self._check_in_place(method)
-        elif self.projector is not None:
+        if self.projector is not None and not self.in_place:
             self._check_projector(method)
             self.project = self.make_projector()
         if self.pooled_start and method.makes_tokens and method.between:
@@ -93,6 +91,8 @@ class VisualStages(VisionLanguageFields):
           Tokens with a leading axis B*M (B with a pool index), and the signals that the compressor
           needs.
         """
+        if self.in_place:
+            self._check_in_place(self.make_compressor())
         _, *source_grid = self.layout(pictures)
         images = pictures.pixels.reshape(-1, *pictures.pixels.shape[2:])
         grid = grid or self.reduce.image_grid(tuple(source_grid))

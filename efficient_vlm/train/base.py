@@ -195,7 +195,11 @@ def with_values(shapes: Any, values: Mapping[str, Any], fresh: Any) -> Any:
     lacking = flat.keys() - values.keys()
     made = flatten_dict(fresh(), sep="/") if lacking else {}
     return unflatten_dict(
-        {path: made[path] if path in lacking else values[path] for path in flat}, sep="/"
+        {
+            path: made[path].astype(leaf.dtype) if path in lacking else values[path]
+            for path, leaf in flat.items()
+        },
+        sep="/",
     )
 
 

@@ -154,18 +154,23 @@ def make_start(
 
 
 def make_step(
-    arm: Arm,
+    model: VisionLanguageModel,
     tuning: Tuning,
     start: Start,
     frozen: Mapping[str, Any],
     settings: TrainConfig,
     distil: DistilConfig | None = None,
+    *,
+    together: Sequence[Arm] = (),
 ) -> Callable:
-    """The training step of one budget, with a program for each shape of rows."""
+    """The training step of one budget, with a program for each shape of rows.
+
+    Args:
+      together: in place of `model`, those that share every step.
+    """
     aux = {name: getattr(settings, name) for name in ("load_balance", "router_z", "penalty")}
     distil = distil or DistilConfig()
     check_teacher(distil, tuning.config)
-    arms = arm.together or (arm,)
 
     def make(models: tuple[VisionLanguageModel, ...]) -> Callable:
         return steps.make_train_step(
@@ -181,15 +186,15 @@ def make_step(
         )
 
     def objective(models: tuple[VisionLanguageModel, ...]) -> Callable:
-        if len(arms) == 1:
-            return make_objective(models[0], tuning, distil, aux)
-        if distil.kind is None:
-            return of_all(arms, models, aux, tuning.whole)
+        if together and distil.kind is None:
+            return of_all(together, models, aux, tuning.whole)
         each = [make_objective(model, tuning, distil, aux) for model in models]
-        return lambda *given: mean_of(arms, [loss(*given) for loss in each])
+        if not together:
+            return each[0]
+        return lambda *given: mean_of(together, [loss(*given) for loss in each])
 
-    variable = tuning.base.processor.family.variable
-    return ShapedStep(make, [each.trained for each in arms], variable)
+    models = [arm.trained for arm in together] or [model.in_training()]
+    return ShapedStep(make, models, tuning.base.processor.family.variable)
 
 
 class ShapedStep:
@@ -259,7 +264,10 @@ def prepare_published(
         model=base.processor.seeing(base.model),
         arms=arms,
         start=start,
-        programs=[make_step(arm, tuning, start, frozen, settings, distil) for arm in arms],
+        programs=[
+            make_step(arm.model, tuning, start, frozen, settings, distil, together=arm.together)
+            for arm in arms
+        ],
         compile_seconds=0.0,
         inputs=lambda batch: batch.inputs,
         whole=functools.partial(tuning.whole, frozen=frozen),

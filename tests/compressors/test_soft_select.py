@@ -59,17 +59,17 @@ def test_gradient():
         numeric[at] = (up - down) / (2 * step)
     np.testing.assert_allclose(found, numeric, rtol=1e-3, atol=1e-5)
 
-    # Implicit differentiation by JAX of the condition that defines t.
+    # Implicit differentiation by JAX of the condition that defines t, at the root from NumPy.
+    p = soft(SCORES[2:3], MASK[2:3], k)[0, 0]
+    root = np.float32(np.log(p / (1 - p)) - SCORES[2, 0])
+
     def implicit(scores):
         def condition(t):
             return jnp.sum(jax.nn.sigmoid(scores + t)) - k
 
-        def solve(f, t):
-            del f, t
-            p = soft(np.asarray(jax.lax.stop_gradient(SCORES[2:3])), MASK[2:3], k)[0, 0]
-            return jnp.float32(np.log(p / (1 - p)) - SCORES[2, 0])
-
-        t = jax.lax.custom_root(condition, jnp.float32(0), solve, lambda g, y: y / g(1.0))
+        t = jax.lax.custom_root(
+            condition, root, lambda f, t: jnp.float32(root), lambda g, y: y / g(jnp.float32(1))
+        )
         return jnp.sum(jax.nn.sigmoid(scores + t) * weight[2])
 
     other = jax.grad(implicit)(jnp.asarray(SCORES[2]))

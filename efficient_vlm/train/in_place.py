@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from efficient_vlm.compressors.methods import options
+from efficient_vlm.compressors.methods import find, options
 from efficient_vlm.errors import UserError
 from efficient_vlm.models.vlm import VisionLanguageModel
 
@@ -34,6 +34,13 @@ def in_place(model: VisionLanguageModel) -> VisionLanguageModel:
             "of several layers",
             allowed="families whose projector reads one grid: SmolVLM, Qwen2.5-VL, InternVL, ...",
             fix="model.in_place=False: the compressor then stands behind the projector",
+        )
+    method = find(name)
+    if not (method.makes_tokens and method.between):
+        raise UserError(
+            f"model.in_place: {name} makes no tokens in place of a projector",
+            allowed="mlp, deco, ldpv2, tokenpacker, mqt, resampler, perceiver, qformer, ...",
+            fix="model.in_place=False: it then stands behind the projector",
         )
     widens = "features" in options(name)
     if not projector and not widens:

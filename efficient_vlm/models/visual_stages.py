@@ -1,5 +1,6 @@
 """From pictures to the visual tokens that enter the decoder: encoder, projector, compressor."""
 
+import math
 from collections.abc import Mapping
 
 import jax
@@ -60,17 +61,19 @@ class VisualStages(VisionLanguageFields):
 
     @nn.nowrap
     def _check_in_place(self, method: nn.Module) -> None:
-        rows, columns = self.slot_grid
+        slots, patches = math.prod(self.slot_grid), math.prod(self.compressed_grid)
         if not (method.makes_tokens and method.between):
             raise UserError(
                 f"compressor.name: {method.label} makes no tokens in place of a projector",
                 allowed="resampler, perceiver, qformer, mlp, deco, ldpv2, tokenpacker, ...",
                 fix="choose one of these, or set model.in_place=False",
             )
-        if (method.budget or rows * columns) > rows * columns:
+        if (method.budget or patches) > slots:
             raise UserError(
-                f"compressor.budget: {method.budget} in place of the model's own projector",
-                allowed=f"up to the {rows * columns} slots that a picture has in a prompt",
+                f"compressor.budget: {method.budget or patches} tokens of {method.label} in place "
+                "of the model's own projector",
+                allowed=f"up to the {slots} slots that a picture has in a prompt",
+                fix=f"a method that can give {slots} or fewer",
             )
 
     def encode(

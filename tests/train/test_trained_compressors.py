@@ -243,6 +243,14 @@ def test_in_place_is_refused(fields, message):
     assert len(str(caught.value).splitlines()) <= 3
 
 
+@pytest.mark.parametrize("compressor", [dict(name="mlp"), dict(name="mqt", budget=5, num_heads=4)])
+def test_more_tokens_than_slots_are_refused(compressor):
+    base = open_base(PretrainedFields(pretrained=SMOLVLM, compressor=compressor, in_place=True))
+    with pytest.raises(UserError, match="up to the 4 slots") as caught:
+        jax.eval_shape(lambda: init_params(base.model, jax.random.key(0)))
+    assert len(str(caught.value).splitlines()) <= 3
+
+
 def test_an_mlp_in_place_starts_as_the_connector():
     compressor = dict(name="mlp")
     fields = PretrainedFields(

@@ -28,7 +28,8 @@ class AdaptConfig:
         found in paths.
       train: parameters that are trained themselves, whatever the method: presets of
         `select.TRAINED`, or regular expressions; they get no adapter. Empty for none, and with
-        "full" for all.
+        "full" for all. What a run makes afresh (weights of a trained compressor, `reduce/...`) is
+        trained in any case.
       base: form of the frozen products of the decoder and of all targets: None for plain, "int8"
         (a scale for each output channel) or "nf4" (blocks of 64); "qlora" means "nf4".
       double: whether the constants of "nf4" are quantised as well.

@@ -11,7 +11,7 @@ __all__ = ["TARGETS", "TRAINED", "Patterns", "as_patterns", "selected"]
 # A regular expression found in the path of a parameter, the name of a preset, or several of them.
 Patterns = str | Sequence[str]
 
-_CONNECTOR = r"^(connect|project|reduce|padding_embedding)\b"
+_CONNECTOR = r"^(connect|project|reduce|start|padding_embedding)\b"
 _ATTENTION = r"attention/(query|key|value|out)/kernel$"
 
 # What is trained. "connector" is the first stage of LLaVA (arXiv 2304.08485, section 4.2), "bias"

@@ -84,6 +84,8 @@ class Compressor(nn.Module):
         evaluation averages over several.
       text_scores: whether it has `scores(tokens, text)`, which attention of the decoder can teach
         (`imitation_loss(...)`, see `selectors.TextTopK`).
+      makes_tokens: whether it makes new tokens with weights of its own, as a connector does, in
+        whose place it can stand.
       optional_budget: whether `budget` may be None because other options set the token count.
       min_budget: 0 for methods that can drop every token.
       internal: fields that `stages` sets on the modules it creates; not options of the method.
@@ -101,6 +103,7 @@ class Compressor(nn.Module):
     text_guided = False
     draws = False
     text_scores = False
+    makes_tokens = False
     optional_budget = False
     min_budget = 1
     internal = frozenset()

@@ -209,6 +209,8 @@ def _entrance(
 ) -> _Entrance:
     projector = None if model.projector is None else model.make_projector()
     source = vit.grid if projector is None else projector.cells(vit.grid)
+    if model.in_place:  # The compressor reads the patches.
+        source, projector = vit.grid, None
     source = (1, pooled) if pooled else source
     read = method.image_grid(source)
     patches = vit.grid
@@ -223,7 +225,7 @@ def _entrance(
 
 def _projector_flops(model: VisionLanguageModel, vit: ViT, entrance: _Entrance, images: int) -> int:
     """FLOPs of the model's own projector, for one image or for all `images` of a pooled row."""
-    if model.projector is None:
+    if model.projector is None or model.in_place:
         return 0
     projector, (rows, columns) = model.make_projector(), entrance.patches
     options = {"tokens": math.prod(entrance.read)} if entrance.pooled else {}

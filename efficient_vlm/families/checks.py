@@ -16,7 +16,7 @@ from efficient_vlm.nn.stack import unstack
 from efficient_vlm.processing.gather import capped
 
 # Parameters of a compressor, which no published checkpoint holds.
-OWN = re.compile(r"reduce/|language/reducers_|vit/reducers_")
+OWN = re.compile(r"(reduce|start|language/reducers_\d+)/")
 
 
 def check_parameters(model: VisionLanguageModel, params: Any) -> None:
@@ -80,6 +80,8 @@ def check_compressor(
 def own_weights(model: VisionLanguageModel) -> dict[str, jax.ShapeDtypeStruct]:
     """Path -> shape of each parameter of the compressor, which no published checkpoint holds."""
     wanted = parameter_shapes(model)
+    if model.in_place:  # It has no form without one.
+        return {p: leaf for p, leaf in wanted.items() if p.split("/")[0] in ("connect", "reduce")}
     published = parameter_shapes(model.clone(compressor={"name": "none"}))
     return {path: wanted[path] for path in wanted.keys() - published.keys()}
 

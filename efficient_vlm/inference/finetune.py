@@ -77,7 +77,9 @@ def finetune(
     check_aims(taught, preferred, adapting)
     if is_adapted(vlm.params):
         raise UserError("finetune: this model has adapters", fix="start from vlm.merge()")
-    model = vlm.model if compressor is None else vlm.model.clone(compressor=dict(compressor))
+    model = vlm.model
+    if compressor is not None:
+        model = model.clone(compressor=dict(compressor), pooled_start=not model.in_place)
     loaded = _Loaded(model, vlm.processor, vlm.params)
     arm = Arm(vlm.processor.seeing(model))
     tuning = Tuning(loaded, [arm], adapting, None)
@@ -86,7 +88,7 @@ def finetune(
     pipeline = _pipeline(vlm, rows, given, soft_ids(tuning.like), arm.trained, pairs)
     start, frozen = make_start(tuning, settings, update)
     aims = (taught, preferred, pipeline.apart)
-    step = make_step(arm, tuning, start, frozen, settings, *aims)
+    step = make_step(arm.model, tuning, start, frozen, settings, *aims)
     state, batches = start.state(), iter(pipeline)
     with Progress(steps, quiet=log is not None) as progress:
         for number in range(1, steps + 1):

@@ -1,11 +1,13 @@
-"""From the encoder's width to the decoder's."""
+"""From the encoder's width to the decoder's, and how a compressor with fresh weights starts."""
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from efficient_vlm import compressors
+from efficient_vlm.compressors import VisualTokens
 from efficient_vlm.errors import UserError
-from efficient_vlm.nn.linear import Dtype, Linear
+from efficient_vlm.nn.linear import Dtype, Linear, logical
 from efficient_vlm.nn.mlp import activate
 from efficient_vlm.nn.norms import make_norm
 
@@ -55,3 +57,35 @@ class Connector(nn.Module):
             x = activate(self.activation)(x)
         axis = "vision" if self.hidden_dim is None else "mlp"
         return Linear((axis,), (self.features,), ("embed",), name="out", **fields)(x)
+
+
+class PooledStart(nn.Module):
+    """Pooled tokens plus a gate, at first 0, times what a compressor with fresh weights makes.
+
+    At first the decoder gets means of tokens that it knows; the gate opens as far as that helps
+    (ReZero, arXiv 2003.04887). Positions, sizes and `source` are those of `pool`.
+
+    Attributes:
+      grid: of the tokens in front of the compressor.
+    """
+
+    grid: tuple[int, int]
+
+    @nn.compact
+    def __call__(self, before: VisualTokens, made: VisualTokens) -> VisualTokens:
+        """T tokens in front of the compressor, and the K that it made of them."""
+        budget, pooled = made.mask.shape[1], before
+        if made.embed.shape[-1] != before.embed.shape[-1]:
+            raise UserError(
+                f"model.compressor.features: {made.embed.shape[-1]}, but the tokens have "
+                f"{before.embed.shape[-1]} channels",
+                fix="leave it out, or set model.pooled_start=False",
+            )
+        if budget < before.mask.shape[1]:
+            pool = compressors.build("pool", budget=budget, grid=self.grid, parent=None)
+            pooled = pool.apply({}, before)
+        gate = self.param("gate", logical(nn.initializers.zeros, None), (1,)).astype(jnp.float32)
+        more = jnp.where(made.mask[..., None], made.embed, 0).astype(jnp.float32)
+        embed = pooled.embed.astype(jnp.float32) + gate * more
+        embed = jnp.where(pooled.mask[..., None], embed, 0).astype(before.embed.dtype)
+        return pooled.replace(embed=embed)

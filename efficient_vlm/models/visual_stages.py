@@ -1,5 +1,6 @@
 """From pictures to the visual tokens that enter the decoder: encoder, projector, compressor."""
 
+import math
 from collections.abc import Mapping
 
 import jax
@@ -12,7 +13,7 @@ from efficient_vlm.compressors.projectors.gather_pool import windows
 from efficient_vlm.compressors.tokens import without_padding, zero_padding
 from efficient_vlm.errors import UserError
 from efficient_vlm.fields import construct
-from efficient_vlm.models.connector import Connector
+from efficient_vlm.models.connector import Connector, PooledStart
 from efficient_vlm.models.image_inputs import gathered, pooled, repeat_rows, resized
 from efficient_vlm.models.inputs import Layout, ModelInputs, Pictures
 from efficient_vlm.models.vlm_fields import VisionLanguageFields
@@ -39,9 +40,11 @@ class VisualStages(VisionLanguageFields):
         width = self.language.width * (1 + self.language.deepstack)
         fields = dict(features=width, dtype=self.dtype)
         self.connect = construct(Connector, self.connector, "model.connector", **fields)
-        if self.projector is not None:
+        if self.projector is not None and not self.in_place:
             self._check_projector(method)
             self.project = self.make_projector()
+        if self.pooled_start and method.makes_tokens and method.between:
+            self.start = PooledStart(method.grid)
         if self.padding_embedding:
             init = logical(nn.initializers.normal(0.02), None, "vision")
             shape = (2, self.vit.feature_width)
@@ -54,6 +57,23 @@ class VisualStages(VisionLanguageFields):
                 f"compressor.name: {method.label} merges patches inside the encoder, but this "
                 f"model's projector ({self.projector['name']}) reads blocks of the whole grid",
                 allowed="methods between encoder and decoder, or inside the decoder",
+            )
+
+    @nn.nowrap
+    def _check_in_place(self, method: nn.Module) -> None:
+        slots, patches = math.prod(self.slot_grid), math.prod(self.compressed_grid)
+        if not (method.makes_tokens and method.between):
+            raise UserError(
+                f"compressor.name: {method.label} makes no tokens in place of a projector",
+                allowed="resampler, perceiver, qformer, mlp, deco, ldpv2, tokenpacker, ...",
+                fix="choose one of these, or set model.in_place=False",
+            )
+        if (method.budget or patches) > slots:
+            raise UserError(
+                f"compressor.budget: {method.budget or patches} tokens of {method.label} in place "
+                "of the model's own projector",
+                allowed=f"up to the {slots} slots that a picture has in a prompt",
+                fix=f"a method that can give {slots} or fewer",
             )
 
     def encode(
@@ -74,6 +94,8 @@ class VisualStages(VisionLanguageFields):
           Tokens with a leading axis B*M (B with a pool index), and the signals that the compressor
           needs.
         """
+        if self.in_place:
+            self._check_in_place(self.make_compressor())
         _, *source_grid = self.layout(pictures)
         images = pictures.pixels.reshape(-1, *pictures.pixels.shape[2:])
         grid = grid or self.reduce.image_grid(tuple(source_grid))
@@ -101,6 +123,9 @@ class VisualStages(VisionLanguageFields):
         if valid is not None:
             real = patch_mask(patches, valid)
         signals = {name: seen[value] for name, value in asked.items()}
+        if self.in_place and self.projector is not None:
+            side = patches[0] // source_grid[0]
+            return patch_tokens(features, real, patches, side, pictures), Signals(**signals)
         if self.projector is not None:
             features, real, signals = self._projected(features, real, signals, patches, pictures)
         if pictures.slot_mask is not None:
@@ -188,14 +213,18 @@ class VisualStages(VisionLanguageFields):
         return visual if each else repeat_rows(visual, 1, repeats)
 
     def _reduced(self, tokens, signals, instruction, layout: Layout, rng) -> VisualTokens:
-        images, rows, _ = layout
+        images, rows, columns = layout
         # Nothing else says where rows lie between the encoder and the decoder.
         tokens = tokens.replace(embed=constrain(tokens.embed, "batch", None, None))
         if "text" in self.reduce.needs:
             signals = signals.replace(text=jnp.repeat(instruction, images, axis=0))
         if self.reduce.projected:
             tokens = tokens.replace(embed=self.connect(tokens.embed))
-        tokens = self.reduce(tokens, signals, rng=rng)
+        before, tokens = tokens, self.reduce(tokens, signals, rng=rng)
+        if self.pooled_start and self.reduce.makes_tokens:
+            tokens = self.start(before, tokens)
+        if self.in_place and self.projector is not None:
+            tokens = in_slots(tokens, (rows, columns), self.make_projector().side)
         if not self.reduce.projected:
             tokens = tokens.replace(embed=self.connect(tokens.embed))
         if self.slot_token is not None:
@@ -211,3 +240,44 @@ class VisualStages(VisionLanguageFields):
             source=source,
         )
         return jax.tree.map(lambda x: x.reshape(-1, images * x.shape[1], *x.shape[2:]), tokens)
+
+
+def patch_tokens(
+    features: jax.Array, real: jax.Array, grid: tuple[int, int], side: int, pictures: Pictures
+) -> VisualTokens:
+    """Patches as tokens, for a compressor in place of a projector that reads side x side of them.
+
+    Args:
+      features: [B*M, N, C].
+      real: bool [B*M, N].
+      grid: rows and columns of the patches.
+      side: of what a slot of the prompt stands for.
+      pictures: B rows of M.
+    """
+    real = real & pictures.mask.reshape(-1, 1)
+    if pictures.slot_mask is not None:
+        slots = pictures.slot_mask.reshape(-1, grid[0] // side, grid[1] // side)
+        slots = jnp.repeat(jnp.repeat(slots, side, axis=1), side, axis=2)
+        real &= slots.reshape(real.shape)
+    uneven = pictures.valid is not None
+    return VisualTokens.from_grid(features, grid, None, real, uneven)
+
+
+def in_slots(tokens: VisualTokens, grid: tuple[int, int], side: int) -> VisualTokens:
+    """Tokens made of patches, with positions, sizes and `source` in slots of side x side patches.
+
+    The token that holds the upper left patch of a slot holds the slot.
+
+    Args:
+      tokens: over the patches of `grid` slots.
+      grid: rows and columns of slots.
+      side: see above.
+    """
+    rows, columns = grid
+    first = (jnp.arange(rows)[:, None] * columns * side + jnp.arange(columns)) * side
+    position = (tokens.position + 0.5) / side - 0.5
+    return tokens.replace(
+        position=jnp.where(tokens.mask[..., None], position, 0),
+        size=tokens.size / side**2,
+        source=tokens.source[:, first.reshape(-1)],
+    )

@@ -34,6 +34,11 @@ class VisionLanguageFields(nn.Module):
       compressor: name, budget (visual tokens per image) and options of `compressors.build`.
       decoder: fields of `decoder.Decoder`.
       connector: fields of `Connector`.
+      pooled_start: whether a compressor that makes new tokens starts as pooling, see
+        `connector.PooledStart`: for models that already read the tokens in front of it.
+      in_place: whether such a compressor reads what the encoder gives and stands in place of
+        `projector`, which then only says what slots pictures have in a prompt, see
+        `visual_stages.patch_tokens`.
       dtype: of activations ("bfloat16" for mixed precision); parameters, norms, logits and softmax
         stay float32.
     """
@@ -46,6 +51,8 @@ class VisionLanguageFields(nn.Module):
     projector: Mapping[str, Any] | None = None
     padding_embedding: bool = False
     slot_token: int | None = None
+    pooled_start: bool = False
+    in_place: bool = False
     dtype: Dtype = jnp.float32
 
     def __post_init__(self):
@@ -72,6 +79,13 @@ class VisionLanguageFields(nn.Module):
         vit = self.make_encoder()
         grid = vit.feature_grid(vit.grid)
         return grid if self.projector is None else self.make_projector().cells(grid)
+
+    @property
+    def compressed_grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens of an image in front of a compressor between the stages."""
+        rows, columns = self.slot_grid
+        side = self.make_projector().side if self.in_place and self.projector is not None else 1
+        return rows * side, columns * side
 
     def make_encoder(self) -> ViT:
         """The encoder of this configuration, unbound."""
@@ -103,7 +117,7 @@ class VisionLanguageFields(nn.Module):
         if "budget" not in options and not find(name).optional_budget:
             raise UserError("model.compressor.budget: missing", fix="set it in the config")
         if self.encoder is not None:
-            options.setdefault("grid", self.slot_grid)
+            options.setdefault("grid", self.compressed_grid)
         return compressors.build(name, parent=None, **options)
 
     def with_compressor(self, name: str, budget: int | None = None, **options: Any) -> Self:

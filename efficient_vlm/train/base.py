@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from efficient_vlm.checkpoints.safetensors_index import locate
 from efficient_vlm.checkpoints.safetensors_read import Checkpoint
+from efficient_vlm.checks import flag
 from efficient_vlm.errors import UserError, short, short_path
 from efficient_vlm.families import hub
 from efficient_vlm.families.architecture import build_model, read_config
@@ -31,6 +32,7 @@ from efficient_vlm.files import write_atomic
 from efficient_vlm.models.init import abstract_parameters
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.nn.stack import rematerialised
+from efficient_vlm.train.in_place import in_place, taken_over
 
 __all__ = ["Base", "PretrainedFields", "check_base", "open_base"]
 
@@ -45,6 +47,10 @@ class PretrainedFields:
       pretrained: its directory, or its name on a hub.
       revision: on the hub: a branch, a tag or a commit.
       compressor: name, budget and options; all visual tokens by default.
+      pooled_start: whether a trained compressor behind the model's own projector starts as pooling,
+        with what it makes behind a gate, see `connector.PooledStart`.
+      in_place: whether it takes the place of the model's own projector and connector, see
+        `in_place.in_place`.
       dtype: of activations, "float32" or "bfloat16".
       param_dtype: of parameters; None for float32.
       pictures: options of its picture processor, see `from_pretrained`.
@@ -54,6 +60,8 @@ class PretrainedFields:
     pretrained: str
     revision: str | None = None
     compressor: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "none"})
+    pooled_start: bool = True
+    in_place: bool = False
     dtype: str = "float32"
     param_dtype: str | None = None
     pictures: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -69,6 +77,8 @@ class PretrainedFields:
         if self.param_dtype is not None:
             known_dtype("model.param_dtype", self.param_dtype)
         rematerialised(lambda: None, self.remat)
+        flag("model.pooled_start", self.pooled_start)
+        flag("model.in_place", self.in_place)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +87,14 @@ class Base:
 
     Attributes:
       model: with the compressor of the run.
+      published: as its files have it.
       processor: tokenizer, template and pictures.
       files: where its weights are.
       dtype: of its parameters in the run.
     """
 
     model: VisionLanguageModel
+    published: VisionLanguageModel
     processor: Processor
     files: Path
     dtype: np.dtype
@@ -90,20 +102,24 @@ class Base:
     @property
     def _plain(self) -> VisionLanguageModel:
         """As its files have it."""
-        return self.model.clone(compressor={"name": "none"})
+        return self.published.clone(compressor={"name": "none"})
 
     def held(self) -> set[str]:
-        """Paths of the parameters that its files hold, layers stacked."""
-        return set(flatten_dict(abstract_parameters(self._plain), sep="/"))
+        """Paths of the parameters that its files give the model, layers stacked."""
+        return set(self._used(flatten_dict(abstract_parameters(self._plain), sep="/")))
+
+    def _used(self, flat: dict[str, Any]) -> dict[str, Any]:
+        return taken_over(flat, self.published, self.model) if self.model.in_place else flat
 
     def parameters(self) -> dict[str, Any]:
         """Its parameters, layers stacked, on the host: path -> array."""
         if (self.files / CHECKPOINTS).is_dir():
             flat = flatten_dict(restore_stacked(self.files, self._plain), sep="/")
-            return {path: np.asarray(value).astype(self.dtype) for path, value in flat.items()}
+            flat = {path: np.asarray(value).astype(self.dtype) for path, value in flat.items()}
+            return self._used(flat)
         source = self._source()
         source.check_finite()
-        return flatten_dict(stacked(source, dtype=self.dtype), sep="/")
+        return self._used(flatten_dict(stacked(source, dtype=self.dtype), sep="/"))
 
     def carried(self) -> dict[str, np.ndarray]:
         """Tensors of its files that the model does not use, by hub name."""
@@ -142,8 +158,12 @@ def open_base(fields: PretrainedFields) -> Base:
     source = dataclasses.replace(source, directory=directory)
     config = read_config(files)
     family = family_of(config)
-    model = build_model(config, dtype=known_dtype("model.dtype", fields.dtype))
-    model = model.clone(compressor=dict(fields.compressor))
+    published = build_model(config, dtype=known_dtype("model.dtype", fields.dtype))
+    model = published.clone(compressor=dict(fields.compressor))
+    if fields.in_place:
+        model = in_place(model)
+    else:
+        model = model.clone(pooled_start=fields.pooled_start)
     if fields.remat != "none":
         parts = {"decoder": {**model.decoder, "remat": fields.remat}}
         if model.encoder is not None:
@@ -151,7 +171,7 @@ def open_base(fields: PretrainedFields) -> Base:
         model = model.clone(**parts)
     processor = Processor(family, config, directory, dict(fields.pictures), source)
     dtype = known_dtype("model.param_dtype", fields.param_dtype or "float32")
-    return Base(model, processor, files, dtype)
+    return Base(model, published, processor, files, dtype)
 
 
 def _refuse_run(folder: Path) -> None:
@@ -193,7 +213,11 @@ def with_values(shapes: Any, values: Mapping[str, Any], fresh: Any) -> Any:
     lacking = flat.keys() - values.keys()
     made = flatten_dict(fresh(), sep="/") if lacking else {}
     return unflatten_dict(
-        {path: made[path] if path in lacking else values[path] for path in flat}, sep="/"
+        {
+            path: made[path].astype(leaf.dtype) if path in lacking else values[path]
+            for path, leaf in flat.items()
+        },
+        sep="/",
     )
 
 

@@ -159,7 +159,7 @@ def make_start(
 
 
 def make_step(
-    arm: Arm,
+    model: VisionLanguageModel,
     tuning: Tuning,
     start: Start,
     frozen: Mapping[str, Any],
@@ -167,16 +167,18 @@ def make_step(
     distil: DistilConfig | None = None,
     preference: PreferenceConfig | None = None,
     apart: bool = False,
+    *,
+    together: Sequence[Arm] = (),
 ) -> Callable:
     """The training step of one budget, with a program for each shape of rows.
 
     Args:
       distil, preference, apart: see `objective.make_objective`.
+      together: in place of `model`, those that share every step.
     """
     aux = {name: getattr(settings, name) for name in ("load_balance", "router_z", "penalty")}
     distil, preference = distil or DistilConfig(), preference or PreferenceConfig()
     check_aims(distil, preference, tuning.config)
-    arms = arm.together or (arm,)
 
     def make(models: tuple[VisionLanguageModel, ...]) -> Callable:
         return steps.make_train_step(
@@ -192,16 +194,16 @@ def make_step(
         )
 
     def objective(models: tuple[VisionLanguageModel, ...]) -> Callable:
-        if len(arms) == 1:
-            return make_objective(models[0], tuning, distil, aux, preference, apart)
-        if distil.kind is None and preference.name is None:
-            return of_all(arms, models, aux, tuning.whole)
-        given = (preference, apart)
-        each = [make_objective(model, tuning, distil, aux, *given) for model in models]
-        return lambda *given: mean_of(arms, [loss(*given) for loss in each])
+        if together and distil.kind is None and preference.name is None:
+            return of_all(together, models, aux, tuning.whole)
+        aims = (distil, aux, preference, apart)
+        each = [make_objective(model, tuning, *aims) for model in models]
+        if not together:
+            return each[0]
+        return lambda *given: mean_of(together, [loss(*given) for loss in each])
 
-    variable = tuning.base.processor.family.variable
-    return ShapedStep(make, [each.trained for each in arms], variable)
+    models = [arm.trained for arm in together] or [model.in_training()]
+    return ShapedStep(make, models, tuning.base.processor.family.variable)
 
 
 class ShapedStep:
@@ -274,7 +276,10 @@ def prepare_published(
         model=base.processor.seeing(base.model),
         arms=arms,
         start=start,
-        programs=[make_step(arm, tuning, start, frozen, settings, *aims) for arm in arms],
+        programs=[
+            make_step(arm.model, tuning, start, frozen, settings, *aims, together=arm.together)
+            for arm in arms
+        ],
         compile_seconds=0.0,
         inputs=lambda batch: batch.inputs,
         whole=functools.partial(tuning.whole, frozen=frozen),

@@ -36,6 +36,7 @@ def error(function, *args, **kwargs):
 def test_table():
     assert set(names()) == {
         "none", "random", "stride", "average_pool", "pool", "downsample", "text_topk",
+        "visionselector",
         "pixel_shuffle", "mlp", "deco", "c_abstractor", "ldp", "ldpv2", "tokenpacker", "perceiver",
         "qformer", "resampler", "molmo_pool", "position_pool", "minicpm_merger", "m3", "mqt",
         "tome", "prumerge", "prumerge_plus", "visionzip", "fastervlm", "vispruner", "divprune",

@@ -32,6 +32,7 @@ def counted(module, grid):
         ("pixel_shuffle", 4, {"features": 256}),
         ("resampler", 16, {}),
         ("resampler", 4, {"num_heads": 8}),
+        ("visionselector", 16, {"dim": 64}),
         ("text_topk", 16, {}),
         ("text_topk", 64, {"dim": 64, "num_heads": 4}),
         ("downsample", 25, {}),

@@ -188,6 +188,7 @@ class PixelShuffle(Compressor):
     order: str = "row_column_feature"
 
     label = "pixel_shuffle"
+    makes_tokens = True
 
     def __post_init__(self):
         if self.budgets is not None:

@@ -82,6 +82,8 @@ class Projector(Parametric):
 
     features: int | None = None
 
+    makes_tokens = True
+
     @nn.nowrap
     def check_options(self):
         if self.features is not None:

@@ -36,6 +36,7 @@ class Queries(Parametric):
     num_heads: int = 4
     depth: int = 3
 
+    makes_tokens = True
     _query_deviation = 1.0
 
     @nn.nowrap

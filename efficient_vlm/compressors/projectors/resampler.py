@@ -41,6 +41,7 @@ class Resampler(Compressor):
     num_heads: int = 4
 
     label = "resampler"
+    makes_tokens = True
 
     @nn.nowrap
     def check_options(self):

@@ -174,7 +174,7 @@ def _check_methods(config: Mapping[str, Any], evaluation: EvalConfig, *, started
         needed = set(metrics.find(evaluation.metric).needs)
         if "masks" in needed:  # Which no row of data has.
             raise UserError(
-                f"eval.metric: {evaluation.metric} needs masks, which rows to learn from do not have",
+                f"eval.metric: {evaluation.metric} needs masks, which rows to learn from have not",
                 fix="--config.eval.metric=exact_match; `efficient-vlm metrics` lists all",
             )
         base = open_base(construct(PretrainedFields, section(config, "model"), "model"))

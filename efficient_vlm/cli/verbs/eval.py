@@ -61,7 +61,11 @@ def _add_benchmark(group: Any) -> None:
         metavar="FILE",
         help="questions and references: .jsonl, .json, .csv, .tsv or .parquet (docs/metrics.md)",
     )
-    group.add_argument("--metric", metavar="NAME", help="one of `efficient-vlm metrics`; of fine-tuned runs as well")
+    group.add_argument(
+        "--metric",
+        metavar="NAME",
+        help="one of `efficient-vlm metrics`; for --workdir of a fine-tuned run as well",
+    )
     group.add_argument(
         "--columns",
         action="append",

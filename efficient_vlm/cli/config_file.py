@@ -48,6 +48,8 @@ SECTIONS = (
     "preference",
     "eval",
 )
+# Those of them that runs from published models may leave out; other runs have none.
+OF_PUBLISHED = ("adapt", "distil", "preference")
 
 
 def load(spec: str, overrides: Iterable[str] = ()) -> ml_collections.ConfigDict:
@@ -122,7 +124,8 @@ def apply_override(config: ml_collections.ConfigDict, override: str) -> None:
     for depth, section in enumerate(sections):
         here, whole = ".".join(sections[:depth]), ".".join(sections[: depth + 1])
         absent = isinstance(node, ml_collections.ConfigDict) and section not in node
-        if absent and whole in SECTIONS and isinstance(_made(here, section, config), Mapping):
+        made = whole in SECTIONS and isinstance(_made(here, section, config), Mapping)
+        if absent and (made or (whole in OF_PUBLISHED and is_published(config))):
             # A section that the file leaves out because its fields have defaults.
             with node.unlocked():
                 node[section] = ml_collections.ConfigDict()

@@ -25,6 +25,7 @@ def evaluate(
     budgets: str | None = None,
     images: int | None = None,
     control: str | None = None,
+    metric: str | None = None,
     mesh: str | None = None,
     distributed: str | None = None,
     as_json: bool = False,
@@ -38,6 +39,7 @@ def evaluate(
         in place of the config's methods.
       images: test images, None for the config's number.
       control: "blank", "shuffled" or None.
+      metric: of a fine-tuned run, None for the config's.
       mesh: such as "fsdp:4", None for the run's.
       distributed: see `train.processes.start`.
       as_json: print results as JSON, and lines for the user on stderr.
@@ -51,7 +53,7 @@ def evaluate(
     import_named([method] if method else [], workdir)
     methods = _read_methods(method, options, budgets)
     first, stream = processes.is_first(), sys.stderr if as_json else sys.stdout
-    given = dict(methods=methods, images=images, control=control, mesh=sizes)
+    given = dict(methods=methods, images=images, control=control, metric=metric, mesh=sizes)
     given["say"] = lambda line: print(line, file=stream) if first else None
     if distributed is None:
         results = evaluate_run(workdir, **given)

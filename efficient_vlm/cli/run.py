@@ -13,6 +13,7 @@ import ml_collections
 
 from efficient_vlm.cli import config_file as configs
 from efficient_vlm.compressors.imports import import_methods
+from efficient_vlm.errors import UserError
 from efficient_vlm.evaluation import metrics
 from efficient_vlm.evaluation.run import evaluate_trained
 from efficient_vlm.evaluation.settings import (
@@ -170,7 +171,12 @@ def _check_methods(config: Mapping[str, Any], evaluation: EvalConfig, *, started
     """Methods that cannot be evaluated are told now, not after the training."""
     settings = read_config(config)[0]
     if is_published(config):
-        metrics.find(evaluation.metric)
+        needed = set(metrics.find(evaluation.metric).needs)
+        if "masks" in needed:  # Which no row of data has.
+            raise UserError(
+                f"eval.metric: {evaluation.metric} needs masks, which rows to learn from have not",
+                fix="--config.eval.metric=exact_match; `efficient-vlm metrics` lists all",
+            )
         base = open_base(construct(PretrainedFields, section(config, "model"), "model"))
         labels_of(settings_of(evaluation, base.model))
         return

@@ -15,7 +15,8 @@ from efficient_vlm.data.config import DataConfig
 from efficient_vlm.data.evalset import EvalSet, make_eval
 from efficient_vlm.data.pipeline import make_train
 from efficient_vlm.data.skips import told
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, short
+from efficient_vlm.evaluation import metrics
 from efficient_vlm.evaluation.protocol import CONTROLS, evaluate
 from efficient_vlm.evaluation.settings import EvalConfig, settings_of
 from efficient_vlm.evaluation.tuned import evaluate_tuned
@@ -35,6 +36,7 @@ def evaluate_run(
     methods: Sequence[Mapping[str, Any]] | None = None,
     images: int | None = None,
     control: str | None = None,
+    metric: str | None = None,
     mesh: Mapping[str, int] | None = None,
     say: Callable[[str], None] = print,
     check_stop: Callable[[], None] = lambda: None,
@@ -48,6 +50,7 @@ def evaluate_run(
       methods: in place of the config's, see `evaluation.settings.EvalConfig.methods`.
       images: test images in place of the config's number.
       control: "blank" or "shuffled", see `evaluation.protocol.evaluate`.
+      metric: of a run that started from a published model, in place of the config's.
       mesh: devices along its axes, see `sharding.MeshConfig`; those of the run unless given, and
         where that had another number of devices, fsdp over all.
       say: receives lines for the user.
@@ -67,7 +70,15 @@ def evaluate_run(
         evaluation = dataclasses.replace(evaluation, methods=methods)
     if images is not None:
         evaluation = dataclasses.replace(evaluation, images=images)
+    if metric is not None and not is_published(config):
+        raise UserError(
+            f"metric: {short(metric)}, but our own benchmark is scored by exact match",
+            fix="leave it out",
+        )
     if is_published(config):
+        if metric is not None:
+            metrics.find(metric)
+            evaluation = dataclasses.replace(evaluation, metric=metric)
         if control == "shuffled":
             raise UserError("control: shuffled", allowed="blank, of runs of published models")
         given = dict(control=control, say=say, check_stop=check_stop)

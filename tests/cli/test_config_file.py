@@ -201,6 +201,15 @@ def test_a_file_may_have_a_seed_of_its_own(tmp_path):
     assert config.seed == 7 and "seed" not in config.train
 
 
+def test_sections_that_only_fine_tuning_has(request, path):
+    """They may be left out of its configs, and are none of others."""
+    own = request.config.rootpath / "configs" / "finetune.py"
+    config = configs.load(str(own), ["distil.kind=forward_kl"])
+    assert config.distil.kind == "forward_kl"
+    with pytest.raises(UserError, match="distil"):
+        configs.load(str(path), ["distil.kind=forward_kl"])
+
+
 def test_a_picture_at_home(monkeypatch):
     """Shells leave "~" as it is in --image=~/a.png; a picture as text stays as it is."""
     monkeypatch.setenv("HOME", "/somewhere")

@@ -59,7 +59,7 @@ def test_the_table(command):
     [
         (("eval",), ["--workdir", "--benchmark"]),
         (("eval", MODEL), ["MODEL: goes with --benchmark"]),
-        (("eval", "--workdir=x", "--metric=anls"), ["--metric: goes with --benchmark"]),
+        (("eval", "--workdir=x", "--limit=3"), ["--limit: goes with --benchmark"]),
         (("eval", "--workdir=x", "--pictures.split=false"), ["goes with --benchmark"]),
         (("eval", f"--benchmark={FILE}", "--metric=anls"), ["no model"]),
         (EVAL, ["--metric: missing", "relaxed_accuracy"]),

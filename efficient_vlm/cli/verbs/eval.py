@@ -61,7 +61,11 @@ def _add_benchmark(group: Any) -> None:
         metavar="FILE",
         help="questions and references: .jsonl, .json, .csv, .tsv or .parquet (docs/metrics.md)",
     )
-    group.add_argument("--metric", metavar="NAME", help="one of `efficient-vlm metrics`")
+    group.add_argument(
+        "--metric",
+        metavar="NAME",
+        help="one of `efficient-vlm metrics`; for --workdir of a fine-tuned run as well",
+    )
     group.add_argument(
         "--columns",
         action="append",
@@ -98,7 +102,7 @@ def _add_benchmark(group: Any) -> None:
 
 # Options that only one of the two kinds of evaluation takes, with what they are without a value.
 _OF_RUNS = {"workdir": None, "images": None, "mesh": None, "distributed": None}
-_OF_FILES = {"model": None, "metric": None, "columns": [], "image_folder": None, "question": None,
+_OF_FILES = {"model": None, "columns": [], "image_folder": None, "question": None,
              "suffix": "", "limit": None, "out": None}  # fmt: skip
 
 
@@ -157,6 +161,7 @@ def _run_workdir(args: argparse.Namespace, given: Given) -> int:
         budgets=args.budget,
         images=args.images,
         control=args.control,
+        metric=args.metric,
         mesh=args.mesh,
         distributed=args.distributed,
         as_json=args.json,

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from efficient_vlm.checkpoints.run import Checkpoints
 from efficient_vlm.cli import config_file, run
 from efficient_vlm.data.config import DataConfig
 from efficient_vlm.data.evalset import make_eval
@@ -39,14 +40,14 @@ from efficient_vlm.train.workdir_config import read_run_config
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.json"
 SETTINGS = dict(
-    steps=100,
+    steps=50,
     images=8,  # Per step, with `questions` each, of which each is answered `group` times.
     questions=4,
     group=8,
     budget=9,  # Visual tokens of 25.
     learning_rate=1e-3,
     beta=0.04,  # Of the KL to the model that it starts from.
-    price_steps=60,
+    price_steps=30,
     price=0.01,  # Of a visual token; a right answer is worth 1.
     price_learning_rate=0.2,
     budgets=(25, 9, 4, 1),
@@ -56,7 +57,11 @@ COMPRESSOR = dict(name="text_topk", bias="none")
 
 def base(workdir: Path, overrides: Sequence[str]) -> tuple[Any, DataConfig, EvalConfig]:
     """(the model that all seeds start from, its data, its evaluation)."""
-    run.fit(config_file.load(str(HERE / "config.py"), overrides), workdir, say=print)
+    config = config_file.load(str(HERE / "config.py"), overrides)
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        done = max(checkpoints.committed(), default=0)
+    if done < config.train.steps:
+        run.fit(config, workdir, say=print)
     config = read_run_config(workdir)
     data = DataConfig.from_mapping(section(config, "data"))
     trained = restore(config, workdir, make_train(data, workdir=workdir))

@@ -99,7 +99,7 @@ def objective_of(vlm, rows, config, **fields):
     source = PairSource(MemoryTable(rows), Reading())
     model = vlm.processor.seeing(vlm.model)
     data = DataConfig(**given)
-    pipeline = ChatPipeline(data, source, vlm.processor, [model], pairs=True)
+    pipeline = ChatPipeline(data, source, vlm.processor, [model], programs=1, pairs=True)
     (batch,) = pipeline.epoch()
     model = fitted(pipeline.model, batch.inputs.pictures, vlm.family.variable)
     bare = SimpleNamespace(whole=lambda trained, frozen: trained)

@@ -175,20 +175,21 @@ def one(seed: int, trained: Any, data: DataConfig, score: Any, settings: Mapping
     start = time.monotonic()
     params, curve = learn(trained, data, settings, seed)
     after = score(params)
-    chosen, prices = learn_budgets(trained, params, data, settings, seed)
     rounded = [[round(value, 4) for value in row] for row in curve]
-    return {
+    found = {
         "seed": seed,
         "reward_and_kl": rounded,
         "reward": [round(float(np.mean([r for r, _ in p])), 4) for p in (curve[:10], curve[-10:])],
         "greedy": after,
-        "budgets": {
+    }
+    if settings["price_steps"]:
+        chosen, prices = learn_budgets(trained, params, data, settings, seed)
+        found["budgets"] = {
             "tasks": list(data.tasks),
             "probabilities": np.round(chosen, 4).tolist(),
             "reward_right_tokens": [[round(v, 4) for v in row] for row in prices],
-        },
-        "seconds": round(time.monotonic() - start, 1),
-    }
+        }
+    return {**found, "seconds": round(time.monotonic() - start, 1)}
 
 
 def seeds_of(text: str) -> list[int]:

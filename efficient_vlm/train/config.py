@@ -107,6 +107,11 @@ def read_config(config: Mapping[str, Any]) -> tuple[TrainConfig, DataConfig, Opt
         construct(PretrainedFields, section(config, "model"), "model")
         construct(AdaptConfig, section(config, "adapt"), "adapt")
         return settings, data_config, optimizer
+    if data_config.pairs or section(config, "preference").get("name"):
+        raise UserError(
+            "data.pairs, preference: for published models alone",
+            fix="--config=configs/dpo.py --config.model.pretrained=PATH_OR_HUB_NAME",
+        )
     # Wrong names and budgets are reported before data are built.
     model = make_model(config, vocab_size=2)
     for each in (model, *(arm.model for arm in make_arms(model, settings.elastic))):

@@ -49,19 +49,20 @@ def get_config() -> ml_collections.ConfigDict:
                 ),
             ),
             train=dict(
-                steps=600,
+                steps=300,
                 seed=0,
                 optimizer=dict(
                     name="muon",
                     learning_rate=1e-2,
                     adam_learning_rate=6e-3,
                     warmup_steps=50,
+                    decay_steps=600,
                     weight_decay=0.1,
                 ),
                 checkpoint_every=100,
             ),
             eval=dict(
-                images=128,
+                images=64,
                 batch_size=32,
                 new_tokens=2,
                 map_questions=0,

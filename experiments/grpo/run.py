@@ -1,13 +1,12 @@
 """GRPO with an exact-match reward, and a price per visual token, on a small trained model.
 
-    python experiments/grpo/run.py --seeds=0-2 --runs=runs/grpo
+    python experiments/grpo/run.py --seeds=0-2 --base=runs/grpo_base
 
-Trains config.py for each seed (runs that are finished are not repeated), then learns from rewards,
-and writes results.json beside this file. See README.md.
+Trains config.py (a run that is finished is not repeated), learns from rewards with each seed, and
+writes results.json beside this file. See README.md.
 """
 
 import argparse
-import functools
 import json
 import sys
 import time
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from efficient_vlm.checkpoints.run import Checkpoints
 from efficient_vlm.cli import config_file, run
 from efficient_vlm.data.config import DataConfig
 from efficient_vlm.data.evalset import make_eval
@@ -40,14 +40,14 @@ from efficient_vlm.train.workdir_config import read_run_config
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.json"
 SETTINGS = dict(
-    steps=100,
+    steps=50,
     images=8,  # Per step, with `questions` each, of which each is answered `group` times.
     questions=4,
     group=8,
     budget=9,  # Visual tokens of 25.
     learning_rate=1e-3,
     beta=0.04,  # Of the KL to the model that it starts from.
-    price_steps=60,
+    price_steps=30,
     price=0.01,  # Of a visual token; a right answer is worth 1.
     price_learning_rate=0.2,
     budgets=(25, 9, 4, 1),
@@ -55,11 +55,13 @@ SETTINGS = dict(
 COMPRESSOR = dict(name="text_topk", bias="none")
 
 
-def base(seed: int, runs: Path, overrides: Sequence[str]) -> tuple[Any, DataConfig, EvalConfig]:
-    """(the trained model, its data, its evaluation)."""
-    workdir = runs / str(seed)
-    config = config_file.load(str(HERE / "config.py"), [f"seed={seed}", *overrides])
-    run.fit(config, workdir, say=print)
+def base(workdir: Path, overrides: Sequence[str]) -> tuple[Any, DataConfig, EvalConfig]:
+    """(the model that all seeds start from, its data, its evaluation)."""
+    config = config_file.load(str(HERE / "config.py"), overrides)
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        done = max(checkpoints.committed(), default=0)
+    if done < config.train.steps:
+        run.fit(config, workdir, say=print)
     config = read_run_config(workdir)
     data = DataConfig.from_mapping(section(config, "data"))
     trained = restore(config, workdir, make_train(data, workdir=workdir))
@@ -152,39 +154,42 @@ def learn_budgets(trained, params, data, settings, seed) -> tuple[np.ndarray, li
     return np.asarray(jax.nn.softmax(logits)), curve
 
 
-def one(seed: int, runs: Path, overrides: Sequence[str], settings: Mapping[str, Any]) -> dict:
-    """What results.json says of a seed."""
-    start = time.monotonic()
-    trained, data, evaluation = base(seed, runs, overrides)
-    trained_seconds = time.monotonic() - start
+def scoring(trained: Any, data: DataConfig, evaluation: EvalConfig, budget: int) -> Any:
+    """From parameters to the rows of greedy answers about images of unseen glyphs."""
     test = make_eval(
         DataConfig(**{**vars(data), "batch_size": evaluation.batch_size}),
         limit=evaluation.images,
         tokenizer=trained.pipeline.tokenizer,
     )
-    methods = [dict(**COMPRESSOR, budgets=[settings["budget"]])]
+    methods = [dict(**COMPRESSOR, budgets=[budget])]
     asked = EvalConfig(**{**vars(evaluation), "methods": methods, "map_questions": 0})
-    score = functools.partial(evaluate, trained.model, data=test, config=asked)
-    before = score(params=trained.params)["eval"]
+
+    def score(params: Any) -> list[dict[str, Any]]:
+        return evaluate(trained.model, params, test, asked)["eval"]
+
+    return score
+
+
+def one(seed: int, trained: Any, data: DataConfig, score: Any, settings: Mapping[str, Any]) -> dict:
+    """What results.json says of a seed."""
+    start = time.monotonic()
     params, curve = learn(trained, data, settings, seed)
-    after = score(params=params)["eval"]
-    chosen, prices = learn_budgets(trained, params, data, settings, seed)
+    after = score(params)
     rounded = [[round(value, 4) for value in row] for row in curve]
-    return {
+    found = {
         "seed": seed,
         "reward_and_kl": rounded,
         "reward": [round(float(np.mean([r for r, _ in p])), 4) for p in (curve[:10], curve[-10:])],
-        "greedy": {"before": before, "after": after},
-        "budgets": {
+        "greedy": after,
+    }
+    if settings["price_steps"]:
+        chosen, prices = learn_budgets(trained, params, data, settings, seed)
+        found["budgets"] = {
             "tasks": list(data.tasks),
             "probabilities": np.round(chosen, 4).tolist(),
             "reward_right_tokens": [[round(v, 4) for v in row] for row in prices],
-        },
-        "seconds": {
-            "base": round(trained_seconds, 1),
-            "all": round(time.monotonic() - start, 1),
-        },
-    }
+        }
+    return {**found, "seconds": round(time.monotonic() - start, 1)}
 
 
 def seeds_of(text: str) -> list[int]:
@@ -196,7 +201,7 @@ def seeds_of(text: str) -> list[int]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", default="0-2", help="a range or a list (default: %(default)s)")
-    parser.add_argument("--runs", type=Path, default=Path("runs/grpo"), help="workdirs")
+    parser.add_argument("--base", type=Path, default=Path("runs/grpo_base"), help="its workdir")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--set", action="append", default=[], help="section.field=value")
     parser.add_argument("--steps", type=int, default=SETTINGS["steps"])
@@ -204,12 +209,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     enable_compilation_cache()
     settings = {**SETTINGS, "steps": args.steps, "price_steps": args.price_steps}
-    found = []
+    trained, data, evaluation = base(args.base.absolute(), args.set)
+    score, found = scoring(trained, data, evaluation, settings["budget"]), []
+    before = score(trained.params)
     for seed in seeds_of(args.seeds):
-        found.append(one(seed, args.runs.absolute(), args.set, settings))
+        found.append(one(seed, trained, data, score, settings))
         first, last = found[-1]["reward"]
         print(f"seed {seed}: reward {first:.3f} -> {last:.3f}", flush=True)
-        told = dict(settings=settings, environment=environment(), seeds=found)
+        told = dict(settings=settings, environment=environment(), greedy=before, seeds=found)
         args.out.write_text(json.dumps(told, indent=1) + "\n")
     return int(any(last <= first for first, last in (each["reward"] for each in found)))
 

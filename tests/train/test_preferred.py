@@ -22,6 +22,7 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.processing.gather import fitted
 from efficient_vlm.processing.labels import labelled
 from efficient_vlm.processing.request import Example
+from efficient_vlm.train.config import read_config
 from efficient_vlm.train.metrics import read_metrics
 from efficient_vlm.train.objective import DistilConfig, PreferenceConfig, check_aims
 from efficient_vlm.train.preferred import make_preferring
@@ -99,7 +100,7 @@ def objective_of(vlm, rows, config, **fields):
     source = PairSource(MemoryTable(rows), Reading())
     model = vlm.processor.seeing(vlm.model)
     data = DataConfig(**given)
-    pipeline = ChatPipeline(data, source, vlm.processor, [model], pairs=True)
+    pipeline = ChatPipeline(data, source, vlm.processor, [model], programs=1, pairs=True)
     (batch,) = pipeline.epoch()
     model = fitted(pipeline.model, batch.inputs.pictures, vlm.family.variable)
     bare = SimpleNamespace(whole=lambda trained, frozen: trained)
@@ -179,6 +180,12 @@ def test_what_cannot_be_learnt():
     for bad in (dict(name="ppo"), dict(beta=0), dict(label_smoothing=0.5), dict(labels=-1)):
         with pytest.raises(UserError, match="preference"):
             PreferenceConfig(**bad)
+
+
+def test_models_of_our_own_have_no_pairs():
+    for fields in ({"data": {"pairs": True}}, {"preference": {"name": "simpo"}}):
+        with pytest.raises(UserError, match="published models alone"):
+            read_config({"train": {"steps": 1}, "model": {}, **fields})
 
 
 @pytest.mark.slow

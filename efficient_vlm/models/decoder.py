@@ -208,7 +208,8 @@ class Decoder(DecoderFields):
     def _place(self, visual, positions, segments, prompt, columns, policy, placement) -> Placement:
         """Places of what is left, under a policy; see `Placement`."""
         if placement is not None:
-            return place_tokens(placement, visual, segments != PADDING_SEGMENT, policy)
+            live = segments != PADDING_SEGMENT
+            return place_tokens(placement, visual, live, policy, segments)
         offset, visual_position = self._visual_positions(visual, columns, policy)
         rows, count = visual.mask.shape
         length = jnp.max(jnp.where(prompt, 1 + jnp.arange(prompt.shape[1]), 0), axis=1)

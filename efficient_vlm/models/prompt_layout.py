@@ -69,7 +69,11 @@ def held_mean(visual: VisualTokens, values: jax.Array) -> jax.Array:
 
 
 def place_tokens(
-    placement: Placement, visual: VisualTokens, text_live: jax.Array, policy: str
+    placement: Placement,
+    visual: VisualTokens,
+    text_live: jax.Array,
+    policy: str,
+    text_segments: jax.Array | None = None,
 ) -> Placement:
     """The placement of the visual tokens that are left.
 
@@ -80,6 +84,8 @@ def place_tokens(
       policy: "retain" keeps positions (the mean, for merged tokens); "reindex" closes the gaps:
         the distinct positions of all live tokens, on all axes together, are numbered from the
         smallest on. With nothing dropped that changes nothing.
+      text_segments: int [R, S], needed where the placement has `visual_segment`: positions of each
+        conversation are then numbered by themselves.
 
     Returns:
       The placement with a slot for each token; places in the prompt are kept in either case.
@@ -100,8 +106,14 @@ def place_tokens(
     if segment is not None:
         segment = jnp.round(held_mean(visual, segment)).astype(jnp.int32)
     text, after = placement.text_position, placement.next_position
-    if policy == "reindex":
+    if policy == "reindex" and segment is None:
         position, text, after = _close_gaps(position, text, after, visual.mask, text_live)
+    elif policy == "reindex":
+        both = jnp.concatenate([position, text.astype(jnp.float32)], axis=1)
+        live = jnp.concatenate([visual.mask, text_live], axis=1)
+        numbers = jnp.concatenate([segment, text_segments], axis=1)
+        both = _closed_apart(both, live, numbers)
+        position, text = jnp.split(both, [position.shape[1]], axis=1)
     return placement.replace(
         visual_index=index,
         visual_position=position,
@@ -142,3 +154,37 @@ def _close_gaps(visual, text, after, visual_live, text_live):
 
     # The token behind everything: one above the highest position that is left.
     return *(renumber(x) for x in both), (start[:, 0] + count).astype(after.dtype)
+
+
+def _closed_apart(positions: jax.Array, live: jax.Array, segments: jax.Array) -> jax.Array:
+    """Positions [R, N, ...] numbered without gaps in each conversation; see `place_tokens`.
+
+    Args:
+      positions: float32.
+      live: bool [R, N].
+      segments: int [R, N], of the conversations.
+    """
+    rows, axes = len(positions), positions.shape[2:]
+
+    def spread(x):
+        x = x.reshape(*x.shape, *(1,) * len(axes))
+        return jnp.broadcast_to(x, positions.shape).reshape(rows, -1)
+
+    live, segments = spread(live), spread(segments)
+    values = jnp.where(live, positions.reshape(rows, -1), 0.0)
+    segments = jnp.where(live, segments, jnp.iinfo(jnp.int32).max)
+    place = jnp.broadcast_to(jnp.arange(values.shape[1]), values.shape)
+    segments, values, order = jax.lax.sort((segments, values, place), dimension=1, num_keys=2)
+
+    def changes(x):
+        return jnp.pad(x[:, 1:] != x[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+
+    begins = changes(segments)
+    rank = jnp.cumsum(begins | changes(values), axis=1)
+    # Ranks and places rise, so the last one that began is the largest so far.
+    base = jax.lax.cummax(jnp.where(begins, rank, 0), axis=1)
+    begin = jax.lax.cummax(jnp.where(begins, place, 0), axis=1)
+    start = jnp.floor(jnp.take_along_axis(values, begin, axis=1))
+    new = start + (rank - base)
+    back = jnp.argsort(order, axis=1)
+    return jnp.take_along_axis(new, back, axis=1).reshape(positions.shape)

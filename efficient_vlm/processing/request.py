@@ -140,15 +140,14 @@ def pack_request(
 
 def packs(model: VisionLanguageModel, pooled: bool = False) -> bool:
     """Whether unrelated examples may share a row of this model: its compressor looks at one picture
-    at a time, and positions are those of the prompt.
+    at a time.
 
     Args:
       model: with any compressor.
       pooled: whether tokens read patches of all pictures of a row (`Pictured.pool_index`).
     """
     method = model.make_compressor()
-    policy = method.position_policy or model.make_decoder().position_policy
-    alone = model.selects_by_text or method.in_decoder or policy == "reindex"
+    alone = model.selects_by_text or method.in_decoder
     return not alone and not (pooled and model.compressor["name"] != "none")
 
 

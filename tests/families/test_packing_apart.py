@@ -112,10 +112,11 @@ def test_unrelated_rows_are_read_as_alone(name):
         assert inputs.visual_room < slots  # Padding is left out in front of the decoder.
 
 
+@pytest.mark.parametrize("policy", ["retain", "reindex"])
 @pytest.mark.parametrize("name", golden_models())
-def test_unrelated_rows_of_few_tokens_are_read_as_alone(name):
+def test_unrelated_rows_of_few_tokens_are_read_as_alone(name, policy):
     """As above, with pictures of which three tokens are kept."""
-    vlm = opened(name).with_compressor("divprune", budget=3, position_policy="retain")
+    vlm = opened(name).with_compressor("divprune", budget=3, position_policy=policy)
     pooled = name in POOLED
     assert packs(vlm.model, pooled) is not pooled
     if not pooled:

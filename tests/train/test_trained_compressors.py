@@ -153,7 +153,7 @@ def test_the_joint_gradient_is_the_mean_of_gradients():
     (total, metrics), found = gradient(lambda p: objective(p, None, inputs, key))
     parts = [gradient(lambda p, m=a.model: loss_fn(m, p, inputs, key, {})) for a in arms]
     (first, one), (second, other) = ((loss, grads) for (loss, _), grads in parts)
-    assert total == pytest.approx(0.25 * first + 0.75 * second, rel=1e-5)
+    assert float(total) == pytest.approx(float(0.25 * first + 0.75 * second), rel=1e-5)
     assert float(metrics["loss"][1]) == 10
     mean = jax.tree.map(lambda a, b: 0.25 * a + 0.75 * b, one, other)
     for path, value in flatten_dict(found, sep="/").items():

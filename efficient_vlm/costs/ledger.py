@@ -173,7 +173,8 @@ def without(model: VisionLanguageModel) -> VisionLanguageModel:
     connector = model.connector
     if model.projector is None:  # An identity only fits a compressor that is the projector.
         connector = {**connector, "identity": False}
-    return model.clone(compressor={"name": "none"}, decoder=decoder, connector=connector)
+    plain = dict(compressor={"name": "none"}, in_place=False)
+    return model.clone(**plain, decoder=decoder, connector=connector)
 
 
 def _rows(cost: Cost) -> tuple[LayerRow, ...]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from efficient_vlm import compressors
-from efficient_vlm.checks import number_fields, whole
+from efficient_vlm.checks import flag, number_fields, whole
 from efficient_vlm.compressors.methods import METHODS, find
 from efficient_vlm.errors import UserError, short
 from efficient_vlm.fields import construct, frozen
@@ -58,6 +58,8 @@ class VisionLanguageFields(nn.Module):
     def __post_init__(self):
         for name in ("encoder", "compressor", "decoder", "connector", "projector"):
             object.__setattr__(self, name, frozen(getattr(self, name)))
+        for name in ("pooled_start", "in_place"):
+            flag(f"model.{name}", getattr(self, name))
         try:
             jnp.dtype(self.dtype)
         except TypeError:

@@ -1,5 +1,7 @@
 """Compressors with weights of their own in fine-tunes, and the loss of all budgets at once."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -13,6 +15,7 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.models.init import init_params
 from efficient_vlm.models.inputs import ModelInputs, Pictures
 from efficient_vlm.models.vlm import VisionLanguageModel
+from efficient_vlm.train import loop
 from efficient_vlm.train.arms import Arm, joined
 from efficient_vlm.train.base import PretrainedFields, open_base
 from efficient_vlm.train.config import TrainConfig
@@ -126,6 +129,31 @@ def test_a_published_model_learns_all_budgets_at_every_step(tmp_path):
     assert losses[-1] < losses[0] * 0.9
 
 
+class Never:
+    """A `StopSignal` that never comes."""
+
+    requested, exit_code = False, 0
+
+
+def test_a_run_gives_its_selector_back(tmp_path):
+    config = run_config()
+    config.model.compressor = dict(name="visionselector", budget=2, dim=4)
+    config.adapt = dict(name="full", train="^reduce/")
+    config.train.steps = 1
+    config.train.optimizer.warmup_steps = 0
+    trained = loop.train(config.to_dict(), tmp_path, stop=Never(), say=lambda line: None)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    assert trained.summary["trained_params"] == 2 * 36 * 4
+    again = evlm.from_pretrained(tmp_path)
+    assert again.model.compressor["name"] == "visionselector"
+    found, wanted = (flatten_dict(p, sep="/") for p in (again.params, trained.params))
+    name = "reduce/visionselector_query"
+    np.testing.assert_array_equal(found[name], wanted[name])
+    assert again.with_compressor("visionselector", 1, dim=4)
+    fewer = evlm.from_pretrained(tmp_path, compressor=dict(name="visionselector", budget=1, dim=4))
+    assert fewer.model.compressor["budget"] == 1
+
+
 def test_the_joint_gradient_is_the_mean_of_gradients():
     model = VisionLanguageModel(
         vocab_size=VOCAB,
@@ -153,7 +181,7 @@ def test_the_joint_gradient_is_the_mean_of_gradients():
     (total, metrics), found = gradient(lambda p: objective(p, None, inputs, key))
     parts = [gradient(lambda p, m=a.model: loss_fn(m, p, inputs, key, {})) for a in arms]
     (first, one), (second, other) = ((loss, grads) for (loss, _), grads in parts)
-    assert total == pytest.approx(0.25 * first + 0.75 * second, rel=1e-5)
+    assert float(total) == pytest.approx(float(0.25 * first + 0.75 * second), rel=1e-5)
     assert float(metrics["loss"][1]) == 10
     mean = jax.tree.map(lambda a, b: 0.25 * a + 0.75 * b, one, other)
     for path, value in flatten_dict(found, sep="/").items():

@@ -16,7 +16,7 @@ from efficient_vlm.data.config import DataConfig
 from efficient_vlm.data.preference_rows import PairSource
 from efficient_vlm.data.row_source import Reading, RowSource
 from efficient_vlm.data.tables.memory import MemoryTable
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, short
 from efficient_vlm.families.processor import Processor
 from efficient_vlm.fields import construct
 from efficient_vlm.inference.programs import bounded_jit
@@ -68,6 +68,8 @@ def finetune(
     log: Callable[[int, Mapping[str, float]], None] | None,
 ) -> tuple[VisionLanguageModel, Any]:
     """The model and its trained parameters; see `Pretrained.finetune`."""
+    if adapt is not None and not isinstance(adapt, Mapping):
+        raise UserError(f"adapt: {short(adapt)} is not a mapping", fix='adapt=dict(name="lora")')
     adapting = construct(AdaptConfig, {"seed": seed, **(adapt or {"name": "full"})}, "adapt")
     settings = TrainConfig(steps=steps, seed=seed)
     given = {"learning_rate": learning_rate, "warmup_steps": min(steps // 10, 100), **optimizer}

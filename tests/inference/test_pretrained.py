@@ -112,6 +112,11 @@ def test_no_new_program_for_another_question(vlm):
     assert [program._cache_size() for program in programs] == before
 
 
+def test_adapters_of_a_fine_tune_are_fields(vlm):
+    with pytest.raises(UserError, match="adapt: 'lora' is not a mapping"):
+        vlm.finetune([{}], steps=1, adapt="lora")
+
+
 @pytest.mark.parametrize("name", ["fastv", "dart", "pyramiddrop", "divprune"])
 def test_a_question_without_a_picture(vlm, name):
     options = {"pyramiddrop": dict(layers=(1,), keep=(4,)), "divprune": dict(budget=4)}

@@ -17,6 +17,8 @@ def add(verbs: Any) -> None:
             "train --config=configs/quickstart.py --workdir=runs/quickstart",
             "train --config=configs/quickstart.py:smoke --workdir=runs/dense "
             "--config.model.decoder.moe=None",
+            "train --config=configs/finetune.py --config.model.pretrained=tests/samples/smolvlm "
+            "--config.data.path=tests/samples/llava/my.json --workdir=runs/ft",
         ),
         dotted=("config",),
     )

@@ -45,7 +45,7 @@ SETTINGS = dict(
     questions=4,
     group=8,
     budget=9,  # Visual tokens of 25.
-    learning_rate=1e-3,
+    learning_rate=3e-4,
     beta=0.04,  # Of the KL to the model that it starts from.
     price_steps=30,
     price=0.01,  # Of a visual token; a right answer is worth 1.
@@ -206,9 +206,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], help="section.field=value")
     parser.add_argument("--steps", type=int, default=SETTINGS["steps"])
     parser.add_argument("--price-steps", type=int, default=SETTINGS["price_steps"])
+    parser.add_argument("--learning-rate", type=float, default=SETTINGS["learning_rate"])
     args = parser.parse_args(argv)
     enable_compilation_cache()
     settings = {**SETTINGS, "steps": args.steps, "price_steps": args.price_steps}
+    settings["learning_rate"] = args.learning_rate
     trained, data, evaluation = base(args.base.absolute(), args.set)
     score, found = scoring(trained, data, evaluation, settings["budget"]), []
     before = score(trained.params)

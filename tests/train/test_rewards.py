@@ -87,8 +87,12 @@ def test_a_batch_by_hand():
         rollouts(asked, tokens, np.zeros(6), rewards[:2])
 
 
-def test_the_batch_has_the_log_probabilities_of_the_draws(model, params, asked):
-    """One pass over whole answers, against what drawing with a cache has told."""
+@pytest.mark.parametrize("method", ["none", "text_topk"])
+def test_the_batch_has_the_log_probabilities_of_the_draws(make_model, init, asked, method):
+    """One pass over whole answers, against what drawing with a cache has told; of words in an
+    answer none chooses visual tokens."""
+    model = make_model(method, 16 if method == "none" else 3, **SMALL)
+    params = init(model)
     out, tokens, lengths = drawn(model, params, asked, logprobs=0)
     told = out.logprobs.chosen.reshape(-1, NEW)
     batch = rollouts(asked, tokens, lengths, np.zeros((4, GROUP)), told)

@@ -113,7 +113,7 @@ def answers_of(
 
     Returns:
       The chosen answer first; P is as many pairs as there may be, 0 tokens for those that are not
-      there. NumPy's sum of an answer alone agrees up to rounding.
+      there.
     """
     values = token_log_probs(logits, inputs.labels)
     live = (inputs.labels >= 0).astype(jnp.float32)

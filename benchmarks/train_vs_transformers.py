@@ -106,9 +106,10 @@ def time_ours(folder: Path, steps: int, adapt: dict, compressor: dict) -> list[f
     from efficient_vlm.processing.request import Example, pack_request
     from efficient_vlm.runtime import enable_compilation_cache
     from efficient_vlm.train.arms import Arm
-    from efficient_vlm.train.base import PretrainedFields, open_base
+    from efficient_vlm.train.base import open_base
     from efficient_vlm.train.config import TrainConfig
     from efficient_vlm.train.optimizer import OptimizerConfig
+    from efficient_vlm.train.pretrained_fields import PretrainedFields
     from efficient_vlm.train.published import Tuning, make_start, make_step
 
     enable_compilation_cache()
@@ -161,9 +162,10 @@ def time_mixed(folder: Path, packed: bool) -> float:
     from efficient_vlm.data.tables.memory import MemoryTable
     from efficient_vlm.runtime import enable_compilation_cache
     from efficient_vlm.train.arms import Arm
-    from efficient_vlm.train.base import PretrainedFields, open_base
+    from efficient_vlm.train.base import open_base
     from efficient_vlm.train.config import TrainConfig
     from efficient_vlm.train.optimizer import OptimizerConfig
+    from efficient_vlm.train.pretrained_fields import PretrainedFields
     from efficient_vlm.train.published import Tuning, make_start, make_step
 
     enable_compilation_cache()

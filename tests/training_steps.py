@@ -95,7 +95,15 @@ def train(
 ) -> Trained:
     """`count` steps of AdamW on one batch, by the step of training runs; decays everything."""
     tx = recorded(optax.adamw(**adamw))
-    step = steps.make_train_step(model, tx, tuning=tuning)
+    given = {}
+    if tuning is not None:
+        whole, given["frozen"] = tuning
+
+        def objective(trained, frozen, inputs, rng):
+            return steps.loss_fn(model, whole(trained, frozen), inputs, rng, {})
+
+        given["objective"] = objective
+    step = steps.make_train_step(model, tx, **given)
     state = steps.init_state(jax.tree.map(jnp.copy, params), tx)
     losses, norms, gradient = [], [], None
     for _ in range(count):

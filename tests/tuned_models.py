@@ -18,7 +18,8 @@ from efficient_vlm.families.save import export
 from efficient_vlm.families.table import family_of
 from efficient_vlm.models.init import abstract_parameters
 from efficient_vlm.sharding import path_of
-from efficient_vlm.train.base import PretrainedFields, open_base
+from efficient_vlm.train.base import open_base
+from efficient_vlm.train.pretrained_fields import PretrainedFields
 
 TESTS = Path(__file__).parent
 SMOLVLM = TESTS / "samples" / "smolvlm"

@@ -25,10 +25,10 @@ from efficient_vlm.models import connector, decoder, vlm
 from efficient_vlm.models import encoder as vit
 from efficient_vlm.nn import moe
 from efficient_vlm.sharding import MeshConfig
-from efficient_vlm.train.base import PretrainedFields
 from efficient_vlm.train.config import TrainConfig, is_published
 from efficient_vlm.train.objective import DistilConfig, PreferenceConfig
 from efficient_vlm.train.optimizer import OptimizerConfig
+from efficient_vlm.train.pretrained_fields import PretrainedFields
 
 # `--config.seed=N` sets both: with another train.seed alone, a run sees the same data in one order.
 SEED, SEEDS = "seed", ("train.seed", "data.seed")

@@ -24,7 +24,7 @@ _DATA = (
 _PUBLISHED = (*_DATA, "jinja2", "orbax-checkpoint", "ml-dtypes", "huggingface-hub")
 # Verb -> the packages that its modules import; the fonts of generated text are matplotlib's.
 NEEDS = {
-    "train": (*_DATA, "orbax-checkpoint", "scipy", "matplotlib"),
+    "train": (*_PUBLISHED, "scipy", "matplotlib", "pyarrow"),
     "eval": (*_PUBLISHED, "scipy", "matplotlib", "pyarrow"),
     "audit": (*_DATA, "jinja2"),
     "audit aot": (*_DATA, "jinja2"),

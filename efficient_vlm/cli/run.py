@@ -31,9 +31,10 @@ from efficient_vlm.report.report import write_report
 from efficient_vlm.report.summary import print_summary
 from efficient_vlm.runtime import enable_compilation_cache, environment
 from efficient_vlm.train import guards, loop, processes
-from efficient_vlm.train.base import PretrainedFields, open_base
+from efficient_vlm.train.base import open_base
 from efficient_vlm.train.config import is_published, read_config
 from efficient_vlm.train.goodput import Goodput
+from efficient_vlm.train.pretrained_fields import PretrainedFields
 from efficient_vlm.train.workdir_config import has_steps
 
 RESULTS = "results.json"

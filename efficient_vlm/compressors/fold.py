@@ -30,6 +30,12 @@ def drop(tokens: VisualTokens, selection: Selection) -> VisualTokens:
     return take(tokens, indices, valid)
 
 
+def without_padding(tokens: VisualTokens, room: int) -> VisualTokens:
+    """The real tokens, of which there may not be more than `room`; then padding."""
+    _, real = ordering.top_k(tokens.mask.astype(jnp.float32), room)
+    return take(tokens, real, jnp.ones(real.shape, bool))
+
+
 def pool(tokens: VisualTokens, grid: grids.Grid, cells: grids.Grid) -> VisualTokens:
     """Size-weighted means over the cells of a coarser grid; padding is excluded.
 

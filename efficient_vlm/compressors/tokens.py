@@ -243,12 +243,6 @@ def take(
     )
 
 
-def without_padding(tokens: VisualTokens, room: int) -> VisualTokens:
-    """The first `room` tokens that are real, of which there may not be more; then padding."""
-    real = jnp.argsort(~tokens.mask, axis=1, stable=True)[:, :room]
-    return take(tokens, real, jnp.ones(real.shape, bool))
-
-
 def weighted_means(
     tokens: VisualTokens, sums: Callable[[jax.Array], jax.Array]
 ) -> dict[str, Shaped[Array, "B K *C"] | None]:

@@ -33,6 +33,7 @@ from efficient_vlm.inference.requests import Requests
 from efficient_vlm.inference.sampling import Sampling
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.nn.kv_cache import CacheOptions
+from efficient_vlm.nn.stack import unstack
 from efficient_vlm.processing.conversation import Conversation, is_one
 from efficient_vlm.processing.hub_tokenizer import read_json
 from efficient_vlm.processing.request import Request
@@ -250,7 +251,7 @@ class Pretrained(Requests):
         from efficient_vlm.inference.finetune import finetune
 
         model, params = finetune(self, rows, **given)
-        return Pretrained(model, Weights(params), self.processor, self._carried, True)
+        return Pretrained(model, Weights(unstack(params)), self.processor, self._carried, True)
 
     def merge(self) -> "Pretrained":
         """The same model with its adapters as part of the weights, and quantised weights plain."""

@@ -16,9 +16,10 @@ from efficient_vlm.families.weights import Weights
 from efficient_vlm.fields import construct, section
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.train.arms import make_arms
-from efficient_vlm.train.base import PretrainedFields, check_base, open_base
+from efficient_vlm.train.base import check_base, open_base
 from efficient_vlm.train.config import TrainConfig
 from efficient_vlm.train.parameters import load_params
+from efficient_vlm.train.pretrained_fields import PretrainedFields
 from efficient_vlm.train.published import Tuning, nested
 from efficient_vlm.train.workdir_config import read_run_config
 

@@ -9,8 +9,9 @@ from flax import linen as nn
 
 from efficient_vlm.compressors import Signals, VisualTokens
 from efficient_vlm.compressors.between import selectors
+from efficient_vlm.compressors.fold import without_padding
 from efficient_vlm.compressors.projectors.gather_pool import windows
-from efficient_vlm.compressors.tokens import without_padding, zero_padding
+from efficient_vlm.compressors.tokens import zero_padding
 from efficient_vlm.errors import UserError
 from efficient_vlm.fields import construct
 from efficient_vlm.models.connector import Connector, PooledStart

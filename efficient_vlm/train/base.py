@@ -14,8 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from efficient_vlm.checkpoints.safetensors_index import locate
 from efficient_vlm.checkpoints.safetensors_read import Checkpoint
-from efficient_vlm.checks import flag
-from efficient_vlm.errors import UserError, short, short_path
+from efficient_vlm.errors import UserError, short_path
 from efficient_vlm.families import hub
 from efficient_vlm.families.architecture import build_model, read_config
 from efficient_vlm.families.imported import (
@@ -31,54 +30,12 @@ from efficient_vlm.families.table import family_of
 from efficient_vlm.files import write_atomic
 from efficient_vlm.models.init import abstract_parameters
 from efficient_vlm.models.vlm import VisionLanguageModel
-from efficient_vlm.nn.stack import rematerialised
 from efficient_vlm.train.in_place import in_place, taken_over
+from efficient_vlm.train.pretrained_fields import PretrainedFields
 
-__all__ = ["Base", "PretrainedFields", "check_base", "open_base"]
+__all__ = ["Base", "check_base", "open_base"]
 
 RECORD = "base.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class PretrainedFields:
-    """The section "model" of a run that starts from a published model.
-
-    Attributes:
-      pretrained: its directory, or its name on a hub.
-      revision: on the hub: a branch, a tag or a commit.
-      compressor: name, budget and options; all visual tokens by default.
-      pooled_start: whether a trained compressor behind the model's own projector starts as pooling,
-        with what it makes behind a gate, see `connector.PooledStart`.
-      in_place: whether it takes the place of the model's own projector and connector, see
-        `in_place.in_place`.
-      dtype: of activations, "float32" or "bfloat16".
-      param_dtype: of parameters; None for float32.
-      pictures: options of its picture processor, see `from_pretrained`.
-      remat: what the backward pass recomputes in encoder and decoder: "none", "dots" or "full".
-    """
-
-    pretrained: str
-    revision: str | None = None
-    compressor: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "none"})
-    pooled_start: bool = True
-    in_place: bool = False
-    dtype: str = "float32"
-    param_dtype: str | None = None
-    pictures: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    remat: str = "dots"
-
-    def __post_init__(self):
-        if not isinstance(self.pretrained, str) or not self.pretrained:
-            raise UserError(
-                f"model.pretrained: {short(self.pretrained)}",
-                allowed="the directory of a published model, or its name on a hub",
-            )
-        known_dtype("model.dtype", self.dtype)
-        if self.param_dtype is not None:
-            known_dtype("model.param_dtype", self.param_dtype)
-        rematerialised(lambda: None, self.remat)
-        flag("model.pooled_start", self.pooled_start)
-        flag("model.in_place", self.in_place)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,9 +14,9 @@ from efficient_vlm.data.config import DataConfig
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.fields import construct, section
 from efficient_vlm.train.arms import make_arms, make_model
-from efficient_vlm.train.base import PretrainedFields
 from efficient_vlm.train.metrics import summary_writer
 from efficient_vlm.train.optimizer import OPTIMIZERS, OptimizerConfig, schedule
+from efficient_vlm.train.pretrained_fields import PretrainedFields
 
 __all__ = ["TrainConfig", "is_published", "make_mesh", "read_config"]
 

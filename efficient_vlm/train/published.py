@@ -29,7 +29,6 @@ from efficient_vlm.train import step as steps
 from efficient_vlm.train.arms import Arm, joined, make_arms
 from efficient_vlm.train.base import (
     Base,
-    PretrainedFields,
     check_base,
     open_base,
     placed,
@@ -45,6 +44,7 @@ from efficient_vlm.train.objective import (
 )
 from efficient_vlm.train.optimizer import OptimizerConfig, make_optimizer
 from efficient_vlm.train.parameters import Start
+from efficient_vlm.train.pretrained_fields import PretrainedFields
 from efficient_vlm.train.processes import first_then_all
 from efficient_vlm.train.setup import Setup
 from efficient_vlm.train.state_layout import StateLayout, state_shardings

@@ -162,6 +162,8 @@ def rows_of_the_page():
             model, task = line.removeprefix("## "), "prefill"
         elif line.startswith("Training"):
             task = "train"
+        elif line.startswith("LoRA"):
+            task = "lora"
         elif line.startswith("| ") and "machine" not in line:
             cells = [cell.strip() for cell in line.strip("|").split(" | ")]
             tokens = int(cells[3].replace(",", ""))
@@ -180,14 +182,16 @@ def test_every_row_of_the_page_has_the_command_that_makes_it(compilers, capsys):
     stored = json.loads((DOCS / "plans.json").read_text())
     plans = {(r["model"], r["machine"], r["task"], r["share"]): r for r in stored}
     # At three shares: training and inference (two programs) of five models on six machines and of
-    # one on two, and its inference on one more.
-    assert len(rows) == 3 * (2 * (5 * 6 + 2) + 1)
+    # one on two, and its inference on one more; LoRA of one on one.
+    assert len(rows) == 3 * (2 * (5 * 6 + 2) + 1 + 1)
     seen = set()
     for line, row in rows:
         program, *words = shlex.split(line)
         assert program == "efficient-vlm"
         parsed = dict(word.removeprefix("--").split("=", 1) for word in words[2:])
-        assert (parsed["preset"], parsed["task"]) == (row["model"], row["task"])
+        task = "train" if row["task"] == "lora" else row["task"]
+        assert (parsed["preset"], parsed["task"]) == (row["model"], task)
+        assert parsed.get("adapt") == ("lora" if row["task"] == "lora" else None)
         assert parsed["mesh"] == row["mesh_text"] and int(parsed["batch"]) == row["batch"]
         if row["task"] == "prefill":  # "with --task=decode it is that of a further one"
             other = plans[row["model"], row["machine"], "decode", row["share"]]
@@ -198,7 +202,7 @@ def test_every_row_of_the_page_has_the_command_that_makes_it(compilers, capsys):
         assert cli.run([*words, "--quiet", "--json"]) == 0
         capsys.readouterr()
         work, topology, sizes = compilers[-1]
-        assert work.task == row["task"] and work.batch == row["batch"] and work.new == 64
+        assert work.task == task and work.batch == row["batch"] and work.new == 64
         assert topology == row["topology"] and sizes == row["mesh"]
         entering = ledger.build(work.model, text_tokens=work.text, images=work.images).entering
         assert entering == row["tokens"]
@@ -232,8 +236,8 @@ def test_a_part_of_the_page_in_a_new_folder(plans, tmp_path, capsys):
     # With the other tasks the lines are those of the whole page.
     plans("--only=smolvlm-256m/v5e-16/", "--out", out)
     lines = [line for line in (out / "plans.md").read_text().splitlines() if "`efficient" in line]
-    assert len(lines) == 6 and set(lines) <= set((DOCS / "plans.md").read_text().splitlines())
-    assert "6 compiled, 3 were there" in capsys.readouterr().out
+    assert len(lines) == 9 and set(lines) <= set((DOCS / "plans.md").read_text().splitlines())
+    assert "9 compiled, 3 were there" in capsys.readouterr().out
 
 
 def test_no_such_plan(plans, tmp_path, capsys):

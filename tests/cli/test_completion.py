@@ -65,7 +65,7 @@ def complete(line, heavy=False):
         ("efficient-vlm audit sharding --preset=", set(presets.names())),
         ("efficient-vlm audit --match=mean_p", {"mean_processed:"}),
         ("efficient-vlm audit kernels --qui", {"--quick ", "--quiet "}),
-        ("efficient-vlm methods visi", {"visionzip "}),
+        ("efficient-vlm methods visi", {"visionselector", "visionzip"}),
     ],
 )
 def test_what_is_offered(line, offered):

@@ -14,7 +14,7 @@ from efficient_vlm.compressors.methods import METHODS, options
 
 TRAINED = {
     *("pixel_shuffle", "resampler", "mlp", "deco", "c_abstractor", "ldp", "ldpv2", "tokenpacker"),
-    *("perceiver", "qformer", "mqt", "molmo_pool", "minicpm_merger", "text_topk"),
+    *("perceiver", "qformer", "mqt", "molmo_pool", "minicpm_merger", "text_topk", "visionselector"),
 }
 
 

@@ -26,8 +26,9 @@ from efficient_vlm.processing.labels import labelled
 from efficient_vlm.processing.request import Example
 from efficient_vlm.sharding import path_of
 from efficient_vlm.train import guards, loop
-from efficient_vlm.train.base import PretrainedFields, open_base
+from efficient_vlm.train.base import open_base
 from efficient_vlm.train.metrics import read_metrics
+from efficient_vlm.train.pretrained_fields import PretrainedFields
 
 LORA = dict(name="lora", rank=3, alpha=6.0, targets="decoder")
 ADAPTED = ("query/kernel", "key/kernel", "value/kernel", "out/kernel", "gate/kernel", "up/kernel")
@@ -116,7 +117,7 @@ def test_a_checkpoint_has_what_is_trained_alone(lora, base):
     moments = [p for p in paths if "/mu/" in p or "/nu/" in p]
     assert len(moments) == 2 * len(params)
     shapes = [leaf["shape"] for leaf in stored["leaves"] if leaf["path"].startswith("params/")]
-    assert lora[1].summary["params"] == sum(map(math.prod, shapes))
+    assert lora[1].summary["trained_params"] == sum(map(math.prod, shapes))
     moved = 0
     for name, leaf in named_leaves(lora[1].params).items():
         if name in params:

@@ -17,10 +17,11 @@ from efficient_vlm.models.inputs import ModelInputs, Pictures
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.train import loop
 from efficient_vlm.train.arms import Arm, joined
-from efficient_vlm.train.base import PretrainedFields, open_base
+from efficient_vlm.train.base import open_base
 from efficient_vlm.train.config import TrainConfig
 from efficient_vlm.train.joint import of_all
 from efficient_vlm.train.prepare import prepare
+from efficient_vlm.train.pretrained_fields import PretrainedFields
 from efficient_vlm.train.step import loss_fn
 
 SMOLVLM, PICTURES = "tests/samples/smolvlm", "tests/samples/llava"

@@ -19,23 +19,23 @@ _MODEL = (*_BASE, "jaxtyping", "rich", "optax", "ml-collections")
 # tensorflow-datasets needs array-record and importlib_resources where TensorFlow is absent.
 _DATA = (
     *(*_MODEL, "pillow", "grain", "tokenizers", "tensorflow-datasets", "absl-py"),
-    *("array-record", "importlib-resources"),
+    *("array-record", "importlib-resources", "pyarrow"),
 )
 _PUBLISHED = (*_DATA, "jinja2", "orbax-checkpoint", "ml-dtypes", "huggingface-hub")
 # Verb -> the packages that its modules import; the fonts of generated text are matplotlib's.
 NEEDS = {
-    "train": (*_PUBLISHED, "scipy", "matplotlib", "pyarrow"),
-    "eval": (*_PUBLISHED, "scipy", "matplotlib", "pyarrow"),
+    "train": (*_PUBLISHED, "scipy", "matplotlib"),
+    "eval": (*_PUBLISHED, "scipy", "matplotlib"),
     "audit": (*_DATA, "jinja2"),
     "audit aot": (*_DATA, "jinja2"),
     "audit kernels": (*_BASE, "jaxtyping", "rich"),
     "audit sharding": (*_DATA, "jinja2"),
-    "compress": (*_DATA, "jinja2", "orbax-checkpoint"),
+    "compress": _PUBLISHED,
     "generate": _PUBLISHED,
     "import": _PUBLISHED,
     "export": _PUBLISHED,
     "methods": _MODEL,
-    "metrics": (*_PUBLISHED, "scipy", "pyarrow"),
+    "metrics": (*_PUBLISHED, "scipy"),
     "presets": (*_BASE, "rich", "pillow", "tokenizers", "jinja2"),
     "report": (*_BASE, "pillow", "scipy"),
     "data build": (*_DATA, "matplotlib"),

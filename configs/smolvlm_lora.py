@@ -53,6 +53,6 @@ def get_config(arg: str = "256m") -> ml_collections.ConfigDict:
                 ),
                 checkpoint_every=250,
             ),
-            eval=dict(images=200, new_tokens=16, batch_size=8, metric="vqa_accuracy"),
+            eval=dict(images=200, new_tokens=16, batch_size=8, metric="exact_match"),
         )
     )

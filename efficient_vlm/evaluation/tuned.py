@@ -108,7 +108,9 @@ def _questions(source: Source) -> Iterator[BenchmarkRow]:
                         for part in message["content"]
                     ]
             name = f"{record.id}-{number}" if number else record.id
-            references = (answer["content"],)
+            # Tables may have several right answers to their one question.
+            several = record.meta.get("answers") if len(record.conversations) == 1 else None
+            references = tuple(several) if several else (answer["content"],)
             given = dict(group=group, category=conversation.task, messages=tuple(messages))
             yield BenchmarkRow(name, record.images, "", references, **given)
 

@@ -66,7 +66,9 @@ def test_conversations_get_rows_of_their_own(packed):
         assert (np.asarray(alone.segments)[number, count:] == -1).all()
         assert (np.asarray(alone.labels)[number, count:] == -1).all()
         assert not np.asarray(alone.prompt)[number, count:].any()
-        for name, values in vars(alone.placement).items():
+        given = {k: v for k, v in vars(alone.placement).items() if v is not None}
+        assert "visual_segment" not in given
+        for name, values in given.items():
             theirs = getattr(packed.placement, name)[row]
             if name.startswith("text"):
                 np.testing.assert_array_equal(values[number, :count], theirs[at], name)

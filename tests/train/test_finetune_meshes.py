@@ -47,6 +47,14 @@ def rows_file(tmp_path_factory):
     return write_rows(folder / "rows.jsonl", mixed_rows(folder, 40))
 
 
+@pytest.fixture(scope="module")
+def single_turns(tmp_path_factory):
+    """Molmo's own prompt has one question and one answer."""
+    folder = tmp_path_factory.mktemp("single_turns")
+    rows = [row for row in mixed_rows(folder, 60) if len(row["messages"]) == 2]
+    return write_rows(folder / "rows.jsonl", rows)
+
+
 def start(config, jobs, devices, process=None):
     """A process of `tuned_steps.py`."""
     asked = {"config": config.to_dict(), "jobs": jobs}
@@ -99,9 +107,12 @@ def jobs_of(folder, meshes):
         pytest.param("smolvlm", dict(LORA, name="qlora"), MESHES[3:], id="smolvlm-qlora"),
     ],
 )
-def test_meshes_equal_one_device(checkpoints, rows_file, tmp_path, name, adapt, meshes):
+def test_meshes_equal_one_device(
+    checkpoints, rows_file, single_turns, tmp_path, name, adapt, meshes
+):
     """Loss and gradient norm of every step; what is frozen is cut as what is trained."""
-    config = make_config(checkpoints[name], rows_file, adapt)
+    rows = single_turns if name.startswith("molmo") else rows_file
+    config = make_config(checkpoints[name], rows, adapt)
     processes = [
         start(config, jobs_of(tmp_path / "one", [{}]), 1),
         start(config, jobs_of(tmp_path / "meshes", meshes), 8),

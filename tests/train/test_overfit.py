@@ -14,7 +14,8 @@ LINEAR = dict(rank=8, alpha=16.0, targets="all-linear")
 METHODS = {
     "full": (dict(name="full"), 3e-3, 60),
     "lora": (dict(name="lora", **LINEAR), 1e-2, 300),
-    "rslora": (dict(name="rslora", **LINEAR), 1e-2, 300),
+    # The same scale as above, where alpha is divided by the root of the rank.
+    "rslora": (dict(name="rslora", **LINEAR | dict(alpha=16 / 8**0.5)), 1e-2, 300),
     "dora": (dict(name="dora", **LINEAR), 1e-2, 300),
     "qlora": (dict(name="qlora", **LINEAR), 1e-2, 300),
     "lora on int8": (dict(name="lora", base="int8", **LINEAR), 1e-2, 300),

@@ -17,7 +17,7 @@ from efficient_vlm.train import loop
 
 ROOT = Path(__file__).resolve().parents[1]
 # Modules of published methods that need no training; the others of the room are simple pools.
-PUBLISHED = re.compile(r"\.between\.(?!pooling|selectors)|\.tome$")
+PUBLISHED = re.compile(r"\.between\.(?!pooling|selectors|visionselector)|\.tome$")
 QUICKSTART = ROOT / "configs" / "quickstart.py"
 
 

@@ -156,7 +156,8 @@ def make_train_step(
 
     def accumulated(params, frozen, inputs, rng, scale):
         def gradient(params, inputs, rng):
-            inputs = inputs.replace(penalty_scale=scale)
+            if scale is not None:
+                inputs = inputs.replace(penalty_scale=scale)
             return jax.value_and_grad(loss, has_aux=True)(params, frozen, inputs, rng)
 
         if accumulate == 1:

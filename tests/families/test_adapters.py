@@ -1,6 +1,6 @@
 """Files of PEFT's kind without PEFT: what is written, what comes back, what is refused.
 
-Equality with PEFT itself is in tests/parity/test_adapters.py.
+Equality with PEFT itself is in tests/parity/test_adapters_parity.py.
 """
 
 import json

@@ -25,6 +25,11 @@ METHODS = {
 }
 
 
+# What steers a decoder of random weights from outside, or by its biases, learns part of the rows: the
+# share of the first loss that may be left.
+LIMITS = {"prompt": 0.85, "prefix": 0.15, "bias": 0.3}
+
+
 @pytest.fixture(scope="module")
 def vlm(tmp_path_factory):
     return evlm.from_pretrained(wide_checkpoint(tmp_path_factory.mktemp("wide") / "qwen"))
@@ -58,5 +63,7 @@ def test_sixteen_rows_by_heart(vlm, rows, method):
     )
     assert seen[0] > 1
     loss = tuned.loss(rows, **data)
-    assert loss < 0.05, [round(float(value), 3) for value in seen[:: max(1, steps // 10)]]
+    assert loss < LIMITS.get(method, 0.05) * (seen[0] if method in LIMITS else 1), [
+        round(float(value), 3) for value in seen[:: max(1, steps // 10)]
+    ]
     jax.clear_caches()

@@ -25,8 +25,8 @@ METHODS = {
 }
 
 
-# What steers a decoder of random weights from outside, or by its biases, learns part of the rows: the
-# share of the first loss that may be left.
+# What steers a decoder of random weights from outside, or by its biases, learns part of the rows:
+# the share of the first loss that may be left.
 LIMITS = {"prompt": 0.85, "prefix": 0.15, "bias": 0.3}
 
 

@@ -79,6 +79,11 @@ class AdaptConfig:
         return self.name in _LOW_RANK
 
     @property
+    def keeps_base(self) -> bool:
+        """Whether the model that was adapted is still among the parameters: adapters alone."""
+        return self.low_rank and not self.train
+
+    @property
     def scale(self) -> float:
         """The factor of the product of the factors."""
         return self.alpha / (math.sqrt(self.rank) if self.name == "rslora" else self.rank)

@@ -146,6 +146,7 @@ def fit(
                 with clock.timed("eval"):
                     given = dict(say=say, check_stop=check_stop(stop, trained.summary["steps"]))
                     if is_published(config):
+                        given["trained"] = trained
                         found = evaluate_tuned(workdir, config, evaluation, **given)
                         found["data"] = trained.pipeline.described()
                     else:

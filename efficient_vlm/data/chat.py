@@ -7,6 +7,7 @@ the sizes of its samples, so every process makes the same one and reads its own 
 The state of the iterator is the window and the batch in it.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -102,7 +103,7 @@ class ChatPipeline:
         self._sizes: dict[int, Size | None] = {}
         self._cache: dict[int, list[Example]] = {}
         self._cache_left = config.cache_mb * 2**20
-        self._windows, self._soft = 0, len(soft)
+        self._soft = len(soft)
         self._samples = Samples(config, processor, models, soft, pairs)
         self.apart = pairs and self._samples.alone
         self.rooms = self._choose_rooms(programs)
@@ -190,7 +191,6 @@ class ChatPipeline:
 
     def _plan(self, number: int, samples: np.ndarray) -> list[_Plan]:
         """The batches of one window."""
-        self._windows = max(self._windows, number + 1)
         return self._planned([self._usable(int(index)) for index in samples], number)
 
     def _planned(self, usable: Sequence[int], number: int) -> list[_Plan]:
@@ -223,26 +223,26 @@ class ChatPipeline:
         )
 
     def described(self) -> list[dict[str, Any]]:
-        """What a model card says of the data; see `families.card.Data`."""
-        skipped, config = self.skips.counts, self.config
-        content = self.source.fingerprint.get("content")
-        return [
-            {
-                "name": Path(config.path).name or config.source,
-                "sha256": content if isinstance(content, str) and len(content) == 64 else None,
-                "license": config.license or None,
-                "rows": len(self.source),
-                "used": len(self.source) - sum(skipped.values()),
-                "skipped": skipped,
-            }
-        ]
+        """What a model card says of the data; see `families.card.Data`.
+
+        How many of the rows a run came to read is not known here.
+        """
+        config, source = self.config, self.source
+        licence = {"license": config.license or None}
+        if isinstance(source, MixtureSource):
+            return [_facts(part.name, part.source) | licence for part in source.parts]
+        facts = _facts(Path(config.path).name or config.source, source)
+        return [facts | licence | {"skipped": self.skips.counts}]
 
     def by_source(self, steps: int) -> list[dict[str, Any]]:
-        """What each source of a mixture gave to the windows that were begun; [] for no mixture."""
+        """What each source of a mixture gave to `steps` steps; see `MixtureSource.summary`."""
         if not isinstance(self.source, MixtureSource):
             return []
+        windows = order_of(self.source, self.config.seed).batch(self._window)
+        plans = (plan for n in range(steps) for plan in self._plan(n, windows[n]))
+        drawn = [i for plan in itertools.islice(plans, steps) for row in plan.rows for i in row]
         bad = [n for numbers in self.skips.state().values() for n in numbers]
-        return self.source.summary(self._windows * self._window, bad)
+        return self.source.summary(self.source.part_counts(drawn), bad)
 
     def _load(self, plan: _Plan) -> Batch:
         """This process's rows of a batch."""
@@ -286,6 +286,12 @@ class ChatPipeline:
             "tokenizer": self.tokenizer.fingerprint,
             "rooms": [list(map(str, vars(room).values())) for room in self.rooms],
         }
+
+
+def _facts(name: str, source: Source) -> dict[str, Any]:
+    content = source.fingerprint.get("content")
+    digest = content if isinstance(content, str) and len(content) == 64 else None
+    return {"name": name, "sha256": digest, "rows": len(source)}
 
 
 class _Plans:

@@ -12,7 +12,7 @@ from efficient_vlm.data.config import DataConfig
 from efficient_vlm.data.packing import Size
 from efficient_vlm.data.record_messages import record_messages
 from efficient_vlm.data.records import Record
-from efficient_vlm.errors import UserError, first_line
+from efficient_vlm.errors import UserError, first_line, short
 from efficient_vlm.families.processor import Processor
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.processing.decode_image import BadRecord, picture_size
@@ -54,7 +54,8 @@ class Samples:
         self.config, self.processor, self.pairs = config, processor, pairs
         self._models, self._soft = tuple(models), tuple(soft)
         self.pooled = self._pools()
-        self.alone = not (config.pack and all(packs(m, self.pooled) for m in models))
+        self._apart = [m for m in models if not packs(m, self.pooled)]
+        self.alone = not config.pack or bool(self._apart)
 
     def _pools(self) -> bool:
         if self.processor.family.processor is None:
@@ -98,7 +99,16 @@ class Samples:
 
         Raises:
           BadRecord: it cannot be used.
+          UserError: several conversations, for a compressor that looks at the text.
         """
+        if self._apart and len(record.conversations) > 1 and not self.pairs:
+            method = self._apart[0].compressor["name"]
+            raise UserError(
+                f"data: sample {short(record.id)} has {len(record.conversations)} conversations, "
+                f"of which {method} reads one in a row",
+                allowed="one conversation a sample",
+                fix="data.separate_turns=False, or a compressor that does not look at the text",
+            )
         if len(record.images) > self.config.max_images:
             raise BadRecord("too_many_images", f"{record.id}: {len(record.images)}")
         limit = dict(max_pixels=self.config.max_pixels, max_bytes=self.config.max_image_bytes)

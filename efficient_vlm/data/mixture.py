@@ -213,25 +213,30 @@ class MixtureSource:
             orders.append(records.shuffle(seed=own).repeat(_ENDLESS // len(records)))
         return grain.MapDataset.select_from_datasets(orders, self._schedule)
 
-    def summary(self, drawn: int, bad: Sequence[int] = ()) -> list[dict[str, Any]]:
+    def part_counts(self, indices: Sequence[int]) -> list[int]:
+        """How many of these records each source has."""
+        parts = [self._part(index) for index in indices]
+        return np.bincount(parts, minlength=len(self.parts)).tolist()
+
+    def summary(self, drawn: int | Sequence[int], bad: Sequence[int] = ()) -> list[dict[str, Any]]:
         """What each source gave to a run.
 
         Args:
-          drawn: examples in all.
+          drawn: the first so many examples of `order`, or how many of each source.
           bad: numbers of the records that were skipped.
 
         Returns:
           {"source", "samples", "drawn", "epochs", "skipped"} of each.
         """
-        counts = self._schedule.counts(drawn)
-        skipped = np.bincount([self._part(index) for index in bad], minlength=len(self.parts))
+        counts = self._schedule.counts(drawn) if isinstance(drawn, int) else drawn
+        skipped = self.part_counts(bad)
         return [
             {
                 "source": part.name,
                 "samples": len(part.source),
                 "drawn": count,
                 "epochs": round(count / len(part.source), 3),
-                "skipped": int(number),
+                "skipped": number,
             }
             for part, count, number in zip(self.parts, counts, skipped, strict=True)
         ]

@@ -17,11 +17,14 @@ from efficient_vlm.evaluation.benchmark_file import Benchmark
 from efficient_vlm.evaluation.benchmark_rows import BenchmarkRow
 from efficient_vlm.evaluation.on_file import evaluate_file
 from efficient_vlm.evaluation.settings import EvalConfig, labels_of, settings_of
+from efficient_vlm.families.weights import Weights
 from efficient_vlm.fields import section
 from efficient_vlm.inference.finetune import mean_loss
 from efficient_vlm.inference.load import from_pretrained
 from efficient_vlm.inference.pretrained import Pretrained
+from efficient_vlm.nn.stack import unstack
 from efficient_vlm.processing.decode_image import BadRecord
+from efficient_vlm.train.trained import Trained
 
 __all__ = ["evaluate_tuned"]
 
@@ -31,6 +34,7 @@ def evaluate_tuned(
     config: Mapping[str, Any],
     evaluation: EvalConfig,
     *,
+    trained: Trained | None = None,
     control: str | None = None,
     say: Callable[[str], None] = print,
     check_stop: Callable[[], None] = lambda: None,
@@ -40,12 +44,19 @@ def evaluate_tuned(
     Answers are generated from the conversation up to the last answer, and scored by `eval.metric`;
     with the control "blank" of grey pictures, and without losses.
 
+    Args:
+      trained: what the run ended with, fresh from training; None to read it from the files.
+
     Returns:
       {"losses": rows of compressor, budget, loss (mean per target token, in nats) and targets,
       "test_samples": {"samples", "skipped"}}, and what `on_file.evaluate_file` returns.
     """
     began = time.monotonic()
-    vlm = from_pretrained(workdir)
+    if trained is not None and trained.mesh is None:  # It is there: no second copy is read.
+        weights = Weights(unstack(trained.params))
+        vlm = Pretrained(trained.model, weights, trained.processor, {}, changed=True)
+    else:
+        vlm = from_pretrained(workdir)
     data = DataConfig.from_mapping(section(config, "data"))
     found: dict[str, Any] = {"losses": [], "eval": [], "cost": []}
     source = held_out(data, evaluation.images)

@@ -123,7 +123,7 @@ def check_aims(
 
 def _check_teacher(config: DistilConfig, adapt: Any) -> None:
     """Raises UserError where the model's own weights are no longer there to be the teacher's."""
-    if config.kind is not None and (not adapt.low_rank or adapt.train):
+    if config.kind is not None and not adapt.keeps_base:
         raise UserError(
             f"distil.kind: {config.kind} with adapt.name={adapt.name}, adapt.train={adapt.train!r}",
             allowed="adapters alone: their base is the teacher, at the price of one copy",

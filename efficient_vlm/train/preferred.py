@@ -138,7 +138,7 @@ def check_reference(config: PreferenceConfig, adapt: Any, pairs: bool | None = N
       adapt: an `AdaptConfig`.
       pairs: `data.pairs`; None where rows are what the config asks for.
     """
-    if config.name == "dpo" and (not adapt.low_rank or adapt.train):
+    if config.name == "dpo" and not adapt.keeps_base:
         raise UserError(
             f"preference.name: dpo with adapt.name={adapt.name}, adapt.train={adapt.train!r}",
             allowed="adapters alone (their base is the reference), or preference.name=simpo",

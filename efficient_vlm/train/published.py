@@ -126,16 +126,21 @@ def sorted_options(model: VisionLanguageModel) -> list[tuple[str, str]]:
 
 
 def make_start(
-    tuning: Tuning, settings: TrainConfig, optimizer: OptimizerConfig
+    tuning: Tuning, settings: TrainConfig, optimizer: OptimizerConfig, *, fresh: bool = True
 ) -> tuple[Start, dict[str, Any]]:
-    """The first state, of what is trained alone, and the frozen parameters."""
+    """The first state, of what is trained alone, and the frozen parameters.
+
+    Args:
+      fresh: whether the first state will be asked for: a run that resumes need not hold its values.
+    """
     boxed = nested(tuning.trained)
     if not boxed:
         raise UserError("adapt: nothing is trained", fix="set adapt.train or adapt.name")
     tx = make_optimizer(optimizer, settings.steps, boxed)
     rest = functools.partial(steps.init_state, tx=tx, ema=settings.ema is not None)
     first, frozen = tuning.values()
-    kept = [first]
+    kept = [first] if fresh else []
+    del first
 
     def trained():
         # The state's buffers are donated: a second state reads the weights again.
@@ -238,7 +243,7 @@ def prepare_published(
     data_config: DataConfig,
     optimizer: OptimizerConfig,
 ) -> Setup:
-    """As `setup.prepare`, for a run whose config names a published model."""
+    """As `prepare.prepare`, for a run whose config names a published model."""
     fields = construct(PretrainedFields, section(config, "model"), "model")
     adapting = construct(AdaptConfig, {"name": "full", **section(config, "adapt")}, "adapt")
     distil = construct(DistilConfig, section(config, "distil"), "distil")
@@ -264,7 +269,8 @@ def prepare_published(
         pairs=data_config.pairs,
     )
     aims = (distil, preference, pipeline.apart)
-    start, frozen = make_start(tuning, settings, optimizer)
+    fresh = not any((workdir / "checkpoints").glob("*"))
+    start, frozen = make_start(tuning, settings, optimizer, fresh=fresh)
     arms = joined(arms, settings)
 
     return Setup(

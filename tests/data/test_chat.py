@@ -270,3 +270,35 @@ def test_seeds_give_other_orders(published, rows):
     other = take(pipeline_of(published["smolvlm"], rows[1], seed=1), 6)[0]
     pairs = itertools.zip_longest(first, other)
     assert any(a.index.tolist() != b.index.tolist() for a, b in pairs)
+
+
+def test_a_mixture_says_what_each_source_gave(published, tmp_path):
+    """Counted again from the batches themselves, in the middle of a window."""
+    parts = []
+    for name, count in (("a", 6), ("b", 18)):
+        folder = tmp_path / name
+        folder.mkdir()
+        path = write_rows(folder / f"{name}.jsonl", mixed_rows(folder, count))
+        parts.append(dict(path=str(path), weight=1.0))
+    pipeline = pipeline_of(published["smolvlm"], "", mixture=parts)
+    batches, _ = take(pipeline, 5)
+    drawn = np.concatenate([batch.index for batch in batches])
+    found = pipeline.by_source(5)
+    assert [each["drawn"] for each in found] == [(drawn < 6).sum(), (drawn >= 6).sum()]
+    assert [each["samples"] for each in found] == [6, 18]
+    facts = pipeline.described()
+    assert [each["rows"] for each in facts] == [6, 18]
+    assert len({each["sha256"] for each in facts}) == 2 and "used" not in facts[0]
+
+
+def test_several_conversations_beside_a_method_that_reads_the_text(published, tmp_path):
+    """One would choose the tokens of the other."""
+    turns = ["what ?", "it .", "and this ?", "that ."]
+    path = write_rows(tmp_path / "rows.jsonl", [row([], *turns) for _ in range(4)])
+    model, processor = published["smolvlm"]
+    looks = model.clone(compressor=dict(name="fastv", layer=1, keep=2))
+    with pytest.raises(UserError, match="fastv") as error:
+        pipeline_of((looks, processor), path, separate_turns=True)
+    assert str(error.value).count("\n") <= 2 and "separate_turns=False" in str(error.value)
+    assert len(list(pipeline_of((looks, processor), path).epoch())) > 0
+    assert len(list(pipeline_of((model, processor), path, separate_turns=True).epoch())) > 0

@@ -249,11 +249,10 @@ def test_learned_tokens_in_front_of_a_prompt(model, params, make_batch, inputs):
     same["language"]["embedding"] = table.replace(rows=table.base[jnp.asarray([7, 5])])
     batch = inputs(make_batch(questions=1))
     apply = jax.jit(lambda p, text: model.apply({"params": p}, batch.replace(text=text)).logits)
-    text = np.array(batch.text) % vocab
-    text[:, :2] = [7, 5]
-    expected = apply(params, text)
-    text[:, :2] = soft_ids(adapted.params)
-    np.testing.assert_allclose(apply(same, text), expected, atol=1e-5)
+    text = jnp.asarray(batch.text) % vocab
+    expected = apply(params, text.at[:, :2].set(jnp.asarray([7, 5])))
+    learned = text.at[:, :2].set(jnp.asarray(soft_ids(adapted.params)))
+    np.testing.assert_allclose(apply(same, learned), expected, atol=1e-5)
     assert expected.shape[-1] == vocab
 
 

@@ -244,7 +244,9 @@ def test_the_environment_is_the_librarys(server, tmp_path):
     """HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE, in processes of their own."""
     server.add("org/name", WHOLE)
     code = "from efficient_vlm.families.hub import resolve; print(resolve('org/name'))"
-    settings = dict(os.environ, HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / "home"))
+    # Other tests of this process may have switched the network off for theirs.
+    settings = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    settings |= dict(HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / "home"))
     for more in ({}, {"HF_HUB_OFFLINE": "1"}):
         done = subprocess.run(
             [sys.executable, "-c", code], env=settings | more, capture_output=True, text=True

@@ -19,15 +19,13 @@ METHODS = {
     "dora": (dict(name="dora", **LINEAR), 1e-2, 300),
     "qlora": (dict(name="qlora", **LINEAR), 1e-2, 300),
     "lora on int8": (dict(name="lora", base="int8", **LINEAR), 1e-2, 300),
-    "prompt": (dict(name="prompt", tokens=16), 1e-1, 600),
-    "prefix": (dict(name="prefix", tokens=16), 1e-1, 600),
-    "bias": (dict(name="bias"), 1e-1, 600),
+    "prompt": (dict(name="prompt", tokens=16), 3e-2, 300),
+    "prefix": (dict(name="prefix", tokens=16), 1e-1, 300),
+    "bias": (dict(name="bias"), 3e-2, 400),
 }
-
-
-# What steers a decoder of random weights from outside, or by its biases, learns part of the rows:
-# the share of the first loss that may be left.
-LIMITS = {"prompt": 0.85, "prefix": 0.15, "bias": 0.3}
+# These steer what a decoder already does, so they start from one that can do it when it is told to.
+STEERING = ("prompt", "prefix", "bias")
+ANSWERS = np.random.default_rng(0).permutation(16)
 
 
 @pytest.fixture(scope="module")
@@ -35,35 +33,41 @@ def vlm(tmp_path_factory):
     return evlm.from_pretrained(wide_checkpoint(tmp_path_factory.mktemp("wide") / "qwen"))
 
 
-@pytest.fixture(scope="module")
-def rows():
+def questions(answers, told=""):
     """Questions that name a number, half of them beside a picture; the answer is another number."""
-    answers = np.random.default_rng(0).permutation(16)
-    found = []
+    rows = []
     for n, answer in enumerate(answers):
         images = [png(n, 16, 16)] if n % 2 else []
-        found.append(row(images, f"{'<image> ' * len(images)}what is {n} ?", f"number {answer} ."))
-    return found
+        question = f"{told}{'<image> ' * len(images)}what is {n} ?"
+        rows.append(row(images, question, f"number {answer} ."))
+    return rows
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_sixteen_rows_by_heart(vlm, rows, method):
-    adapt, rate, steps = METHODS[method]
-    data = dict(pack_tokens=320)
-    seen = []
-    tuned = vlm.finetune(
+def learn(vlm, rows, adapt, rate, steps):
+    prompt = adapt["tokens"] if adapt["name"] == "prompt" else 0
+    return vlm.finetune(
         rows,
         adapt=adapt,
         learning_rate=rate,
         steps=steps,
         batch_size=1,
-        data=data,
+        data=dict(pack_tokens=len(rows) * (20 + prompt)),
         optimizer=dict(weight_decay=0.0),
-        log=lambda step, metrics: seen.append(metrics["loss"]),
+        log=lambda *_: None,
     )
-    assert seen[0] > 1
-    loss = tuned.loss(rows, **data)
-    assert loss < LIMITS.get(method, 0.05) * (seen[0] if method in LIMITS else 1), [
-        round(float(value), 3) for value in seen[:: max(1, steps // 10)]
-    ]
+
+
+@pytest.fixture(scope="module")
+def steerable(vlm):
+    """It gives these answers when the question begins with a certain word, else other ones."""
+    rows = questions(ANSWERS, "two ") + questions(np.roll(ANSWERS, 1))
+    return learn(vlm, rows, dict(name="full"), 3e-3, 200)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sixteen_rows_by_heart(method, request):
+    start = request.getfixturevalue("steerable" if method in STEERING else "vlm")
+    rows = questions(ANSWERS)
+    assert start.loss(rows) > 1
+    assert learn(start, rows, *METHODS[method]).loss(rows) < 0.05
     jax.clear_caches()

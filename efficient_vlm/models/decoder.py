@@ -16,6 +16,7 @@ from efficient_vlm.models.cache import KVCache, SegmentCache, make_segment
 from efficient_vlm.models.decoder_fields import DecoderFields
 from efficient_vlm.models.decoder_stack import DENSE, LAYERS, DecoderStack, joined
 from efficient_vlm.models.prompt_layout import Placement, held_mean, place_tokens
+from efficient_vlm.models.watched import pieces, watched
 from efficient_vlm.nn import kv_cache
 from efficient_vlm.nn.attention import PADDING_SEGMENT, SHARED_SEGMENT
 from efficient_vlm.nn.decoder_block import DecoderBlock, LayerInputs
@@ -113,6 +114,7 @@ class Decoder(DecoderFields):
         probe: jax.Array | None = None,
         placement: Placement | None = None,
         uneven: bool = False,
+        watch: tuple[int, ...] = (),
     ) -> tuple[jax.Array, dict, tuple[SegmentCache, ...], tuple[jax.Array, ...]]:
         """Runs visual tokens and, behind them, text through all layers.
 
@@ -136,11 +138,14 @@ class Decoder(DecoderFields):
             `visual` counts; then `positions`, `columns` and `bidirectional_visual` do not matter.
             None for all in front of the text.
           uneven: static, see `ModelInputs.uneven`.
+          watch: static, layers from 0 whose hidden states and attention are wanted, without a
+            cache.
 
         Returns:
           text hidden states [B, S, width] before the final norm; statistics of the layers, each a
           (sum, denominator) with a leading axis over all layers, and, with `probe`,
-          "visual_attention" [layers, B, R, T]; the caches; and for each run of layers at one length
+          "visual_attention" [layers, B, R, T], with `watch`, "watched", layer -> `Watched`; the
+          caches; and for each run of layers at one length
           the `source` of its visual tokens, int32 [B, N].
         """
         policy = position_policy or self.position_policy
@@ -170,7 +175,7 @@ class Decoder(DecoderFields):
             bidirectional=self.bidirectional_visual,
         )
         room = None if cache_slots is None else (cache_slots, cache_options)
-        outputs, caches, sources, state = [], [], [], None
+        outputs, caches, sources, state, inside = [], [], [], None, {}
         for i, run in enumerate(runs):
             if run.reducer is not None:
                 key = None if rng is None else jax.random.fold_in(rng, i)
@@ -192,9 +197,11 @@ class Decoder(DecoderFields):
                     return text, {}, (), (visual.source,)
             following = runs[i + 1].reducer if i + 1 < len(runs) else None
             stack = self._stack(_deep_of(deep, slots, visual) if i and deep is not None else deep)
-            x, (kv, *rest), state = self._through(
-                stack, run, following, x, inputs, room, count + last_prompt, fixed
+            x, (kv, *rest), state, seen = self._through(
+                stack, run, following, x, inputs, room, count + last_prompt, fixed, watch
             )
+            own = (inputs, scale, self.attention_softcap)
+            inside |= {layer: watched(visual, *found, *own) for layer, found in seen.items()}
             visual, text = visual.replace(embed=x[:, :count]), x[:, count:]
             outputs.append((None, *rest))
             if room is not None:
@@ -203,6 +210,8 @@ class Decoder(DecoderFields):
         _, stats, attention = joined(outputs)
         if probe is not None:
             stats["visual_attention"] = attention
+        if watch:
+            stats["watched"] = inside
         return text, stats, tuple(caches), tuple(sources)
 
     def _place(self, visual, positions, segments, prompt, columns, policy, placement) -> Placement:
@@ -259,24 +268,30 @@ class Decoder(DecoderFields):
             local_mask=local,
         )
 
-    def _through(self, stack, run, following, x, inputs, room, last, fixed):
-        """One run of layers; the last one apart if the compressor behind it looks at it.
+    def _through(self, stack, run, following, x, inputs, room, last, fixed, watch):
+        """One run of layers; those of `watch` apart, and the last if the compressor behind it looks
+        at it.
 
         Returns:
           x; (caches, statistics, attention) with a leading axis over the layers; what `following`
-          sees, or None.
+          sees, or None; layer of `watch` -> (x behind it, what its attention saw).
         """
         looked_at = following is not None and "decoder" in following.needs
-        done = run.stop - looked_at
-        parts, state = [], None
-        if done > run.start:
-            cache = self._empty(x, room, stack, done - run.start)
-            x, part = stack.run(x, run.start, done, inputs, cache)
+        parts, state, found = [], None, {}
+        for first, end in pieces(run.start, run.stop - looked_at, watch):
+            if first in watch:
+                x, part, seen = stack.one(first, x, inputs, self._empty(x, room))
+                found[first] = x, seen
+            else:
+                cache = self._empty(x, room, stack, end - first)
+                x, part = stack.run(x, first, end, inputs, cache)
             parts.append(part)
         if looked_at:
-            before = x
-            x, part, seen = stack.one(done, x, inputs, self._empty(x, room))
+            before, final = x, run.stop - 1
+            x, part, seen = stack.one(final, x, inputs, self._empty(x, room))
             parts.append(part)
+            if final in watch:
+                found[final] = x, seen
             if getattr(following, "looks", "previous") == "next":
                 seen = stack.look(run.stop, x, inputs, last)
             state = DecoderState(
@@ -288,7 +303,7 @@ class Decoder(DecoderFields):
                 after=x,
                 **fixed,
             )
-        return x, joined(parts), state
+        return x, joined(parts), state, found
 
     def _empty(self, x, room, stack=None, layers=None) -> tuple | None:
         """An empty cache for x [B, S, D] and more tokens, `room` being (how many, options) or None;

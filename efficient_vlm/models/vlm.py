@@ -12,6 +12,7 @@ from efficient_vlm.models.cache import KVCache
 from efficient_vlm.models.image_inputs import repeat_rows
 from efficient_vlm.models.inputs import Layout, ModelInputs
 from efficient_vlm.models.visual_stages import VisualStages
+from efficient_vlm.models.watched import Watched
 from efficient_vlm.nn.kv_cache import CONTIGUOUS, CacheOptions
 
 
@@ -24,10 +25,12 @@ class Output:
       stats: (sum, denominator) pairs: router statistics with a leading axis over the layers (none
         for a dense decoder), "selector", see `TextTopK.imitation_loss`, and "penalty", of the
         visual tokens that have one.
+      watched: layer -> `watched.Watched`, of the layers that were asked for.
     """
 
     logits: jax.Array
     stats: dict[str, Any]
+    watched: dict[int, Watched] = struct.field(default_factory=dict)
 
 
 class VisionLanguageModel(VisualStages):
@@ -48,6 +51,7 @@ class VisionLanguageModel(VisualStages):
         *,
         rng: jax.Array | None = None,
         encoded: tuple[VisualTokens, Signals] | None = None,
+        watch: tuple[int, ...] = (),
     ) -> Output:
         """Next-token logits of a batch of conversations.
 
@@ -60,6 +64,7 @@ class VisionLanguageModel(VisualStages):
           rng: key for random compressors.
           encoded: what `encode` gives for the pictures, where it is known; it depends on the
             compressor only by the signals that this asks for, and by its size of pictures.
+          watch: static, layers of the decoder from 0 whose inside is returned as well.
 
         Raises:
           UserError: inputs whose arrays do not belong together.
@@ -78,7 +83,9 @@ class VisionLanguageModel(VisualStages):
         if self.teaches_selector and inputs.labels is not None and patches is not None:
             probe = _last(inputs.prompts())
         penalty = visual.penalty
-        hidden, stats, *_ = self.read(visual, inputs, layout, rng=rng, probe=probe)
+        looks = dict(probe=probe, watch=watch)
+        hidden, stats, *_ = self.read(visual, inputs, layout, rng=rng, **looks)
+        inside = stats.pop("watched", {})
         if probe is not None:
             attention = stats.pop("visual_attention")
             repeats = len(inputs.text) // inputs.picture_rows
@@ -89,7 +96,7 @@ class VisionLanguageModel(VisualStages):
             stats["penalty"] = penalty.sum(), visual.mask.sum().astype(jnp.float32)
         if inputs is not packed:
             hidden = packed.packed_again(hidden)
-        return Output(self.language.logits(hidden), stats)
+        return Output(self.language.logits(hidden), stats, inside)
 
     def instruction(self, inputs: ModelInputs) -> jax.Array:
         """[R, Q, width], the mean embedding of the prompt of each conversation."""
@@ -120,6 +127,7 @@ class VisionLanguageModel(VisualStages):
         cache_slots: int | None = None,
         cache_options: CacheOptions = CONTIGUOUS,
         probe: jax.Array | None = None,
+        watch: tuple[int, ...] = (),
     ) -> tuple:
         """Visual tokens and text through the decoder.
 
@@ -128,7 +136,7 @@ class VisionLanguageModel(VisualStages):
           inputs: R rows of text; its pictures are not read.
           layout: from `layout`.
           rng: key for random compressors between segments.
-          cache_slots, cache_options, probe: see `Decoder.__call__`.
+          cache_slots, cache_options, probe, watch: see `Decoder.__call__`.
 
         Returns:
           Hidden states of the text [R, S, width], and the rest of what `Decoder.__call__` returns.
@@ -149,6 +157,7 @@ class VisionLanguageModel(VisualStages):
             probe=probe,
             placement=inputs.placement,
             uneven=inputs.uneven,
+            watch=watch,
         )
 
     def prefill(

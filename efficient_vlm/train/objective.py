@@ -8,14 +8,20 @@ import jax
 
 from efficient_vlm import checks
 from efficient_vlm.adapt.build import without_adapters
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, short
 from efficient_vlm.models.inputs import ModelInputs
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.train.distil import KINDS, divergence, divergence_of_top, top_tokens
+from efficient_vlm.train.distil_features import ATTENTION, HIDDEN
+from efficient_vlm.train.features import feature_losses, layers_of
+from efficient_vlm.train.losses import ratio
 from efficient_vlm.train.preferred import PreferenceConfig, check_reference, make_preferring
 from efficient_vlm.train.step import losses_of
 
 __all__ = ["DistilConfig", "PreferenceConfig", "check_aims", "make_objective"]
+
+# Losses of what is inside, and their fields.
+FEATURES = ("hidden", "attention", "relations")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +38,11 @@ class DistilConfig:
       beta: of the teacher in the mixture of "jensen_shannon".
       top_k: only the teacher's most likely tokens, and the rest as one; None for all.
       compressor: of the teacher: name, budget and options.
+      hidden, attention, relations: weights, per target token, of losses of what is inside the
+        decoder, see `features.feature_losses`; 0 for none.
+      hidden_kind: "mse" or "cosine".
+      attention_kind: "kl" or "mse".
+      layers: whose inside is compared, from 0; -1 is the last.
     """
 
     kind: str | None = None
@@ -41,14 +52,38 @@ class DistilConfig:
     beta: float = 0.5
     top_k: int | None = None
     compressor: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "none"})
+    hidden: float = 0.0
+    attention: float = 0.0
+    relations: float = 0.0
+    hidden_kind: str = "mse"
+    attention_kind: str = "kl"
+    layers: tuple[int, ...] = (-1,)
 
     def __post_init__(self):
         if self.kind is not None:
             checks.one_of("distil.kind", self.kind, KINDS)
-        checks.number_fields(self, "distil", "weight", "labels", low=0)
+        checks.one_of("distil.hidden_kind", self.hidden_kind, HIDDEN)
+        checks.one_of("distil.attention_kind", self.attention_kind, ATTENTION)
+        checks.number_fields(self, "distil", "weight", "labels", *FEATURES, low=0)
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if self.features and not (self.layers and all(type(n) is int for n in self.layers)):
+            raise UserError(
+                f"distil.layers: {short(self.layers)}",
+                allowed="layers of the decoder, such as (-1,) or (3, 7)",
+            )
         checks.number_fields(self, "distil", "temperature", above=0)
         checks.number_fields(self, "distil", "beta", above=0, below=1)
         checks.number_fields(self, "distil", "top_k", low=1)
+
+    @property
+    def features(self) -> dict[str, float]:
+        """Losses of what is inside -> their weights, without those of weight 0."""
+        return {name: value for name in FEATURES if (value := getattr(self, name))}
+
+    @property
+    def teaches(self) -> bool:
+        """Whether there is a teacher."""
+        return self.kind is not None or bool(self.features)
 
 
 def make_objective(
@@ -76,29 +111,44 @@ def make_objective(
         out = model.apply({"params": tuning.whole(trained, frozen)}, inputs, rng=rng)
         return losses_of(out, inputs, aux)
 
-    if config.kind is None:
+    if not config.teaches:
         return labelled
     teacher = model.clone(compressor=dict(config.compressor))
-    how = dict(kind=config.kind, temperature=config.temperature, beta=config.beta)
+    watch = layers_of(config.layers, model.make_decoder().num_layers) if config.features else ()
 
     def distilled(trained: Any, frozen: Any, inputs: ModelInputs, rng: jax.Array) -> tuple:
         params = tuning.whole(trained, frozen)
-        out = model.apply({"params": params}, inputs, rng=rng)
+        out = model.apply({"params": params}, inputs, rng=rng, watch=watch)
         total, metrics = losses_of(out, inputs, aux)
         # The teacher sees all tokens, so there is no padding to leave out.
         seen = inputs.replace(visual_room=None, uneven=False)
-        known = teacher.apply({"params": without_adapters(params)}, seen, rng=rng).logits
-        if config.top_k is None:
-            pair = divergence(out.logits, known, inputs.labels, **how)
-        else:
-            most = top_tokens(known, config.top_k, temperature=config.temperature)
-            pair = divergence_of_top(out.logits, most, inputs.labels, **how)
+        known = teacher.apply({"params": without_adapters(params)}, seen, rng=rng, watch=watch)
+        known = jax.lax.stop_gradient(known)
         loss, targets = metrics["loss"]
         # What is left of the total are the losses of routers.
-        total = total - loss + config.labels * loss + config.weight * pair[0]
-        return total, {**metrics, "distillation": (pair[0], targets)}
+        total = total - loss + config.labels * loss
+        if config.kind is not None:
+            pair = _of_logits(out.logits, known.logits, inputs.labels, config)
+            total = total + config.weight * pair[0]
+            metrics = {**metrics, "distillation": (pair[0], targets)}
+        if config.features:
+            kinds = dict(hidden=config.hidden_kind, attends=config.attention_kind)
+            inside = feature_losses(out.watched, known.watched, inputs.labels, **kinds)
+            for name, weight in config.features.items():
+                total = total + weight * targets * ratio(inside[name])
+                metrics = {**metrics, f"distillation_{name}": inside[name]}
+        return total, metrics
 
     return distilled
+
+
+def _of_logits(student: jax.Array, teacher: jax.Array, labels: jax.Array, config: DistilConfig):
+    """The divergence of the next tokens, see `distil.divergence`."""
+    how = dict(kind=config.kind, temperature=config.temperature, beta=config.beta)
+    if config.top_k is None:
+        return divergence(student, teacher, labels, **how)
+    most = top_tokens(teacher, config.top_k, temperature=config.temperature)
+    return divergence_of_top(student, most, labels, **how)
 
 
 def check_aims(
@@ -111,11 +161,11 @@ def check_aims(
       adapt: an `AdaptConfig`.
       pairs: `data.pairs`; None where rows are what `preference` asks for.
     """
-    if config.kind is not None and preference.name is not None:
+    if config.teaches and preference.name is not None:
         raise UserError(
-            f"distil.kind: {config.kind} with preference.name={preference.name}",
+            f"distil: a teacher with preference.name={preference.name}",
             allowed="one of both",
-            fix="distil.kind=None, or preference.name=None",
+            fix="distil.kind=None and no weights of features, or preference.name=None",
         )
     _check_teacher(config, adapt)
     check_reference(preference, adapt, pairs)
@@ -123,9 +173,9 @@ def check_aims(
 
 def _check_teacher(config: DistilConfig, adapt: Any) -> None:
     """Raises UserError where the model's own weights are no longer there to be the teacher's."""
-    if config.kind is not None and not adapt.keeps_base:
+    if config.teaches and not adapt.keeps_base:
         raise UserError(
-            f"distil.kind: {config.kind} with adapt.name={adapt.name}, adapt.train={adapt.train!r}",
+            f"distil: a teacher with adapt.name={adapt.name}, adapt.train={adapt.train!r}",
             allowed="adapters alone: their base is the teacher, at the price of one copy",
             fix="adapt.name=lora, adapt.train=()",
         )

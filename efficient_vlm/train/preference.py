@@ -91,15 +91,20 @@ def simpo(
     return _preferred(-jax.nn.log_sigmoid(x - gamma), x, live)
 
 
-def group_advantages(rewards: Float[Array, "G K"]) -> Float32[Array, "G K"]:
+def group_advantages(rewards: Float[Array, "G K"], *, scale: bool = True) -> Float32[Array, "G K"]:
     """(reward - mean) / standard deviation within each group of K answers to one question.
 
     GRPO with rewards of outcomes (arXiv 2402.03300, section 4.1.2). The deviation is that of the
     group as a whole (divided by K); a group of equal rewards has advantages of 0.
+
+    Args:
+      rewards: float [G, K].
+      scale: False leaves the division out (arXiv 2503.20783, section 3.1). With it, a group whose
+        answers differ in a small price alone counts as much as one that differs in right and wrong.
     """
     rewards = jnp.asarray(rewards, jnp.float32)
     equal = rewards.max(-1, keepdims=True) == rewards.min(-1, keepdims=True)
-    deviation = jnp.where(equal, 1, rewards.std(-1, keepdims=True))
+    deviation = jnp.where(equal | (not scale), 1, rewards.std(-1, keepdims=True))
     return jnp.where(equal, 0, (rewards - rewards.mean(-1, keepdims=True)) / deviation)
 
 

@@ -199,7 +199,7 @@ def make_step(
         )
 
     def objective(models: tuple[VisionLanguageModel, ...]) -> Callable:
-        if together and distil.kind is None and preference.name is None:
+        if together and not distil.teaches and preference.name is None:
             return of_all(together, models, aux, tuning.whole)
         aims = (distil, aux, preference, apart)
         each = [make_objective(model, tuning, *aims) for model in models]

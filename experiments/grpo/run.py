@@ -40,13 +40,13 @@ from efficient_vlm.train.workdir_config import read_run_config
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.json"
 SETTINGS = dict(
-    steps=50,
-    images=8,  # Per step, with `questions` each, of which each is answered `group` times.
+    steps=120,
+    images=32,  # Per step, with `questions` each, of which each is answered `group` times.
     questions=4,
     group=8,
     budget=9,  # Visual tokens of 25.
-    learning_rate=3e-4,
-    beta=0.04,  # Of the KL to the model that it starts from.
+    learning_rate=2e-4,
+    beta=0.01,  # Of the KL to the model that it starts from.
     price_steps=30,
     price=0.01,  # Of a visual token; a right answer is worth 1.
     price_learning_rate=0.2,
@@ -113,8 +113,11 @@ def learn(trained: Any, data: DataConfig, settings: Mapping[str, Any], seed: int
     return state["params"], curve
 
 
-def learn_budgets(trained, params, data, settings, seed) -> tuple[np.ndarray, list]:
+def learn_budgets(trained, params, data, settings, seed, scale) -> tuple[np.ndarray, list]:
     """A policy over budgets for each task, of the same losses with a price; answers stay.
+
+    Args:
+      scale: of `group_advantages`.
 
     Returns:
       Its probabilities [tasks, budgets], and of each step (reward, right, visual tokens).
@@ -148,7 +151,7 @@ def learn_budgets(trained, params, data, settings, seed) -> tuple[np.ndarray, li
         right = np.choose(choice, right)
         tokens = np.array(budgets)[choice]
         rewards = (right - settings["price"] * tokens).reshape(-1, group)
-        advantages = group_advantages(rewards).reshape(-1)
+        advantages = group_advantages(rewards, scale=scale).reshape(-1)
         logits, state = update(logits, state, task, choice, advantages)
         curve.append((float(rewards.mean()), float(right.mean()), float(tokens.mean())))
     return np.asarray(jax.nn.softmax(logits)), curve
@@ -182,11 +185,11 @@ def one(seed: int, trained: Any, data: DataConfig, score: Any, settings: Mapping
         "reward": [round(float(np.mean([r for r, _ in p])), 4) for p in (curve[:10], curve[-10:])],
         "greedy": after,
     }
-    if settings["price_steps"]:
-        chosen, prices = learn_budgets(trained, params, data, settings, seed)
-        found["budgets"] = {
-            "tasks": list(data.tasks),
-            "probabilities": np.round(chosen, 4).tolist(),
+    for scale in (True, False) if settings["price_steps"] else ():
+        chosen, prices = learn_budgets(trained, params, data, settings, seed, scale)
+        rows = [[round(float(p), 4) for p in row] for row in chosen]
+        found["budgets_scaled" if scale else "budgets_unscaled"] = {
+            "probabilities": dict(zip(data.tasks, rows, strict=True)),
             "reward_right_tokens": [[round(v, 4) for v in row] for row in prices],
         }
     return {**found, "seconds": round(time.monotonic() - start, 1)}

@@ -91,6 +91,10 @@ def test_advantages_of_groups():
     np.testing.assert_allclose(found[0], [1, -1, -1, 1])
     assert not found[1].any()  # Exactly: 0.1 has no exact mean in float32.
     np.testing.assert_allclose(found[2], np.sqrt(2) * np.array([1, -1, 0, 0]), rtol=1e-6)
+    plain = preference.group_advantages(rewards, scale=False)
+    np.testing.assert_allclose(plain[2], [1, -1, 0, 0])
+    np.testing.assert_allclose(plain[0], [0.5, -0.5, -0.5, 0.5])
+    assert not plain[1].any()
 
 
 def grpo_by_loops(now, sampled, advantages, reference, clip=0.2, beta=0.04):

@@ -8,7 +8,7 @@ import jax
 
 from efficient_vlm import checks
 from efficient_vlm.adapt.build import without_adapters
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, short
 from efficient_vlm.models.inputs import ModelInputs
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.train.distil import KINDS, divergence, divergence_of_top, top_tokens
@@ -20,8 +20,8 @@ __all__ = ["DistilConfig", "PreferenceConfig", "check_aims", "make_objective"]
 
 @dataclasses.dataclass(frozen=True)
 class DistilConfig:
-    """Self-distillation into fewer visual tokens: the teacher is the model that the run starts
-    from, with all of them, and shares its weights.
+    """Distillation into fewer visual tokens: the teacher is the model that the run starts from,
+    with all of them, and shares its weights; or another one with the same tokenizer.
 
     Attributes:
       kind: "forward_kl", "reverse_kl" or "jensen_shannon", see `distil.divergence`; None for no
@@ -30,8 +30,14 @@ class DistilConfig:
       labels: weight of the cross-entropy of the labels beside it.
       temperature: of both distributions.
       beta: of the teacher in the mixture of "jensen_shannon".
-      top_k: only the teacher's most likely tokens, and the rest as one; None for all.
+      top_k: only the teacher's most likely tokens, and the rest as one; None for all, or with
+        `teacher` for 64.
       compressor: of the teacher: name, budget and options.
+      teacher: another model, of any family with the same tokenizer: its directory, its name on a
+        hub, or in a notebook a loaded model. It reads every row once before training, and what it
+        says of the targets is stored, see `teacher.taught_by`. Targets of which it says nothing
+        have no divergence: metric "taught" is the share of those that have one. None for the model
+        that the run starts from.
     """
 
     kind: str | None = None
@@ -41,6 +47,7 @@ class DistilConfig:
     beta: float = 0.5
     top_k: int | None = None
     compressor: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "none"})
+    teacher: Any = None
 
     def __post_init__(self):
         if self.kind is not None:
@@ -48,7 +55,13 @@ class DistilConfig:
         checks.number_fields(self, "distil", "weight", "labels", low=0)
         checks.number_fields(self, "distil", "temperature", above=0)
         checks.number_fields(self, "distil", "beta", above=0, below=1)
-        checks.number_fields(self, "distil", "top_k", low=1)
+        checks.whole("distil.top_k", self.top_k, none=True)
+        if self.teacher is not None and self.kind is None:
+            raise UserError(
+                f"distil.teacher: {short(self.teacher)} with distil.kind=None",
+                allowed=f"a divergence: {', '.join(KINDS)}",
+                fix="distil.kind=forward_kl",
+            )
 
 
 def make_objective(
@@ -85,6 +98,14 @@ def make_objective(
         params = tuning.whole(trained, frozen)
         out = model.apply({"params": params}, inputs, rng=rng)
         total, metrics = losses_of(out, inputs, aux)
+        loss, targets = metrics["loss"]
+        # What is left of the total are the losses of routers.
+        total = total - loss + config.labels * loss
+        if inputs.taught is not None:
+            live = inputs.taught.live & (inputs.labels >= 0)
+            pair = divergence_of_top(out.logits, inputs.taught, live, **how)
+            told = {"distillation": pair, "taught": (pair[1], targets)}
+            return total + config.weight * pair[0], {**metrics, **told}
         # The teacher sees all tokens, so there is no padding to leave out.
         seen = inputs.replace(visual_room=None, uneven=False)
         known = teacher.apply({"params": without_adapters(params)}, seen, rng=rng).logits
@@ -93,10 +114,7 @@ def make_objective(
         else:
             most = top_tokens(known, config.top_k, temperature=config.temperature)
             pair = divergence_of_top(out.logits, most, inputs.labels, **how)
-        loss, targets = metrics["loss"]
-        # What is left of the total are the losses of routers.
-        total = total - loss + config.labels * loss + config.weight * pair[0]
-        return total, {**metrics, "distillation": (pair[0], targets)}
+        return total + config.weight * pair[0], {**metrics, "distillation": (pair[0], targets)}
 
     return distilled
 
@@ -123,9 +141,9 @@ def check_aims(
 
 def _check_teacher(config: DistilConfig, adapt: Any) -> None:
     """Raises UserError where the model's own weights are no longer there to be the teacher's."""
-    if config.kind is not None and not adapt.keeps_base:
+    if config.kind is not None and config.teacher is None and not adapt.keeps_base:
         raise UserError(
             f"distil.kind: {config.kind} with adapt.name={adapt.name}, adapt.train={adapt.train!r}",
-            allowed="adapters alone: their base is the teacher, at the price of one copy",
+            allowed="adapters alone (their base is the teacher), or another distil.teacher",
             fix="adapt.name=lora, adapt.train=()",
         )

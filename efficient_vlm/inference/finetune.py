@@ -91,7 +91,8 @@ def finetune(
     given = dict(batch_size=batch_size, seed=seed, **data)
     pairs = preferred.name is not None
     how = (taught, model, vlm.processor, str(np.dtype(model.dtype)))
-    ask = None if taught.teacher is None else functools.partial(taught_by, *how)
+    say = print if log is None else lambda line: None
+    ask = None if taught.teacher is None else functools.partial(taught_by, *how, say=say)
     pipeline = _pipeline(vlm, rows, given, soft_ids(tuning.like), arm.trained, pairs, ask)
     start, frozen = make_start(tuning, settings, update)
     aims = (taught, preferred, pipeline.apart)

@@ -191,7 +191,10 @@ def _found(
     data = dataclasses.replace(data, max_skip_fraction=1.0, cache_mb=0)
     processor = teacher.processor
     say(f"Teacher: {_name(config)} reads {len(source):,} samples ...")
-    pipeline = ChatPipeline(data, source, processor, [processor.seeing(teacher.model)])
+    try:
+        pipeline = ChatPipeline(data, source, processor, [processor.seeing(teacher.model)])
+    except UserError as error:
+        raise _named(error) from None
     params = jax.device_put(teacher.params())
     for batch in pipeline.epoch():
         model = fitted(pipeline.model, batch.inputs.pictures, processor.family.variable)

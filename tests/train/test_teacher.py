@@ -213,7 +213,6 @@ def test_a_run_goes_on_without_its_teacher(folders, data, tmp_path, monkeypatch)
     assert len(str(error.value).splitlines()) <= 3
 
 
-@pytest.mark.slow
 def test_in_a_notebook(folders, data):
     """A loaded model as the teacher, adapters, a compressor: the divergence falls."""
     student, other = (evlm.from_pretrained(folders[each]) for each in ("student", "molmo"))

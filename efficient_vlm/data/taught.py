@@ -36,7 +36,8 @@ class Taught:
     """
 
     def __init__(self, index: np.ndarray, records: np.ndarray):
-        self._where = {(s, n): slice(start, stop) for s, n, start, stop in index.tolist()}
+        self._index = index[np.lexsort((index[:, 1], index[:, 0]))]
+        self._samples = self._index[:, 0]
         self._records = records
 
     def __len__(self) -> int:
@@ -46,7 +47,15 @@ class Taught:
     @property
     def conversations(self) -> int:
         """How many there are."""
-        return len(self._where)
+        return len(self._index)
+
+    def _of(self, key: Key) -> np.ndarray:
+        """The records of a conversation; none where the teacher has not read it."""
+        first, stop = (np.searchsorted(self._samples, key[0], side) for side in ("left", "right"))
+        for _, number, start, end in self._index[first:stop]:
+            if number == key[1]:
+                return self._records[start:end]
+        return self._records[:0]
 
     @classmethod
     def of(cls, found: Iterable[tuple[Key, np.ndarray]], k: int) -> "Taught":
@@ -128,7 +137,7 @@ class Taught:
         log_probs = np.zeros((*shape, k), np.float32)
         tokens, rest = np.full((*shape, k), NO_LABEL, np.int32), np.zeros(shape, np.float32)
         for row, key, turns in _conversations(inputs, rows):
-            known = self._records[self._where.get(key, slice(0, 0))]
+            known = self._of(key)
             starts = np.flatnonzero(np.diff(known["turn"], prepend=-1))
             if len(starts) != len(turns):
                 continue

@@ -15,9 +15,10 @@ from efficient_vlm.data.config import DataConfig
 from efficient_vlm.data.skips import told
 from efficient_vlm.data.sources import Source
 from efficient_vlm.data.taught import Key, Taught, records_of
-from efficient_vlm.errors import UserError
+from efficient_vlm.errors import UserError, short
 from efficient_vlm.families.checks import check_compressor
 from efficient_vlm.families.processor import Processor
+from efficient_vlm.files import file_digest
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.processing.gather import fitted
 from efficient_vlm.processing.vocabularies import same_ids
@@ -41,13 +42,13 @@ class Teacher:
       model: with the teacher's compressor.
       processor: tokenizer, template and pictures.
       params: gives the parameters, as `model.apply` takes them.
-      identity: gives what they are, as plain JSON.
+      identity: gives the SHA-256 of its files: weights, tokenizer, template, settings.
     """
 
     model: VisionLanguageModel
     processor: Processor
     params: Callable[[], Any]
-    identity: Callable[[], Any] = lambda: None
+    identity: Callable[[], dict[str, str]] = dict
 
 
 def open_teacher(config: DistilConfig, dtype: str) -> Teacher:
@@ -66,17 +67,26 @@ def open_teacher(config: DistilConfig, dtype: str) -> Teacher:
         return Teacher(loaded.model, loaded.processor, lambda: loaded.fused)
     if not isinstance(given, str | Path):
         raise UserError(
-            f"distil.teacher: a {type(given).__name__}",
+            f"distil.teacher: {short(given)}",
             allowed="the directory of a published model, its name on a hub, or a loaded model",
         )
     fields = dict(pretrained=str(given), dtype=dtype, param_dtype=dtype, remat="none")
     try:
         base = open_base(PretrainedFields(**fields, compressor=config.compressor))
         check_compressor(base.model, base.processor.family.variable)
+        _ = base.processor.tokenizer
     except UserError as error:
         raise _named(error) from None
-    params = lambda: unflatten_dict(base.parameters(), sep="/")  # noqa: E731
-    return Teacher(base.model, base.processor, params, base.digests)
+
+    def params() -> Any:
+        return unflatten_dict(base.parameters(), sep="/")
+
+    def identity() -> dict[str, str]:
+        files = sorted(base.processor.directory.iterdir())
+        settings = [path for path in files if path.suffix in (".json", ".jinja")]
+        return base.digests() | {path.name: file_digest(path)[1] for path in settings}
+
+    return Teacher(base.model, base.processor, params, identity)
 
 
 def _named(error: UserError) -> UserError:
@@ -112,7 +122,7 @@ def taught_on_disk(
     about = {
         "format": _FORMAT,
         "teacher": teacher.identity(),
-        "tokenizers": [p.tokenizer.fingerprint for p in (teacher.processor, base.processor)],
+        "tokenizer": base.processor.tokenizer.fingerprint,
         "data": {**source.fingerprint, "records": len(source)},
         "limits": {name: getattr(data, name) for name in limits},
         "top_k": k,

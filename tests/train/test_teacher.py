@@ -18,6 +18,7 @@ from tuned_models import (
 )
 
 import efficient_vlm as evlm
+from efficient_vlm.adapt.config import AdaptConfig
 from efficient_vlm.data.chat import ChatPipeline
 from efficient_vlm.data.config import DataConfig
 from efficient_vlm.data.record_messages import record_messages
@@ -30,7 +31,12 @@ from efficient_vlm.processing.request import Example
 from efficient_vlm.train import guards, loop, teacher
 from efficient_vlm.train.distil import divergence
 from efficient_vlm.train.metrics import read_metrics
-from efficient_vlm.train.objective import DistilConfig, make_objective
+from efficient_vlm.train.objective import (
+    DistilConfig,
+    PreferenceConfig,
+    check_aims,
+    make_objective,
+)
 
 # Another template: other headers, and another token that ends a turn.
 OTHER = (
@@ -238,10 +244,24 @@ def test_in_a_notebook(folders, data):
     assert all(0.5 < step["taught"] < 1 for step in steps)
 
 
-def test_more_tokens_than_there_are(folders, data):
+def test_teachers_that_cannot_be_asked(folders, data):
     student = evlm.from_pretrained(folders["student"])
     config = DistilConfig(kind="forward_kl", top_k=9999, teacher=str(folders["wide"]))
     with pytest.raises(UserError, match=r"top_k: 9,999\n.*share\n"):
         next(batches(student, config, data))
     with pytest.raises(UserError, match=r"distil.teacher: .* with distil.kind=None"):
         DistilConfig(teacher="x")
+    trained = dict(name="visionselector", budget=2)
+    config = DistilConfig(kind="forward_kl", teacher=str(SMOLVLM), compressor=trained)
+    with pytest.raises(UserError, match=r"distil.teacher: visionselector has weights of its own"):
+        teacher.open_teacher(config, "float32")
+    with pytest.raises(UserError, match=r"distil.teacher: 3\n"):
+        teacher.open_teacher(DistilConfig(kind="forward_kl", teacher=3), "float32")
+
+
+def test_what_may_be_trained():
+    """Everything, unless the model itself is the teacher."""
+    adapting = AdaptConfig(name="full")
+    check_aims(DistilConfig(kind="forward_kl", teacher="x"), PreferenceConfig(), adapting)
+    with pytest.raises(UserError, match="or another distil.teacher"):
+        check_aims(DistilConfig(kind="forward_kl"), PreferenceConfig(), adapting)

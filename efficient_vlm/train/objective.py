@@ -101,7 +101,7 @@ def make_objective(
         loss, targets = metrics["loss"]
         # What is left of the total are the losses of routers.
         total = total - loss + config.labels * loss
-        if inputs.taught is not None:
+        if config.teacher is not None:
             live = inputs.taught.live & (inputs.labels >= 0)
             pair = divergence_of_top(out.logits, inputs.taught, live, **how)
             told = {"distillation": pair, "taught": (pair[1], targets)}

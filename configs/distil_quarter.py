@@ -7,7 +7,9 @@ The teacher is the model that the run starts from, with all its tokens; the stud
 weights with adapters and a compressor, and learns the teacher's distribution over the next token
 (forward Kullback-Leibler divergence; arXiv 1503.02531) at the places of the answers. Teacher and
 student share one copy of the base. `divprune` (arXiv 2503.02175) has no parameters of its own. Here
-the labels themselves weigh nothing: `--config.distil.labels=1` adds their cross-entropy.
+the labels themselves weigh nothing: `--config.distil.labels=1` adds their cross-entropy. With
+`--config.distil.teacher=NAME` another model with the same tokenizer is the teacher, asked once
+before training, and `--config.adapt.name=full` may train everything.
 
 The evaluation has all tokens beside the quarter, both with the adapters. The argument is a
 compressor and its tokens per image of the encoder, "divprune,16" for the 64 of SmolVLM.

@@ -45,6 +45,7 @@ SECTIONS = (
     "train.mesh",
     "adapt",
     "distil",
+    "distil.compressor",
     "preference",
     "eval",
 )
@@ -124,11 +125,12 @@ def apply_override(config: ml_collections.ConfigDict, override: str) -> None:
     for depth, section in enumerate(sections):
         here, whole = ".".join(sections[:depth]), ".".join(sections[: depth + 1])
         absent = isinstance(node, ml_collections.ConfigDict) and section not in node
-        made = whole in SECTIONS and isinstance(_made(here, section, config), Mapping)
-        if absent and (made or (whole in OF_PUBLISHED and is_published(config))):
+        made = _made(here, section, config) if whole in SECTIONS else None
+        known = isinstance(made, Mapping) or (whole in OF_PUBLISHED and is_published(config))
+        if absent and known:
             # A section that the file leaves out because its fields have defaults.
             with node.unlocked():
-                node[section] = ml_collections.ConfigDict()
+                node[section] = ml_collections.ConfigDict(dict(made or {}))
         if not isinstance(node, ml_collections.ConfigDict) or section not in node:
             raise _unknown_field(here, section, node)
         node = node[section]
@@ -150,7 +152,9 @@ def apply_override(config: ml_collections.ConfigDict, override: str) -> None:
 
 def _parse(name: str, text: str, wanted: Any, old: Any) -> Any:
     """The first reading of `text` that has the type wanted: JSON or a word, text, a list."""
-    for value in (_word(text), text, [_word(part) for part in text.split(",") if part]):
+    bare = text[1:-1] if text.startswith("(") and text.endswith(")") else text
+    listed = [_word(part.strip()) for part in bare.split(",") if part.strip()]
+    for value in (_word(text), text, listed):
         if _fits(value, wanted):
             if isinstance(value, dict):
                 return ml_collections.ConfigDict(value)
@@ -259,8 +263,8 @@ def class_of(where: str, config: ml_collections.ConfigDict) -> type | None:
         return DataConfig
     if where not in SECTIONS:
         return None
-    if where == "model.compressor":
-        return METHODS.get(config.model.compressor.get("name"))
+    if where.endswith(".compressor"):
+        return METHODS.get(config.get(where.split(".")[0], {}).get("compressor", {}).get("name"))
     return {
         "model": PretrainedFields if is_published(config) else vlm.VisionLanguageModel,
         "model.encoder": vit.ViT,

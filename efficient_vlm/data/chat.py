@@ -11,19 +11,20 @@ import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from efficient_vlm.data.chat_batches import Batch, Plan, Plans
 from efficient_vlm.data.chat_samples import Samples
 from efficient_vlm.data.config import DataConfig
 from efficient_vlm.data.mixture import MixtureSource, neighbours_of, order_of
 from efficient_vlm.data.packing import Size, choose_rooms, holds, pack
 from efficient_vlm.data.skips import SkipCounter
 from efficient_vlm.data.sources import Source
+from efficient_vlm.data.taught import Taught
 from efficient_vlm.errors import UserError
 from efficient_vlm.families.processor import Processor
-from efficient_vlm.models.inputs import ModelInputs
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.processing.decode_image import STANDARD, BadRecord
 from efficient_vlm.processing.gather import Room
@@ -33,33 +34,6 @@ from efficient_vlm.processing.request import Example, pack_request
 FORMAT = 1
 # Samples of which the shapes of rows are chosen, and samples that are packed together.
 _PLANNED, _WINDOW = 2_000, 2_048
-
-
-class Batch(NamedTuple):
-    """Rows of one shape.
-
-    Attributes:
-      inputs: NumPy, with labels.
-      index: int64 [samples], the samples of this process in it.
-    """
-
-    inputs: ModelInputs
-    index: np.ndarray
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Everything by name, for a dump."""
-        import jax
-
-        leaves = jax.tree_util.tree_leaves_with_path(self.inputs)
-        named = {jax.tree_util.keystr(path).lstrip("."): leaf for path, leaf in leaves}
-        return {**named, "index": self.index}
-
-
-class _Plan(NamedTuple):
-    """One batch before anything is decoded: the room of its rows, the samples of each."""
-
-    room: Room
-    rows: tuple[tuple[int, ...], ...]
 
 
 class ChatPipeline:
@@ -94,7 +68,9 @@ class ChatPipeline:
         programs: int = 8,
         soft: Sequence[int] = (),
         pairs: bool = False,
+        taught: Taught | None = None,
     ):
+        self._taught = taught
         self.config, self.source, self.processor = config, source, processor
         self.model = models[0]
         self.tasks, self.tokenizer = source.tasks, processor.tokenizer
@@ -168,7 +144,7 @@ class ChatPipeline:
         windows = order.batch(self._window).map_with_index(self._plan)
         flat = grain.experimental.FlatMapIterDataset(
             windows.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)),
-            _Plans(),
+            Plans(),
         )
         batches = flat.map(self._load)
         if self.config.num_threads:
@@ -179,9 +155,10 @@ class ChatPipeline:
 
     def epoch(self) -> Iterator[Batch]:
         """Batches in which every sample that can be used is once."""
-        samples = [i for i in range(len(self.source)) if self._size(i) is not None]
-        for plan in self._planned(samples, 0):
-            yield self._load(plan)
+        samples = [index for index in range(len(self.source)) if self._fits(index)]
+        for number, first in enumerate(range(0, len(samples), self._window)):
+            for plan in self._planned(samples[first : first + self._window], number):
+                yield self._load(plan)
 
     @property
     def _window(self) -> int:
@@ -189,11 +166,11 @@ class ChatPipeline:
         least = self.config.batch_size * 8
         return len(self.source) if least <= len(self.source) <= _WINDOW else max(_WINDOW, least)
 
-    def _plan(self, number: int, samples: np.ndarray) -> list[_Plan]:
+    def _plan(self, number: int, samples: np.ndarray) -> list[Plan]:
         """The batches of one window."""
         return self._planned([self._usable(int(index)) for index in samples], number)
 
-    def _planned(self, usable: Sequence[int], number: int) -> list[_Plan]:
+    def _planned(self, usable: Sequence[int], number: int) -> list[Plan]:
         sizes = [self._sizes[index] for index in usable]
         samples = self._samples
         packed = pack(sizes, self.rooms, samples.each, alone=samples.alone)
@@ -203,7 +180,7 @@ class ChatPipeline:
             own = [tuple(usable[m] for m in row.members) for row in packed if row.room == room]
             own = [own[i] for i in rng.permutation(len(own))]
             own += [()] * (-len(own) % rows)
-            plans += [_Plan(room, tuple(own[i : i + rows])) for i in range(0, len(own), rows)]
+            plans += [Plan(room, tuple(own[i : i + rows])) for i in range(0, len(own), rows)]
         return [plans[i] for i in rng.permutation(len(plans))]
 
     def _usable(self, index: int) -> int:
@@ -211,16 +188,22 @@ class ChatPipeline:
         among = neighbours_of(self.source, index)
         for step in range(len(among)):
             candidate = among[(index - among.start + step) % len(among)]
-            size = self._size(candidate)
-            if size is None:
-                continue
-            if any(holds(room, size) for room in self.rooms):
+            if self._fits(candidate):
                 return candidate
-            self.skips.add(candidate, BadRecord("too_large", "larger than the shapes of rows"))
         raise UserError(
             f"data: none of the {len(among)} samples can be used",
             fix="see `efficient-vlm data inspect` for the reasons",
         )
+
+    def _fits(self, index: int) -> bool:
+        """Whether a sample can be used, and some room holds it."""
+        size = self._size(index)
+        if size is None:
+            return False
+        if any(holds(room, size) for room in self.rooms):
+            return True
+        self.skips.add(index, BadRecord("too_large", "larger than the shapes of rows"))
+        return False
 
     def described(self) -> list[dict[str, Any]]:
         """What a model card says of the data; see `families.card.Data`.
@@ -244,7 +227,7 @@ class ChatPipeline:
         bad = [n for numbers in self.skips.state().values() for n in numbers]
         return self.source.summary(self.source.part_counts(drawn), bad)
 
-    def _load(self, plan: _Plan) -> Batch:
+    def _load(self, plan: Plan) -> Batch:
         """This process's rows of a batch."""
         wanted = [plan.rows[row] for row in self._rows]
         flat = [index for row in wanted for index in row]
@@ -254,7 +237,11 @@ class ChatPipeline:
         examples = [row for rows in grouped for row in rows]
         how = dict(variable=self.processor.family.variable, soft=self._soft)
         request = pack_request(self.model, examples, self.processor.rules, plan.room, **how)
-        return Batch(request.inputs, np.asarray(flat, np.int64))
+        keys = tuple(tuple((i, n) for i in row for n in range(len(read[i]))) for row in wanted)
+        inputs = request.inputs
+        if self._taught is not None:
+            inputs = self._taught.attach(inputs, keys)
+        return Batch(inputs, np.asarray(flat, np.int64), keys)
 
     def _examples(self, index: int) -> list[Example]:
         """A sample's conversations, each with its pictures; none if a picture is damaged.
@@ -292,12 +279,3 @@ def _facts(name: str, source: Source) -> dict[str, Any]:
     content = source.fingerprint.get("content")
     digest = content if isinstance(content, str) and len(content) == 64 else None
     return {"name": name, "sha256": digest, "rows": len(source)}
-
-
-class _Plans:
-    """Grain's transformation of a window's plan into batches."""
-
-    max_fan_out = 2**16
-
-    def flat_map(self, plans: list[_Plan]) -> list[_Plan]:
-        return plans

@@ -1,6 +1,7 @@
 """Fine-tuning of a loaded model in a notebook, and its loss; in files: `efficient-vlm train`."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from efficient_vlm.data.config import DataConfig
 from efficient_vlm.data.preference_rows import PairSource
 from efficient_vlm.data.row_source import Reading, RowSource
 from efficient_vlm.data.tables.memory import MemoryTable
+from efficient_vlm.data.taught import Taught
 from efficient_vlm.errors import UserError, short
 from efficient_vlm.families.processor import Processor
 from efficient_vlm.fields import construct
@@ -30,6 +32,7 @@ from efficient_vlm.train.losses import token_cross_entropy
 from efficient_vlm.train.objective import DistilConfig, PreferenceConfig, check_aims
 from efficient_vlm.train.optimizer import OptimizerConfig
 from efficient_vlm.train.published import Tuning, make_start, make_step
+from efficient_vlm.train.teacher import taught_by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +90,10 @@ def finetune(
     tuning = Tuning(loaded, [arm], adapting, None)
     given = dict(batch_size=batch_size, seed=seed, **data)
     pairs = preferred.name is not None
-    pipeline = _pipeline(vlm, rows, given, soft_ids(tuning.like), arm.trained, pairs)
+    how = (taught, model, vlm.processor, str(np.dtype(model.dtype)))
+    say = print if log is None else lambda line: None
+    ask = None if taught.teacher is None else functools.partial(taught_by, *how, say=say)
+    pipeline = _pipeline(vlm, rows, given, soft_ids(tuning.like), arm.trained, pairs, ask)
     start, frozen = make_start(tuning, settings, update)
     aims = (taught, preferred, pipeline.apart)
     step = make_step(arm.model, tuning, start, frozen, settings, *aims)
@@ -140,11 +146,14 @@ def _pipeline(
     soft: Any,
     model: VisionLanguageModel,
     pairs: bool = False,
+    ask: Callable[[DataConfig, Any], Taught] | None = None,
 ) -> ChatPipeline:
+    """Batches of rows, with what `ask` gives for their data and source."""
     fields = {"max_images": 64, "num_threads": 0, "max_skip_fraction": 0.0, **data}
     config = DataConfig.from_mapping({"path": "rows.json", **fields})
     table = MemoryTable(rows, config.max_image_bytes)
     kind = PairSource if pairs else RowSource
     source = kind(table, Reading(max_bytes=config.max_image_bytes))
     models = [vlm.processor.seeing(model)]
-    return ChatPipeline(config, source, vlm.processor, models, soft=soft, pairs=pairs)
+    given = dict(soft=soft, pairs=pairs, taught=ask and ask(config, source))
+    return ChatPipeline(config, source, vlm.processor, models, **given)

@@ -232,7 +232,9 @@ class Pretrained(Requests):
           data: fields of `data.config.DataConfig`: max_length, max_images, pack, pack_tokens.
           optimizer: fields of `train.optimizer.OptimizerConfig`.
           distil: fields of `train.objective.DistilConfig`, such as dict(kind="forward_kl"):
-            with the compressor in use adapters learn what this model says of all visual tokens.
+            with the compressor in use adapters learn what this model says of all visual tokens; or,
+            with teacher=VLM (a loaded model, a directory or a name on a hub) and any `adapt`, what
+            another one with the same tokenizer says.
           preference: fields of `train.objective.PreferenceConfig`, such as dict(name="dpo"): rows
             are {"images": [...], "prompt", "chosen", "rejected"}, see `data.preference_rows`.
           compressor: name, budget and options, in place of the one in use; a trained one, such as

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from efficient_vlm.errors import UserError
 from efficient_vlm.models.image_inputs import NO_PICTURES, Layout, Pictures, check_shape
 from efficient_vlm.models.prompt_layout import Placement
+from efficient_vlm.models.taught import TopTokens
 from efficient_vlm.nn.attention import PADDING_SEGMENT, SHARED_SEGMENT
 from efficient_vlm.shapes import Array
 
@@ -39,6 +40,8 @@ class ModelInputs:
         None for all of it.
       labels: int32 [R, S], the token that each place is to predict, -1 for none; None outside of
         training.
+      taught: [R, S, K] and [R, S], what another teacher says of what each place is to predict, see
+        `TopTokens`; None without one.
       penalty_scale: float32 [], what the weight of `VisualTokens.penalty` in the loss is multiplied
         by at this step of a run (`train.penalty_ramp`); None for 1.
       questions: static, the most conversations of a row, Q.
@@ -56,6 +59,7 @@ class ModelInputs:
     placement: Placement | None = None
     prompt: Bool[Array, "R S"] | None = None
     labels: Int[Array, "R S"] | None = None
+    taught: TopTokens | None = None
     penalty_scale: Float[Array, ""] | None = None
     questions: int = struct.field(pytree_node=False, default=1)
     longest: int | None = struct.field(pytree_node=False, default=None)

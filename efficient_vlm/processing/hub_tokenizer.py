@@ -170,6 +170,16 @@ class HubTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         return self._backend.decode(list(map(int, ids)), skip_special_tokens=skip_special)
 
+    @property
+    def vocabulary(self) -> dict[int, str]:
+        """Id -> token, of all tokens."""
+        return {i: token for token, i in self._backend.get_vocab(with_added_tokens=True).items()}
+
+    @property
+    def added(self) -> set[int]:
+        """Ids of tokens that stand beside the vocabulary: special ones, and words added to it."""
+        return set(self._backend.get_added_tokens_decoder())
+
     def knows(self, token: str) -> bool:
         return self._backend.token_to_id(token) is not None
 

@@ -4,34 +4,20 @@ A teacher gives no gradients. Positions that are no targets count nothing, whate
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Float32, Int
+from jaxtyping import Bool, Float, Int
 
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.kernels import ordering
 from efficient_vlm.models.inputs import NO_LABEL
+from efficient_vlm.models.taught import TopTokens
 from efficient_vlm.shapes import Array
 
 Pair = tuple[jax.Array, jax.Array]
 KINDS = ("forward_kl", "reverse_kl", "jensen_shannon")
 RESTS = ("bucket", "renormalised")
-
-
-class TopTokens(NamedTuple):
-    """The most likely tokens of a teacher, as they are stored for offline distillation.
-
-    Attributes:
-      log_probs: float32 [..., K], of the whole distribution, at the temperature of the loss.
-      tokens: int32 [..., K].
-      rest: float32 [...], log-probability of all other tokens together.
-    """
-
-    log_probs: Float32[Array, "*rows K"]
-    tokens: Int[Array, "*rows K"]
-    rest: Float32[Array, "*rows"]
 
 
 def divergence(
@@ -83,10 +69,23 @@ def divergence(
     return total(losses * temperature**2, live)
 
 
-def top_tokens(teacher: Float[Array, "*rows V"], k: int, *, temperature: float = 1.0) -> TopTokens:
-    """The k most likely tokens of a teacher, and what is left for all others."""
+def top_tokens(
+    teacher: Float[Array, "*rows V"],
+    k: int,
+    *,
+    temperature: float = 1.0,
+    among: Bool[Array, " V"] | None = None,
+) -> TopTokens:
+    """The k most likely tokens of a teacher, and what is left for all others.
+
+    Args:
+      teacher: logits.
+      k: at most V, or the tokens of `among`.
+      temperature: T > 0.
+      among: tokens that may be of the k; None for all.
+    """
     log_probs = jax.nn.log_softmax(teacher.astype(jnp.float32) / temperature)
-    largest, tokens = ordering.top_k(log_probs, k)
+    largest, tokens = ordering.top_k(log_probs, k, among)
     return TopTokens(largest, tokens, _others(log_probs, tokens))
 
 

@@ -26,8 +26,8 @@ FEATURES = ("hidden", "attention", "relations")
 
 @dataclasses.dataclass(frozen=True)
 class DistilConfig:
-    """Self-distillation into fewer visual tokens: the teacher is the model that the run starts
-    from, with all of them, and shares its weights.
+    """Distillation into fewer visual tokens: the teacher is the model that the run starts from,
+    with all of them, and shares its weights; or another one with the same tokenizer.
 
     Attributes:
       kind: "forward_kl", "reverse_kl" or "jensen_shannon", see `distil.divergence`; None for no
@@ -36,8 +36,14 @@ class DistilConfig:
       labels: weight of the cross-entropy of the labels beside it.
       temperature: of both distributions.
       beta: of the teacher in the mixture of "jensen_shannon".
-      top_k: only the teacher's most likely tokens, and the rest as one; None for all.
+      top_k: only the teacher's most likely tokens, and the rest as one; None for all, or with
+        `teacher` for 64.
       compressor: of the teacher: name, budget and options.
+      teacher: another model, of any family with the same tokenizer: its directory, its name on a
+        hub, or in a notebook a loaded model. It reads every row once before training, and what it
+        says of the targets is stored, see `teacher.taught_by`. Targets of which it says nothing
+        have no divergence: metric "taught" is the share of those that have one. None for the model
+        that the run starts from.
       hidden, attention, relations: weights, per target token, of losses of what is inside the
         decoder, see `features.feature_losses`; 0 for none.
       hidden_kind: "mse" or "cosine".
@@ -52,6 +58,7 @@ class DistilConfig:
     beta: float = 0.5
     top_k: int | None = None
     compressor: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "none"})
+    teacher: Any = None
     hidden: float = 0.0
     attention: float = 0.0
     relations: float = 0.0
@@ -73,7 +80,20 @@ class DistilConfig:
             )
         checks.number_fields(self, "distil", "temperature", above=0)
         checks.number_fields(self, "distil", "beta", above=0, below=1)
-        checks.number_fields(self, "distil", "top_k", low=1)
+        checks.whole("distil.top_k", self.top_k, none=True)
+        if self.teacher is not None and self.kind is None:
+            raise UserError(
+                f"distil.teacher: {short(self.teacher)} with distil.kind=None",
+                allowed=f"a divergence: {', '.join(KINDS)}",
+                fix="distil.kind=forward_kl",
+            )
+        if self.teacher is not None and self.features:
+            name, weight = next(iter(self.features.items()))
+            raise UserError(
+                f"distil.{name}: {weight} with distil.teacher={short(self.teacher)}",
+                allowed="0: of another teacher the tokens that it says are stored, not its inside",
+                fix=f"distil.{name}=0, or distil.teacher=None for the model itself",
+            )
 
     @property
     def features(self) -> dict[str, float]:
@@ -120,13 +140,18 @@ def make_objective(
         params = tuning.whole(trained, frozen)
         out = model.apply({"params": params}, inputs, rng=rng, watch=watch)
         total, metrics = losses_of(out, inputs, aux)
+        loss, targets = metrics["loss"]
+        # What is left of the total are the losses of routers.
+        total = total - loss + config.labels * loss
+        if config.teacher is not None:
+            live = inputs.taught.live & (inputs.labels >= 0)
+            pair = divergence_of_top(out.logits, inputs.taught, live, **_how(config))
+            told = {"distillation": pair, "taught": (pair[1], targets)}
+            return total + config.weight * pair[0], {**metrics, **told}
         # The teacher sees all tokens, so there is no padding to leave out.
         seen = inputs.replace(visual_room=None, uneven=False)
         known = teacher.apply({"params": without_adapters(params)}, seen, rng=rng, watch=watch)
         known = jax.lax.stop_gradient(known)
-        loss, targets = metrics["loss"]
-        # What is left of the total are the losses of routers.
-        total = total - loss + config.labels * loss
         if config.kind is not None:
             pair = _of_logits(out.logits, known.logits, inputs.labels, config)
             total = total + config.weight * pair[0]
@@ -144,11 +169,14 @@ def make_objective(
 
 def _of_logits(student: jax.Array, teacher: jax.Array, labels: jax.Array, config: DistilConfig):
     """The divergence of the next tokens, see `distil.divergence`."""
-    how = dict(kind=config.kind, temperature=config.temperature, beta=config.beta)
     if config.top_k is None:
-        return divergence(student, teacher, labels, **how)
+        return divergence(student, teacher, labels, **_how(config))
     most = top_tokens(teacher, config.top_k, temperature=config.temperature)
-    return divergence_of_top(student, most, labels, **how)
+    return divergence_of_top(student, most, labels, **_how(config))
+
+
+def _how(config: DistilConfig) -> dict[str, Any]:
+    return dict(kind=config.kind, temperature=config.temperature, beta=config.beta)
 
 
 def check_aims(
@@ -173,9 +201,9 @@ def check_aims(
 
 def _check_teacher(config: DistilConfig, adapt: Any) -> None:
     """Raises UserError where the model's own weights are no longer there to be the teacher's."""
-    if config.teaches and not adapt.keeps_base:
+    if config.teaches and config.teacher is None and not adapt.keeps_base:
         raise UserError(
             f"distil: a teacher with adapt.name={adapt.name}, adapt.train={adapt.train!r}",
-            allowed="adapters alone: their base is the teacher, at the price of one copy",
+            allowed="adapters alone (their base is the teacher), or another distil.teacher",
             fix="adapt.name=lora, adapt.train=()",
         )

@@ -48,6 +48,7 @@ from efficient_vlm.train.pretrained_fields import PretrainedFields
 from efficient_vlm.train.processes import first_then_all
 from efficient_vlm.train.setup import Setup
 from efficient_vlm.train.state_layout import StateLayout, state_shardings
+from efficient_vlm.train.teacher import taught_on_disk
 
 # Programs that a run may compile: for each shape of rows and each compressor one.
 MOST_PROGRAMS = 8
@@ -258,6 +259,9 @@ def prepare_published(
     arms = [Arm(base.processor.seeing(a.model), a.weight, a.start) for a in arms]
     tuning = Tuning(base, arms, adapting, mesh)
     source = open_source(data_config, "train")
+    given = (workdir, distil, base, fields.dtype, data_config, source, say)
+    asked = distil.teacher is not None
+    taught = first_then_all(lambda: taught_on_disk(*given)) if asked else None
     pipeline = ChatPipeline(
         data_config,
         source,
@@ -267,6 +271,7 @@ def prepare_published(
         programs=max(1, MOST_PROGRAMS // len(joined(arms, settings))),
         soft=soft_ids(tuning.like),
         pairs=data_config.pairs,
+        taught=taught,
     )
     aims = (distil, preference, pipeline.apart)
     fresh = not any((workdir / "checkpoints").glob("*"))

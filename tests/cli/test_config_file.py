@@ -215,3 +215,20 @@ def test_a_picture_at_home(monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere")
     assert published._at_home("~/a.png") == "/somewhere/a.png"
     assert published._at_home("data:,~/a") == "data:,~/a"
+
+
+@pytest.mark.parametrize("text", ["[-1, 0]", "(-1, 0)", "-1,0"])
+def test_a_list_as_an_error_shows_it(text):
+    """What an error shows, "such as (-1,)", can be typed."""
+    config = configs.load("configs/distil_quarter.py", [f"distil.layers={text}"])
+    assert list(config.distil.layers) == [-1, 0]
+    config = configs.load("configs/distil_quarter.py", ["distil.layers=(-1,)"])
+    assert list(config.distil.layers) == [-1]
+
+
+def test_the_teacher_s_compressor_is_a_section():
+    given = ["distil.compressor.name=divprune", "distil.compressor.budget=9"]
+    config = configs.load("configs/distil_quarter.py", given)
+    assert config.distil.compressor.to_dict() == dict(name="divprune", budget=9)
+    with pytest.raises(UserError, match="did you mean --config.distil.compressor.budget"):
+        configs.load("configs/distil_quarter.py", ["distil.compressor.bugdet=9"])

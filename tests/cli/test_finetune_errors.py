@@ -4,7 +4,15 @@ import json
 import shutil
 
 import pytest
-from tuned_models import SMOLVLM, TESTS, mixed_rows, row, tuning_config, write_rows
+from tuned_models import (
+    SMOLVLM,
+    TESTS,
+    golden_with_words,
+    mixed_rows,
+    row,
+    tuning_config,
+    write_rows,
+)
 
 from efficient_vlm.cli import run as commands
 
@@ -149,6 +157,19 @@ def test_a_run_goes_on_with_its_own_data_only(resumed, rows_file):
         assert "allow_data_change" in said
     finally:
         rows_file.write_text(was)
+
+
+def test_a_teacher_with_another_vocabulary(refused, tmp_path):
+    """Or without files; before anything is trained or asked."""
+    other = golden_with_words("qwen2_5_vl", tmp_path / "other")
+    kind = "--config.distil.kind=forward_kl"
+    said = refused(kind, f"--config.distil.teacher={other}")
+    assert "distil.teacher: token 0 is '<unk>'" in said and "the student's tokenizer" in said
+    assert not (tmp_path / "run" / "teacher").exists()
+    said = refused(kind, f"--config.distil.teacher={tmp_path / 'nowhere'}")
+    assert "distil.teacher: " in said
+    said = refused(kind, f"--config.distil.teacher={SMOLVLM}", "--config.distil.top_k=9999")
+    assert "distil.top_k: 9,999" in said
 
 
 def test_a_run_is_no_base(begun, refused):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tuned_models import SMOLVLM, golden_with_words, mixed_rows, opened, png, row, write_rows
 
+from efficient_vlm.data import chat
 from efficient_vlm.data.chat import ChatPipeline
 from efficient_vlm.data.config import DataConfig
 from efficient_vlm.data.sources import open_source
@@ -129,6 +130,34 @@ def test_an_epoch_has_every_row_once(published, rows):
     seen = np.concatenate([batch.index for batch in batches])
     assert sorted(seen.tolist()) == list(range(ROWS))
     assert answers_of(batches, processor.tokenizer) == taught(rows[0])
+
+
+def test_an_epoch_of_several_windows(published, rows, monkeypatch):
+    """Rows are packed among few, as packing all of them takes the square of their number."""
+    monkeypatch.setattr(chat, "_WINDOW", 8)
+    batches = list(pipeline_of(published["smolvlm"], rows[1], batch_size=1).epoch())
+    seen = np.concatenate([batch.index for batch in batches])
+    assert sorted(seen.tolist()) == list(range(ROWS))
+
+
+def test_batches_say_where_conversations_are(published, tmp_path):
+    """In a mixture, in any epoch, with two conversations a sample: found by what they answer."""
+    parts = []
+    for name, count in (("a", 5), ("b", 9)):
+        (folder := tmp_path / name).mkdir()
+        path = write_rows(folder / "rows.jsonl", mixed_rows(folder, count))
+        parts.append(dict(path=str(path), weight=1.0, name=name, separate_turns=True))
+    pipeline = pipeline_of(published["smolvlm"], "", mixture=parts, pack_tokens=192)
+    batches, keys = take(pipeline, 12)[0], []
+    for batch in batches:
+        for at, found in enumerate(batch.conversations):
+            for segment, (sample, number) in enumerate(found, 1):
+                own = batch.inputs.segments[at] == segment
+                labels = batch.inputs.labels[at][own & (batch.inputs.labels[at] >= 0)]
+                ((_, answer),) = pipeline.source[sample].conversations[number].turns
+                assert pipeline.tokenizer.decode(labels).strip() == answer.strip()
+                keys.append((sample, number))
+    assert {number for _, number in keys} == {0, 1} and len(keys) > 2 * len(set(keys))
 
 
 def test_text_alone(published, tmp_path):

@@ -188,3 +188,5 @@ def test_settings():
         DistilConfig(hidden=1.0, layers=())
     with pytest.raises(UserError, match="distil.hidden"):
         DistilConfig(hidden=-1.0)
+    with pytest.raises(UserError, match="not its inside"):
+        DistilConfig(kind="forward_kl", teacher="other", attention=1.0)

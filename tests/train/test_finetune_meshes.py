@@ -124,9 +124,15 @@ def test_meshes_equal_one_device(
         assert one["compilations"] == alone["compilations"] <= 8
 
 
-def test_two_processes_equal_one(rows_file, tmp_path):
-    """Each reads its own rows of every batch; the checkpoint goes on in one process."""
-    config = make_config(SMOLVLM, rows_file, LORA)
+@pytest.mark.parametrize(
+    ("name", "teacher"), [("smolvlm", None), ("qwen2_5_vl", "molmo_olmoe")], ids=str
+)
+def test_two_processes_equal_one(checkpoints, rows_file, tmp_path, name, teacher):
+    """Each reads its own rows of every batch, what the first asked of a teacher included; the
+    checkpoint goes on in one process."""
+    config = make_config(checkpoints[name], rows_file, LORA)
+    if teacher is not None:
+        config.distil = dict(kind="forward_kl", top_k=8, teacher=str(checkpoints[teacher]))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -45,7 +45,7 @@ def print_fields(
     for name in shown:
         cls = configs.class_of(name, loaded) or Compressor
         print(f"\n{name}: fields of {cls.__module__.removeprefix('efficient_vlm.')}.{cls.__name__}")
-        if name == "model.compressor":
+        if name.endswith(".compressor"):
             print("  name and options of a method; `efficient-vlm methods NAME` lists them")
         values = _values(loaded, name)
         for field in described(cls, configs.hidden_fields(name)):

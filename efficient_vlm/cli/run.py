@@ -1,6 +1,7 @@
 """`efficient-vlm train`, and `fit`, which does it from Python: training to report, and on again."""
 
 import contextlib
+import functools
 import json
 import os
 import shlex
@@ -26,6 +27,7 @@ from efficient_vlm.evaluation.settings import (
 from efficient_vlm.evaluation.tuned import evaluate_tuned
 from efficient_vlm.fields import construct, section, to_dict
 from efficient_vlm.files import write_atomic
+from efficient_vlm.inference.on_policy import with_draws
 from efficient_vlm.models.init import abstract_parameters
 from efficient_vlm.report.report import write_report
 from efficient_vlm.report.summary import print_summary
@@ -34,6 +36,7 @@ from efficient_vlm.train import guards, loop, processes
 from efficient_vlm.train.base import open_base
 from efficient_vlm.train.config import is_published, read_config
 from efficient_vlm.train.goodput import Goodput
+from efficient_vlm.train.objective import DistilConfig
 from efficient_vlm.train.pretrained_fields import PretrainedFields
 from efficient_vlm.train.workdir_config import has_steps
 
@@ -140,7 +143,9 @@ def fit(
         processes.agreed(claim)
         say(f"Workdir: {workdir}")
         try:
-            trained = loop.train(config, workdir, stop=stop, say=say)
+            distil = construct(DistilConfig, section(config, "distil"), "distil")
+            around = functools.partial(with_draws, config=distil)
+            trained = loop.train(config, workdir, stop=stop, say=say, around=around)
             clock = Goodput(workdir, warn=say, keep=processes.is_first())
             try:
                 with clock.timed("eval"):

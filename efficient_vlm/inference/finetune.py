@@ -21,6 +21,7 @@ from efficient_vlm.data.taught import Taught
 from efficient_vlm.errors import UserError, short
 from efficient_vlm.families.processor import Processor
 from efficient_vlm.fields import construct
+from efficient_vlm.inference.on_policy import OnPolicy
 from efficient_vlm.inference.programs import bounded_jit
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.nn.stack import restack
@@ -89,6 +90,8 @@ def finetune(
     arm = Arm(vlm.processor.seeing(model))
     tuning = Tuning(loaded, [arm], adapting, None)
     given = dict(batch_size=batch_size, seed=seed, **data)
+    if taught.on_policy:  # Each row is answered by itself.
+        given["pack"] = False
     pairs = preferred.name is not None
     how = (taught, model, vlm.processor, str(np.dtype(model.dtype)))
     say = print if log is None else lambda line: None
@@ -97,6 +100,9 @@ def finetune(
     start, frozen = make_start(tuning, settings, update)
     aims = (taught, preferred, pipeline.apart)
     step = make_step(arm.model, tuning, start, frozen, settings, *aims)
+    if taught.on_policy:
+        whole = functools.partial(tuning.whole, frozen=frozen)
+        step = OnPolicy(step, arm.model, whole, vlm.processor, taught, seed)
     state, batches = start.state(), iter(pipeline)
     with Progress(steps, quiet=log is not None) as progress:
         for number in range(1, steps + 1):

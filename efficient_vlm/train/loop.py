@@ -44,6 +44,7 @@ def train(
     *,
     stop: StopSignal,
     say: Callable[[str], None] = print,
+    around: Callable[[Setup], Setup] = lambda setup: setup,
 ) -> Trained:
     """Trains, or continues, the run in `workdir` up to its last step.
 
@@ -52,6 +53,7 @@ def train(
       workdir: locked, and with a config.json that fits.
       stop: read between steps.
       say: receives lines for the user.
+      around: what rooms above this one do to the programs of the steps.
 
     Raises:
       UserError: a mistake in the config, or training diverged.
@@ -59,7 +61,7 @@ def train(
     """
     start_time = time.monotonic()
     # 1. Settings, data, models, step programs.
-    setup = prepare(config, workdir, say)
+    setup = around(prepare(config, workdir, say))
     settings, pipeline, labels = setup.settings, setup.pipeline, [a.label for a in setup.arms]
     say(f"Data: {len(pipeline.source)} training images, tasks {', '.join(pipeline.tasks)}")
     total = setup.total_params or setup.num_params

@@ -44,6 +44,9 @@ class DistilConfig:
         says of the targets is stored, see `teacher.taught_by`. Targets of which it says nothing
         have no divergence: metric "taught" is the share of those that have one. None for the model
         that the run starts from.
+      on_policy: share of the steps that learn from answers of the student's own, see
+        `inference.on_policy`; 0 for those of the data alone.
+      new_tokens: the longest of them.
       hidden, attention, relations: weights, per target token, of losses of what is inside the
         decoder, see `features.feature_losses`; 0 for none.
       hidden_kind: "mse" or "cosine".
@@ -59,6 +62,8 @@ class DistilConfig:
     top_k: int | None = None
     compressor: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "none"})
     teacher: Any = None
+    on_policy: float = 0.0
+    new_tokens: int = 32
     hidden: float = 0.0
     attention: float = 0.0
     relations: float = 0.0
@@ -79,6 +84,8 @@ class DistilConfig:
                 allowed="layers of the decoder, such as (-1,) or (3, 7)",
             )
         checks.number_fields(self, "distil", "temperature", above=0)
+        checks.number_fields(self, "distil", "on_policy", low=0, high=1)
+        checks.number_fields(self, "distil", "new_tokens", low=1)
         checks.number_fields(self, "distil", "beta", above=0, below=1)
         checks.whole("distil.top_k", self.top_k, none=True)
         if self.teacher is not None and self.kind is None:
@@ -86,6 +93,13 @@ class DistilConfig:
                 f"distil.teacher: {short(self.teacher)} with distil.kind=None",
                 allowed=f"a divergence: {', '.join(KINDS)}",
                 fix="distil.kind=forward_kl",
+            )
+        if self.on_policy and (self.teacher is not None or not self.teaches):
+            raise UserError(
+                f"distil.on_policy: {self.on_policy} with distil.kind={self.kind}, "
+                f"distil.teacher={short(self.teacher)}",
+                allowed="the model itself as teacher: another one has not seen these answers",
+                fix="distil.kind=reverse_kl, distil.teacher=None",
             )
         if self.teacher is not None and self.features:
             name, weight = next(iter(self.features.items()))

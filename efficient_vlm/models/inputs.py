@@ -30,6 +30,9 @@ class ModelInputs:
     several conversations about pictures of their own (`Placement.visual_segment`, with `questions`
     1): each sees its pictures and itself.
 
+    NumPy arrays in it must not be written before the result of a jitted call has been read: on a
+    CPU, JAX may read them after the call has returned.
+
     Attributes:
       text: int32 [R, S], text tokens; visual tokens have no place among them.
       segments: int32 [R, S], -1 for padding, 0 for text that everything sees, 1 and above for that

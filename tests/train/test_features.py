@@ -4,14 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tuned_models import golden_with_words, png, row
+from tuned_models import golden_with_words, png, row, tuning_config, write_rows
 
 import efficient_vlm as evlm
 from efficient_vlm.compressors import VisualTokens
 from efficient_vlm.errors import UserError
 from efficient_vlm.models.watched import Watched, pieces
+from efficient_vlm.processing.gather import fitted
 from efficient_vlm.train.features import feature_losses, layers_of
 from efficient_vlm.train.objective import DistilConfig
+from efficient_vlm.train.prepare import prepare
 
 LORA = dict(name="lora", rank=4, targets="decoder")
 ALL = dict(hidden=1.0, attention=1.0, relations=1.0)
@@ -178,6 +180,25 @@ def test_fewer_tokens_learn_from_inside(vlm, method):
     weighted = [sum(each[f"distillation_{name}"] for name in ALL) for each in (first, last)]
     assert weighted[1] < 0.7 * weighted[0]
     assert all(first[f"distillation_{name}"] > 0 for name in ALL)
+
+
+def test_a_teacher_costs_no_second_copy(vlm, tmp_path):
+    """Arguments of the compiled step: base, adapters and their moments, the batch; once."""
+    rows = [{**each, "images": [f"{n}.png"]} for n, each in enumerate(ROWS)]
+    for n, each in enumerate(ROWS):
+        (tmp_path / f"{n}.png").write_bytes(each["images"][0])
+    config = tuning_config(vlm.directory, write_rows(tmp_path / "rows.jsonl", rows), adapt=LORA)
+    config.distil = dict(kind="forward_kl", **ALL)
+    setup = prepare(config, tmp_path, lambda line: None)
+    inputs = next(iter(setup.pipeline)).inputs
+    shaped = setup.programs[0]
+    step = shaped._make((fitted(shaped._models[0], inputs.pictures, True),))
+    compiled = step.lower(setup.start.shapes, inputs).compile()
+    given = (setup.start.shapes, step._frozen, inputs)
+    once = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(given))
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(vlm.params))
+    found = compiled.memory_analysis().argument_size_in_bytes
+    assert weights < found <= once < 2 * weights
 
 
 def test_settings():

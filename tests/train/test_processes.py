@@ -72,7 +72,8 @@ def stopped_in_evaluation(pair):
     """What both say from there on, when the second gets a signal."""
     told = []
     while not any("Evaluation:" in line for line in told):
-        assert (line := pair[0].stdout.readline()), told
+        line = pair[0].stdout.readline()
+        assert line, "".join([*told[-20:], pair[1].communicate(timeout=60)[0][-2000:]])
         told.append(line)
     pair[1].send_signal(signal.SIGTERM)
     said = [each.communicate(timeout=300)[0] for each in pair]

@@ -36,6 +36,13 @@ JOBS = {
     "quarter": ("ours",),
     "mixed": ("padded", "ours"),
 }
+# Without one a question is no part of a prompt, as in LLaVA's first stage.
+TEMPLATE = (
+    "{% for message in messages %}{{ 'w5 ' if message['role'] == 'user' else 'w7 ' }}"
+    "{% for part in message['content'] %}"
+    "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %} w6 "
+    "{% endfor %}{% if add_generation_prompt %}w7 {% endif %}"
+)
 MIXED = 48  # Rows of the mixed sample, about 2,000 token places a batch either way.
 
 
@@ -258,6 +265,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch).resolve() / "model"
         write_checkpoint(folder, *((2, 2) if args.quick else (12, 30)))
+        settings = folder / "tokenizer_config.json"
+        settings.write_text(json.dumps(dict(chat_template=TEMPLATE)))
         turns = 1 if args.quick else args.turns
         for turn in range(turns + 1):  # The first fills caches.
             for job in args.only.split(","):

@@ -133,6 +133,20 @@ def tuning_config(pretrained, path, *, adapt=None, **sections) -> ml_collections
     return config
 
 
+class Stop:
+    """A signal that comes while step `after` + 1 is about to begin; never without a number."""
+
+    exit_code = 143
+
+    def __init__(self, after=None):
+        self._after, self._asked = after, -1
+
+    @property
+    def requested(self):
+        self._asked += 1
+        return self._asked == self._after
+
+
 def wide_checkpoint(folder: Path, seed: int = 0) -> Path:
     """A Qwen2.5-VL of random weights, wide enough to learn 16 rows by heart in any way.
 

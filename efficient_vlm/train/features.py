@@ -1,6 +1,6 @@
 """What a student with few visual tokens learns from what its teacher has inside."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import jax.numpy as jnp
 from jaxtyping import Float, Float32, Int
@@ -35,6 +35,7 @@ def feature_losses(
     student: Mapping[int, Watched],
     teacher: Mapping[int, Watched],
     labels: Int[Array, "R S"],
+    wanted: Collection[str],
     *,
     hidden: str = "mse",
     attends: str = "kl",
@@ -44,6 +45,7 @@ def feature_losses(
     Args:
       student, teacher: of the same rows and layers; their visual tokens may be others.
       labels: the token that each place is to predict, -1 for none: where text is compared.
+      wanted: of the losses below, those to compute.
       hidden, attends: kinds of `distil_features.hidden_states` and `attention`.
 
     Returns:
@@ -51,29 +53,36 @@ def feature_losses(
       "relations" (between the student's visual tokens), each (sum, denominator).
 
     Raises:
-      UserError: visual tokens over two grids.
+      UserError: visual tokens over two grids, for "attention" and "relations".
     """
     found: dict[str, Pair] = {}
     for layer, ours in student.items():
         theirs = teacher[layer]
-        held = _held(ours.visual, theirs.visual)
-        count = ours.visual.mask.shape[1]
-        looks = jnp.moveaxis(_of_slots(theirs.visual, theirs.attention, shared=True), 2, 1)
-        looks = jnp.moveaxis(for_student(looks, held, count, mean=False), 1, 2)
-        tokens = for_student(_of_slots(theirs.visual, theirs.visual.embed), held, count)
-        both = ours.visual.mask & (held[:, None] == jnp.arange(count)[:, None]).any(-1)
-        # Of tokens that stand for nothing the teacher says nothing.
-        own = jnp.where(both[:, None], ours.attention, 0)
-        sees = (labels >= 0) & (looks.sum(-1) > 0) & (own.sum(-1) > 0)
-        each = {
-            "hidden": hidden_states(ours.text, theirs.text, labels, kind=hidden),
-            "attention": attention(own[:, None], looks[:, None], sees, kind=attends),
-            "relations": relations(ours.visual.embed, tokens, both),
-        }
+        each = {}
+        if "hidden" in wanted:
+            each["hidden"] = hidden_states(ours.text, theirs.text, labels, kind=hidden)
+        if "attention" in wanted or "relations" in wanted:
+            each |= _of_visual(ours, theirs, labels, attends)
         for name, (total, number) in each.items():
             before = found.get(name, (0.0, 0.0))
             found[name] = before[0] + total, before[1] + number
-    return found
+    return {name: found[name] for name in wanted}
+
+
+def _of_visual(ours: Watched, theirs: Watched, labels: Array, attends: str) -> dict[str, Pair]:
+    """The losses "attention" and "relations" of one layer."""
+    held, count = _held(ours.visual, theirs.visual), ours.visual.mask.shape[1]
+    looks = jnp.moveaxis(_of_slots(theirs.visual, theirs.attention, shared=True), 2, 1)
+    looks = jnp.moveaxis(for_student(looks, held, count, mean=False), 1, 2)
+    tokens = for_student(_of_slots(theirs.visual, theirs.visual.embed), held, count)
+    both = ours.visual.mask & (held[:, None] == jnp.arange(count)[:, None]).any(-1)
+    # Of tokens that stand for nothing the teacher says nothing.
+    own = jnp.where(both[:, None], ours.attention, 0)
+    sees = (labels >= 0) & (looks.sum(-1) > 0) & (own.sum(-1) > 0)
+    return {
+        "attention": attention(own[:, None], looks[:, None], sees, kind=attends),
+        "relations": relations(ours.visual.embed, tokens, both),
+    }
 
 
 def _held(student: VisualTokens, teacher: VisualTokens) -> Int[Array, "R N"]:

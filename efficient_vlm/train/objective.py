@@ -172,7 +172,8 @@ def make_objective(
             metrics = {**metrics, "distillation": (pair[0], targets)}
         if config.features:
             kinds = dict(hidden=config.hidden_kind, attends=config.attention_kind)
-            inside = feature_losses(out.watched, known.watched, inputs.labels, **kinds)
+            given = (out.watched, known.watched, inputs.labels, config.features)
+            inside = feature_losses(*given, **kinds)
             for name, weight in config.features.items():
                 total = total + weight * targets * ratio(inside[name])
                 metrics = {**metrics, f"distillation_{name}": inside[name]}

@@ -112,7 +112,7 @@ def test_losses_against_loops(student, teacher):
     """Float64 loops over slots: tokens that were dropped, merged, or padding."""
     ours, theirs = drawn(student, 2), drawn(teacher, 5)
     labels = np.array([[-1, 3, 5, -1]])
-    found = feature_losses({7: ours}, {7: theirs}, labels)
+    found = feature_losses({7: ours}, {7: theirs}, labels, ALL)
 
     o, t = (jax.tree.map(lambda x: np.asarray(x, np.float64)[0], each) for each in (ours, theirs))
     places = [1, 2]
@@ -140,8 +140,11 @@ def test_losses_against_loops(student, teacher):
 
 
 def test_other_grids_are_refused():
-    with pytest.raises(UserError, match="visual tokens over 5 slots of the student, 6"):
-        feature_losses({0: drawn([0] * 5, 2)}, {0: drawn([0] * 6, 2)}, np.zeros((1, 4), np.int32))
+    given = {0: drawn([0] * 5, 2)}, {0: drawn([0] * 6, 2)}, np.ones((1, 4), np.int32)
+    for name in ("attention", "relations"):
+        with pytest.raises(UserError, match="visual tokens over 5 slots of the student, 6"):
+            feature_losses(*given, [name])
+    assert set(feature_losses(*given, ["hidden"])) == {"hidden"}  # As the error says.
 
 
 # --- a student ------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from tiny_models import QUICK_TO_COMPILE
-from tuned_models import SMOLVLM, mixed_rows, tuning_config, write_rows
+from tuned_models import SMOLVLM, Stop, mixed_rows, tuning_config, write_rows
 
 import efficient_vlm as evlm
 from efficient_vlm.cli import run as commands
@@ -33,20 +33,6 @@ from efficient_vlm.train.pretrained_fields import PretrainedFields
 LORA = dict(name="lora", rank=3, alpha=6.0, targets="decoder")
 ADAPTED = ("query/kernel", "key/kernel", "value/kernel", "out/kernel", "gate/kernel", "up/kernel")
 ADAPTED += ("down/kernel",)
-
-
-class Stop:
-    """A signal that comes while step `after` + 1 is about to begin; never without a number."""
-
-    exit_code = 143
-
-    def __init__(self, after=None):
-        self._after, self._asked = after, -1
-
-    @property
-    def requested(self):
-        self._asked += 1
-        return self._asked == self._after
 
 
 def train(config, workdir, after=None):

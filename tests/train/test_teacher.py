@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tuned_models import (
     SMOLVLM,
+    Stop,
     golden_with_words,
     mixed_rows,
     tuning_config,
@@ -165,20 +166,6 @@ def test_another_family_is_asked_row_by_row(folders, data, name):
     np.testing.assert_allclose((total, count), wanted.sum(axis=0), rtol=1e-4)
     targets = sum(m["taught"][1] for m in pairs)
     assert 0 < count < targets  # Turns end in their own ways.
-
-
-class Stop:
-    """A signal while step `after` + 1 is about to begin; never without a number."""
-
-    exit_code = 143
-
-    def __init__(self, after=None):
-        self._after, self._asked = after, -1
-
-    @property
-    def requested(self):
-        self._asked += 1
-        return self._asked == self._after
 
 
 def train(config, workdir, after=None, say=lambda line: None):

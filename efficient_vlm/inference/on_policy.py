@@ -78,26 +78,9 @@ class OnPolicy:
 
 
 def with_draws(setup: Setup, config: DistilConfig) -> Setup:
-    """A run whose steps learn from answers of the student's own, where its config says so.
-
-    Raises:
-      UserError: rows of several samples, a mesh, or budgets that share every step.
-    """
+    """A run whose steps learn from answers of the student's own, where its config says so."""
     if not config.on_policy:
         return setup
-    share = f"distil.on_policy: {config.on_policy}"
-    if setup.data.pack:
-        raise UserError(
-            f"{share} with data.pack=True",
-            allowed="one sample a row, as each is answered by itself",
-            fix="data.pack=False",
-        )
-    if setup.mesh is not None or any(arm.together for arm in setup.arms):
-        raise UserError(
-            f"{share} on several devices, or with train.elastic_all",
-            allowed="one device, and one budget a step",
-            fix="JAX_PLATFORMS and CUDA_VISIBLE_DEVICES choose a device; train.elastic_all=False",
-        )
     given = (setup.whole, setup.processor, config, setup.settings.seed)
     pairs = zip(setup.programs, setup.arms, strict=True)
     return setup._replace(programs=[OnPolicy(step, arm.model, *given) for step, arm in pairs])

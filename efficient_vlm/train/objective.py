@@ -18,7 +18,13 @@ from efficient_vlm.train.losses import ratio
 from efficient_vlm.train.preferred import PreferenceConfig, check_reference, make_preferring
 from efficient_vlm.train.step import losses_of
 
-__all__ = ["DistilConfig", "PreferenceConfig", "check_aims", "make_objective"]
+__all__ = [
+    "DistilConfig",
+    "PreferenceConfig",
+    "check_aims",
+    "check_own_answers",
+    "make_objective",
+]
 
 # Losses of what is inside, and their fields.
 FEATURES = ("hidden", "attention", "relations")
@@ -221,4 +227,27 @@ def _check_teacher(config: DistilConfig, adapt: Any) -> None:
             f"distil: a teacher with adapt.name={adapt.name}, adapt.train={adapt.train!r}",
             allowed="adapters alone (their base is the teacher), or another distil.teacher",
             fix="adapt.name=lora, adapt.train=()",
+        )
+
+
+def check_own_answers(config: DistilConfig, *, pack: bool, alone: bool) -> None:
+    """Raises UserError for `on_policy` with rows or steps that it does not serve.
+
+    Args:
+      config: what is learnt.
+      pack: `data.pack`.
+      alone: whether a step runs on one device and at one budget.
+    """
+    share = f"distil.on_policy: {config.on_policy}"
+    if config.on_policy and pack:
+        raise UserError(
+            f"{share} with data.pack=True",
+            allowed="one sample a row, as each is answered by itself",
+            fix="data.pack=False",
+        )
+    if config.on_policy and not alone:
+        raise UserError(
+            f"{share} on several devices, or with train.elastic_all",
+            allowed="one device, and one budget a step",
+            fix="JAX_PLATFORMS and CUDA_VISIBLE_DEVICES choose a device; train.elastic_all=False",
         )

@@ -40,6 +40,7 @@ from efficient_vlm.train.objective import (
     DistilConfig,
     PreferenceConfig,
     check_aims,
+    check_own_answers,
     make_objective,
 )
 from efficient_vlm.train.optimizer import OptimizerConfig, make_optimizer
@@ -251,6 +252,8 @@ def prepare_published(
     preference = construct(PreferenceConfig, section(config, "preference"), "preference")
     check_aims(distil, preference, adapting, data_config.pairs)
     mesh = make_mesh(settings, data_config.batch_size)
+    sharing = settings.elastic_all and len(settings.elastic) > 1
+    check_own_answers(distil, pack=data_config.pack, alone=mesh is None and not sharing)
     rows = None if mesh is None else sharding.own_rows(mesh, data_config.batch_size)
     base = open_base(fields)
     first_then_all(lambda: check_base(workdir, base))
@@ -277,7 +280,6 @@ def prepare_published(
     fresh = not any((workdir / "checkpoints").glob("*"))
     start, frozen = make_start(tuning, settings, optimizer, fresh=fresh)
     arms = joined(arms, settings)
-
     return Setup(
         settings=settings,
         data=data_config,

@@ -15,6 +15,7 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.inference.generate import generate
 from efficient_vlm.inference.on_policy import prompts_of
 from efficient_vlm.processing.gather import fitted
+from efficient_vlm.train import published
 from efficient_vlm.train.objective import DistilConfig
 
 LORA = dict(name="lora", rank=4, targets="decoder")
@@ -81,7 +82,7 @@ def test_answers_of_the_data_count_nothing(vlm):
     jax.clear_caches()
 
 
-def test_settings(vlm, tmp_path):
+def test_settings(vlm, tmp_path, monkeypatch):
     if vlm.family.name != "molmo":  # Several turns, which it does not take: the first is answered.
         two = dict(images=[], messages=[*ROWS[1]["messages"], *ROWS[1]["messages"]])
         asked, alone = (prompts_of(batch_of(vlm, [r]).inputs) for r in (two, ROWS[1]))
@@ -95,6 +96,12 @@ def test_settings(vlm, tmp_path):
         DistilConfig(kind="forward_kl", on_policy=1.5)
     config = tuning_config(vlm.directory, write_rows(tmp_path / "rows.jsonl", ROWS[1:]), adapt=LORA)
     config.distil = dict(kind="forward_kl", on_policy=0.5)
+    # Before the base, which may be large, is read.
+    monkeypatch.setattr(published, "open_base", lambda fields: pytest.fail("the base was read"))
     with pytest.raises(UserError, match="data.pack=True") as error:
         run.fit(config, tmp_path / "run", say=lambda line: None)
     assert len(str(error.value).splitlines()) <= 3
+    config.data.pack, config.train.elastic_all = False, True
+    config.train.elastic = [dict(name="visionzip", budget=n) for n in (2, 4)]
+    with pytest.raises(UserError, match="one device, and one budget a step"):
+        run.fit(config, tmp_path / "other", say=lambda line: None)

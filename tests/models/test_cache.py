@@ -317,11 +317,12 @@ WRITES = {"dynamic-update-slice", "scatter"}
 IN_PLACE = WRITES | {"parameter", "get-tuple-element", "bitcast", "fusion"}
 
 
-def test_a_step_copies_no_cache(make_model, init, batch):
+@pytest.mark.parametrize("rows", [8, 1])
+def test_a_step_copies_no_cache(make_model, init, batch, rows):
     """Rows at different places are written where they are, in a cache that is donated."""
     model = make_model(decoder=dict(segments=[dict(layers=2)]))
     params = unstack(init(model))
-    rows, slots = 8, 400
+    slots = 400
     segment = prefilled(model, params, batch)[1].segments[0]
     parts = jax.tree.map(lambda p: jnp.zeros((rows, p.shape[1], slots, p.shape[3])), segment.parts)
     numbers = jnp.zeros((rows, slots))
@@ -335,7 +336,8 @@ def test_a_step_copies_no_cache(make_model, init, batch):
     program = lowered.compile()
     memory, keys = program.memory_analysis(), parts[0][0]
     assert memory.alias_size_in_bytes >= cache.nbytes
-    assert memory.temp_size_in_bytes < keys.nbytes
+    # For one row the keys of one layer at a time are transposed.
+    assert memory.temp_size_in_bytes < (2 if rows == 1 else 1) * keys.nbytes
     shape = ",".join(map(str, keys.shape))
     operations = set(re.findall(rf"= f32\[{shape}\]\S* ([\w-]+)\(", program.as_text()))
     assert operations <= IN_PLACE and operations & WRITES

@@ -48,6 +48,16 @@ def script(source, *arguments, **variables):
     return done.stdout
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("count", [3, 1 << 22], ids=["small", "mapped"])
+def test_weights_are_read_to_where_jax_takes_them(count, dtype):
+    room = load.aligned((2, count), np.dtype(dtype))
+    room[:] = 1
+    taken = jax.device_put(room)
+    assert room.shape == taken.shape and room.dtype == taken.dtype
+    assert taken.unsafe_buffer_pointer() == room.ctypes.data
+
+
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     """A Llama of 350 MB in float32 on the disk, and (bytes of all parameters, of the largest)."""

@@ -8,6 +8,7 @@ and 0.3 become 233 and 100; its `select_from_datasets` takes a map such as this 
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,9 @@ import numpy as np
 from efficient_vlm.data.records import Record
 
 _ENDLESS = 2**52  # Practically, yet small enough for Grain to divide without rounding.
+# Grain's shuffle goes through numbers of 16 bits until one is below the length: 6 ms for each of 3
+# records, more than a training step of a small model, and about 0.1 ms at this length.
+_SHORT = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,8 +213,7 @@ class MixtureSource:
         orders = []
         for number in range(len(self.parts)):
             own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-            records = grain.MapDataset.range(self._starts[number], self._starts[number + 1])
-            orders.append(records.shuffle(seed=own).repeat(_ENDLESS // len(records)))
+            orders.append(_shuffled(self._starts[number], self._starts[number + 1], own))
         return grain.MapDataset.select_from_datasets(orders, self._schedule)
 
     def part_counts(self, indices: Sequence[int]) -> list[int]:
@@ -244,13 +247,41 @@ class MixtureSource:
 
 def order_of(source: Any, seed: int) -> Any:
     """The global order of a source's records, endless, as a Grain data set of their numbers."""
-    import grain
-
     seed %= 2**32
     if isinstance(source, MixtureSource):
         return source.order(seed)
-    records = grain.MapDataset.range(len(source)).shuffle(seed=seed)
-    return records.repeat(_ENDLESS // len(source))
+    return _shuffled(0, len(source), seed)
+
+
+def _shuffled(start: int, stop: int, seed: int) -> Any:
+    """The numbers of records, in another order in each epoch, endless."""
+    import grain
+
+    length = stop - start
+    epochs = _ENDLESS // length
+    if length >= _SHORT:
+        return grain.MapDataset.range(start, stop).shuffle(seed=seed).repeat(epochs)
+    return grain.MapDataset.range(epochs * length).map(_InEpochs(start, length, seed))
+
+
+@dataclasses.dataclass(frozen=True)
+class _InEpochs:
+    """From a place in the endless order to the number of a record."""
+
+    start: int
+    length: int
+    seed: int
+
+    def __call__(self, place: int) -> int:
+        epoch, place = divmod(place, self.length)
+        return self.start + _order_of_epoch(self.length, self.seed, epoch)[place]
+
+
+@functools.lru_cache(maxsize=64)
+def _order_of_epoch(length: int, seed: int, epoch: int) -> list[int]:
+    # NumPy keeps the words of a seed sequence in all versions; permutations may change.
+    words = np.random.SeedSequence([seed, epoch]).generate_state(length)
+    return np.argsort(words, kind="stable").tolist()
 
 
 def neighbours_of(source: Any, index: int) -> range:

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import pickle
 from fractions import Fraction
 
 import layout_samples as samples
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from layout_samples import config, indices
 
 from efficient_vlm.data import make_eval, make_train
-from efficient_vlm.data.mixture import Schedule, Shares
+from efficient_vlm.data.mixture import Schedule, Shares, order_of
 from efficient_vlm.data.pipeline import check_fingerprint
 from efficient_vlm.data.sources import open_source
 from efficient_vlm.errors import UserError
@@ -35,6 +36,21 @@ def test_shares_are_exact(weights, start):
         assert counts == shares.counts(k + 1) and sum(counts) == k + 1
     ideal = [weight * (start + 60) / sum(exact) for weight in exact]
     assert all(abs(c - i) < len(weights) for c, i in zip(counts, ideal, strict=True))
+
+
+@pytest.mark.parametrize("length", [1, 3, 127, 128])
+def test_each_epoch_is_another_order_of_all_records(length):
+    """Of few records, which are ordered here, and of more, which Grain orders."""
+    order = order_of(range(length), 7)
+    far = (len(order) // length - 1) * length  # The last epoch.
+    epochs = [
+        [int(order[start + k]) for k in range(length)] for start in (0, length, 2 * length, far)
+    ]
+    assert all(sorted(epoch) == list(range(length)) for epoch in epochs)
+    assert epochs[0] == [int(n) for n in pickle.loads(pickle.dumps(order))[:length]]
+    if length > 3:
+        others = [int(order_of(range(length), 1000)[k]) for k in range(length)]
+        assert len({tuple(epoch) for epoch in [*epochs, others]}) == 5
 
 
 def slow_schedule(weights, limits, number):

@@ -2,7 +2,7 @@
 # grain 0.2.18: the second epoch of a shuffle with seed 7 is the first one with seed 8: an epoch's
 # seed is the sum of both numbers. Three runs with seeds 0, 1 and 2 that are meant to be independent
 # see the same orders, one epoch apart. Sources of a mixture here have seeds that are hashed, so they
-# do not (efficient_vlm/data/mixture.py); a single source of 128 records and more still does.
+# do not (efficient_vlm/data/mixture.py); a single source of 64 records and more still does.
 # Seen with Python 3.11, grain 0.2.18:
 #   seed 7, second epoch [17, 59, 75, 20, 39] seed 8, first epoch [17, 59, 75, 20, 39] equal: True
 set -euo pipefail

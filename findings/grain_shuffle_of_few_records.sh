@@ -2,7 +2,7 @@
 # grain 0.2.18: the fewer records a data set has, the longer `shuffle` takes for each of them. A number
 # is passed through a 16-bit cipher until it is below the length, so 3 records take some twenty
 # thousand passes each (milliseconds) and 50,000 take one or two (microseconds).
-# efficient_vlm/data/mixture.py puts fewer than 128 records in order itself.
+# efficient_vlm/data/mixture.py puts fewer than 64 records in order itself.
 # Seen with Python 3.11, grain 0.2.18 (times differ between machines):
 #   3 records: 7028 us each
 #   128 records: 275 us each

@@ -21,8 +21,8 @@ from efficient_vlm.data.records import Record
 
 _ENDLESS = 2**52  # Practically, yet small enough for Grain to divide without rounding.
 # Grain's shuffle goes through numbers of 16 bits until one is below the length: 5 to 7 ms for each
-# of 3 records, more than a training step of a small model, and 0.3 ms at this length.
-_SHORT = 128
+# of 3 records, more than a training step of a small model, and 0.3 to 0.6 ms at this length.
+_SHORT = 64
 
 
 @dataclasses.dataclass(frozen=True)

@@ -71,9 +71,9 @@ def check_losses(case, losses):
     elif case in known.get(machine, {}):
         assert losses == known[machine][case]
     else:
-        # Rounding grows with every step.
+        # Rounding grows with every step: two processors were 4e-7 apart here, 0.7 at the end.
         other = next(cases[case] for cases in known.values() if case in cases)
-        np.testing.assert_allclose(losses[:5], other[:5], rtol=1e-3)
+        np.testing.assert_allclose(losses[:20], other[:20], rtol=1e-4)
 
 
 def test_a_hundred_steps(path, arg, data_dir, tmp_path):

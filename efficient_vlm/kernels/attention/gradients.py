@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from efficient_vlm.errors import UserError
 from efficient_vlm.kernels.attention import reference
@@ -37,19 +38,41 @@ _once.defvjp(lambda *args: (_once(*args), None), _refuse)
 def attend_whole(call, *args):
     """The reference where nobody asked for it: its gradients, but no derivatives that the other
     implementations lack, or whether a program can be differentiated would depend on its lengths."""
+    return _whole(call, *args)
+
+
+def _forward_whole(call, *perturbed):
+    q, k, v, key_bias, mask, weights = args = jax.tree.map(lambda each: each.value, perturbed)
+
+    def function(q, k, v, key_bias, weights):
+        out, lse, importance = _whole(call, q, k, v, key_bias, mask, weights)
+        return (out, importance), lse
+
+    # Without the lse, whose gradient, though zero, would take one more map and exponentials of it.
+    (out, importance), pull, lse = jax.vjp(function, q, k, v, key_bias, weights, has_aux=True)
+    return (out, lse, importance), (pull, args)
+
+
+def _backward_whole(call, saved, cotangents):
+    pull, (q, k, v, key_bias, mask, weights) = saved
+    d_out, d_lse, d_importance = cotangents
+    gradients = _pulled(pull, _instantiated((d_out, d_importance)))
+    if not isinstance(d_lse, SymbolicZero):
+        pull = jax.vjp(lambda *args: _whole(call, *args, mask, weights)[1], q, k, v, key_bias)[1]
+        gradients = (*jax.tree.map(jnp.add, gradients[:4], _pulled(pull, d_lse)), gradients[4])
+    dq, dk, dv, d_bias, d_weights = gradients
+    return dq, dk, dv, d_bias, None, d_weights
+
+
+def _whole(call, *args):
     return reference.attend(*args, scale=call.scale, softcap=call.softcap)
 
 
-def _forward_whole(call, q, k, v, key_bias, mask, weights):
-    def function(*args):
-        return reference.attend(*args[:4], mask, args[4], scale=call.scale, softcap=call.softcap)
-
-    return jax.vjp(function, q, k, v, key_bias, weights)
-
-
-def _backward_whole(call, pull, cotangents):
-    dq, dk, dv, d_bias, d_weights = _pulled(pull, cotangents)
-    return dq, dk, dv, d_bias, None, d_weights
+def _instantiated(cotangents):
+    return jax.tree.map(
+        lambda each: jnp.zeros(each.shape, each.dtype) if isinstance(each, SymbolicZero) else each,
+        cotangents,
+    )
 
 
 @jax.custom_vjp
@@ -58,7 +81,7 @@ def _pulled(pull, cotangents):
 
 
 _pulled.defvjp(lambda *args: (_pulled(*args), None), lambda *_: _refuse(None, None, None, None))
-attend_whole.defvjp(_forward_whole, _backward_whole)
+attend_whole.defvjp(_forward_whole, _backward_whole, symbolic_zeros=True)
 
 
 def _forward(call, *args):

@@ -225,6 +225,34 @@ def test_second_derivatives_are_refused_and_first_ones_of_gradients_are_not():
     assert np.isfinite(jax.grad(behind_a_step)(q, "reference", keep=lambda x: x)).all()
 
 
+@pytest.mark.parametrize("used", [("out",), ("lse",), ("out", "lse", "importance")])
+def test_the_whole_map_has_the_gradients_of_autodiff_at_its_price(used):
+    """None is the whole map here; a result without a cotangent costs nothing."""
+    shape = (2, 4, 2, 24, 24, 8, 8)
+    q, k, v = map(jnp.asarray, cases.arrays(shape))
+    given = cases.options(["bias", "importance"], shape)
+    bias, weights = map(jnp.asarray, (given["key_bias"], given["importance_weights"]))
+
+    def loss(args, implementation):
+        q, k, v, bias, weights = args
+        results = attention(
+            q, k, v, key_bias=bias, causal=True, importance_weights=weights,
+            implementation=implementation,
+        )  # fmt: skip
+        return sum(jnp.sum(jnp.sin(getattr(results, name))) for name in used)
+
+    args, compiled = (q, k, v, bias, weights), {}
+    for name in (None, "reference"):
+        gradient = jax.jit(lambda args, name=name: jax.grad(loss)(args, name))
+        compiled[name] = gradient.lower(args).compile()
+    ours, theirs = (program(args) for program in compiled.values())
+    for found, expected in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    if "lse" not in used:
+        ours, theirs = (program.as_text().count(" exponential(") for program in compiled.values())
+        assert ours == theirs
+
+
 @pytest.mark.parametrize("tokens", [8, 1200])
 def test_forward_mode_needs_the_reference_at_any_length(tokens):
     """Else a program that runs on a short prompt would fail on a long one."""

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
-from scipy.linalg import block_diag
 
 from efficient_vlm.adapt.forms import Adapter, DoRA, plain
 from efficient_vlm.adapt.prompts import Extended
@@ -149,6 +148,8 @@ def _adapters(modules: Modules, flat: Mapping[str, Any]) -> dict[str, Factors]:
 
 def _joined(parts: list[Part], forms: list[tuple[Any, int | None]]) -> Factors:
     """One adapter of a tensor from those of its rows."""
+    from scipy.linalg import block_diag  # 10 MB, for who writes adapters.
+
     factors = [_factors(form, layer) for form, layer in forms if isinstance(form, Adapter)]
     if len(parts) == 1:
         return factors[0]

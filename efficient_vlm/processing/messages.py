@@ -24,6 +24,8 @@ _HINTS = ("type", "detail", "cache_control", "annotations", "id", "index", "logp
 _OUTSIDE = ("image", "images", "video", "videos", "audio", "audios")
 # Whose turn an answer is, in templates and in the conversations of their users.
 ANSWERING = ("assistant", "model")
+# Variables that templates write around {% generation %} blocks; nothing where they are not given.
+GENERATION_MARKS = ("generation_begins", "generation_ends")
 FORM = (
     '{"role": ..., "content": text, or a list of {"type": "text", "text": ...} and '
     '{"type": "image"}, which may name its picture under "image", "url" or "image_url"}'

@@ -19,6 +19,7 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from efficient_vlm.errors import UserError
+from efficient_vlm.processing.messages import GENERATION_MARKS
 
 # Filters whose result can be as long as a number in the template says.
 _PADDING_FILTERS = ("batch", "center", "format", "indent", "slice")
@@ -38,10 +39,6 @@ def wide(digits: int) -> re.Pattern:
 
 
 _WIDE = wide(7)
-
-
-# Variables that are written around {% generation %} blocks; nothing where they are not given.
-GENERATION_MARKS = ("generation_begins", "generation_ends")
 
 
 class _Generation(ext.Extension):

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from efficient_vlm import runtime
 from efficient_vlm.checkpoints.run import Checkpoints
 from efficient_vlm.data.pipeline import check_fingerprint
 from efficient_vlm.data.reader import Reader
@@ -213,7 +214,10 @@ class _Run:
                 program = setup.programs[index]
                 programs, before = program._cache_size(), time.monotonic()
                 self.state, metrics = program(self.state, setup.inputs(batch))
-                compiled = time.monotonic() - before if program._cache_size() > programs else 0.0
+                compiled = 0.0
+                if program._cache_size() > programs:
+                    runtime.return_memory()
+                    compiled = time.monotonic() - before
                 # 4. Log the step before: its metrics are ready, so the host does not wait for this
                 # one.
                 self._log_pending()

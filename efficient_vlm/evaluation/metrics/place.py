@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from efficient_vlm.errors import UserError, short
 from efficient_vlm.evaluation.metrics.base import Measured, f1, ratio
@@ -40,6 +39,9 @@ def points(
       masks: [height, width] of each object, true inside.
       distance: the largest, in percent of width and height.
     """
+    # 30 MB and 0.2 s, for who measures points.
+    from scipy.optimize import linear_sum_assignment
+
     given = np.array(read_points(prediction), np.float64).reshape(-1, 2)
     if len(masks):
         cost = np.array([[0.0 if _inside(m, *p) else np.inf for m in masks] for p in given])

@@ -1,7 +1,6 @@
 """What surrounds a process: versions and device, and where compiled programs are kept."""
 
 import contextlib
-import ctypes
 import gc
 import os
 import sys
@@ -67,10 +66,12 @@ def _machine() -> str:
 def return_memory() -> None:
     """Gives memory that tracing and compiling have used back to the operating system.
 
-    glibc keeps what is freed below a block that is in use: some 100 MB for each program of a small
-    model.
+    glibc keeps what is freed below a block that is in use: after a short run of the quickstart,
+    with programs of four budgets and evaluation, 440 of 970 MB.
     """
     if sys.platform == "linux":
+        import ctypes
+
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # Other C libraries lack it.
         if trim is not None:
             trim(0)

@@ -148,7 +148,7 @@ def _adapters(modules: Modules, flat: Mapping[str, Any]) -> dict[str, Factors]:
 
 def _joined(parts: list[Part], forms: list[tuple[Any, int | None]]) -> Factors:
     """One adapter of a tensor from those of its rows."""
-    from scipy.linalg import block_diag  # 10 MB, for who writes adapters.
+    from scipy.linalg import block_diag  # 5 MB, for who writes adapters.
 
     factors = [_factors(form, layer) for form, layer in forms if isinstance(form, Adapter)]
     if len(parts) == 1:

@@ -11,12 +11,7 @@ from collections.abc import Sequence
 from efficient_vlm.errors import UserError
 from efficient_vlm.processing.chat_template import Template
 from efficient_vlm.processing.hub_tokenizer import HubTokenizer
-from efficient_vlm.processing.messages import (
-    ANSWERING,
-    GENERATION_MARKS,
-    Message,
-    with_mark,
-)
+from efficient_vlm.processing.messages import ANSWERING, GENERATION_MARKS, Message, with_mark
 from efficient_vlm.processing.prompt_families import Pieces
 
 _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")

@@ -227,7 +227,7 @@ def test_second_derivatives_are_refused_and_first_ones_of_gradients_are_not():
 
 @pytest.mark.parametrize("used", [("out",), ("lse",), ("out", "lse", "importance")])
 def test_the_whole_map_has_the_gradients_of_autodiff_at_its_price(used):
-    """None is the whole map here; a result without a cotangent costs nothing."""
+    """None is the whole map here; an lse that nobody differentiates costs no exponentials."""
     shape = (2, 4, 2, 24, 24, 8, 8)
     q, k, v = map(jnp.asarray, cases.arrays(shape))
     given = cases.options(["bias", "importance"], shape)

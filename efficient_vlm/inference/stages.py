@@ -122,7 +122,7 @@ def programs_of(model: VisionLanguageModel, layout: Layout) -> Programs:
 
 @bounded_jit(3)
 def encode_stage(model: VisionLanguageModel, grid, asked, params, pictures):
-    options = {"grid": grid, "asked": None if asked is None else dict(asked)}
+    options = {"grid": grid, "asked": None if asked is None else dict(asked), "forward_only": True}
     return model.apply({"params": params}, pictures, method="encode", **options)
 
 

@@ -153,6 +153,7 @@ class ViT(nn.Module):
         intermediates: Sequence[str] = (),
         stages: Sequence[Stage] = (),
         valid: jax.Array | None = None,
+        forward_only: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Encodes images.
 
@@ -165,6 +166,7 @@ class ViT(nn.Module):
             together with intermediates.
           valid: int32 [B, 2], rows and columns of patches that are real, from the upper left
             corner; the others are padding, which nothing sees. None for all.
+          forward_only: whether nothing is differentiated, which lets a CPU be faster.
 
         Returns:
           features [B, N, feature_width], normed behind the last layer, and a dict: the
@@ -201,7 +203,8 @@ class ViT(nn.Module):
         norm = functools.partial(make_norm, self.norm, self.norm_epsilon, dtype=self.dtype)
         if self.pre_norm:
             x = norm(name="pre_norm")(x)
-        x, outputs, results, tokens = self._through(x, tokens, stages, wanted, kept, valid)
+        given = (x, tokens, stages, wanted, kept, valid, forward_only)
+        x, outputs, results, tokens = self._through(*given)
         skipped = int(self.class_token and not self.class_feature)
         results = {name: value[:, skipped:] for name, value in results.items()}
         if kept:
@@ -213,7 +216,7 @@ class ViT(nn.Module):
             results["tokens"] = tokens.replace(embed=features)
         return features, results
 
-    def _through(self, x, tokens, stages, wanted, kept, valid):
+    def _through(self, x, tokens, stages, wanted, kept, valid, forward_only):
         """All layers: x [B, S, D], see `EncoderStack.encode`, and the patches that are left."""
         layers = self._layers(x)
         if self.is_initializing() and not (stages or wanted):
@@ -229,6 +232,7 @@ class ViT(nn.Module):
             window=self.window,
             full_layers=self.full_layers,
             padded=valid is not None,
+            forward_only=forward_only,
         )
         scale = self.qk_scale * (self.width // self.num_heads) ** -0.5
         return *stack.encode(x, self.layers_run, wanted, kept, scale), stack.tokens

@@ -83,6 +83,7 @@ class VisualStages(VisionLanguageFields):
         *,
         asked: Mapping[str, str] | None = None,
         grid: tuple[int, int] | None = None,
+        forward_only: bool = False,
     ) -> tuple[VisualTokens, Signals]:
         """Pictures to tokens (patches, or what the projector makes of them), each on its own.
 
@@ -90,6 +91,7 @@ class VisualStages(VisionLanguageFields):
           pictures: B rows of M; a missing one gives padding tokens.
           asked: signal -> encoder intermediate, in place of what the compressor asks for.
           grid: tokens of the resized picture, in place of what the compressor asks for.
+          forward_only: whether nothing is differentiated, which lets a CPU be faster.
 
         Returns:
           Tokens with a leading axis B*M (B with a pool index), and the signals that the compressor
@@ -110,9 +112,8 @@ class VisualStages(VisionLanguageFields):
             stages = method.stages(self.vit.layers_run, grid[0] * grid[1], **place)
         asked = method.intermediates() if asked is None else asked
         valid = None if pictures.valid is None else pictures.valid.reshape(-1, 2)
-        features, seen = self.vit(
-            images, intermediates=tuple(asked.values()), stages=stages, valid=valid
-        )
+        looks = dict(intermediates=tuple(asked.values()), stages=stages)
+        features, seen = self.vit(images, valid=valid, forward_only=forward_only, **looks)
         given = pictures.mask.reshape(-1, 1)
         if stages:
             tokens = seen["tokens"]

@@ -19,6 +19,7 @@ def small_blocks(monkeypatch):
     """Blocks of a few dozen, so that small problems have many."""
     monkeypatch.setattr(xla, "_BLOCK_QUERIES", 128)
     monkeypatch.setattr(xla, "_BLOCK_KEYS", 128)
+    monkeypatch.setattr(xla, "_FEW_KEYS", 128)
     monkeypatch.setattr(xla, "_MASKED_KEYS", 64)
 
 
@@ -67,6 +68,7 @@ def test_float64_agrees_with_autodiff(features, importance, groups, looped, seed
     with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
         patch.setattr(xla, "_BLOCK_QUERIES", 8 * groups[0] // groups[1])
         patch.setattr(xla, "_BLOCK_KEYS", 8)
+        patch.setattr(xla, "_FEW_KEYS", 8)
         patch.setattr(xla, "_MASKED_KEYS", 8)
         if not looped:
             patch.setattr(op.lax, "platform_dependent", batched)

@@ -181,18 +181,20 @@ def picture_by_picture(run: Callable[..., jax.Array], x: jax.Array, *rest: Any) 
     Args:
       run: treats all pictures alike.
       x: [B, S, D].
-      *rest: trees of arrays with a leading axis B.
+      *rest: trees of arrays with a leading axis B, or 1 for what holds for all.
     """
     given = (x, *rest)
-    alike = all(len(leaf) == len(x) for leaf in jax.tree.leaves(given))
     sharded = not jax.sharding.get_abstract_mesh().empty
-    if len(x) == 1 or x[0].size < _LEAST_VALUES or not alike or sharded or intercepted():
+    if len(x) == 1 or x[0].size < _LEAST_VALUES or sharded or intercepted():
         return run(*given)
+
+    def each(leaf):
+        return jnp.broadcast_to(leaf, (len(x), *leaf.shape[1:]))
 
     def one(given):
         return run(*jax.tree.map(lambda leaf: leaf[None], given))[0]
 
     def in_turn(*given):
-        return lax.map(one, given)
+        return lax.map(one, jax.tree.map(each, given))
 
     return lax.platform_dependent(*given, cpu=in_turn, default=run)

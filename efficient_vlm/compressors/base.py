@@ -86,6 +86,8 @@ class Compressor(nn.Module):
         (`imitation_loss(...)`, see `selectors.TextTopK`).
       makes_tokens: whether it makes new tokens with weights of its own, as a connector does, in
         whose place it can stand.
+      of_units: for methods inside the encoder, whether what they leave are whole blocks of patches
+        that the model's projector can read.
       optional_budget: whether `budget` may be None because other options set the token count.
       min_budget: 0 for methods that can drop every token.
       internal: fields that `stages` sets on the modules it creates; not options of the method.
@@ -104,6 +106,7 @@ class Compressor(nn.Module):
     draws = False
     text_scores = False
     makes_tokens = False
+    of_units = False
     optional_budget = False
     min_budget = 1
     internal = frozenset()
@@ -150,9 +153,14 @@ class Compressor(nn.Module):
         """Signal -> the encoder intermediate "name/layer" that provides it, see `encoder.ViT`."""
         return {}
 
+    @property
+    def observes(self) -> Mapping[str, str]:
+        """Signal -> the intermediate that gives it, of the encoder layer in front of a stage."""
+        return {}
+
     @nn.nowrap
     def stages(
-        self, num_layers: int, num_tokens: int, *, class_token: bool = False
+        self, num_layers: int, num_tokens: int, *, class_token: bool = False, **units: Any
     ) -> tuple[Stage, ...]:
         """The points at which a method inside the encoder or decoder acts, in order.
 
@@ -160,6 +168,8 @@ class Compressor(nn.Module):
           num_layers: of the encoder or decoder.
           num_tokens: visual tokens that enter its first layer.
           class_token: whether the encoder carries a CLS token beside them.
+          **units: for methods `of_units`: `patches`, rows and columns of them, and `side` of the
+            blocks that the model's projector reads.
 
         Raises:
           UserError: a layer outside the model, or an impossible token count.

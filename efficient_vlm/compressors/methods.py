@@ -24,6 +24,7 @@ from efficient_vlm.compressors.in_decoder.pyramiddrop import PyramidDrop
 from efficient_vlm.compressors.in_decoder.sparsevlm import SparseVLM
 from efficient_vlm.compressors.in_decoder.v2drop import V2Drop
 from efficient_vlm.compressors.in_decoder.vtw import VisualTokensWithdrawal
+from efficient_vlm.compressors.in_encoder.cut import EncoderCut
 from efficient_vlm.compressors.in_encoder.minicpm import MiniCPMMerger
 from efficient_vlm.compressors.in_encoder.tome import ToMe
 from efficient_vlm.compressors.projectors.cell import TokenPacker
@@ -71,6 +72,7 @@ METHODS: dict[str, type[Compressor]] = {
         CDPruner,
         Scope,
         ToMe,
+        EncoderCut,
         FastV,
         PyramidDrop,
         Feather,

@@ -224,23 +224,34 @@ def take(
     Returns:
       K tokens per row in source order, for any order of `indices`.
     """
-    num_tokens, kept = tokens.mask.shape[1], indices.shape[1]
+    num_tokens = tokens.mask.shape[1]
     valid = valid & jnp.take_along_axis(tokens.mask, indices, axis=1)
     # T is larger than every real index: one sort gives source order with padding last.
-    slots = jnp.sort(jnp.where(valid, indices, num_tokens), axis=1)
+    return arranged(tokens, jnp.sort(jnp.where(valid, indices, num_tokens), axis=1))
+
+
+def arranged(tokens: VisualTokens, slots: Int[Array, "B K"]) -> VisualTokens:
+    """The tokens at `slots` in this order, without the others.
+
+    Args:
+      tokens: T tokens per row.
+      slots: int32 [B, K], distinct real tokens; from T on for padding.
+    """
+    num_tokens, kept = tokens.mask.shape[1], slots.shape[1]
     rows = jnp.arange(slots.shape[0])[:, None]
     holder = jnp.full((slots.shape[0], num_tokens), -1, jnp.int32)
     holder = holder.at[rows, slots].set(jnp.arange(kept, dtype=jnp.int32), mode="drop")
-    index = jnp.minimum(slots, num_tokens - 1)
-
-    def gather(x):
-        return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)
-
     each = {name: getattr(tokens, name) for name in ("embed", "position", "size", *_OPTIONAL)}
-    each = {name: gather(x) for name, x in each.items() if x is not None}
+    each = {name: at_slots(x, slots) for name, x in each.items() if x is not None}
     return zero_padding(
         VisualTokens(**each, mask=slots < num_tokens, source=remap(tokens.source, holder))
     )
+
+
+def at_slots(x: Shaped[Array, "B T *C"], slots: Int[Array, "B K"]) -> Shaped[Array, "B K *C"]:
+    """x at `slots`; any value where they are beyond the last."""
+    index = jnp.minimum(slots, x.shape[1] - 1)
+    return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)
 
 
 def weighted_means(

@@ -36,6 +36,7 @@ INTERMEDIATE_FLOPS: dict[str, Callable[[int, int], int]] = {
     "cls_row_full": _one_row,
     "mean_query_row": _one_row,
     "column_mean": _all_rows,
+    "change": _there_anyway,
 }
 
 
@@ -88,6 +89,8 @@ def encoder_cost(vit: ViT, patches: int, stages: Sequence[Stage] = ()) -> Encode
         nonlocal count, beside
         for stage in stages:
             if stage.layer == layer and stage.inside == inside:
+                for name in stage.module.observes.values():
+                    beside += INTERMEDIATE_FLOPS[name](count + special, vit.width)
                 beside += with_keys(stage.module, head_dim).flops(count, vit.width)
                 count = after(stage.module, count)
 

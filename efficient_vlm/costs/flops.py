@@ -148,11 +148,13 @@ def model_cost(
         vit = vit.clone(image_size=image_size)
     entrance = _entrance(model, method, vit, pooled)
     patches = math.prod(entrance.patches)
-    inside = method.in_encoder
-    stages = method.stages(vit.layers_run, patches, class_token=vit.class_token) if inside else ()
-    encoder = encoder_cost(vit, patches, stages)
+    inside, side = method.in_encoder, model.unit_side
+    encoder = encoder_cost(vit, patches, model.encoder_stages(entrance.patches))
     between = images * (encoder.stage_flops + signal_flops(vit, method, patches))
-    tokens = encoder.patches if inside else math.prod(entrance.read)
+    tokens = math.prod(entrance.read)
+    if inside:
+        tokens = encoder.patches // side**2
+        entrance = entrance._replace(patches=(side, side * tokens))
     joined, more = _join(model, method, entrance, tokens, decoder.width)
     rows = 1 if pooled else images
     between += rows * (more + _projector_flops(model, vit, entrance, images if pooled else 1))

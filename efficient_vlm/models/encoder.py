@@ -187,7 +187,7 @@ class ViT(nn.Module):
             for name in intermediates
         }
         kept = [self._layer(layer) for layer in self.feature_layers or ()]
-        if stages and len(kept) > 1:
+        if stages and len(kept) > 1 and not stages[0].module.of_units:
             raise UserError(
                 f"compressor.name: {stages[0].module.label} merges patches inside the encoder, "
                 f"whose features are those of {len(kept)} layers side by side",

@@ -9,6 +9,7 @@ from flax import linen as nn
 from jax import lax
 
 from efficient_vlm.compressors import Signals, Stage, VisualTokens
+from efficient_vlm.compressors.tokens import arranged, at_slots
 from efficient_vlm.kernels.attention import Mask, key_mask
 from efficient_vlm.nn.intermediates import INTERMEDIATES
 from efficient_vlm.nn.linear import intercepted
@@ -75,9 +76,15 @@ class EncoderStack:
         """
         inside = {stage.layer: i for i, stage in enumerate(self.stages) if stage.inside}
         before = [(stage.layer, i) for i, stage in enumerate(self.stages) if not stage.inside]
-        looked_at = {layer for _, layer in wanted.values()} | set(inside)
+        # Of a layer in front of a cut: signal of the cut -> (intermediate, layer).
+        observed = {
+            (at, signal): (what, at - 1)
+            for at, i in before
+            for signal, what in self.compressors[i].observes.items()
+        }
+        looked_at = {layer for _, layer in (*wanted.values(), *observed.values())} | set(inside)
         outputs: dict[int, jax.Array] = {}
-        intermediates: dict[str, jax.Array] = {}
+        intermediates: dict[Any, jax.Array] = {}
         done = 0
         for layer in sorted(looked_at | {at for at, _ in before} | {at + 1 for at in kept}):
             x = self.run(x, done, layer)
@@ -85,11 +92,16 @@ class EncoderStack:
             if layer - 1 in kept:
                 outputs[layer - 1] = x
             for index in (i for at, i in before if at == layer):
-                x = self._reduce(index, x, None)
+                told = {
+                    signal: intermediates.pop((at, signal))[:, self.extra :]
+                    for at, signal in observed
+                    if at == layer
+                }
+                x = self._reduce(index, x, Signals(**told), outputs)
             if layer in looked_at:
                 x, seen = self.one(layer, x, inside.get(layer))
                 done = layer + 1
-                for name, (what, at) in wanted.items():
+                for name, (what, at) in (*wanted.items(), *observed.items()):
                     if at == layer:
                         intermediates[name] = INTERMEDIATES[what](x, seen, scale)
         return self.run(x, done, depth), outputs, intermediates
@@ -115,7 +127,7 @@ class EncoderStack:
         if stage is not None:
 
             def merge(x, inner):
-                return self._reduce(stage, x, inner["key"][:, self.extra :])
+                return self._reduce(stage, x, Signals(keys=inner["key"][:, self.extra :]), {})
 
         where, bias = self._places(index), self.bias
 
@@ -123,12 +135,25 @@ class EncoderStack:
             return block(x, bias, merge, **where)
 
         # Without a merge nothing escapes the layer, so it can be computed again.
+        before = x
         x, seen = self.layers.one(index, layer, x, remat=merge is None)
-        return x, {**seen, "live": self._live() if self.padded else None}
+        return x, {**seen, "live": self._live() if self.padded else None, "before": before}
 
-    def _reduce(self, index: int, x: jax.Array, keys: jax.Array | None) -> jax.Array:
+    def _reduce(
+        self, index: int, x: jax.Array, signals: Signals, outputs: dict[int, jax.Array]
+    ) -> jax.Array:
+        """x with fewer patches; a cut takes those that leave out of earlier `outputs`, too."""
         patches = self.tokens.replace(embed=x[:, self.extra :])
-        self.tokens = self.compressors[index](patches, Signals(keys=keys))
+        method = self.compressors[index]
+        if method.of_units:
+            slots = method.slots(patches, signals)
+            self.tokens = arranged(patches, slots)
+            self.padded |= method.leaves_padding
+            for layer, output in outputs.items():
+                left = at_slots(output[:, self.extra :], slots)
+                outputs[layer] = jnp.concatenate([output[:, : self.extra], left], axis=1)
+        else:
+            self.tokens = method(patches, signals)
         if getattr(self.compressors[index], "proportional", False):
             self.bias = jnp.pad(self.tokens.log_sizes(), ((0, 0), (self.extra, 0)))
         return jnp.concatenate([x[:, : self.extra], self.tokens.embed], axis=1)

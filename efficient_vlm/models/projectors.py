@@ -58,6 +58,8 @@ class PatchMerger(nn.Module):
     deepstack: int = 0
     dtype: Dtype = jnp.float32
 
+    blockwise = True
+
     def cells(self, grid: Grid) -> Grid:
         """The grid of tokens that a grid of patches becomes."""
         if grid[0] % self.side or grid[1] % self.side:
@@ -112,6 +114,8 @@ class AveragePool(nn.Module):
     side: int = 4
     dtype: Dtype = jnp.float32
 
+    blockwise = True
+
     cells = PatchMerger.cells
 
     @nn.nowrap
@@ -152,6 +156,8 @@ class AttentionPool(nn.Module):
     head_dim: int
     side: int = 2
     dtype: Dtype = jnp.float32
+
+    blockwise = True
 
     def cells(self, grid: Grid) -> Grid:
         """The grid of tokens that a grid of patches becomes."""
@@ -217,6 +223,8 @@ class Method(nn.Module):
     features: int
     side: int = 2
     dtype: Dtype = jnp.float32
+
+    blockwise = False
 
     cells = PatchMerger.cells
 

@@ -40,6 +40,8 @@ def tokens_of_image(variant: VisionLanguageModel, num_visual: int | None = None)
     if method.between:
         return tokens if method.budget is None else method.budget
     if method.in_encoder:
-        for stage in method.stages(vit.layers_run, tokens, class_token=vit.class_token):
+        # Of a method that cuts units, as if each were one patch.
+        units = dict(patches=(1, tokens)) if method.of_units else {}
+        for stage in method.stages(vit.layers_run, tokens, class_token=vit.class_token, **units):
             tokens = stage.module.budget
     return tokens

@@ -12,6 +12,7 @@ from efficient_vlm.compressors.between import selectors
 from efficient_vlm.compressors.fold import without_padding
 from efficient_vlm.compressors.projectors.gather_pool import windows
 from efficient_vlm.compressors.tokens import zero_padding
+from efficient_vlm.compressors.units import kept_units
 from efficient_vlm.errors import UserError
 from efficient_vlm.fields import construct
 from efficient_vlm.models.connector import Connector, PooledStart
@@ -53,9 +54,9 @@ class VisualStages(VisionLanguageFields):
 
     @nn.nowrap
     def _check_projector(self, method: nn.Module) -> None:
-        if method.in_encoder:
+        if method.in_encoder and not (method.of_units and self.make_projector().blockwise):
             raise UserError(
-                f"compressor.name: {method.label} merges patches inside the encoder, but this "
+                f"compressor.name: {method.label} removes patches inside the encoder, but this "
                 f"model's projector ({self.projector['name']}) reads blocks of the whole grid",
                 allowed="methods between encoder and decoder, or inside the decoder",
             )
@@ -106,15 +107,14 @@ class VisualStages(VisionLanguageFields):
         if grid != tuple(source_grid):
             patches = self._resized_patches(grid, pictures)
             images = resized(images, [side * self.vit.patch_size for side in patches])
-        method, stages = self.make_compressor(), ()
-        if method.in_encoder:
-            place = dict(class_token=self.vit.class_token)
-            stages = method.stages(self.vit.layers_run, grid[0] * grid[1], **place)
+        method, stages = self.make_compressor(), self.encoder_stages(patches)
         asked = method.intermediates() if asked is None else asked
         valid = None if pictures.valid is None else pictures.valid.reshape(-1, 2)
         looks = dict(intermediates=tuple(asked.values()), stages=stages)
         features, seen = self.vit(images, valid=valid, forward_only=forward_only, **looks)
         given = pictures.mask.reshape(-1, 1)
+        if stages and self.projector is not None:
+            return self._units_projected(seen["tokens"], patches, pictures), Signals()
         if stages:
             tokens = seen["tokens"]
             source = jnp.where(given, tokens.source, -1)
@@ -152,6 +152,52 @@ class VisualStages(VisionLanguageFields):
             index = jnp.asarray(windows(patches, self.project.side))[None]
         real = gathered(real, index).any(axis=2)
         return features, real, {name: pooled(name, x, index) for name, x in signals.items()}
+
+    def _units_projected(
+        self, tokens: VisualTokens, patches: tuple[int, int], pictures: Pictures
+    ) -> VisualTokens:
+        """What the projector makes of the units that cuts have left of B*M pictures.
+
+        Args:
+          tokens: from the encoder: K units, patch behind patch, over the grid `patches`.
+          patches: rows and columns of each picture.
+          pictures: B rows of M.
+        """
+        if pictures.pool_index is not None:
+            raise UserError(
+                f"compressor.name: {self.compressor['name']} removes patches inside the encoder, "
+                "but tokens of this model read patches across crops",
+                allowed="methods between encoder and decoder, or inside the decoder",
+            )
+        side, x = self.project.side, tokens.embed
+        if self.padding_embedding and pictures.padding_share is not None:
+            more = self._padding_features(pictures.padding_share)
+            holds = jax.nn.one_hot(tokens.source, x.shape[1], dtype=more.dtype, axis=1)
+            x = x + jnp.einsum("bkn,bnc->bkc", holds, more)
+        # The units side by side in one strip, which the projector reads block by block.
+        rows, count = len(x), x.shape[1] // side**2
+        strip = x.reshape(rows, count, side, side, -1).swapaxes(1, 2).reshape(x.shape)
+        cells = self.project.cells(patches)
+        index = None
+        if side > 1 and any(length % side for length in patches):  # Blocks that lack patches.
+            there = tokens.mask.reshape(rows, count, side**2)
+            index = jnp.where(there, windows((side, side * count), side), -1)
+        features = self.project(strip, (side, side * count), index)
+        position, real, source = kept_units(tokens, cells, patches, side)
+        slots = pictures.mask.reshape(-1, 1)
+        if pictures.slot_mask is not None:
+            slots = pictures.slot_mask.reshape(source.shape)
+        source = jnp.where(slots, source, -1)
+        held = jax.nn.one_hot(source, count, dtype=jnp.float32).sum(axis=1)
+        kept = VisualTokens(
+            embed=features,
+            position=position,
+            size=held,
+            mask=real & (held > 0),
+            source=source,
+            uneven=pictures.valid is not None,
+        )
+        return zero_padding(kept)
 
     def _resized_patches(self, grid: tuple[int, int], pictures: Pictures) -> tuple[int, int]:
         """Patches of a picture that is made smaller, so that it becomes a `grid` of tokens."""

@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from efficient_vlm import compressors
 from efficient_vlm.checks import flag, number_fields, whole
+from efficient_vlm.compressors import Stage
 from efficient_vlm.compressors.methods import METHODS, find
 from efficient_vlm.errors import UserError, short
 from efficient_vlm.fields import construct, frozen
@@ -121,6 +122,20 @@ class VisionLanguageFields(nn.Module):
         if self.encoder is not None:
             options.setdefault("grid", self.compressed_grid)
         return compressors.build(name, parent=None, **options)
+
+    def encoder_stages(self, patches: tuple[int, int]) -> tuple[Stage, ...]:
+        """Where the compressor acts inside the encoder, on a picture of so many patches."""
+        method, vit = self.make_compressor(), self.make_encoder()
+        if not method.in_encoder:
+            return ()
+        units = dict(patches=patches, side=self.unit_side) if method.of_units else {}
+        count = patches[0] * patches[1]
+        return method.stages(vit.layers_run, count, class_token=vit.class_token, **units)
+
+    @property
+    def unit_side(self) -> int:
+        """Patches along a side of the blocks that leave the encoder together."""
+        return 1 if self.projector is None else self.make_projector().side
 
     def with_compressor(self, name: str, budget: int | None = None, **options: Any) -> Self:
         """The same model with another compressor; parameters carry over where shapes agree."""

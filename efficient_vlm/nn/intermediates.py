@@ -37,7 +37,8 @@ def _mean_query(inner: dict) -> jax.Array:
 
 
 # Name -> function of (output of the layer, inputs of its attention, scale of the logits). Inputs
-# include "live" [B, S], positions that are not padding, or None. Signals of one row are computed
+# include "live" [B, S], positions that are not padding, or None, and "before", the input of the
+# layer. Signals of one row are computed
 # from one query, never from a whole matrix.
 INTERMEDIATES: dict[str, Callable[[jax.Array, dict, float], jax.Array]] = {
     "features": lambda x, inner, scale: x,
@@ -51,6 +52,9 @@ INTERMEDIATES: dict[str, Callable[[jax.Array, dict, float], jax.Array]] = {
     ),
     "mean_query_row": lambda x, inner, scale: _row(_mean_query(inner), inner["key"], inner, scale),
     "column_mean": lambda x, inner, scale: _column_mean(inner, scale),
+    "change": lambda x, inner, scale: jnp.linalg.norm(
+        (x - inner["before"]).astype(jnp.float32), axis=-1
+    ),
 }
 
 

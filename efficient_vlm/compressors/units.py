@@ -18,7 +18,7 @@ class Units:
     """The units among T places of a sequence: static.
 
     Attributes:
-      places: int32 [U, side**2], -1 where a unit at the border has no patch.
+      places: int32 [U, P], the P = side**2 patches of each, -1 where a unit at the border has no patch.
     """
 
     places: np.ndarray
@@ -29,10 +29,10 @@ class Units:
         return bool((self.places >= 0).all())
 
     def gather(self, x: jax.Array) -> jax.Array:
-        """[B, T, ...] -> [B, U, side**2, ...], any value where there is no patch."""
+        """[B, T, ...] -> [B, U, P, ...], any value where there is no patch."""
         return x[:, np.maximum(self.places, 0)]
 
-    def real(self, mask: Bool[Array, "B T"]) -> Bool[Array, "B U side*side"]:
+    def real(self, mask: Bool[Array, "B T"]) -> Bool[Array, "B U P"]:
         """Which patches of each unit are there and real."""
         return self.gather(mask) & jnp.asarray(self.places >= 0)
 

@@ -108,6 +108,12 @@ class VisualStages(VisionLanguageFields):
             patches = self._resized_patches(grid, pictures)
             images = resized(images, [side * self.vit.patch_size for side in patches])
         method, stages = self.make_compressor(), self.encoder_stages(patches)
+        if method.of_units and pictures.pool_index is not None:
+            raise UserError(
+                f"compressor.name: {method.label} removes patches inside the encoder, but tokens "
+                "of this model read patches across crops",
+                allowed="methods between encoder and decoder, or inside the decoder",
+            )
         asked = method.intermediates() if asked is None else asked
         valid = None if pictures.valid is None else pictures.valid.reshape(-1, 2)
         looks = dict(intermediates=tuple(asked.values()), stages=stages)
@@ -163,12 +169,6 @@ class VisualStages(VisionLanguageFields):
           patches: rows and columns of each picture.
           pictures: B rows of M.
         """
-        if pictures.pool_index is not None:
-            raise UserError(
-                f"compressor.name: {self.compressor['name']} removes patches inside the encoder, "
-                "but tokens of this model read patches across crops",
-                allowed="methods between encoder and decoder, or inside the decoder",
-            )
         side, x = self.project.side, tokens.embed
         if self.padding_embedding and pictures.padding_share is not None:
             more = self._padding_features(pictures.padding_share)

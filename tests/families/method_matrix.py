@@ -47,6 +47,7 @@ TRAINED = {
 TRAINING_FREE = tuple(name for name in METHODS if name not in TRAINED)
 # Part of the plain `pytest` for every family: method -> policy.
 FEW = {"stride": "reindex", "pool": "reindex", "fastv": "retain", "tome": "retain"}
+FEW["encoder_cut"] = "reindex"
 # Methods whose cache is compared with a pass without one; of LLaVA, all.
 CACHED = {"stride", "pool", "fastv"}
 
@@ -59,6 +60,10 @@ _PROJECTED = ("gemma3", "internvl", "mobilevlm", "mobilevlm_v2")
 REFUSED: dict[str, dict[str, str]] = {
     "tome": dict.fromkeys((*_TILED, *_CROPPED, *_PROJECTED), BLOCKS),
     "downsample": dict.fromkeys((*_TILED, *_CROPPED), _SIZES),
+    "encoder_cut": {
+        **dict.fromkeys(("mobilevlm", "mobilevlm_v2"), BLOCKS),
+        **dict.fromkeys(("molmo2", "molmo2_olmo"), "read patches across crops"),
+    },
 }
 # Of those, what can be where all pictures, or tiles, have one size and no padding.
 OF_ONE_SIZE = {"downsample": _TILED}
@@ -142,6 +147,10 @@ class Subject:
         options = {}
         if looks_at_class_token(method) and not self.has_class_token:
             options["attention"] = "column_mean"
+        if method == "encoder_cut":
+            # Their encoders have two layers, LLaVA's one: the second gives no features.
+            first = self.model.make_encoder().layers_run == 1
+            options |= dict(layers=(0,), score="norm") if first else dict(layers=(1,))
         if method == "hiprune":
             options |= dict(middle_layer=0.5, alpha=1.0)
         if full:

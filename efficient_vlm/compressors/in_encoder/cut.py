@@ -281,7 +281,7 @@ class EncoderCut(Compressor):
         return arranged(tokens, self.slots(tokens, signals))
 
     @nn.nowrap
-    def slots(self, tokens: VisualTokens, signals: Signals) -> Int[Array, "B K*side*side"]:
+    def slots(self, tokens: VisualTokens, signals: Signals) -> Int[Array, "B KP"]:
         """The places of the patches that stay: unit behind unit, from T on for padding."""
         num_tokens = tokens.mask.shape[1]
         units = self._units(num_tokens)

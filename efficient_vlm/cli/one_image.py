@@ -24,6 +24,7 @@ from efficient_vlm.evaluation.heat import Heat
 from efficient_vlm.evaluation.settings import check_trained, parameter_shapes
 from efficient_vlm.fields import section
 from efficient_vlm.inference.generate import generate
+from efficient_vlm.models.prompt_layout import held_mean
 from efficient_vlm.models.variants import setting_of
 from efficient_vlm.processing import decode_image as images
 from efficient_vlm.processing.batch import one_question
@@ -132,7 +133,8 @@ class WithoutWeights:
         """A method inside the encoder, one step after the other with nothing between them."""
         tokens, number = self._tokens, self._tokens.mask.shape[1]
         for stage in module.stages(_STEPS, number):
-            given = self._signals.replace(keys=tokens.embed[:, :, None])
+            row = held_mean(tokens, self._signals.attention_row[..., None])[..., 0]
+            given = self._signals.replace(keys=tokens.embed[:, :, None], attention_row=row)
             tokens = _apply(stage.module, tokens, given, module.label)
         return tokens.source
 

@@ -185,15 +185,12 @@ _OPTIONAL = ("bias", "penalty")  # Numbers of a token that most tokens do not ha
 def zero_padding(tokens: VisualTokens) -> VisualTokens:
     """Zeroes what padding holds, so that not even a NaN reaches a value or a gradient."""
     mask = tokens.mask
+    more = {n: jnp.where(mask, x, 0) for n in _OPTIONAL if (x := getattr(tokens, n)) is not None}
     return tokens.replace(
         embed=jnp.where(mask[..., None], tokens.embed, 0),
         position=jnp.where(mask[..., None], tokens.position, 0),
         size=jnp.where(mask, tokens.size, 0),
-        **{
-            name: jnp.where(mask, x, 0)
-            for name in _OPTIONAL
-            if (x := getattr(tokens, name)) is not None
-        },
+        **more,
     )
 
 
@@ -231,12 +228,7 @@ def take(
 
 
 def arranged(tokens: VisualTokens, slots: Int[Array, "B K"]) -> VisualTokens:
-    """The tokens at `slots` in this order, without the others.
-
-    Args:
-      tokens: T tokens per row.
-      slots: int32 [B, K], distinct real tokens; from T on for padding.
-    """
+    """The tokens at `slots` in this order; distinct real ones, from T on for padding."""
     num_tokens, kept = tokens.mask.shape[1], slots.shape[1]
     rows = jnp.arange(slots.shape[0])[:, None]
     holder = jnp.full((slots.shape[0], num_tokens), -1, jnp.int32)

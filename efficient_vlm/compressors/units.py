@@ -18,7 +18,7 @@ class Units:
     """The units among T places of a sequence: static.
 
     Attributes:
-      places: int32 [U, P], the P = side**2 patches of each, -1 where a unit at the border has no patch.
+      places: int32 [U, P], the P = side**2 patches of each; -1 where one at the border has none.
     """
 
     places: np.ndarray

@@ -39,9 +39,9 @@ def test_table():
         "visionselector",
         "pixel_shuffle", "mlp", "deco", "c_abstractor", "ldp", "ldpv2", "tokenpacker", "perceiver",
         "qformer", "resampler", "molmo_pool", "position_pool", "minicpm_merger", "m3", "mqt",
-        "tome", "prumerge", "prumerge_plus", "visionzip", "fastervlm", "vispruner", "divprune",
-        "cdpruner", "hiprune", "scope", "fastv", "pyramiddrop", "sparsevlm", "feather", "v2drop",
-        "dart", "fitprune", "vtw",
+        "tome", "encoder_cut", "prumerge", "prumerge_plus", "visionzip", "fastervlm", "vispruner",
+        "divprune", "cdpruner", "hiprune", "scope", "fastv", "pyramiddrop", "sparsevlm", "feather",
+        "v2drop", "dart", "fitprune", "vtw",
     }  # fmt: skip
     assert options("resampler") == ("grid", "position_policy", "num_queries", "num_heads")
     assert "class_token" not in options("tome") and "entering" not in options("sparsevlm")

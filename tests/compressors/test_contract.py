@@ -53,6 +53,7 @@ def fixed(**options):
     return lambda grid: options
 
 
+CUTS = ("neighbours", "diversity", "stride", "random")
 CASES = [
     Case("none"),
     Case("average_pool", "merge"),
@@ -183,6 +184,8 @@ CASES = [
     Case("scope"),
     Case("tome", "merge"),
     Case("tome", "merge", internal=(("class_token", True),), note="-cls"),
+    Case("encoder_cut"),
+    *(Case("encoder_cut", options=fixed(score=score), note=f"-{score}") for score in CUTS),
     Case("fastv"),
     Case("fastv", options=fixed(row="mean"), note="-mean"),
     Case("pyramiddrop"),

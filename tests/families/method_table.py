@@ -30,10 +30,11 @@ NOTES = f"""
   this encoder does not have.
 * **size**: yes, where all pictures (or tiles) of a batch have one size and no padding, as the tiles
   of SmolVLM's processor do, and pictures of one shape for Qwen.
-* **no (1)**: not built. The method merges patches inside the encoder; the projector reads blocks
-  of the whole grid: they would have to be put back first, which saves time in the encoder but
-  tokens nowhere.
-* **no (2)**: the method makes the picture smaller; here tokens read patches across crops.
+* **no (1)**: not built. The method removes patches inside the encoder, but the projector reads
+  blocks of them (`encoder_cut` removes whole blocks) or the whole grid (MobileVLM): they would have
+  to be put back first, which saves time in the encoder but tokens nowhere.
+* **no (2)**: the method makes the picture smaller, or removes patches of it; here tokens read
+  patches across crops.
 * `vtw` drops all tokens, so it has no setting that changes nothing.
 * Budgets are per picture, or per tile or crop where the model cuts pictures up; for Molmo2 they are
   of all pictures of a row, whose tokens are one row of a grid (`pool`, `hiprune` and the grid of

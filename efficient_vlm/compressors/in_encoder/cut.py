@@ -2,7 +2,7 @@
 
 import fractions
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -12,13 +12,13 @@ from jaxtyping import Int
 from efficient_vlm import checks
 from efficient_vlm.compressors import grids, score, select
 from efficient_vlm.compressors.base import Compressor, Stage, as_tuple
+from efficient_vlm.compressors.in_encoder.unit_scores import CHOICES, SCORES, Seen
 from efficient_vlm.compressors.tokens import (
     NO_SIGNALS,
     Signals,
     VisualTokens,
     arranged,
     at_slots,
-    zero_padding,
 )
 from efficient_vlm.compressors.units import Units, units_in_order, units_of_grid
 from efficient_vlm.errors import UserError, unknown
@@ -26,68 +26,6 @@ from efficient_vlm.shapes import Array
 
 # Shares of units are fractions of whole numbers up to this, so that rows count them exactly.
 _FINEST = 10_000
-
-
-# --- scores: what a unit is worth -----------------------------------------------------------------
-
-
-class _Seen:
-    """What scores read: T places, U units.
-
-    Attributes:
-      tokens, signals: see `Compressor.__call__`.
-      units: static.
-      live: bool [B, U], units with a real patch.
-    """
-
-    def __init__(self, tokens: VisualTokens, signals: Signals, units: Units):
-        self.tokens, self.signals, self.units = zero_padding(tokens), signals, units
-        self.live = units.real(tokens.mask).any(axis=2)
-
-    def mean(self, x: jax.Array) -> jax.Array:
-        """[B, T] -> [B, U]."""
-        return self.units.mean(x[..., None], self.tokens.mask)[..., 0]
-
-    @property
-    def unit(self) -> jax.Array:
-        """float32 [B, U, D], the mean state of each unit at length 1."""
-        return score.unit(self.units.mean(self.tokens.embed, self.tokens.mask))
-
-    def neighbours(self) -> jax.Array:
-        """float32 [B, U], 1 minus the mean cosine to the live units that touch it."""
-        unit, grid = self.unit, self.units.mean(self.tokens.position, self.tokens.mask)
-        side = math.isqrt(self.units.places.shape[1])
-        # Positions of units at the border are means of fewer patches.
-        apart = jnp.abs(grid[:, :, None] - grid[:, None]).max(axis=-1)
-        near = (apart < 1.5 * side) & self.live[:, None] & ~jnp.eye(grid.shape[1], dtype=bool)
-        cosine = jnp.einsum("bud,bvd->buv", unit, unit, precision=jax.lax.Precision.HIGHEST)
-        count = near.sum(axis=2)
-        mean = jnp.where(near, cosine, 0).sum(axis=2) / jnp.maximum(count, 1)
-        return jnp.where(count > 0, 1 - mean, 1.0)
-
-
-def _row(seen: _Seen) -> jax.Array:
-    return seen.mean(seen.signals.attention_row)
-
-
-# Score -> (intermediate of the layer in front of the cut that it reads, or None; [B, U] of _Seen).
-SCORES: dict[str, tuple[str | None, Callable[[_Seen], jax.Array]]] = {
-    "attention": ("column_mean", _row),
-    "cls": ("cls_row", _row),
-    "mean_query": ("mean_query_row", _row),
-    "change": ("change", _row),
-    "norm": (None, lambda seen: seen.mean(_length(seen.tokens.embed))),
-    "neighbours": (None, _Seen.neighbours),
-}
-# Choices that are no ranking by one number.
-CHOICES = ("diversity", "stride", "random")
-
-
-def _length(x: jax.Array) -> jax.Array:
-    return jnp.linalg.norm(x.astype(jnp.float32), axis=-1)
-
-
-# --- the method -----------------------------------------------------------------------------------
 
 
 class EncoderCut(Compressor):
@@ -134,6 +72,7 @@ class EncoderCut(Compressor):
     order: str = "raster"
 
     label = "encoder_cut"
+    needs = frozenset({"attention_row"})
     where = "encoder"
     of_units = True
     optional_budget = True
@@ -143,6 +82,8 @@ class EncoderCut(Compressor):
         object.__setattr__(self, "layers", as_tuple("compressor.layers", self.layers))
         if self.keep is not None:
             object.__setattr__(self, "keep", as_tuple("compressor.keep", self.keep))
+        if not self._asks:
+            object.__setattr__(self, "needs", frozenset())
         super().__post_init__()
 
     @nn.nowrap
@@ -278,6 +219,14 @@ class EncoderCut(Compressor):
         return units_of_grid(self.patches or grids.resolve(self.grid, num_tokens), self.side)
 
     def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
+        if self.budget is None:
+            units = math.prod(grids.resolve(self.grid, tokens.mask.shape[1]))
+            share, budget = self._schedule(units)[0]
+            step = self.clone(parent=None, budget=budget, keep=None, share=share)
+            return step(tokens, signals)
+        self.check_call(tokens, signals, needs_grid=True)
+        if self.budget == tokens.mask.shape[1]:
+            return tokens
         return arranged(tokens, self.slots(tokens, signals))
 
     @nn.nowrap
@@ -286,7 +235,7 @@ class EncoderCut(Compressor):
         num_tokens = tokens.mask.shape[1]
         units = self._units(num_tokens)
         kept, count = self.budget // self.side**2, len(units.places)
-        seen = _Seen(*jax.lax.stop_gradient((tokens, signals)), units)
+        seen = Seen(*jax.lax.stop_gradient((tokens, signals)), units)
         index, valid = self._choose(seen, kept)
         index = jnp.sort(jnp.where(valid, index, count), axis=1)
         places = at_slots(jnp.broadcast_to(units.places, (len(index), *units.places.shape)), index)
@@ -294,7 +243,7 @@ class EncoderCut(Compressor):
         return jnp.where(real, places, num_tokens).reshape(len(index), -1).astype(jnp.int32)
 
     @nn.nowrap
-    def _choose(self, seen: _Seen, kept: int) -> select.Selection:
+    def _choose(self, seen: Seen, kept: int) -> select.Selection:
         """kept of the units of each row, or fewer that are valid."""
         live = seen.live.sum(axis=1, dtype=jnp.int32)
         top, bottom = self.share or (1, 1)

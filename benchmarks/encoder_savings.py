@@ -2,7 +2,7 @@
 
     pip install -e '.[test,parity]' && python benchmarks/encoder_savings.py
 
-Random weights, float32, two threads; all sides take turns in one process. `encoder_cut` keeps a half
+Random weights, float32, two threads; all sides take turns in one process. `encoder_cut` keeps half
 or a quarter of the projector's blocks behind layer 2, by attention received. SmolVLM-256M sees five
 tiles of 512 x 512 pixels and reads 64 text tokens: time is from pixels to the first token. Of
 Qwen2-VL-2B it is the encoder with its merger alone, 8 of its 32 layers on 672 x 672 pixels. For

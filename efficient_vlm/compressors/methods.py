@@ -26,6 +26,7 @@ from efficient_vlm.compressors.in_decoder.v2drop import V2Drop
 from efficient_vlm.compressors.in_decoder.vtw import VisualTokensWithdrawal
 from efficient_vlm.compressors.in_encoder.cut import EncoderCut
 from efficient_vlm.compressors.in_encoder.minicpm import MiniCPMMerger
+from efficient_vlm.compressors.in_encoder.pixelprune import PixelPrune
 from efficient_vlm.compressors.in_encoder.tome import ToMe
 from efficient_vlm.compressors.projectors.cell import TokenPacker
 from efficient_vlm.compressors.projectors.conv import LDP, CAbstractor, LDPv2
@@ -73,6 +74,7 @@ METHODS: dict[str, type[Compressor]] = {
         Scope,
         ToMe,
         EncoderCut,
+        PixelPrune,
         FastV,
         PyramidDrop,
         Feather,

@@ -167,6 +167,7 @@ class Signals:
       keys: [B, N, H, Dh], attention keys of an encoder layer, one vector per head.
       text: [B, Dt], one embedding of the instruction per row.
       hidden: [B, N, D], features of a second encoder layer.
+      pixels: [B, N, C], normalised pixels of each patch.
       decoder: input of methods inside the decoder.
     """
 
@@ -175,6 +176,7 @@ class Signals:
     keys: Float[Array, "B N H Dh"] | None = None
     text: Float[Array, "B Dt"] | None = None
     hidden: Float[Array, "B N D"] | None = None
+    pixels: Float[Array, "B N C"] | None = None
     decoder: DecoderState | None = None
 
 

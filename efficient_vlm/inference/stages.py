@@ -4,6 +4,7 @@ They are separate because they are measured separately, and because they are sha
 with one budget use the same prefill and decode, all use the same encoder.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ from efficient_vlm.models.cache import KVCache, constrained
 from efficient_vlm.models.inputs import Layout, ModelInputs
 from efficient_vlm.models.vlm import VisionLanguageModel
 from efficient_vlm.nn.kv_cache import CONTIGUOUS, CacheOptions
+from efficient_vlm.nn.linear import intercepted
 
 __all__ = [
     "Chosen",
@@ -122,8 +124,45 @@ def programs_of(model: VisionLanguageModel, layout: Layout) -> Programs:
 
 @bounded_jit(3)
 def encode_stage(model: VisionLanguageModel, grid, asked, params, pictures):
-    options = {"grid": grid, "asked": None if asked is None else dict(asked), "forward_only": True}
-    return model.apply({"params": params}, pictures, method="encode", **options)
+    options = {"grid": grid, "asked": None if asked is None else dict(asked)}
+
+    def encode(pictures):
+        return model.apply({"params": params}, pictures, method="encode", **options)
+
+    return picture_by_picture(encode, pictures, model.make_encoder())
+
+
+# Below so many values of a picture's states all pictures fit a processor's cache.
+_LEAST_VALUES = 1 << 18
+
+
+def picture_by_picture(encode, pictures, vit):
+    """`encode(pictures)`; on a CPU one large picture after another.
+
+    What layers make of one picture stays in the processor's cache, and memory is that of one: five
+    tiles of SmolVLM take .89 of the time so. Not for training: gradients, kept picture by picture,
+    would take 1.3 times as long.
+
+    Args:
+      encode: what `VisualStages.encode` does.
+      pictures: B rows of M.
+      vit: the encoder.
+    """
+    patches = (side // vit.patch_size for side in pictures.pixels.shape[-3:-1])
+    small = math.prod(patches) * vit.width < _LEAST_VALUES
+    sharded = not jax.sharding.get_abstract_mesh().empty
+    apart = pictures.pool_index is None and pictures.mask.size > 1
+    if small or sharded or not apart or intercepted():
+        return encode(pictures)
+
+    def one(picture):
+        found = encode(jax.tree.map(lambda x: x[None, None], picture))
+        return jax.tree.map(lambda x: x[0], found)
+
+    def in_turn(pictures):
+        return jax.lax.map(one, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), pictures))
+
+    return jax.lax.platform_dependent(pictures, cpu=in_turn, default=encode)
 
 
 @bounded_jit(2)

@@ -153,7 +153,6 @@ class ViT(nn.Module):
         intermediates: Sequence[str] = (),
         stages: Sequence[Stage] = (),
         valid: jax.Array | None = None,
-        forward_only: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Encodes images.
 
@@ -166,7 +165,6 @@ class ViT(nn.Module):
             together with intermediates.
           valid: int32 [B, 2], rows and columns of patches that are real, from the upper left
             corner; the others are padding, which nothing sees. None for all.
-          forward_only: whether nothing is differentiated, which lets a CPU be faster.
 
         Returns:
           features [B, N, feature_width], normed behind the last layer, and a dict: the
@@ -194,7 +192,8 @@ class ViT(nn.Module):
                 allowed="methods between encoder and decoder, or inside the decoder",
             )
         grid = tuple(side // self.patch_size for side in images.shape[-3:-1])
-        x = self._patches(images) + patch_positions(self, grid, valid).astype(self.dtype)
+        pixels = self.pixels(images)
+        x = self._embedded(pixels) + patch_positions(self, grid, valid).astype(self.dtype)
         mask = None if valid is None else patch_mask(grid, valid)
         tracked = bool(stages) or self._placed or valid is not None
         tokens = VisualTokens.from_grid(x, grid, mask=mask) if tracked else None
@@ -203,7 +202,8 @@ class ViT(nn.Module):
         norm = functools.partial(make_norm, self.norm, self.norm_epsilon, dtype=self.dtype)
         if self.pre_norm:
             x = norm(name="pre_norm")(x)
-        given = (x, tokens, stages, wanted, kept, valid, forward_only)
+        asked = any("pixels" in stage.module.needs for stage in stages)
+        given = (x, tokens, stages, wanted, kept, valid, pixels if asked else None)
         x, outputs, results, tokens = self._through(*given)
         skipped = int(self.class_token and not self.class_feature)
         results = {name: value[:, skipped:] for name, value in results.items()}
@@ -216,7 +216,7 @@ class ViT(nn.Module):
             results["tokens"] = tokens.replace(embed=features)
         return features, results
 
-    def _through(self, x, tokens, stages, wanted, kept, valid, forward_only):
+    def _through(self, x, tokens, stages, wanted, kept, valid, pixels):
         """All layers: x [B, S, D], see `EncoderStack.encode`, and the patches that are left."""
         layers = self._layers(x)
         if self.is_initializing() and not (stages or wanted):
@@ -232,7 +232,7 @@ class ViT(nn.Module):
             window=self.window,
             full_layers=self.full_layers,
             padded=valid is not None,
-            forward_only=forward_only,
+            pixels=pixels,
         )
         scale = self.qk_scale * (self.width // self.num_heads) ** -0.5
         return *stack.encode(x, self.layers_run, wanted, kept, scale), stack.tokens
@@ -287,7 +287,9 @@ class ViT(nn.Module):
         """Whether layers need to know where a patch is."""
         return self.rope_theta is not None or self.window is not None
 
-    def _patches(self, images: jax.Array) -> jax.Array:
+    @nn.nowrap
+    def pixels(self, images: jax.Array) -> jax.Array:
+        """[B, N, frames * patch_size**2 * 3], normalised, patch by patch."""
         if images.ndim == 4 and self.temporal_patch > 1:
             images = jnp.broadcast_to(
                 images[:, None], (len(images), self.temporal_patch, *images.shape[1:])
@@ -303,7 +305,10 @@ class ViT(nn.Module):
         images = (images - jnp.asarray(self.pixel_mean)) / jnp.asarray(self.pixel_std)
         x = images.astype(self.dtype)
         x = x.reshape(batch, frames, height // p, p, width // p, p, channels)
-        x = x.transpose(0, 2, 4, 1, 3, 5, 6).reshape(batch, -1, frames * p * p * channels)
+        return x.transpose(0, 2, 4, 1, 3, 5, 6).reshape(batch, -1, frames * p * p * channels)
+
+    def _embedded(self, x: jax.Array) -> jax.Array:
+        """Pixels of patches to states [B, N, D], without positions."""
         if self.stem_dim is not None:
             x = Linear(("patch",), (self.stem_dim,), ("mlp",), dtype=self.dtype, name="stem")(x)
             x = nn.gelu(x)

@@ -1,18 +1,16 @@
 """The layers of an encoder as they are run: any stretch, or one apart, with patches leaving."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import lax
 
 from efficient_vlm.compressors import Signals, Stage, VisualTokens
 from efficient_vlm.compressors.tokens import arranged, at_slots
 from efficient_vlm.kernels.attention import Mask, key_mask
 from efficient_vlm.nn.intermediates import INTERMEDIATES
-from efficient_vlm.nn.linear import intercepted
 from efficient_vlm.nn.stack import LayerStack
 
 _MOST_CELLS = 1 << 12  # Windows along a side: what makes one number of a row and a column of them.
@@ -31,7 +29,7 @@ class EncoderStack:
       window: patches along a side of the windows, or None.
       full_layers: layers that attend to everything all the same.
       padded: whether some patches are padding.
-      forward_only: whether nothing is differentiated; see `picture_by_picture`.
+      pixels: [B, N, C], of the patches, for stages that ask for them; None for others.
     """
 
     def __init__(
@@ -46,13 +44,13 @@ class EncoderStack:
         window: int | None,
         full_layers: Sequence[int],
         padded: bool,
-        forward_only: bool,
+        pixels: jax.Array | None,
     ):
         self.layers, self.tokens, self.bias = layers, tokens, None
         self.stages, self.compressors = stages, compressors
         self.extra, self.rotary, self.padded = extra, rotary, padded
         self.window, self.full_layers = window, frozenset(full_layers)
-        self.forward_only = forward_only
+        self.pixels = pixels
 
     def encode(
         self,
@@ -97,7 +95,7 @@ class EncoderStack:
                     for at, signal in observed
                     if at == layer
                 }
-                x = self._reduce(index, x, Signals(**told), outputs)
+                x = self._reduce(index, x, Signals(**told, pixels=self.pixels), outputs)
             if layer in looked_at:
                 x, seen = self.one(layer, x, inside.get(layer))
                 done = layer + 1
@@ -109,15 +107,12 @@ class EncoderStack:
     def run(self, x: jax.Array, start: int, stop: int) -> jax.Array:
         """Layers `start` to `stop` (excluded), as loops over those that attend alike."""
         for first, last in self._stretches(start, stop):
+            where = self._places(first)
 
-            def stretch(x, bias, where, first=first, last=last):
-                def layer(block, x, _):
-                    return block(x, bias, **where)[0], None
+            def layer(block, x, _, where=where):
+                return block(x, self.bias, **where)[0], None
 
-                return self.layers.run(layer, x, first, last)[0]
-
-            given = (x, self.bias, self._places(first))
-            x = picture_by_picture(stretch, *given) if self.forward_only else stretch(*given)
+            x = self.layers.run(layer, x, first, last)[0]
         return x
 
     def one(self, index: int, x: jax.Array, stage: int | None) -> tuple[jax.Array, dict[str, Any]]:
@@ -191,35 +186,3 @@ class EncoderStack:
             if index == stop or (self.window is not None and changes):
                 yield first, index
                 first = index
-
-
-# Below so many values of a picture's states all pictures fit a processor's cache.
-_LEAST_VALUES = 1 << 18
-
-
-def picture_by_picture(run: Callable[..., jax.Array], x: jax.Array, *rest: Any) -> jax.Array:
-    """`run(x, *rest)` of B large pictures; on a CPU one after another.
-
-    What layers make of one picture stays in the processor's cache. Five tiles of SmolVLM take .89
-    of the time so; their gradients, kept picture by picture, would take 1.3 times as long.
-
-    Args:
-      run: treats all pictures alike.
-      x: [B, S, D].
-      *rest: trees of arrays with a leading axis B, or 1 for what holds for all.
-    """
-    given = (x, *rest)
-    sharded = not jax.sharding.get_abstract_mesh().empty
-    if len(x) == 1 or x[0].size < _LEAST_VALUES or sharded or intercepted():
-        return run(*given)
-
-    def each(leaf):
-        return jnp.broadcast_to(leaf, (len(x), *leaf.shape[1:]))
-
-    def one(given):
-        return run(*jax.tree.map(lambda leaf: leaf[None], given))[0]
-
-    def in_turn(*given):
-        return lax.map(one, jax.tree.map(each, given))
-
-    return lax.platform_dependent(*given, cpu=in_turn, default=run)

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Mapping
+from typing import Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from efficient_vlm.compressors import Signals, VisualTokens
@@ -78,13 +80,28 @@ class VisualStages(VisionLanguageFields):
                 fix=f"a method that can give {slots} or fewer",
             )
 
+    @nn.nowrap
+    def with_room(self, pictures: Pictures) -> Self:
+        """The same model with room for what a method keeps of these pictures (NumPy arrays), where
+        their content decides how many tokens that are (`pixelprune`)."""
+        method, vit = self.make_compressor(), self.make_encoder()
+        if not hasattr(method, "room_for"):
+            return self
+        images = np.asarray(pictures.pixels).reshape(-1, *np.shape(pictures.pixels)[2:])
+        grid = tuple(side // vit.patch_size for side in images.shape[-3:-1])
+        pixels = np.asarray(vit.pixels(jnp.asarray(images))).reshape(len(images), *grid, -1)
+        valid = None if pictures.valid is None else np.reshape(pictures.valid, (-1, 2))
+        there = np.reshape(pictures.mask, -1)
+        valid = valid if valid is None else valid[there]
+        budget = method.room_for(pixels[there], valid, self.unit_side)
+        return self.clone(compressor={**self.compressor, "budget": budget})
+
     def encode(
         self,
         pictures: Pictures,
         *,
         asked: Mapping[str, str] | None = None,
         grid: tuple[int, int] | None = None,
-        forward_only: bool = False,
     ) -> tuple[VisualTokens, Signals]:
         """Pictures to tokens (patches, or what the projector makes of them), each on its own.
 
@@ -92,7 +109,6 @@ class VisualStages(VisionLanguageFields):
           pictures: B rows of M; a missing one gives padding tokens.
           asked: signal -> encoder intermediate, in place of what the compressor asks for.
           grid: tokens of the resized picture, in place of what the compressor asks for.
-          forward_only: whether nothing is differentiated, which lets a CPU be faster.
 
         Returns:
           Tokens with a leading axis B*M (B with a pool index), and the signals that the compressor
@@ -116,8 +132,9 @@ class VisualStages(VisionLanguageFields):
             )
         asked = method.intermediates() if asked is None else asked
         valid = None if pictures.valid is None else pictures.valid.reshape(-1, 2)
-        looks = dict(intermediates=tuple(asked.values()), stages=stages)
-        features, seen = self.vit(images, valid=valid, forward_only=forward_only, **looks)
+        features, seen = self.vit(
+            images, intermediates=tuple(asked.values()), stages=stages, valid=valid
+        )
         given = pictures.mask.reshape(-1, 1)
         if stages and self.projector is not None:
             return self._units_projected(seen["tokens"], patches, pictures), Signals()

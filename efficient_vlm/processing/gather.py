@@ -132,6 +132,7 @@ def fitted(
         return model.clone(compressor={"name": "none"})
     model = model.sized(*pictures.pixels.shape[-3:-1])
     if pictures.pool_index is None:
+        model = model.with_room(pictures)
         return capped(model, math.prod(model.slot_grid), pictures.mask.shape[1], variable)
     count = pictures.pool_index.shape[1]
     model = model.clone(compressor={**model.compressor, "grid": (1, count)})

@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 
 from efficient_vlm.inference import generate as module
+from efficient_vlm.inference import stages
 from efficient_vlm.inference.generate import generate
 from efficient_vlm.inference.options import SamplingOptions
 from efficient_vlm.inference.sampling import Sampling
@@ -232,3 +233,37 @@ def test_other_caches(trained, batch, cache):
     vectors = 6 * 2 * 2  # Rows, heads, keys and values.
     sizes = {None: 32 * 8 * 4, "int8": 128 * (8 + 4)}  # 16 + 6 + 5 slots in pages of 8, of 128.
     assert out.kv_bytes == vectors * sizes[cache.get("dtype")]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("none", dict(budget=16)),
+        ("hiprune", dict(budget=8, middle_layer=0.5, attention="column_mean")),
+        ("tome", dict(budget=8)),
+        ("encoder_cut", dict(keep=(0.5,), layers=(1,))),
+    ],
+)
+def test_pictures_one_by_one_are_encoded_as_in_a_batch(
+    monkeypatch, make_model, make_batch, init, inputs, name, options
+):
+    """Tokens, signals and what is missing."""
+    model = make_model("none", 16, encoder=dict(scan_unroll=2))
+    params = init(model)
+    model = model.with_compressor(name, **options)
+    pictures = inputs(make_batch(2, 1, images=2)).pictures
+    pictures = pictures.replace(mask=np.array([[True, True], [True, False]]))
+    static = stages.programs_of(model, model.layout(pictures)).encode
+    loops = _new_program(static, params, pictures).count("stablehlo.while")
+    together = stages.encode_stage(*static, params, pictures)
+    monkeypatch.setattr(stages, "_LEAST_VALUES", 1)
+    assert _new_program(static, params, pictures).count("stablehlo.while") > loops
+    alone = stages.encode_stage(*static, params, pictures)
+    stages.encode_stage.clear_cache()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), alone, together)
+
+
+def _new_program(static, params, pictures) -> str:
+    """The text of the encoder's program, made anew."""
+    stages.encode_stage.clear_cache()
+    return stages.encode_stage.lower(*static, params, pictures).as_text()

@@ -1,13 +1,9 @@
 """The vision encoder on pictures of several sizes in one batch."""
 
-import functools
-
 import jax
 import numpy as np
-import pytest
 from flax import linen as nn
 
-from efficient_vlm.models import encoder_stack
 from efficient_vlm.models.encoder import ViT
 
 PATCH = 4
@@ -33,22 +29,3 @@ def test_padding_has_no_part_in_what_compressors_are_told():
     for name in asked:
         np.testing.assert_allclose(real(found[name])[:, 0], alone[name][0], atol=1e-6)
         np.testing.assert_allclose(np.asarray(found[name]).sum(axis=1), 1, atol=1e-5)
-
-
-@pytest.mark.parametrize("padded", [False, True])
-def test_pictures_one_by_one_have_the_features_of_a_batch(monkeypatch, padded):
-    """As generation runs large pictures on a CPU, windows and padding included."""
-    monkeypatch.setattr(encoder_stack, "_LEAST_VALUES", 1)
-    vit = ViT(**FIELDS, position="none", rope_theta=100.0, window=2, full_layers=(1,))
-    pictures = np.random.default_rng(0).random((3, 24, 24, 3), np.float32)
-    valid = np.array([[3, 5], [6, 6], [6, 2]]) if padded else None
-    params = nn.unbox(vit.init(jax.random.key(0), pictures))
-
-    @functools.partial(jax.jit, static_argnames="forward_only")
-    def features(pictures, valid, forward_only):
-        return vit.apply(params, pictures, valid=valid, forward_only=forward_only)[0]
-
-    texts = [features.lower(pictures, valid, way).as_text() for way in (True, False)]
-    assert texts[0].count("stablehlo.while") > texts[1].count("stablehlo.while")
-    alone, together = (features(pictures, valid, one_by_one) for one_by_one in (True, False))
-    np.testing.assert_allclose(alone, together, atol=1e-5)

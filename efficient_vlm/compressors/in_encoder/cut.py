@@ -7,35 +7,28 @@ from collections.abc import Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Int
 
 from efficient_vlm import checks
 from efficient_vlm.compressors import grids, score, select
-from efficient_vlm.compressors.base import Compressor, Stage, as_tuple
-from efficient_vlm.compressors.in_encoder.unit_scores import CHOICES, SCORES, Seen
+from efficient_vlm.compressors.base import Stage, as_tuple
+from efficient_vlm.compressors.in_encoder.unit_cut import UnitCut
+from efficient_vlm.compressors.in_encoder.unit_scores import CHOICES, SCORES
 from efficient_vlm.compressors.tokens import (
     NO_SIGNALS,
-    Signals,
-    VisualTokens,
     arranged,
-    at_slots,
 )
-from efficient_vlm.compressors.units import Units, units_in_order, units_of_grid
+from efficient_vlm.compressors.units import units_of_grid
 from efficient_vlm.errors import UserError, unknown
-from efficient_vlm.shapes import Array
 
 # Shares of units are fractions of whole numbers up to this, so that rows count them exactly.
 _FINEST = 10_000
 
 
-class EncoderCut(Compressor):
+class EncoderCut(UnitCut):
     """`encoder_cut`: units of patches leave the encoder, at once or in several steps.
 
-    A unit is the block of patches that the model's projector makes one token of (SmolVLM 4 x 4,
-    InternVL and Qwen-VL 2 x 2, Gemma 3 4 x 4; a patch without such a projector), so that the
-    projector works unchanged on what is left: patches vanish in the encoder and tokens in the
-    decoder. Patches that stay keep their positions and windows. The number of units is static; a
-    row with padding keeps the same share of its own units, rounded up.
+    The number of units is static; a row with padding keeps the same share of its own units, rounded
+    up. Units: see `unit_cut.UnitCut`.
 
     Behind layer `layers[i]` the units with the highest mean score of their patches stay:
 
@@ -47,7 +40,7 @@ class EncoderCut(Compressor):
     * diversity: greedy max-min distances (DivPrune, arXiv 2503.02175) of the units' mean states.
     * stride: evenly spaced in raster order. random: drawn by `seed`, alike in all rows.
 
-    Scores have no gradient; kept patches have theirs. Called as a module it performs one cut.
+    Called as a module it performs one cut.
 
     Attributes:
       budget: units that are left in the end; with several layers a geometric schedule leads there.
@@ -56,27 +49,18 @@ class EncoderCut(Compressor):
         layer.
       score: see above.
       seed: of "random".
-      side, patches, share, order: of one step; `stages` sets them. The side of a unit, the grid of
-        patches, the numerator and denominator of the share that a row keeps (None: a number), and
-        whether patches still are in raster order.
+      share: of one step, numerator and denominator of what a row keeps; None for a number.
     """
 
-    budget: int | None = None
     layers: tuple[int, ...] = (2,)
     keep: tuple[float, ...] | None = None
     score: str = "attention"
     seed: int = 0
-    side: int = 1
-    patches: grids.Grid | None = None
     share: tuple[int, int] | None = None
-    order: str = "raster"
 
     label = "encoder_cut"
     needs = frozenset({"attention_row"})
-    where = "encoder"
-    of_units = True
-    optional_budget = True
-    internal = frozenset({"side", "patches", "share", "order"})
+    internal = UnitCut.internal | {"share"}
 
     def __post_init__(self):
         object.__setattr__(self, "layers", as_tuple("compressor.layers", self.layers))
@@ -207,17 +191,6 @@ class EncoderCut(Compressor):
             return 2 * units * units * width
         return select.max_min_flops(units, width, kept) if self.score == "diversity" else 0
 
-    @property
-    def leaves_padding(self) -> bool:
-        """Whether a full row has padding behind a step: units at the border lack patches."""
-        return not self._units(math.prod(self.patches)).complete
-
-    @nn.nowrap
-    def _units(self, num_tokens: int) -> Units:
-        if self.order == "units":
-            return units_in_order(num_tokens // self.side**2, self.side)
-        return units_of_grid(self.patches or grids.resolve(self.grid, num_tokens), self.side)
-
     def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
         if self.budget is None:
             units = math.prod(grids.resolve(self.grid, tokens.mask.shape[1]))
@@ -230,21 +203,7 @@ class EncoderCut(Compressor):
         return arranged(tokens, self.slots(tokens, signals))
 
     @nn.nowrap
-    def slots(self, tokens: VisualTokens, signals: Signals) -> Int[Array, "B KP"]:
-        """The places of the patches that stay: unit behind unit, from T on for padding."""
-        num_tokens = tokens.mask.shape[1]
-        units = self._units(num_tokens)
-        kept, count = self.budget // self.side**2, len(units.places)
-        seen = Seen(*jax.lax.stop_gradient((tokens, signals)), units)
-        index, valid = self._choose(seen, kept)
-        index = jnp.sort(jnp.where(valid, index, count), axis=1)
-        places = at_slots(jnp.broadcast_to(units.places, (len(index), *units.places.shape)), index)
-        real = at_slots(units.real(tokens.mask), index) & (index < count)[..., None]
-        return jnp.where(real, places, num_tokens).reshape(len(index), -1).astype(jnp.int32)
-
-    @nn.nowrap
-    def _choose(self, seen: Seen, kept: int) -> select.Selection:
-        """kept of the units of each row, or fewer that are valid."""
+    def choose(self, seen, kept):
         live = seen.live.sum(axis=1, dtype=jnp.int32)
         top, bottom = self.share or (1, 1)
         limit = -(-live * top // bottom) if self.share else jnp.minimum(live, kept)

@@ -1,0 +1,71 @@
+"""The base of methods that take whole units of patches out of the encoder."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Int
+
+from efficient_vlm.compressors import grids, select
+from efficient_vlm.compressors.base import Compressor
+from efficient_vlm.compressors.in_encoder.unit_scores import Seen
+from efficient_vlm.compressors.tokens import Signals, VisualTokens, at_slots
+from efficient_vlm.compressors.units import Units, units_in_order, units_of_grid
+from efficient_vlm.shapes import Array
+
+
+class UnitCut(Compressor):
+    """Base class. Subclasses say with `choose` which units stay.
+
+    A unit is the block of patches that the model's projector makes one token of (SmolVLM 4 x 4,
+    InternVL and Qwen-VL 2 x 2, Gemma 3 4 x 4; a patch without such a projector), so that the
+    projector works unchanged on what is left: patches vanish in the encoder and tokens in the
+    decoder. Patches that stay keep their positions and windows. Choices have no gradient; what
+    stays has its own.
+
+    Attributes:
+      budget: units that are left in the end; of one step, patches.
+      side, patches, order: of one step; `stages` sets them. The side of a unit, the grid of
+        patches, and whether patches still are in raster order.
+    """
+
+    budget: int | None = None
+    side: int = 1
+    patches: grids.Grid | None = None
+    order: str = "raster"
+
+    where = "encoder"
+    of_units = True
+    optional_budget = True
+    internal = frozenset({"side", "patches", "order"})
+
+    @property
+    def leaves_padding(self) -> bool:
+        """Whether a full row may have padding behind a step: units at the border lack patches."""
+        return not self.units(math.prod(self.patches)).complete
+
+    @nn.nowrap
+    def units(self, num_tokens: int) -> Units:
+        """The units among the patches that this step gets."""
+        if self.order == "units":
+            return units_in_order(num_tokens // self.side**2, self.side)
+        return units_of_grid(self.patches or grids.resolve(self.grid, num_tokens), self.side)
+
+    @nn.nowrap
+    def slots(self, tokens: VisualTokens, signals: Signals) -> Int[Array, "B KP"]:
+        """The places of the patches that stay: unit behind unit, from T on for padding."""
+        num_tokens = tokens.mask.shape[1]
+        units = self.units(num_tokens)
+        kept, count = self.budget // self.side**2, len(units.places)
+        seen = Seen(*jax.lax.stop_gradient((tokens, signals)), units)
+        index, valid = self.choose(seen, kept)
+        index = jnp.sort(jnp.where(valid, index, count), axis=1)
+        places = at_slots(jnp.broadcast_to(units.places, (len(index), *units.places.shape)), index)
+        real = at_slots(units.real(tokens.mask), index) & (index < count)[..., None]
+        return jnp.where(real, places, num_tokens).reshape(len(index), -1).astype(jnp.int32)
+
+    @nn.nowrap
+    def choose(self, seen: Seen, kept: int) -> select.Selection:
+        """`kept` of the units of each row, or fewer that are valid."""
+        raise NotImplementedError(f"{type(self).__name__}.choose")

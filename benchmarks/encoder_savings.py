@@ -5,12 +5,14 @@
 Random weights, float32, two threads; all sides take turns in one process. `encoder_cut` keeps half
 or a quarter of the projector's blocks behind layer 2, by attention received. SmolVLM-256M sees five
 tiles of 512 x 512 pixels and reads 64 text tokens: time is from pixels to the first token. Of
-Qwen2-VL-2B it is the encoder with its merger alone, 8 of its 32 layers on 672 x 672 pixels. For
+Qwen2-VL-2B it is the encoder with its merger alone, 8 of its 32 layers on 672 x 672 pixels; "page"
+is the same for a page whose lower half is white, by `pixelprune` with tau 0, which finds that. For
 each: medians, ratios to all patches and to transformers, what the FLOP count of `audit` predicts,
 and the temporary buffers of the compiled encoder.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -133,7 +135,7 @@ def smolvlm(folder: Path, batch: int, turns: int, quick: bool) -> dict:
 # --- the encoder of Qwen2-VL ----------------------------------------------------------------------
 
 
-def qwen(folder: Path, batch: int, turns: int, quick: bool) -> dict:
+def qwen(folder: Path, batch: int, turns: int, quick: bool, page: bool = False) -> dict:
     """Encoder and merger."""
     import torch
     import transformers
@@ -153,6 +155,8 @@ def qwen(folder: Path, batch: int, turns: int, quick: bool) -> dict:
     patches = side // 14
     rng = np.random.default_rng(0)
     pixels = rng.random((batch, 1, side, side, 3), np.float32)
+    if page:
+        pixels[:, :, side // 2 :] = 1.0
     flat = torch.from_numpy(rng.standard_normal((batch * patches**2, 1176), np.float32))
     grid = torch.tensor([[1, patches, patches]] * batch)
 
@@ -162,8 +166,12 @@ def qwen(folder: Path, batch: int, turns: int, quick: bool) -> dict:
 
     pictures = Pictures(pixels, np.ones((batch, 1), bool))
     sides, flops, memory = {"transformers": reference}, {}, {}
-    for left, vlm in variants(evlm.from_pretrained(folder), quick).items():
-        model = vlm.model.sized(side, side)
+    vlm = evlm.from_pretrained(folder)
+    models = {left: one.model for left, one in variants(vlm, quick).items()}
+    if page:
+        models = {"all": vlm.model, "page": vlm.with_compressor("pixelprune").model}
+    for left, model in models.items():
+        model = model.sized(side, side).with_room(pictures)
         static = programs_of(model, model.layout(pictures)).encode
         visible = {name: vlm.fused[name] for name in vlm.fused if name != "language"}
 
@@ -181,7 +189,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--batches", default="1,4")
-    parser.add_argument("--only", default="smolvlm,qwen")
+    parser.add_argument("--only", default="smolvlm,qwen,page")
     parser.add_argument("--quick", action="store_true", help="few layers, small pictures, one turn")
     parser.add_argument("--out", default="benchmarks/results/encoder_savings_cpu.json")
     args = parser.parse_args()
@@ -193,7 +201,7 @@ def main() -> int:
     torch.set_num_threads(peer.THREADS)
     turns = 1 if args.quick else args.turns
     result = {"machine": peer.machine(), "turns": turns, "quick": args.quick}
-    work = {"smolvlm": smolvlm, "qwen": qwen}
+    work = {"smolvlm": smolvlm, "qwen": qwen, "page": functools.partial(qwen, page=True)}
     for batch in map(int, args.batches.split(",")):
         for name in args.only.split(","):
             with tempfile.TemporaryDirectory() as scratch:

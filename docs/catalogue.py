@@ -36,6 +36,7 @@ NEEDS = {
     "middle_row": "attention of a second layer",
     "keys": "encoder keys",
     "hidden": "features of a second layer",
+    "pixels": "pixels",
     "text": "instruction",
     "decoder": "decoder layer",
 }

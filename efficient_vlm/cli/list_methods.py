@@ -105,6 +105,7 @@ def _has_parameters(name: str) -> bool:
     tokens = VisualTokens.from_grid(jnp.zeros((1, 16, width)), grid)
     row = jnp.zeros((1, 16))
     signals = Signals(row, row, jnp.zeros((1, 16, 2, 4)), jnp.zeros((1, width)), tokens.embed)
+    signals = signals.replace(pixels=tokens.embed)
     module = methods.build(name, budget=methods.reachable(name, grid)[-1], grid=grid)
     shapes = jax.eval_shape(module.init, jax.random.key(0), tokens, signals)
     return bool(jax.tree.leaves(shapes))

@@ -66,7 +66,10 @@ class WithoutWeights:
         self.image, self.grid = image, grid
         descriptors = pixel_signals.describe(image, grid)
         self._tokens = self._on(grid, descriptors)
-        self._signals = pixel_signals.signals(descriptors, grid)
+        patches = pixel_signals.patches_of(image, grid)
+        pixels = 2 * patches.reshape(1, len(patches), -1) - 1  # As SigLIP normalises them.
+        given = pixel_signals.signals(descriptors, grid)
+        self._signals = given.replace(pixels=np.float32(pixels))
 
     def shown(self, size: tuple[int, int]) -> np.ndarray:
         """The picture as it is cut into patches, uint8 of `size`."""

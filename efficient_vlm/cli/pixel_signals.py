@@ -12,7 +12,7 @@ from efficient_vlm.processing import decode_image as images
 
 PATCH = 14  # Pixels, as in CLIP ViT-L/14: a 24 x 24 grid is a 336 x 336 image.
 NOTE = "pixel statistics, no trained encoder"
-GIVEN = frozenset({"attention_row", "middle_row", "keys"})
+GIVEN = frozenset({"attention_row", "middle_row", "keys", "pixels"})
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 _FREQUENCIES = 3
 
@@ -33,10 +33,7 @@ def describe(image: np.ndarray, grid: Grid) -> np.ndarray:
     Returns:
       float32 [rows * columns, 16].
     """
-    rows, columns = grid
-    pixels = images.resize(image, (rows * PATCH, columns * PATCH)) / 255.0
-    patches = pixels.reshape(rows, PATCH, columns, PATCH, 3).swapaxes(1, 2)
-    patches = patches.reshape(-1, PATCH, PATCH, 3)
+    patches = patches_of(image, grid)
     luma = patches @ _LUMA
     place = np.arange(PATCH) + 0.5
     waves = np.cos(np.pi * place * np.arange(_FREQUENCIES)[:, None] / PATCH)
@@ -55,6 +52,14 @@ def describe(image: np.ndarray, grid: Grid) -> np.ndarray:
     deviation = centred.std(axis=0)
     flat = deviation < 1e-6  # Rounding, not a difference between patches.
     return np.where(flat, 0.0, centred / np.where(flat, 1.0, deviation)).astype(np.float32)
+
+
+def patches_of(image: np.ndarray, grid: Grid) -> np.ndarray:
+    """[rows * columns, 14, 14, 3] in [0, 1], of the image stretched to 14 px a patch."""
+    rows, columns = grid
+    pixels = images.resize(image, (rows * PATCH, columns * PATCH)) / 255.0
+    patches = pixels.reshape(rows, PATCH, columns, PATCH, 3).swapaxes(1, 2)
+    return patches.reshape(-1, PATCH, PATCH, 3)
 
 
 def signals(descriptors: np.ndarray, grid: Grid) -> Signals:

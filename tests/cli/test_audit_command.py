@@ -139,7 +139,7 @@ def test_methods_in_front_of_the_decoder_get_the_projectors_tokens(audited, call
 def test_no_merging_of_patches_that_a_projector_reads(call, name):
     code, out, err = call(f"--preset={name}", "--compressor=tome", "--compressor.r=8")
     assert code == 2 and not out
-    assert "tome merges patches inside the encoder" in err and "projector" in err
+    assert "tome removes patches inside the encoder" in err and "projector" in err
     assert len(err.strip().splitlines()) <= 3
 
 

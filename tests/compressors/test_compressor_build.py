@@ -41,7 +41,7 @@ def test_table():
         "qformer", "resampler", "molmo_pool", "position_pool", "minicpm_merger", "m3", "mqt",
         "tome", "encoder_cut", "prumerge", "prumerge_plus", "visionzip", "fastervlm", "vispruner",
         "divprune", "cdpruner", "hiprune", "scope", "fastv", "pyramiddrop", "sparsevlm", "feather",
-        "v2drop", "dart", "fitprune", "vtw",
+        "v2drop", "dart", "fitprune", "vtw", "pixelprune",
     }  # fmt: skip
     assert options("resampler") == ("grid", "position_policy", "num_queries", "num_heads")
     assert "class_token" not in options("tome") and "entering" not in options("sparsevlm")

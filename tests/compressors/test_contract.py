@@ -186,6 +186,8 @@ CASES = [
     Case("tome", "merge", internal=(("class_token", True),), note="-cls"),
     Case("encoder_cut"),
     *(Case("encoder_cut", options=fixed(score=score), note=f"-{score}") for score in CUTS),
+    Case("pixelprune", identity=False, fewer=True),
+    Case("pixelprune", options=fixed(tau=0.5), identity=False, fewer=True, note="-tau"),
     Case("fastv"),
     Case("fastv", options=fixed(row="mean"), note="-mean"),
     Case("pyramiddrop"),
@@ -243,6 +245,7 @@ def signals_of(inputs) -> Signals:
         keys=seen["keys"],
         text=text,
         hidden=embed,
+        pixels=embed,
         decoder=state,
     )
 

@@ -57,13 +57,15 @@ _SIZES = "read patches across crops, or images of several sizes"
 _TILED = ("idefics3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm")
 _CROPPED = ("molmo2", "molmo2_olmo", "molmo_olmo", "molmo_olmoe", "molmo_qwen2")
 _PROJECTED = ("gemma3", "internvl", "mobilevlm", "mobilevlm_v2")
+_OF_UNITS = {
+    **dict.fromkeys(("mobilevlm", "mobilevlm_v2"), BLOCKS),
+    **dict.fromkeys(("molmo2", "molmo2_olmo"), "read patches across crops"),
+}
 REFUSED: dict[str, dict[str, str]] = {
     "tome": dict.fromkeys((*_TILED, *_CROPPED, *_PROJECTED), BLOCKS),
     "downsample": dict.fromkeys((*_TILED, *_CROPPED), _SIZES),
-    "encoder_cut": {
-        **dict.fromkeys(("mobilevlm", "mobilevlm_v2"), BLOCKS),
-        **dict.fromkeys(("molmo2", "molmo2_olmo"), "read patches across crops"),
-    },
+    "encoder_cut": _OF_UNITS,
+    "pixelprune": _OF_UNITS,
 }
 # Of those, what can be where all pictures, or tiles, have one size and no padding.
 OF_ONE_SIZE = {"downsample": _TILED}

@@ -1,7 +1,6 @@
 """pixelprune: units whose pixels repeat their neighbours never enter the encoder."""
 
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,7 +17,7 @@ from efficient_vlm.compressors.units import Units, units_of_grid
 from efficient_vlm.errors import UserError
 from efficient_vlm.shapes import Array
 
-# In place of patches that a unit at the border does not have: far from every pixel.
+# In place of patches that are padding, or that a unit at the border lacks: far from every pixel.
 _ABSENT = 1e9
 # The difference of the first unit, which nothing predicts.
 _UNKNOWN = 1e30
@@ -95,12 +94,13 @@ class PixelPrune(UnitCut):
         units = units_of_grid((rows, columns), side)
         cells = -(-rows // side), -(-columns // side)
         flat = pixels.reshape(len(pixels), rows * columns, -1)
-        stays = np.asarray(self._stays(flat, units, cells)[0]).reshape(-1, *cells)
+        mask = np.ones(flat.shape[:2], bool)
         if valid is not None:
-            real = -(-np.asarray(valid) // side)
-            stays = stays & (np.arange(cells[0]) < real[:, :1])[..., None]
-            stays = stays & (np.arange(cells[1]) < real[:, 1:])[:, None]
-        most = int(stays.sum(axis=(1, 2)).max(initial=1))
+            inside = (np.arange(rows) < valid[:, :1])[..., None]
+            mask = (inside & (np.arange(columns) < valid[:, 1:])[:, None]).reshape(mask.shape)
+        real = units.real(mask)
+        stays = np.asarray(self._stays(flat, units, cells, real)[0] & real.any(axis=2))
+        most = int(stays.sum(axis=1).max(initial=1))
         total = cells[0] * cells[1]
         if self.budget is None:
             rooms = sorted(math.ceil(share * total) for share in self.rooms)
@@ -122,15 +122,22 @@ class PixelPrune(UnitCut):
     def choose(self, seen, kept):
         grid = self.patches or grids.resolve(self.grid, seen.tokens.mask.shape[1])
         cells = tuple(-(-length // self.side) for length in grid)
-        stays, difference = self._stays(seen.signals.pixels, seen.units, cells)
+        real = seen.units.real(seen.tokens.mask)
+        stays, difference = self._stays(seen.signals.pixels, seen.units, cells, real)
         return select.top_k(difference, stays & seen.live, kept)
 
     @nn.nowrap
     def _stays(
-        self, pixels: Float[Array, "B N C"], units: Units, cells: grids.Grid
+        self,
+        pixels: Float[Array, "B N C"],
+        units: Units,
+        cells: grids.Grid,
+        real: Bool[Array, "B U P"],
     ) -> tuple[Bool[Array, "B U"], Float[Array, "B U"]]:
         """Which units stay, and how far each is from its prediction."""
-        return _coded(jnp.asarray(pixels), units, cells, float(self.tau))
+        x = units.gather(jnp.asarray(pixels, jnp.float32))
+        x = jnp.where(real[..., None], x, _ABSENT).reshape(len(x), *cells, -1)
+        return _coded(x, float(self.tau))
 
     def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
         if self.budget is None:
@@ -139,11 +146,9 @@ class PixelPrune(UnitCut):
         return arranged(tokens, self.slots(tokens, signals))
 
 
-def _coded(pixels: jax.Array, units: Units, cells: grids.Grid, tau: float) -> Any:
-    """See `PixelPrune._stays`."""
-    there = jnp.asarray(units.places >= 0)[..., None]
-    x = jnp.where(there, units.gather(pixels.astype(jnp.float32)), _ABSENT)
-    x = x.reshape(len(x), *cells, -1)
+def _coded(x: jax.Array, tau: float) -> tuple[jax.Array, jax.Array]:
+    """See `PixelPrune._stays`; x [B, rows, columns, F]."""
+    cells = x.shape[1:3]
 
     def apart(a, b):
         return jnp.abs(a - b).max(axis=-1)

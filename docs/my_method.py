@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from efficient_vlm import compressors
 from efficient_vlm.compressors import fold, score, select
 from efficient_vlm.compressors.base import Compressor
-from efficient_vlm.compressors.tokens import NO_SIGNALS
+from efficient_vlm.compressors.signals import NO_SIGNALS
 from efficient_vlm.errors import unknown
 
 CENTRES = ("all", "border")

@@ -3,7 +3,8 @@
 from efficient_vlm.compressors.base import POLICIES, Compressor, Stage
 from efficient_vlm.compressors.methods import build, names, needs, options, reachable
 from efficient_vlm.compressors.own import register
-from efficient_vlm.compressors.tokens import DecoderState, Signals, VisualTokens
+from efficient_vlm.compressors.signals import DecoderState, Signals
+from efficient_vlm.compressors.tokens import VisualTokens
 
 __all__ = [
     "POLICIES",

@@ -17,7 +17,8 @@ from jaxtyping import PRNGKeyArray
 
 from efficient_vlm import checks
 from efficient_vlm.compressors import grids
-from efficient_vlm.compressors.tokens import NO_SIGNALS, Signals, VisualTokens
+from efficient_vlm.compressors.signals import NO_SIGNALS, Signals
+from efficient_vlm.compressors.tokens import VisualTokens
 from efficient_vlm.errors import UserError, short, unknown
 
 POLICIES = ("retain", "reindex")

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from efficient_vlm.compressors.base import PLACES, Compressor
 from efficient_vlm.compressors.methods import METHODS
-from efficient_vlm.compressors.tokens import Signals
+from efficient_vlm.compressors.signals import Signals
 from efficient_vlm.errors import UserError, unknown
 
 __all__ = ["register"]

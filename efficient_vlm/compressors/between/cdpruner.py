@@ -6,7 +6,8 @@ import jax.numpy as jnp
 
 from efficient_vlm.compressors import fold, score, select
 from efficient_vlm.compressors.base import Compressor
-from efficient_vlm.compressors.tokens import NO_SIGNALS, zero_padding
+from efficient_vlm.compressors.signals import NO_SIGNALS
+from efficient_vlm.compressors.tokens import zero_padding
 from efficient_vlm.errors import UserError, unknown
 
 RELEVANCES = ("negative", "positive", "none")

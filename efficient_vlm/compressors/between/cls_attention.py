@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float
 
 from efficient_vlm.compressors import fold, select
 from efficient_vlm.compressors.base import Compressor
-from efficient_vlm.compressors.tokens import NO_SIGNALS, Signals, VisualTokens
+from efficient_vlm.compressors.signals import NO_SIGNALS, Signals
+from efficient_vlm.compressors.tokens import VisualTokens
 from efficient_vlm.errors import UserError, short, unknown
 from efficient_vlm.shapes import Array
 

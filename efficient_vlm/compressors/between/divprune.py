@@ -7,7 +7,8 @@ from jaxtyping import Bool, Int
 
 from efficient_vlm.compressors import fold, score, select
 from efficient_vlm.compressors.base import Compressor
-from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, remap, zero_padding
+from efficient_vlm.compressors.signals import NO_SIGNALS
+from efficient_vlm.compressors.tokens import VisualTokens, remap, zero_padding
 from efficient_vlm.errors import unknown
 from efficient_vlm.shapes import Array
 

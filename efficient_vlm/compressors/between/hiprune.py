@@ -14,7 +14,7 @@ from efficient_vlm.compressors.between.cls_attention import (
     check_layer,
 )
 from efficient_vlm.compressors.grids import Grid
-from efficient_vlm.compressors.tokens import NO_SIGNALS
+from efficient_vlm.compressors.signals import NO_SIGNALS
 from efficient_vlm.errors import UserError, short, unknown
 from efficient_vlm.kernels import ordering
 from efficient_vlm.shapes import Array

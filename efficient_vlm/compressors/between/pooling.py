@@ -7,7 +7,8 @@ from jaxtyping import Shaped
 from efficient_vlm import checks
 from efficient_vlm.compressors import fold, grids
 from efficient_vlm.compressors.base import Compressor, as_tuple, describe
-from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, zero_padding
+from efficient_vlm.compressors.signals import NO_SIGNALS
+from efficient_vlm.compressors.tokens import VisualTokens, zero_padding
 from efficient_vlm.errors import UserError, short, unknown
 from efficient_vlm.nn.linear import product, weight_of
 from efficient_vlm.shapes import Array

@@ -13,7 +13,8 @@ from efficient_vlm.compressors.between.cls_attention import (
     as_selection,
     cosine_to,
 )
-from efficient_vlm.compressors.tokens import NO_SIGNALS, Signals, VisualTokens, merge, take
+from efficient_vlm.compressors.signals import NO_SIGNALS, Signals
+from efficient_vlm.compressors.tokens import VisualTokens, merge, take
 from efficient_vlm.errors import unknown
 from efficient_vlm.kernels import ordering
 from efficient_vlm.shapes import Array

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from efficient_vlm import checks
 from efficient_vlm.compressors import fold, score, select
 from efficient_vlm.compressors.between.cls_attention import AttentionGuided
-from efficient_vlm.compressors.tokens import NO_SIGNALS, zero_padding
+from efficient_vlm.compressors.signals import NO_SIGNALS
+from efficient_vlm.compressors.tokens import zero_padding
 
 
 class Scope(AttentionGuided):

@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float
 from efficient_vlm import checks
 from efficient_vlm.compressors import fold, score, select
 from efficient_vlm.compressors.base import Compressor
-from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens
+from efficient_vlm.compressors.signals import NO_SIGNALS
+from efficient_vlm.compressors.tokens import VisualTokens
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.nn.linear import product, weight_of
 from efficient_vlm.nn.norms import rms_normalised

@@ -9,8 +9,9 @@ from jaxtyping import Float32
 from efficient_vlm import checks
 from efficient_vlm.compressors import fold, select
 from efficient_vlm.compressors.projectors.mlp import Parametric
+from efficient_vlm.compressors.signals import NO_SIGNALS
 from efficient_vlm.compressors.soft_select import hard_top_k, soft_top_k
-from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens
+from efficient_vlm.compressors.tokens import VisualTokens
 from efficient_vlm.errors import UserError
 from efficient_vlm.nn.linear import product
 from efficient_vlm.shapes import Array

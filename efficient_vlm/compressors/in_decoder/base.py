@@ -17,7 +17,8 @@ from jaxtyping import Float, Int
 
 from efficient_vlm.compressors import fold, select
 from efficient_vlm.compressors.base import Compressor, Stage
-from efficient_vlm.compressors.tokens import NO_SIGNALS, DecoderState, Signals, VisualTokens
+from efficient_vlm.compressors.signals import NO_SIGNALS, DecoderState, Signals
+from efficient_vlm.compressors.tokens import VisualTokens
 from efficient_vlm.errors import UserError, short
 from efficient_vlm.shapes import Array
 

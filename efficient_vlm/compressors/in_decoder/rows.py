@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float32, Int, Shaped
 
-from efficient_vlm.compressors.tokens import DecoderState
+from efficient_vlm.compressors.signals import DecoderState
 from efficient_vlm.kernels.attention import mask_rows, visible
 from efficient_vlm.shapes import Array
 

@@ -23,7 +23,7 @@ from efficient_vlm.compressors.in_decoder.base import (
 from efficient_vlm.compressors.in_decoder.clusters import keep_and_cluster
 from efficient_vlm.compressors.in_decoder.rows import range_flops, range_sums
 from efficient_vlm.compressors.in_decoder.sparsevlm_scores import raters, rotary_bias, turns
-from efficient_vlm.compressors.tokens import NO_SIGNALS
+from efficient_vlm.compressors.signals import NO_SIGNALS
 from efficient_vlm.errors import UserError, unknown
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from efficient_vlm.compressors.in_decoder.rows import judges
-from efficient_vlm.compressors.tokens import DecoderState
+from efficient_vlm.compressors.signals import DecoderState
 from efficient_vlm.shapes import Array
 
 # Least value by which attention is divided, relative to the largest rotary bias.

@@ -13,10 +13,8 @@ from efficient_vlm.compressors import grids, score, select
 from efficient_vlm.compressors.base import Stage, as_tuple
 from efficient_vlm.compressors.in_encoder.unit_cut import UnitCut
 from efficient_vlm.compressors.in_encoder.unit_scores import CHOICES, SCORES
-from efficient_vlm.compressors.tokens import (
-    NO_SIGNALS,
-    arranged,
-)
+from efficient_vlm.compressors.signals import NO_SIGNALS
+from efficient_vlm.compressors.tokens import arranged
 from efficient_vlm.compressors.units import units_of_grid
 from efficient_vlm.errors import UserError, unknown
 

@@ -8,7 +8,8 @@ from efficient_vlm.compressors import fold, grids
 from efficient_vlm.compressors.base import Compressor, Stage, describe
 from efficient_vlm.compressors.between.pooling import space_to_depth
 from efficient_vlm.compressors.projectors.mlp import Parametric, exact_gelu, with_embed
-from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, zero_padding
+from efficient_vlm.compressors.signals import NO_SIGNALS
+from efficient_vlm.compressors.tokens import VisualTokens, zero_padding
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.nn.cross_attention import cross_attention
 

@@ -12,7 +12,8 @@ from efficient_vlm import checks
 from efficient_vlm.compressors import grids, select
 from efficient_vlm.compressors.base import Stage, as_tuple
 from efficient_vlm.compressors.in_encoder.unit_cut import UnitCut
-from efficient_vlm.compressors.tokens import NO_SIGNALS, arranged
+from efficient_vlm.compressors.signals import NO_SIGNALS
+from efficient_vlm.compressors.tokens import arranged
 from efficient_vlm.compressors.units import Units, units_of_grid
 from efficient_vlm.errors import UserError
 from efficient_vlm.shapes import Array

@@ -10,13 +10,8 @@ from jaxtyping import Float
 from efficient_vlm import checks
 from efficient_vlm.compressors import score
 from efficient_vlm.compressors.base import Compressor, Stage, as_tuple
-from efficient_vlm.compressors.tokens import (
-    NO_SIGNALS,
-    VisualTokens,
-    remap,
-    weighted_means,
-    zero_padding,
-)
+from efficient_vlm.compressors.signals import NO_SIGNALS
+from efficient_vlm.compressors.tokens import VisualTokens, remap, weighted_means, zero_padding
 from efficient_vlm.errors import UserError
 from efficient_vlm.kernels import ordering
 from efficient_vlm.shapes import Array

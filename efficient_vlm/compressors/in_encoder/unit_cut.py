@@ -10,7 +10,8 @@ from jaxtyping import Int
 from efficient_vlm.compressors import grids, select
 from efficient_vlm.compressors.base import Compressor
 from efficient_vlm.compressors.in_encoder.unit_scores import Seen
-from efficient_vlm.compressors.tokens import Signals, VisualTokens, at_slots
+from efficient_vlm.compressors.signals import Signals
+from efficient_vlm.compressors.tokens import VisualTokens, at_slots
 from efficient_vlm.compressors.units import Units, units_in_order, units_of_grid
 from efficient_vlm.shapes import Array
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from efficient_vlm.compressors import score
-from efficient_vlm.compressors.tokens import Signals, VisualTokens, zero_padding
+from efficient_vlm.compressors.signals import Signals
+from efficient_vlm.compressors.tokens import VisualTokens, zero_padding
 from efficient_vlm.compressors.units import Units
 
 

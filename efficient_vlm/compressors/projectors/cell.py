@@ -10,7 +10,7 @@ from efficient_vlm import checks
 from efficient_vlm.compressors import grids
 from efficient_vlm.compressors.between.pooling import space_to_depth
 from efficient_vlm.compressors.projectors.mlp import Projector, exact_gelu, pool, with_embed
-from efficient_vlm.compressors.tokens import NO_SIGNALS
+from efficient_vlm.compressors.signals import NO_SIGNALS
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.nn.cross_attention import window_attention
 from efficient_vlm.shapes import Array

@@ -22,7 +22,8 @@ from efficient_vlm.compressors.projectors.mlp import (
     pool_flops,
     with_embed,
 )
-from efficient_vlm.compressors.tokens import NO_SIGNALS, zero_padding
+from efficient_vlm.compressors.signals import NO_SIGNALS
+from efficient_vlm.compressors.tokens import zero_padding
 from efficient_vlm.shapes import Array
 
 # Epsilons of the official norms: timm's LayerNorm2d in RegStage, its LayerNormAct2d in LDP.

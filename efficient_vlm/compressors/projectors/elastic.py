@@ -12,7 +12,8 @@ from efficient_vlm.compressors import fold, grids
 from efficient_vlm.compressors.base import Compressor, as_tuple, describe
 from efficient_vlm.compressors.projectors.mlp import Projector
 from efficient_vlm.compressors.projectors.resampler import position_code, query_tokens
-from efficient_vlm.compressors.tokens import NO_SIGNALS, zero_padding
+from efficient_vlm.compressors.signals import NO_SIGNALS
+from efficient_vlm.compressors.tokens import zero_padding
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.nn.cross_attention import cross_attention
 from efficient_vlm.shapes import Array

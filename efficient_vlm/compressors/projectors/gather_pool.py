@@ -11,8 +11,8 @@ from efficient_vlm import checks
 from efficient_vlm.compressors import grids
 from efficient_vlm.compressors.base import Compressor
 from efficient_vlm.compressors.projectors.mlp import Projector
+from efficient_vlm.compressors.signals import NO_SIGNALS
 from efficient_vlm.compressors.tokens import (
-    NO_SIGNALS,
     VisualTokens,
     merge,
     remap,

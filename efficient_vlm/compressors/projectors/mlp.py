@@ -10,7 +10,8 @@ from jaxtyping import Float
 from efficient_vlm import checks
 from efficient_vlm.compressors import fold, grids
 from efficient_vlm.compressors.base import Compressor
-from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, zero_padding
+from efficient_vlm.compressors.signals import NO_SIGNALS
+from efficient_vlm.compressors.tokens import VisualTokens, zero_padding
 from efficient_vlm.nn.linear import Dtype, Weight, product, weight_of
 from efficient_vlm.nn.norms import layer_normalised
 from efficient_vlm.shapes import Array

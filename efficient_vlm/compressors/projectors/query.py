@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float
 from efficient_vlm import checks
 from efficient_vlm.compressors.projectors.mlp import Parametric, exact_gelu
 from efficient_vlm.compressors.projectors.resampler import query_tokens
-from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, zero_padding
+from efficient_vlm.compressors.signals import NO_SIGNALS
+from efficient_vlm.compressors.tokens import VisualTokens, zero_padding
 from efficient_vlm.errors import UserError, unknown
 from efficient_vlm.nn.cross_attention import cross_attention
 from efficient_vlm.nn.norms import rms_normalised

@@ -7,7 +7,8 @@ from jaxtyping import Float, Float32
 
 from efficient_vlm import checks
 from efficient_vlm.compressors.base import Compressor
-from efficient_vlm.compressors.tokens import NO_SIGNALS, VisualTokens, remap, zero_padding
+from efficient_vlm.compressors.signals import NO_SIGNALS
+from efficient_vlm.compressors.tokens import VisualTokens, remap, zero_padding
 from efficient_vlm.errors import UserError
 from efficient_vlm.kernels import ordering
 from efficient_vlm.nn.cross_attention import cross_attention

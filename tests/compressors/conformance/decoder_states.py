@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efficient_vlm.compressors.tokens import DecoderState, VisualTokens
+from efficient_vlm.compressors.signals import DecoderState
+from efficient_vlm.compressors.tokens import VisualTokens
 
 HEADS, KV_HEADS, DEPTH, WIDTH = 4, 2, 4, 8
 

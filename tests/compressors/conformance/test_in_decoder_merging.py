@@ -14,7 +14,7 @@ from decoder_states import best, check_kept, random_case
 from efficient_vlm.compressors import Signals, VisualTokens, build
 from efficient_vlm.compressors.in_decoder import fitprune, sparsevlm_plan, sparsevlm_scores
 from efficient_vlm.compressors.in_decoder.clusters import dpc_knn
-from efficient_vlm.compressors.tokens import DecoderState
+from efficient_vlm.compressors.signals import DecoderState
 from efficient_vlm.costs.traced import traced_flops
 from efficient_vlm.errors import UserError
 from efficient_vlm.nn.rotary import rotate

@@ -195,7 +195,7 @@ class EncoderCut(UnitCut):
             share, budget = self._schedule(units)[0]
             step = self.clone(parent=None, budget=budget, keep=None, share=share)
             return step(tokens, signals)
-        self.check_call(tokens, signals, needs_grid=True)
+        self.check_call(tokens, signals, needs_grid=self.patches is None)
         if self.budget == tokens.mask.shape[1]:
             return tokens
         return arranged(tokens, self.slots(tokens, signals))

@@ -143,7 +143,7 @@ class PixelPrune(UnitCut):
     def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
         if self.budget is None:
             return self.clone(parent=None, budget=tokens.mask.shape[1])(tokens, signals)
-        self.check_call(tokens, signals, needs_grid=True)
+        self.check_call(tokens, signals, needs_grid=self.patches is None)
         return arranged(tokens, self.slots(tokens, signals))
 
 

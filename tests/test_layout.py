@@ -252,6 +252,7 @@ MAY_ORDER = {
     "compressors.between.divprune": WHOLE,
     "compressors.between.prumerge": "quartiles: values of `comparable` scores, no indices",
     "compressors.in_decoder.clusters": WHOLE,
+    "compressors.in_encoder.cut": WHOLE,
     "compressors.in_encoder.unit_cut": WHOLE,
     "compressors.in_encoder.tome": "truth values, and `comparable` cosines",
     "compressors.projectors.gather_pool": WHOLE,

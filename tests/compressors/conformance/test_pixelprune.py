@@ -87,14 +87,9 @@ def test_room_is_that_of_the_pictures():
     pictures = half_blank()
     first = jax.tree.map(lambda x: x[:1], pictures)
     model = model_of()
-    assert fitted(model, first).compressor["budget"] == 5  # ceil(.5 * 9)
+    assert fitted(model, first).compressor["budget"] == 4  # ceil(.375 * 9)
     assert fitted(model, pictures).compressor["budget"] == 9
-    assert (
-        fitted(model.clone(compressor=dict(name="pixelprune", rooms=(0.4,))), first).compressor[
-            "budget"
-        ]
-        == 4
-    )
+    assert fitted(model_of(rooms=(0.5,)), first).compressor["budget"] == 5
     with pytest.raises(UserError) as caught:
         fitted(model_of(budget=4), pictures)
     message = str(caught.value)
@@ -116,7 +111,7 @@ def test_what_stays_is_the_same_in_any_room():
     assert np.asarray(wide.source)[0].tolist() == [0, 1, 2, 3, -1, -1, -1, -1, -1]
     assert np.asarray(wide.source)[1].tolist() == [0, -1, 1, 2, 3, 4, 5, 6, 7]
     first = jax.tree.map(lambda x: x[:1], pictures)
-    narrow = encode(fitted(model, first), first)
+    narrow = encode(fitted(model_of(rooms=(0.5,)), first), first)
     assert narrow.embed.shape[1] == 5
     np.testing.assert_allclose(narrow.embed[0, :4], wide.embed[0, :4], atol=1e-5)
     np.testing.assert_array_equal(narrow.source[0], wide.source[0])

@@ -110,6 +110,13 @@ def test_smolvlm_keeps_the_most_tiles_along_the_longer_edge(limit):
             assert found.text == expected.text
 
 
+def test_a_square_of_an_odd_tile_stays_a_picture():
+    """The published rounding to even edges makes it 34 x 33, more than one tile of 33."""
+    reader = SmolVLMPictures(tile=33, patch=8, shuffle=2, longest=99, max_visual_tokens=4)
+    made = reader(np.kron(np.eye(8, dtype=np.uint8)[..., None] * 255, np.ones((8, 8, 3), np.uint8)))
+    assert made.images.shape[:3] == (1, 33, 33) and made.images.std() > 0.25
+
+
 @pytest.mark.parametrize("limit", [4, 7, 12, 27, 28, 52, 1000])
 def test_internvl_chooses_among_as_many_tiles_as_fit(limit):
     reader = InternVLPictures(**TILES, max_visual_tokens=limit)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -198,6 +199,42 @@ def test_the_benchmark_of_gpus_measures_what_it_says(monkeypatch):
     names = {line[0] for line in script.targets(rows) + script.targets(whole)}
     assert len(names) == 7
     assert all(line[3] in ("PASS", "MISS") for line in script.targets(whole))
+
+
+def gpu_check(*words, **options):
+    """benchmarks/gpu_check.sh as a finished process."""
+    environment = {**os.environ, "PYTHON": sys.executable}
+    return subprocess.run(
+        ["bash", "benchmarks/gpu_check.sh", *words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        **options,
+    )
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be a GPU")
+def test_the_check_of_gpus_refuses_a_machine_without():
+    done = gpu_check(timeout=60)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.count("\n") == 1 and "no GPU is visible" in done.stderr
+    assert gpu_check("--dry", timeout=60).returncode == 2
+
+
+@pytest.mark.slow
+def test_the_check_of_gpus_on_a_cpu(tmp_path):
+    """Each step in its smallest form; all pass, and their numbers are in the one file."""
+    out = tmp_path / "out.json"
+    done = gpu_check("--dry-run", f"--out={out}", timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:]
+    found = json.loads(out.read_text())
+    assert found["dry_run"] and found["machine"]["jax"]
+    steps = found["steps"]
+    assert list(steps) == ["dispatch", "attention", "experts", "decoding", "cuts", "contract"]
+    assert all(step["status"] == "passed" and step["numbers"] for step in steps.values())
+    assert steps["contract"]["numbers"]["passed"] == 1
+    assert set(steps["cuts"]["numbers"]) == {"56_pixels", "112_pixels"}
 
 
 @pytest.mark.slow

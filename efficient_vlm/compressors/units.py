@@ -74,4 +74,6 @@ def kept_units(
     places = np.stack(np.meshgrid(*map(np.arange, cells), indexing="ij"), axis=-1).reshape(-1, 2)
     holds = jax.nn.one_hot(source, mask.shape[1], dtype=jnp.float32)
     position = jnp.einsum("buk,uc->bkc", holds, places.astype(np.float32))
+    # Of merged units, the mean.
+    position = position / jnp.maximum(holds.sum(axis=1), 1)[..., None]
     return position, mask, source

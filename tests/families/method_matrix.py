@@ -62,7 +62,8 @@ _OF_UNITS = {
     **dict.fromkeys(("molmo2", "molmo2_olmo"), "read patches across crops"),
 }
 REFUSED: dict[str, dict[str, str]] = {
-    "tome": dict.fromkeys((*_TILED, *_CROPPED, *_PROJECTED), BLOCKS),
+    "tome": _OF_UNITS,
+    "tofu": _OF_UNITS,
     "downsample": dict.fromkeys((*_TILED, *_CROPPED), _SIZES),
     "encoder_cut": _OF_UNITS,
     "pixelprune": _OF_UNITS,
@@ -153,6 +154,10 @@ class Subject:
             # Their encoders have two layers, LLaVA's one: the second gives no features.
             first = self.model.make_encoder().layers_run == 1
             options |= dict(layers=(0,), score="norm") if first else dict(layers=(1,))
+        if method == "encoder_exit":
+            return None if self.model.make_encoder().layers_run == 1 else dict(layer=1)
+        if method == "ipcv":
+            options |= dict(layer=1, stabilised=0, keep=None)
         if method == "hiprune":
             options |= dict(middle_layer=0.5, alpha=1.0)
         if full:

@@ -73,7 +73,8 @@ class EncoderStack:
           scale: of the attention logits.
 
         Returns:
-          x behind the last layer; layer -> output; the intermediates.
+          x behind the last layer, of the patches that are left if `kept` asks for layers; layer ->
+          output; the intermediates.
         """
         depth = min([depth, *(s.layer for s in self.stages if s.module.ends_encoder)])
         kept = [(at, min(at + 1, depth)) for at in kept]  # With the layers that run up to there.
@@ -107,7 +108,8 @@ class EncoderStack:
                 for name, (what, at) in (*wanted.items(), *observed.items()):
                     if at == layer:
                         intermediates[name] = INTERMEDIATES[what](x, seen, scale)
-        return self.whole(self.run(x, done, depth)), outputs, intermediates
+        x = self.run(x, done, depth)
+        return x if kept else self.whole(x), outputs, intermediates
 
     def whole(self, x: jax.Array) -> jax.Array:
         """x with the patches that sit out."""

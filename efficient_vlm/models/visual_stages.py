@@ -124,14 +124,16 @@ class VisualStages(VisionLanguageFields):
         if grid != tuple(source_grid):
             patches = self._resized_patches(grid, pictures)
             images = resized(images, [side * self.vit.patch_size for side in patches])
-        method, stages = self.make_compressor(), self.encoder_stages(patches)
-        left = bool(stages) and not method.whole_grid
+        method = self.make_compressor()
+        left = method.in_encoder and not method.whole_grid
         if left and pictures.pool_index is not None:
             raise UserError(
                 f"compressor.name: {method.label} removes patches inside the encoder, but tokens "
                 "of this model read patches across crops",
                 allowed="methods between encoder and decoder, or inside the decoder",
             )
+        stages = self.encoder_stages(patches)
+        left &= bool(stages)
         asked = method.intermediates() if asked is None else asked
         valid = None if pictures.valid is None else pictures.valid.reshape(-1, 2)
         features, seen = self.vit(

@@ -190,7 +190,7 @@ CASES = [
     *(Case("encoder_cut", options=fixed(score=score), note=f"-{score}") for score in CUTS),
     Case("pixelprune", identity=False, fewer=True),
     Case("pixelprune", options=fixed(tau=0.5), identity=False, fewer=True, note="-tau"),
-    Case("ipcv", options=fixed(keep=None)),
+    Case("ipcv"),
     Case("encoder_exit"),
     Case("fastv"),
     Case("fastv", options=fixed(row="mean"), note="-mean"),

@@ -146,7 +146,7 @@ def test_all_patches_are_no_cut_and_gradients_reach_all(vit):
         ("ipcv", dict(layer=4), ("compressor.layer", "4 layers", "1 to 3")),
         ("ipcv", dict(layer=0), ("compressor.layer",)),
         ("ipcv", dict(keep=1.2), ("between 0 and 1",)),
-        ("ipcv", dict(budget=3), ("one of the two",)),
+        ("ipcv", dict(budget=3, keep=0.5), ("one of the two",)),
         ("ipcv", dict(budget=40, keep=None), ("1 to 36",)),
         ("ipcv", dict(nearest=0), ("compressor.nearest",)),
         ("encoder_exit", dict(layer=4), ("4 layers", "1 to 3")),

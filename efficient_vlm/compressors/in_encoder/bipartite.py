@@ -34,15 +34,22 @@ class Pairs:
 
 
 def pair(
-    metric: Float[Array, "B U C"], mask: Bool[Array, "B U"], r: int, *, class_token: bool = False
+    metric: Float[Array, "B U C"],
+    mask: Bool[Array, "B U"],
+    r: int,
+    *,
+    every: bool = False,
+    class_token: bool = False,
 ) -> Pairs:
     """Pairs units with the most similar one of the other half; the r best pairs merge.
 
     Args:
       metric: compared by cosine, without gradient.
       mask: which units are real; only those alternate between the halves.
-      r: static, at most U // 2. A row with R real units merges R - (U - r) of them, or none if that
-        is negative.
+      r: static, at most U // 2.
+      every: whether r pairs merge in every row, or half of the units of a row that has fewer than
+        2 r. Else all rows are to end at U - r: one with R real units merges R - (U - r) pairs, or
+        none if that is negative.
       class_token: whether the alternation starts with a protected token that is no unit.
     """
     batch, count = mask.shape
@@ -62,7 +69,8 @@ def pair(
     cosine = ordering.comparable(cosine, (b_index < real)[:, None, :])
     partner = jnp.argmax(cosine, axis=2)
     _, best = ordering.top_k(jnp.max(cosine, axis=2), r, a_index < real)
-    live = jnp.arange(r)[None, :] < real - kept  # Never more pairs than real units in A.
+    most = jnp.minimum(real // 2, r) if every else real - kept
+    live = jnp.arange(r)[None, :] < most  # Never more pairs than real units in A.
     moved = a_index[best]
     target = b_index[jnp.take_along_axis(partner, best, axis=1)]
 

@@ -17,6 +17,8 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.kernels import ordering
 from efficient_vlm.shapes import Array
 
+_PUBLISHED = 0.35
+
 
 class IPCV(UnitCut):
     """`ipcv`: prune inside the vision encoder, restore before the decoder (arXiv 2512.18747).
@@ -36,14 +38,14 @@ class IPCV(UnitCut):
 
     Attributes:
       budget: patches that stay; None for `keep`.
-      keep: share of the patches that stay (published: .35).
+      keep: share of the patches that stay, instead of a budget; None for the published .35.
       layer: layers in front of the cut (published: 3 for Qwen2-VL, 7 for InternVL).
       stabilised: layers behind it in which absent patches give keys and values (published: 7 and
         3).
       nearest: neighbours that say how an absent patch changes.
     """
 
-    keep: float | None = 0.35
+    keep: float | None = None
     layer: int = 3
     stabilised: int = 7
     nearest: int = 10
@@ -58,11 +60,10 @@ class IPCV(UnitCut):
         checks.whole("compressor.layer", self.layer)
         checks.whole("compressor.stabilised", self.stabilised, 0)
         checks.whole("compressor.nearest", self.nearest)
-        if (self.keep is None) == (self.budget is None):
+        if self.keep is not None and self.budget is not None:
             raise UserError(
                 f"compressor.keep: {self.keep} with compressor.budget={self.budget}",
                 allowed="one of the two: a share of the patches, or a number of them",
-                fix="for example compressor.keep=0.35 compressor.budget=None",
             )
         if self.keep is not None and not 0 < self.keep < 1:
             raise UserError(
@@ -92,7 +93,7 @@ class IPCV(UnitCut):
                     allowed=f"1 to {num_tokens}",
                 )
             return None, self.budget
-        exact = exact_share(self.keep)
+        exact = exact_share(_PUBLISHED if self.keep is None else self.keep)
         share = exact.numerator, exact.denominator
         return share, -(-num_tokens * share[0] // share[1])
 

@@ -36,8 +36,8 @@ class ToMe(UnitMethod):
     Deviations: units stay in source order, a merged one at the index of its partner in B; the
     official code lists the unmerged part of A (in score order, or sorted with CLS) before B.
     Attention is invariant to the order, but the alternation of the next layer is not, so pairs
-    differ from layer 2 on. In a row with padding only the real units alternate, and only as many
-    pairs merge as the row has real units above the requested count.
+    differ from layer 2 on. In a row with padding only the real units alternate: by `r` as many
+    pairs merge as alone, by `budget` as many as the row has units above the requested count.
 
     Called as a module it performs one such step, from N to `budget` >= N - N // 2 (or by `r`), with
     `Signals.keys`.
@@ -48,6 +48,7 @@ class ToMe(UnitMethod):
       proportional: whether log(size) is added to the logits.
       class_token: whether a CLS token precedes the tokens (`stages` sets it).
       head_dim: width of the keys, for `flops` only (CLIP ViT-L: 64).
+      every: of one step, whether rows with padding merge as alone; `stages` sets it.
     """
 
     r: int | None = None
@@ -55,10 +56,11 @@ class ToMe(UnitMethod):
     proportional: bool = True
     class_token: bool = False
     head_dim: int = 64
+    every: bool = False
 
     label = "tome"
     needs = frozenset({"keys"})
-    internal = UnitMethod.internal | {"class_token"}
+    internal = UnitMethod.internal | {"class_token", "every"}
 
     def __post_init__(self):
         if self.layers is not None:
@@ -91,7 +93,8 @@ class ToMe(UnitMethod):
         layers, patches = self._layers(num_layers), tuple(patches or (1, num_tokens))
         units = len(units_of_grid(patches, side).places)
         rate = _rate(units, len(layers), self.budget) if self.r is None else self.r
-        common = dict(r=None, layers=None, class_token=class_token, side=side, patches=patches)
+        common = dict(r=None, layers=None, every=self.r is not None, class_token=class_token)
+        common |= dict(side=side, patches=patches)
         stages = []
         for layer in layers:
             left = max(units - min(rate, units // 2), self.budget or 1)
@@ -147,7 +150,8 @@ class ToMe(UnitMethod):
         metric = units.mean(signals.keys.astype(jnp.float32).mean(axis=2), tokens.mask)
         left = len(units.places) - self._target(tokens.mask.shape[1]) // self.side**2
         real = units.real(tokens.mask).any(axis=2)
-        merge = self._merge(tokens, units, pair(metric, real, left, class_token=self.class_token))
+        options = dict(every=self.every, class_token=self.class_token)
+        merge = self._merge(tokens, units, pair(metric, real, left, **options))
         return merge(), merge.features
 
     @nn.nowrap
@@ -157,7 +161,7 @@ class ToMe(UnitMethod):
     def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
         num_tokens = tokens.mask.shape[1]
         budget = self._target(num_tokens)
-        step = self.clone(parent=None, budget=budget, r=None)
+        step = self.clone(parent=None, budget=budget, r=None, every=self.r is not None)
         step.check_call(tokens, signals, needs_grid=False)
         if budget == num_tokens:
             return tokens

@@ -35,7 +35,8 @@ class UnitMethod(Compressor):
     A unit is the block of patches that the model's projector makes one token of (SmolVLM 4 x 4,
     InternVL and Qwen-VL 2 x 2, Gemma 3 4 x 4; a patch without such a projector), so that the
     projector works unchanged on what is left: patches vanish in the encoder and tokens in the
-    decoder.
+    decoder. A unit with a real patch is real; where others of it are padding, the projector gets
+    zeros for them. (No published processor makes such units, all pad to whole ones.)
 
     Attributes:
       budget: units that are left in the end; of one step, patches.

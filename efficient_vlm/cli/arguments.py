@@ -19,9 +19,10 @@ DOTTED = {
     "--config.help         list all fields: type, default, meaning",
     "compressor": "--compressor.OPTION=VALUE       an option of all methods that have it\n"
     "--compressor.NAME.OPTION=VALUE  an option of one; `efficient-vlm methods NAME` lists them",
-    "pictures": "--pictures.OPTION=VALUE  how pictures are cut or resized: min_pixels, max_pixels\n"
-    "                         (Qwen-VL), split (SmolVLM), max_tiles (InternVL),\n"
-    "                         max_crops (Molmo), pan_and_scan (Gemma 3)",
+    "pictures": "--pictures.OPTION=VALUE  how pictures are cut or resized: max_visual_tokens,\n"
+    "                         min_pixels, max_pixels (Qwen-VL), split (SmolVLM), max_tiles\n"
+    "                         (InternVL), max_crops (Molmo), pan_and_scan (Gemma 3),\n"
+    "                         skip_blank (SmolVLM, InternVL)",
 }
 
 

@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from efficient_vlm.checkpoints.names import NameMap
+from efficient_vlm.errors import unknown
 from efficient_vlm.processing.conversation import PromptStyle
 
 Config = Mapping[str, Any]
@@ -69,6 +70,13 @@ class Family:
     variable: bool = False
     block_ids: Callable[[Config], tuple[int, ...]] | None = None
     positions: str = "sequence"
+
+    def check_pictures(self, field: str, options: Iterable[str]) -> None:
+        """Raises UserError for an option that the picture processor does not have."""
+        for option in options:
+            if option not in self.picture_options:
+                known = self.picture_options or (f"none for {self.name}",)
+                raise unknown(field, option, known)
 
     def prompt_style(self, config: Config) -> PromptStyle:
         """How prompts of a model with this config.json are written."""

@@ -65,7 +65,7 @@ GEMMA3 = Family(
     ),
     processor=_processor,
     image_token=lambda config: config.get("image_token_index", config.get("image_token_id")),
-    picture_options=("pan_and_scan",),
+    picture_options=("pan_and_scan", "max_visual_tokens"),
     placeholder="<start_of_image>",
     blocks="image",
 )

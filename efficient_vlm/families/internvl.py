@@ -7,7 +7,7 @@ from efficient_vlm.errors import UserError, short
 from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.texts import decoder_fields, text_of
 from efficient_vlm.families.vision import activation, embedding_refused
-from efficient_vlm.processing.pictures.tiles import InternVLPictures
+from efficient_vlm.processing.pictures.internvl import InternVLPictures
 
 NORMS = {"layer_norm": "layernorm", "rms_norm": "rms"}
 
@@ -155,6 +155,6 @@ INTERNVL = Family(
     ignored=(r"vision_tower\.embeddings\.mask_token", r".*rotary_emb\.inv_freq"),
     processor=_processor,
     image_token=lambda config: config["image_token_id"],
-    picture_options=("max_tiles",),
+    picture_options=("max_tiles", "max_visual_tokens", "skip_blank"),
     placeholder="<IMG_CONTEXT>",
 )

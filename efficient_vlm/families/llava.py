@@ -103,5 +103,6 @@ LLAVA = Family(
     ),
     processor=_processor,
     image_token=lambda config: config.get("image_token_index", config.get("image_token_id")),
+    picture_options=("max_visual_tokens",),
     prompt="llava",
 )

@@ -132,6 +132,7 @@ MOBILEVLM = Family(
     processor=_processor,
     # A placeholder of their code, not a row of the vocabulary.
     image_token=lambda config: config.get("image_token_index", -200),
+    picture_options=("max_visual_tokens",),
     prompt="llava",
     # Their code asks with the conversation "v1", which has the sentence.
     prompt_options={"system": VICUNA_SYSTEM},

@@ -9,6 +9,7 @@ from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.moe_text import OTHERS, experts, mixture
 from efficient_vlm.families.text import PATH, fused_rows
 from efficient_vlm.families.vision import activation
+from efficient_vlm.processing.pictures import overlap
 from efficient_vlm.processing.pictures.base import CLIP_MEAN, CLIP_STD
 from efficient_vlm.processing.pictures.molmo import Molmo
 
@@ -249,8 +250,17 @@ def connector_tensors(m: NameMap) -> None:
         m.plain("padding_embedding", f"{BACKBONE}pad_embed")
 
 
-def _processor(preprocessor: Config, config: Config, **options: Any) -> Any:
-    return Molmo.from_hf({**preprocessor, **options}, config)
+def _processor(
+    preprocessor: Config,
+    config: Config,
+    *,
+    max_visual_tokens: int | None = None,
+    skip_blank: int | None = None,
+    **options: Any,
+) -> Any:
+    overlap.refuse_skipping(skip_blank)
+    settings = {**preprocessor, **options}
+    return Molmo.from_hf(settings, config, max_visual_tokens=max_visual_tokens)
 
 
 _BLOCK = r"^model\.transformer\.blocks\.(\d+)\."
@@ -275,7 +285,7 @@ MOLMO = Family(
     processor=_processor,
     image_token=_image_token,
     special_ids={"image_patch_id": "<im_patch>"},
-    picture_options=("max_crops",),
+    picture_options=("max_crops", "max_visual_tokens", "skip_blank"),
     # The template in its files has neither pictures nor a beginning token.
     prompt="molmo",
     own_prompt=True,

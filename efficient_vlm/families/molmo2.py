@@ -14,7 +14,8 @@ from efficient_vlm.families.molmo import (
 )
 from efficient_vlm.families.text import PATH, attention, fused_rows, glu, llama
 from efficient_vlm.families.vision import activation
-from efficient_vlm.processing.pictures.molmo import Molmo2
+from efficient_vlm.processing.pictures import overlap
+from efficient_vlm.processing.pictures.molmo2 import Molmo2
 
 
 def _vision(config: Config) -> Config:
@@ -124,8 +125,17 @@ def _block_ids(config: Config) -> tuple[int, ...]:
     return (*(config[f"{mark}_token_id"] for mark in marks), column)
 
 
-def _processor(preprocessor: Config, config: Config, **options: Any) -> Any:
-    return Molmo2.from_hf({**preprocessor, **options}, config)
+def _processor(
+    preprocessor: Config,
+    config: Config,
+    *,
+    max_visual_tokens: int | None = None,
+    skip_blank: int | None = None,
+    **options: Any,
+) -> Any:
+    overlap.refuse_skipping(skip_blank)
+    settings = {**preprocessor, **options}
+    return Molmo2.from_hf(settings, config, max_visual_tokens=max_visual_tokens)
 
 
 _LAYER = r"^model\.language_model\.layers\.(\d+)\."
@@ -165,7 +175,7 @@ MOLMO2 = Family(
     ignored=(r".*rotary_emb.*\.inv_freq",),
     processor=_processor,
     image_token=lambda config: config["image_patch_id"],
-    picture_options=("max_crops",),
+    picture_options=("max_crops", "max_visual_tokens", "skip_blank"),
     placeholder="<|image|>",
     begin="bos_or_eos",
     blocks="images",

@@ -48,6 +48,7 @@ PALIGEMMA = Family(
     ),
     processor=_processor,
     image_token=lambda config: config.get("image_token_index", config.get("image_token_id")),
+    picture_options=("max_visual_tokens",),
     prompt="paligemma",
     own_prompt=True,
     begin="prompt",

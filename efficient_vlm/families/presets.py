@@ -89,10 +89,7 @@ def get(
 
 
 def _processor(family: Family, entry: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
-    for option in options:
-        if option not in family.picture_options:
-            known = family.picture_options or (f"none for {family.name}",)
-            raise unknown("--pictures", option, known)
+    family.check_pictures("--pictures", options)
     return family.processor(entry["image_processor"], entry["config"], **options)
 
 
@@ -107,6 +104,8 @@ def _notes(family: Family, processor: Any, picture: tuple[int, int]) -> list[str
     sequence = getattr(processor, "sequence", None)
     if marks := sequence(*picture) - tokens if sequence else 0:
         notes.append(f"{marks} tokens that mark rows and crops are text: add them with --text")
+    if getattr(processor, "skip_blank", None) is not None:
+        notes.append("at most: without its blank tiles (skip_blank) a picture has fewer")
     return notes
 
 

@@ -163,7 +163,7 @@ QWEN_VL = Family(
     ignored=(r".*rotary_emb\.inv_freq", r".*rotary_pos_emb\.inv_freq"),
     processor=_processor,
     image_token=lambda config: config["image_token_id"],
-    picture_options=("min_pixels", "max_pixels"),
+    picture_options=("min_pixels", "max_pixels", "max_visual_tokens"),
     placeholder="<|image_pad|>",
     positions="mrope",
 )

@@ -6,7 +6,7 @@ from efficient_vlm.checkpoints.names import NameMap
 from efficient_vlm.families.base import Config, Family
 from efficient_vlm.families.texts import decoder_fields, text_of
 from efficient_vlm.families.vision import siglip, siglip_tensors
-from efficient_vlm.processing.pictures.tiles import SmolVLMPictures
+from efficient_vlm.processing.pictures.smolvlm import SmolVLMPictures
 
 
 def _model(config: Config) -> dict[str, Any]:
@@ -40,5 +40,5 @@ SMOLVLM = Family(
     ignored=(r".*rotary_emb\.inv_freq", r".*\.position_ids"),
     processor=_processor,
     image_token=lambda config: config["image_token_id"],
-    picture_options=("split",),
+    picture_options=("split", "max_visual_tokens", "skip_blank"),
 )

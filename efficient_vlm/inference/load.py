@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from efficient_vlm.checkpoints.safetensors_index import locate
-from efficient_vlm.errors import UserError, short, unknown
+from efficient_vlm.errors import UserError, short
 from efficient_vlm.families import hub
 from efficient_vlm.families.architecture import build_model, read_config
 from efficient_vlm.families.checks import check_compressor
@@ -50,8 +50,9 @@ def from_pretrained(
         programs of the first request are prepared.
       sha256: file name -> digest of every safetensors file; they are read and compared first.
       adapter: folder with an adapter of PEFT's, which stays apart from the weights until `merge`.
-      **picture_options: of the family's picture processor: min_pixels and max_pixels (Qwen-VL),
-        split (SmolVLM), max_tiles (InternVL), max_crops (Molmo), pan_and_scan (Gemma 3).
+      **picture_options: of the family's picture processor: max_visual_tokens (all), min_pixels and
+        max_pixels (Qwen-VL), split (SmolVLM), max_tiles (InternVL), max_crops (Molmo), pan_and_scan
+        (Gemma 3), skip_blank (SmolVLM, InternVL).
 
     Raises:
       UserError: no such model, a damaged file, or a compressor that this model cannot have.
@@ -75,16 +76,15 @@ def from_pretrained(
         )
     config = read_config(files)
     family = family_of(config)
-    for name in picture_options:
-        if name not in family.picture_options:
-            options = family.picture_options or (f"none for {family.name}",)
-            raise unknown("option of from_pretrained or its pictures", name, options)
+    family.check_pictures("option of from_pretrained or its pictures", picture_options)
+    source = dataclasses.replace(source, directory=directory)
+    processor = Processor(family, config, directory, picture_options, source)
+    if picture_options:  # Refused before the weights are read.
+        _ = processor.pictures
     model = build_model(config, dtype=dtype, compressor=compressor)
     check_compressor(model, family.variable)
     weights, carried = open_weights(
         files, family, config, model, dtype=kind, sharding=sharding, check=check, sha256=sha256
     )
-    source = dataclasses.replace(source, directory=directory)
-    processor = Processor(family, config, directory, picture_options, source)
     vlm = Pretrained(model, weights, processor, carried)
     return vlm if adapter is None else vlm.with_adapter(adapter)

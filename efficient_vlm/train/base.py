@@ -126,7 +126,10 @@ def open_base(fields: PretrainedFields) -> Base:
         if model.encoder is not None:
             parts["encoder"] = {**model.encoder, "remat": fields.remat}
         model = model.clone(**parts)
+    family.check_pictures("model.pictures", fields.pictures)
     processor = Processor(family, config, directory, dict(fields.pictures), source)
+    if fields.pictures:  # Refused before anything is read.
+        _ = processor.pictures
     dtype = known_dtype("model.param_dtype", fields.param_dtype or "float32")
     return Base(model, published, processor, files, dtype)
 

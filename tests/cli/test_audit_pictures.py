@@ -45,7 +45,9 @@ def test_views_are_what_the_processor_makes(name):
     entry = published.get(name)
     family = family_of(entry["config"])
     draws = np.random.default_rng(0)
-    for options in ({}, *({option: OPTIONS[option]} for option in family.picture_options)):
+    # Sizes cannot tell what is blank, see tests/processing/test_skip_blank.py.
+    known = [option for option in family.picture_options if option != "skip_blank"]
+    for options in ({}, *({option: OPTIONS[option]} for option in known)):
         processor = family.processor(entry["image_processor"], entry["config"], **options)
         for height, width in (*draws.integers(30, 900, (2, 2)), (100, 700)):
             made = processor(Image.new("RGB", (int(width), int(height))))
@@ -61,6 +63,7 @@ OPTIONS = dict(
     max_tiles=3,
     max_crops=3,
     pan_and_scan=True,
+    max_visual_tokens=1000,
 )
 
 
@@ -84,6 +87,9 @@ def test_fewer_pixels_are_fewer_patches(audited):
         ("internvl3-1b", {"max_tiles": 4}, 5, 5 * 256),
         ("molmo-7b-d", {"max_crops": 4}, 5, 5 * 144),
         ("molmo2-4b", {"max_crops": 4}, 5, 725),
+        ("smolvlm-256m", {"max_visual_tokens": 600}, 5, 5 * 64),
+        ("internvl3-1b", {"max_visual_tokens": 1600}, 5, 5 * 256),
+        ("molmo2-4b", {"max_visual_tokens": 800}, 5, 725),
     ],
 )
 def test_fewer_tiles_cost_less(quick, audited, name, options, images, tokens):
@@ -128,7 +134,12 @@ def test_downsample_counts_fewer_pixels(quick, audited):
     ("words", "said"),
     [
         (("--preset=qwen2-vl-2b", "--pictures.max_pixel=5"), ["'max_pixel'", "max_pixels"]),
-        (("--preset=llava-1.5-7b", "--pictures.split=false"), ["none for llava"]),
+        (("--preset=llava-1.5-7b", "--pictures.split=false"), ["'split'", "max_visual_tokens"]),
+        (
+            ("--preset=llava-1.5-7b", "--pictures.max_visual_tokens=100"),
+            ["max_visual_tokens: 100", "576 or more: every picture has as many"],
+        ),
+        (("--preset=molmo-7b-d", "--pictures.skip_blank=0"), ["skip_blank: 0", "all crops"]),
         (("--preset=qwen2-vl-2b", "--pictures.max_pixels=many"), ["'many'", "a whole number"]),
         (("--preset=qwen2-vl-2b", "--pictures.max_pixels=5"), ["max_pixels: 5", "min_pixels"]),
         (("--preset=qwen2-vl-2b", "--pictures.max_pixels"), ["no value"]),

@@ -18,7 +18,8 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.processing.batch import question_inputs, training_inputs
 from efficient_vlm.processing.concatenate import concatenate
 from efficient_vlm.processing.gather import fitted
-from efficient_vlm.processing.pictures.molmo import Molmo, Molmo2
+from efficient_vlm.processing.pictures.molmo import Molmo
+from efficient_vlm.processing.pictures.molmo2 import Molmo2
 from efficient_vlm.processing.request import Example
 from efficient_vlm.train import step as steps
 

@@ -9,7 +9,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers", minversion="5.23")
 hf = pytest.importorskip("transformers.models.molmo2.image_processing_molmo2")
 
-from efficient_vlm.processing.pictures.molmo import Molmo2, resize_and_pad  # noqa: E402
+from efficient_vlm.processing.pictures.molmo import resize_and_pad  # noqa: E402
+from efficient_vlm.processing.pictures.molmo2 import Molmo2  # noqa: E402
 
 pytestmark = pytest.mark.parity
 

@@ -36,13 +36,14 @@ from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_stri
 
 from efficient_vlm.errors import UserError  # noqa: E402
 from efficient_vlm.processing.pictures import base  # noqa: E402
+from efficient_vlm.processing.pictures.internvl import InternVLPictures  # noqa: E402
 from efficient_vlm.processing.pictures.native import Qwen2VLPictures, Qwen3VLPictures  # noqa: E402
 from efficient_vlm.processing.pictures.resized import LlavaPictures  # noqa: E402
+from efficient_vlm.processing.pictures.smolvlm import SmolVLMPictures  # noqa: E402
 from efficient_vlm.processing.pictures.stretched import (  # noqa: E402
     Gemma3Pictures,
     PaliGemmaPictures,
 )
-from efficient_vlm.processing.pictures.tiles import InternVLPictures, SmolVLMPictures  # noqa: E402
 
 pytestmark = pytest.mark.parity
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from efficient_vlm.errors import UserError
-from efficient_vlm.processing.pictures.molmo import Molmo, Molmo2
+from efficient_vlm.processing.pictures.molmo import Molmo
+from efficient_vlm.processing.pictures.molmo2 import Molmo2
 from efficient_vlm.processing.pictures.overlap import raster, select_tiling
 
 # (height, width): tokens in the prompt and images, counted from the released preprocessors.

@@ -14,12 +14,13 @@ from PIL import Image
 
 from efficient_vlm.errors import UserError
 from efficient_vlm.processing.pictures import base
-from efficient_vlm.processing.pictures.molmo import Molmo2
+from efficient_vlm.processing.pictures.internvl import InternVLPictures
+from efficient_vlm.processing.pictures.molmo2 import Molmo2
 from efficient_vlm.processing.pictures.native import Qwen2VLPictures, Qwen3VLPictures
 from efficient_vlm.processing.pictures.resized import LlavaPictures, MobileVLMPictures
 from efficient_vlm.processing.pictures.siglip import SiglipPictures
+from efficient_vlm.processing.pictures.smolvlm import SmolVLMPictures
 from efficient_vlm.processing.pictures.stretched import Gemma3Pictures, PaliGemmaPictures
-from efficient_vlm.processing.pictures.tiles import InternVLPictures, SmolVLMPictures
 
 SMOL_2B = {"scale_factor": 3, "vision_config": {"image_size": 384, "patch_size": 14}}
 FAMILIES = {

@@ -8,7 +8,7 @@ is the resized area over the area of one token.
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from PIL import Image
 
@@ -17,6 +17,7 @@ from efficient_vlm.processing.decode_image import MAX_PIXELS
 from efficient_vlm.processing.pictures import base
 from efficient_vlm.processing.pictures import settings as reading
 from efficient_vlm.processing.pictures.base import Pictured, Triple
+from efficient_vlm.processing.pictures.limits import Limited
 
 # The published limit on the longer over the shorter edge.
 MAX_ASPECT = 200
@@ -61,8 +62,28 @@ def smart_resize(
     return rows * factor, columns * factor
 
 
+def most_within(height: int, width: int, tokens: int) -> tuple[int, int]:
+    """Rows and columns of the largest grid that fits: both edges at one scale, rounded down.
+
+    That is what `smart_resize` makes of a picture that is too large, at the scale that leaves the
+    most. A picture whose single row or column would be too long is squeezed to `tokens` cells.
+
+    Args:
+      height, width: of the picture.
+      tokens: the most cells of the grid, 1 or more.
+    """
+    short, long = min(height, width), max(height, width)
+    few = max(
+        (n for n in range(1, math.isqrt(tokens) + 1) if n * (long * n // short) <= tokens),
+        default=1,
+    )
+    # As the picture grows, the longer edge gains cells until the shorter one has its next.
+    many = min(tokens // few, (long * (few + 1) - 1) // short)
+    return (few, many) if height <= width else (many, few)
+
+
 @dataclasses.dataclass(frozen=True)
-class Qwen2VLPictures:
+class Qwen2VLPictures(Limited):
     """Qwen2-VL and Qwen2.5-VL: 28 x 28 pixels per visual token.
 
     Attributes:
@@ -82,6 +103,7 @@ class Qwen2VLPictures:
     resample: int = Image.Resampling.BICUBIC
     mean: Triple = base.CLIP_MEAN
     std: Triple = base.CLIP_STD
+    _least: ClassVar[str] = "those of min_pixels"
 
     @classmethod
     def from_hf(
@@ -91,6 +113,7 @@ class Qwen2VLPictures:
         *,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        max_visual_tokens: int | None = None,
     ) -> Self:
         """Reads the files of a checkpoint.
 
@@ -102,6 +125,7 @@ class Qwen2VLPictures:
           config: content of `config.json`.
           min_pixels: smallest area instead of the file's.
           max_pixels: largest area instead of the file's, which may allow 16,384 visual tokens.
+          max_visual_tokens: see `Limited`.
 
         Raises:
           UserError: a setting out of range.
@@ -149,17 +173,23 @@ class Qwen2VLPictures:
             resample=reading.resample_of(settings, cls.resample),
             mean=mean,
             std=std,
+            max_visual_tokens=max_visual_tokens,
         )
+
+    @property
+    def least(self) -> int:
+        """Visual tokens of `min_pixels`, rounded up."""
+        return math.ceil(self.min_pixels / (self.patch * self.merge) ** 2)
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width after resizing; see `smart_resize` for errors."""
-        return smart_resize(
-            height,
-            width,
-            factor=self.patch * self.merge,
-            min_pixels=self.min_pixels,
-            max_pixels=self.max_pixels,
-        )
+        token = self.patch * self.merge
+        limits = dict(min_pixels=self.min_pixels, max_pixels=self.max_pixels)
+        size = smart_resize(height, width, factor=token, **limits)
+        if self.fits(math.prod(size) // token**2):
+            return size
+        rows, columns = most_within(height, width, self.max_visual_tokens)
+        return rows * token, columns * token
 
     def count(self, height: int, width: int) -> int:
         """Visual tokens of a picture of this size; see `smart_resize` for errors."""

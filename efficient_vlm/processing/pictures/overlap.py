@@ -10,17 +10,37 @@ preprocessors ("overlap-and-resize-c2").
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 
 from efficient_vlm.errors import UserError, short
 from efficient_vlm.processing.pictures import base
 from efficient_vlm.processing.pictures import settings as reading
+from efficient_vlm.processing.pictures.limits import Limited
+
+PATCH, COLUMN, START, LOW_RES_START, END = (
+    "<im_patch>",
+    "<im_col>",
+    "<im_start>",
+    "<low_res_im_start>",
+    "<im_end>",
+)
 
 
-def select_tiling(height: int, width: int, window: int, most: int) -> tuple[int, int]:
+def layout(rows: int, columns: int, *, start: str = START, column_token: bool = True) -> str:
+    """The text of a grid of visual tokens, row by row."""
+    return start + (PATCH * columns + COLUMN * column_token) * rows + END
+
+
+def select_tiling(
+    height: int,
+    width: int,
+    window: int,
+    most: int,
+    fits: Callable[[tuple[int, int]], bool] = lambda tiling: True,
+) -> tuple[int, int]:
     """Rows and columns of windows for a picture.
 
     The tiling that enlarges the picture least; if all of them shrink it, the one that shrinks it
@@ -31,8 +51,10 @@ def select_tiling(height: int, width: int, window: int, most: int) -> tuple[int,
       height, width: pixels of the picture without the margins.
       window: edge of a window in pixels.
       most: largest number of windows.
+      fits: which tilings there are to choose from; at least one.
     """
     tilings = [(i, j) for i in range(1, most + 1) for j in range(1, most // i + 1)]
+    tilings = [tiling for tiling in tilings if fits(tiling)]
     tilings.sort(key=lambda tiling: (tiling[0] * tiling[1], tiling[0]))
     # float32, like the released code, so that a picture that fits exactly compares alike.
     with np.errstate(divide="ignore"):
@@ -80,7 +102,7 @@ def pooling_windows(grid: np.ndarray, pool: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Overlapping:
+class Overlapping(Limited):
     """Crop geometry of both generations.
 
     Attributes:
@@ -99,6 +121,7 @@ class Overlapping:
     margins: tuple[int, int]
     mean: base.Triple
     std: base.Triple
+    _least: ClassVar[str] = "the whole picture and one crop"
 
     def __post_init__(self):
         if self.crop % self.patch or self.window < self.patch:
@@ -107,6 +130,7 @@ class Overlapping:
                 f"margins {list(self.margins)}",
                 allowed="whole patches in a crop, at least one of them between the margins",
             )
+        super().__post_init__()
 
     @property
     def side(self) -> int:
@@ -118,10 +142,18 @@ class Overlapping:
         """Edge in pixels of the window of a crop."""
         return self.crop - sum(self.margins) * self.patch
 
+    @property
+    def least(self) -> int:
+        """Visual tokens of the whole and of one crop."""
+        return self._tokens((1, 1))
+
     def tiling(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of crops for a picture of this size."""
         margin = self.crop - self.window
-        return select_tiling(height - margin, width - margin, self.window, self.max_crops)
+        sizes = (height - margin, width - margin, self.window, self.max_crops)
+        if self.max_visual_tokens is None:
+            return select_tiling(*sizes)
+        return select_tiling(*sizes, lambda tiling: self.fits(self._tokens(tiling)))
 
     def canvas(self, tiling: tuple[int, int]) -> tuple[int, int]:
         """Height and width in pixels of the canvas that these crops cover."""
@@ -135,9 +167,16 @@ class Overlapping:
           UserError: no pixels or too many.
         """
         base.check_size(height, width)
-        rows, columns = self.canvas(self.tiling(height, width))
+        return self._grid(self.tiling(height, width))
+
+    def _grid(self, tiling: tuple[int, int]) -> tuple[int, int]:
+        rows, columns = self.canvas(tiling)
         edge = self.patch * self.pool
         return math.ceil(rows / edge), math.ceil(columns / edge)
+
+    def _tokens(self, tiling: tuple[int, int]) -> int:
+        """Visual tokens of these crops and of the whole view."""
+        return math.ceil(self.side / self.pool) ** 2 + math.prod(self._grid(tiling))
 
     def count(self, height: int, width: int) -> int:
         """Visual tokens of a picture of this size, those of the whole view included.
@@ -145,8 +184,8 @@ class Overlapping:
         Raises:
           UserError: no pixels or too many.
         """
-        rows, columns = self.grid(height, width)
-        return math.ceil(self.side / self.pool) ** 2 + rows * columns
+        base.check_size(height, width)
+        return self._tokens(self.tiling(height, width))
 
     def views(self, height: int, width: int) -> tuple[int, int, int]:
         """How many images a picture of this size becomes, and their height and width in pixels.
@@ -167,6 +206,16 @@ class Overlapping:
         """[crops, crop, crop, ...] of [H, W, ...], row by row."""
         return np.stack(
             [canvas[y : y + self.crop, x : x + self.crop] for y, x in self.corners(tiling)]
+        )
+
+
+def refuse_skipping(skip_blank: int | None) -> None:
+    """Raises UserError where blank crops are to be left out, which these families cannot do."""
+    if skip_blank is not None:
+        raise UserError(
+            f"skip_blank: {short(skip_blank)} for Molmo",
+            allowed="None: rows of visual tokens run across all crops, so none can be left out",
+            fix="max_visual_tokens, for fewer crops",
         )
 
 

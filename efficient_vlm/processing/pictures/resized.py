@@ -15,10 +15,11 @@ from efficient_vlm.errors import UserError, short
 from efficient_vlm.processing.pictures import base
 from efficient_vlm.processing.pictures import settings as reading
 from efficient_vlm.processing.pictures.base import Pictured, Triple
+from efficient_vlm.processing.pictures.limits import Limited
 
 
 @dataclasses.dataclass(frozen=True)
-class LlavaPictures:
+class LlavaPictures(Limited):
     """LLaVA-1.5, and every CLIP-preprocessed model with one token per patch.
 
     Attributes:
@@ -53,7 +54,13 @@ class LlavaPictures:
     _merge: ClassVar[int] = 1  # Edge of the square of patches that makes one visual token.
 
     @classmethod
-    def from_hf(cls, preprocessor: Mapping[str, Any], config: Mapping[str, Any]) -> Self:
+    def from_hf(
+        cls,
+        preprocessor: Mapping[str, Any],
+        config: Mapping[str, Any],
+        *,
+        max_visual_tokens: int | None = None,
+    ) -> Self:
         """Reads the files of a checkpoint.
 
         `pad` follows "do_pad" of the preprocessor, or "image_aspect_ratio": "pad" of the model,
@@ -63,6 +70,7 @@ class LlavaPictures:
         Args:
           preprocessor: content of `preprocessor_config.json`; {}: the published 336 pixels.
           config: content of `config.json`.
+          max_visual_tokens: see `Limited`.
 
         Raises:
           UserError: a setting out of range, or one that the family does not support.
@@ -106,11 +114,17 @@ class LlavaPictures:
             mean=mean,
             std=std,
             class_feature=select == "full",
+            max_visual_tokens=max_visual_tokens,
         )
 
     @staticmethod
     def _pads(config: Mapping[str, Any]) -> bool:
         return config.get("image_aspect_ratio") == "pad"
+
+    @property
+    def least(self) -> int:
+        """Visual tokens of every picture."""
+        return self.grid**2 + self.class_feature
 
     def count(self, height: int, width: int) -> int:
         """Visual tokens of a picture of this size, whatever it is.
@@ -119,7 +133,7 @@ class LlavaPictures:
           UserError: no pixels or too many.
         """
         base.check_size(height, width)
-        return self.grid**2 + self.class_feature
+        return self.least
 
     def views(self, height: int, width: int) -> tuple[int, int, int]:
         """How many images a picture of this size becomes, and their height and width in pixels.

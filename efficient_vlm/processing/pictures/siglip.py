@@ -9,11 +9,12 @@ from PIL import Image
 from efficient_vlm.processing.pictures import base
 from efficient_vlm.processing.pictures import settings as reading
 from efficient_vlm.processing.pictures.base import Pictured, Triple
+from efficient_vlm.processing.pictures.limits import Limited
 from efficient_vlm.processing.pictures.resized import pad_square
 
 
 @dataclasses.dataclass(frozen=True)
-class SiglipPictures:
+class SiglipPictures(Limited):
     """The whole picture stretched to a square, one token per patch: 384 pixels, 27 x 27 tokens.
 
     Pixels at the right and bottom that do not fill a patch (6 of 384) are cut off, as in the
@@ -38,7 +39,13 @@ class SiglipPictures:
     fill: Triple = base.HALF
 
     @classmethod
-    def from_hf(cls, preprocessor: Mapping[str, Any], config: Mapping[str, Any]) -> Self:
+    def from_hf(
+        cls,
+        preprocessor: Mapping[str, Any],
+        config: Mapping[str, Any],
+        *,
+        max_visual_tokens: int | None = None,
+    ) -> Self:
         """Reads the files of a checkpoint; {} means the published 384 pixels.
 
         `pad` follows "image_aspect_ratio": "pad" of the model, which original checkpoints have.
@@ -46,6 +53,7 @@ class SiglipPictures:
         Args:
           preprocessor: content of `preprocessor_config.json`.
           config: content of `config.json`.
+          max_visual_tokens: see `Limited`.
 
         Raises:
           UserError: a setting out of range.
@@ -55,7 +63,13 @@ class SiglipPictures:
             **reading.stretched(cls, preprocessor, config),
             pad=config.get("image_aspect_ratio") == "pad",
             fill=reading.mean_std({**settings, "do_normalize": True}, cls.mean, cls.std)[0],
+            max_visual_tokens=max_visual_tokens,
         )
+
+    @property
+    def least(self) -> int:
+        """Visual tokens of every picture."""
+        return (self.size // self.patch) ** 2
 
     def count(self, height: int, width: int) -> int:
         """Visual tokens of a picture of this size, whatever it is.
@@ -64,7 +78,7 @@ class SiglipPictures:
           UserError: no pixels or too many.
         """
         base.check_size(height, width)
-        return (self.size // self.patch) ** 2
+        return self.least
 
     def views(self, height: int, width: int) -> tuple[int, int, int]:
         """How many images a picture of this size becomes, and their height and width in pixels.

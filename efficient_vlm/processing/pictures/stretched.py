@@ -6,7 +6,7 @@ PaliGemma (arXiv 2407.07726, 2412.03555), Gemma 3 (arXiv 2503.19786).
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from PIL import Image
 
@@ -15,10 +15,11 @@ from efficient_vlm.errors import UserError
 from efficient_vlm.processing.pictures import base
 from efficient_vlm.processing.pictures import settings as reading
 from efficient_vlm.processing.pictures.base import Pictured, Triple
+from efficient_vlm.processing.pictures.limits import Limited
 
 
 @dataclasses.dataclass(frozen=True)
-class PaliGemmaPictures:
+class PaliGemmaPictures(Limited):
     """PaliGemma 1 and 2: the whole picture stretched to 224, 448 or 896, one token per patch.
 
     Attributes:
@@ -36,13 +37,29 @@ class PaliGemmaPictures:
     std: Triple = base.HALF
 
     @classmethod
-    def from_hf(cls, preprocessor: Mapping[str, Any], config: Mapping[str, Any]) -> Self:
+    def from_hf(
+        cls,
+        preprocessor: Mapping[str, Any],
+        config: Mapping[str, Any],
+        *,
+        max_visual_tokens: int | None = None,
+    ) -> Self:
         """Reads `preprocessor_config.json` and `config.json`; {} means the published 224 pixels.
+
+        Args:
+          preprocessor, config: contents of those files.
+          max_visual_tokens: see `Limited`.
 
         Raises:
           UserError: a setting out of range.
         """
-        return cls(**reading.stretched(cls, preprocessor, config))
+        fields = reading.stretched(cls, preprocessor, config)
+        return cls(**fields, max_visual_tokens=max_visual_tokens)
+
+    @property
+    def least(self) -> int:
+        """Visual tokens of every picture."""
+        return (self.size // self.patch) ** 2
 
     def count(self, height: int, width: int) -> int:
         """Visual tokens of a picture of this size, whatever it is.
@@ -51,7 +68,7 @@ class PaliGemmaPictures:
           UserError: no pixels or too many.
         """
         base.check_size(height, width)
-        return (self.size // self.patch) ** 2
+        return self.least
 
     def views(self, height: int, width: int) -> tuple[int, int, int]:
         """How many images a picture of this size becomes, and their height and width in pixels.
@@ -83,7 +100,7 @@ class PaliGemmaPictures:
 
 
 @dataclasses.dataclass(frozen=True)
-class Gemma3Pictures:
+class Gemma3Pictures(Limited):
     """Gemma 3: the picture stretched to 896, 64 x 64 patches averaged to 16 x 16 tokens.
 
     With pan and scan (section 2.1 of the report), an elongated picture is followed by up to
@@ -113,6 +130,7 @@ class Gemma3Pictures:
     resample: int = Image.Resampling.BILINEAR
     mean: Triple = base.HALF
     std: Triple = base.HALF
+    _least: ClassVar[str] = "those of the whole picture"
 
     @classmethod
     def from_hf(
@@ -121,8 +139,14 @@ class Gemma3Pictures:
         config: Mapping[str, Any],
         *,
         pan_and_scan: bool = False,
+        max_visual_tokens: int | None = None,
     ) -> Self:
         """Reads `preprocessor_config.json` and `config.json`; {} means the published 896 pixels.
+
+        Args:
+          preprocessor, config: contents of those files.
+          pan_and_scan: add cuts of elongated pictures.
+          max_visual_tokens: see `Limited`.
 
         Raises:
           UserError: a setting out of range, or a number of tokens that is not a square.
@@ -137,7 +161,13 @@ class Gemma3Pictures:
         # "do_pan_and_scan" and the limits beside it are not read: whatever an image processor was
         # saved with, transformers' Gemma3Processor puts its class's own values (off, 256 pixels, 4
         # cuts, ratio 1.2) in their place, so that no caller of AutoProcessor has seen the file's.
-        return cls(**shared, grid=grid, pan_and_scan=pan_and_scan)
+        given = dict(pan_and_scan=pan_and_scan, max_visual_tokens=max_visual_tokens)
+        return cls(**shared, grid=grid, **given)
+
+    @property
+    def least(self) -> int:
+        """Visual tokens of the whole picture."""
+        return self.grid**2
 
     def count(self, height: int, width: int) -> int:
         """Visual tokens of a picture of this size.
@@ -149,13 +179,15 @@ class Gemma3Pictures:
         return (1 + self._cuts(height, width)) * self.grid**2
 
     def _cuts(self, height: int, width: int) -> int:
-        """How many cuts pan and scan makes along the longer edge; 0 for none."""
+        """How many cuts pan and scan makes along the longer edge: none, or some that fit."""
         long, short = max(height, width), min(height, width)
         if not self.pan_and_scan or long / short < self.min_ratio:
             return 0
         wanted = min(math.floor(long / short + 0.5), long // self.min_crop)
         cuts = min(max(wanted, 2), self.max_crops)
-        return cuts if min(math.ceil(long / cuts), short) >= self.min_crop else 0
+        while cuts and not self.fits((1 + cuts) * self.grid**2):
+            cuts = cuts - 1 if cuts > 2 else 0
+        return cuts if cuts and min(math.ceil(long / cuts), short) >= self.min_crop else 0
 
     def views(self, height: int, width: int) -> tuple[int, int, int]:
         """How many images a picture of this size becomes, and their height and width in pixels.

@@ -11,7 +11,7 @@ from efficient_vlm.cli.list_methods import is_trained, sources
 from efficient_vlm.compressors.methods import METHODS, build, options, reachable
 
 PAGE = Path(__file__).with_name("compressors.md")
-BASELINES = ("none", "random", "stride", "pool", "downsample")
+BASELINES = ("none", "random", "stride", "pool", "downsample", "encoder_exit")
 OWN = ("text_topk", "resampler")
 # Modules of baselines, pools and selectors, which are trained with.
 SIMPLE = (".pooling", ".selectors", ".visionselector")

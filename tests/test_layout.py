@@ -254,7 +254,7 @@ MAY_ORDER = {
     "compressors.in_decoder.clusters": WHOLE,
     "compressors.in_encoder.cut": WHOLE,
     "compressors.in_encoder.unit_cut": WHOLE,
-    "compressors.in_encoder.tome": "truth values, and `comparable` cosines",
+    "compressors.in_encoder.bipartite": "truth values, and `comparable` cosines",
     "compressors.projectors.gather_pool": WHOLE,
     "compressors.select": WHOLE,
     "compressors.tokens": WHOLE,

@@ -106,6 +106,11 @@ class WithoutWeights:
         module = methods.build(name, **{"grid": self.grid, **options}, parent=None)
         if lacking := sorted(module.needs - pixel_signals.GIVEN):
             raise _needs_run(name, f"it needs {lacking[0]}")
+        if kind.whole_grid:
+            raise UserError(
+                f"--compressor={name}: all patches leave the encoder, so there is no map of it",
+                allowed="methods that drop or merge patches",
+            )
         if kind.in_encoder:
             source = self._steps(module)
         else:
@@ -266,7 +271,7 @@ def _probe(fields: Mapping[str, Any], grid: Grid) -> Compressor:
 def _nearest(knobs, budget: int, reached) -> Mapping[str, Any]:
     """Of settings with ever more tokens, the one nearest to `budget`; the smaller of two."""
     settings = list(knobs)
-    if not settings:
+    if not settings or reached(settings[0]) is None:
         return {}
     place = bisect.bisect_left(settings, budget, key=reached)
     near = settings[max(place - 1, 0) : place + 1]

@@ -89,6 +89,9 @@ class Compressor(nn.Module):
         whose place it can stand.
       of_units: for methods inside the encoder, whether what they leave are whole blocks of patches
         that the model's projector can read.
+      whole_grid: likewise, whether the whole grid leaves the encoder all the same, and any
+        projector can read it.
+      ends_encoder: likewise, whether the encoder ends at its stage.
       optional_budget: whether `budget` may be None because other options set the token count.
       min_budget: 0 for methods that can drop every token.
       internal: fields that `stages` sets on the modules it creates; not options of the method.
@@ -108,6 +111,8 @@ class Compressor(nn.Module):
     text_scores = False
     makes_tokens = False
     of_units = False
+    whole_grid = False
+    ends_encoder = False
     optional_budget = False
     min_budget = 1
     internal = frozenset()

@@ -25,9 +25,11 @@ from efficient_vlm.compressors.in_decoder.sparsevlm import SparseVLM
 from efficient_vlm.compressors.in_decoder.v2drop import V2Drop
 from efficient_vlm.compressors.in_decoder.vtw import VisualTokensWithdrawal
 from efficient_vlm.compressors.in_encoder.cut import EncoderCut
+from efficient_vlm.compressors.in_encoder.early_exit import EncoderExit
+from efficient_vlm.compressors.in_encoder.ipcv import IPCV
 from efficient_vlm.compressors.in_encoder.minicpm import MiniCPMMerger
 from efficient_vlm.compressors.in_encoder.pixelprune import PixelPrune
-from efficient_vlm.compressors.in_encoder.tome import ToMe
+from efficient_vlm.compressors.in_encoder.tome import ToFu, ToMe
 from efficient_vlm.compressors.projectors.cell import TokenPacker
 from efficient_vlm.compressors.projectors.conv import LDP, CAbstractor, LDPv2
 from efficient_vlm.compressors.projectors.elastic import M3, MQT
@@ -73,8 +75,11 @@ METHODS: dict[str, type[Compressor]] = {
         CDPruner,
         Scope,
         ToMe,
+        ToFu,
         EncoderCut,
         PixelPrune,
+        IPCV,
+        EncoderExit,
         FastV,
         PyramidDrop,
         Feather,

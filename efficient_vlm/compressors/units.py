@@ -73,5 +73,7 @@ def kept_units(
     mask = tokens.mask.reshape(len(tokens.mask), -1, side**2).any(axis=2)
     places = np.stack(np.meshgrid(*map(np.arange, cells), indexing="ij"), axis=-1).reshape(-1, 2)
     holds = jax.nn.one_hot(source, mask.shape[1], dtype=jnp.float32)
-    position = jnp.einsum("buk,uc->bkc", holds, places.astype(np.float32))
+    # The mean of what was merged.
+    position = (holds[..., None] * places.astype(np.float32)[:, None]).sum(axis=1)
+    position = position / jnp.maximum(holds.sum(axis=1), 1)[..., None]
     return position, mask, source

@@ -77,6 +77,7 @@ def encoder_cost(vit: ViT, patches: int, stages: Sequence[Stage] = ()) -> Encode
       stages: of a method inside it; each leaves `module.budget` patch tokens.
     """
     special, head_dim = int(vit.class_token), vit.width // vit.num_heads
+    depth = min([vit.layers_run, *(s.layer for s in stages if s.module.ends_encoder)])
     pixels = _CHANNELS * vit.temporal_patch * vit.patch_size**2
     matrices = 3 if vit.mlp_gated else 2
     if vit.stem_dim is None:
@@ -85,23 +86,38 @@ def encoder_cost(vit: ViT, patches: int, stages: Sequence[Stage] = ()) -> Encode
         total = dense(patches, pixels, vit.stem_dim) + dense(patches, vit.stem_dim, vit.width)
     count, beside, layers = patches, 0, []
 
+    stabilised, whole = range(0), 0  # Layers whose keys are those of all, and to put them back.
+
     def cut(layer: int, inside: bool) -> None:
-        nonlocal count, beside
+        nonlocal count, beside, stabilised, whole
         for stage in stages:
             if stage.layer == layer and stage.inside == inside:
                 for name in stage.module.observes.values():
                     beside += INTERMEDIATE_FLOPS[name](count + special, vit.width)
                 beside += with_keys(stage.module, head_dim).flops(count, vit.width)
+                if stage.module.whole_grid and not stage.module.ends_encoder:
+                    stabilised = range(layer, layer + stage.module.stabilised)
+                    whole = stage.module.whole_flops(count, vit.width)
                 count = after(stage.module, count)
 
-    for layer in range(vit.layers_run):
+    for layer in range(depth):
         cut(layer, inside=False)
         tokens = count + special
-        total += attention(tokens, tokens, vit.width, vit.num_heads, vit.num_heads, head_dim)
+        heads = (vit.width, vit.num_heads, vit.num_heads, head_dim)
+        if layer in stabilised:
+            total += attention(tokens, patches + special, *heads)
+            total += dense(patches - count, vit.width, 2 * vit.width)  # Keys and values.
+            beside += whole
+        else:
+            total += attention(tokens, tokens, *heads)
         cut(layer, inside=True)
         total += matrices * dense(count + special, vit.width, vit.mlp_dim)
         layers.append(EncoderLayerTokens(tokens, count + special))
     cut(vit.layers_run, inside=False)
+    if any(stage.module.whole_grid for stage in stages):
+        features = [layer % vit.depth for layer in vit.feature_layers or (-1,)]
+        beside += whole * sum(layer >= stages[0].layer for layer in features)
+        return EncoderCost(total, beside, tuple(layers), patches)
     return EncoderCost(total, beside, tuple(layers), count)
 
 

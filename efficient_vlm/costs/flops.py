@@ -148,7 +148,7 @@ def model_cost(
         vit = vit.clone(image_size=image_size)
     entrance = _entrance(model, method, vit, pooled)
     patches = math.prod(entrance.patches)
-    inside, side = method.in_encoder, model.unit_side
+    inside, side = method.in_encoder and not method.whole_grid, model.unit_side
     encoder = encoder_cost(vit, patches, model.encoder_stages(entrance.patches))
     between = images * (encoder.stage_flops + signal_flops(vit, method, patches))
     tokens = math.prod(entrance.read)

@@ -172,8 +172,8 @@ class ViT(nn.Module):
           asked for, N = h*w patches without CLS (features [B, N, width]; keys [B, N, heads, dim];
           rows and means float32 [B, N], attention that each patch receives: from CLS, from CLS
           with all heads as one (logits / sqrt(width)), from the mean query, from all queries;
-          they sum to 1 together with what CLS receives). With `stages`: "tokens", the features as
-          VisualTokens of the grid, N of them being left.
+          they sum to 1 together with what CLS receives). With `stages` that do not leave the whole
+          grid: "tokens", the features as VisualTokens of the grid, N of them being left.
 
         Raises:
           UserError: unknown name or layer, or a CLS row of an encoder without CLS.
@@ -185,7 +185,8 @@ class ViT(nn.Module):
             for name in intermediates
         }
         kept = [self._layer(layer) for layer in self.feature_layers or ()]
-        if stages and len(kept) > 1 and not stages[0].module.of_units:
+        left = bool(stages) and not stages[0].module.whole_grid
+        if left and len(kept) > 1 and not stages[0].module.of_units:
             raise UserError(
                 f"compressor.name: {stages[0].module.label} merges patches inside the encoder, "
                 f"whose features are those of {len(kept)} layers side by side",
@@ -212,7 +213,7 @@ class ViT(nn.Module):
         else:
             features = x[:, skipped:]
             features = norm(name="norm")(features) if self.final_norm else features
-        if stages:
+        if left:
             results["tokens"] = tokens.replace(embed=features)
         return features, results
 

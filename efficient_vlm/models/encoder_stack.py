@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from efficient_vlm.compressors import Signals, Stage, VisualTokens
-from efficient_vlm.compressors.tokens import arranged, at_slots
+from efficient_vlm.compressors.in_encoder.ipcv import Absent
+from efficient_vlm.compressors.tokens import arranged
 from efficient_vlm.kernels.attention import Mask, key_mask
 from efficient_vlm.nn.intermediates import INTERMEDIATES
 from efficient_vlm.nn.stack import LayerStack
@@ -51,6 +52,8 @@ class EncoderStack:
         self.extra, self.rotary, self.padded = extra, rotary, padded
         self.window, self.full_layers = window, frozenset(full_layers)
         self.pixels = pixels
+        self.absent: Absent | None = None  # Patches that sit out, and are put back in the end.
+        self.stabilised = range(0)  # Layers in which they still give keys and values.
 
     def encode(
         self,
@@ -70,8 +73,11 @@ class EncoderStack:
           scale: of the attention logits.
 
         Returns:
-          x behind the last layer; layer -> output; the intermediates.
+          x behind the last layer, of the patches that are left if `kept` asks for layers; layer ->
+          output; the intermediates.
         """
+        depth = min([depth, *(s.layer for s in self.stages if s.module.ends_encoder)])
+        kept = [(at, min(at + 1, depth)) for at in kept]  # With the layers that run up to there.
         inside = {stage.layer: i for i, stage in enumerate(self.stages) if stage.inside}
         before = [(stage.layer, i) for i, stage in enumerate(self.stages) if not stage.inside]
         # Of a layer in front of a cut: signal of the cut -> (intermediate, layer).
@@ -84,11 +90,11 @@ class EncoderStack:
         outputs: dict[int, jax.Array] = {}
         intermediates: dict[Any, jax.Array] = {}
         done = 0
-        for layer in sorted(looked_at | {at for at, _ in before} | {at + 1 for at in kept}):
+        stops = looked_at | {at for at, _ in before} | {behind for _, behind in kept}
+        for layer in sorted(stops):
             x = self.run(x, done, layer)
             done = layer
-            if layer - 1 in kept:
-                outputs[layer - 1] = x
+            outputs |= {at: self.whole(x) for at, behind in kept if behind == layer}
             for index in (i for at, i in before if at == layer):
                 told = {
                     signal: intermediates.pop((at, signal))[:, self.extra :]
@@ -97,16 +103,27 @@ class EncoderStack:
                 }
                 x = self._reduce(index, x, Signals(**told, pixels=self.pixels), outputs)
             if layer in looked_at:
-                x, seen = self.one(layer, x, inside.get(layer))
+                x, seen = self.one(layer, x, inside.get(layer), outputs)
                 done = layer + 1
                 for name, (what, at) in (*wanted.items(), *observed.items()):
                     if at == layer:
                         intermediates[name] = INTERMEDIATES[what](x, seen, scale)
-        return self.run(x, done, depth), outputs, intermediates
+        x = self.run(x, done, depth)
+        return x if kept else self.whole(x), outputs, intermediates
+
+    def whole(self, x: jax.Array) -> jax.Array:
+        """x with the patches that sit out."""
+        if self.absent is None:
+            return x
+        every = self.absent.whole(x[:, self.extra :])
+        return jnp.concatenate([x[:, : self.extra], every], axis=1)
 
     def run(self, x: jax.Array, start: int, stop: int) -> jax.Array:
         """Layers `start` to `stop` (excluded), as loops over those that attend alike."""
         for first, last in self._stretches(start, stop):
+            if first in self.stabilised:
+                x = self.one(first, x)[0]
+                continue
             where = self._places(first)
 
             def layer(block, x, _, where=where):
@@ -115,16 +132,25 @@ class EncoderStack:
             x = self.layers.run(layer, x, first, last)[0]
         return x
 
-    def one(self, index: int, x: jax.Array, stage: int | None) -> tuple[jax.Array, dict[str, Any]]:
+    def one(
+        self,
+        index: int,
+        x: jax.Array,
+        stage: int | None = None,
+        outputs: dict[int, jax.Array] | None = None,
+    ) -> tuple[jax.Array, dict[str, Any]]:
         """One layer apart, with the compressor of a stage between its halves: x and what its
-        attention saw."""
+        attention saw; the stage acts on earlier `outputs`, too."""
         merge = None
         if stage is not None:
 
             def merge(x, inner):
-                return self._reduce(stage, x, Signals(keys=inner["key"][:, self.extra :]), {})
+                signals = Signals(keys=inner["key"][:, self.extra :])
+                return self._reduce(stage, x, signals, outputs)
 
         where, bias = self._places(index), self.bias
+        if index in self.stabilised:
+            where |= self._context(index, x)
 
         def layer(block, x):
             return block(x, bias, merge, **where)
@@ -140,12 +166,18 @@ class EncoderStack:
         """x with fewer patches; a cut takes those that leave out of earlier `outputs`, too."""
         patches = self.tokens.replace(embed=x[:, self.extra :])
         method = self.compressors[index]
-        if method.of_units:
-            slots = method.slots(patches, signals)
+        if method.ends_encoder:
+            return x
+        if method.whole_grid:
+            layer, slots = self.stages[index].layer, method.slots(patches, signals)
+            self.absent = method.absent(patches, slots)
+            self.stabilised = range(layer, layer + method.stabilised)
             self.tokens = arranged(patches, slots)
+        elif method.of_units:
+            self.tokens, reduced = method.reduced(patches, signals)
             self.padded |= method.leaves_padding
             for layer, output in outputs.items():
-                left = at_slots(output[:, self.extra :], slots)
+                left = reduced(output[:, self.extra :])
                 outputs[layer] = jnp.concatenate([output[:, : self.extra], left], axis=1)
         else:
             self.tokens = method(patches, signals)
@@ -162,17 +194,37 @@ class EncoderStack:
             positions=self.tokens.position if self.rotary else None, mask=self._mask(window)
         )
 
-    def _mask(self, window: int | None) -> Mask | None:
-        """Which tokens see which; None if all see all. Windows are cells of the plane."""
+    def _context(self, layer: int, x: jax.Array) -> dict[str, Any]:
+        """Keys and values of all patches in front of the cut, for those that are left."""
+        window = None if layer in self.full_layers else self.window
+        patches = self.absent.tokens
+        return dict(
+            context=self.whole(x),
+            context_positions=patches.position if self.rotary else None,
+            mask=self._mask(window, patches),
+        )
+
+    def _mask(self, window: int | None, keys: VisualTokens | None = None) -> Mask | None:
+        """Which tokens see which; None if all see all. Windows are cells of the plane.
+
+        Args:
+          window: patches along a side, or None.
+          keys: what the tokens look at; None for themselves.
+        """
         if window is None and not self.padded:
             return None
-        live = self._live()
-        mask = key_mask(live, live.shape[1])
+        keys = self.tokens if keys is None else keys
+        live = jnp.pad(keys.mask, ((0, 0), (self.extra, 0)), constant_values=True)
+        mask = key_mask(live, self.extra + self.tokens.mask.shape[1])
         if window is None:
             return mask
-        cell = jnp.floor(self.tokens.position / window).astype(jnp.int32)
-        cell = cell[..., 0] * _MOST_CELLS + cell[..., 1]
-        return mask.replace(q_segment=cell, kv_segment=cell)
+
+        def cells(position):
+            cell = jnp.floor(position / window).astype(jnp.int32)
+            return cell[..., 0] * _MOST_CELLS + cell[..., 1]
+
+        queries, keys = cells(self.tokens.position), cells(keys.position)
+        return mask.replace(q_segment=queries, kv_segment=keys)
 
     def _live(self) -> jax.Array:
         """bool [B, extra + N], which tokens are no padding."""
@@ -183,6 +235,7 @@ class EncoderStack:
         first = start
         for index in range(start + 1, stop + 1):
             changes = index < stop and (index in self.full_layers) != (first in self.full_layers)
-            if index == stop or (self.window is not None and changes):
+            apart = bool({first, index} & set(self.stabilised))
+            if index == stop or apart or (self.window is not None and changes):
                 yield first, index
                 first = index

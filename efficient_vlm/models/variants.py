@@ -39,7 +39,7 @@ def tokens_of_image(variant: VisionLanguageModel, num_visual: int | None = None)
     tokens = num_visual or math.prod(variant.slot_grid)
     if method.between:
         return tokens if method.budget is None else method.budget
-    if method.in_encoder:
+    if method.in_encoder and not method.whole_grid:
         # Of a method that cuts units, as if each were one patch.
         units = dict(patches=(1, tokens)) if method.of_units else {}
         for stage in method.stages(vit.layers_run, tokens, class_token=vit.class_token, **units):

@@ -33,7 +33,7 @@ class VisualStages(VisionLanguageFields):
         """Called by `setup` of models with an encoder."""
         self.vit = self.make_encoder()
         method = self.make_compressor()
-        if self.vit.class_feature and method.in_encoder:
+        if self.vit.class_feature and method.in_encoder and not method.whole_grid:
             raise UserError(
                 f"compressor.name: {method.label} merges patches inside the encoder, but the "
                 "features of this model include the CLS token (model.encoder.class_feature)",
@@ -56,7 +56,8 @@ class VisualStages(VisionLanguageFields):
 
     @nn.nowrap
     def _check_projector(self, method: nn.Module) -> None:
-        if method.in_encoder and not (method.of_units and self.make_projector().blockwise):
+        fits = method.whole_grid or (method.of_units and self.make_projector().blockwise)
+        if method.in_encoder and not fits:
             raise UserError(
                 f"compressor.name: {method.label} removes patches inside the encoder, but this "
                 f"model's projector ({self.projector['name']}) reads blocks of the whole grid",
@@ -123,22 +124,25 @@ class VisualStages(VisionLanguageFields):
         if grid != tuple(source_grid):
             patches = self._resized_patches(grid, pictures)
             images = resized(images, [side * self.vit.patch_size for side in patches])
-        method, stages = self.make_compressor(), self.encoder_stages(patches)
-        if method.of_units and pictures.pool_index is not None:
+        method = self.make_compressor()
+        left = method.in_encoder and not method.whole_grid
+        if left and pictures.pool_index is not None:
             raise UserError(
                 f"compressor.name: {method.label} removes patches inside the encoder, but tokens "
                 "of this model read patches across crops",
                 allowed="methods between encoder and decoder, or inside the decoder",
             )
+        stages = self.encoder_stages(patches)
+        left &= bool(stages)
         asked = method.intermediates() if asked is None else asked
         valid = None if pictures.valid is None else pictures.valid.reshape(-1, 2)
         features, seen = self.vit(
             images, intermediates=tuple(asked.values()), stages=stages, valid=valid
         )
         given = pictures.mask.reshape(-1, 1)
-        if stages and self.projector is not None:
+        if left and self.projector is not None:
             return self._units_projected(seen["tokens"], patches, pictures), Signals()
-        if stages:
+        if left:
             tokens = seen["tokens"]
             source = jnp.where(given, tokens.source, -1)
             return zero_padding(tokens.replace(mask=tokens.mask & given, source=source)), Signals()

@@ -199,8 +199,11 @@ class Attention(nn.Module):
         cache: kv_cache.LayerCache | None = None,
         slots: kv_cache.Slots | None = None,
         local: Any = False,
+        context: Float[Array, "B Skv D"] | None = None,
+        context_positions: Real[Array, "B Skv *axes"] | None = None,
     ) -> tuple[Float[Array, "B S width"], dict[str, Any]]:
-        """Self-attention of x, or attention of x to a cache into which it is written first.
+        """Self-attention of x, or attention of x to a cache into which it is written first, or to
+        a context.
 
         Args:
           x: [B, S, D].
@@ -211,15 +214,19 @@ class Attention(nn.Module):
           slots: where in the cache the S tokens go; None for an empty cache, into whose first
             slots they are written while they see only each other.
           local: bool, static or traced, whether `local_rope` holds.
+          context, context_positions: what gives keys and values in place of x, without a cache.
 
         Returns:
           [B, S, D], and {"query" [B, S, H, Dh], "key" [B, S, Hkv, Dh], both also as "plain_..."
           without rotary positions; "lse" float32 [B, H, S], "mask" and "key_bias" of the attention}
           with "cache": what came in, with the S tokens written, or None.
         """
-        q, k, v = self._project(x, "query", "key", "value")
+        if context is None:
+            q, k, v = self._project(x, "query", "key", "value")
+        else:
+            (q,), (k, v) = self._project(x, "query"), self._project(context, "key", "value")
         q, plain_q = self._as_queries(q, positions, local)
-        k, plain_k = self._as_keys(k, positions, local)
+        k, plain_k = self._as_keys(k, positions if context is None else context_positions, local)
         inner = {"query": q, "key": k, "plain_query": plain_q, "plain_key": plain_k}
         inner |= {"mask": mask, "key_bias": key_bias, "cache": cache}
         if self.is_initializing():

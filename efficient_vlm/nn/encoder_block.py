@@ -47,9 +47,18 @@ class EncoderBlock(nn.Module):
         merge: Callable[[jax.Array, dict], jax.Array] | None = None,
         positions: Real[Array, "B S *axes"] | None = None,
         mask: Mask | None = None,
+        context: Float[Array, "B Skv D"] | None = None,
+        context_positions: Real[Array, "B Skv *axes"] | None = None,
     ) -> tuple[Float[Array, "B merged D"], dict[str, Any]]:
-        """The new states and the inputs of attention; `merge` acts between attention and MLP."""
+        """The new states and the inputs of attention.
+
+        `merge` acts between attention and MLP; `context` gives keys and values in place of x.
+        """
         norm = functools.partial(make_norm, self.norm, self.norm_epsilon, dtype=self.dtype)
+        first = norm(name="attention_norm")
+        keys = dict(key_bias=key_bias, mask=mask)
+        if context is not None:
+            keys |= dict(context=first(context), context_positions=context_positions)
         y, inner = Attention(
             width=self.width,
             num_heads=self.num_heads,
@@ -63,7 +72,7 @@ class EncoderBlock(nn.Module):
             out_scale=0.5,
             dtype=self.dtype,
             name="attention",
-        )(norm(name="attention_norm")(x), positions, key_bias=key_bias, mask=mask)
+        )(first(x), positions, **keys)
         x = constrain(x, "batch", "tokens", None)
         x = x + self._scaled("attention_scale", y)
         if merge is not None:

@@ -135,12 +135,17 @@ def test_methods_in_front_of_the_decoder_get_the_projectors_tokens(audited, call
     assert code == 2 and "1 to 64" in err
 
 
-@pytest.mark.parametrize("name", ["smolvlm-256m", "qwen2-vl-2b", "molmo-7b-d"])
-def test_no_merging_of_patches_that_a_projector_reads(call, name):
-    code, out, err = call(f"--preset={name}", "--compressor=tome", "--compressor.r=8")
-    assert code == 2 and not out
-    assert "tome removes patches inside the encoder" in err and "projector" in err
-    assert len(err.strip().splitlines()) <= 3
+@pytest.mark.parametrize(
+    ("preset", "r", "left"),
+    [
+        ("smolvlm-256m", 5, 13 * 5),  # Tiles of 64 blocks: 11 layers merge 5, the last 4 of 9.
+        ("qwen2-vl-2b", 2, 27 * 37 - 32 * 2),
+        ("llava-1.5-7b", 8, 576 - 23 * 8),
+    ],
+)
+def test_merging_acts_on_the_blocks_that_a_projector_reads(audited, preset, r, left):
+    found = audited(f"--preset={preset}", "--compressor=tome", f"--compressor.r={r}")
+    assert found["visual_tokens"]["entering"] == left
 
 
 @pytest.mark.parametrize(
@@ -181,7 +186,17 @@ def test_several_methods_matched(audited, call, monkeypatch):
     assert out.count("asked for 4.447 T") == 3 and "speed-up" in out
 
 
-@pytest.mark.parametrize("name", methods.names())
+WHOLE = {name for name, method in methods.METHODS.items() if method.whole_grid}
+
+
+@pytest.mark.parametrize("name", sorted(WHOLE))
+def test_methods_that_leave_all_tokens_match_flops(audited, monkeypatch, name):
+    monkeypatch.setattr(command, "dry_run", lambda *args: None)
+    found = audited("--preset=llava-1.5-7b", f"--compressor={name}", "--match=flops:0.97")
+    assert abs(found["match"]["off"]) < 0.01
+
+
+@pytest.mark.parametrize("name", sorted(set(methods.names()) - WHOLE))
 def test_every_method_can_be_matched(audited, monkeypatch, name):
     # That the model runs with each method is for other tests, and takes longer.
     monkeypatch.setattr(command, "dry_run", lambda *args: None)

@@ -42,6 +42,7 @@ def test_table():
         "tome", "encoder_cut", "prumerge", "prumerge_plus", "visionzip", "fastervlm", "vispruner",
         "divprune", "cdpruner", "hiprune", "scope", "fastv", "pyramiddrop", "sparsevlm", "feather",
         "v2drop", "dart", "fitprune", "vtw", "pixelprune",
+        "tofu", "ipcv", "encoder_exit",
     }  # fmt: skip
     assert options("resampler") == ("grid", "position_policy", "num_queries", "num_heads")
     assert "class_token" not in options("tome") and "entering" not in options("sparsevlm")

@@ -176,6 +176,22 @@ STAGED = {
     "dart": build({"name": "dart", "layer": 1}, **PLAIN_HEADS),
     "tome": build({"name": "tome", "r": 8}, encoder=CLS),
     "tome_without_class_token": build({"name": "tome", "budget": 49}),
+    "tome_of_units": build({"name": "tome", "r": 3}, **MERGER),
+    "tofu_of_units": build({"name": "tofu", "r": 3, "prune_layers": 0}, **MERGER),
+    "encoder_cut": build({"name": "encoder_cut", "layers": (1,), "keep": (0.5,)}, **MERGER),
+    "encoder_cut_diversity": build(
+        {"name": "encoder_cut", "layers": (1,), "keep": (0.5,), "score": "diversity"}
+    ),
+    "encoder_cut_neighbours": build(
+        {"name": "encoder_cut", "layers": (0, 1), "keep": (0.5, 0.25), "score": "neighbours"}
+    ),
+    "pixelprune": build({"name": "pixelprune", "budget": 8}, **MERGER),
+    "ipcv": build({"name": "ipcv", "layer": 1, "stabilised": 0}),
+    "ipcv_stabilised": build(
+        {"name": "ipcv", "layer": 1, "budget": 20},
+        encoder={"class_token": True, "feature_layers": (0, -1)},
+    ),
+    "encoder_exit": build({"name": "encoder_exit", "layer": 1}, **MERGER),
     "minicpm_merger": build({"name": "minicpm_merger", "budget": 16, "layer": 1}),
     "projected": build({"name": "divprune", "budget": 16}, connector={"hidden_dim": 200}),
     "cls_row": build({"name": "fastervlm", "budget": 16}, encoder=CLS),

@@ -62,7 +62,8 @@ _OF_UNITS = {
     **dict.fromkeys(("molmo2", "molmo2_olmo"), "read patches across crops"),
 }
 REFUSED: dict[str, dict[str, str]] = {
-    "tome": dict.fromkeys((*_TILED, *_CROPPED, *_PROJECTED), BLOCKS),
+    "tome": _OF_UNITS,
+    "tofu": _OF_UNITS,
     "downsample": dict.fromkeys((*_TILED, *_CROPPED), _SIZES),
     "encoder_cut": _OF_UNITS,
     "pixelprune": _OF_UNITS,
@@ -150,16 +151,22 @@ class Subject:
         if looks_at_class_token(method) and not self.has_class_token:
             options["attention"] = "column_mean"
         if method == "encoder_cut":
-            # Their encoders have two layers, LLaVA's one: the second gives no features.
-            first = self.model.make_encoder().layers_run == 1
-            options |= dict(layers=(0,), score="norm") if first else dict(layers=(1,))
+            options |= dict(layers=(1,))  # Of two.
+        if method == "encoder_exit":
+            return None if full else dict(layer=1)
+        if method == "ipcv":
+            if full:
+                return None  # Its budget counts patches; models/test_whole_grid.py has the case.
+            options |= dict(layer=1, stabilised=0)
         if method == "hiprune":
             options |= dict(middle_layer=0.5, alpha=1.0)
         if full:
-            return {**options, "budget": count}
-        if method == "tome":
-            return {**options, "budget": count - count // 2}
+            # Units of these inputs are part padding, which no processor makes.
+            partly = method == "pixelprune" and self.name in ("idefics3", "smolvlm")
+            return None if partly else {**options, "budget": count}
         half = (min(int(each.min()) for each in self.slots) + 1) // 2
+        if method in ("tome", "tofu"):
+            return {**options, "r": max(1, half // 2)}
         return {**options, "budget": next(b for b in reachable(method, self.grid) if b <= half)}
 
     def at(self, model: VisionLanguageModel) -> "Reading":
@@ -219,7 +226,8 @@ class Reading(NamedTuple):
 
 
 def deepened(model: VisionLanguageModel, params: Any) -> tuple[VisionLanguageModel, Any]:
-    """The model with its decoder layers repeated in turn until there are `LAYERS`."""
+    """The model with its decoder layers repeated in turn until there are `LAYERS`, and those of an
+    encoder of which one layer gives features (LLaVA) until two do."""
     count = model.decoder["segments"][0]["layers"]
     order = np.arange(max(count, LAYERS)) % count
     decoder = {**model.decoder, "segments": [{"layers": len(order)}]}
@@ -229,7 +237,13 @@ def deepened(model: VisionLanguageModel, params: Any) -> tuple[VisionLanguageMod
         name: jax.tree.map(lambda x: x[order], part) if name == "layers" else part
         for name, part in params["language"].items()
     }
-    return model.clone(decoder=decoder), {**params, "language": language}
+    model, params = model.clone(decoder=decoder), {**params, "language": language}
+    if model.make_encoder().layers_run > 1:
+        return model, params
+    depth = model.encoder["depth"]
+    order = np.arange(depth + 1) % depth
+    vit = {**params["vit"], "layers": jax.tree.map(lambda x: x[order], params["vit"]["layers"])}
+    return model.clone(encoder={**model.encoder, "depth": depth + 1}), {**params, "vit": vit}
 
 
 def of_one_size(io: dict[str, np.ndarray], token: int) -> dict[str, np.ndarray]:

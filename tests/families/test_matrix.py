@@ -84,7 +84,8 @@ def check_reduced(name, method, policies, cached):
             close(logits[live], full[live], scale, 1e-5)
             continue
         assert (held(source) <= held(before)).all()
-        assert held(source).sum() < held(before).sum()
+        fewer = held(source).sum() < held(before).sum()
+        assert fewer or METHODS[method].whole_grid
         assert np.abs(logits - full)[live].max() > 1e-4 * scale
         by_policy.append(logits[live])
         if one.family.blocks != "prefix":
@@ -98,7 +99,7 @@ def check_reduced(name, method, policies, cached):
             close(logits[:, :-1][above], full[:, :-1][above], scale, 1e-5)
         if cached:
             steps, visual = found.cached(FOLLOW)
-            assert visual < before.shape[1]
+            assert visual < before.shape[1] or METHODS[method].whole_grid
             close(steps[:, 0], logits[rows, last], scale, 1e-5)
             close(steps[:, 1], logits[rows, last + 1], scale, 1e-5)
             for step, place in ((0, last), (1, last + 1)):  # Greedily the same tokens.

@@ -227,6 +227,8 @@ OPTIONS = {
     "visionzip": dict(attention="column_mean"),
     "cdpruner": dict(),
     "c_abstractor": dict(depth=1),
+    "ipcv": dict(layer=1),
+    "encoder_exit": dict(budget=None),
 }
 
 
@@ -252,7 +254,8 @@ def test_every_method_is_one_config_line(make_model, make_batch, inputs, prompts
         return visual, apply(visual, given, layout, new_tokens=2, method="prefill")
 
     visual, (_, _, sources) = jax.eval_shape(stages, params)
-    entering = 16 if name in IN_DECODER else options["budget"]
+    whole = name in IN_DECODER or METHODS[name].whole_grid
+    entering = 16 if whole else options["budget"]
     assert visual.embed.shape == (4, 2 * entering, 32)
     assert visual.source.shape == (4, 32)
     assert len(sources) == len(model.make_decoder().runs(2 * entering))

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from flax import linen as nn
+from loop_encoder import FIELDS, GRID, embedded, layer, norm
 
 from efficient_vlm.compressors import build
 from efficient_vlm.compressors.in_encoder.unit_scores import CHOICES, SCORES
@@ -13,51 +14,11 @@ from efficient_vlm.models.init import init_params
 from efficient_vlm.models.inputs import Pictures
 from efficient_vlm.models.vlm import VisionLanguageModel
 
-SIDE, PATCH, HEADS = 2, 4, 2
-FIELDS = dict(
-    image_size=24,
-    patch_size=PATCH,
-    width=16,
-    depth=4,
-    num_heads=HEADS,
-    mlp_dim=24,
-    norm="layernorm",
-    bias=True,
-)
-GRID, UNITS = (6, 6), 9
+SIDE, UNITS = 2, 9
 PICTURES = np.random.default_rng(0).integers(0, 256, (2, 24, 24, 3)).astype(np.uint8)
 
 
 # --- the encoder in float64, patch by patch -------------------------------------------------------
-
-
-def norm(x, params):
-    x = x - x.mean(-1, keepdims=True)
-    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
-    return x * params["scale"] + params["bias"]
-
-
-def softmax(x):
-    x = np.exp(x - x.max(-1, keepdims=True))
-    return x / x.sum(-1, keepdims=True)
-
-
-def layer(x, params):
-    """[N, D] -> the new states, and the attention of each head: [H, N, N]."""
-    y, heads = norm(x, params["attention_norm"]), params["attention"]
-    q, k, v = (
-        np.einsum("nd,dhc->hnc", y, heads[name]["kernel"]) + heads[name]["bias"][:, None]
-        for name in ("query", "key", "value")
-    )
-    maps = softmax(np.einsum("hnc,hmc->hnm", q, k) / np.sqrt(q.shape[-1]))
-    y = np.einsum("hnm,hmc->nhc", maps, v)
-    x = x + np.einsum("nhc,hcd->nd", y, heads["out"]["kernel"]) + heads["out"]["bias"]
-    y = norm(x, params["mlp_norm"]) @ params["up"]["kernel"] + params["up"]["bias"]
-    y = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
-    queries = q.mean(axis=1)
-    mean_row = softmax(np.einsum("hc,hmc->hm", queries, k) / np.sqrt(q.shape[-1])).mean(axis=0)
-    x = x + y @ params["down"]["kernel"] + params["down"]["bias"]
-    return x, maps.mean(axis=(0, 1)), mean_row
 
 
 def patches_of(unit):
@@ -103,10 +64,7 @@ def encoded(params, picture, name, cuts):
       name: of a score.
       cuts: layer -> units to keep behind it.
     """
-    x = (picture / 255 - 0.5) / 0.5
-    x = x.reshape(6, PATCH, 6, PATCH, 3).swapaxes(1, 2).reshape(36, -1) @ params["embed"]["kernel"]
-    place = params["row_position"][:, None] + params["column_position"][None]
-    x = x + place.reshape(36, -1)
+    x = embedded(picture, params)
     units = list(range(UNITS))
     x = x[[patch for unit in units for patch in patches_of(unit)]]  # Attention has no order.
     for index in range(FIELDS["depth"]):

@@ -11,15 +11,12 @@ import jax.numpy as jnp
 from efficient_vlm import checks
 from efficient_vlm.compressors import grids, score, select
 from efficient_vlm.compressors.base import Stage, as_tuple
-from efficient_vlm.compressors.in_encoder.unit_cut import UnitCut
+from efficient_vlm.compressors.in_encoder.unit_cut import UnitCut, exact_share
 from efficient_vlm.compressors.in_encoder.unit_scores import CHOICES, SCORES
 from efficient_vlm.compressors.signals import NO_SIGNALS
 from efficient_vlm.compressors.tokens import arranged
 from efficient_vlm.compressors.units import units_of_grid
 from efficient_vlm.errors import UserError, unknown
-
-# Shares of units are fractions of whole numbers up to this, so that rows count them exactly.
-_FINEST = 10_000
 
 
 class EncoderCut(UnitCut):
@@ -47,18 +44,15 @@ class EncoderCut(UnitCut):
         layer.
       score: see above.
       seed: of "random".
-      share: of one step, numerator and denominator of what a row keeps; None for a number.
     """
 
     layers: tuple[int, ...] = (2,)
     keep: tuple[float, ...] | None = None
     score: str = "attention"
     seed: int = 0
-    share: tuple[int, int] | None = None
 
     label = "encoder_cut"
     needs = frozenset({"attention_row"})
-    internal = UnitCut.internal | {"share"}
 
     def __post_init__(self):
         object.__setattr__(self, "layers", as_tuple("compressor.layers", self.layers))
@@ -170,8 +164,8 @@ class EncoderCut(UnitCut):
             return [(None, min(n, units)) for n in counts]
         found, before = [], fractions.Fraction(1)
         for value in self.keep:
-            exact = fractions.Fraction(value).limit_denominator(_FINEST)
-            part = (exact / before).limit_denominator(_FINEST)
+            exact = exact_share(value)
+            part = exact_share(exact / before)
             share, before = (part.numerator, part.denominator), exact
             count = -(-count * share[0] // share[1])
             found.append((share, count))
@@ -202,14 +196,12 @@ class EncoderCut(UnitCut):
 
     @nn.nowrap
     def choose(self, seen, kept):
-        live = seen.live.sum(axis=1, dtype=jnp.int32)
-        top, bottom = self.share or (1, 1)
-        limit = -(-live * top // bottom) if self.share else jnp.minimum(live, kept)
+        limit = self.limit(seen, kept)
         if self.score == "diversity":
             index, valid = select.max_min(seen.unit, seen.live, kept)
             return index, valid & (jnp.arange(kept) < limit[:, None])
         if self.score == "stride":
-            return _evenly(seen.live, live, limit, kept)
+            return _evenly(seen.live, limit, kept)
         if self.score == "random":
             values = score.random(jax.random.key(self.seed), (1, seen.live.shape[1]))
             values = jnp.broadcast_to(values, seen.live.shape)
@@ -218,10 +210,10 @@ class EncoderCut(UnitCut):
         return select.top_k(values, seen.live, kept, limit)
 
 
-def _evenly(mask, live, limit, kept: int) -> select.Selection:
+def _evenly(mask, limit, kept: int) -> select.Selection:
     """limit of the live units of each row, evenly spaced, see `select.stride`."""
     slot = jnp.arange(kept, dtype=jnp.int32)[None]
-    limit, live = limit[:, None], live[:, None]
+    limit, live = limit[:, None], mask.sum(axis=1, keepdims=True, dtype=jnp.int32)
     rank = (2 * slot + 1) * live // jnp.maximum(2 * limit, 1)
     real_first = jnp.argsort(~mask, axis=1, stable=True).astype(jnp.int32)
     rank = jnp.minimum(rank, mask.shape[1] - 1)

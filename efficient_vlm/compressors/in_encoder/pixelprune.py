@@ -45,11 +45,12 @@ class PixelPrune(UnitCut):
       budget: room for units; None for the smallest that is enough.
       tau: largest difference of alike pixels, in normalised units: 0 (default) drops exact
         repetitions only.
-      rooms: shares of all units, the sizes that programs are compiled for.
+      rooms: shares of all units, the sizes that programs are compiled for; fewer mean fewer
+        compilations, and more padding.
     """
 
     tau: float = 0.0
-    rooms: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5, 0.75)
+    rooms: tuple[float, ...] = tuple(sixteenths / 16 for sixteenths in range(1, 16))
 
     label = "pixelprune"
     needs = frozenset({"pixels"})

@@ -1,69 +1,66 @@
-"""tome: bipartite merging of similar tokens inside the encoder (arXiv 2210.09461)."""
+"""tome and tofu: bipartite merging of similar units of patches inside the encoder."""
 
 import math
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from jaxtyping import Float
 
 from efficient_vlm import checks
-from efficient_vlm.compressors import score
-from efficient_vlm.compressors.base import Compressor, Stage, as_tuple
+from efficient_vlm.compressors.base import Stage, as_tuple
+from efficient_vlm.compressors.in_encoder.bipartite import Merge, pair
+from efficient_vlm.compressors.in_encoder.unit_cut import UnitMethod
 from efficient_vlm.compressors.signals import NO_SIGNALS
-from efficient_vlm.compressors.tokens import VisualTokens, remap, weighted_means, zero_padding
+from efficient_vlm.compressors.units import units_of_grid
 from efficient_vlm.errors import UserError
-from efficient_vlm.kernels import ordering
-from efficient_vlm.shapes import Array
-
-# Cosines are rounded to this step, so that equal tokens tie for any order of summation.
-STEP = 2.0**-16
 
 
-class ToMe(Compressor):
-    """`tome` (Token Merging, arXiv 2210.09461, section 3): removes r tokens in every encoder layer.
+class ToMe(UnitMethod):
+    """`tome` (Token Merging, arXiv 2210.09461, section 3): removes r units in every encoder layer.
 
-    Between attention and feed-forward of a layer, tokens are compared by that layer's keys, mean
-    over heads, normalised to length 1. They alternate between sets A (even indices) and B (odd
-    ones); CLS counts as index 0, which puts it in A, protected. Each token of A is paired with its
-    most similar token of B by cosine, and the r best pairs merge: size-weighted mean, sizes added.
-    r is at most half of the patch tokens, (N - protected) // 2. In later layers log(size) is added
+    Where a projector reads blocks of patches, whole blocks merge, patch by patch at their places;
+    elsewhere a unit is one patch, a token of the paper.
+
+    Between attention and feed-forward of a layer, units are compared by that layer's keys, mean
+    over heads and patches, normalised to length 1. They alternate between sets A (even indices) and
+    B (odd ones); CLS counts as index 0, which puts it in A, protected. Each unit of A is paired
+    with its most similar one of B by cosine, and the r best pairs merge: size-weighted mean, sizes
+    added. r is at most half of the units, (N - protected) // 2. In later layers log(size) is added
     to the attention logits of a key, so that a token of size n counts as n tokens (proportional
-    attention, equation 1; the encoder computes it from `VisualTokens.size`).
+    attention, equation 1; the encoder computes it from `VisualTokens.size`). In an encoder with
+    windows a merged patch attends in the window of its mean position.
 
     Set `r` (the same in each layer, as published) or `budget` (the smallest r that ends at exactly
     `budget`; the last layers merge less). Cosines are rounded to 2^-16, ties go to the lowest
     index.
 
-    Deviations: tokens stay in source order, a merged one at the index of its partner in B; the
+    Deviations: units stay in source order, a merged one at the index of its partner in B; the
     official code lists the unmerged part of A (in score order, or sorted with CLS) before B.
     Attention is invariant to the order, but the alternation of the next layer is not, so pairs
-    differ from layer 2 on. In a row with padding only the real tokens alternate, and only as many
-    pairs merge as the row has real tokens above the requested count.
+    differ from layer 2 on. In a row with padding only the real units alternate: by `r` as many
+    pairs merge as alone, by `budget` as many as the row has units above the requested count.
 
     Called as a module it performs one such step, from N to `budget` >= N - N // 2 (or by `r`), with
     `Signals.keys`.
 
     Attributes:
-      r: tokens merged in each layer; None if `budget` is set.
+      r: units merged in each layer; None if `budget` is set.
       layers: indices of the layers that merge; None for all.
       proportional: whether log(size) is added to the logits.
       class_token: whether a CLS token precedes the tokens (`stages` sets it).
       head_dim: width of the keys, for `flops` only (CLIP ViT-L: 64).
+      every: of one step, whether rows with padding merge as alone; `stages` sets it.
     """
 
-    budget: int | None = None
     r: int | None = None
     layers: tuple[int, ...] | None = None
     proportional: bool = True
     class_token: bool = False
     head_dim: int = 64
+    every: bool = False
 
     label = "tome"
     needs = frozenset({"keys"})
-    where = "encoder"
-    optional_budget = True
-    internal = frozenset({"class_token"})
+    internal = UnitMethod.internal | {"class_token", "every"}
 
     def __post_init__(self):
         if self.layers is not None:
@@ -92,22 +89,28 @@ class ToMe(Compressor):
         return tuple(range(num_tokens, num_tokens - num_tokens // 2 - 1, -1))
 
     @nn.nowrap
-    def stages(self, num_layers, num_tokens, *, class_token=False):
-        layers = self._layers(num_layers)
-        rate = self.r
-        if rate is None:
-            rate = _rate(num_tokens, len(layers), self.budget)
-        stages, tokens = [], num_tokens
+    def stages(self, num_layers, num_tokens, *, class_token=False, patches=None, side=1):
+        layers, patches = self._layers(num_layers), tuple(patches or (1, num_tokens))
+        units = len(units_of_grid(patches, side).places)
+        rate = _rate(units, len(layers), self.budget) if self.r is None else self.r
+        common = dict(r=None, layers=None, every=self.r is not None, class_token=class_token)
+        common |= dict(side=side, patches=patches)
+        stages = []
         for layer in layers:
-            left = max(tokens - min(rate, tokens // 2), self.budget or 1)
-            if left == tokens:
+            left = max(units - min(rate, units // 2), self.budget or 1)
+            if left == units:
                 break
-            module = self.clone(
-                parent=None, budget=left, r=None, layers=None, class_token=class_token
-            )
+            step = dict(budget=left * side**2, order="units" if stages else "raster")
+            module = self.clone(parent=None, **common, **step, **self._at(layer, num_layers))
             stages.append(Stage(layer, module, inside=True))
-            tokens = left
+            units = left
         return tuple(stages)
+
+    @nn.nowrap
+    def _at(self, layer: int, num_layers: int) -> dict[str, int]:
+        """Options of the step in one layer."""
+        del layer, num_layers
+        return {}
 
     @nn.nowrap
     def knobs(self, num_layers, num_tokens):
@@ -130,9 +133,10 @@ class ToMe(Compressor):
         budget = self._target(num_tokens)
         if budget == num_tokens:
             return 0
-        match = 2 * (num_tokens // 2) * (num_tokens - num_tokens // 2) * self.head_dim
+        units, kept = num_tokens // self.side**2, budget // self.side**2
+        match = 2 * (units // 2) * (units - units // 2) * self.head_dim
         # The matrix of merges acts on the embedding, the two coordinates and the size.
-        return match + 2 * budget * (num_tokens - budget) * (width + 3)
+        return match + 2 * kept * (units - kept) * self.side**2 * (width + 3)
 
     @nn.nowrap
     def _target(self, num_tokens: int) -> int:
@@ -140,74 +144,69 @@ class ToMe(Compressor):
             return self.budget
         return num_tokens - min(self.r, num_tokens // 2)
 
+    @nn.nowrap
+    def reduced(self, tokens, signals):
+        units = self.units(tokens.mask.shape[1])
+        metric = units.mean(signals.keys.astype(jnp.float32).mean(axis=2), tokens.mask)
+        left = len(units.places) - self._target(tokens.mask.shape[1]) // self.side**2
+        real = units.real(tokens.mask).any(axis=2)
+        options = dict(every=self.every, class_token=self.class_token)
+        merge = self._merge(tokens, units, pair(metric, real, left, **options))
+        return merge(), merge.features
+
+    @nn.nowrap
+    def _merge(self, tokens, units, pairs) -> Merge:
+        return Merge(tokens, units, pairs)
+
     def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
         num_tokens = tokens.mask.shape[1]
         budget = self._target(num_tokens)
-        self.clone(parent=None, budget=budget, r=None).check_call(tokens, signals, needs_grid=False)
+        step = self.clone(parent=None, budget=budget, r=None, every=self.r is not None)
+        step.check_call(tokens, signals, needs_grid=False)
         if budget == num_tokens:
             return tokens
-        metric = signals.keys.astype(jnp.float32).mean(axis=2)
-        return bipartite_merge(tokens, metric, num_tokens - budget, class_token=self.class_token)
+        if step.patches is None:
+            step = step.clone(patches=(1, num_tokens))
+        return step.reduced(tokens, signals)[0]
 
 
-def bipartite_merge(
-    tokens: VisualTokens, metric: Float[Array, "B N C"], r: int, *, class_token: bool = False
-) -> VisualTokens:
-    """Merges r tokens into others (bipartite soft matching, arXiv 2210.09461, section 3).
+class ToFu(ToMe):
+    """`tofu` (Token Fusion, arXiv 2312.01026): units are dropped in early layers, merged in later
+    ones.
 
-    Args:
-      tokens: N tokens per row.
-      metric: [B, N, C], compared by cosine, without gradient.
-      r: static, at most N // 2.
-      class_token: whether the alternation starts with a protected token that is not in `tokens`.
+    Units are paired as by `tome`. In the first `prune_layers` layers the unit of set A of each of
+    the r best pairs is dropped, for layers there answer far from linearly to a mean of two inputs.
+    In the others the pair merges, and the merged state keeps the direction of the mean and has the
+    length of the longest of its members (MLERP), so that lengths do not shrink from layer to layer.
 
-    Returns:
-      N - r tokens per row in source order, padding last. A row with R real tokens merges
-      R - (N - r) of them, or none if that is negative.
+    Set `r` or `budget`, see `tome`, whose deviations hold here too. Which layers drop is the
+    paper's to find for each model; half of them is the default here.
+
+    Attributes:
+      prune_layers: layers, from the first one, that drop; None for half of the encoder's.
+      drops: of one step; `stages` sets it.
     """
-    batch, num_tokens = tokens.mask.shape
-    kept = num_tokens - r
-    tokens = zero_padding(tokens)
-    # Real tokens first, in source order: indices in this order alternate between the sets.
-    order = jnp.argsort(~tokens.mask, axis=1, stable=True)
-    real = jnp.sum(tokens.mask, axis=1, keepdims=True, dtype=jnp.int32)
-    in_a = int(class_token)  # First index of A; B has the other parity.
-    metric = jnp.where(tokens.mask[..., None], jax.lax.stop_gradient(metric), 0)
-    unit = score.unit(jnp.take_along_axis(metric, order[..., None], axis=1))
-    a, b = unit[:, in_a::2], unit[:, 1 - in_a :: 2]
-    a_index = in_a + 2 * jnp.arange(a.shape[1], dtype=jnp.int32)
-    b_index = 1 - in_a + 2 * jnp.arange(b.shape[1], dtype=jnp.int32)
 
-    cosine = jnp.einsum("bxc,byc->bxy", a, b, precision=jax.lax.Precision.HIGHEST)
-    cosine = jnp.round(cosine / STEP) * STEP  # Small negative ones become -0.0.
-    cosine = ordering.comparable(cosine, (b_index < real)[:, None, :])
-    partner = jnp.argmax(cosine, axis=2)
-    _, pairs = ordering.top_k(jnp.max(cosine, axis=2), r, a_index < real)
-    live = jnp.arange(r)[None, :] < real - kept  # Never more pairs than real tokens in A.
-    moved = a_index[pairs]
-    target = b_index[jnp.take_along_axis(partner, pairs, axis=1)]
+    prune_layers: int | None = None
+    drops: bool = False
 
-    rows = jnp.arange(batch)[:, None]
-    dropped = jnp.where(live, moved, num_tokens)  # Out of range: no effect.
-    gone = jnp.zeros((batch, num_tokens), bool).at[rows, dropped].set(True, mode="drop")
-    slot = jnp.cumsum(~gone, axis=1, dtype=jnp.int32) - 1
-    new = jnp.take_along_axis(slot, target, axis=1)
-    assignment = slot.at[rows, dropped].set(new, mode="drop")
-    holder = jnp.zeros_like(assignment).at[rows, order].set(assignment)
+    label = "tofu"
+    internal = ToMe.internal | {"drops"}
 
-    survivors = jnp.argsort(gone, axis=1, stable=True)[:, :kept]
-    stay = jnp.take_along_axis(order, survivors, axis=1)[..., None]
-    come = jnp.take_along_axis(order, moved, axis=1)[..., None]
-    joins = jax.nn.one_hot(jnp.where(live, new, -1), kept, dtype=jnp.float32, axis=1)
+    @nn.nowrap
+    def check_options(self):
+        super().check_options()
+        if self.prune_layers is not None:
+            checks.whole("compressor.prune_layers", self.prune_layers, 0)
 
-    def sums(x):
-        # A kept x r matrix instead of kept x N: the other tokens are only gathered.
-        added = jnp.take_along_axis(x, come, axis=1)
-        added = jnp.einsum("bkr,brc->bkc", joins, added, precision=jax.lax.Precision.HIGHEST)
-        return jnp.take_along_axis(x, stay, axis=1) + added
+    @nn.nowrap
+    def _at(self, layer, num_layers):
+        first = num_layers // 2 if self.prune_layers is None else self.prune_layers
+        return {"drops": layer < first}
 
-    holder = jnp.where(tokens.mask, holder, -1)
-    return VisualTokens(**weighted_means(tokens, sums), source=remap(tokens.source, holder))
+    @nn.nowrap
+    def _merge(self, tokens, units, pairs):
+        return Merge(tokens, units, pairs, drops=self.drops, keeps_norm=True)
 
 
 def _smallest(num_tokens: int, num_layers: int) -> int:

@@ -87,8 +87,9 @@ def test_room_is_that_of_the_pictures():
     pictures = half_blank()
     first = jax.tree.map(lambda x: x[:1], pictures)
     model = model_of()
-    assert fitted(model, first).compressor["budget"] == 4  # ceil(.375 * 9)
-    assert fitted(model, pictures).compressor["budget"] == 9
+    assert fitted(model, first).compressor["budget"] == 4  # ceil(7 / 16 * 9)
+    assert fitted(model, pictures).compressor["budget"] == 8  # ceil(14 / 16 * 9)
+    assert fitted(model_of(rooms=(0.5,)), pictures).compressor["budget"] == 9
     assert fitted(model_of(rooms=(0.5,)), first).compressor["budget"] == 5
     with pytest.raises(UserError) as caught:
         fitted(model_of(budget=4), pictures)

@@ -9,7 +9,8 @@ import pytest
 import tome_loops as loops
 
 from efficient_vlm.compressors import Signals, VisualTokens, build
-from efficient_vlm.compressors.in_encoder.tome import bipartite_merge
+from efficient_vlm.compressors.in_encoder.bipartite import Merge, pair
+from efficient_vlm.compressors.units import units_of_grid
 from efficient_vlm.costs.traced import traced_flops
 from efficient_vlm.errors import UserError
 
@@ -139,7 +140,8 @@ def test_a_merged_token_counts_as_its_copies():
     distinct = np.round(rng.normal(size=(6, WIDTH)), 2)
     embed = np.float32(distinct[group])[None]
     tokens = VisualTokens.from_grid(jnp.asarray(embed), (2, 7))
-    merged = jax.jit(lambda t: bipartite_merge(t, t.embed, 5))(tokens)
+    units = units_of_grid((2, 7), 1)
+    merged = jax.jit(lambda t: Merge(t, units, pair(t.embed, t.mask, 5))())(tokens)
     assert sorted(np.asarray(merged.size)[0].tolist(), reverse=True)[:3] == [4, 2, 2]
     np.testing.assert_allclose(
         np.asarray(merged.embed)[0][np.asarray(merged.source)[0]], embed[0], atol=1e-6

@@ -62,8 +62,8 @@ def answers(method, kind, right, seed=0):
         "quick": False,
         "draws": 1,
         "accuracy": {"needle": {"accuracy": right / 100}},
-        "questions": [[index, 0, "needle"] for index in range(100)],
-        "right": [int(index < right) for index in range(100)],
+        "images": list(range(100)),
+        "right": "".join(str(int(index < right)) for index in range(100)),
     }
 
 
@@ -79,7 +79,7 @@ def test_who_beats_a_smaller_picture(parts):
     }
     right = {"none": 95, "downsample_36": 50, "downsample_16": 20, "better": 80, "slow": 80}
     kinds = {"none": "whole", "better": "encoder", "slow": "behind"}
-    results = {"free": {}, "tuned": {}}
+    results = {"free": {}, "tuned": {}, "scratch": {}}
     for name, count in right.items():
         kind = kinds.get(name, "picture")
         results["free"][name] = [answers(name, kind, count, seed) for seed in (0, 1)]
@@ -93,9 +93,28 @@ def test_who_beats_a_smaller_picture(parts):
     page = table.markdown(results, {"rows": costs, "turns": 3})
     assert "| `better` | 16 | 80.0 | 1 | 0.50 (0.90-1.10) | 2 | +60.0 (" in page
     assert "at equal time** (1 of 2): `slow`." in page
-    results["free"]["slow"][0]["questions"][0][0] = 7
+    # Fine-tuned, it meets the better of a picture's two trainings.
+    results["tuned"] = results["free"]
+    results["scratch"]["downsample_36"] = [answers("downsample_36", "picture", 85)]
+    page = table.markdown(results, {"rows": costs, "turns": 3})
+    assert "at equal time** (1 of 2): `slow`." in page
+    assert "at equal time** (2 of 2): `better`, `slow`." in page
+
+
+def test_results_of_other_questions_are_refused(parts, tmp_path):
+    _, table = parts
+    asked = [[index, 0, "needle"] for index in range(100)]
+    known = table.keep_questions(tmp_path, asked)
+    path = tmp_path / "seed0" / "free" / "none.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(answers("none", "whole", 5) | {"questions": known, "mode": "free"}))
+    (found,) = table.gathered(tmp_path)["free"]["none"]
+    assert found["images"] == list(range(100))
+    asked[0][0] = 7
+    assert table.keep_questions(tmp_path, asked) != known
+    (tmp_path / table.QUESTIONS).write_text(json.dumps(asked))
     with pytest.raises(SystemExit, match="other questions"):
-        table.markdown(results, {"rows": costs, "turns": 3})
+        table.gathered(tmp_path)
 
 
 @pytest.mark.slow
@@ -110,8 +129,9 @@ def test_the_whole_script_in_a_few_steps(tmp_path, data_dir):
         done = subprocess.run(words, **options)
         assert done.returncode == 0, done.stderr[-3000:]
         # What has results is not done again.
-        assert ("seed 0, tuned cut_attention_0.25" in done.stdout) is not again
+        assert ("seed 0, tuned   cut_attention_0.25" in done.stdout) is not again
     page = (runs / "results" / "table.md").read_text()
     assert "these numbers mean nothing" in page and page.count("| `cut_attention_0.25` | 16 |") == 2
     found = json.loads((runs / "results/seed0/free/none.json").read_text())
-    assert len(found["right"]) == len(found["questions"]) == 32 * 8
+    asked = json.loads((runs / "results/questions.json").read_text())
+    assert len(found["right"]) == len(asked) == 32 * 8

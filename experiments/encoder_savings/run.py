@@ -3,8 +3,9 @@
     python experiments/encoder_savings/run.py
 
 For each seed: trains config.py with all patches; evaluates every row of savings_methods.py on that
-model as it is; fine-tunes the model with every row for a few steps and evaluates again. Then times
-the encoders in turns and writes table.md. What has results is not done again. See README.md.
+model as it is; fine-tunes the model with every row for a few steps and evaluates again; trains
+smaller pictures from the start. Then times the encoders in turns and writes table.md. What has
+results is not done again. See README.md.
 """
 
 import argparse
@@ -76,17 +77,18 @@ def trained(config: Any, workdir: Path) -> Trained:
     return restore(config, workdir, make_train(data, workdir=workdir))
 
 
-def tuned(setting: Setting, seed: int, row: methods.Row) -> Trained:
-    """The base model of a seed after some steps with a method."""
-    config = setting.config(seed)
-    config.train.init_from = str(setting.runs / f"seed{seed}" / "base")
-    config.train.steps = setting.steps
-    config.train.checkpoint_every = setting.steps
-    config.train.optimizer.update(TUNED)
+def learned(setting: Setting, seed: int, row: methods.Row, mode: str) -> Trained:
+    """A model trained with a method: the base model of a seed after some steps, or a fresh one."""
+    config, folder = setting.config(seed), setting.runs / f"seed{seed}"
+    if mode == "tuned":
+        config.train.init_from = str(folder / "base")
+        config.train.steps = setting.steps
+        config.train.checkpoint_every = setting.steps
+        config.train.optimizer.update(TUNED)
     config.train.elastic = row.taught()
     # A glance: the whole evaluation follows.
     config.eval.update(images=32, seeds=1, methods=row.evaluated()[:1])
-    return trained(config, setting.runs / f"seed{seed}" / row.label)
+    return trained(config, folder / (row.label if mode == "tuned" else f"{row.label}_scratch"))
 
 
 def answered(model: Trained, test: EvalSet, evaluation: EvalConfig, lines: Sequence) -> list[dict]:
@@ -105,21 +107,24 @@ def result(row: methods.Row, predictions: Iterable[Mapping], tasks: Sequence[str
     for each in predictions:
         right.setdefault((each["index"], each["slot"], each["task"]), []).append(each["correct"])
     (draws,) = {len(values) for values in right.values()}
+    questions = [list(key) for key in sorted(right)]
     return {
         "method": row.label,
         "options": dict(row.options),
         "kind": row.kind,
         "accuracy": {each.pop("task"): each for each in score(predictions, tasks)},
         "draws": draws,
-        "questions": [list(key) for key in sorted(right)],
-        # Right draws of each question.
-        "right": [sum(right[key]) for key in sorted(right)],
+        "questions": questions,
+        # Right draws of each question, a hexadecimal digit.
+        "right": "".join(f"{sum(right[key]):x}" for key in sorted(right)),
     }
 
 
 def one_seed(setting: Setting, seed: int, chosen: Sequence[methods.Row]) -> None:
     """All results of one seed that are not there yet."""
     jobs = [(mode, row) for mode in table.MODES for row in chosen]
+    # Fresh models with smaller pictures: rivals that had as many steps as the base model.
+    jobs = [(m, r) for m, r in jobs if m != "scratch" or r.kind == "picture"]
     jobs = [(m, r) for m, r in jobs if not _path(setting, seed, m, r).is_file()]
     if not jobs:
         return
@@ -134,16 +139,17 @@ def one_seed(setting: Setting, seed: int, chosen: Sequence[methods.Row]) -> None
     )
     for mode, row in jobs:
         start = time.monotonic()
-        model = base if mode == "free" else tuned(setting, seed, row)
+        model = base if mode == "free" else learned(setting, seed, row, mode)
         found = result(row, answered(model, test, evaluation, row.evaluated()), test.tasks)
         found |= {"seed": seed, "mode": mode, "quick": setting.quick}
         found["steps"] = setting.steps if mode == "tuned" else 0
+        found["questions"] = table.keep_questions(setting.out, found["questions"])
         found |= {"seconds": round(time.monotonic() - start, 1), "environment": environment()}
         path = _path(setting, seed, mode, row)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, (json.dumps(found, separators=(",", ":")) + "\n").encode())
         shown = "  ".join(f"{t} {each['accuracy']:.3f}" for t, each in found["accuracy"].items())
-        print(f"seed {seed}, {mode:<6}{row.label:<24}{shown}  {found['seconds']} s", flush=True)
+        print(f"seed {seed}, {mode:<8}{row.label:<24}{shown}  {found['seconds']} s", flush=True)
         jax.clear_caches()  # Each method has programs of its own.
 
 

@@ -53,6 +53,12 @@ ROWS = (
     Row("none", dict(name="none"), "whole"),
     *(Row(f"downsample_{t}", dict(name="downsample", budget=t), "picture") for t in SMALLER),
     *(_cut(score, keep) for keep in (0.5, 0.25) for score in SCORES),
+    *(
+        Row(f"ipcv_{keep}", dict(name="ipcv", keep=keep, layer=2, stabilised=1), "encoder")
+        for keep in (0.5, 0.25)
+    ),
+    *(Row(f"tome_{budget}", dict(name="tome", budget=budget), "encoder") for budget in (32, 16)),
+    *(Row(f"exit_{n}", dict(name="encoder_exit", layer=n), "encoder") for n in (4, 3, 2)),
     # As much room as a batch needs; a fixed room keeps the units that are predicted worst.
     *(Row(f"pixelprune_{tau}", dict(name="pixelprune", tau=tau), "pixels") for tau in (0.0, 1.0)),
     *(

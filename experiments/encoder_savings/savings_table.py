@@ -1,6 +1,7 @@
 """The Markdown table: accuracy, cost, and what of it a smaller picture gives as well."""
 
 import collections
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,10 +11,16 @@ import numpy as np
 from savings_methods import TOKENS
 
 from efficient_vlm.evaluation.stats import Difference, paired_difference
+from efficient_vlm.files import write_atomic
 
-MODES = {"free": "as trained, with all patches", "tuned": "fine-tuned with each method"}
+MODES = {
+    "free": "as trained, with all patches",
+    "tuned": "fine-tuned with each method",
+    "scratch": "smaller pictures, trained with them from the start",
+}
 # A smaller picture counts as no slower than a method up to this ratio of medians.
 SLACK = 1.02
+QUESTIONS = "questions.json"
 
 Results = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
 
@@ -21,25 +28,40 @@ Results = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
 def gathered(folder: Path) -> Results:
     """mode -> method -> its results of all seeds, by seed."""
     found: dict = {mode: collections.defaultdict(list) for mode in MODES}
+    questions = json.loads((folder / QUESTIONS).read_text())
     for path in sorted(folder.glob("seed*/*/*.json"), key=lambda p: int(p.parts[-3][4:])):
         each = json.loads(path.read_text())
+        if each["questions"] != digest(questions):
+            raise SystemExit(f"error: {path} answers other questions than {folder / QUESTIONS}")
+        each["images"] = [question[0] for question in questions]
         found[each["mode"]][each["method"]].append(each)
     return found
+
+
+def digest(questions: Sequence[Sequence]) -> str:
+    """What results name their questions by."""
+    return hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:16]
+
+
+def keep_questions(folder: Path, questions: Sequence[Sequence]) -> str:
+    """The digest of (record, slot, task) of each question; the first result writes them down."""
+    path = folder / QUESTIONS
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, (json.dumps(questions, separators=(",", ":")) + "\n").encode())
+    return digest(questions)
 
 
 def scores(results: Sequence[Mapping], seeds: Sequence[int]) -> np.ndarray:
     """[questions, seeds], the share of right draws."""
     chosen = [each for each in results if each["seed"] in seeds]
-    return np.array([np.array(each["right"]) / each["draws"] for each in chosen]).T
+    return np.array([[int(c, 16) / each["draws"] for c in each["right"]] for each in chosen]).T
 
 
 def difference(one: Sequence[Mapping], other: Sequence[Mapping]) -> Difference:
     """Of the accuracies over all tasks, question by question over the seeds that both have."""
-    if one[0]["questions"] != other[0]["questions"]:
-        raise SystemExit(f"error: {one[0]['method']}, {other[0]['method']}: other questions")
     seeds = sorted({each["seed"] for each in one} & {each["seed"] for each in other})
-    images = [question[0] for question in one[0]["questions"]]
-    return paired_difference(scores(one, seeds), scores(other, seeds), images)
+    return paired_difference(scores(one, seeds), scores(other, seeds), one[0]["images"])
 
 
 def rivals(label: str, costs: Mapping[str, Mapping], known: Sequence[str]) -> dict[str, str]:
@@ -80,11 +102,25 @@ def markdown(results: Results, timed: Mapping[str, Any]) -> str:
     for mode, title in MODES.items():
         rows = {label: found for label, found in results[mode].items() if label in costs}
         if rows:
-            lines += ["", f"## {title[0].upper()}{title[1:]}", "", *_block(rows, costs)]
+            # Who may be trained meets whichever of the two trainings of a picture is better.
+            others = {**rows, **(_better(rows, results["scratch"]) if mode == "tuned" else {})}
+            lines += ["", f"## {title[0].upper()}{title[1:]}", "", *_block(rows, others, costs)]
     return "\n".join(lines) + "\n"
 
 
-def _block(rows: Mapping[str, Sequence[Mapping]], costs: Mapping[str, Mapping]) -> list[str]:
+def _better(
+    rows: Mapping[str, Sequence[Mapping]], scratch: Mapping[str, Sequence[Mapping]]
+) -> dict:
+    """Smaller pictures whose fresh models answer more than the fine-tuned ones."""
+    return {
+        label: found
+        for label, found in scratch.items()
+        if found and label in rows and difference(found, rows[label]).mean > 0
+    }
+
+
+def _block(rows: Mapping, others: Mapping, costs: Mapping[str, Mapping]) -> list[str]:
+    """The table of `rows`, beside the smaller pictures among `others`."""
     tasks = list(next(iter(rows.values()))[0]["accuracy"])
     heads = ["method", "tokens", *tasks, "MFLOPs", "time", "seeds", "equal budget", "equal time"]
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * (len(heads) - 1)]
@@ -100,7 +136,7 @@ def _block(rows: Mapping[str, Sequence[Mapping]], costs: Mapping[str, Mapping]) 
         cells += [f"{cost['flops'] / 1e6:.0f}", f"{cost['ratio']:.2f} ({low:.2f}-{high:.2f})"]
         cells.append(str(len(found)))
         against = rivals(label, costs, list(rows))
-        gaps = {key: difference(found, rows[name]) for key, name in against.items()}
+        gaps = {key: difference(found, others[name]) for key, name in against.items()}
         for key in ("budget", "time"):
             text = "–"
             if key in gaps and found[0]["kind"] not in ("whole", "picture"):

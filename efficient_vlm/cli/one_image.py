@@ -83,6 +83,8 @@ class WithoutWeights:
     def nearest(self, fields: Mapping[str, Any], budget: int) -> dict[str, Any]:
         """The method at the setting nearest to `budget` tokens."""
         self._check_runs(fields["name"])
+        if methods.find(fields["name"]).whole_grid:
+            return dict(fields)  # `mark` says why there is nothing to see.
         knobs = _probe(fields, self.grid).knobs(_STEPS, self._tokens.mask.shape[1])
         return {**fields, **_nearest(knobs, budget, lambda settings: settings.get("budget"))}
 
@@ -271,7 +273,7 @@ def _probe(fields: Mapping[str, Any], grid: Grid) -> Compressor:
 def _nearest(knobs, budget: int, reached) -> Mapping[str, Any]:
     """Of settings with ever more tokens, the one nearest to `budget`; the smaller of two."""
     settings = list(knobs)
-    if not settings or reached(settings[0]) is None:
+    if not settings:
         return {}
     place = bisect.bisect_left(settings, budget, key=reached)
     near = settings[max(place - 1, 0) : place + 1]

@@ -160,15 +160,21 @@ def take(
 
 def arranged(tokens: VisualTokens, slots: Int[Array, "B K"]) -> VisualTokens:
     """The tokens at `slots` in this order; distinct real ones, from T on for padding."""
-    num_tokens, kept = tokens.mask.shape[1], slots.shape[1]
-    rows = jnp.arange(slots.shape[0])[:, None]
-    holder = jnp.full((slots.shape[0], num_tokens), -1, jnp.int32)
-    holder = holder.at[rows, slots].set(jnp.arange(kept, dtype=jnp.int32), mode="drop")
+    num_tokens = tokens.mask.shape[1]
     each = {name: getattr(tokens, name) for name in ("embed", "position", "size", *_OPTIONAL)}
+    held = slot_of(slots, num_tokens)
     each = {name: at_slots(x, slots) for name, x in each.items() if x is not None}
     return zero_padding(
-        VisualTokens(**each, mask=slots < num_tokens, source=remap(tokens.source, holder))
+        VisualTokens(**each, mask=slots < num_tokens, source=remap(tokens.source, held))
     )
+
+
+def slot_of(slots: Int[Array, "B K"], num_tokens: int) -> Int[Array, "B T"]:
+    """For each of T tokens the slot that takes it, -1 for none; see `arranged`."""
+    rows = jnp.arange(len(slots))[:, None]
+    order = jnp.arange(slots.shape[1], dtype=jnp.int32)
+    none = jnp.full((len(slots), num_tokens), -1, jnp.int32)
+    return none.at[rows, slots].set(order, mode="drop")
 
 
 def at_slots(x: Shaped[Array, "B T *C"], slots: Int[Array, "B K"]) -> Shaped[Array, "B K *C"]:

@@ -1,5 +1,6 @@
 """Molmo 7B-D, 7B-O, 72B and MolmoE-1B (arXiv 2409.17146)."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -250,19 +251,6 @@ def connector_tensors(m: NameMap) -> None:
         m.plain("padding_embedding", f"{BACKBONE}pad_embed")
 
 
-def _processor(
-    preprocessor: Config,
-    config: Config,
-    *,
-    max_visual_tokens: int | None = None,
-    skip_blank: int | None = None,
-    **options: Any,
-) -> Any:
-    overlap.refuse_skipping(skip_blank)
-    settings = {**preprocessor, **options}
-    return Molmo.from_hf(settings, config, max_visual_tokens=max_visual_tokens)
-
-
 _BLOCK = r"^model\.transformer\.blocks\.(\d+)\."
 _OURS = r"model.transformer.blocks.\1."
 
@@ -282,7 +270,7 @@ MOLMO = Family(
         ),
     },
     ignored=(r".*rotary_emb\.inv_freq",),
-    processor=_processor,
+    processor=functools.partial(overlap.from_files, Molmo),
     image_token=_image_token,
     special_ids={"image_patch_id": "<im_patch>"},
     picture_options=("max_crops", "max_visual_tokens", "skip_blank"),

@@ -1,5 +1,6 @@
 """Molmo2 4B, 8B and O-7B (arXiv 2601.10611): pictures."""
 
+import functools
 from typing import Any
 
 from efficient_vlm.checkpoints.names import NameMap
@@ -125,19 +126,6 @@ def _block_ids(config: Config) -> tuple[int, ...]:
     return (*(config[f"{mark}_token_id"] for mark in marks), column)
 
 
-def _processor(
-    preprocessor: Config,
-    config: Config,
-    *,
-    max_visual_tokens: int | None = None,
-    skip_blank: int | None = None,
-    **options: Any,
-) -> Any:
-    overlap.refuse_skipping(skip_blank)
-    settings = {**preprocessor, **options}
-    return Molmo2.from_hf(settings, config, max_visual_tokens=max_visual_tokens)
-
-
 _LAYER = r"^model\.language_model\.layers\.(\d+)\."
 _BLOCK = rf"{TRANSFORMER}blocks.\1."
 _TOWER = r"^model\.vision_tower\.layers\.(\d+)\."
@@ -173,7 +161,7 @@ MOLMO2 = Family(
         ),
     },
     ignored=(r".*rotary_emb.*\.inv_freq",),
-    processor=_processor,
+    processor=functools.partial(overlap.from_files, Molmo2),
     image_token=lambda config: config["image_patch_id"],
     picture_options=("max_crops", "max_visual_tokens", "skip_blank"),
     placeholder="<|image|>",

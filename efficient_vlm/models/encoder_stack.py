@@ -158,7 +158,11 @@ class EncoderStack:
         # Without a merge nothing escapes the layer, so it can be computed again.
         before = x
         x, seen = self.layers.one(index, layer, x, remat=merge is None)
-        return x, {**seen, "live": self._live() if self.padded else None, "before": before}
+        return x, {
+            **seen,
+            "live": self._live(self.tokens) if self.padded else None,
+            "before": before,
+        }
 
     def _reduce(
         self, index: int, x: jax.Array, signals: Signals, outputs: dict[int, jax.Array]
@@ -214,8 +218,7 @@ class EncoderStack:
         if window is None and not self.padded:
             return None
         keys = self.tokens if keys is None else keys
-        live = jnp.pad(keys.mask, ((0, 0), (self.extra, 0)), constant_values=True)
-        mask = key_mask(live, self.extra + self.tokens.mask.shape[1])
+        mask = key_mask(self._live(keys), self.extra + self.tokens.mask.shape[1])
         if window is None:
             return mask
 
@@ -226,9 +229,9 @@ class EncoderStack:
         queries, keys = cells(self.tokens.position), cells(keys.position)
         return mask.replace(q_segment=queries, kv_segment=keys)
 
-    def _live(self) -> jax.Array:
+    def _live(self, tokens: VisualTokens) -> jax.Array:
         """bool [B, extra + N], which tokens are no padding."""
-        return jnp.pad(self.tokens.mask, ((0, 0), (self.extra, 0)), constant_values=True)
+        return jnp.pad(tokens.mask, ((0, 0), (self.extra, 0)), constant_values=True)
 
     def _stretches(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Layers that one loop can run: all in windows, or all with full attention."""

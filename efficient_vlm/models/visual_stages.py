@@ -25,6 +25,9 @@ from efficient_vlm.nn.linear import logical
 from efficient_vlm.nn.patch_positions import patch_mask
 from efficient_vlm.sharding import constrain
 
+# What there is where patches must all leave the encoder.
+_NO_CUTS = "ipcv, encoder_exit, methods between encoder and decoder, or inside the decoder"
+
 
 class VisualStages(VisionLanguageFields):
     """The stages in front of the decoder of a `vlm.VisionLanguageModel`."""
@@ -61,7 +64,7 @@ class VisualStages(VisionLanguageFields):
             raise UserError(
                 f"compressor.name: {method.label} removes patches inside the encoder, but this "
                 f"model's projector ({self.projector['name']}) reads blocks of the whole grid",
-                allowed="methods between encoder and decoder, or inside the decoder",
+                allowed=_NO_CUTS,
             )
 
     @nn.nowrap
@@ -130,7 +133,7 @@ class VisualStages(VisionLanguageFields):
             raise UserError(
                 f"compressor.name: {method.label} removes patches inside the encoder, but tokens "
                 "of this model read patches across crops",
-                allowed="methods between encoder and decoder, or inside the decoder",
+                allowed=_NO_CUTS,
             )
         stages = self.encoder_stages(patches)
         left &= bool(stages)

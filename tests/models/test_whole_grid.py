@@ -145,7 +145,8 @@ def test_all_patches_are_no_cut_and_gradients_reach_all(vit):
     [
         ("ipcv", dict(layer=4), ("compressor.layer", "4 layers", "1 to 3")),
         ("ipcv", dict(layer=0), ("compressor.layer",)),
-        ("ipcv", dict(keep=1.2), ("between 0 and 1",)),
+        ("ipcv", dict(keep=1.2), ("compressor.keep", "1.2")),
+        ("ipcv", dict(keep="half"), ("compressor.keep", "half")),
         ("ipcv", dict(budget=3, keep=0.5), ("one of the two",)),
         ("ipcv", dict(budget=40, keep=None), ("1 to 36",)),
         ("ipcv", dict(nearest=0), ("compressor.nearest",)),

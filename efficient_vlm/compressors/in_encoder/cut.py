@@ -1,7 +1,6 @@
 """encoder_cut: whole blocks of patches leave the encoder between two of its layers."""
 
 import fractions
-import math
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -13,8 +12,6 @@ from efficient_vlm.compressors import grids, score, select
 from efficient_vlm.compressors.base import Stage, as_tuple
 from efficient_vlm.compressors.in_encoder.unit_cut import UnitCut, exact_share
 from efficient_vlm.compressors.in_encoder.unit_scores import CHOICES, SCORES
-from efficient_vlm.compressors.signals import NO_SIGNALS
-from efficient_vlm.compressors.tokens import arranged
 from efficient_vlm.compressors.units import units_of_grid
 from efficient_vlm.errors import UserError, unknown
 
@@ -183,16 +180,10 @@ class EncoderCut(UnitCut):
             return 2 * units * units * width
         return select.max_min_flops(units, width, kept) if self.score == "diversity" else 0
 
-    def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
-        if self.budget is None:
-            units = math.prod(grids.resolve(self.grid, tokens.mask.shape[1]))
-            share, budget = self._schedule(units)[0]
-            step = self.clone(parent=None, budget=budget, keep=None, share=share)
-            return step(tokens, signals)
-        self.check_call(tokens, signals, needs_grid=self.patches is None)
-        if self.budget == tokens.mask.shape[1]:
-            return tokens
-        return arranged(tokens, self.slots(tokens, signals))
+    @nn.nowrap
+    def alone(self, num_tokens):
+        share, budget = self._schedule(num_tokens)[0]
+        return dict(budget=budget, keep=None, share=share)
 
     @nn.nowrap
     def choose(self, seen, kept):

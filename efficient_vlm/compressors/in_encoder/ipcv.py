@@ -11,8 +11,7 @@ from efficient_vlm.compressors import grids, select
 from efficient_vlm.compressors.base import Stage
 from efficient_vlm.compressors.in_encoder.unit_cut import UnitCut, exact_share
 from efficient_vlm.compressors.in_encoder.unit_scores import SCORES
-from efficient_vlm.compressors.signals import NO_SIGNALS
-from efficient_vlm.compressors.tokens import VisualTokens, arranged, at_slots
+from efficient_vlm.compressors.tokens import VisualTokens, at_slots, slot_of
 from efficient_vlm.errors import UserError
 from efficient_vlm.kernels import ordering
 from efficient_vlm.shapes import Array
@@ -65,10 +64,7 @@ class IPCV(UnitCut):
                 f"compressor.keep: {self.keep} with compressor.budget={self.budget}",
                 allowed="one of the two: a share of the patches, or a number of them",
             )
-        if self.keep is not None and not 0 < self.keep < 1:
-            raise UserError(
-                f"compressor.keep: {self.keep}", allowed="a share of all patches between 0 and 1"
-            )
+        checks.number("compressor.keep", self.keep, above=0, below=1, none=True)
 
     @nn.nowrap
     def stages(self, num_layers, num_tokens, *, class_token=False, patches=None, side=1):
@@ -81,7 +77,8 @@ class IPCV(UnitCut):
         if budget == num_tokens:
             return ()
         step = dict(patches=tuple(patches or grids.resolve(self.grid, num_tokens)), share=share)
-        return (Stage(self.layer, self.clone(parent=None, budget=budget, keep=None, **step)),)
+        step |= dict(budget=budget, keep=None)
+        return (Stage(self.layer, self.clone(parent=None, **step)),)
 
     @nn.nowrap
     def _step(self, num_tokens: int) -> tuple[tuple[int, int] | None, int]:
@@ -108,17 +105,13 @@ class IPCV(UnitCut):
 
     @nn.nowrap
     def whole_flops(self, num_tokens: int, width: int) -> int:
-        """FLOPs of `Absent.whole`, for one image."""
-        return 2 * num_tokens * self._step(num_tokens)[1] * width
+        """FLOPs of `Absent.whole`, for one image: as many as of the distances."""
+        return self.flops(num_tokens, width)
 
-    def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
-        if self.budget is None:
-            share, budget = self._step(tokens.mask.shape[1])
-            return self.clone(parent=None, budget=budget, keep=None, share=share)(tokens, signals)
-        self.check_call(tokens, signals, needs_grid=self.patches is None)
-        if self.budget == tokens.mask.shape[1]:
-            return tokens
-        return arranged(tokens, self.slots(tokens, signals))
+    @nn.nowrap
+    def alone(self, num_tokens):
+        share, budget = self._step(num_tokens)
+        return dict(budget=budget, keep=None, share=share)
 
     @nn.nowrap
     def choose(self, seen, kept):
@@ -133,9 +126,6 @@ class IPCV(UnitCut):
           slots: of `self.slots`.
         """
         num_tokens, kept = tokens.mask.shape[1], slots.shape[1]
-        rows = jnp.arange(len(slots))[:, None]
-        held = jnp.full((len(slots), num_tokens), -1, jnp.int32)
-        held = held.at[rows, slots].set(jnp.arange(kept, dtype=jnp.int32), mode="drop")
         x = jax.lax.stop_gradient(tokens.embed.astype(jnp.float32))
         near = at_slots(x, slots)
         product = jnp.einsum("bnd,bkd->bnk", x, near, precision=jax.lax.Precision.HIGHEST)
@@ -145,9 +135,10 @@ class IPCV(UnitCut):
         value, index = ordering.top_k(score, min(self.nearest, kept), real)
         found = value > -jnp.inf
         each = found / jnp.maximum(found.sum(axis=-1, keepdims=True), 1)
-        place = (rows[..., None], jnp.arange(num_tokens)[:, None], index)
+        rows = jnp.arange(len(slots))[:, None, None]
+        place = (rows, jnp.arange(num_tokens)[:, None], index)
         weights = jnp.zeros(score.shape, jnp.float32).at[place].add(each)
-        return Absent(tokens, slots, held, weights)
+        return Absent(tokens, slots, slot_of(slots, num_tokens), weights)
 
 
 @flax.struct.dataclass

@@ -12,8 +12,6 @@ from efficient_vlm import checks
 from efficient_vlm.compressors import grids, select
 from efficient_vlm.compressors.base import Stage, as_tuple
 from efficient_vlm.compressors.in_encoder.unit_cut import UnitCut
-from efficient_vlm.compressors.signals import NO_SIGNALS
-from efficient_vlm.compressors.tokens import arranged
 from efficient_vlm.compressors.units import Units, units_of_grid
 from efficient_vlm.errors import UserError
 from efficient_vlm.shapes import Array
@@ -54,6 +52,7 @@ class PixelPrune(UnitCut):
 
     label = "pixelprune"
     needs = frozenset({"pixels"})
+    keeps_all = False
 
     def __post_init__(self):
         object.__setattr__(self, "rooms", as_tuple("compressor.rooms", self.rooms))
@@ -141,11 +140,9 @@ class PixelPrune(UnitCut):
         x = jnp.where(real[..., None], x, _ABSENT).reshape(len(x), *cells, -1)
         return _coded(x, float(self.tau))
 
-    def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
-        if self.budget is None:
-            return self.clone(parent=None, budget=tokens.mask.shape[1])(tokens, signals)
-        self.check_call(tokens, signals, needs_grid=self.patches is None)
-        return arranged(tokens, self.slots(tokens, signals))
+    @nn.nowrap
+    def alone(self, num_tokens):
+        return dict(budget=num_tokens)
 
 
 def _coded(x: jax.Array, tau: float) -> tuple[jax.Array, jax.Array]:

@@ -4,6 +4,7 @@ import fractions
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,7 +14,7 @@ from jaxtyping import Int
 from efficient_vlm.compressors import grids, select
 from efficient_vlm.compressors.base import Compressor
 from efficient_vlm.compressors.in_encoder.unit_scores import Seen
-from efficient_vlm.compressors.signals import Signals
+from efficient_vlm.compressors.signals import NO_SIGNALS, Signals
 from efficient_vlm.compressors.tokens import VisualTokens, arranged, at_slots
 from efficient_vlm.compressors.units import Units, units_in_order, units_of_grid
 from efficient_vlm.shapes import Array
@@ -86,6 +87,7 @@ class UnitCut(UnitMethod):
 
     share: tuple[int, int] | None = None
 
+    keeps_all = True  # Where the budget allows it.
     internal = UnitMethod.internal | {"share"}
 
     @nn.nowrap
@@ -105,6 +107,20 @@ class UnitCut(UnitMethod):
     def reduced(self, tokens, signals):
         slots = self.slots(tokens, signals)
         return arranged(tokens, slots), functools.partial(at_slots, slots=slots)
+
+    @nn.nowrap
+    def alone(self, num_tokens: int) -> dict[str, Any]:
+        """Options of the step that a module without a budget is when it is called as one."""
+        raise NotImplementedError(f"{type(self).__name__}.alone")
+
+    def __call__(self, tokens, signals=NO_SIGNALS, *, rng=None):
+        num_tokens = tokens.mask.shape[1]
+        if self.budget is None:
+            return self.clone(parent=None, **self.alone(num_tokens))(tokens, signals)
+        self.check_call(tokens, signals, needs_grid=self.patches is None)
+        if self.keeps_all and self.budget == num_tokens:
+            return tokens
+        return arranged(tokens, self.slots(tokens, signals))
 
     @nn.nowrap
     def limit(self, seen: Seen, kept: int) -> Int[Array, " B"]:

@@ -97,18 +97,9 @@ class InternVLPictures(tiles.Tiled):
         )
 
     @property
-    def grid(self) -> int:
-        """Edge of the square of visual tokens of a tile."""
-        return self.tile // self.patch // self.shuffle
-
-    @property
     def least(self) -> int:
         """Visual tokens of the fewest tiles, and of the whole if they are several."""
-        return self._tokens(1, self.min_tiles)
-
-    def _tokens(self, rows: int, columns: int) -> int:
-        """Visual tokens of the tiles, and of the whole if they are several."""
-        return (rows * columns + (rows * columns > 1)) * self.grid**2
+        return self.tokens(1, self.min_tiles)
 
     def arrangement(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of tiles for a picture of this size.
@@ -121,7 +112,7 @@ class InternVLPictures(tiles.Tiled):
                 (rows, columns)
                 for columns in range(1, self.max_tiles + 1)
                 for rows in range(1, self.max_tiles // columns + 1)
-                if rows * columns >= self.min_tiles and self.fits(self._tokens(rows, columns))
+                if rows * columns >= self.min_tiles and self.fits(self.tokens(rows, columns))
             ),
             key=lambda option: option[0] * option[1],
         )
@@ -132,20 +123,6 @@ class InternVLPictures(tiles.Tiled):
             if distance < nearest or (distance == nearest and filled):
                 best, nearest = (rows, columns), distance
         return best
-
-    def count(self, height: int, width: int) -> int:
-        """Visual tokens of a picture of this size; see `views` for errors."""
-        return self.views(height, width)[0] * self.grid**2
-
-    def views(self, height: int, width: int) -> tuple[int, int, int]:
-        """How many images a picture of this size becomes, and their height and width in pixels.
-
-        Raises:
-          UserError: no pixels or too many.
-        """
-        base.check_size(height, width)
-        rows, columns = self.arrangement(height, width)
-        return self._tokens(rows, columns) // self.grid**2, self.tile, self.tile
 
     def text(self, height: int, width: int) -> str:
         """`Pictured.text` of a picture of this size; see `views` for errors."""

@@ -209,14 +209,35 @@ class Overlapping(Limited):
         )
 
 
-def refuse_skipping(skip_blank: int | None) -> None:
-    """Raises UserError where blank crops are to be left out, which these families cannot do."""
+def from_files(
+    kind: type[Overlapping],
+    preprocessor: Mapping[str, Any],
+    config: Mapping[str, Any],
+    *,
+    max_visual_tokens: int | None = None,
+    skip_blank: int | None = None,
+    **options: Any,
+) -> Overlapping:
+    """The processor of a checkpoint's files.
+
+    Args:
+      kind: its class.
+      preprocessor, config: contents of the files.
+      max_visual_tokens: see `Limited`.
+      skip_blank: only to say that there is no such thing.
+      **options: in place of what `preprocessor` says.
+
+    Raises:
+      UserError: blank crops are to be left out, or a setting is wrong.
+    """
     if skip_blank is not None:
         raise UserError(
             f"skip_blank: {short(skip_blank)} for Molmo",
             allowed="None: rows of visual tokens run across all crops, so none can be left out",
             fix="max_visual_tokens, for fewer crops",
         )
+    settings = {**preprocessor, **options}
+    return kind.from_hf(settings, config, max_visual_tokens=max_visual_tokens)
 
 
 # ---- settings ------------------------------------------------------------------------------------

@@ -117,11 +117,6 @@ class SmolVLMPictures(tiles.Tiled):
         )
 
     @property
-    def grid(self) -> int:
-        """Edge of the square of visual tokens of a tile."""
-        return self.tile // self.patch // self.shuffle
-
-    @property
     def least(self) -> int:
         """Visual tokens of one tile."""
         return self.grid**2
@@ -134,7 +129,7 @@ class SmolVLMPictures(tiles.Tiled):
         else:
             scaled = _scale(height, width, self.longest)
         along = math.ceil(max(scaled) / self.tile)
-        while self.split and not self.fits(self._tokens(*self._tiles(*scaled))):
+        while self.split and not self.fits(self.tokens(*self._tiles(*scaled))):
             along -= 1  # One tile always fits, see `least`.
             rows, columns = _scale(height, width, along * self.tile)
             # Rounding up to even edges must not begin another tile.
@@ -152,23 +147,8 @@ class SmolVLMPictures(tiles.Tiled):
             columns = math.ceil(int(rows * self.tile * aspect) / self.tile)
         return max(rows, 1), max(columns, 1)
 
-    def _tokens(self, rows: int, columns: int) -> int:
-        """Visual tokens of the tiles and the whole."""
-        return (rows * columns + (rows * columns > 1)) * self.grid**2
-
-    def count(self, height: int, width: int) -> int:
-        """Visual tokens of a picture of this size; see `views` for errors."""
-        return self.views(height, width)[0] * self.grid**2
-
-    def views(self, height: int, width: int) -> tuple[int, int, int]:
-        """How many images a picture of this size becomes, and their height and width in pixels.
-
-        Raises:
-          UserError: no pixels or too many.
-        """
-        base.check_size(height, width)
-        rows, columns = self._tiles(*self._scaled(height, width)) if self.split else (1, 1)
-        return self._tokens(rows, columns) // self.grid**2, self.tile, self.tile
+    def arrangement(self, height: int, width: int) -> tuple[int, int]:
+        return self._tiles(*self._scaled(height, width)) if self.split else (1, 1)
 
     def __call__(self, picture: Any) -> Pictured:
         """Tiles [tile, tile] row by row, the whole picture last. See `base.load_picture`.
@@ -196,7 +176,7 @@ class SmolVLMPictures(tiles.Tiled):
     def text(self, height: int, width: int) -> str:
         """`Pictured.text` of a picture of this size; see `views` for errors."""
         base.check_size(height, width)
-        rows, columns = self._tiles(*self._scaled(height, width)) if self.split else (1, 1)
+        rows, columns = self.arrangement(height, width)
         return self._text(rows, columns, [rows * columns > 1] * (rows * columns))
 
     def _text(self, rows: int, columns: int, shown: Sequence[bool]) -> str:

@@ -10,25 +10,59 @@ import numpy as np
 from PIL import Image
 
 from efficient_vlm import checks
+from efficient_vlm.processing.pictures import base
 from efficient_vlm.processing.pictures.limits import Limited
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiled(Limited):
-    """Tiles, of which blank ones may be left out.
+    """Square tiles, and a view of the whole if they are several; blank tiles may be left out.
 
     Attributes:
+      tile: edge of a tile in pixels.
+      patch: edge of an encoder patch in pixels.
+      shuffle: edge of the square of patches that makes one visual token (pixel shuffle).
       skip_blank: leave out tiles whose pixels all lie within this many 8-bit steps of the tile's
         median, channel by channel; 0: only those of one colour. They enter neither the encoder nor
         the prompt, which published models never saw; the whole picture stays. Sizes cannot tell
         blank tiles, so `count`, `views` and `text` of a size are then upper bounds. None: none.
     """
 
+    tile: int
+    patch: int
+    shuffle: int
     skip_blank: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
         checks.whole("skip_blank", self.skip_blank, 0, 255, none=True)
+
+    @property
+    def grid(self) -> int:
+        """Edge of the square of visual tokens of a tile."""
+        return self.tile // self.patch // self.shuffle
+
+    def tokens(self, rows: int, columns: int) -> int:
+        """Visual tokens of the tiles, and of the whole if they are several."""
+        return (rows * columns + (rows * columns > 1)) * self.grid**2
+
+    def arrangement(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tiles for a picture of this size."""
+        raise NotImplementedError
+
+    def count(self, height: int, width: int) -> int:
+        """Visual tokens of a picture of this size; see `views` for errors."""
+        return self.views(height, width)[0] * self.grid**2
+
+    def views(self, height: int, width: int) -> tuple[int, int, int]:
+        """How many images a picture of this size becomes, and their height and width in pixels.
+
+        Raises:
+          UserError: no pixels or too many.
+        """
+        base.check_size(height, width)
+        images = self.tokens(*self.arrangement(height, width)) // self.grid**2
+        return images, self.tile, self.tile
 
     def shown(self, tiles: list[Image.Image]) -> list[bool]:
         """Which tiles enter the encoder."""

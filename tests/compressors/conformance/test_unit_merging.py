@@ -7,6 +7,7 @@ import pytest
 from efficient_vlm.compressors import Signals, VisualTokens, build
 from efficient_vlm.compressors.in_encoder.bipartite import STEP, Merge, pair
 from efficient_vlm.compressors.units import units_of_grid
+from efficient_vlm.errors import UserError
 
 GRID, SIDE, WIDTH = (4, 6), 2, 3
 UNITS = units_of_grid(GRID, SIDE)
@@ -107,5 +108,6 @@ def test_units_at_the_border_lack_patches():
 
 
 def test_bad_options():
-    with pytest.raises(Exception, match="prune_layers"):
+    with pytest.raises(UserError, match="compressor.prune_layers: -1") as caught:
         build("tofu", r=2, prune_layers=-1)
+    assert len(str(caught.value).splitlines()) <= 3

@@ -92,7 +92,7 @@ class ToMe(UnitMethod):
     def stages(self, num_layers, num_tokens, *, class_token=False, patches=None, side=1):
         layers, patches = self._layers(num_layers), tuple(patches or (1, num_tokens))
         units = len(units_of_grid(patches, side).places)
-        rate = _rate(units, len(layers), self.budget) if self.r is None else self.r
+        rate = _rate(self.label, units, len(layers), self.budget) if self.r is None else self.r
         common = dict(r=None, layers=None, every=self.r is not None, class_token=class_token)
         common |= dict(side=side, patches=patches)
         stages = []
@@ -214,12 +214,12 @@ def _smallest(num_tokens: int, num_layers: int) -> int:
     return -(-num_tokens // 2**num_layers)
 
 
-def _rate(num_tokens: int, num_layers: int, budget: int) -> int:
+def _rate(label: str, num_tokens: int, num_layers: int, budget: int) -> int:
     """The smallest r with which `num_layers` layers reach `budget` tokens."""
     smallest = _smallest(num_tokens, num_layers)
     if not smallest <= budget <= num_tokens:
         raise UserError(
-            f"compressor.budget: tome cannot give {budget} of {num_tokens} tokens "
+            f"compressor.budget: {label} cannot give {budget} of {num_tokens} tokens "
             f"in {num_layers} layers",
             allowed=f"{smallest} to {num_tokens}: each layer merges at most half of the tokens",
             fix=f"compressor.budget={max(smallest, min(budget, num_tokens))}",

@@ -87,7 +87,7 @@ class UnitCut(UnitMethod):
 
     share: tuple[int, int] | None = None
 
-    keeps_all = True  # Where the budget allows it.
+    keeps_all = True  # Whether a budget for all units keeps all of them.
     internal = UnitMethod.internal | {"share"}
 
     @nn.nowrap

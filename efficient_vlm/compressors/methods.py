@@ -29,7 +29,8 @@ from efficient_vlm.compressors.in_encoder.early_exit import EncoderExit
 from efficient_vlm.compressors.in_encoder.ipcv import IPCV
 from efficient_vlm.compressors.in_encoder.minicpm import MiniCPMMerger
 from efficient_vlm.compressors.in_encoder.pixelprune import PixelPrune
-from efficient_vlm.compressors.in_encoder.tome import ToFu, ToMe
+from efficient_vlm.compressors.in_encoder.tofu import ToFu
+from efficient_vlm.compressors.in_encoder.tome import ToMe
 from efficient_vlm.compressors.projectors.cell import TokenPacker
 from efficient_vlm.compressors.projectors.conv import LDP, CAbstractor, LDPv2
 from efficient_vlm.compressors.projectors.elastic import M3, MQT

@@ -357,7 +357,10 @@ def spoiled(tmp_path, **changes):
             ["generate", "{sample}", "Hm", "--compressor=resampler", "--compressor.budget=2"],
             "weights",
         ),
-        (["generate", "{sample}", "Hm", "--compressor=tome", "--compressor.budget=2"], "projector"),
+        (
+            ["generate", "{sample}", "Hm", "--compressor=encoder_exit", "--compressor.layer=9"],
+            "layer",
+        ),
         (["generate", "{sample}", "Hm", "--compressor=fastv", "--compressor.layer=9"], "layer"),
         (["generate", "{sample}", "Hm", "--compressor.budget=2"], "no method"),
         (["generate", "{sample}", "Hm", f"--seed={2**64}"], "--seed"),
